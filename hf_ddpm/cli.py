@@ -1,0 +1,63 @@
+"""`hf-ddpm`: what is done with a model besides training it. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Pixel-space diffusion models on the Hugging Face stack. To train one: accelerate launch train_accelerate.py"""
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A folder that holds a pipeline, or a Hub id.")],
+    out: Annotated[Path, typer.Option(help="The folder for the images, named by their seeds, and grid.png.")],
+    num_images: Annotated[int, typer.Option("--num_images", min=1, help="How many.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")] = 0,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--num_inference_steps", min=1, help="Default: 20; all T of ddpm.")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="ddpm, ddim, dpmsolver++ or unipc. Default: dpmsolver++; a step denoiser's: ddpm."),
+    ] = None,
+    class_label: Annotated[
+        int | None, typer.Option("--class_label", min=0, help="For a model of classes; default: each in turn.")
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="ddpm: iterate the mean, add no noise.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images per forward pass.")] = 64,
+    device: Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")] = None,
+) -> None:
+    """Writes images of a model as PNG files."""
+    from hf_ddpm.sampling import SCHEDULERS, write_samples
+
+    if scheduler is not None and scheduler not in SCHEDULERS:
+        raise typer.BadParameter(
+            f"must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}", param_hint="--scheduler"
+        )
+    try:
+        write_samples(
+            model,
+            out,
+            num_images=num_images,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            scheduler=scheduler,
+            class_label=class_label,
+            deterministic=deterministic,
+            batch_size=batch_size,
+            device=device,
+        )
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"{num_images} images in {out}, all of them in {out / 'grid.png'}")

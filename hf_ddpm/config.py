@@ -1,0 +1,332 @@
+"""TrainingConfig: what a run is, as one dataclass; the command line and the YAML recipes read and write it.
+
+Values come from four places, each going before the next: a flag, `--config FILE`, `--recipe NAME`, the default here.
+Every flag of diffusers' `train_unconditional.py` is here under its name and with its meaning; some defaults differ.
+Words: a *step* is one optimizer step; the *global batch* is what one step sees over all processes,
+`train_batch_size * gradient_accumulation_steps * num_processes` images.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+class UsageError(ValueError):
+    """A setting or an input that cannot work: the message names the value and the remedy."""
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    # The data
+    dataset_name: str | None = _option(
+        None,
+        "`digits` (ships with the package), a Hub id, a folder of images or of parquet files, or a folder saved by "
+        "`datasets`. With neither this nor `train_data_dir`, `config` or `recipe`, the recipe `digits` is run.",
+    )
+    dataset_config_name: str | None = _option(None, "The configuration of a Hub data set that has several.")
+    train_data_dir: str | None = _option(None, "A folder of images; instead of `dataset_name`.")
+    image_column: str | None = _option(None, "The column of images; needed only where there are several.")
+    label_column: str | None = _option(None, "A column of classes: the model is then conditioned on them.")
+    channels: Literal[1, 3, 4] | None = _option(None, "Channels of x_0: 1 gray, 3 RGB, 4 RGBA; default: the data's.")
+    resolution: int | None = _option(None, "Side of x_0 in pixels; default: the data's, if it is square and uniform.")
+    center_crop: bool = _option(False, "Crop the middle of an oblong image; without it, a new random part each epoch.")
+    random_flip: bool = _option(False, "Mirror half of the images, others in each epoch.")
+    preserve_input_precision: bool = _option(True, "Keep 16-bit images in 16 bits; without it they become 8-bit.")
+    on_bad_image: Literal["raise", "skip"] = _option("raise", "An unreadable image: stop and name it, or count it.")
+    cache_dir: str | None = _option(None, "Where downloads and decoded images are kept; default: Hugging Face's.")
+    dataloader_num_workers: int = _option(0, "Processes that assemble batches; 0: the training process does.")
+
+    # The model
+    model_config_name_or_path: str | None = _option(
+        None,
+        "A UNet2DModel's config: a JSON file, a folder, a recipe's name or a Hub id; default: sized for the data.",
+    )
+    dropout: float = _option(0.0, "Dropout of the UNet that is sized for the data.")
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "previous_sample"] = _option(
+        "v_prediction", "What the network's output means."
+    )
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = _option(
+        "fixed_small", "The variance of p(x_{t-1} | x_t); `learned_range` doubles the output's channels."
+    )
+    ddpm_num_steps: int = _option(1000, "T, the length of the Markov chain.")
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = _option(
+        "squaredcos_cap_v2", "How beta_t grows."
+    )
+    ddpm_beta_start: float = _option(1e-4, "The first beta of a schedule that is given by its ends.")
+    ddpm_beta_end: float = _option(0.02, "The last beta of a schedule that is given by its ends.")
+    rescale_betas_zero_snr: bool = _option(False, "Rescale the betas so that x_T holds no signal (alpha_bar_T = 0).")
+
+    # The objective
+    loss_weighting: Literal["constant", "min_snr"] = _option(
+        "constant", "Weight of a noise level: 1 on the network's own output, or min(SNR, gamma) on x_0."
+    )
+    min_snr_gamma: float = _option(5.0, "gamma of `min_snr`.")
+    timestep_density: Literal["uniform", "stratified"] = _option(
+        "stratified", "Draws of t: independent, or one from each of as many equal parts of [0, T) as the batch holds."
+    )
+
+    # The optimization
+    seed: int = _option(0, "With the number of images seen, decides the order, crops, flips, t, eps and dropout.")
+    train_batch_size: int = _option(32, "Images per process and forward pass.")
+    gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.")
+    num_epochs: int = _option(100, "Passes over the data, unless `max_train_steps` is given.")
+    max_train_steps: int | None = _option(None, "Optimizer steps; goes before `num_epochs`.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: what `accelerate launch` says.")
+    learning_rate: float = _option(1e-3, "The peak of the schedule.")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = _option("cosine", "Its shape over the optimizer steps, whatever the accumulation and process count.")
+    lr_warmup_steps: int = _option(100, "Optimizer steps until the peak.")
+    adam_beta1: float = _option(0.9, "AdamW's beta_1.")
+    adam_beta2: float = _option(0.999, "AdamW's beta_2.")
+    adam_weight_decay: float = _option(1e-6, "AdamW's weight decay.")
+    adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm.")
+    use_ema: bool = _option(True, "Average the weights; previews and the saved model use the average.")
+    ema_halflife_images: float | None = _option(
+        None, "Images after which a weight counts half; default: that of `ema_max_decay` at this global batch."
+    )
+    ema_inv_gamma: float = _option(1.0, "The decay of step k is at most 1 - (1 + k / inv_gamma) ** -power.")
+    ema_power: float = _option(3 / 4, "See `ema_inv_gamma`.")
+    ema_max_decay: float = _option(0.9999, "The largest decay per optimizer step.")
+
+    # What the run writes
+    output_dir: str = _option("ddpm-model", "Everything the run writes is in this folder.")
+    overwrite_output_dir: bool = _option(False, "Delete the run that `output_dir` holds.")
+    checkpointing_steps: int = _option(500, "Steps between checkpoints, which also refresh the model in `output_dir`.")
+    checkpoints_total_limit: int | None = _option(2, "Checkpoints kept; the oldest goes first.")
+    resume_from_checkpoint: str | None = _option(None, "`latest`, or the name of a checkpoint in `output_dir`.")
+    save_images_epochs: int | None = _option(None, "Epochs between previews; default: with each checkpoint.")
+    save_model_epochs: int | None = _option(None, "Epochs between saves of the model; default: with each checkpoint.")
+    eval_batch_size: int = _option(36, "Images of a preview.")
+    ddpm_num_inference_steps: int | None = _option(
+        None, "Steps of a preview; default: 20 of DPM-Solver++, or all T of a step denoiser."
+    )
+    logging_steps: int = _option(10, "Steps between lines of metrics.jsonl.")
+    logger: Literal["tensorboard", "wandb", "trackio"] | None = _option(None, "A tracker beside metrics.jsonl.")
+    logging_dir: str = _option("logs", "TensorBoard's folder in `output_dir`.")
+    push_to_hub: bool = _option(False, "Upload model, card and figures at the end.")
+    hub_token: str | None = _option(None, "A Hub token; better: `hf auth login`. It is never written anywhere.")
+    hub_model_id: str | None = _option(None, "The repository; default: the name of `output_dir`, in your namespace.")
+    hub_private_repo: bool = _option(False, "Create the repository private.")
+
+    # The machine
+    cpu_threads_per_process: int | None = _option(
+        None, "Threads of torch on the CPU; default: the processors, shared by the processes of this machine."
+    )
+    local_rank: int = _option(-1, "Set by launchers of old; must agree with LOCAL_RANK.")
+    enable_xformers_memory_efficient_attention: bool = _option(False, "Attention by xFormers instead of torch.")
+
+
+# These say how this start of the run is made, not what the run is; they are not written into its config.
+_OF_ONE_START = ("resume_from_checkpoint", "overwrite_output_dir", "hub_token", "local_rank")
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
+    """The command line (default: `sys.argv`) as a checked config; exits with status 2 and a message if it is wrong."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    parser = HfArgumentParser(TrainingConfig, description="Trains a pixel-space diffusion model.")  # pyright: ignore[reportArgumentType]
+    parser.add_argument("--config", metavar="FILE", help="A YAML file of these settings; flags go before it.")
+    parser.add_argument("--recipe", metavar="NAME", help=f"Settings that ship: {', '.join(recipe_names())}.")
+    try:
+        given, _ = parser.parse_known_args(arguments)
+        names = ("dataset_name", "train_data_dir", "config", "recipe")
+        recipe = given.recipe if any(getattr(given, name) is not None for name in names) else "digits"
+        # argparse converts and checks defaults that are text as it does flags.
+        parser.set_defaults(**{k: str(v) for k, v in _file_settings(recipe, given.config).items() if v is not None})
+        config, _ = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
+        check_config(config)
+    except UsageError as error:
+        parser.error(str(error))
+    return config
+
+
+def load_config(path: str | None = None, recipe: str | None = None, **settings: Any) -> TrainingConfig:
+    """A config from a recipe, a YAML file and keyword arguments, each going before the one named earlier."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    parser = HfArgumentParser(TrainingConfig, exit_on_error=False)  # pyright: ignore[reportArgumentType]
+    merged = {**_file_settings(recipe, path), **settings}
+    _check_names(merged, "keyword argument")
+    parser.set_defaults(**{k: str(v) for k, v in merged.items() if v is not None})
+    (config,) = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+    return config
+
+
+def save_config(config: TrainingConfig, path: Path) -> None:
+    """Writes the YAML file that `--config` replays; tokens and what concerns one start only are left out."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _OF_ONE_START}
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.name[: -len(".yaml")] for p in _recipes().iterdir() if p.name.endswith(".yaml"))
+
+
+def recipe_model_config(name: str) -> Path | None:
+    """The UNet config that ships with the recipe `name`, if one does."""
+    path = Path(str(_recipes() / f"{name}.json"))
+    return path if path.is_file() else None
+
+
+def _recipes() -> Any:
+    return resources.files("hf_ddpm") / "recipes"
+
+
+def _file_settings(recipe: str | None, path: str | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    if recipe is not None:
+        if recipe not in recipe_names():
+            raise UsageError(f"recipe must be one of {', '.join(recipe_names())}, got {recipe!r}")
+        settings |= _read_settings((_recipes() / f"{recipe}.yaml").read_text(encoding="utf-8"), f"recipe {recipe}")
+    if path is not None:
+        if not Path(path).is_file():
+            raise UsageError(f"config must be a YAML file, got {path!r}, which is not there")
+        settings |= _read_settings(Path(path).read_text(encoding="utf-8"), path)
+    return settings
+
+
+def _read_settings(text: str, source: str) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{source} must hold `name: value` lines, got {type(settings).__name__}")
+    _check_names(settings, source)
+    return settings
+
+
+def _check_names(settings: Mapping[str, Any], source: str) -> None:
+    known = [f.name for f in fields(TrainingConfig)]
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else "see --help for the names"
+            raise UsageError(f"{source}: unknown setting {name!r}; {remedy}")
+
+
+def check_config(config: TrainingConfig) -> None:
+    """Raises UsageError for a value that cannot work, or that cannot take effect beside the others.
+
+    Looks at settings and at the output folder, not at the data.
+    """
+    for name, hint in get_type_hints(TrainingConfig).items():
+        choices = [c for part in (hint, *get_args(hint)) if get_origin(part) is Literal for c in get_args(part)]
+        value = getattr(config, name)
+        if choices and value is not None and value not in choices:
+            raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+    for name in _AT_LEAST_ONE:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+    for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "min_snr_gamma", "ema_inv_gamma", "ema_power"):
+        if getattr(config, name) <= 0:
+            raise UsageError(f"{name} must be above 0, got {getattr(config, name)}")
+    for name in ("dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "seed"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"{name} must not be negative, got {getattr(config, name)}")
+    for name in ("dropout", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UsageError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+    if not 0 < config.ema_max_decay < 1:
+        raise UsageError(f"ema_max_decay must be in (0, 1), got {config.ema_max_decay}")
+    if not 0 < config.ddpm_beta_start <= config.ddpm_beta_end < 1:
+        raise UsageError(
+            f"ddpm_beta_start and ddpm_beta_end must rise within (0, 1), "
+            f"got {config.ddpm_beta_start} and {config.ddpm_beta_end}"
+        )
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise UsageError(
+            "rescale_betas_zero_snr leaves no signal in x_T, and x_0 cannot be recovered from eps there: "
+            "use prediction_type v_prediction, sample or previous_sample, got epsilon"
+        )
+    steps = config.ddpm_num_inference_steps
+    if steps is not None and steps > config.ddpm_num_steps:
+        raise UsageError(f"ddpm_num_inference_steps must be in [1, {config.ddpm_num_steps}], got {steps}")
+
+    _check_effects(config)
+    _check_installed(config)
+    check_output_dir(config)
+
+
+_AT_LEAST_ONE = (
+    *("resolution", "ddpm_num_steps", "train_batch_size", "gradient_accumulation_steps", "num_epochs"),
+    *("max_train_steps", "ema_halflife_images", "checkpointing_steps", "checkpoints_total_limit", "eval_batch_size"),
+    *("save_images_epochs", "save_model_epochs", "ddpm_num_inference_steps", "logging_steps"),
+    "cpu_threads_per_process",
+)
+
+
+def _check_effects(config: TrainingConfig) -> None:
+    """A setting that was changed from its default and cannot take effect is an error."""
+    default = {f.name: f.default for f in fields(TrainingConfig)}
+
+    def require(condition: bool, remedy: str, *names: str) -> None:
+        for name in names:
+            if not condition and getattr(config, name) != default[name]:
+                raise UsageError(f"{name} = {getattr(config, name)} has no effect: {remedy}")
+
+    by_ends = config.ddpm_beta_schedule != "squaredcos_cap_v2"
+    require(by_ends, "the schedule squaredcos_cap_v2 is not given by its ends", "ddpm_beta_start", "ddpm_beta_end")
+    require(config.loss_weighting == "min_snr", "give loss_weighting min_snr", "min_snr_gamma")
+    require(config.use_ema, "give use_ema", "ema_halflife_images", "ema_inv_gamma", "ema_power", "ema_max_decay")
+    require(config.ema_halflife_images is None, "ema_halflife_images is given", "ema_max_decay")
+    require(config.model_config_name_or_path is None, "the model config says its own", "dropout")
+    require(config.push_to_hub, "give push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
+    require(config.logger == "tensorboard", "give logger tensorboard", "logging_dir")
+    require(config.dataset_name is not None, "give dataset_name", "dataset_config_name")
+    launched = int(os.environ.get("LOCAL_RANK", config.local_rank))
+    require(launched == config.local_rank, f"the launcher's LOCAL_RANK is {launched}", "local_rank")
+
+
+def _check_installed(config: TrainingConfig) -> None:
+    needed = [config.logger] if config.logger else []
+    if config.enable_xformers_memory_efficient_attention:
+        needed.append("xformers")
+    for module in needed:
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"{module} is not installed: pip install {module}")
+
+
+def check_output_dir(config: TrainingConfig) -> None:
+    """Raises UsageError if `output_dir` holds another run, or there is nothing to resume from."""
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output_dir must be a folder, got {config.output_dir!r}, which is a file")
+    checkpoints = sorted(p.name for p in folder.glob("checkpoint-*"))
+    wanted = config.resume_from_checkpoint
+    if wanted is not None:
+        if config.overwrite_output_dir:
+            raise UsageError("overwrite_output_dir would delete the checkpoint to resume from: give one of the two")
+        if not checkpoints:
+            raise UsageError(f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds no checkpoint")
+        if wanted != "latest" and Path(wanted).name not in checkpoints:
+            raise UsageError(f"resume_from_checkpoint must be latest, {' or '.join(checkpoints)}, got {wanted!r}")
+    elif not config.overwrite_output_dir and (checkpoints or any((folder / n).exists() for n in RUN_FILES)):
+        raise UsageError(
+            f"output_dir {config.output_dir!r} already holds a run: choose another, "
+            "--resume_from_checkpoint latest to go on with it, or --overwrite_output_dir to delete it"
+        )
+
+
+# What a run writes into `output_dir` besides its checkpoints.
+RUN_FILES = (
+    *("config.yaml", "run.json", "metrics.jsonl", "README.md", "model_index.json"),
+    *("unet", "scheduler", "figures", "previews"),
+)

@@ -1,0 +1,284 @@
+"""The model card, written from what the run recorded, and the upload of a run to the Hub.
+
+    config.yaml                      every setting
+    run.json                         what was measured: versions, data, model, training, samples
+    metrics.jsonl                    one line per logged step
+    scheduler/scheduler_config.json, unet/config.json
+                                     the model as saved; goes before config.yaml
+    evaluation.json                  exists once a metric was measured
+    figures/                         pictures
+
+A number is measured or absent: what is not in these files is not on the card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import statistics
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+from hf_ddpm.config import UsageError
+
+# Patterns of `fnmatch`, anchored at the run's folder: no checkpoint, log, optimizer state or pickle has such a name.
+UPLOADED = (
+    *("README.md", "config.yaml", "run.json", "metrics.jsonl", "evaluation.json", "figures/*.png", "figures/*.gif"),
+    *("model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"),
+)
+# Those of https://huggingface.co/docs/hub/repositories-licenses that data may have; the Hub rejects any other word.
+LICENSE = re.compile(
+    r"apache-2\.0|mit|isc|zlib|unlicense|bsd(-[23]-clause)?|[al]?gpl-3\.0|gpl-2\.0|mpl-2\.0|gfdl|c-uda|cc0-1\.0"
+    r"|cc-by(-sa)?-[34]\.0|cc-by-2\.[05]|cc-by-nc(-sa)?-[234]\.0|cc-by-nd-4\.0|cc-by-nc-nd-[34]\.0|etalab-2\.0"
+    r"|cdla-sharing-1\.0|cdla-permissive-[12]\.0|odc-by|odbl|pddl|openmdw-1\.0"
+)
+
+
+def write_card(output_dir: str | Path, repo_id: str | None = None) -> Path:
+    """Write `output_dir`/README.md, the model card of the run in `output_dir`.
+
+    Args:
+        output_dir: a run; whatever it did not record is left out.
+        repo_id: the repository that the card's examples load; default: `hub_model_id`, or else the folder's name.
+
+    Returns: the card's path. Raises: UsageError if `output_dir` is not a folder.
+    """
+    path = Path(output_dir) / "README.md"
+    if not path.parent.is_dir():
+        raise UsageError(f"output_dir must be the folder of a run, got {str(output_dir)!r}, which is not a folder")
+    _card(path.parent, repo_id).save(path)
+    return path
+
+
+def upload(
+    output_dir: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool = False,
+    commit_message: str = "Upload model, card and figures",
+) -> str:
+    """Upload the files named in `UPLOADED`, and only those, to a model repository, which is created if need be.
+
+    A card that is missing, or as `write_card` left it, is written anew with the full name of the repository in its
+    examples; a card that was edited is uploaded as it is.
+
+    Args:
+        output_dir: a run with a saved model.
+        repo_id: `name`, which goes to the token's owner, or `namespace/name`.
+        token: default: the one of `hf auth login`.
+        private: create the repository private. An existing one keeps its visibility and must be private already.
+
+    Returns: the repository's address.
+
+    Raises:
+        UsageError: there is no model, config.yaml holds a token, or `private` was asked of a public repository.
+    """
+    folder = Path(output_dir)
+    if not (folder / "model_index.json").is_file():
+        raise UsageError(f"output_dir must hold a saved model, got {str(output_dir)!r} without model_index.json")
+    if _read(folder / "config.yaml").get("hub_token"):
+        raise UsageError(f"hub_token must not be published, but is set in {folder / 'config.yaml'}: delete that line")
+    api = HfApi(token=token)
+    address = api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(address.repo_id).private:
+        raise UsageError(
+            f"hub_private_repo needs a private repository, but {address.repo_id} exists and is public: "
+            "change its visibility in its settings on the Hub, or give another hub_model_id"
+        )
+    if not _is_edited(folder):
+        write_card(folder, address.repo_id)
+    api.upload_folder(
+        repo_id=address.repo_id, folder_path=folder, allow_patterns=list(UPLOADED), commit_message=commit_message
+    )
+    return str(address)
+
+
+def _card(folder: Path, repo_id: str | None = None) -> ModelCard:
+    config, run = _read(folder / "config.yaml"), _read(folder / "run.json")
+    scheduler, unet = _read(folder / "scheduler/scheduler_config.json"), _read(folder / "unet/config.json")
+    data, training = run.get("data") or {}, run.get("training") or {}
+    settings = {
+        "num_train_timesteps": config.get("ddpm_num_steps"),
+        **{key: config.get(f"ddpm_{key}") for key in ("beta_schedule", "beta_start", "beta_end")},
+        **config,
+        **scheduler,
+        **training,
+        "dropout": unet.get("dropout", None if config.get("model_config_name_or_path") else config.get("dropout")),
+    }
+    T, step_denoiser = settings["num_train_timesteps"], settings.get("prediction_type") == "previous_sample"
+    our_steps = T if step_denoiser or T is None else min(50, T)
+    conditional = unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None
+    license = str(data.get("license") or "").lower().replace(" ", "-")
+    metrics = _metrics(folder / "metrics.jsonl")
+    losses = [(_said(line["loss"]), _said(line["step"])) for line in metrics if "loss" in line]
+    speeds = [line["images_per_second"] for line in metrics if "images_per_second" in line]
+    repo_id = str(repo_id or config.get("hub_model_id") or folder.resolve().name)
+    card_data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        license=license if LICENSE.fullmatch(license) else None,
+        datasets=_hub_datasets(config.get("dataset_name")),
+        tags=["diffusers", "ddpm", "hf_ddpm", "unconditional-image-generation"],
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_str=_template(),
+        title=repo_id.split("/")[-1],
+        repo_id=json.dumps(repo_id),
+        figures=[path.name for path in folder.glob("figures/*")],
+        unet={"size": _size(unet.get("sample_size")), "channels": unet.get("in_channels")},
+        conditional=conditional,
+        step_denoiser=step_denoiser,
+        T=T,
+        fast_steps=min(20, T) if T and _is_dpm_solvable(settings, unet) else None,
+        our_steps=our_steps,
+        trajectory="True" if our_steps is None or our_steps <= 100 else f"range(0, {our_steps}, {our_steps // 10})",
+        num_classes=(len(data.get("class_names") or ()) or unet.get("num_class_embeds")) if conditional else None,
+        settings=_settings(settings),
+        run=_said(run),
+        size=_size(data.get("resolution")),
+        classes=_classes(data.get("class_names")),
+        time=None if training.get("seconds") is None else _duration(training["seconds"]),
+        last_loss=losses[-1] if losses else None,
+        speed=_said(statistics.median(speeds)) if speeds else None,
+        evaluated=(folder / "evaluation.json").is_file(),
+    )
+
+
+def _is_edited(folder: Path) -> bool:
+    """Whether the card is other than `write_card` would write it, for whatever repository it names."""
+    if not (folder / "README.md").is_file():
+        return False
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    repo_id = re.search(r'from_pretrained\((".+?")\)', text)
+    return repo_id is None or text != str(_card(folder, json.loads(repo_id[1])))
+
+
+def _template() -> str:
+    """Package data of an installed wheel; in a checkout, the folder beside the package."""
+    places = (resources.files("hf_ddpm") / "model_card", Path(__file__).resolve().parents[1] / "model_card")
+    return next(place / "template.md" for place in places if (place / "template.md").is_file()).read_text("utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A mapping in YAML or JSON; empty if the run did not write it."""
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    return (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
+
+
+def _metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl with their numbers; a line that a killed run left unfinished is no line."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        lines.append({key: value for key, value in line.items() if isinstance(value, int | float)})
+    return [line for line in lines if "step" in line]
+
+
+def _hub_datasets(name: str | None) -> list[str] | None:
+    if name is None or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name).exists():
+        return None
+    return [name]
+
+
+def _is_dpm_solvable(settings: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:
+    """Whether stock's `DPMSolverMultistepScheduler` can take over this scheduler's config."""
+    return (
+        settings.get("prediction_type") in ("epsilon", "sample", "v_prediction")
+        and settings.get("beta_schedule") in ("linear", "scaled_linear", "squaredcos_cap_v2")
+        # It takes the first 3 channels of a network that also predicts its variance.
+        and (unet.get("in_channels") == 3 or not str(settings.get("variance_type")).startswith("learned"))
+    )
+
+
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of the settings table: name, ours, that of Ho et al. 2020 in the same words.
+
+    Theirs: Sec. 4 and App. B; variance, warm-up and the limit of the gradient: the code published with the paper.
+    """
+    s = {key: value for key, value in settings.items() if value is not None}
+    betas = "" if s.get("beta_schedule") == "squaredcos_cap_v2" else ", beta from {beta_start:g} to {beta_end:g}"
+    rescaled = ", rescaled to zero terminal SNR" if s.get("rescale_betas_zero_snr") else ""
+    weight = "min(SNR, {min_snr_gamma:g}) on x_0" if s.get("loss_weighting") == "min_snr" else "{loss_weighting}"
+    adam = "AdamW, weight decay {adam_weight_decay:g}" if s.get("adam_weight_decay") else "Adam"
+    warmup = "" if s.get("lr_scheduler") == "constant" else ", {lr_warmup_steps:,} warm-up steps"
+    by_halflife = "ema_halflife_images" in s
+    average = "half-life {ema_halflife_images:,.0f} images" if by_halflife else "{ema_max_decay:g} per step"
+    ramp = ", at most 1 - (1 + k / {ema_inv_gamma:g})^-{ema_power:g} at step k"
+    words = {
+        "beta_schedule": {"squaredcos_cap_v2": "cosine"},
+        "loss_weighting": {"constant": "1"},
+        "timestep_density": {"uniform": "uniform, independent"},
+        "use_ema": {True: average + ramp, False: "none"},
+        "random_flip": {True: "yes", False: "no"},
+    }
+    table = {
+        "Chain length T": ("{num_train_timesteps:,}", "1,000"),
+        "Noise schedule": ("{beta_schedule}" + betas + rescaled, "linear, beta from 0.0001 to 0.02"),
+        "The network predicts": ("{prediction_type}", "epsilon"),
+        "Variance of p": ("{variance_type}", "fixed_large"),
+        "Weight of the squared error": (weight, "1"),
+        "Draws of t": ("{timestep_density}", "uniform, independent"),
+        "Optimizer": (adam + ", betas {adam_beta1:g} and {adam_beta2:g}", "Adam, betas 0.9 and 0.999"),
+        "Learning rate": (
+            "{learning_rate:g}, {lr_scheduler}" + warmup,
+            "0.0002, constant_with_warmup, 5,000 warm-up steps",
+        ),
+        "Images per step": ("{global_batch_size:,}", "128"),
+        "Limit of the gradient's norm": ("{max_grad_norm:g}", "1"),
+        "Averaged weights (EMA)": (words["use_ema"].get(s.get("use_ema"), "{use_ema}"), "0.9999 per step"),
+        "Dropout": ("{dropout:g}", "0.1"),
+        "Images mirrored at random": ("{random_flip}", "yes"),
+        "Optimizer steps": ("{steps:,}", "800,000"),
+    }
+    s |= {key: said.get(s[key], s[key]) for key, said in words.items() if key in s}
+    rows = []
+    for name, (ours, theirs) in table.items():
+        # A setting that is not known, in whole or in part, has no row.
+        with contextlib.suppress(KeyError):
+            rows.append((name, _said(ours.format(**s)), theirs))
+    return rows
+
+
+def _said(value: Any) -> Any:
+    """Recorded values as the card writes them, in text that cannot break a table."""
+    if isinstance(value, dict):
+        return {key: _said(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return " ".join(value.split()).replace("|", "\\|")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return value
+
+
+def _size(side: int | list[int] | None) -> str | None:
+    if side is None:
+        return None
+    height, width = (side, side) if isinstance(side, int) else side
+    return f"{width} x {height}"
+
+
+def _classes(names: list[str] | None) -> str | None:
+    if not names:
+        return None
+    return f"{len(names):,}: {_said(', '.join(map(str, names[:20])))}{', ...' if len(names) > 20 else ''}"
+
+
+def _duration(seconds: float) -> str:
+    """3725.4 -> 1 h 2 min 5 s (3,725 s)"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    long = f"{f'{hours:,} h ' if hours else ''}{minutes} min {rest} s ({seconds:,.0f} s)"
+    return long if seconds >= 60 else f"{seconds:.3g} s"

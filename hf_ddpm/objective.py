@@ -1,0 +1,174 @@
+"""What the network learns: density of t, target, weight -> loss per image.
+
+    t ~ density,  eps ~ N(0, I),  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+    loss = weight(t) mean((prediction(x_t, t) - target)^2)    [+ 0.001 T L_t with learned variance]
+
+Algorithm 1 of Ho et al. 2020 is density uniform, target eps, weight 1. All but the network runs in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from hf_ddpm.scheduler import LEARNED_VARIANCES, DDPMScheduler
+
+Density = Literal["uniform", "stratified"]
+Weighting = Literal["constant", "min_snr"]
+
+# lambda of Nichol & Dhariwal 2021, Eq. 16.
+VARIATIONAL_BOUND_WEIGHT = 1e-3
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The training loss of a network under a scheduler.
+
+    Args:
+        scheduler: of training; its prediction and variance type decide target and loss.
+        weighting: `constant`, 1 on the network's own output, or `min_snr`, min(SNR, gamma) on x_0 (Hang et al. 2023).
+        min_snr_gamma: gamma > 0.
+        density: `uniform`, independent draws of t, or `stratified`, one from each of B equal parts of [0, T), which
+            has the same expectation and less variance.
+        autocast_dtype: the type the network runs in; None: that of its weights.
+    """
+
+    scheduler: DDPMScheduler
+    weighting: Weighting = "constant"
+    min_snr_gamma: float = 5.0
+    density: Density = "uniform"
+    autocast_dtype: torch.dtype | None = None
+
+    def __call__(
+        self,
+        unet: Callable[..., Any],
+        x_0: Tensor,
+        generator: torch.Generator | list[torch.Generator],
+        class_labels: Tensor | None = None,
+        stratum: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One evaluation of the loss, unreduced.
+
+        Args:
+            unet: called as `unet(x_t, t)` (with `class_labels=` if given), returns an object with `sample`.
+            x_0: clean images, (B, C, H, W) in [-1, 1].
+            generator: t and eps are drawn from it; a list holds one for each image, whose draws then do not depend on
+                the batch that the image is in.
+            class_labels: (B,) int64.
+            stratum: (first, count) if these are the images first, ..., first + B - 1 of a batch of `count` that is
+                spread over several calls; stratification is over that batch. (0, B) if not given.
+
+        Returns: the loss, (B,) float32, and t, (B,) int64.
+        """
+        t = self.draw_timesteps(x_0.shape[0], generator, x_0.device, stratum)
+        eps = randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=torch.float32)
+        x_0 = x_0.float()
+        x_t = self.scheduler.add_noise(x_0, eps, t)
+        conditions = {} if class_labels is None else {"class_labels": class_labels}
+        with torch.autocast(x_0.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            model_output = unet(x_t, t, **conditions).sample
+        model_output = model_output.float()
+        prediction, variance_output = self.scheduler.split_output(model_output, x_0)
+        target = self.scheduler.training_target(x_0, eps, t)
+        loss = self.weight(t) * (prediction - target).square().flatten(1).mean(dim=1)
+        if self.scheduler.config.variance_type in LEARNED_VARIANCES:
+            # The bound trains the variance alone; the mean is left to the weighted loss.
+            mean_held = torch.cat([prediction.detach(), variance_output], dim=1)
+            bound = variational_bound(self.scheduler, mean_held, x_0, x_t, t)
+            loss = loss + VARIATIONAL_BOUND_WEIGHT * len(self.scheduler) * bound
+        return loss, t
+
+    def draw_timesteps(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator],
+        device: torch.device,
+        stratum: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """t = floor(T u): u ~ U[0, 1), or with strata u = (k + U[0, 1)) / count for image k; (B,) int64."""
+        if isinstance(generator, list):
+            u = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generator]).to(device)
+        else:
+            u = torch.rand(batch_size, generator=generator, device=generator.device).to(device)
+        if self.density == "stratified":
+            first, count = stratum or (0, batch_size)
+            u = (torch.arange(first, first + batch_size, device=device) + u) / count
+        # (k + u) / count can round up to 1.
+        return (u * len(self.scheduler)).long().clamp(max=len(self.scheduler) - 1)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """The weight of the squared error of the network's output, (B,) float32.
+
+        min_snr is min(SNR, gamma) |x_0_hat - x_0|^2. An error of x_0 is multiplied in the output by
+
+        epsilon: sqrt(SNR). sample: 1. v_prediction: sqrt(SNR + 1).
+        previous_sample: x_0's coefficient in the posterior mean, Ho et al. Eq. 7.
+
+        so the weight is min(SNR, gamma) over that factor's square. Two of them cancel: for epsilon
+        min(SNR, gamma) / SNR, for v_prediction min(SNR, gamma) / (SNR + 1).
+        """
+        if self.weighting == "constant":
+            return torch.ones(t.shape, device=t.device)
+        snr = self.scheduler.snr(t)
+        match self.scheduler.config.prediction_type:
+            case "epsilon":
+                gain = snr
+            case "sample":
+                gain = torch.ones_like(snr)
+            case "v_prediction":
+                gain = snr + 1
+            case _:
+                one, zero = torch.ones_like(snr), torch.zeros_like(snr)
+                gain = self.scheduler.posterior(one, zero, t)[0].square()
+        return (snr.clamp(max=self.min_snr_gamma) / gain).float()
+
+
+def variational_bound(
+    scheduler: DDPMScheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: int | Tensor
+) -> Tensor:
+    """L_t of the variational bound, Ho et al. 2020, Eq. 5; for t = 0 with the discretized decoder of Eq. 13.
+
+    t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); t = 0: -log p(x_0 | x_1) of 8-bit values.
+
+    Args:
+        model_output: the network's output at x_t, (B, C, H, W), or (B, 2C, H, W) with learned variance.
+        x_0: clean images, (B, C, H, W), -1 + 2k/255 for whole k.
+        x_t: noisy images, (B, C, H, W).
+        t: in [0, T), scalar or (B,).
+
+    Returns: (B,), bits per dimension.
+    """
+    true_mean, _, true_log_variance = scheduler.posterior(x_0, x_t, t)
+    mean, log_variance, _ = scheduler.reverse_distribution(model_output, x_t, t)
+    kl = _gaussian_kl(true_mean, true_log_variance, mean, log_variance)
+    decoder = -_discretized_log_likelihood(x_0, mean, log_variance)
+    is_decoder = torch.as_tensor(t, device=x_t.device).reshape(-1) == 0
+    return torch.where(is_decoder, decoder.flatten(1).mean(dim=1), kl.flatten(1).mean(dim=1)) / math.log(2)
+
+
+def _gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
+    """KL(N(mean, e^log_variance) || N(other_mean, e^other_log_variance)) of each element, nats."""
+    ratio = log_variance - other_log_variance
+    return 0.5 * (torch.expm1(ratio) - ratio + (mean - other_mean).square() * (-other_log_variance).exp())
+
+
+def _discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log of the Gaussian's mass on the bin of each 8-bit value, Ho et al. 2020, Eq. 13; nats.
+
+    Bins are 2/255 wide and open at -1 and 1. The mass is taken on the side of the mean where both CDFs are small, so
+    that their difference keeps its digits, and is at least 1e-12.
+    """
+    centered = x_0 - mean
+    inverse_std = (-log_variance / 2).exp()
+    lower = torch.where(x_0 < -1 + 1 / 255, -math.inf, (centered - 1 / 255) * inverse_std)
+    upper = torch.where(x_0 > 1 - 1 / 255, math.inf, (centered + 1 / 255) * inverse_std)
+    flip = centered > 0
+    lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    mass = torch.special.ndtr(upper) - torch.special.ndtr(lower)
+    return mass.clamp(min=1e-12).log()

@@ -1,0 +1,551 @@
+"""Every formula of the forward process q and the reverse process p (Ho et al. 2020, arXiv 2006.11239).
+
+Code t is 0-based: t = 0 is the first noising step, the paper's t = 1. With x_{-1} standing for the clean image x_0,
+
+    beta                (T,)  variance of one forward step
+    alpha_bar           (T,)  prod_{s <= t} (1 - beta_s); stock's float32 copy is `alphas_cumprod`; 1 for t = -1
+    posterior_variance  (T,)  beta-tilde_t of q(x_{t-1} | x_t, x_0), Eq. 7; 0 for t = 0
+    snr                       alpha_bar / (1 - alpha_bar), a ratio of powers
+    prediction                the network's raw output: eps, x_0, v or the mean of x_{t-1}
+
+Tables are float64 on the CPU; each coefficient is computed from them in float64 and only then rounded to the type of
+the computation, which is never below float32. `timesteps` is an int, a scalar tensor or a (B,) integer tensor.
+Sampling may leave steps out: then "x_{t-1}" is x at the previous timestep of the list, and -1 is the clean image.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler as StockDDPMScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput, rescale_zero_terminal_snr
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "previous_sample"]
+VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+TimestepSpacing = Literal["linspace", "leading", "trailing"]
+
+LEARNED_VARIANCES = ("learned", "learned_range")
+# x_T ~ N(0, I) only if what is left of the image cannot be told from noise.
+MAX_TERMINAL_ALPHA_BAR = 1e-3
+
+
+class _Coefficients(NamedTuple):
+    """Of one step from t to s, s the previous timestep; each (B, 1, 1, 1)."""
+
+    alpha_bar: Tensor
+    beta: Tensor  # 1 - alpha_bar_t / alpha_bar_s
+    posterior_mean_x_0: Tensor
+    posterior_mean_x_t: Tensor
+    posterior_variance: Tensor
+    is_last: Tensor  # s < 0
+
+
+class DDPMScheduler(StockDDPMScheduler):
+    """diffusers' `DDPMScheduler`, extended to all of q and p, with its measured faults mended.
+
+    Saved and loaded as stock: the config's keys are stock's. Where stock is right, `step` is stock's own arithmetic,
+    bit for bit.
+
+    Args: as stock, but checked here, and
+        prediction_type: `epsilon`, `sample` (x_0), `v_prediction` (Salimans & Ho 2022) or `previous_sample`, the step
+            denoiser, whose output is the mean of x_{t-1}.
+        variance_type: the six of stock; `learned` is a log-variance and `learned_range` the v of Nichol & Dhariwal
+            2021, Eq. 15; with either the network has twice the channels, mean's part first.
+
+    Raises:
+        ValueError: a config that cannot work.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: BetaSchedule = "linear",
+        trained_betas: list[float] | None = None,
+        variance_type: VarianceType = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: PredictionType = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: TimestepSpacing = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        _check_choice("beta_schedule", beta_schedule, BetaSchedule)
+        _check_choice("prediction_type", prediction_type, PredictionType)
+        _check_choice("variance_type", variance_type, VarianceType)
+        _check_choice("timestep_spacing", timestep_spacing, TimestepSpacing)
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+        if trained_betas is not None and len(trained_betas) != num_train_timesteps:
+            raise ValueError(
+                f"trained_betas must hold num_train_timesteps = {num_train_timesteps} values, got {len(trained_betas)}"
+            )
+        if rescale_betas_zero_snr and prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr leaves no signal in x_T, and x_0 cannot be recovered from eps there, "
+                "got prediction_type='epsilon': use 'v_prediction', 'sample' or 'previous_sample'"
+            )
+        if rescale_betas_zero_snr and timestep_spacing == "leading":
+            raise ValueError(
+                "rescale_betas_zero_snr takes effect only if sampling starts at T-1, "
+                "got timestep_spacing='leading': use 'trailing' or 'linspace'"
+            )
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            variance_type=variance_type,
+            clip_sample=clip_sample,
+            prediction_type=prediction_type,
+            thresholding=thresholding,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+            clip_sample_range=clip_sample_range,
+            sample_max_value=sample_max_value,
+            timestep_spacing=timestep_spacing,
+            steps_offset=steps_offset,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
+        if trained_betas is not None:
+            beta = torch.as_tensor(trained_betas, dtype=torch.float64)
+        else:
+            beta = _beta_table(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        if rescale_betas_zero_snr:
+            beta = rescale_zero_terminal_snr(beta)
+        if not (beta.min() > 0 and beta.max() <= 1):
+            raise ValueError(f"each beta must be in (0, 1], got {beta.min():g} to {beta.max():g}: change the schedule")
+        self.beta = beta
+        self.alpha_bar = torch.cumprod(1 - beta, dim=0)
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        self.posterior_variance = beta * (1 - alpha_bar_prev) / (1 - self.alpha_bar)
+        self._alpha_bar_on: dict[torch.device, Tensor] = {}
+        if self.alpha_bar[-1] > MAX_TERMINAL_ALPHA_BAR:
+            scale = 1000 / num_train_timesteps
+            warnings.warn(
+                f"alpha_bar_T = {self.alpha_bar[-1]:.3g} with num_train_timesteps={num_train_timesteps}: x_T still "
+                "shows the image, but sampling starts from N(0, I). Use beta_schedule='squaredcos_cap_v2', or "
+                f"beta_start={1e-4 * scale:g}, beta_end={min(0.02 * scale, 0.999):g}",
+                stacklevel=2,
+            )
+
+    # The forward process q
+
+    def forward_step(self, previous_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """One step of the Markov chain, Ho et al. Eq. 2.
+
+        x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps
+
+        Args:
+            previous_samples: x_{t-1}, (B, C, H, W); for t = 0 the clean image.
+            noise: eps, (B, C, H, W), N(0, I).
+            timesteps: t in [0, T).
+
+        Returns: x_t, (B, C, H, W).
+        """
+        c = self._coefficients(timesteps, None, previous_samples)
+        return _mix((1 - c.beta).sqrt(), previous_samples, c.beta.sqrt(), noise)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """The forward process in closed form, Ho et al. Eq. 4.
+
+        x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+
+        Args:
+            original_samples: x_0, (B, C, H, W) in [-1, 1].
+            noise: eps, (B, C, H, W), N(0, I).
+            timesteps: t in [0, T).
+
+        Returns: x_t, (B, C, H, W), of x_0's type; computed in float32 at least.
+        """
+        alpha_bar = self._coefficients(timesteps, None, original_samples).alpha_bar
+        return _mix(alpha_bar.sqrt(), original_samples, (1 - alpha_bar).sqrt(), noise)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, Salimans & Ho 2022, Sec. 4; shapes as `add_noise`."""
+        alpha_bar = self._coefficients(timesteps, None, sample).alpha_bar
+        return _mix(alpha_bar.sqrt(), noise, -(1 - alpha_bar).sqrt(), sample)
+
+    def posterior(
+        self,
+        original_samples: Tensor,
+        samples: Tensor,
+        timesteps: int | Tensor,
+        previous_timesteps: int | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q(x_{t-1} | x_t, x_0), Ho et al. Eq. 6 and 7.
+
+        mean = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+               + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+        variance = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
+
+        Args:
+            original_samples: x_0, (B, C, H, W).
+            samples: x_t, (B, C, H, W).
+            timesteps: t in [0, T).
+            previous_timesteps: -1 <= s < t for a step that leaves some out; t - 1 if not given.
+
+        Returns: mean, variance and log-variance, each (B, C, H, W). The variance is 0 where s = -1; the log-variance
+            is clipped there to that of t = 1.
+        """
+        c = self._coefficients(timesteps, previous_timesteps, samples)
+        mean = _mix(c.posterior_mean_x_0, original_samples, c.posterior_mean_x_t, samples)
+        log_variance = self._clipped_log(c.posterior_variance)
+        return mean, c.posterior_variance.to(mean).expand_as(mean), log_variance.to(mean).expand_as(mean)
+
+    def snr(self, timesteps: int | Tensor) -> Tensor:
+        """alpha_bar_t / (1 - alpha_bar_t), a ratio of powers; (B,) float64 (float32 on devices without it)."""
+        t = _as_vector(timesteps, timesteps.device if isinstance(timesteps, Tensor) else torch.device("cpu"))
+        alpha_bar = self._coefficients(t, None, t).alpha_bar
+        return alpha_bar / (1 - alpha_bar)
+
+    # What the network's output means
+
+    def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """What the network should put out for x_t = `add_noise(x_0, eps, t)`, by `prediction_type`; (B, C, H, W).
+
+        epsilon: eps. sample: x_0. v_prediction: v. previous_sample: the mean of q(x_{t-1} | x_t, x_0), which has
+        x_{t-1}'s expectation (Ho et al. Table 2, "mu-tilde prediction") and less variance than a draw of x_{t-1}.
+        """
+        match self.config.prediction_type:
+            case "epsilon":
+                return noise
+            case "sample":
+                return original_samples
+            case "v_prediction":
+                return self.get_velocity(original_samples, noise, timesteps)
+            case _:
+                x_t = self.add_noise(original_samples, noise, timesteps)
+                return self.posterior(original_samples, x_t, timesteps)[0]
+
+    def predict_original(self, model_output: Tensor, samples: Tensor, timesteps: int | Tensor) -> Tensor:
+        """x_0_hat, unclipped, from the network's output at x_t.
+
+        epsilon: (x_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t), Ho et al. Eq. 15.
+        v_prediction: sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v_hat.
+        previous_sample: Eq. 7's mean solved for x_0.
+
+        Args:
+            model_output: (B, C, H, W); with learned variance (B, 2C, H, W), whose first half is used.
+            samples: x_t, (B, C, H, W).
+            timesteps: t in [0, T).
+
+        Returns: x_0_hat, (B, C, H, W).
+        """
+        prediction, x_t = model_output[:, : samples.shape[1]], samples
+        if self.config.prediction_type == "sample":
+            return prediction
+        c = self._coefficients(timesteps, None, x_t)
+        match self.config.prediction_type:
+            case "epsilon":
+                return _mix(c.alpha_bar.rsqrt(), x_t, -(1 / c.alpha_bar - 1).sqrt(), prediction)
+            case "v_prediction":
+                return _mix(c.alpha_bar.sqrt(), x_t, -(1 - c.alpha_bar).sqrt(), prediction)
+            case _:
+                mean_x_t = c.posterior_mean_x_t / c.posterior_mean_x_0
+                return _mix(1 / c.posterior_mean_x_0, prediction, -mean_x_t, x_t)
+
+    def predict_noise(self, model_output: Tensor, samples: Tensor, timesteps: int | Tensor) -> Tensor:
+        """eps_hat, the noise that x_t holds besides x_0_hat; arguments and shapes as `predict_original`.
+
+        v_prediction: sqrt(alpha_bar_t) v_hat + sqrt(1 - alpha_bar_t) x_t.
+        sample, previous_sample: (x_t - sqrt(alpha_bar_t) x_0_hat) / sqrt(1 - alpha_bar_t).
+        """
+        prediction, x_t = model_output[:, : samples.shape[1]], samples
+        if self.config.prediction_type == "epsilon":
+            return prediction
+        alpha_bar = self._coefficients(timesteps, None, x_t).alpha_bar
+        if self.config.prediction_type == "v_prediction":
+            return _mix(alpha_bar.sqrt(), prediction, (1 - alpha_bar).sqrt(), x_t)
+        x_0_hat = self.predict_original(model_output, x_t, timesteps)
+        return _mix((1 - alpha_bar).rsqrt(), x_t, -(alpha_bar / (1 - alpha_bar)).sqrt(), x_0_hat)
+
+    # The reverse process p
+
+    def reverse_distribution(
+        self,
+        model_output: Tensor,
+        samples: Tensor,
+        timesteps: int | Tensor,
+        previous_timesteps: int | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """p(x_{t-1} | x_t), Ho et al. Eq. 1 and Sec. 3.2; learned variance: Nichol & Dhariwal 2021, Eq. 15.
+
+        The mean is Eq. 7's at x_0_hat, which is clipped or thresholded first if the config says so. A step denoiser's
+        output is the mean itself, unless steps are left out. log-variance, with v the network's second half:
+
+        fixed_small, fixed_small_log: log posterior_variance, clipped at t = 0 to that of t = 1
+        fixed_large, fixed_large_log: log beta_t, likewise clipped
+        learned: v
+        learned_range: (v + 1)/2 log beta_t + (1 - v)/2 log posterior_variance
+
+        Args:
+            model_output: (B, C, H, W), or (B, 2C, H, W) with learned variance.
+            samples: x_t, (B, C, H, W).
+            timesteps: t in [0, T).
+            previous_timesteps: -1 <= s < t for a step that leaves some out; t - 1 if not given.
+
+        Returns: mean, log-variance and x_0_hat, each (B, C, H, W).
+
+        Raises:
+            ValueError: the channels of `model_output` do not fit `variance_type`.
+        """
+        prediction, variance_output = self.split_output(model_output, samples)
+        x_t = samples
+        c = self._coefficients(timesteps, previous_timesteps, x_t)
+        x_0_hat = self.predict_original(prediction, x_t, timesteps)
+        if self.config.thresholding:
+            x_0_hat = self._threshold_sample(x_0_hat)
+        elif self.config.clip_sample:
+            x_0_hat = x_0_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if self.config.prediction_type == "previous_sample" and previous_timesteps is None:
+            mean = prediction
+        else:
+            mean = _mix(c.posterior_mean_x_0, x_0_hat, c.posterior_mean_x_t, x_t)
+
+        min_log = self._clipped_log(c.posterior_variance).to(mean)
+        max_log = c.beta.log().to(mean)
+        match self.config.variance_type:
+            case "learned":
+                log_variance = variance_output
+            case "learned_range":
+                fraction = (variance_output + 1) / 2
+                log_variance = fraction * max_log + (1 - fraction) * min_log
+            case "fixed_large" | "fixed_large_log":
+                log_variance = torch.where(c.is_last, min_log, max_log)
+            case _:
+                log_variance = min_log
+        return mean, log_variance.expand_as(mean), x_0_hat
+
+    def split_output(self, model_output: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's output as prediction and variance part, each (B, C, H, W); the latter empty if not learned."""
+        channels = samples.shape[1]
+        expected = 2 * channels if self.config.variance_type in LEARNED_VARIANCES else channels
+        if model_output.shape[1] != expected:
+            raise ValueError(
+                f"variance_type={self.config.variance_type!r} needs a model output of {expected} channels for samples "
+                f"of {channels}, got {model_output.shape[1]}: change the network's out_channels or variance_type"
+            )
+        return model_output[:, :channels], model_output[:, channels:]
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        deterministic: bool = False,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Draws x_{t-1} from p(x_{t-1} | x_t), Ho et al. Algorithm 2; no noise in the step that ends at x_0.
+
+        Args:
+            model_output: the network's output at x_t.
+            timestep: t, scalar or (B,), each in `timesteps`.
+            sample: x_t, (B, C, H, W).
+            generator: as `randn_tensor`'s; a list gives each image its own.
+            return_dict: a `DDPMSchedulerOutput`, or else the tuple (prev_sample, pred_original_sample).
+            deterministic: leave the noise out: x_{t-1} is the mean; for a step denoiser, x_{t-1} = f(x_t).
+        """
+        previous = self.previous_timestep(timestep)
+        if self._stock_is_right(timestep, previous, sample) and not deterministic:
+            self.split_output(model_output, sample)
+            return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[arg-type]
+
+        t, s = _as_vector(timestep, sample.device), _as_vector(previous, sample.device)
+        adjacent = bool((s == t - 1).all())
+        x_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        mean, log_variance, x_0_hat = self.reverse_distribution(
+            model_output.to(x_t.dtype), x_t, t, None if adjacent else s
+        )
+        noisy = (s >= 0).view(-1, *[1] * (sample.ndim - 1))
+        if not deterministic and bool(noisy.any()):
+            noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+            mean = torch.where(noisy, mean + (log_variance / 2).exp() * noise, mean)
+        x_prev, x_0_hat = mean.to(sample.dtype), x_0_hat.to(sample.dtype)
+        return DDPMSchedulerOutput(x_prev, x_0_hat) if return_dict else (x_prev, x_0_hat)
+
+    def _stock_is_right(self, timestep: int | Tensor, previous: int | Tensor, sample: Tensor) -> bool:
+        return (
+            (isinstance(timestep, int) or timestep.ndim == 0)
+            and sample.dtype == torch.float32
+            and self.config.prediction_type != "previous_sample"
+            and self.config.variance_type not in ("fixed_large_log", "learned")
+            and (int(previous) >= 0 or int(timestep) == 0)
+        )
+
+    # The list of timesteps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Chooses the n timesteps of sampling, strictly falling in [0, T); Lin et al. 2023, Table 2, i = 0..n-1:
+
+        linspace: round(i (T-1)/(n-1)); n = 1: T-1
+        leading: floor(i T/n) + steps_offset; stock's list if n divides T, else starting closer to T
+        trailing: round(T - i T/n) - 1
+
+        Args:
+            num_inference_steps: n in [1, T].
+            device: where the list is put.
+            timesteps: a list of one's own instead of n.
+        """
+        num_train: int = self.config.num_train_timesteps
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                "give one of num_inference_steps and timesteps, got "
+                + ("both" if timesteps is not None else "neither")
+            )
+        if timesteps is not None:
+            chosen = [int(t) for t in timesteps]
+            if not chosen or any(later >= t for t, later in pairwise(chosen)):
+                raise ValueError(f"timesteps must fall strictly, got {chosen}")
+            if chosen[0] >= num_train or chosen[-1] < 0:
+                raise ValueError(f"timesteps must be in [0, {num_train}), got {chosen[0]} to {chosen[-1]}")
+        else:
+            n = num_inference_steps
+            if not isinstance(n, int) or not 1 <= n <= num_train:
+                raise ValueError(
+                    f"num_inference_steps must be in [1, {num_train}], got {n}: "
+                    f"the model was trained with {num_train} timesteps"
+                )
+            chosen = _spaced_timesteps(self.config.timestep_spacing, n, num_train, self.config.steps_offset)
+            if chosen[0] >= num_train:
+                raise ValueError(
+                    f"the first timestep must be below {num_train}, got {chosen[0]}: "
+                    f"use steps_offset=0, not {self.config.steps_offset}, with num_inference_steps={n}"
+                )
+            if self.alpha_bar[chosen[0]] > MAX_TERMINAL_ALPHA_BAR >= self.alpha_bar[-1]:
+                warnings.warn(
+                    f"sampling starts from N(0, I) at t={chosen[0]}, where alpha_bar = "
+                    f"{self.alpha_bar[chosen[0]]:.3g}: noisy images still show something there. "
+                    "Use timestep_spacing='trailing'",
+                    stacklevel=2,
+                )
+            self.num_inference_steps = n
+        self.custom_timesteps = timesteps is not None
+        self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device)
+
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """The timestep after this one in the list, -1 after the last; without a list t - 1. Scalar or (B,)."""
+        if not self.custom_timesteps and not self.num_inference_steps:
+            return timestep - 1
+        t = torch.as_tensor(timestep, device=self.timesteps.device)
+        found = self.timesteps == t.unsqueeze(-1)
+        if not bool(found.any(dim=-1).all()):
+            raise ValueError(
+                f"timestep must be one of the scheduler's {len(self.timesteps)} timesteps, got {timestep}"
+            )
+        following = torch.cat([self.timesteps[1:], self.timesteps.new_tensor([-1])])
+        return following[found.int().argmax(dim=-1)]
+
+    # Coefficients at timesteps
+
+    def _alpha_bar_at(self, timesteps: Tensor) -> Tensor:
+        """alpha_bar in float64 at t >= -1, where alpha_bar_{-1} = 1."""
+        device = timesteps.device
+        if device not in self._alpha_bar_on:
+            one = torch.ones(1, dtype=torch.float64)
+            self._alpha_bar_on[device] = torch.cat([one, self.alpha_bar]).to(device)
+        return self._alpha_bar_on[device][timesteps + 1]
+
+    def _coefficients(
+        self, timesteps: int | Tensor, previous_timesteps: int | Tensor | None, samples: Tensor
+    ) -> _Coefficients:
+        # MPS has no float64: the (B,) values are computed on the CPU there.
+        device = torch.device("cpu") if samples.device.type == "mps" else samples.device
+        t = _as_vector(timesteps, device)
+        s = t - 1 if previous_timesteps is None else _as_vector(previous_timesteps, device)
+        # Elsewhere the check would wait for the device in each training step.
+        if device.type == "cpu" and not bool((t >= 0).all() & (t < len(self.alpha_bar)).all()):
+            raise ValueError(f"timesteps must be in [0, {len(self.alpha_bar)}), got {t.tolist()}")
+        if device.type == "cpu" and not bool((s >= -1).all() & (s < t).all()):
+            raise ValueError(f"previous_timesteps must be in [-1, t), got {s.tolist()} for t = {t.tolist()}")
+        alpha_bar, alpha_bar_prev = self._alpha_bar_at(t), self._alpha_bar_at(s)
+        alpha = alpha_bar / alpha_bar_prev
+        beta = 1 - alpha
+        values = _Coefficients(
+            alpha_bar=alpha_bar,
+            beta=beta,
+            posterior_mean_x_0=alpha_bar_prev.sqrt() * beta / (1 - alpha_bar),
+            posterior_mean_x_t=alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar),
+            posterior_variance=beta * (1 - alpha_bar_prev) / (1 - alpha_bar),
+            is_last=s < 0,
+        )
+        if samples.device != device:
+            values = _Coefficients(*(v.to(samples.device, torch.float32) for v in values))
+        return _Coefficients(*(v.view(-1, *[1] * (samples.ndim - 1)) for v in values))
+
+    def _clipped_log(self, posterior_variance: Tensor) -> Tensor:
+        """log posterior_variance, whose 0 at t = 0 is replaced by its value at t = 1."""
+        floor = float(self.posterior_variance[1]) if len(self.posterior_variance) > 1 else float(self.beta[0])
+        return posterior_variance.clamp(min=floor).log()
+
+
+def _check_choice(name: str, value: str, choices: object) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+
+
+def _as_vector(timesteps: int | Tensor, device: torch.device) -> Tensor:
+    return torch.as_tensor(timesteps, dtype=torch.int64, device=device).reshape(-1)
+
+
+def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """a x + b y, computed in float32 at least, in the type of x and y."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    compute = torch.promote_types(dtype, torch.float32)
+    return (a.to(compute) * x + b.to(compute) * y).to(dtype)
+
+
+def _beta_table(schedule: str, num_steps: int, start: float, end: float) -> Tensor:
+    """beta, (T,) float64.
+
+    linear, scaled_linear, sigmoid: from `start` to `end` in beta, in its root, or along a sigmoid over [-6, 6].
+    squaredcos_cap_v2, laplace: 1 - f((t+1)/T) / f(t/T), at most 0.999; the first is Nichol & Dhariwal 2021, Eq. 17.
+    """
+    match schedule:
+        case "linear":
+            return torch.linspace(start, end, num_steps, dtype=torch.float64)
+        case "scaled_linear":
+            return torch.linspace(start**0.5, end**0.5, num_steps, dtype=torch.float64) ** 2
+        case "sigmoid":
+            return torch.linspace(-6, 6, num_steps, dtype=torch.float64).sigmoid() * (end - start) + start
+    u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    if schedule == "squaredcos_cap_v2":
+        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    else:
+        log_snr = -torch.sign(0.5 - u) * torch.log(1 - 2 * (0.5 - u).abs() + 1e-6)
+        f = torch.sigmoid(log_snr / 2).sqrt()
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+def _spaced_timesteps(spacing: str, n: int, num_train: int, offset: int) -> list[int]:
+    # Halves are rounded as numpy rounds them for stock, so that lists which are right there are the same here.
+    match spacing:
+        case "leading":
+            rising = [i * num_train // n + offset for i in range(n)]
+        case "linspace":
+            rising = np.linspace(0, num_train - 1, n).round().astype(int).tolist() if n > 1 else [num_train - 1]
+        case _:
+            # For 62 of the n up to 1000 rounding makes this list one too long and ends it with t = -1.
+            falling = np.arange(num_train, 0, -num_train / n)[:n]
+            rising = (falling.round().astype(int) - 1).tolist()[::-1]
+    return rising[::-1]

@@ -1,0 +1,134 @@
+"""The network: a `UNet2DModel` from a config, or one sized for the data.
+
+A network of L levels halves its input L-1 times. Sized for the data, the lowest level is 4 to 8 pixels wide, levels of
+16 pixels and less attend, and heads have 64 channels: with diffusers' default of 8, attention takes half of a step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+
+from hf_ddpm.config import TrainingConfig, UsageError, recipe_model_config
+
+HEAD_CHANNELS = 64
+MAX_ATTENTION_PIXELS = 16
+
+
+def make_unet(config: TrainingConfig, channels: int, resolution: int, num_classes: int | None) -> UNet2DModel:
+    """A new network for images of `channels` x `resolution` x `resolution`.
+
+    The last convolution starts at zero, so that the first prediction is 0 and the first loss the target's own power;
+    diffusers leaves it random.
+
+    Raises:
+        UsageError: the model config does not fit the data or the variance type.
+    """
+    out_channels = channels * (2 if config.variance_type == "learned_range" else 1)
+    if config.model_config_name_or_path is None:
+        settings = sized_config(resolution, channels, out_channels, num_classes, config.dropout)
+    else:
+        settings = _load_config(config.model_config_name_or_path)
+        _check_fit(settings, config, channels, out_channels, resolution, num_classes)
+    torch.manual_seed(config.seed)
+    unet: UNet2DModel = UNet2DModel.from_config(settings)  # pyright: ignore[reportAssignmentType]
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    if unet.conv_out.bias is not None:
+        torch.nn.init.zeros_(unet.conv_out.bias)
+    if config.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    return unet
+
+
+def sized_config(
+    resolution: int, channels: int, out_channels: int, num_classes: int | None = None, dropout: float = 0.0
+) -> dict[str, Any]:
+    """A UNet2DModel config for the data.
+
+    resolution   8      16      28, 32       64                128
+    channels     64,128 64,128  32,64,64     64,128,128,256    64,128,128,256,256
+
+    Raises:
+        UsageError: `resolution` cannot be halved that often.
+    """
+    num_levels = 1 + max(1, math.ceil(math.log2(resolution / 8)))
+    _check_halvings(resolution, num_levels)
+    if resolution <= 16:
+        widths = [64, 128]
+    elif resolution <= 32:
+        widths = [32, 64, 64]
+    else:
+        widths = [64, 128, 128, *[256] * (num_levels - 3)]
+    attends = [resolution >> level <= MAX_ATTENTION_PIXELS for level in range(num_levels)]
+    return {
+        "sample_size": resolution,
+        "in_channels": channels,
+        "out_channels": out_channels,
+        "block_out_channels": widths,
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "layers_per_block": 2,
+        "attention_head_dim": HEAD_CHANNELS,
+        "dropout": dropout,
+        "num_class_embeds": num_classes,
+    }
+
+
+def _check_halvings(resolution: int, num_levels: int) -> None:
+    unit = 2 ** (num_levels - 1)
+    if resolution % unit:
+        below, above = resolution // unit * unit, (resolution // unit + 1) * unit
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UsageError(
+            f"resolution must be a multiple of {unit}, got {resolution}: "
+            f"the network halves it {num_levels - 1} times; the nearest is {nearest}"
+        )
+
+
+def _load_config(name: str) -> dict[str, Any]:
+    path = Path(name)
+    shipped = recipe_model_config(name)
+    if path.is_file() or (shipped is not None and not path.exists()):
+        file = path if path.is_file() else shipped
+        assert file is not None
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"model_config_name_or_path {name!r} is not JSON: {error}") from error
+    subfolder = "unet" if (path / "unet" / "config.json").is_file() else None
+    try:
+        return dict(UNet2DModel.load_config(name, subfolder=subfolder))
+    except OSError as error:
+        raise UsageError(
+            f"model_config_name_or_path must be a JSON file, a folder with config.json, a recipe that ships one or a "
+            f"Hub model, got {name!r}, which is none that can be reached"
+        ) from error
+
+
+def _check_fit(
+    settings: dict[str, Any],
+    config: TrainingConfig,
+    channels: int,
+    out_channels: int,
+    resolution: int,
+    num_classes: int | None,
+) -> None:
+    if settings.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise UsageError(f"the model config must be of a UNet2DModel, got {settings['_class_name']}")
+    defaults = inspect.signature(UNet2DModel.__init__).parameters
+    for name, needed, reason in (
+        ("in_channels", channels, "the channels of the data; change it or give --channels"),
+        ("out_channels", out_channels, f"for variance_type {config.variance_type}"),
+        ("sample_size", resolution, "the resolution; change it or give --resolution"),
+        ("num_class_embeds", num_classes, "the classes of label_column"),
+    ):
+        got = settings.get(name, defaults[name].default)
+        if got != needed:
+            raise UsageError(f"the model config's {name} must be {needed}, {reason}; got {got}")
+    _check_halvings(resolution, len(settings.get("block_out_channels", defaults["block_out_channels"].default)))

@@ -1,0 +1,372 @@
+"""The card says what the run recorded and nothing else; the upload takes what is listed and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import types
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
+
+from hf_ddpm import hub
+from hf_ddpm.config import TrainingConfig, UsageError
+
+SEED = 1001
+TOKEN = "hf_" + "secretsecret"
+CONFIG = {
+    key: value
+    for key, value in vars(
+        TrainingConfig(
+            dataset_name="someone/pictures", hub_model_id="me/photos", ddpm_num_steps=500, output_dir="runs/photos"
+        )
+    ).items()
+    if key != "hub_token"
+}
+RUN = {
+    "versions": {"hf_ddpm": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1", "accelerate": "1.15.0"},
+    "data": {
+        "name": "someone/pictures",
+        "num_images": 1797,
+        "num_bad_images": 3,
+        "resolution": 24,
+        "channels": 3,
+        "class_names": None,
+        "fingerprint": "ab" * 32,
+        "license": "CC BY 4.0",
+    },
+    "model": {"num_parameters": 1234567, "abar_T": 2.5e-05},
+    "training": {
+        "steps": 5432,
+        "images": 173824,
+        "seconds": 4321.5,
+        "num_processes": 2,
+        "global_batch_size": 33,
+        "device": "AMD EPYC (2 cores)",
+        "mixed_precision": "bf16",
+        "num_resumes": 7,
+    },
+    "samples": {"scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": 19, "seed": SEED, "ema": True},
+}
+SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 500,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "variance_type": "fixed_small",
+}
+UNET = {"_class_name": "UNet2DModel", "sample_size": 24, "in_channels": 3, "num_class_embeds": None, "dropout": 0.0}
+FIGURES = ("samples.png", "loss.png", "forward.png", "reverse.png", "reverse.gif")
+HO_2020 = yaml.safe_load("""
+    {ddpm_num_steps: 1000, ddpm_beta_schedule: linear, ddpm_beta_start: 0.0001, ddpm_beta_end: 0.02,
+     prediction_type: epsilon, variance_type: fixed_large, loss_weighting: constant, timestep_density: uniform,
+     adam_weight_decay: 0.0, learning_rate: 0.0002, lr_scheduler: constant_with_warmup, lr_warmup_steps: 5000,
+     dropout: 0.1, random_flip: true}
+""")
+
+
+def make_run(folder: Path, config=CONFIG, run=RUN, scheduler=SCHEDULER, unet=UNET, figures=FIGURES) -> Path:
+    for name in ("unet", "scheduler", "figures"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    (folder / "unet/config.json").write_text(json.dumps(unet))
+    (folder / "model_index.json").write_text("{}")
+    for name in figures:
+        (folder / "figures" / name).write_bytes(b"")
+    lines = [{"step": 10 * i, "loss": 1 / i, "images_per_second": 90.0 + i} for i in (1, 2, 3)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 40, "lo')
+    return folder
+
+
+def card_of(folder: Path, **parts: Any) -> str:
+    return hub.write_card(make_run(folder, **parts)).read_text(encoding="utf-8")
+
+
+def snippets(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.S)
+
+
+def imported(code: str) -> set[str]:
+    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {getattr(node, "module", None) or node.names[0].name for node in nodes}
+
+
+def numbers(value: Any) -> list[str]:
+    """The numbers in a record, as the card writes them."""
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in numbers(item)]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return []
+    return [f"{value:,}" if isinstance(value, int) and value != SEED else f"{value:.4g}"]
+
+
+def count(number: str, card: str) -> int:
+    return len(re.findall(rf"(?<![\d,.]){re.escape(number)}(?![\d,]*\d)", card))
+
+
+def test_every_recorded_value_is_on_the_card(tmp_path: Path):
+    card = card_of(tmp_path)
+    recorded = deepcopy(RUN)
+    seconds = recorded["training"].pop("seconds")
+    for number in numbers(recorded):
+        assert count(number, card), number
+    assert f"1 h 12 min 2 s ({seconds:,.0f} s)" in card
+    for text in ("ab" * 32, "AMD EPYC (2 cores)", "bf16", "CC BY 4.0", "torch 2.13.0", "averaged weights (EMA)"):
+        assert text in card
+    assert "The last logged loss is 0.3333, at step 30." in card  # not the line that was cut off
+    assert "| Images per second (median) | 92 |" in card
+    for name in FIGURES:
+        assert f"(figures/{name})" in card
+
+
+@pytest.mark.parametrize(("section", "key"), [(section, key) for section, values in RUN.items() for key in values])
+def test_a_value_that_was_not_recorded_takes_its_sentence_with_it(tmp_path: Path, section: str, key: str):
+    full = card_of(tmp_path)
+    run = deepcopy(RUN)
+    del run[section][key]
+    card = card_of(tmp_path, run=run)
+    assert (card != full) == (RUN[section][key] is not None)
+    for number in numbers(RUN[section][key]) if key != "seconds" else ["4,322 s"]:
+        assert count(number, card) < count(number, full)
+    assert_no_trace_of_absence(card)
+
+
+def assert_no_trace_of_absence(card: str) -> None:
+    assert not re.search(r"None|Undefined|nan\b|\{\{|\{%|\n\n\n|  ,| \.(?!\.)|[^\n]\n## ", card)
+    for table in re.findall(r"(?:^\|.*\n)+", card, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
+
+
+def test_an_empty_folder_has_a_card_without_a_number(tmp_path: Path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    card = hub.write_card(folder).read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```", "", card.split("---\n", 2)[2], flags=re.S)
+    assert not re.search(r"\d", prose.replace("x_0", "").replace("_0_hat", "")), prose
+    assert "figures/" not in card
+    assert '"photos"' in card
+    assert_no_trace_of_absence(card)
+    with pytest.raises(UsageError, match="not a folder"):
+        hub.write_card(tmp_path / "nothing")
+
+
+def test_metadata_survive_a_round_trip(tmp_path: Path):
+    card_of(tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.to_dict() == {
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "license": "cc-by-4.0",
+        "datasets": ["someone/pictures"],
+        "tags": ["diffusers", "ddpm", "hf_ddpm", "unconditional-image-generation"],
+    }
+
+
+@pytest.mark.parametrize("license", [None, "", "ask the photographer", "other"])
+def test_a_license_that_the_hub_does_not_know_stays_out_of_the_metadata(tmp_path: Path, license: str | None):
+    card = card_of(tmp_path, run=RUN | {"data": RUN["data"] | {"license": license}})
+    assert ModelCard(card).data.license is None
+    assert f"| License of the data | {license} |" in card if license else "license of the data is not recorded" in card
+
+
+@pytest.mark.parametrize("name", [None, "digits", "./photos", "a/b/c", "~/photos", "/photos"])
+def test_only_a_hub_id_is_named_as_a_dataset(tmp_path: Path, name: str | None):
+    assert ModelCard(card_of(tmp_path, config=CONFIG | {"dataset_name": name})).data.datasets is None
+
+
+def test_a_local_folder_is_not_named_as_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "data" / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert ModelCard(card_of(tmp_path, config=CONFIG | {"dataset_name": "data/photos"})).data.datasets is None
+
+
+def test_settings_of_ho_et_al_are_all_the_same_but_for_the_ramp_of_the_average(tmp_path: Path):
+    def rows(**parts: Any) -> dict[str, list[str]]:
+        table = re.findall(r"^\| (.*) \| (.*) \| (.*) \| (\*\*differs\*\*|same) \|$", card_of(tmp_path, **parts), re.M)
+        return {name: rest for name, *rest in table}
+
+    training = {"global_batch_size": 128, "steps": 800_000}
+    ho = rows(config=CONFIG | HO_2020, run={"training": training}, scheduler={}, unet={})
+    assert len(ho) == 14
+    assert [name for name, row in ho.items() if row[2] != "same"] == ["Averaged weights (EMA)"]
+    ours = rows()
+    assert len(ours) == 14
+    assert ours["Chain length T"] == ["500", "1,000", "**differs**"]
+    assert ours["Noise schedule"][0] == "cosine"
+    assert ours["Limit of the gradient's norm"][2] == "same"
+    assert "Images per step" not in rows(run={})
+    assert rows(config=CONFIG | {"use_ema": False})["Averaged weights (EMA)"][0] == "none"
+    assert "Learning rate" not in rows(config={k: v for k, v in CONFIG.items() if k != "lr_warmup_steps"})
+
+
+VARIANTS = {
+    "plain": {},
+    "T=1000": {"scheduler": SCHEDULER | {"num_train_timesteps": 1000}},
+    "sigmoid": {"scheduler": SCHEDULER | {"beta_schedule": "sigmoid"}},
+    "step denoiser": {"scheduler": SCHEDULER | {"prediction_type": "previous_sample"}},
+    "classes": {"unet": UNET | {"num_class_embeds": 10}},
+}
+
+
+@pytest.mark.parametrize("parts", VARIANTS.values(), ids=VARIANTS)
+def test_examples_are_python_and_import_what_they_should(tmp_path: Path, parts: dict[str, Any]):
+    card = card_of(tmp_path, **parts)
+    *stock, ours = snippets(card)
+    assert all(imported(code) <= {"diffusers", "torch"} for code in stock)
+    assert imported(ours) == {"hf_ddpm", "torch"}
+    assert '"me/photos"' in ours
+    assert_no_trace_of_absence(card)
+
+
+def test_examples_fit_the_model(tmp_path: Path):
+    codes = {name: snippets(card_of(tmp_path, **parts)) for name, parts in VARIANTS.items()}
+    assert [len(code) for code in codes.values()] == [3, 3, 2, 1, 1]
+    assert "num_inference_steps=500" in codes["plain"][0]
+    assert "num_inference_steps" not in codes["T=1000"][0]
+    assert "num_inference_steps=500" in codes["step denoiser"][0]
+    assert "class_labels=[i % 10 for i in range(16)]" in codes["classes"][0]
+    assert "cannot sample it" in card_of(tmp_path, **VARIANTS["step denoiser"])
+    learned = SCHEDULER | {"variance_type": "learned_range"}
+    assert len(snippets(card_of(tmp_path, scheduler=learned))) == 3
+    assert len(snippets(card_of(tmp_path, scheduler=learned, unet=UNET | {"in_channels": 1}))) == 2
+
+
+@pytest.fixture
+def one_thread():
+    """A network this small is a hundred times slower when its threads wait for cores that others use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
+def test_all_examples_run(tmp_path: Path, one_thread: None):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = UNet2DModel(8, 1, 1, norm_num_groups=4, layers_per_block=1, add_attention=False, **blocks)
+    scheduler = DDPMScheduler(
+        30, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    card = hub.write_card(tmp_path, str(tmp_path)).read_text(encoding="utf-8")
+    codes = snippets(card)
+    assert len(codes) == 3
+    for code in codes:
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert [image.size for image in names["images"]] == [(8, 8)] * 16
+    assert names["trajectory"][0].x_0_hat.shape == (16, 1, 8, 8)
+
+
+def test_a_token_is_neither_on_the_card_nor_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub, "HfApi", FakeApi)
+    assert TOKEN not in card_of(tmp_path, config=CONFIG | {"hub_token": TOKEN, "api_key": TOKEN})
+    with pytest.raises(UsageError, match="hub_token must not be published") as error:
+        hub.upload(tmp_path, "photos", token=TOKEN)
+    assert TOKEN not in str(error.value)
+
+
+def test_no_evaluation_is_claimed_until_there_is_one(tmp_path: Path):
+    assert "No quality metric has been measured" in card_of(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{}")
+    assert "No quality metric has been measured" not in card_of(tmp_path)
+
+
+def test_a_loss_that_is_no_number_is_not_passed_over(tmp_path: Path):
+    (make_run(tmp_path) / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": NaN}\n')
+    assert "The last logged loss is nan, at step 2." in hub.write_card(tmp_path).read_text(encoding="utf-8")
+
+
+def test_text_cannot_break_a_table(tmp_path: Path):
+    card = card_of(tmp_path, run={"training": {"device": "a|b\nc"}, "data": {"class_names": ["x|y"] * 30}})
+    assert r"| Device | a\|b c |" in card
+    assert r"| Classes | 30: x\|y, " in card
+    assert_no_trace_of_absence(card)
+
+
+class FakeApi:
+    """What `upload` uses of HfApi; remembers the calls."""
+
+    public = False
+    calls: dict[str, Any] = {}
+
+    def __init__(self, token: str | None = None):
+        self.calls.clear()
+
+    def create_repo(self, repo_id: str, **kwargs: Any):
+        self.calls["create_repo"] = {"repo_id": repo_id, **kwargs}
+
+        class Url(str):
+            repo_id = "me/photos"
+
+        return Url("https://huggingface.co/me/photos")
+
+    def model_info(self, repo_id: str):
+        return types.SimpleNamespace(private=not self.public)
+
+    def upload_folder(self, **kwargs: Any):
+        self.calls["upload_folder"] = kwargs
+
+
+def test_upload_takes_only_what_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub, "HfApi", FakeApi)
+    make_run(tmp_path)
+    address = hub.upload(tmp_path, "photos", token=TOKEN, private=True)
+    assert address == "https://huggingface.co/me/photos"
+    assert FakeApi.calls["create_repo"] == {"repo_id": "photos", "private": True, "exist_ok": True}
+    call = FakeApi.calls["upload_folder"]
+    assert (call["repo_id"], call["folder_path"]) == ("me/photos", tmp_path)
+    wanted = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    wanted += ["unet/diffusion_pytorch_model.safetensors", "evaluation.json"]
+    unwanted = ["checkpoint-500/unet/config.json", "checkpoint-500/random_states_0.pkl", "checkpoint-500/README.md"]
+    unwanted += ["logs/events.out.tfevents", "optimizer.bin", "unet/diffusion_pytorch_model.bin", ".env"]
+    unwanted += ["previews/step-10.png", "scheduler.bin", "unet/optimizer.pt"]
+    assert set(filter_repo_objects(wanted + unwanted, allow_patterns=call["allow_patterns"])) == set(wanted)
+
+
+def test_upload_refuses_what_would_be_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub, "HfApi", FakeApi)
+    monkeypatch.setattr(FakeApi, "public", True)
+    with pytest.raises(UsageError, match="model_index"):
+        hub.upload(tmp_path, "photos")
+    make_run(tmp_path)
+    hub.upload(tmp_path, "photos")
+    with pytest.raises(UsageError, match="exists and is public"):
+        hub.upload(tmp_path, "photos", private=True)
+    assert "upload_folder" not in FakeApi.calls
+
+
+def test_upload_names_the_repository_in_its_own_card_and_keeps_an_edited_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hub, "HfApi", FakeApi)
+    make_run(tmp_path)
+    readme = tmp_path / "README.md"
+    for repo_id in (None, "photos", "someone/else"):
+        if repo_id is not None:
+            hub.write_card(tmp_path, repo_id)
+        hub.upload(tmp_path, "photos")
+        assert '"me/photos"' in readme.read_text(encoding="utf-8")
+    readme.write_text("---\nlicense: mit\n---\nMine.\n", encoding="utf-8")
+    hub.upload(tmp_path, "photos")
+    assert readme.read_text(encoding="utf-8").endswith("Mine.\n")
+
+
+def test_the_template_is_found_in_a_wheel_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "model_card").mkdir()
+    (tmp_path / "model_card" / "template.md").write_text("packaged")
+    assert "{{ card_data }}" in hub._template()
+    monkeypatch.setattr(hub.resources, "files", lambda package: tmp_path)
+    assert hub._template() == "packaged"
