@@ -3,13 +3,15 @@
 import sys
 
 from hf_ddpm.config import UsageError, parse_config
+from hf_ddpm.launch import start_missing_processes
 
 if __name__ == "__main__":
     config = parse_config()
-    # After parsing, so that a wrong flag is answered before torch is imported.
-    from hf_ddpm.training import train
-
     try:
+        start_missing_processes()
+        # After parsing, so that a wrong flag is answered before torch is imported.
+        from hf_ddpm.training import train
+
         train(config)
     except UsageError as error:
         sys.exit(f"error: {error}")

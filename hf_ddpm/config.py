@@ -139,11 +139,11 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     """The command line (default: `sys.argv`) as a checked config; exits with status 2 and a message if it is wrong."""
     from transformers.hf_argparser import HfArgumentParser
 
-    parser = HfArgumentParser(TrainingConfig, description="Trains a pixel-space diffusion model.")  # pyright: ignore[reportArgumentType]
+    parser = HfArgumentParser(TrainingConfig, description="Trains a pixel-space diffusion model.", allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     parser.add_argument("--config", metavar="FILE", help="A YAML file of these settings; flags go before it.")
     parser.add_argument("--recipe", metavar="NAME", help=f"Settings that ship: {', '.join(recipe_names())}.")
     try:
-        given, _ = parser.parse_known_args(arguments)
+        given = parser.parse_args(arguments)
         names = ("dataset_name", "train_data_dir", "config", "recipe")
         recipe = given.recipe if any(getattr(given, name) is not None for name in names) else "digits"
         # argparse converts and checks defaults that are text as it does flags.
@@ -159,7 +159,7 @@ def load_config(path: str | None = None, recipe: str | None = None, **settings: 
     """A config from a recipe, a YAML file and keyword arguments, each going before the one named earlier."""
     from transformers.hf_argparser import HfArgumentParser
 
-    parser = HfArgumentParser(TrainingConfig, exit_on_error=False)  # pyright: ignore[reportArgumentType]
+    parser = HfArgumentParser(TrainingConfig, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     merged = {**_file_settings(recipe, path), **settings}
     _check_names(merged, "keyword argument")
     parser.set_defaults(**{k: str(v) for k, v in merged.items() if v is not None})

@@ -22,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.scheduler import DDPMScheduler, all_values
 
 
 @dataclass
@@ -59,7 +59,7 @@ class DDPMPipeline(DiffusionPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: Any):
         super().__init__()
         if type(scheduler) is diffusers.DDPMScheduler:
-            scheduler = DDPMScheduler.from_config(scheduler.config)
+            scheduler = DDPMScheduler.from_config(all_values(scheduler.config))
         self.register_modules(unet=unet, scheduler=scheduler)
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -119,7 +119,7 @@ class DDPMPipeline(DiffusionPipeline):
                 f"{type(self.scheduler).__name__} gave timestep {timesteps.min():g} for num_inference_steps={steps}, "
                 "rounding amiss in its 'trailing' spacing: use another number of steps or timestep_spacing='linspace'"
             )
-        chosen = range(len(timesteps)) if trajectory is True else _indices(trajectory or (), len(timesteps))
+        chosen = _chosen_steps(trajectory, len(timesteps))
 
         size = self.unet.config.sample_size
         shape = (batch_size, channels, *((size, size) if isinstance(size, int) else size))
@@ -134,13 +134,13 @@ class DDPMPipeline(DiffusionPipeline):
         x_t = latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
         accepted = inspect.signature(self.scheduler.step).parameters
-        step_arguments = {"generator": generator} if "generator" in accepted else {}
+        step_arguments: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
         if deterministic:
             step_arguments["deterministic"] = True
         # Only DDPM schedulers use a learned variance; the others take the first half of the output.
         splits_output = isinstance(self.scheduler, diffusers.DDPMScheduler)
         recorded: list[TrajectoryStep] = []
-        for i, t in enumerate(self.progress_bar(timesteps)):
+        for i, t in enumerate(self.progress_bar(timesteps)):  # pyright: ignore[reportCallIssue, reportArgumentType]
             network_input = self.scheduler.scale_model_input(x_t, t)
             model_output = self.unet(network_input.to(self.unet.dtype), t, **conditions).sample.to(dtype)
             if not splits_output:
@@ -214,14 +214,16 @@ class DDPMPipeline(DiffusionPipeline):
 
     def _reference_scheduler(self) -> DDPMScheduler:
         """q of the same schedule and prediction type, for schedulers whose steps do not return x_0_hat."""
-        config = {**self.scheduler.config, "variance_type": "fixed_small", "timestep_spacing": "trailing"}
-        return DDPMScheduler.from_config(config)
+        config = {**all_values(self.scheduler.config), "variance_type": "fixed_small", "timestep_spacing": "trailing"}
+        return DDPMScheduler.from_config(config)  # pyright: ignore[reportReturnType]
 
 
-def _indices(chosen: Sequence[int] | bool, count: int) -> set[int]:
-    indices = {i + count if i < 0 else i for i in chosen or ()}
+def _chosen_steps(trajectory: bool | Sequence[int], count: int) -> set[int]:
+    if isinstance(trajectory, bool):
+        return set(range(count)) if trajectory else set()
+    indices = {i + count if i < 0 else i for i in trajectory}
     if not all(0 <= i < count for i in indices):
-        raise ValueError(f"trajectory must hold indices of the {count} steps, got {list(chosen)}")
+        raise ValueError(f"trajectory must hold indices of the {count} steps, got {list(trajectory)}")
     return indices
 
 

@@ -139,15 +139,16 @@ def _draw_reverse_chain(pipeline: DDPMPipeline, images: ImageCache, output_dir: 
     frames = sorted({*_spread(total, NUM_GIF_FRAMES), *columns})
     pipeline.set_progress_bar_config(desc="reverse chain", leave=False)
     labels = [0, 1 % images.num_classes] if images.num_classes else None
-    output = pipeline(
+    final, trajectory = pipeline(
         batch_size=2,
         generator=[torch.Generator(pipeline.device).manual_seed(i) for i in range(2)],
         output_type="pt",
         class_labels=labels,
         trajectory=frames,
+        return_dict=False,
     )
-    final = 2 * output.images.cpu() - 1
-    steps = dict(zip(frames, output.trajectory, strict=True))
+    final = 2 * final.cpu() - 1
+    steps = dict(zip(frames, trajectory, strict=True))
     rows, names = [], []
     for i in range(2):
         rows.append(figures.to_images(torch.stack([*(steps[k].x_t[i] for k in columns), final[i]])))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_ddpm.figures import grid, to_images
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.scheduler import DDPMScheduler, all_values
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,6 +43,7 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
     """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
+    config = all_values(config)
     if name == "ddpm":
         return DDPMScheduler.from_config(config)
     if config["prediction_type"] == "previous_sample":
@@ -139,15 +140,16 @@ def sample_images(
     for first in range(0, len(seeds), batch_size):
         part = slice(first, first + batch_size)
         generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds[part]]
-        output = pipeline(
+        (images,) = pipeline(
             batch_size=len(generators),
             generator=generators,
             num_inference_steps=num_inference_steps,
             output_type="pt",
             class_labels=None if class_labels is None else list(class_labels[part]),
             deterministic=deterministic,
+            return_dict=False,
         )
-        parts.append(output.images.cpu())
+        parts.append(images.cpu())
     return torch.cat(parts)
 
 
@@ -172,4 +174,5 @@ def sample_shared(
         num_inference_steps=num_inference_steps,
         class_labels=None if class_labels is None else [class_labels[i] for i in mine],
     )
-    return accelerator.gather(images.to(accelerator.device)).cpu()[:count]
+    gathered: Any = accelerator.gather(images.to(accelerator.device))
+    return gathered.cpu()[:count]

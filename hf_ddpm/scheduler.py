@@ -15,10 +15,11 @@ Sampling may leave steps out: then "x_{t-1}" is x at the previous timestep of th
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -65,6 +66,11 @@ class DDPMScheduler(StockDDPMScheduler):
         ValueError: a config that cannot work.
     """
 
+    if TYPE_CHECKING:
+
+        @property
+        def config(self) -> Any: ...  # a dict to type checkers, and keys are attributes too
+
     @register_to_config
     def __init__(
         self,
@@ -108,11 +114,11 @@ class DDPMScheduler(StockDDPMScheduler):
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
             beta_end=beta_end,
-            beta_schedule=beta_schedule,
+            beta_schedule=beta_schedule,  # pyright: ignore[reportArgumentType]
             trained_betas=trained_betas,
             variance_type=variance_type,
             clip_sample=clip_sample,
-            prediction_type=prediction_type,
+            prediction_type=prediction_type,  # pyright: ignore[reportArgumentType]
             thresholding=thresholding,
             dynamic_thresholding_ratio=dynamic_thresholding_ratio,
             clip_sample_range=clip_sample_range,
@@ -121,6 +127,13 @@ class DDPMScheduler(StockDDPMScheduler):
             steps_offset=steps_offset,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
+        if "_use_default_values" in self.config:
+            # See `all_values`.
+            defaults = inspect.signature(StockDDPMScheduler.__init__).parameters
+            named = self.config["_use_default_values"]
+            self.register_to_config(
+                _use_default_values=[name for name in named if self.config[name] == defaults[name].default]
+            )
         if trained_betas is not None:
             beta = torch.as_tensor(trained_betas, dtype=torch.float64)
         else:
@@ -385,7 +398,8 @@ class DDPMScheduler(StockDDPMScheduler):
             and sample.dtype == torch.float32
             and self.config.prediction_type != "previous_sample"
             and self.config.variance_type not in ("fixed_large_log", "learned")
-            and (int(previous) >= 0 or int(timestep) == 0)
+            # In a last step from t > 0 stock adds noise; with a fixed_small variance, which is 0 there, next to none.
+            and (int(previous) >= 0 or int(timestep) == 0 or self.config.variance_type.startswith("fixed_small"))
         )
 
     # The list of timesteps
@@ -497,6 +511,15 @@ class DDPMScheduler(StockDDPMScheduler):
         """log posterior_variance, whose 0 at t = 0 is replaced by its value at t = 1."""
         floor = float(self.posterior_variance[1]) if len(self.posterior_variance) > 1 else float(self.beta[0])
         return posterior_variance.clamp(min=floor).log()
+
+
+def all_values(config: Any) -> dict[str, Any]:
+    """A scheduler's config for `from_config`, without diffusers' list of the values that were defaults.
+
+    `from_config` drops what the list names, and it names every argument that was given by position:
+    `from_config(DDPMScheduler(100).config)` has 1000 timesteps in stock.
+    """
+    return {name: value for name, value in config.items() if name != "_use_default_values"}
 
 
 def _check_choice(name: str, value: str, choices: object) -> None:

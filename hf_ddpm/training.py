@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
@@ -59,6 +60,8 @@ def train(config: TrainingConfig) -> DDPMPipeline:
     check_config(config)
     check_source(config)
     output_dir = Path(config.output_dir)
+    # A second run in one process, of a notebook, may ask for another precision.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.logger,
@@ -70,22 +73,23 @@ def train(config: TrainingConfig) -> DDPMPipeline:
         images = load_images(config)
     config = _resolve(config, images, accelerator.mixed_precision)
     scheduler = make_scheduler(config)
-    unet = make_unet(config, images.channels, images.resolution, images.num_classes)
+    new_unet = make_unet(config, images.channels, images.resolution, images.num_classes)
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     num_steps = config.max_train_steps or math.ceil(config.num_epochs * len(images) / global_batch)
     steps_per_epoch = len(images) / global_batch
 
     optimizer = torch.optim.AdamW(
-        unet.parameters(),
+        new_unet.parameters(),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
     )
     lr_factor = _lr_factor(config, num_steps)
-    model, optimizer = accelerator.prepare(unet, optimizer)
-    unet = accelerator.unwrap_model(model)
+    model, optimizer = accelerator.prepare(new_unet, optimizer)
+    unet: Any = accelerator.unwrap_model(model)
     ema = EMA(unet) if config.use_ema else None
+    averaged: Any = unet if ema is None else ema.module
     halflife = config.ema_halflife_images or halflife_from_decay(config.ema_max_decay, global_batch)
     progress = Progress(0, 0.0, 0, global_batch, images.fingerprint)
     if config.resume_from_checkpoint is not None:
@@ -106,7 +110,7 @@ def train(config: TrainingConfig) -> DDPMPipeline:
         density=config.timestep_density,
         autocast_dtype=AUTOCAST[accelerator.mixed_precision],
     )
-    preview = _preview_pipeline(config, unet if ema is None else ema.module, scheduler)
+    preview = _preview_pipeline(config, averaged, scheduler)
     every = {
         "image": _interval(config.save_images_epochs, steps_per_epoch, config.checkpointing_steps),
         "model": _interval(config.save_model_epochs, steps_per_epoch, config.checkpointing_steps),
@@ -137,7 +141,7 @@ def train(config: TrainingConfig) -> DDPMPipeline:
                 )
                 accelerator.backward(loss.mean() / config.gradient_accumulation_steps)
             meter.add(loss)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        grad_norm: Any = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         lr = config.learning_rate * lr_factor(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -160,12 +164,12 @@ def train(config: TrainingConfig) -> DDPMPipeline:
         if done % every["checkpoint"] == 0 or done == num_steps:
             save_checkpoint(accelerator, ema, progress, output_dir, config.checkpoints_total_limit)
         if (done % every["model"] == 0 or done == num_steps) and accelerator.is_main_process:
-            _save_model(unet if ema is None else ema.module, scheduler, output_dir)
+            _save_model(averaged, scheduler, output_dir)
     bar.close()
     progress = replace(progress, seconds=seconds_before + time.perf_counter() - started)
 
     samples = _save_preview(accelerator, config, preview, images, output_dir, num_steps)
-    pipeline = DDPMPipeline(unet if ema is None else ema.module, DDPMScheduler.from_config(scheduler.config))
+    pipeline = DDPMPipeline(averaged, DDPMScheduler.from_config(scheduler.config))
     if accelerator.is_main_process:
         samples.save(output_dir / "figures" / "samples.png")
         sampled = {
@@ -185,9 +189,9 @@ def make_scheduler(config: TrainingConfig) -> DDPMScheduler:
     """The scheduler of training, which sampling never touches; saved with the model.
 
     Stock samples it well in fewer steps than T: `trailing` starts at T-1 for any number of them, but stock adds noise
-    in its last step, which with `fixed_large` is seen; `leading` has no such step.
+    in its last step, which is seen unless the variance is `fixed_small`; `leading` has no such step.
     """
-    leading = config.variance_type == "fixed_large" and not config.rescale_betas_zero_snr
+    leading = config.variance_type != "fixed_small" and not config.rescale_betas_zero_snr
     return DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps,
         beta_schedule=config.ddpm_beta_schedule,
@@ -217,7 +221,7 @@ def _seeds(seed: int, index: np.ndarray, stream: int) -> np.ndarray:
 def _set_threads(config: TrainingConfig, accelerator: Accelerator) -> None:
     # `accelerate launch` gives each process one thread unless told otherwise, and leaves the other cores idle.
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
     if config.cpu_threads_per_process is not None:
         torch.set_num_threads(config.cpu_threads_per_process)
     elif os.environ.get("OMP_NUM_THREADS", "1") == "1":
@@ -240,8 +244,8 @@ class _Meter:
     def read(self, seconds: float) -> dict[str, float]:
         """Mean loss over all processes, the run's seconds and its images per second."""
         count = self.count * self.accelerator.num_processes
-        loss = float(self.accelerator.reduce(self.sum, reduction="sum")) / count
-        speed = count / (seconds - self.seconds)
+        total: Any = self.accelerator.reduce(self.sum, reduction="sum")
+        loss, speed = float(total) / count, count / (seconds - self.seconds)
         self.sum.zero_()
         self.count, self.seconds = 0, seconds
         return {"loss": loss, "seconds": round(seconds, 3), "images_per_second": round(speed, 3)}
@@ -332,7 +336,8 @@ def _save_preview(
         sheet.save(output_dir / "previews" / f"step-{step:07d}.png")
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"samples": np.asarray(sheet.convert("RGB"))[None]}, step=step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(sheet.convert("RGB"))[None]}, step=step, **layout)
     return sheet
 
 

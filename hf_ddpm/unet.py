@@ -103,7 +103,8 @@ def _load_config(name: str) -> dict[str, Any]:
             raise UsageError(f"model_config_name_or_path {name!r} is not JSON: {error}") from error
     subfolder = "unet" if (path / "unet" / "config.json").is_file() else None
     try:
-        return dict(UNet2DModel.load_config(name, subfolder=subfolder))
+        loaded: Any = UNet2DModel.load_config(name, subfolder=subfolder)
+        return dict(loaded)
     except OSError as error:
         raise UsageError(
             f"model_config_name_or_path must be a JSON file, a folder with config.json, a recipe that ships one or a "

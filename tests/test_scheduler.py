@@ -428,6 +428,17 @@ def test_posterior_of_a_longer_step_is_bayes_rule():
     assert slope**2 * (1 - abar_t) + variance == pytest.approx((1 - abar_s).item(), abs=1e-12)
 
 
+def test_arguments_by_position_reach_another_scheduler():
+    ours = DDPMScheduler(100, 0.001, 0.2)
+    stock = diffusers.DDPMScheduler(100, 0.001, 0.2)
+    made = {s: diffusers.DDIMScheduler.from_config(s.config).config.num_train_timesteps for s in (ours, stock)}
+    assert (made[ours], made[stock]) == (100, 1000)
+    other = diffusers.DPMSolverMultistepScheduler.from_config(
+        DDPMScheduler(steps_offset=1, prediction_type="sample").config
+    )
+    assert (other.config.steps_offset, other.config.prediction_type) == (1, "sample")
+
+
 def test_config_goes_through_stock_and_back(tmp_path):
     ours = DDPMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"

@@ -1,0 +1,39 @@
+"""The processes that were asked for: a gap in `accelerate launch` on the CPU, closed.
+
+`accelerate launch --cpu --num_processes N` starts one process without a word (accelerate #2741); torchrun starts N.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+import psutil
+
+from hf_ddpm.config import UsageError
+
+
+def start_missing_processes() -> None:
+    """Replaces this process by torchrun if `accelerate launch --cpu` was asked for several and started one.
+
+    Raises:
+        UsageError: how many were asked for cannot be found out, or they are on several machines.
+    """
+    # For more than one process Accelerate names their meeting point, even though it starts one; a launcher that starts
+    # them all also gives each its rank.
+    alone = "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    under_mpi = any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+    if not (alone and on_cpu and "MASTER_ADDR" in os.environ) or under_mpi:
+        return
+    parent = psutil.Process().parent()
+    line = " ".join(parent.cmdline()) if parent is not None else ""
+    asked = re.search(r"--num[_-]processes[= ](\d+)", line)
+    if asked is None or re.search(r"--num[_-]machines[= ](?!1\b)", line):
+        raise UsageError(
+            "accelerate launch starts one process on the CPU whatever num_processes says: for several, "
+            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node N {sys.argv[0]}"
+        )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", asked[1]]
+    os.execv(sys.executable, [*torchrun, *sys.argv])

@@ -1,0 +1,73 @@
+"""Small models, data and settings that the tests share."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+
+# Several test processes on a few cores are slower with more threads, and results do not depend on them.
+torch.set_num_threads(1)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def tiny_unet_config(channels: int = 3, size: int = 8, **changes) -> dict:
+    return {
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        **changes,
+    }
+
+
+@pytest.fixture
+def make_unet():
+    """A function: channels, size and config changes -> a small random UNet2DModel in eval mode."""
+
+    def make(channels: int = 3, size: int = 8, seed: int = 0, **changes) -> UNet2DModel:
+        torch.manual_seed(seed)
+        return UNet2DModel(**tiny_unet_config(channels, size, **changes)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """24 gray images of 8x8 pixels."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def tiny_settings(tmp_path, image_folder) -> dict:
+    """Settings of a run that takes a second."""
+    model = tmp_path / "unet.json"
+    model.write_text(json.dumps(tiny_unet_config(channels=1)))
+    return {
+        "train_data_dir": str(image_folder),
+        "cache_dir": str(image_folder.parent / "cache"),
+        "model_config_name_or_path": str(model),
+        "output_dir": str(tmp_path / "run"),
+        "ddpm_num_steps": 20,
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "lr_warmup_steps": 2,
+        "checkpointing_steps": 3,
+        "eval_batch_size": 4,
+        "logging_steps": 1,
+        "cpu_threads_per_process": 1,
+    }

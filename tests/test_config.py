@@ -1,0 +1,235 @@
+"""Settings: where they come from, what is refused, and that each of them is read."""
+
+import ast
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DModel
+
+from hf_ddpm.config import (
+    TrainingConfig,
+    UsageError,
+    check_config,
+    load_config,
+    parse_config,
+    recipe_names,
+    save_config,
+)
+from hf_ddpm.training import make_scheduler
+from hf_ddpm.unet import make_unet, sized_config
+
+ROOT = Path(__file__).parents[1]
+# The flags of diffusers' train_unconditional.py.
+STOCK_FLAGS = (
+    "dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir overwrite_output_dir "
+    "cache_dir resolution center_crop random_flip train_batch_size eval_batch_size dataloader_num_workers num_epochs "
+    "save_images_epochs save_model_epochs gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
+    "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon use_ema ema_inv_gamma ema_power ema_max_decay push_to_hub "
+    "hub_token hub_model_id hub_private_repo logger logging_dir local_rank mixed_precision prediction_type "
+    "ddpm_num_steps ddpm_num_inference_steps ddpm_beta_schedule checkpointing_steps checkpoints_total_limit "
+    "resume_from_checkpoint enable_xformers_memory_efficient_attention preserve_input_precision"
+)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_each_field_is_read():
+    read = set()
+    for path in (ROOT / "hf_ddpm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            # `scheduler.config` and `unet.config` are diffusers' own.
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "form.config"):
+                read.add(node.attr)
+    assert {f.name for f in fields(TrainingConfig)} <= read
+
+
+def test_each_flag_of_train_unconditional_is_there():
+    assert set(STOCK_FLAGS.split()) <= {f.name for f in fields(TrainingConfig)}
+
+
+def test_a_command_of_train_unconditional_runs_with_one_word_changed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    command = (
+        "--train_data_dir photos --resolution 64 --center_crop --random_flip --output_dir ddpm-photos "
+        "--train_batch_size 16 --num_epochs 100 --gradient_accumulation_steps 1 --use_ema --learning_rate 1e-4 "
+        "--lr_warmup_steps 500 --mixed_precision no --save_images_epochs 10 --prediction_type epsilon"
+    )
+    config = parse_config(command.split())
+    assert (config.resolution, config.learning_rate, config.use_ema, config.center_crop) == (64, 1e-4, True, True)
+
+
+def test_no_data_means_the_recipe_digits():
+    assert parse_config(["--max_train_steps", "20"]) == load_config(recipe="digits", max_train_steps=20)
+    assert parse_config(["--dataset_name", "digits"]) == TrainingConfig(dataset_name="digits")
+
+
+def test_flags_go_before_the_file_and_the_file_before_the_recipe(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 3e-4\ntrain_batch_size: 8\n")
+    config = parse_config(["--recipe", "cifar10-ddpm", "--config", str(file), "--train_batch_size", "4"])
+    assert (config.ddpm_beta_schedule, config.learning_rate, config.train_batch_size) == ("linear", 3e-4, 4)
+    loaded = load_config(str(file), "cifar10-ddpm", train_batch_size=4)
+    assert loaded == config
+
+
+def test_the_written_config_replays(tmp_path):
+    config = load_config(recipe="cifar10-ddpm", push_to_hub=True, hub_token="hf_secret", max_train_steps=7)
+    save_config(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "hf_secret" not in text
+    assert "hub_token" not in text
+    replayed = parse_config(["--config", str(tmp_path / "config.yaml")])
+    assert asdict(replayed) == {**asdict(config), "hub_token": None}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_are_checked_configs(name):
+    check_config(load_config(recipe=name))
+
+
+def test_cifar10_recipe_is_ho_et_al():
+    config = load_config(recipe="cifar10-ddpm")
+    unet = make_unet(config, 3, 32, None)
+    assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == 35.7
+    assert {m.p for m in unet.modules() if isinstance(m, torch.nn.Dropout)} == {0.1, 0.0}
+    scheduler = make_scheduler(config)
+    assert (scheduler.config.prediction_type, scheduler.config.variance_type) == ("epsilon", "fixed_large")
+    assert (scheduler.beta[0].item(), scheduler.beta[-1].item()) == (pytest.approx(1e-4), pytest.approx(0.02))
+
+
+@pytest.mark.parametrize("resolution", [8, 16, 28, 32, 64, 128, 256])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_is_sized_for_the_data(resolution, channels):
+    settings = sized_config(resolution, channels, 2 * channels)
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(settings)
+    lowest = resolution >> (len(settings["block_out_channels"]) - 1)
+    assert 4 <= lowest <= 8
+    heads = {m.heads: m.to_q.out_features for m in unet.modules() if hasattr(m, "heads")}
+    assert all(width // count == 64 for count, width in heads.items())
+    assert unet.conv_out.out_channels == 2 * channels
+
+
+def test_the_first_prediction_is_zero():
+    unet = make_unet(load_config(recipe="digits"), 1, 8, None)
+    assert unet(torch.randn(2, 1, 8, 8), 3).sample.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--recipe nothing", "recipe must be one of cifar10-ddpm, digits, fashion-mnist, got 'nothing'"),
+        ("--config nothing.yaml", "config must be a YAML file, got 'nothing.yaml'"),
+        ("--learning_rat 1", "unrecognized arguments|ambiguous"),
+        ("--train_batch_size 0", "train_batch_size must be at least 1, got 0"),
+        ("--train_batch_size many", "invalid int value: 'many'"),
+        ("--prediction_type x0", "invalid choice: 'x0'"),
+        ("--prediction_type epsilon --rescale_betas_zero_snr", "rescale_betas_zero_snr .*got epsilon"),
+        ("--resume_from_checkpoint latest", "'ddpm-model' holds no checkpoint"),
+        ("--dropout 1.0", r"dropout must be in \[0, 1\), got 1.0"),
+        ("--learning_rate -1", "learning_rate must be above 0, got -1.0"),
+        ("--seed -1", "seed must not be negative, got -1"),
+        ("--min_snr_gamma 3", "min_snr_gamma = 3.0 has no effect: give loss_weighting min_snr"),
+        ("--ddpm_beta_end 0.1", "ddpm_beta_end = 0.1 has no effect"),
+        ("--no_use_ema --ema_max_decay 0.9", "ema_max_decay = 0.9 has no effect: give use_ema"),
+        ("--ema_halflife_images 1000 --ema_max_decay 0.9", "has no effect: ema_halflife_images is given"),
+        ("--hub_model_id me/mine", "hub_model_id = me/mine has no effect: give push_to_hub"),
+        ("--ddpm_num_inference_steps 2000", r"ddpm_num_inference_steps must be in \[1, 1000\], got 2000"),
+        ("--local_rank 3", "local_rank = 3 has no effect: the launcher's LOCAL_RANK is 0"),
+        ("--logger wandb", "wandb is not installed: pip install wandb"),
+        ("--enable_xformers_memory_efficient_attention", "xformers is not installed: pip install xformers"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_remedy(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit:
+        parse_config(arguments.split())
+    assert exit.value.code == 2
+    assert __import__("re").search(message, " ".join(capsys.readouterr().err.split()))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rates: 1", "unknown setting 'learning_rates'; did you mean 'learning_rate'"),
+        ("- a", "must hold `name: value` lines, got list"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused(text, message, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_config(str(tmp_path / "run.yaml"))
+
+
+def test_values_set_in_python_are_checked_too():
+    with pytest.raises(UsageError, match=r"lr_scheduler must be one of linear, .*got 'steps'"):
+        check_config(TrainingConfig(lr_scheduler="steps"))  # pyright: ignore[reportArgumentType]
+
+
+def test_an_output_folder_with_another_run_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    config = TrainingConfig(output_dir=str(tmp_path / "run"))
+    check_config(config)
+    (tmp_path / "run" / "model_index.json").write_text("{}")
+    with pytest.raises(UsageError, match="already holds a run: choose another, --resume_from_checkpoint latest"):
+        check_config(config)
+    check_config(load_config(output_dir=config.output_dir, overwrite_output_dir=True))
+    (tmp_path / "run" / "checkpoint-5").mkdir()
+    with pytest.raises(UsageError, match="must be latest, checkpoint-5, got 'checkpoint-6'"):
+        check_config(load_config(output_dir=config.output_dir, resume_from_checkpoint="checkpoint-6"))
+    with pytest.raises(UsageError, match="would delete the checkpoint"):
+        check_config(
+            load_config(output_dir=config.output_dir, resume_from_checkpoint="latest", overwrite_output_dir=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "channels", "resolution", "num_classes", "message"),
+    [
+        ({}, 1, 30, None, "resolution must be a multiple of 4, got 30: .* the nearest is 28 or 32"),
+        ({"model_config_name_or_path": "cifar10-ddpm"}, 1, 32, None, "in_channels must be 1, .*--channels; got 3"),
+        ({"model_config_name_or_path": "cifar10-ddpm"}, 3, 64, None, "sample_size must be 64, .*--resolution; got 32"),
+        (
+            {"model_config_name_or_path": "cifar10-ddpm", "variance_type": "learned_range"},
+            *(3, 32, None, "out_channels must be 6, for variance_type learned_range; got 3"),
+        ),
+        ({"model_config_name_or_path": "cifar10-ddpm"}, 3, 32, 10, "num_class_embeds must be 10, .*; got None"),
+        ({"model_config_name_or_path": "./nothing"}, 3, 32, None, "must be a JSON file, .*got './nothing'"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused(settings, channels, resolution, num_classes, message):
+    with pytest.raises(UsageError, match=message):
+        make_unet(TrainingConfig(**settings), channels, resolution, num_classes)
+
+
+def test_a_wrong_flag_is_answered_before_torch_is_imported():
+    code = """
+import sys
+from hf_ddpm.config import parse_config
+try:
+    parse_config(["--train_batch_size", "0"])
+except SystemExit:
+    assert "torch" not in sys.modules
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_help_names_each_setting(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{f.name}" in text for f in fields(TrainingConfig))
+    assert yaml.safe_load("1e-4") == "1e-4"  # why values of YAML files are converted as flags are

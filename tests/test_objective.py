@@ -1,0 +1,195 @@
+"""The loss: its draws, its target, its weights, and the variational bound."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_ddpm.objective import VARIATIONAL_BOUND_WEIGHT, Objective, _discretized_log_likelihood, variational_bound
+from hf_ddpm.scheduler import DDPMScheduler
+
+PREDICTION_TYPES = ["epsilon", "sample", "v_prediction", "previous_sample"]
+
+
+def generators(seeds):
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def linear_network(x_t, t, scale=0.5):
+    return SimpleNamespace(sample=scale * x_t + 0.001 * t.view(-1, 1, 1, 1))
+
+
+def test_loss_is_algorithm_1_of_ho_et_al():
+    scheduler, x_0 = DDPMScheduler(), torch.rand(4, 1, 8, 8) * 2 - 1
+    loss, t = Objective(scheduler)(linear_network, x_0, seeded())
+    replay = seeded()
+    assert torch.equal(t, (torch.rand(4, generator=replay) * 1000).long())
+    eps = torch.randn(x_0.shape, generator=replay)
+    abar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
+    expected = (linear_network(x_t, t).sample - eps).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    assert loss.shape == t.shape == (4,)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("weighting", ["constant", "min_snr"])
+def test_a_network_that_knows_the_image_has_no_loss(prediction_type, weighting):
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    x_0 = torch.rand(8, 1, 4, 4) * 2 - 1
+
+    def oracle(x_t, t):
+        abar = scheduler.alpha_bar[t].view(-1, 1, 1, 1)
+        eps = ((x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()).float()
+        return SimpleNamespace(sample=scheduler.training_target(x_0, eps, t))
+
+    loss, _ = Objective(scheduler, weighting=weighting)(oracle, x_0, seeded())
+    assert loss.max() < 1e-4
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_min_snr_is_one_weight_on_x_0(prediction_type):
+    """Whatever the network predicts, the loss is min(SNR, gamma) |x_0_hat - x_0|^2."""
+    scheduler = DDPMScheduler(100, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
+    gamma, x_0 = 3.0, torch.rand(16, 1, 4, 4) * 2 - 1
+    seen = {}
+
+    def network(x_t, t):
+        seen.update(x_t=x_t, output=0.3 * x_t)
+        return SimpleNamespace(sample=seen["output"])
+
+    loss, t = Objective(scheduler, weighting="min_snr", min_snr_gamma=gamma)(network, x_0, seeded())
+    x_0_hat = scheduler.predict_original(seen["output"], seen["x_t"], t)
+    expected = scheduler.snr(t).clamp(max=gamma) * (x_0_hat - x_0).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("prediction_type", "power"), [("epsilon", 0), ("v_prediction", 1)])
+def test_min_snr_of_noise_and_velocity_is_the_published_weight(prediction_type, power):
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    t = torch.arange(1000)
+    snr = scheduler.snr(t)
+    expected = snr.clamp(max=5) / (snr + power)
+    weight = Objective(scheduler, weighting="min_snr").weight(t)
+    torch.testing.assert_close(weight, expected.float())
+
+
+@pytest.mark.parametrize("density", ["uniform", "stratified"])
+def test_densities_cover_each_t_alike(density):
+    scheduler = DDPMScheduler(10, beta_schedule="squaredcos_cap_v2")
+    objective, generator = Objective(scheduler, density=density), seeded()
+    draws = torch.cat([objective.draw_timesteps(100, generator, torch.device("cpu")) for _ in range(200)])
+    counts = torch.bincount(draws, minlength=10)
+    assert counts.shape == (10,)
+    # 2,000 of each; independent draws have a standard deviation of 42.
+    assert (counts - 2000).abs().max() < (200 if density == "uniform" else 1)
+
+
+def test_strata_go_over_a_batch_in_parts():
+    objective = Objective(DDPMScheduler(), density="stratified")
+    whole = objective.draw_timesteps(8, generators(range(8)), torch.device("cpu"))
+    parts = [
+        objective.draw_timesteps(4, generators(range(first, first + 4)), torch.device("cpu"), (first, 8))
+        for first in (0, 4)
+    ]
+    assert torch.equal(whole, torch.cat(parts))
+    assert torch.equal(whole // 125, torch.arange(8))
+
+
+def test_draws_of_an_image_do_not_depend_on_its_batch():
+    scheduler, x_0 = DDPMScheduler(), torch.rand(6, 3, 4, 4) * 2 - 1
+    objective = Objective(scheduler)
+    loss, t = objective(linear_network, x_0, generators(range(6)))
+    for i in range(6):
+        loss_i, t_i = objective(linear_network, x_0[i : i + 1], generators([i]))
+        assert t_i == t[i]
+        torch.testing.assert_close(loss_i[0], loss[i])
+
+
+def learned_network(weight):
+    return lambda x_t, t: SimpleNamespace(sample=torch.cat([weight[0] * x_t, weight[1] * torch.tanh(x_t)], dim=1))
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_hybrid_loss(variance_type):
+    """Nichol & Dhariwal Eq. 16: the bound is added with 0.001, over all t, and does not move the mean."""
+    x_0 = (torch.rand(8, 1, 4, 4, generator=seeded(5)) * 255).round() / 127.5 - 1
+    weight = torch.tensor([0.3, 0.2], requires_grad=True)
+    scheduler = DDPMScheduler(variance_type=variance_type)
+    loss, t = Objective(scheduler)(learned_network(weight), x_0, seeded())
+    gradient = torch.autograd.grad(loss.sum(), weight)[0]
+
+    simple, t_simple = Objective(DDPMScheduler())(
+        lambda x_t, t: SimpleNamespace(sample=weight[0] * x_t), x_0, seeded()
+    )
+    simple_gradient = torch.autograd.grad(simple.sum(), weight)[0]
+    assert torch.equal(t, t_simple)
+    torch.testing.assert_close(gradient[0], simple_gradient[0])
+    assert gradient[1].abs() > 0
+
+    replay = seeded()
+    torch.rand(8, generator=replay)
+    x_t = scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=replay), t)
+    bound = variational_bound(scheduler, learned_network(weight)(x_t, t).sample, x_0, x_t, t)
+    torch.testing.assert_close(loss, simple + VARIATIONAL_BOUND_WEIGHT * 1000 * bound)
+
+
+def test_only_the_network_runs_under_autocast():
+    linear, seen = torch.nn.Linear(8, 8), {}
+
+    def network(x_t, t):
+        seen.update(dtype=x_t.dtype, output=linear(x_t).dtype)
+        return SimpleNamespace(sample=linear(x_t))
+
+    x_0 = torch.rand(2, 1, 8, 8) * 2 - 1
+    loss, _ = Objective(DDPMScheduler(), autocast_dtype=torch.bfloat16)(network, x_0, seeded())
+    assert seen == {"dtype": torch.float32, "output": torch.bfloat16}
+    assert loss.dtype == torch.float32
+    half, _ = Objective(DDPMScheduler())(linear_network, x_0.half().float(), seeded())
+    assert half.dtype == torch.float32
+
+
+def test_class_labels_reach_the_network():
+    seen = {}
+
+    def network(x_t, t, class_labels):
+        seen["labels"] = class_labels
+        return SimpleNamespace(sample=x_t)
+
+    labels = torch.tensor([1, 2])
+    Objective(DDPMScheduler())(network, torch.zeros(2, 1, 4, 4), seeded(), class_labels=labels)
+    assert torch.equal(seen["labels"], labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("mean", "log_variance"), [(0.1, -3.0), (-0.97, -9.0), (2.0, 0.5)])
+def test_decoder_is_a_distribution_over_256_values(dtype, mean, log_variance):
+    x_0 = (torch.arange(256, dtype=dtype) / 127.5 - 1).view(1, 1, 16, 16)
+    log_mass = _discretized_log_likelihood(x_0, torch.full_like(x_0, mean), torch.full_like(x_0, log_variance))
+    assert log_mass.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_bound_of_the_true_posterior_is_zero():
+    scheduler = DDPMScheduler(prediction_type="sample", clip_sample=False)
+    x_0, t = torch.rand(4, 1, 4, 4) * 2 - 1, torch.tensor([1, 10, 500, 999])
+    x_t = scheduler.add_noise(x_0, torch.randn(x_0.shape), t)
+    assert variational_bound(scheduler, x_0, x_0, x_t, t).abs().max() < 1e-6
+
+
+def test_bound_is_the_kl_of_two_gaussians():
+    scheduler = DDPMScheduler(prediction_type="sample", clip_sample=False, variance_type="fixed_large")
+    x_0, x_t, t = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 300
+    output = torch.full_like(x_0, 0.5)
+    mean, _, variance = 0.5 * _mean_factor(scheduler, t), None, scheduler.posterior_variance[t].item()
+    beta = scheduler.beta[t].item()
+    expected = (math.log(beta / variance) - 1 + (variance + mean**2) / beta) / 2 / math.log(2)
+    assert variational_bound(scheduler, output, x_0, x_t, t).item() == pytest.approx(expected, rel=1e-3)
+
+
+def _mean_factor(scheduler, t):
+    return (scheduler.alpha_bar[t - 1].sqrt() * scheduler.beta[t] / (1 - scheduler.alpha_bar[t])).item()

@@ -1,0 +1,224 @@
+"""Noise -> images: equality with stock, and what stock does not have."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def pipeline(make_unet):
+    return quiet(
+        DDPMPipeline(make_unet(), DDPMScheduler(50, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"))
+    )
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_images_are_stocks_bit_for_bit(make_unet, prediction_type):
+    stock_scheduler = diffusers.DDPMScheduler(prediction_type=prediction_type)
+    stock = quiet(diffusers.DDPMPipeline(make_unet(), stock_scheduler))
+    ours = quiet(DDPMPipeline(make_unet(), stock_scheduler))
+    assert type(ours.scheduler) is DDPMScheduler
+    for steps in (1000, 50) if prediction_type == "epsilon" else (50,):
+        images = [
+            p(batch_size=2, generator=seeded(), num_inference_steps=steps, output_type="np").images
+            for p in (stock, ours)
+        ]
+        assert np.array_equal(*images)
+
+
+def test_a_stock_scheduler_made_by_position_keeps_its_steps(make_unet):
+    scheduler = diffusers.DDPMScheduler(100, 0.001, 0.2)
+    assert len(DDPMPipeline(make_unet(), scheduler).scheduler) == 100
+
+
+def test_all_steps_of_training_are_the_default(pipeline):
+    pipeline(generator=seeded(), output_type="pt")
+    assert len(pipeline.scheduler.timesteps) == 50
+
+
+def test_each_generator_makes_its_image_alone_and_in_a_batch(pipeline):
+    together = pipeline(batch_size=3, generator=[seeded(i) for i in range(3)], output_type="pt").images
+    for i in range(3):
+        alone = pipeline(generator=[seeded(i)], output_type="pt").images
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=0.1)
+
+
+def test_latents_are_the_initial_noise(pipeline):
+    generator = seeded()
+    noise = torch.randn(2, 3, 8, 8, generator=generator)
+    given = pipeline(batch_size=2, latents=noise, generator=generator, output_type="pt").images
+    drawn = pipeline(batch_size=2, generator=seeded(), output_type="pt").images
+    assert torch.equal(given, drawn)
+
+
+def test_trajectory_goes_from_noise_to_image(pipeline):
+    output = pipeline(batch_size=2, generator=seeded(), num_inference_steps=10, output_type="pt", trajectory=True)
+    steps = output.trajectory
+    assert [s.timestep for s in steps] == pipeline.scheduler.timesteps.tolist()
+    assert torch.equal(steps[0].x_t, torch.randn(2, 3, 8, 8, generator=seeded()))
+    torch.testing.assert_close((steps[-1].x_0_hat / 2 + 0.5).clamp(0, 1), output.images)
+    chosen = pipeline(
+        batch_size=2,
+        generator=seeded(),
+        num_inference_steps=10,
+        output_type="pt",
+        trajectory=[0, -1],
+        return_dict=False,
+    )
+    assert torch.equal(chosen[0], output.images)
+    assert [s.timestep for s in chosen[1]] == [steps[0].timestep, steps[-1].timestep]
+    assert torch.equal(chosen[1][1].x_t, steps[-1].x_t)
+
+
+def test_trajectory_of_a_scheduler_that_returns_no_estimate(make_unet):
+    scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=1, timestep_spacing="linspace")
+    output = quiet(DDPMPipeline(make_unet(), scheduler))(
+        generator=seeded(), num_inference_steps=5, output_type="pt", trajectory=True
+    )
+    last = output.trajectory[-1]
+    # A first-order solver ends at its last estimate of x_0.
+    torch.testing.assert_close((last.x_0_hat / 2 + 0.5).clamp(0, 1), output.images, rtol=0, atol=1e-4)
+
+
+def test_callback_sees_and_replaces_each_step(pipeline):
+    seen = []
+
+    def callback(pipe, i, t, tensors):
+        seen.append((i, int(t)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if i == 4 else None
+
+    output = pipeline(generator=seeded(), num_inference_steps=5, output_type="pt", callback_on_step_end=callback)
+    assert seen == list(enumerate(pipeline.scheduler.timesteps.tolist()))
+    assert torch.equal(output.images, torch.full((1, 3, 8, 8), 0.5))
+
+
+def test_classes_condition_the_image(make_unet):
+    pipeline = quiet(DDPMPipeline(make_unet(num_class_embeds=3), DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")))
+    generators = [seeded(0), seeded(0)]
+    a, b = pipeline(batch_size=2, generator=generators, class_labels=[0, 2], output_type="pt").images
+    assert not torch.allclose(a, b, atol=1e-3)
+    both = pipeline(batch_size=2, generator=[seeded(0), seeded(0)], class_labels=0, output_type="pt").images
+    torch.testing.assert_close(both[1], a, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_images_have_the_mode_of_their_channels(make_unet, channels, mode):
+    pipeline = quiet(DDPMPipeline(make_unet(channels), DDPMScheduler(10, beta_schedule="squaredcos_cap_v2")))
+    image = pipeline(generator=seeded()).images[0]
+    array = pipeline(generator=seeded(), output_type="np").images[0]
+    assert (image.mode, image.size) == (mode, (8, 8))
+    assert np.array_equal(np.asarray(image).reshape(array.shape), (array * 255).round().astype(np.uint8))
+
+
+def test_half_precision_network(make_unet):
+    scheduler = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
+    full = quiet(DDPMPipeline(make_unet(), scheduler))(generator=seeded(), output_type="np").images
+    pipeline = quiet(DDPMPipeline(make_unet().to(torch.bfloat16), scheduler))
+    half = pipeline(generator=seeded(), output_type="np", trajectory=[0])
+    assert half.trajectory[0].x_t.dtype == torch.float32
+    assert half.images.dtype == np.float32
+    assert np.abs(half.images - full).mean() < 0.05
+    assert pipeline(generator=seeded()).images[0].mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIM",
+        "DPMSolverMultistep",
+        "UniPCMultistep",
+        "EulerDiscrete",
+        "EulerAncestralDiscrete",
+        "PNDM",
+        "HeunDiscrete",
+    ],
+)
+def test_any_scheduler_of_diffusers_may_stand_in(make_unet, name):
+    config = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="linspace").config
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
+    pipeline = quiet(DDPMPipeline(make_unet(), scheduler))
+    assert pipeline.scheduler is scheduler
+    images = pipeline(batch_size=2, generator=seeded(), num_inference_steps=10, output_type="pt").images
+    assert images.isfinite().all()
+    assert images.std() > 0.01
+
+
+def test_a_learned_variance_is_left_to_schedulers_that_use_it(make_unet):
+    unet = make_unet(1, out_channels=2)
+    config = DDPMScheduler(variance_type="learned_range", timestep_spacing="linspace").config
+    for scheduler in (DDPMScheduler.from_config(config), diffusers.DDIMScheduler.from_config(config)):
+        images = quiet(DDPMPipeline(unet, scheduler))(
+            generator=seeded(), num_inference_steps=10, output_type="pt"
+        ).images
+        assert images.shape == (1, 1, 8, 8)
+
+
+def test_step_denoiser_alone_is_a_function_of_the_noise(make_unet):
+    scheduler = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", prediction_type="previous_sample")
+    unet = make_unet()
+    pipeline = quiet(DDPMPipeline(unet, scheduler))
+    noise = torch.randn(1, 3, 8, 8)
+    image = pipeline(latents=noise, output_type="pt", deterministic=True).images
+    x = noise
+    with torch.no_grad():
+        for t in reversed(range(20)):
+            x = unet(x, t).sample
+    torch.testing.assert_close(image, (x / 2 + 0.5).clamp(0, 1))
+
+
+def test_a_scheduler_put_in_later_is_saved_under_a_name_that_stock_loads(pipeline):
+    pipeline.scheduler = DDPMScheduler(prediction_type="sample")
+    assert pipeline.config["scheduler"] == ("diffusers", "DDPMScheduler")
+    pipeline.scheduler = diffusers.DDIMScheduler()
+    assert pipeline.config["scheduler"] == ("diffusers", "DDIMScheduler")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"num_inference_steps": 51}, r"num_inference_steps must be in \[1, 50\], got 51"),
+        ({"batch_size": 2, "generator": [torch.Generator()]}, "must hold batch_size = 2, got 1"),
+        ({"output_type": "latent"}, "output_type must be 'pil', 'np' or 'pt', got 'latent'"),
+        ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents must have the shape \(1, 3, 8, 8\), got \(1, 1, 8, 8\)"),
+        ({"class_labels": 1}, "class_labels must be None: the model was trained without classes"),
+        ({"trajectory": [50]}, r"trajectory must hold indices of the 50 steps, got \[50\]"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "may hold 'latents', got .*noise"),
+    ],
+)
+def test_wrong_arguments_are_refused(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**arguments)
+
+
+def test_wrong_arguments_of_special_models_are_refused(make_unet):
+    conditional = quiet(DDPMPipeline(make_unet(num_class_embeds=3), DDPMScheduler()))
+    with pytest.raises(ValueError, match="class_labels must be given: the model is conditioned on 3 classes"):
+        conditional()
+    with pytest.raises(ValueError, match=r"class_labels must be in \[0, 3\), got \[3\]"):
+        conditional(class_labels=3)
+    with pytest.raises(ValueError, match="must hold batch_size = 2 labels, got 3"):
+        conditional(batch_size=2, class_labels=[0, 1, 2])
+    with pytest.raises(ValueError, match="PIL has no image of 2 channels"):
+        quiet(DDPMPipeline(make_unet(2), DDPMScheduler()))()
+    with pytest.raises(ValueError, match="deterministic is for hf_ddpm's DDPMScheduler, got DDIMScheduler"):
+        quiet(DDPMPipeline(make_unet(), diffusers.DDIMScheduler()))(deterministic=True)
+
+
+def test_a_list_that_ends_below_zero_is_refused(make_unet):
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="DDIMScheduler gave timestep -1 for num_inference_steps=61"):
+        quiet(DDPMPipeline(make_unet(), scheduler))(num_inference_steps=61)

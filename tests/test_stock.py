@@ -1,0 +1,110 @@
+"""A checkpoint is a plain diffusers checkpoint: both ways, in a process that cannot import hf_ddpm."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler
+
+# Loads each folder with stock diffusers, samples, and saves the images, or the error, beside it.
+STOCK = """
+import sys
+sys.modules["hf_ddpm"] = None  # importing it raises ImportError
+from pathlib import Path
+import diffusers, numpy, torch
+torch.set_num_threads(1)
+for folder in map(Path, sys.argv[1:]):
+    for name in ("DDPMPipeline", "DiffusionPipeline"):
+        pipeline = getattr(diffusers, name).from_pretrained(folder)
+        assert type(pipeline) is diffusers.DDPMPipeline and type(pipeline.scheduler) is diffusers.DDPMScheduler
+        pipeline.set_progress_bar_config(disable=True)
+        try:
+            images = pipeline(
+                batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=100, output_type="np"
+            ).images
+            numpy.save(folder / f"{name}.npy", images)
+        except ValueError as error:
+            (folder / "error.txt").write_text(str(error))
+pipeline.save_pretrained(folder.parent / "saved_by_stock")
+"""
+SETTINGS = {
+    "previous_sample": {"prediction_type": "previous_sample"},
+    "learned_range": {"variance_type": "learned_range"},
+    "v_prediction": {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+    "epsilon": {"timestep_spacing": "trailing"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pipelines of ours, saved, and then loaded by stock."""
+    root = tmp_path_factory.mktemp("stock")
+    for name, settings in SETTINGS.items():
+        torch.manual_seed(0)
+        channels = 3 if name == "learned_range" else 1
+        unet = diffusers.UNet2DModel(
+            sample_size=8,
+            in_channels=channels,
+            out_channels=2 * channels if name == "learned_range" else channels,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+        DDPMPipeline(unet, DDPMScheduler(100, beta_schedule="squaredcos_cap_v2", **settings)).save_pretrained(
+            root / name
+        )
+    folders = [str(root / name) for name in SETTINGS]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, *folders], check=True)
+    return root
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "previous_sample"])
+def test_stock_samples_the_same_images(folder, name):
+    pipeline = DDPMPipeline.from_pretrained(folder / name)
+    assert type(pipeline.scheduler) is DDPMScheduler
+    pipeline.set_progress_bar_config(disable=True)
+    ours = pipeline(
+        batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=100, output_type="np"
+    ).images
+    for loader in ("DDPMPipeline", "DiffusionPipeline"):
+        assert np.array_equal(np.load(folder / name / f"{loader}.npy"), ours)
+
+
+def test_what_stock_cannot_express_fails_there_with_a_message(folder):
+    assert "prediction_type given as previous_sample" in (folder / "previous_sample/error.txt").read_text()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_index_names_only_what_the_hub_may_load(folder, name):
+    index = json.loads((folder / name / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    assert "diffusers" in LOADABLE_CLASSES
+    assert "hf_ddpm" not in (folder / name / "scheduler/scheduler_config.json").read_text()
+    assert not list(Path(folder / name).rglob("*.bin"))
+
+
+def test_a_checkpoint_of_stock_becomes_ours(folder):
+    pipeline = DDPMPipeline.from_pretrained(folder / "saved_by_stock")
+    assert type(pipeline.scheduler) is DDPMScheduler
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=100, output_type="np"
+    ).images
+    assert np.array_equal(images, np.load(folder / "epsilon/DDPMPipeline.npy"))
+
+
+def test_another_scheduler_stays_what_it_is(folder):
+    scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "epsilon", subfolder="scheduler")
+    pipeline = DDPMPipeline.from_pretrained(folder / "epsilon", scheduler=scheduler)
+    assert pipeline.scheduler is scheduler
