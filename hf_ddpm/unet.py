@@ -51,15 +51,17 @@ def sized_config(
 ) -> dict[str, Any]:
     """A UNet2DModel config for the data.
 
-    resolution   8      16      28, 32       64                128
-    channels     64,128 64,128  32,64,64     64,128,128,256    64,128,128,256,256
+    resolution   8       16       28, 32     64                128
+    channels     64,64   64,128   32,64,64   64,128,128,256    64,128,128,256,256
 
     Raises:
         UsageError: `resolution` cannot be halved that often.
     """
     num_levels = 1 + max(1, math.ceil(math.log2(resolution / 8)))
     _check_halvings(resolution, num_levels)
-    if resolution <= 16:
+    if resolution <= 8:
+        widths = [64, 64]
+    elif resolution <= 16:
         widths = [64, 128]
     elif resolution <= 32:
         widths = [32, 64, 64]
