@@ -1,15 +1,16 @@
 """Digits learned five ways, as one strip: what README shows of prediction types.
 
-    python benchmarks/prediction_types.py
+    python benchmarks/prediction_types.py [FOLDER]
 
 Trains the recipe `digits` with each prediction type and with learned variance, samples each model by its full chain,
-and writes `prediction_types.png` and `prediction_types.md` beside this file.
+and writes `prediction_types.png` and `prediction_types.md` beside this file; the runs stay in FOLDER if one is given.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -27,14 +28,15 @@ VARIANTS = {
     "epsilon": {"prediction_type": "epsilon"},
     "sample": {"prediction_type": "sample"},
     "v_prediction": {"prediction_type": "v_prediction"},
-    "previous_sample": {"prediction_type": "previous_sample", "ddpm_num_steps": 100, "loss_weighting": "min_snr"},
+    "previous_sample": {"prediction_type": "previous_sample", "ddpm_num_steps": 50, "loss_weighting": "min_snr"},
     "learned_range": {"prediction_type": "v_prediction", "variance_type": "learned_range"},
 }
 
 
 def main() -> None:
     rows, lines = [], []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = sys.argv[1] if len(sys.argv) > 1 else temporary
         for name, settings in VARIANTS.items():
             output_dir = f"{folder}/{name}"
             train(load_config(recipe="digits", output_dir=output_dir, **settings))
@@ -50,14 +52,14 @@ def main() -> None:
             said = ", ".join(f"{k} {v}" for k, v in settings.items())
             lines.append(
                 f"| {name} | {said} | {len(pipeline.scheduler)} | {run['training']['images']:,} | "
-                f"{run['training']['seconds']:.0f} | {sum(losses[-10:]) / 10:.4f} |"
+                f"{sum(losses[-10:]) / 10:.4f} |"
             )
     strip(rows, [f"seed {i}" for i in range(NUM_IMAGES)], list(VARIANTS)).save(HERE / "prediction_types.png")
     head = (
         f"torch {version('torch')}, diffusers {version('diffusers')}, {platform.machine()}, "
         f"{torch.get_num_threads()} threads. Losses of different targets cannot be compared.\n\n"
-        "| model | settings besides the recipe `digits` | T | images seen | seconds | mean of the last 10 losses |\n"
-        "|---|---|---|---|---|---|\n"
+        "| model | settings besides the recipe `digits` | T | images seen | mean of the last 10 losses |\n"
+        "|---|---|---|---|---|\n"
     )
     (HERE / "prediction_types.md").write_text(head + "\n".join(lines) + "\n")
 

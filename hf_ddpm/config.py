@@ -173,6 +173,28 @@ def save_config(config: TrainingConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
+def check_same_run(config: TrainingConfig, path: Path) -> None:
+    """Raises UsageError if the settings of a resumed run are not those in `path`, its config.yaml."""
+    before = {**asdict(TrainingConfig()), **_read_settings(path.read_text(encoding="utf-8"), str(path))}
+    for name, value in asdict(config).items():
+        if name not in (*_OF_ONE_START, *_MAY_CHANGE) and value != before[name]:
+            raise UsageError(
+                f"{name} was {before[name]} in this run, got {value}: resume with --config {path}, "
+                "or change that file to change it on purpose"
+            )
+
+
+# What does not decide which model comes out. That the data and the global batch are the same is checked by themselves.
+_MAY_CHANGE = (
+    *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "cache_dir", "output_dir"),
+    *("dataloader_num_workers", "on_bad_image", "model_config_name_or_path", "num_epochs", "max_train_steps"),
+    *("train_batch_size", "gradient_accumulation_steps", "mixed_precision", "use_ema", "checkpointing_steps"),
+    *("checkpoints_total_limit", "save_images_epochs", "save_model_epochs", "eval_batch_size", "logging_steps"),
+    *("ddpm_num_inference_steps", "logger", "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo"),
+    *("cpu_threads_per_process", "enable_xformers_memory_efficient_attention"),
+)
+
+
 def recipe_names() -> list[str]:
     return sorted(p.name[: -len(".yaml")] for p in _recipes().iterdir() if p.name.endswith(".yaml"))
 
@@ -261,7 +283,7 @@ def check_config(config: TrainingConfig) -> None:
         raise UsageError(f"ddpm_num_inference_steps must be in [1, {config.ddpm_num_steps}], got {steps}")
 
     _check_effects(config)
-    _check_installed(config)
+    _check_environment(config)
     check_output_dir(config)
 
 
@@ -295,7 +317,12 @@ def _check_effects(config: TrainingConfig) -> None:
     require(launched == config.local_rank, f"the launcher's LOCAL_RANK is {launched}", "local_rank")
 
 
-def _check_installed(config: TrainingConfig) -> None:
+def _check_environment(config: TrainingConfig) -> None:
+    if config.push_to_hub and config.hub_token is None:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            raise UsageError("push_to_hub needs a login: hf auth login, or HF_TOKEN in the environment")
     needed = [config.logger] if config.logger else []
     if config.enable_xformers_memory_efficient_attention:
         needed.append("xformers")
@@ -314,7 +341,7 @@ def check_output_dir(config: TrainingConfig) -> None:
     if wanted is not None:
         if config.overwrite_output_dir:
             raise UsageError("overwrite_output_dir would delete the checkpoint to resume from: give one of the two")
-        if not checkpoints:
+        if not checkpoints or not (folder / "config.yaml").is_file():
             raise UsageError(f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds no checkpoint")
         if wanted != "latest" and Path(wanted).name not in checkpoints:
             raise UsageError(f"resume_from_checkpoint must be latest, {' or '.join(checkpoints)}, got {wanted!r}")

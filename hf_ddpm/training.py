@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm import figures
 from hf_ddpm.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
-from hf_ddpm.config import RUN_FILES, TrainingConfig, UsageError, check_config, save_config
+from hf_ddpm.config import RUN_FILES, TrainingConfig, UsageError, check_config, check_same_run, save_config
 from hf_ddpm.data import ImageCache, MicroBatches, load_images, to_x_0
 from hf_ddpm.ema import EMA, ema_decay, halflife_from_decay
 from hf_ddpm.objective import Objective
@@ -72,6 +72,8 @@ def train(config: TrainingConfig) -> DDPMPipeline:
     with accelerator.local_main_process_first():
         images = load_images(config)
     config = _resolve(config, images, accelerator.mixed_precision)
+    if config.resume_from_checkpoint is not None:
+        check_same_run(config, output_dir / "config.yaml")
     scheduler = make_scheduler(config)
     new_unet = make_unet(config, images.channels, images.resolution, images.num_classes)
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes

@@ -144,12 +144,14 @@ def test_the_first_prediction_is_zero():
         ("--hub_model_id me/mine", "hub_model_id = me/mine has no effect: give push_to_hub"),
         ("--ddpm_num_inference_steps 2000", r"ddpm_num_inference_steps must be in \[1, 1000\], got 2000"),
         ("--local_rank 3", "local_rank = 3 has no effect: the launcher's LOCAL_RANK is 0"),
+        ("--push_to_hub", "push_to_hub needs a login: hf auth login"),
         ("--logger wandb", "wandb is not installed: pip install wandb"),
         ("--enable_xformers_memory_efficient_attention", "xformers is not installed: pip install xformers"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_remedy(arguments, message, capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as exit:
         parse_config(arguments.split())
@@ -186,6 +188,7 @@ def test_an_output_folder_with_another_run_is_refused(tmp_path):
         check_config(config)
     check_config(load_config(output_dir=config.output_dir, overwrite_output_dir=True))
     (tmp_path / "run" / "checkpoint-5").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
     with pytest.raises(UsageError, match="must be latest, checkpoint-5, got 'checkpoint-6'"):
         check_config(load_config(output_dir=config.output_dir, resume_from_checkpoint="checkpoint-6"))
     with pytest.raises(UsageError, match="would delete the checkpoint"):

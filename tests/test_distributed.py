@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
+from .conftest import tiny_unet_config
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,8 +33,6 @@ def runs(tmp_path_factory):
     """The same 20 steps of 8 images, by one process at once, and by two processes."""
     root = tmp_path_factory.mktemp("distributed")
     model = root / "unet.json"
-    from .conftest import tiny_unet_config
-
     model.write_text(json.dumps(tiny_unet_config(channels=1)))
     common = [
         *("--dataset_name", "digits", "--model_config_name_or_path", model, "--max_train_steps", 20),
@@ -59,6 +59,22 @@ def test_weights_and_previews_agree(runs):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
     pictures = [Image.open(root / run / "previews/step-0000020.png").convert("L") for run in ("one", "two")]
     assert ImageChops.difference(*pictures).getextrema()[1] <= 1
+
+
+def test_a_number_of_processes_that_cannot_be_known_is_refused(tmp_path):
+    """What `accelerate launch` on the CPU leaves of several processes asked for in its config file."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_accelerate.py"), "--output_dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 1
+    assert "torchrun --nproc_per_node N" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_are_recorded(runs):

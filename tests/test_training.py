@@ -211,6 +211,9 @@ def test_going_on_needs_the_same_run(tiny_settings, tmp_path, image_folder):
         train(replace(again, max_train_steps=6))
     with pytest.raises(UsageError, match="trained with 4 images per step, here 8"):
         train(replace(again, train_batch_size=8))
+    for name, value in (("prediction_type", "sample"), ("seed", 1), ("learning_rate", 0.5)):
+        with pytest.raises(UsageError, match=rf"{name} was .*, got {value}: resume with --config .*config.yaml"):
+            train(replace(again, **{name: value}))
     other = tmp_path / "other"
     other.mkdir()
     Image.new("L", (8, 8)).save(other / "black.png")

@@ -1,0 +1,64 @@
+"""What README and the card tell people to type is what the package takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from diffusers import UNet2DModel
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.config import parse_config
+
+from .conftest import tiny_unet_config
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands(program):
+    lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split(" && ")]
+    return [shlex.split(line) for line in lines if line.startswith(program)]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scheduler = DDPMScheduler(timestep_spacing="trailing")
+    DDPMPipeline(UNet2DModel(**tiny_unet_config(channels=1)), scheduler).save_pretrained("ddpm-model")
+
+
+@pytest.mark.parametrize("command", commands("accelerate launch"), ids=" ".join)
+def test_training_commands_parse(command, tmp_path):
+    arguments = command[command.index("train_accelerate.py") + 1 :]
+    if "--config" in arguments:
+        (tmp_path / "runs/photos/checkpoint-500").mkdir(parents=True)
+        (tmp_path / "runs/photos/config.yaml").write_text("output_dir: runs/photos\n")
+    assert parse_config(arguments)
+
+
+def test_sampling_commands_run():
+    from typer.testing import CliRunner
+
+    from hf_ddpm.cli import app
+
+    (command,) = commands("hf-ddpm")
+    result = CliRunner().invoke(app, ["4" if word == "64" else word for word in command[1:]])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
+@pytest.mark.filterwarnings("ignore:alpha_bar_T")
+def test_python_runs(code, tmp_path):
+    code = code.replace("max_train_steps=200", "max_train_steps=1, ddpm_num_steps=10, eval_batch_size=1")
+    code = code.replace("(batch_size=16)", "(batch_size=2, num_inference_steps=10)")
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_pictures_and_links_are_there():
+    root = Path(__file__).parents[1]
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (root / target).exists(), target
