@@ -4,12 +4,14 @@ import sys
 
 from hf_ddpm.config import UsageError, parse_config
 from hf_ddpm.launch import start_missing_processes
+from hf_ddpm.sources import check_source
 
 if __name__ == "__main__":
     config = parse_config()
     try:
+        check_source(config)
         start_missing_processes()
-        # After parsing, so that a wrong flag is answered before torch is imported.
+        # After parsing, so that a wrong setting is answered before torch is imported.
         from hf_ddpm.training import train
 
         train(config)

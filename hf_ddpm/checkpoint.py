@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from diffusers import UNet2DModel
 
-from hf_ddpm.config import UsageError
+from hf_ddpm.config import UsageError, checkpoint_names
 from hf_ddpm.ema import EMA
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def load_checkpoint(accelerator: Accelerator, ema: EMA | None, checkpoint: Path,
     Raises:
         UsageError: the checkpoint is of other data, of another global batch, or without the average that is wanted.
     """
+    if not (checkpoint / "progress.json").is_file():
+        raise UsageError(f"{checkpoint.name} is not a checkpoint of hf_ddpm: it has no progress.json")
     progress = read_progress(checkpoint)
     if progress.data_fingerprint != expected.data_fingerprint:
         raise UsageError(
@@ -105,4 +107,4 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    return [output_dir / name for name in checkpoint_names(output_dir)]

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -119,7 +121,11 @@ class TrainingConfig:
     logger: Literal["tensorboard", "wandb", "trackio"] | None = _option(None, "A tracker beside metrics.jsonl.")
     logging_dir: str = _option("logs", "TensorBoard's folder in `output_dir`.")
     push_to_hub: bool = _option(False, "Upload model, card and figures at the end.")
-    hub_token: str | None = _option(None, "A Hub token; better: `hf auth login`. It is never written anywhere.")
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "A Hub token; better: `hf auth login`. It is never written anywhere."},
+    )
     hub_model_id: str | None = _option(None, "The repository; default: the name of `output_dir`, in your namespace.")
     hub_private_repo: bool = _option(False, "Create the repository private.")
 
@@ -146,8 +152,12 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
         given = parser.parse_args(arguments)
         names = ("dataset_name", "train_data_dir", "config", "recipe")
         recipe = given.recipe if any(getattr(given, name) is not None for name in names) else "digits"
-        # argparse converts and checks defaults that are text as it does flags.
-        parser.set_defaults(**{k: str(v) for k, v in _file_settings(recipe, given.config).items() if v is not None})
+        settings = _file_settings(recipe, given.config)
+        # A flag goes before a file's setting that it replaces under another name.
+        for flag, replaced in _REPLACES.items():
+            if getattr(given, flag) != parser.get_default(flag):
+                settings = {name: value for name, value in settings.items() if name not in replaced}
+        parser.set_defaults(**_as_defaults(settings))
         config, _ = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
         check_config(config)
     except UsageError as error:
@@ -162,9 +172,25 @@ def load_config(path: str | None = None, recipe: str | None = None, **settings: 
     parser = HfArgumentParser(TrainingConfig, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     merged = {**_file_settings(recipe, path), **settings}
     _check_names(merged, "keyword argument")
-    parser.set_defaults(**{k: str(v) for k, v in merged.items() if v is not None})
-    (config,) = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+    parser.set_defaults(**_as_defaults(merged))
+    try:
+        (config,) = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+    except SystemExit:
+        raise UsageError(f"a setting has a value of the wrong type; argparse has named it: {merged}") from None
     return config
+
+
+# Given by flag -> what of a recipe or a file it stands in for.
+_REPLACES = {
+    "dataset_name": ("train_data_dir", "dataset_config_name", "image_column"),
+    "train_data_dir": ("dataset_name", "dataset_config_name", "image_column"),
+    "num_epochs": ("max_train_steps",),
+}
+
+
+def _as_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    # argparse converts and checks defaults that are text as it does flags.
+    return {name: None if value is None else str(value) for name, value in settings.items()}
 
 
 def save_config(config: TrainingConfig, path: Path) -> None:
@@ -175,7 +201,7 @@ def save_config(config: TrainingConfig, path: Path) -> None:
 
 def check_same_run(config: TrainingConfig, path: Path) -> None:
     """Raises UsageError if the settings of a resumed run are not those in `path`, its config.yaml."""
-    before = {**asdict(TrainingConfig()), **_read_settings(path.read_text(encoding="utf-8"), str(path))}
+    before = asdict(load_config(str(path)))
     for name, value in asdict(config).items():
         if name not in (*_OF_ONE_START, *_MAY_CHANGE) and value != before[name]:
             raise UsageError(
@@ -187,7 +213,7 @@ def check_same_run(config: TrainingConfig, path: Path) -> None:
 # What does not decide which model comes out. That the data and the global batch are the same is checked by themselves.
 _MAY_CHANGE = (
     *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "cache_dir", "output_dir"),
-    *("dataloader_num_workers", "on_bad_image", "model_config_name_or_path", "num_epochs", "max_train_steps"),
+    *("dataloader_num_workers", "on_bad_image", "num_epochs", "max_train_steps"),
     *("train_batch_size", "gradient_accumulation_steps", "mixed_precision", "use_ema", "checkpointing_steps"),
     *("checkpoints_total_limit", "save_images_epochs", "save_model_epochs", "eval_batch_size", "logging_steps"),
     *("ddpm_num_inference_steps", "logger", "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo"),
@@ -218,7 +244,10 @@ def _file_settings(recipe: str | None, path: str | None) -> dict[str, Any]:
     if path is not None:
         if not Path(path).is_file():
             raise UsageError(f"config must be a YAML file, got {path!r}, which is not there")
-        settings |= _read_settings(Path(path).read_text(encoding="utf-8"), path)
+        try:
+            settings |= _read_settings(Path(path).read_text(encoding="utf-8"), path)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"config must be a YAML file in UTF-8, got {path!r}: {error}") from error
     return settings
 
 
@@ -258,11 +287,15 @@ def check_config(config: TrainingConfig) -> None:
         if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
     for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "min_snr_gamma", "ema_inv_gamma", "ema_power"):
-        if getattr(config, name) <= 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise UsageError(f"{name} must be above 0, got {getattr(config, name)}")
     for name in ("dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "seed"):
         if getattr(config, name) < 0:
             raise UsageError(f"{name} must not be negative, got {getattr(config, name)}")
+    if config.seed >= 2**63:
+        raise UsageError(f"seed must be below 2**63, got {config.seed}")
+    if config.rescale_betas_zero_snr and config.ddpm_num_steps < 2:
+        raise UsageError(f"rescale_betas_zero_snr needs ddpm_num_steps of at least 2, got {config.ddpm_num_steps}")
     for name in ("dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} must be in [0, 1), got {getattr(config, name)}")
@@ -336,7 +369,10 @@ def check_output_dir(config: TrainingConfig) -> None:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output_dir must be a folder, got {config.output_dir!r}, which is a file")
-    checkpoints = sorted(p.name for p in folder.glob("checkpoint-*"))
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(existing, os.W_OK) or not existing.is_dir():
+        raise UsageError(f"output_dir must be a folder that can be written, got {config.output_dir!r}: see {existing}")
+    checkpoints = checkpoint_names(folder)
     wanted = config.resume_from_checkpoint
     if wanted is not None:
         if config.overwrite_output_dir:
@@ -345,15 +381,36 @@ def check_output_dir(config: TrainingConfig) -> None:
             raise UsageError(f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds no checkpoint")
         if wanted != "latest" and Path(wanted).name not in checkpoints:
             raise UsageError(f"resume_from_checkpoint must be latest, {' or '.join(checkpoints)}, got {wanted!r}")
-    elif not config.overwrite_output_dir and (checkpoints or any((folder / n).exists() for n in RUN_FILES)):
+        if wanted != "latest" and Path(wanted).name != checkpoints[-1]:
+            raise UsageError(
+                f"resuming from {wanted!r} would leave {checkpoints[-1]}, of another course of the run, the latest: "
+                "move the newer checkpoints away first"
+            )
+    elif not config.overwrite_output_dir and run_files(folder):
         raise UsageError(
             f"output_dir {config.output_dir!r} already holds a run: choose another, "
             "--resume_from_checkpoint latest to go on with it, or --overwrite_output_dir to delete it"
         )
 
 
-# What a run writes into `output_dir` besides its checkpoints.
-RUN_FILES = (
-    *("config.yaml", "run.json", "metrics.jsonl", "README.md", "model_index.json"),
-    *("unet", "scheduler", "figures", "previews"),
-)
+def checkpoint_names(folder: Path) -> list[str]:
+    """`checkpoint-N` of the run in `folder`, N rising; other names are not a run's."""
+    names = [p.name for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(names, key=lambda name: int(name.rpartition("-")[2]))
+
+
+def run_files(folder: Path) -> list[Path]:
+    """What the run in `folder` wrote; nothing if there is no run, so that files of others are safe."""
+    checkpoints = [folder / name for name in checkpoint_names(folder)]
+    if not checkpoints and not any((folder / name).exists() for name in ("config.yaml", "model_index.json")):
+        return []
+    patterns = ("config.yaml", "run.json", "metrics.jsonl", "README.md", "model_index.json", "unet", "scheduler")
+    pictures = (
+        "figures/samples.png",
+        "figures/loss.png",
+        "figures/forward.png",
+        "figures/reverse.*",
+        "previews/step-*.png",
+    )
+    partial = [p for p in folder.glob("partial-checkpoint-*") if p.is_dir()]
+    return [*checkpoints, *partial, *(path for pattern in (*patterns, *pictures) for path in folder.glob(pattern))]

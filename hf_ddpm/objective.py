@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -45,6 +45,14 @@ class Objective:
     density: Density = "uniform"
     autocast_dtype: torch.dtype | None = None
 
+    def __post_init__(self) -> None:
+        if self.weighting not in get_args(Weighting):
+            raise ValueError(f"weighting must be one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
+        if self.density not in get_args(Density):
+            raise ValueError(f"density must be one of {', '.join(get_args(Density))}, got {self.density!r}")
+        if not self.min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
+
     def __call__(
         self,
         unet: Callable[..., Any],
@@ -66,6 +74,8 @@ class Objective:
 
         Returns: the loss, (B,) float32, and t, (B,) int64.
         """
+        if isinstance(generator, list) and len(generator) != len(x_0):
+            raise ValueError(f"a list of generators must hold one for each of {len(x_0)} images, got {len(generator)}")
         t = self.draw_timesteps(x_0.shape[0], generator, x_0.device, stratum)
         eps = randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=torch.float32)
         x_0 = x_0.float()

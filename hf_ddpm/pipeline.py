@@ -108,7 +108,14 @@ class DDPMPipeline(DiffusionPipeline):
             ValueError: before the first network evaluation, an argument that cannot work.
         """
         device, channels = self._execution_device, self.unet.config.in_channels
-        steps = self.scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
+        num_train = self.scheduler.config.num_train_timesteps
+        steps = num_train if num_inference_steps is None else num_inference_steps
+        # Not all of diffusers' solvers look: some repeat timesteps then and return NaN.
+        if not 1 <= steps <= num_train:
+            raise ValueError(
+                f"num_inference_steps must be in [1, {num_train}], got {steps}: "
+                f"the model was trained with {num_train} timesteps"
+            )
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, deterministic)
         conditions = self._conditions(class_labels, batch_size, device)
 
@@ -137,10 +144,13 @@ class DDPMPipeline(DiffusionPipeline):
         step_arguments: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
         if deterministic:
             step_arguments["deterministic"] = True
-        # Only DDPM schedulers use a learned variance; the others take the first half of the output.
+        # Of the schedulers that use a learned variance this takes DDPM's; the others get the first half of the output.
         splits_output = isinstance(self.scheduler, diffusers.DDPMScheduler)
+        self._num_timesteps, self._interrupt = len(timesteps), False
         recorded: list[TrajectoryStep] = []
         for i, t in enumerate(self.progress_bar(timesteps)):  # pyright: ignore[reportCallIssue, reportArgumentType]
+            if self._interrupt:
+                break
             network_input = self.scheduler.scale_model_input(x_t, t)
             model_output = self.unet(network_input.to(self.unet.dtype), t, **conditions).sample.to(dtype)
             if not splits_output:
@@ -165,6 +175,11 @@ class DDPMPipeline(DiffusionPipeline):
         if not return_dict:
             return (images,) if trajectory is False else (images, recorded)
         return DDPMPipelineOutput(images=images, trajectory=None if trajectory is False else recorded)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that is running, for callbacks; setting `_interrupt` ends it after its step."""
+        return self._num_timesteps
 
     def _check_inputs(
         self,

@@ -5,6 +5,7 @@ The card is written from the files of `output_dir` alone, so that each of its nu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import warnings
@@ -19,6 +20,7 @@ from hf_ddpm.checkpoint import Progress
 from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import ImageCache, to_x_0
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.sampling import seeded_generators
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,6 +100,15 @@ def push(config: TrainingConfig, step: int) -> None:
         )
 
 
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that a killed run left unfinished is no line."""
+    path, records = output_dir / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
 def device_name(device: torch.device) -> str:
     """The processor that trained, as its maker calls it."""
     if device.type == "cuda":
@@ -113,7 +124,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _draw_loss(output_dir: Path) -> None:
-    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(output_dir)
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     window = max(1, len(losses) // 20)
     means = [sum(part) / len(part) for part in (losses[max(0, i - window) : i + 1] for i in range(len(losses)))]
@@ -140,7 +151,7 @@ def _draw_reverse_chain(pipeline: DDPMPipeline, images: ImageCache, output_dir: 
     labels = [0, 1 % images.num_classes] if images.num_classes else None
     final, trajectory = pipeline(
         batch_size=2,
-        generator=[torch.Generator(pipeline.device).manual_seed(i) for i in range(2)],
+        generator=seeded_generators(range(2), pipeline.device),
         output_type="pt",
         class_labels=labels,
         trajectory=frames,

@@ -1,4 +1,5 @@
-"""Many images over many processes, one seed per image: image i is a function of (seed, i) alone.
+"""Many images over many processes, one seed per image: on one kind of device, image i is a function of
+its seed alone.
 
 Schedulers by name, all with exact lists of timesteps:
 
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
+SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+def default_scheduler(config: Any) -> str:
+    """The name of the scheduler that takes fewest steps for a model whose scheduler has this config."""
+    solvable = config["prediction_type"] != "previous_sample" and config["beta_schedule"] in SOLVABLE_SCHEDULES
+    return "dpmsolver++" if solvable else "ddpm"
 
 
 def named_scheduler(name: str, config: Any, num_inference_steps: int | None = None) -> Any:
@@ -52,9 +60,15 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
         )
     # The solvers' linspace is exact for each n < T and repeats timesteps for n = T, where trailing is exact. They
     # slice a learned variance off as if images had three channels; the pipeline has already dropped it.
+    if config["beta_schedule"] not in SOLVABLE_SCHEDULES:
+        raise ValueError(f"scheduler must be 'ddpm' for the noise schedule {config['beta_schedule']!r}, got {name!r}")
     uses_all = num_inference_steps in (None, config["num_train_timesteps"])
     spacing = "trailing" if uses_all else "linspace"
     exact = {**config, "timestep_spacing": spacing, "variance_type": None, "solver_order": 2}
+    # They do not know clip_sample, without which an error of eps_hat at T-1 is multiplied by thousands in x_0_hat.
+    # Thresholding up to 1 is the same as clipping to [-1, 1].
+    if config["clip_sample"] and config["clip_sample_range"] == 1:
+        exact |= {"thresholding": True, "sample_max_value": 1.0}
     if name == "unipc":
         return UniPCMultistepScheduler.from_config(exact)
     solver = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero", "solver_order": 1 if name == "ddim" else 2}
@@ -92,7 +106,7 @@ def write_samples(
         raise ValueError(f"model must be a folder with model_index.json, got {model!r}, which has none")
     pipeline = DDPMPipeline.from_pretrained(model).to(device or _best_device())
     config = pipeline.scheduler.config
-    name = scheduler or ("ddpm" if config["prediction_type"] == "previous_sample" else "dpmsolver++")
+    name = scheduler or default_scheduler(config)
     steps = num_inference_steps or (config["num_train_timesteps"] if name == "ddpm" else 20)
     pipeline.scheduler = named_scheduler(name, config, steps)
     classes = pipeline.unet.config.num_class_embeds
@@ -120,6 +134,12 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def seeded_generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
+    """One generator for each image, on its device; on the CPU for MPS, where noise is not reproducible."""
+    place = torch.device("cpu") if device.type == "mps" else device
+    return [torch.Generator(place).manual_seed(seed) for seed in seeds]
+
+
 def sample_images(
     pipeline: DDPMPipeline,
     seeds: Sequence[int],
@@ -139,7 +159,7 @@ def sample_images(
     parts = []
     for first in range(0, len(seeds), batch_size):
         part = slice(first, first + batch_size)
-        generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds[part]]
+        generators = seeded_generators(seeds[part], pipeline.device)
         (images,) = pipeline(
             batch_size=len(generators),
             generator=generators,

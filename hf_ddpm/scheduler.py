@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import warnings
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -48,6 +49,7 @@ class _Coefficients(NamedTuple):
     posterior_mean_x_t: Tensor
     posterior_variance: Tensor
     is_last: Tensor  # s < 0
+    is_adjacent: Tensor  # s = t - 1
 
 
 class DDPMScheduler(StockDDPMScheduler):
@@ -90,6 +92,8 @@ class DDPMScheduler(StockDDPMScheduler):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
+        if isinstance(trained_betas, np.ndarray):
+            trained_betas = trained_betas.tolist()
         _check_choice("beta_schedule", beta_schedule, BetaSchedule)
         _check_choice("prediction_type", prediction_type, PredictionType)
         _check_choice("variance_type", variance_type, VarianceType)
@@ -142,6 +146,12 @@ class DDPMScheduler(StockDDPMScheduler):
             beta = rescale_zero_terminal_snr(beta)
         if not (beta.min() > 0 and beta.max() <= 1):
             raise ValueError(f"each beta must be in (0, 1], got {beta.min():g} to {beta.max():g}: change the schedule")
+        if beta[-1] == 1 and (prediction_type == "epsilon" or timestep_spacing == "leading"):
+            raise ValueError(
+                "the last beta is 1, which leaves no signal in x_T: with prediction_type='epsilon' x_0 cannot be "
+                "recovered there, and timestep_spacing='leading' never starts there, got "
+                f"{prediction_type!r} and {timestep_spacing!r}"
+            )
         self.beta = beta
         self.alpha_bar = torch.cumprod(1 - beta, dim=0)
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
@@ -149,11 +159,12 @@ class DDPMScheduler(StockDDPMScheduler):
         self._alpha_bar_on: dict[torch.device, Tensor] = {}
         if self.alpha_bar[-1] > MAX_TERMINAL_ALPHA_BAR:
             scale = 1000 / num_train_timesteps
+            ends = f", or beta_start={1e-4 * scale:g}, beta_end={min(0.02 * scale, 0.999):g}"
             warnings.warn(
                 f"alpha_bar_T = {self.alpha_bar[-1]:.3g} with num_train_timesteps={num_train_timesteps}: x_T still "
-                "shows the image, but sampling starts from N(0, I). Use beta_schedule='squaredcos_cap_v2', or "
-                f"beta_start={1e-4 * scale:g}, beta_end={min(0.02 * scale, 0.999):g}",
-                stacklevel=2,
+                "shows the image, but sampling starts from N(0, I). Use beta_schedule='squaredcos_cap_v2'"
+                f"{ends if beta_schedule == 'linear' and trained_betas is None and scale != 1 else ''}",
+                stacklevel=3,
             )
 
     # The forward process q
@@ -183,7 +194,7 @@ class DDPMScheduler(StockDDPMScheduler):
             noise: eps, (B, C, H, W), N(0, I).
             timesteps: t in [0, T).
 
-        Returns: x_t, (B, C, H, W), of x_0's type; computed in float32 at least.
+        Returns: x_t, (B, C, H, W), of the type of x_0 and eps; computed in float32 at least.
         """
         alpha_bar = self._coefficients(timesteps, None, original_samples).alpha_bar
         return _mix(alpha_bar.sqrt(), original_samples, (1 - alpha_bar).sqrt(), noise)
@@ -325,10 +336,9 @@ class DDPMScheduler(StockDDPMScheduler):
             x_0_hat = self._threshold_sample(x_0_hat)
         elif self.config.clip_sample:
             x_0_hat = x_0_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        if self.config.prediction_type == "previous_sample" and previous_timesteps is None:
-            mean = prediction
-        else:
-            mean = _mix(c.posterior_mean_x_0, x_0_hat, c.posterior_mean_x_t, x_t)
+        mean = _mix(c.posterior_mean_x_0, x_0_hat, c.posterior_mean_x_t, x_t)
+        if self.config.prediction_type == "previous_sample":
+            mean = torch.where(c.is_adjacent, prediction, mean)
 
         min_log = self._clipped_log(c.posterior_variance).to(mean)
         max_log = c.beta.log().to(mean)
@@ -375,16 +385,13 @@ class DDPMScheduler(StockDDPMScheduler):
             deterministic: leave the noise out: x_{t-1} is the mean; for a step denoiser, x_{t-1} = f(x_t).
         """
         previous = self.previous_timestep(timestep)
-        if self._stock_is_right(timestep, previous, sample) and not deterministic:
+        if self._stock_is_right(timestep, previous, sample, model_output) and not deterministic:
             self.split_output(model_output, sample)
             return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[arg-type]
 
         t, s = _as_vector(timestep, sample.device), _as_vector(previous, sample.device)
-        adjacent = bool((s == t - 1).all())
         x_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        mean, log_variance, x_0_hat = self.reverse_distribution(
-            model_output.to(x_t.dtype), x_t, t, None if adjacent else s
-        )
+        mean, log_variance, x_0_hat = self.reverse_distribution(model_output.to(x_t.dtype), x_t, t, s)
         noisy = (s >= 0).view(-1, *[1] * (sample.ndim - 1))
         if not deterministic and bool(noisy.any()):
             noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -392,10 +399,12 @@ class DDPMScheduler(StockDDPMScheduler):
         x_prev, x_0_hat = mean.to(sample.dtype), x_0_hat.to(sample.dtype)
         return DDPMSchedulerOutput(x_prev, x_0_hat) if return_dict else (x_prev, x_0_hat)
 
-    def _stock_is_right(self, timestep: int | Tensor, previous: int | Tensor, sample: Tensor) -> bool:
+    def _stock_is_right(
+        self, timestep: int | Tensor, previous: int | Tensor, sample: Tensor, model_output: Tensor
+    ) -> bool:
         return (
             (isinstance(timestep, int) or timestep.ndim == 0)
-            and sample.dtype == torch.float32
+            and sample.dtype == model_output.dtype == torch.float32
             and self.config.prediction_type != "previous_sample"
             and self.config.variance_type not in ("fixed_large_log", "learned")
             # In a last step from t > 0 stock adds noise; with a fixed_small variance, which is 0 there, next to none.
@@ -435,7 +444,7 @@ class DDPMScheduler(StockDDPMScheduler):
                 raise ValueError(f"timesteps must be in [0, {num_train}), got {chosen[0]} to {chosen[-1]}")
         else:
             n = num_inference_steps
-            if not isinstance(n, int) or not 1 <= n <= num_train:
+            if not hasattr(n, "__index__") or not 1 <= (n := operator.index(n)) <= num_train:  # pyright: ignore
                 raise ValueError(
                     f"num_inference_steps must be in [1, {num_train}], got {n}: "
                     f"the model was trained with {num_train} timesteps"
@@ -502,15 +511,17 @@ class DDPMScheduler(StockDDPMScheduler):
             posterior_mean_x_t=alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar),
             posterior_variance=beta * (1 - alpha_bar_prev) / (1 - alpha_bar),
             is_last=s < 0,
+            is_adjacent=s == t - 1,
         )
         if samples.device != device:
-            values = _Coefficients(*(v.to(samples.device, torch.float32) for v in values))
+            tables = (v if v.dtype == torch.bool else v.float() for v in values)
+            values = _Coefficients(*(v.to(samples.device) for v in tables))
         return _Coefficients(*(v.view(-1, *[1] * (samples.ndim - 1)) for v in values))
 
     def _clipped_log(self, posterior_variance: Tensor) -> Tensor:
         """log posterior_variance, whose 0 at t = 0 is replaced by its value at t = 1."""
         floor = float(self.posterior_variance[1]) if len(self.posterior_variance) > 1 else float(self.beta[0])
-        return posterior_variance.clamp(min=floor).log()
+        return torch.where(posterior_variance > 0, posterior_variance, floor).log()
 
 
 def all_values(config: Any) -> dict[str, Any]:
@@ -528,6 +539,8 @@ def _check_choice(name: str, value: str, choices: object) -> None:
 
 
 def _as_vector(timesteps: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(timesteps, float) or (isinstance(timesteps, Tensor) and timesteps.is_floating_point()):
+        raise ValueError(f"timesteps must be integers in [0, T), got {timesteps}")
     return torch.as_tensor(timesteps, dtype=torch.int64, device=device).reshape(-1)
 
 

@@ -31,7 +31,13 @@ class Source:
 
 def check_source(config: TrainingConfig) -> None:
     """Raise UsageError for a data source that cannot be meant; reads file names only and needs no network."""
-    find_source(config)
+    source = find_source(config)
+    output_dir = Path(config.output_dir).resolve()
+    if source.folder is not None and source.folder.resolve() in (output_dir, *output_dir.parents):
+        raise UsageError(
+            f"output_dir must not be in the folder of images, where its pictures would be trained on, "
+            f"got {config.output_dir!r} in {str(source.folder)!r}: give another --output_dir"
+        )
 
 
 def find_source(config: TrainingConfig) -> Source:

@@ -3,7 +3,8 @@
 Step k sees the images at positions kG, ..., kG + G - 1 of an endless stream (G the global batch). Of these, process r
 of P takes in its forward pass a the B = train_batch_size images from kG + (aP + r)B. The order of the stream, crops
 and flips, t and eps are functions of (seed, position), learning rate and EMA decay of the images seen, so neither a
-run's process count nor its accumulation changes what it computes beyond rounding, and resuming replays nothing.
+run's process count nor its accumulation changes what it computes beyond rounding, and resuming replays nothing. Only
+dropout, which draws for whole tensors, is a function of (seed, step, slot) and differs with them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
@@ -33,13 +35,13 @@ from tqdm.auto import tqdm
 
 from hf_ddpm import figures
 from hf_ddpm.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
-from hf_ddpm.config import RUN_FILES, TrainingConfig, UsageError, check_config, check_same_run, save_config
+from hf_ddpm.config import TrainingConfig, UsageError, check_config, check_same_run, run_files, save_config
 from hf_ddpm.data import ImageCache, MicroBatches, load_images, to_x_0
 from hf_ddpm.ema import EMA, ema_decay, halflife_from_decay
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.report import push, write_report
-from hf_ddpm.sampling import named_scheduler, sample_shared
+from hf_ddpm.report import push, read_metrics, write_report
+from hf_ddpm.sampling import default_scheduler, named_scheduler, sample_shared
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.sources import check_source
 from hf_ddpm.unet import make_unet
@@ -66,7 +68,11 @@ def train(config: TrainingConfig) -> DDPMPipeline:
         mixed_precision=config.mixed_precision,
         log_with=config.logger,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=str(output_dir / config.logging_dir)),
+        # The others wait while one process decodes the images, or writes the report.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise UsageError("mixed_precision fp16 needs a GPU: its gradients are scaled there only; use bf16 or no")
     if accelerator.device.type == "cpu":
         _set_threads(config, accelerator)
     with accelerator.local_main_process_first():
@@ -158,7 +164,12 @@ def train(config: TrainingConfig) -> DDPMPipeline:
         progress = replace(progress, step=done, seconds=seconds_before + time.perf_counter() - started)
         if done % config.logging_steps == 0 or done == num_steps:
             record: dict[str, Any] = {"step": done, "images": done * global_batch, **meter.read(progress.seconds)}
-            record |= {"lr": lr, "grad_norm": float(grad_norm), "ema_decay": decay if ema else None}
+            norm = float(grad_norm)
+            record |= {
+                "lr": lr,
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "ema_decay": decay if ema else None,
+            }
             bar.set_postfix(loss=f"{record['loss']:.4f}", images_s=f"{record['images_per_second']:.0f}")
             _log(accelerator, output_dir, record)
         if done % every["image"] == 0 and done < num_steps:
@@ -171,18 +182,21 @@ def train(config: TrainingConfig) -> DDPMPipeline:
     progress = replace(progress, seconds=seconds_before + time.perf_counter() - started)
 
     samples = _save_preview(accelerator, config, preview, images, output_dir, num_steps)
+    averaged.eval()
     pipeline = DDPMPipeline(averaged, DDPMScheduler.from_config(scheduler.config))
     if accelerator.is_main_process:
         samples.save(output_dir / "figures" / "samples.png")
         sampled = {
             "scheduler": type(preview.scheduler).__name__,
-            "num_inference_steps": config.ddpm_num_inference_steps,
+            "num_inference_steps": _preview_steps(config),
             "seed": 0,
             "ema": config.use_ema,
         }
         write_report(config, pipeline, images, progress, sampled, accelerator)
         if config.push_to_hub:
             push(config, progress.step)
+    # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return pipeline
 
@@ -255,15 +269,19 @@ class _Meter:
 
 def _resolve(config: TrainingConfig, images: ImageCache, mixed_precision: str) -> TrainingConfig:
     """The config with what the data and the launcher decided."""
-    steps = config.ddpm_num_steps if config.prediction_type == "previous_sample" else min(20, config.ddpm_num_steps)
     return replace(
         config,
         dataset_name=config.dataset_name or (None if config.train_data_dir else "digits"),
         resolution=images.resolution,
         channels=images.channels,
         mixed_precision=mixed_precision,
-        ddpm_num_inference_steps=config.ddpm_num_inference_steps or steps,
     )
+
+
+def _preview_steps(config: TrainingConfig) -> int:
+    if config.ddpm_num_inference_steps is not None:
+        return config.ddpm_num_inference_steps
+    return config.ddpm_num_steps if config.prediction_type == "previous_sample" else min(20, config.ddpm_num_steps)
 
 
 def _lr_factor(config: TrainingConfig, num_steps: int) -> Any:
@@ -304,8 +322,8 @@ def _batches(
 
 
 def _preview_pipeline(config: TrainingConfig, unet: UNet2DModel, scheduler: DDPMScheduler) -> DDPMPipeline:
-    name = "ddpm" if config.prediction_type == "previous_sample" else "dpmsolver++"
-    pipeline = DDPMPipeline(unet, named_scheduler(name, scheduler.config, config.ddpm_num_inference_steps))
+    name = default_scheduler(scheduler.config)
+    pipeline = DDPMPipeline(unet, named_scheduler(name, scheduler.config, _preview_steps(config)))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -329,7 +347,7 @@ def _save_preview(
             preview,
             range(num_images),
             batch_size=-(-num_images // accelerator.num_processes),
-            num_inference_steps=config.ddpm_num_inference_steps,
+            num_inference_steps=_preview_steps(config),
             class_labels=labels,
         )
     preview.unet.train(was_training)
@@ -350,17 +368,19 @@ def _save_model(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Path) -
 def _prepare_output(config: TrainingConfig, output_dir: Path, first_step: int) -> None:
     """An output folder with the run's config, and metrics up to the step it goes on from."""
     if config.overwrite_output_dir:
-        for path in [*output_dir.glob("*checkpoint-*"), *(output_dir / name for name in RUN_FILES)]:
+        for path in run_files(output_dir):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
-                path.unlink(missing_ok=True)
+                path.unlink()
     for folder in (output_dir, output_dir / "previews", output_dir / "figures"):
         folder.mkdir(parents=True, exist_ok=True)
     save_config(config, output_dir / "config.yaml")
     metrics = output_dir / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step), encoding="utf-8")
+    kept = [record for record in read_metrics(output_dir) if record["step"] <= first_step]
+    partial = metrics.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    partial.replace(metrics)
 
 
 def _log(accelerator: Accelerator, output_dir: Path, record: dict[str, Any]) -> None:

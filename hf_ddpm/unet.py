@@ -37,7 +37,12 @@ def make_unet(config: TrainingConfig, channels: int, resolution: int, num_classe
         settings = _load_config(config.model_config_name_or_path)
         _check_fit(settings, config, channels, out_channels, resolution, num_classes)
     torch.manual_seed(config.seed)
-    unet: UNet2DModel = UNet2DModel.from_config(settings)  # pyright: ignore[reportAssignmentType]
+    try:
+        unet: UNet2DModel = UNet2DModel.from_config(settings)  # pyright: ignore[reportAssignmentType]
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"the model config {config.model_config_name_or_path!r} makes no UNet2DModel: {error}"
+        ) from error
     torch.nn.init.zeros_(unet.conv_out.weight)
     if unet.conv_out.bias is not None:
         torch.nn.init.zeros_(unet.conv_out.bias)
@@ -100,9 +105,14 @@ def _load_config(name: str) -> dict[str, Any]:
         file = path if path.is_file() else shipped
         assert file is not None
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            settings = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UsageError(f"model_config_name_or_path {name!r} is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise UsageError(
+                f"model_config_name_or_path {name!r} must hold a JSON object, got {type(settings).__name__}"
+            )
+        return settings
     subfolder = "unet" if (path / "unet" / "config.json").is_file() else None
     try:
         loaded: Any = UNet2DModel.load_config(name, subfolder=subfolder)
@@ -122,16 +132,18 @@ def _check_fit(
     resolution: int,
     num_classes: int | None,
 ) -> None:
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    if unknown := [name for name in settings if name not in known and not name.startswith("_")]:
+        raise UsageError(f"the model config has settings that UNet2DModel does not know: {', '.join(unknown)}")
     if settings.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise UsageError(f"the model config must be of a UNet2DModel, got {settings['_class_name']}")
-    defaults = inspect.signature(UNet2DModel.__init__).parameters
     for name, needed, reason in (
         ("in_channels", channels, "the channels of the data; change it or give --channels"),
         ("out_channels", out_channels, f"for variance_type {config.variance_type}"),
         ("sample_size", resolution, "the resolution; change it or give --resolution"),
         ("num_class_embeds", num_classes, "the classes of label_column"),
     ):
-        got = settings.get(name, defaults[name].default)
+        got = settings.get(name, known[name].default)
         if got != needed:
             raise UsageError(f"the model config's {name} must be {needed}, {reason}; got {got}")
-    _check_halvings(resolution, len(settings.get("block_out_channels", defaults["block_out_channels"].default)))
+    _check_halvings(resolution, len(settings.get("block_out_channels", known["block_out_channels"].default)))

@@ -16,6 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Training sets the number of threads, on which the last bits of results depend."""
+    torch.set_num_threads(1)
+
+
 def tiny_unet_config(channels: int = 3, size: int = 8, **changes) -> dict:
     return {
         "sample_size": size,

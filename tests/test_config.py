@@ -80,7 +80,8 @@ def test_flags_go_before_the_file_and_the_file_before_the_recipe(tmp_path):
     assert loaded == config
 
 
-def test_the_written_config_replays(tmp_path):
+def test_the_written_config_replays(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
     config = load_config(recipe="cifar10-ddpm", push_to_hub=True, hub_token="hf_secret", max_train_steps=7)
     save_config(config, tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()

@@ -37,11 +37,11 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"scheduler", "pipeline", "figures"},
     # The card is written from a run's files alone, so that it needs nothing of what wrote them.
     "hub": {"config"},
-    "report": {"config", "data", "pipeline", "figures", "checkpoint", "hub"},
+    "report": {"config", "data", "pipeline", "figures", "checkpoint", "sampling", "hub"},
     "training": {"scheduler", "config", "objective", "pipeline", "ema", "figures", "sources", "data", "unet"}
     | {"checkpoint", "sampling", "report"},
     "cli": {"sampling"},
-    "train_accelerate": {"config", "launch", "training"},
+    "train_accelerate": {"config", "sources", "launch", "training"},
 }
 # Package -> the only modules that may import it.
 ONLY_IN = {

@@ -23,7 +23,7 @@ def launch(processes, output_dir, *arguments):
         *(str(ROOT / "train_accelerate.py"), "--output_dir", str(output_dir), *map(str, arguments)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 

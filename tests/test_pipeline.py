@@ -218,6 +218,12 @@ def test_wrong_arguments_of_special_models_are_refused(make_unet):
         quiet(DDPMPipeline(make_unet(), diffusers.DDIMScheduler()))(deterministic=True)
 
 
+def test_more_steps_than_were_trained_are_refused_for_every_scheduler(make_unet):
+    pipeline = quiet(DDPMPipeline(make_unet(), diffusers.DPMSolverMultistepScheduler()))
+    with pytest.raises(ValueError, match=r"num_inference_steps must be in \[1, 1000\], got 1001"):
+        pipeline(num_inference_steps=1001)
+
+
 def test_a_list_that_ends_below_zero_is_refused(make_unet):
     scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
     with pytest.raises(ValueError, match="DDIMScheduler gave timestep -1 for num_inference_steps=61"):

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def in_a_folder_with_a_model(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", commands("accelerate launch"), ids=" ".join)
 def test_training_commands_parse(command, tmp_path):
+    shutil.rmtree("ddpm-model")
     arguments = command[command.index("train_accelerate.py") + 1 :]
     if "--config" in arguments:
         (tmp_path / "runs/photos/checkpoint-500").mkdir(parents=True)
