@@ -18,6 +18,7 @@ from hf_ddpm.config import (
     load_config,
     parse_config,
     recipe_names,
+    run_files,
     save_config,
 )
 from hf_ddpm.training import make_scheduler
@@ -80,6 +81,21 @@ def test_flags_go_before_the_file_and_the_file_before_the_recipe(tmp_path):
     assert loaded == config
 
 
+def test_a_flag_replaces_what_a_recipe_says_by_another_name():
+    assert parse_config(["--num_epochs", "3"]).max_train_steps is None
+    assert parse_config(["--recipe", "fashion-mnist", "--train_data_dir", "photos"]).dataset_name is None
+
+
+def test_nothing_can_be_said_in_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("checkpoints_total_limit: null\n")
+    assert load_config(str(tmp_path / "run.yaml")).checkpoints_total_limit is None
+    assert parse_config(["--config", str(tmp_path / "run.yaml")]).checkpoints_total_limit is None
+
+
+def test_a_token_is_not_shown():
+    assert "hf_secret" not in repr(TrainingConfig(hub_token="hf_secret"))
+
+
 def test_the_written_config_replays(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
     config = load_config(recipe="cifar10-ddpm", push_to_hub=True, hub_token="hf_secret", max_train_steps=7)
@@ -137,6 +153,8 @@ def test_the_first_prediction_is_zero():
         ("--resume_from_checkpoint latest", "'ddpm-model' holds no checkpoint"),
         ("--dropout 1.0", r"dropout must be in \[0, 1\), got 1.0"),
         ("--learning_rate -1", "learning_rate must be above 0, got -1.0"),
+        ("--seed 99999999999999999999", r"seed must be below 2\*\*63"),
+        ("--learning_rate nan", "learning_rate must be above 0, got nan"),
         ("--seed -1", "seed must not be negative, got -1"),
         ("--min_snr_gamma 3", "min_snr_gamma = 3.0 has no effect: give loss_weighting min_snr"),
         ("--ddpm_beta_end 0.1", "ddpm_beta_end = 0.1 has no effect"),
@@ -184,6 +202,9 @@ def test_an_output_folder_with_another_run_is_refused(tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     config = TrainingConfig(output_dir=str(tmp_path / "run"))
     check_config(config)
+    (tmp_path / "run" / "README.md").write_text("mine too")
+    check_config(config)
+    assert run_files(tmp_path / "run") == []
     (tmp_path / "run" / "model_index.json").write_text("{}")
     with pytest.raises(UsageError, match="already holds a run: choose another, --resume_from_checkpoint latest"):
         check_config(config)
@@ -209,10 +230,16 @@ def test_an_output_folder_with_another_run_is_refused(tmp_path):
             *(3, 32, None, "out_channels must be 6, for variance_type learned_range; got 3"),
         ),
         ({"model_config_name_or_path": "cifar10-ddpm"}, 3, 32, 10, "num_class_embeds must be 10, .*; got None"),
+        ({"model_config_name_or_path": "list.json"}, 3, 32, None, "must hold a JSON object, got list"),
+        ({"model_config_name_or_path": "typo.json"}, 3, 32, None, "does not know: dropuot"),
+        ({"model_config_name_or_path": "groups.json"}, 3, 32, None, "makes no UNet2DModel: num_channels"),
         ({"model_config_name_or_path": "./nothing"}, 3, 32, None, "must be a JSON file, .*got './nothing'"),
     ],
 )
-def test_a_network_that_does_not_fit_is_refused(settings, channels, resolution, num_classes, message):
+def test_a_network_that_does_not_fit_is_refused(settings, channels, resolution, num_classes, message, tmp_path):
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "typo.json").write_text('{"sample_size": 32, "dropuot": 0.1}')
+    (tmp_path / "groups.json").write_text('{"sample_size": 32, "norm_num_groups": 31}')
     with pytest.raises(UsageError, match=message):
         make_unet(TrainingConfig(**settings), channels, resolution, num_classes)
 

@@ -150,8 +150,21 @@ def test_only_the_network_runs_under_autocast():
     loss, _ = Objective(DDPMScheduler(), autocast_dtype=torch.bfloat16)(network, x_0, seeded())
     assert seen == {"dtype": torch.float32, "output": torch.bfloat16}
     assert loss.dtype == torch.float32
-    half, _ = Objective(DDPMScheduler())(linear_network, x_0.half().float(), seeded())
+    half, _ = Objective(DDPMScheduler())(linear_network, x_0.half(), seeded())
     assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weighting": "min-snr"}, "weighting must be one of constant, min_snr, got 'min-snr'"),
+        ({"density": "even"}, "density must be one of uniform, stratified, got 'even'"),
+        ({"min_snr_gamma": -1.0}, "min_snr_gamma must be above 0, got -1.0"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(DDPMScheduler(), **settings)
 
 
 def test_class_labels_reach_the_network():

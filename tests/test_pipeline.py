@@ -105,6 +105,17 @@ def test_callback_sees_and_replaces_each_step(pipeline):
     assert torch.equal(output.images, torch.full((1, 3, 8, 8), 0.5))
 
 
+def test_a_callback_may_end_the_call(pipeline):
+    seen = []
+
+    def callback(pipe, i, t, tensors):
+        seen.append((i, pipe.num_timesteps))
+        pipe._interrupt = i == 1
+
+    pipeline(num_inference_steps=5, output_type="pt", callback_on_step_end=callback)
+    assert seen == [(0, 5), (1, 5)]
+
+
 def test_classes_condition_the_image(make_unet):
     pipeline = quiet(DDPMPipeline(make_unet(num_class_embeds=3), DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")))
     generators = [seeded(0), seeded(0)]
@@ -154,6 +165,28 @@ def test_any_scheduler_of_diffusers_may_stand_in(make_unet, name):
     images = pipeline(batch_size=2, generator=seeded(), num_inference_steps=10, output_type="pt").images
     assert images.isfinite().all()
     assert images.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete"])
+def test_schedulers_of_any_scaling_end_at_the_image(name):
+    """A network that knows the image, whatever a scheduler makes of noise and input scale."""
+    config = DDPMScheduler(prediction_type="sample", timestep_spacing="linspace", clip_sample=False).config
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
+    mu, seen = 0.25, []
+
+    class Oracle(diffusers.UNet2DModel):
+        def forward(self, sample, timestep, **_):
+            seen.append(sample.std().item())
+            return diffusers.models.unets.unet_2d.UNet2DOutput(sample=torch.full_like(sample, mu))
+
+    unet = Oracle(
+        sample_size=32, block_out_channels=(4,), norm_num_groups=4, down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",), attention_head_dim=4,
+    )  # fmt: skip
+    images = quiet(DDPMPipeline(unet, scheduler))(generator=seeded(), num_inference_steps=20, output_type="pt").images
+    torch.testing.assert_close(images, torch.full_like(images, mu / 2 + 0.5), rtol=0, atol=0.02)
+    # What the network sees at first has the variance of x_T.
+    assert seen[0] == pytest.approx(1, abs=0.05)
 
 
 def test_a_learned_variance_is_left_to_schedulers_that_use_it(make_unet):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
-from hf_ddpm.sampling import SCHEDULERS, named_scheduler, sample_images
+from hf_ddpm.sampling import SCHEDULERS, default_scheduler, named_scheduler, sample_images
 
 
 @pytest.fixture
@@ -52,6 +52,30 @@ def test_ddim_is_diffusers_ddim_where_its_steps_are_right():
     config = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config
     ddim = diffusers.DDIMScheduler.from_config(config)
     torch.testing.assert_close(run(named_scheduler("ddim", config, 1000), 1000), run(ddim, 1000), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "unipc"])
+def test_an_imperfect_noise_predictor_stays_in_range(name):
+    """At the end of a cosine schedule x_0_hat magnifies an error of eps_hat 20,000 times: the solvers must clip it."""
+    config = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing").config
+    reference = DDPMScheduler.from_config(config)
+    scheduler, mu = named_scheduler(name, config, 20), 0.5
+    scheduler.set_timesteps(20)
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t in scheduler.timesteps:
+        abar = reference.alpha_bar[t].float()
+        # A network knows no inputs far from those of training.
+        seen = x.clamp(-5, 5)
+        eps_hat = (seen - abar.sqrt() * mu) / (1 - abar).sqrt() + 0.02 * torch.sin(7 * seen)
+        x = scheduler.step(eps_hat, t, x).prev_sample
+    assert (x - mu).abs().max() < 0.1
+
+
+def test_schedules_that_the_solvers_do_not_know_are_left_to_ddpm():
+    config = DDPMScheduler(beta_schedule="sigmoid").config
+    assert default_scheduler(config) == "ddpm"
+    with pytest.raises(ValueError, match=r"must be 'ddpm' for the noise schedule 'sigmoid', got 'unipc'"):
+        named_scheduler("unipc", config)
 
 
 def test_step_denoisers_are_sampled_by_their_own_chain():

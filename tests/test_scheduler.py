@@ -340,6 +340,7 @@ def test_sampling_by_another_object_leaves_training_alone():
         ({"timestep_spacing": "even"}, "timestep_spacing must be one of .*got 'even'"),
         ({"beta_schedule": "cosine"}, "beta_schedule must be one of .*got 'cosine'"),
         ({"beta_end": 2.0}, r"each beta must be in \(0, 1\], got 0.0001 to 2"),
+        ({"beta_end": 1.0}, "the last beta is 1, which leaves no signal"),
         ({"num_train_timesteps": 0}, "num_train_timesteps must be at least 1, got 0"),
     ],
 )
@@ -426,6 +427,52 @@ def test_posterior_of_a_longer_step_is_bayes_rule():
     # Marginalized over q(x_t | x_0), x_s has the mean and variance of q(x_s | x_0).
     assert slope * abar_t.sqrt() * 0.3 + intercept == pytest.approx(abar_s.sqrt().item() * 0.3, abs=1e-12)
     assert slope**2 * (1 - abar_t) + variance == pytest.approx((1 - abar_s).item(), abs=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:alpha_bar_T")
+def test_only_the_last_steps_log_variance_is_clipped():
+    """laplace's posterior variance falls below that of t = 1 at most t."""
+    scheduler = DDPMScheduler(beta_schedule="laplace")
+    x, t = torch.zeros(1000, 1, 1, 1, dtype=torch.float64), torch.arange(1000)
+    log_variance = scheduler.posterior(x, x, t)[2].flatten()
+    torch.testing.assert_close(log_variance[1:], scheduler.posterior_variance[1:].log())
+    assert log_variance[0] == log_variance[1]
+
+
+def test_a_step_does_not_depend_on_the_others_of_its_batch():
+    scheduler = DDPMScheduler(100, beta_schedule="squaredcos_cap_v2", prediction_type="previous_sample")
+    scheduler.set_timesteps(timesteps=[60, 59, 30, 0])
+    x, f = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    t = torch.tensor([60, 59])  # one step to a neighbor, one that leaves 28 out
+    together = scheduler.step(f, t, x, deterministic=True).prev_sample
+    for i in range(2):
+        alone = scheduler.step(f[i : i + 1], t[i : i + 1], x[i : i + 1], deterministic=True).prev_sample
+        assert torch.equal(together[i], alone[0])
+    assert torch.equal(together[0], f[0])
+
+
+def test_half_precision_output_steps_in_float32():
+    scheduler, x = DDPMScheduler(), torch.randn(1, 1, 8, 8)
+    output = torch.randn(1, 1, 8, 8).to(torch.bfloat16)
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    half, full = (
+        scheduler.step(o, 500, x, generator=g).prev_sample
+        for o, g in zip((output, output.float()), seeds, strict=True)
+    )
+    torch.testing.assert_close(half, full, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [np.int64(50), torch.tensor(50)])
+def test_whole_numbers_of_other_libraries_count_steps(n):
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(n)
+    assert len(scheduler.timesteps) == 50
+
+
+def test_timesteps_between_0_and_1_are_refused():
+    x = torch.zeros(2, 1, 2, 2)
+    with pytest.raises(ValueError, match="timesteps must be integers"):
+        DDPMScheduler().add_noise(x, x, torch.tensor([0.1, 0.9]))
 
 
 def test_arguments_by_position_reach_another_scheduler():

@@ -106,11 +106,10 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tiny_settings, tmp_path):
     assert json.loads((tmp_path / "parted/run.json").read_text())["training"]["num_resumes"] == 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_change_nothing(tiny_settings, tmp_path, workers):
+def test_workers_change_nothing(tiny_settings, tmp_path):
     config = TrainingConfig(**tiny_settings)
     train(config)
-    other = replace(config, output_dir=str(tmp_path / "workers"), dataloader_num_workers=workers)
+    other = replace(config, output_dir=str(tmp_path / "workers"), dataloader_num_workers=2)
     train(other)
     assert losses(other.output_dir) == losses(config.output_dir)
 
@@ -195,6 +194,46 @@ def test_a_tracker_gets_what_metrics_get(tiny_settings):
     pytest.importorskip("tensorboard")
     train(TrainingConfig(**tiny_settings, logger="tensorboard"))
     assert list((Path(tiny_settings["output_dir"]) / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_a_model_without_average_comes_back_without_dropout(tiny_settings, tmp_path):
+    model = model_file(tmp_path, dropout=0.5)
+    pipeline = train(TrainingConfig(**{**tiny_settings, "model_config_name_or_path": model, "use_ema": False}))
+    assert not pipeline.unet.training
+
+
+def test_resuming_reads_past_a_cut_line_and_names_of_others(tiny_settings):
+    config = TrainingConfig(**tiny_settings)
+    train(config)
+    file = Path(config.output_dir, "metrics.jsonl")
+    file.write_text(file.read_text()[:-15])
+    Path(config.output_dir, "checkpoint-best").mkdir()
+    train(replace(config, resume_from_checkpoint="latest", max_train_steps=8))
+    assert [line["step"] for line in metrics(config.output_dir)] == [1, 2, 3, 4, 5, 7, 8]
+
+
+def test_resuming_from_an_older_checkpoint_needs_the_newer_gone(tiny_settings):
+    config = TrainingConfig(**tiny_settings)
+    train(config)
+    with pytest.raises(UsageError, match=r"would leave checkpoint-6.*move the newer checkpoints away"):
+        train(replace(config, resume_from_checkpoint="checkpoint-3"))
+
+
+def test_a_schedule_without_fast_solver_trains(tiny_settings):
+    train(TrainingConfig(**{**tiny_settings, "ddpm_beta_schedule": "sigmoid", "ddpm_beta_end": 0.9}))
+
+
+def test_the_run_may_not_be_among_its_images(tiny_settings, tmp_path):
+    folder = Path(tiny_settings["train_data_dir"])
+    with pytest.raises(UsageError, match="output_dir must not be in the folder of images"):
+        train(TrainingConfig(**{**tiny_settings, "output_dir": str(folder / "run")}))
+
+
+def test_fp16_needs_a_gpu(tiny_settings):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UsageError, match="fp16 needs a GPU"):
+        train(TrainingConfig(**tiny_settings, mixed_precision="fp16"))
 
 
 def test_old_checkpoints_are_pruned(tiny_settings):
