@@ -81,7 +81,9 @@ class TrainingConfig:
     )
 
     # The optimization
-    seed: int = _option(0, "With the number of images seen, decides the order, crops, flips, t and eps; with the step, dropout.")
+    seed: int = _option(
+        0, "With the number of images seen, decides the order, crops, flips, t and eps; with the step, dropout."
+    )
     train_batch_size: int = _option(32, "Images per process and forward pass.")
     gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.")
     num_epochs: int = _option(100, "Passes over the data, unless `max_train_steps` is given.")
@@ -106,7 +108,9 @@ class TrainingConfig:
     ema_max_decay: float = _option(0.9999, "The largest decay per optimizer step.")
 
     # What the run writes
-    output_dir: str = _option("ddpm-model", "The run's model, card, pictures, metrics and checkpoints; shared by all machines of a run.")
+    output_dir: str = _option(
+        "ddpm-model", "The run's model, card, pictures, metrics and checkpoints; shared by all machines of a run."
+    )
     overwrite_output_dir: bool = _option(False, "Delete the run that `output_dir` holds.")
     checkpointing_steps: int = _option(500, "Steps between checkpoints, which also refresh the model in `output_dir`.")
     checkpoints_total_limit: int | None = _option(2, "Checkpoints kept; the oldest goes first.")
