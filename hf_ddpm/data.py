@@ -9,6 +9,7 @@ x_0          (B, C, R, R) float32 in [-1, 1], R being the resolution
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,14 +128,11 @@ def load_images(config: TrainingConfig) -> ImageCache:
         dataset = None
         stats = ((path, path.stat() if path.exists() else path.lstat()) for path in files_below(source.folder))
         identity = [(str(path.absolute()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    settings = ("dataset_config_name", "image_column", "label_column", "resolution", "channels", "center_crop")
-    settings += ("preserve_input_precision", "on_bad_image")
-    decisive = [CACHE_FORMAT, source.kind, identity, *(getattr(config, name) for name in settings)]
-    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
     root = Path(config.cache_dir or huggingface_hub.constants.HF_HOME).expanduser() / "hf_ddpm"
-    if not (root / key).is_dir():
+    folder = root / _cache_key(config, source.kind, identity)
+    if not folder.is_dir():
         dataset = open_dataset(config) if dataset is None else dataset
-        part = root / f"{key}.{uuid.uuid4().hex}.part"
+        part = root / f"{folder.name}.{uuid.uuid4().hex}.part"
         try:
             part.mkdir(parents=True)
         except OSError as error:
@@ -149,13 +147,28 @@ def load_images(config: TrainingConfig) -> ImageCache:
             meta["license"] = "cc-by-4.0" if source.kind == "digits" else dataset.info.license or None
             (part / "meta.json").write_text(json.dumps(meta))
             try:
-                part.rename(root / key)
+                part.rename(folder)
             except OSError:  # another process was first, and wrote the same
-                if not (root / key).is_dir():
+                if not folder.is_dir():
                     raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    return _read_cache(root / key, source.name)
+    images = _read_cache(folder, source.name)
+    # A run writes what was decided here into its config: with that, too, nothing is decoded again.
+    decided = replace(config, resolution=images.resolution, channels=images.channels)
+    alias = root / _cache_key(decided, source.kind, identity)
+    if not alias.exists():
+        with contextlib.suppress(OSError):  # a file system without links
+            alias.symlink_to(folder.name, target_is_directory=True)
+    return images
+
+
+def _cache_key(config: TrainingConfig, kind: str, identity: Any) -> str:
+    """A hash of all that decides what a cache holds."""
+    settings = ("dataset_config_name", "image_column", "label_column", "resolution", "channels", "center_crop")
+    settings += ("preserve_input_precision", "on_bad_image")
+    decisive = [CACHE_FORMAT, kind, identity, *(getattr(config, name) for name in settings)]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
 
 
 def _read_cache(folder: Path, name: str) -> ImageCache:
