@@ -2,8 +2,8 @@
 
 import sys
 
-from hf_ddpm.config import UsageError, parse_config
-from hf_ddpm.launch import start_missing_processes
+from hf_ddpm.config import RunError, UsageError, parse_config
+from hf_ddpm.launch import follow_launcher, start_missing_processes
 from hf_ddpm.sources import check_source
 
 if __name__ == "__main__":
@@ -11,9 +11,10 @@ if __name__ == "__main__":
     try:
         check_source(config)
         start_missing_processes()
+        follow_launcher()
         # After parsing, so that a wrong setting is answered before torch is imported.
         from hf_ddpm.training import train
 
         train(config)
-    except UsageError as error:
+    except (UsageError, RunError) as error:
         sys.exit(f"error: {error}")

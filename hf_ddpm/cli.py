@@ -61,3 +61,31 @@ def sample(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"{num_images} images in {out}, all of them in {out / 'grid.png'}")
+
+
+@app.command()
+def ema(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that saved snapshots of its averages.")],
+    std: Annotated[
+        float, typer.Option(help="The average's length: the std of its profile, relative to the images seen.")
+    ],
+    images: Annotated[
+        int | None, typer.Option(min=1, help="The images seen at one of the snapshots. Default: at the last.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder. Default: RUN/ema/std-STD.")] = None,
+) -> None:
+    """Writes the model with an average of its weights of another length, reconstructed from snapshots."""
+    import json
+
+    from hf_ddpm.posthoc import write_average
+
+    try:
+        folder = write_average(run, std, out, images)
+        about = json.loads((folder / "average.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(
+        f"{folder}: the average of std {about['std']:g} at {about['images']:,} images, "
+        f"profile error {about['profile_error']:.1e}"
+    )

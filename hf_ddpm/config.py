@@ -21,9 +21,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from hf_ddpm.files import write_atomically
+
 
 class UsageError(ValueError):
     """A setting or an input that cannot work: the message names the value and the remedy."""
+
+
+class RunError(RuntimeError):
+    """A run that had to end: the message says why, and how it goes on."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -47,9 +53,15 @@ class TrainingConfig:
     center_crop: bool = _option(False, "Crop the middle of an oblong image; without it, a new random part each epoch.")
     random_flip: bool = _option(False, "Mirror half of the images, others in each epoch.")
     preserve_input_precision: bool = _option(True, "Keep 16-bit images in 16 bits; without it they become 8-bit.")
-    on_bad_image: Literal["raise", "skip"] = _option("raise", "An unreadable image: stop and name it, or count it.")
+    on_bad_image: Literal["raise", "skip"] = _option(
+        "raise", "An unreadable image: stop and name it, or leave it out and count it."
+    )
     cache_dir: str | None = _option(None, "Where downloads and decoded images are kept; default: Hugging Face's.")
     dataloader_num_workers: int = _option(0, "Processes that assemble batches; 0: the training process does.")
+    streaming: bool = _option(
+        False, "Read the images in passing, for data that are too large to decode into a cache first."
+    )
+    shuffle_buffer_images: int = _option(1000, "Neighbors in a stream that are shuffled among themselves.")
 
     # The model
     model_config_name_or_path: str | None = _option(
@@ -88,6 +100,12 @@ class TrainingConfig:
     gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.")
     num_epochs: int = _option(100, "Passes over the data, unless `max_train_steps` is given.")
     max_train_steps: int | None = _option(None, "Optimizer steps; goes before `num_epochs`.")
+    max_train_hours: float | None = _option(
+        None, "Hours after which this start writes a checkpoint and exits with code 75; the next one counts anew."
+    )
+    max_bad_steps: int = _option(
+        20, "Steps in a row without finite loss and gradients, each of them skipped, after which the run fails."
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: what `accelerate launch` says.")
     learning_rate: float = _option(1e-3, "The peak of the schedule.")
     lr_scheduler: Literal[
@@ -100,12 +118,22 @@ class TrainingConfig:
     adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm.")
     use_ema: bool = _option(True, "Average the weights; previews and the saved model use the average.")
-    ema_halflife_images: float | None = _option(
-        None, "Images after which a weight counts half; default: that of `ema_max_decay` at this global batch."
+    ema_halflife_images: list[float] | None = _option(  # noqa: RUF009
+        None,
+        "Images after which a weight counts half; default: that of `ema_max_decay` at this global batch. The first of "
+        "several is that of previews and of the saved model; the others are saved in `output_dir`/ema.",
+    )
+    ema_rampup_ratio: float | None = _option(
+        None, "The half-life is at most this part of the images seen, as in EDM (0.05), instead of the ramp below."
     )
     ema_inv_gamma: float = _option(1.0, "The decay of step k is at most 1 - (1 + k / inv_gamma) ** -power.")
     ema_power: float = _option(3 / 4, "See `ema_inv_gamma`.")
     ema_max_decay: float = _option(0.9999, "The largest decay per optimizer step.")
+    ema_snapshots: int = _option(
+        16,
+        "Snapshots of two power-function averages, evenly over the run: `hf-ddpm ema` makes an average of any length "
+        "of them. Each takes 8 bytes per parameter on the disk; 0: none.",
+    )
 
     # What the run writes
     output_dir: str = _option(
@@ -114,7 +142,9 @@ class TrainingConfig:
     overwrite_output_dir: bool = _option(False, "Delete the run that `output_dir` holds.")
     checkpointing_steps: int = _option(500, "Steps between checkpoints, which also refresh the model in `output_dir`.")
     checkpoints_total_limit: int | None = _option(2, "Checkpoints kept; the oldest goes first.")
-    resume_from_checkpoint: str | None = _option(None, "`latest`, or the name of a checkpoint in `output_dir`.")
+    resume_from_checkpoint: str | None = _option(
+        None, "The name of a checkpoint in `output_dir`, or `latest`: the newest whole one, or a new run without any."
+    )
     save_images_epochs: int | None = _option(None, "Epochs between previews; default: with each checkpoint.")
     save_model_epochs: int | None = _option(None, "Epochs between saves of the model; default: with each checkpoint.")
     eval_batch_size: int = _option(36, "Images of a preview.")
@@ -142,7 +172,7 @@ class TrainingConfig:
 
 
 # These say how this start of the run is made, not what the run is; they are not written into its config.
-_OF_ONE_START = ("resume_from_checkpoint", "overwrite_output_dir", "hub_token", "local_rank")
+_OF_ONE_START = ("resume_from_checkpoint", "overwrite_output_dir", "max_train_hours", "hub_token", "local_rank")
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
@@ -193,14 +223,27 @@ _REPLACES = {
 
 
 def _as_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    # argparse converts and checks defaults that are text as it does flags.
-    return {name: None if value is None else str(value) for name, value in settings.items()}
+    # argparse converts and checks defaults that are text as it does flags, but not lists.
+    return {
+        name: _numbers(name, value) if name in _LISTS else None if value is None else str(value)
+        for name, value in settings.items()
+    }
+
+
+_LISTS = ("ema_halflife_images",)
+
+
+def _numbers(name: str, value: Any) -> list[float] | None:
+    try:
+        return None if value is None else [float(v) for v in (value if isinstance(value, list) else [value])]
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} must be a number or a list of numbers, got {value!r}") from None
 
 
 def save_config(config: TrainingConfig, path: Path) -> None:
     """Writes the YAML file that `--config` replays; tokens and what concerns one start only are left out."""
     settings = {name: value for name, value in asdict(config).items() if name not in _OF_ONE_START}
-    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
 
 
 def check_same_run(config: TrainingConfig, path: Path) -> None:
@@ -217,7 +260,7 @@ def check_same_run(config: TrainingConfig, path: Path) -> None:
 # What does not decide which model comes out. That the data and the global batch are the same is checked by themselves.
 _MAY_CHANGE = (
     *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "cache_dir", "output_dir"),
-    *("dataloader_num_workers", "on_bad_image", "num_epochs", "max_train_steps"),
+    *("dataloader_num_workers", "on_bad_image", "num_epochs", "max_train_steps", "max_bad_steps", "ema_snapshots"),
     *("train_batch_size", "gradient_accumulation_steps", "mixed_precision", "use_ema", "checkpointing_steps"),
     *("checkpoints_total_limit", "save_images_epochs", "save_model_epochs", "eval_batch_size", "logging_steps"),
     *("ddpm_num_inference_steps", "logger", "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo"),
@@ -290,10 +333,11 @@ def check_config(config: TrainingConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
-    for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "min_snr_gamma", "ema_inv_gamma", "ema_power"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise UsageError(f"{name} must be above 0, got {getattr(config, name)}")
-    for name in ("dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "seed"):
+    for name in _ABOVE_ZERO:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{name} must be above 0, got {value}")
+    for name in ("dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "seed", "ema_snapshots"):
         if getattr(config, name) < 0:
             raise UsageError(f"{name} must not be negative, got {getattr(config, name)}")
     if config.seed >= 2**63:
@@ -303,6 +347,13 @@ def check_config(config: TrainingConfig) -> None:
     for name in ("dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+    halflives = config.ema_halflife_images or []
+    if (
+        config.ema_halflife_images == []
+        or len({f"{h:g}" for h in halflives}) < len(halflives)
+        or not all(1 <= h < math.inf for h in halflives)
+    ):
+        raise UsageError(f"ema_halflife_images must be different numbers of at least 1, got {halflives}")
     if not 0 < config.ema_max_decay < 1:
         raise UsageError(f"ema_max_decay must be in (0, 1), got {config.ema_max_decay}")
     if not 0 < config.ddpm_beta_start <= config.ddpm_beta_end < 1:
@@ -326,9 +377,13 @@ def check_config(config: TrainingConfig) -> None:
 
 _AT_LEAST_ONE = (
     *("resolution", "ddpm_num_steps", "train_batch_size", "gradient_accumulation_steps", "num_epochs"),
-    *("max_train_steps", "ema_halflife_images", "checkpointing_steps", "checkpoints_total_limit", "eval_batch_size"),
+    *("max_train_steps", "max_bad_steps", "checkpointing_steps", "checkpoints_total_limit", "eval_batch_size"),
     *("save_images_epochs", "save_model_epochs", "ddpm_num_inference_steps", "logging_steps"),
-    "cpu_threads_per_process",
+    *("cpu_threads_per_process", "shuffle_buffer_images"),
+)
+_ABOVE_ZERO = (
+    *("learning_rate", "adam_epsilon", "max_grad_norm", "min_snr_gamma", "ema_inv_gamma", "ema_power"),
+    *("ema_rampup_ratio", "max_train_hours"),
 )
 
 
@@ -344,7 +399,10 @@ def _check_effects(config: TrainingConfig) -> None:
     by_ends = config.ddpm_beta_schedule != "squaredcos_cap_v2"
     require(by_ends, "the schedule squaredcos_cap_v2 is not given by its ends", "ddpm_beta_start", "ddpm_beta_end")
     require(config.loss_weighting == "min_snr", "give loss_weighting min_snr", "min_snr_gamma")
-    require(config.use_ema, "give use_ema", "ema_halflife_images", "ema_inv_gamma", "ema_power", "ema_max_decay")
+    averaging = ("ema_halflife_images", "ema_inv_gamma", "ema_power", "ema_max_decay", "ema_rampup_ratio")
+    require(config.use_ema, "give use_ema", *averaging, "ema_snapshots")
+    require(config.ema_rampup_ratio is None, "ema_rampup_ratio is given", "ema_inv_gamma", "ema_power")
+    require(config.streaming, "give streaming", "shuffle_buffer_images")
     require(config.ema_halflife_images is None, "ema_halflife_images is given", "ema_max_decay")
     require(config.model_config_name_or_path is None, "the model config says its own", "dropout")
     require(config.push_to_hub, "give push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
@@ -381,10 +439,16 @@ def check_output_dir(config: TrainingConfig) -> None:
     if wanted is not None:
         if config.overwrite_output_dir:
             raise UsageError("overwrite_output_dir would delete the checkpoint to resume from: give one of the two")
-        if not checkpoints or not (folder / "config.yaml").is_file():
-            raise UsageError(f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds no checkpoint")
+        if not checkpoints and (folder / "run.json").exists():
+            raise UsageError(
+                f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds a finished run without "
+                "checkpoints: choose another folder, or --overwrite_output_dir to delete it"
+            )
+        if checkpoints and not (folder / "config.yaml").is_file():
+            raise UsageError(f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds no config.yaml")
         if wanted != "latest" and Path(wanted).name not in checkpoints:
-            raise UsageError(f"resume_from_checkpoint must be latest, {' or '.join(checkpoints)}, got {wanted!r}")
+            names = " or ".join(["latest", *checkpoints])
+            raise UsageError(f"resume_from_checkpoint must be {names}, got {wanted!r}")
         if wanted != "latest" and Path(wanted).name != checkpoints[-1]:
             raise UsageError(
                 f"resuming from {wanted!r} would leave {checkpoints[-1]}, of another course of the run, the latest: "
@@ -415,6 +479,9 @@ def run_files(folder: Path) -> list[Path]:
         "figures/forward.png",
         "figures/reverse.*",
         "previews/step-*.png",
+        "ema/halflife-*",
+        "ema/std-*",
+        "ema/snapshot-*.safetensors",
     )
-    partial = [p for p in folder.glob("partial-checkpoint-*") if p.is_dir()]
+    partial = [p for p in folder.glob("partial-*") if p.is_dir()]
     return [*checkpoints, *partial, *(path for pattern in (*patterns, *pictures) for path in folder.glob(pattern))]

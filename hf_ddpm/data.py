@@ -79,6 +79,10 @@ class ImageCache:
         return len(self.index)
 
     @property
+    def num_images(self) -> int:
+        return len(self)
+
+    @property
     def num_classes(self) -> int | None:
         """Labels are in [0, num_classes); None without labels."""
         if self.labels is None:
@@ -312,19 +316,20 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """The micro-batches of one process for the steps [first_step, num_steps), for `DataLoader(..., batch_size=None)`.
+    """The micro-batches of one process for the next `num_steps` steps, for `DataLoader(..., batch_size=None)`.
 
-    Item k belongs to step first_step + k // A and holds `pixels` (B, C, R, R), uint8 or int32, of 16-bit images;
-    `positions` (B,) int64 in the stream of images; and `labels` (B,) int64, if the images have labels. Crops and flips
-    are functions of (seed, position), so batch size, workers and processes change only how the stream is cut up.
+    Item k belongs to step k // A, counted from the first of them, and holds `pixels` (B, C, R, R), uint8, or int32 of
+    16-bit images; `positions` (B,) int64 in the stream of images; and `labels` (B,) int64, if the images have labels.
+    Crops and flips are functions of (seed, position), so batch size, workers and processes change only how the stream
+    is cut up.
 
     Args:
         random_flip: mirror each image with probability 1/2, drawn anew each epoch.
         batch_size: B, images per micro-batch.
         accumulation_steps: A, micro-batches per step and process.
         rank: this process, in [0, num_processes).
-        first_step: steps already done; the stream continues after them.
-        num_steps: steps after which it ends, counted from 0.
+        first_position: images already seen; the stream continues after them.
+        num_steps: steps until it ends.
     """
 
     images: ImageCache
@@ -335,18 +340,17 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     accumulation_steps: int
     rank: int
     num_processes: int
-    first_step: int
+    first_position: int
     num_steps: int
 
     def __len__(self) -> int:
-        return max(0, self.num_steps - self.first_step) * self.accumulation_steps
+        return self.num_steps * self.accumulation_steps
 
     def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
         if not 0 <= k < len(self):
             raise IndexError(f"micro-batch must be in [0, {len(self)}), got {k}")
-        step, part = self.first_step + k // self.accumulation_steps, k % self.accumulation_steps
-        slot = (step * self.accumulation_steps + part) * self.num_processes + self.rank
-        positions = slot * self.batch_size + np.arange(self.batch_size)
+        slot = k * self.num_processes + self.rank
+        positions = self.first_position + slot * self.batch_size + np.arange(self.batch_size)
         ids = self._drawn("order", positions)
         pixels = self._crop(ids, positions)
         if self.random_flip:

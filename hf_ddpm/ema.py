@@ -1,18 +1,20 @@
 """Averaged weights, their length counted in images (Ho et al. 2020, App. B, "EMA on model parameters").
 
     average <- decay average + (1 - decay) weights        after each step of G images (G the global batch)
-    decay = min(2^(-G / halflife_images), 1 - (1 + k / inv_gamma)^(-power))        before step k = 0, 1, ...
+    decay = 2^(-G / length)
 
-The second bound grows from 0, so that the initial weights leave no trace; it is diffusers' `EMAModel` ramp.
+The length is `halflife_images`, the images after which a weight counts half, and shorter at the start of a run, so
+that the initial weights leave no trace: `ramped_decay` as in diffusers' `EMAModel`, or `edm_decay`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor
 
 
 def halflife_from_decay(decay: float, global_batch_size: int) -> float:
@@ -20,33 +22,67 @@ def halflife_from_decay(decay: float, global_batch_size: int) -> float:
     return global_batch_size * math.log(0.5) / math.log(decay)
 
 
-def ema_decay(
-    images_seen: int, global_batch_size: int, halflife_images: float, inv_gamma: float = 1.0, power: float = 3 / 4
+def ramped_decay(
+    images_seen: int,
+    global_batch_size: int,
+    halflife_images: float,
+    inv_gamma: float = 1.0,
+    power: float = 3 / 4,
+    ramp_batch_size: int | None = None,
 ) -> float:
-    """The decay of the step that starts after `images_seen` images, in [0, 1)."""
-    ramp = 1 - (1 + images_seen / global_batch_size / inv_gamma) ** -power
-    return min(0.5 ** (global_batch_size / halflife_images), ramp)
+    """min(2^(-G / halflife), (1 - (1 + k / inv_gamma)^(-power))^(G / R)), k = images_seen / R; in [0, 1).
+
+    Args:
+        images_seen: before the step.
+        ramp_batch_size: R, images per step of the ramp, which counts steps in diffusers; default: G.
+    """
+    ramp_batch_size = ramp_batch_size or global_batch_size
+    ramp = 1 - (1 + images_seen / ramp_batch_size / inv_gamma) ** -power
+    return min(0.5 ** (global_batch_size / halflife_images), ramp ** (global_batch_size / ramp_batch_size))
+
+
+def edm_decay(images_seen: int, global_batch_size: int, halflife_images: float, rampup_ratio: float) -> float:
+    """2^(-G / min(halflife, rampup_ratio images_seen)), Karras et al. 2022, as in the code published with it."""
+    length = min(halflife_images, rampup_ratio * images_seen)
+    return 0.5 ** (global_batch_size / length) if length > 0 else 0.0
 
 
 class EMA:
-    """A copy of a module whose parameters are running averages; buffers are copied as they are.
+    """Running averages of the same parameters, of several lengths.
 
     Attributes:
-        module: the averaged module, in eval mode, without gradients; save or sample it as any other.
+        averages: name of each -> one float32 tensor for each parameter, or for this process' part of it.
     """
 
-    def __init__(self, module: nn.Module):
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]):
+        self.averages = {name: [p.detach().float().clone() for p in parameters] for name in names}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, decay: float) -> None:
-        """average <- decay average + (1 - decay) weights; `module` has the parameters of the one copied."""
-        torch._foreach_lerp_(list(self.module.parameters()), [p.detach() for p in module.parameters()], 1 - decay)
-        for averaged, current in zip(self.module.buffers(), module.buffers(), strict=True):
-            averaged.copy_(current)
+    def update(self, parameters: Sequence[Tensor], decays: Mapping[str, float]) -> None:
+        """average <- decay average + (1 - decay) parameters, with the decay of each average by its name."""
+        current = [local(p.detach()).float() for p in parameters]
+        for name, average in self.averages.items():
+            torch._foreach_lerp_([local(a) for a in average], current, 1 - decays[name])
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.module.state_dict()
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.module.load_state_dict(state)
+@contextmanager
+def swapped(parameters: Sequence[Tensor], average: Sequence[Tensor]) -> Iterator[None]:
+    """Within it, the parameters hold the average."""
+    kept = [p.detach().clone() for p in parameters]
+    assign(parameters, average)
+    try:
+        yield
+    finally:
+        assign(parameters, kept)
+
+
+@torch.no_grad()
+def assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """parameters <- values, in place."""
+    for parameter, value in zip(parameters, values, strict=True):
+        local(parameter).copy_(local(value))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds, sharing its memory; another tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]

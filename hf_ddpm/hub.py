@@ -215,8 +215,10 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     adam = "AdamW, weight decay {adam_weight_decay:g}" if s.get("adam_weight_decay") else "Adam"
     warmup = "" if s.get("lr_scheduler") == "constant" else ", {lr_warmup_steps:,} warm-up steps"
     by_halflife = "ema_halflife_images" in s
-    average = "half-life {ema_halflife_images:,.0f} images" if by_halflife else "{ema_max_decay:g} per step"
+    average = "half-life {ema_halflife_images[0]:,.0f} images" if by_halflife else "{ema_max_decay:g} per step"
     ramp = ", at most 1 - (1 + k / {ema_inv_gamma:g})^-{ema_power:g} at step k"
+    if "ema_rampup_ratio" in s:
+        ramp = ", at most {ema_rampup_ratio:g} of the images seen"
     words = {
         "beta_schedule": {"squaredcos_cap_v2": "cosine"},
         "loss_weighting": {"constant": "1"},

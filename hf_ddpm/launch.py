@@ -1,10 +1,12 @@
-"""The processes that were asked for: a gap in `accelerate launch` on the CPU, closed.
+"""Gaps of launchers, closed.
 
 `accelerate launch --cpu --num_processes N` starts one process without a word (accelerate #2741); torchrun starts N.
+A launcher that is killed tells the processes that it started nothing, and they go on unseen.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -12,6 +14,16 @@ import sys
 import psutil
 
 from hf_ddpm.config import UsageError
+from hf_ddpm.stopping import LAUNCHER_ENDED
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def follow_launcher() -> None:
+    """Asks Linux for the signal LAUNCHER_ENDED when `accelerate launch` or torchrun, which started this, has ended."""
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if is_launched and sys.platform == "linux" and LAUNCHER_ENDED is not None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_ENDED)
 
 
 def start_missing_processes() -> None:
@@ -35,5 +47,7 @@ def start_missing_processes() -> None:
             "accelerate launch starts one process on the CPU whatever num_processes says: for several, "
             f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node N {sys.argv[0]}"
         )
+    # With the store that restarts share in torch 2.13, most restarts over gloo fail.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", asked[1]]
     os.execv(sys.executable, [*torchrun, *sys.argv])

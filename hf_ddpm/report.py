@@ -5,7 +5,6 @@ The card is written from the files of `output_dir` alone, so that each of its nu
 
 from __future__ import annotations
 
-import contextlib
 import json
 import platform
 import warnings
@@ -19,8 +18,10 @@ from hf_ddpm import figures, hub
 from hf_ddpm.checkpoint import Progress
 from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import ImageCache, to_x_0
+from hf_ddpm.metrics import read_metrics
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.sampling import seeded_generators
+from hf_ddpm.streaming import ImageStream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,8 +33,9 @@ NUM_GIF_FRAMES = 60
 def write_report(
     config: TrainingConfig,
     pipeline: DDPMPipeline,
-    images: ImageCache,
+    images: ImageCache | ImageStream,
     progress: Progress,
+    global_batch_size: int,
     sampled: dict[str, Any],
     accelerator: Accelerator,
 ) -> None:
@@ -52,8 +54,8 @@ def write_report(
         "versions": {name: version(name) for name in ("hf_ddpm", "torch", "diffusers", "accelerate")},
         "data": {
             "name": images.name,
-            "num_images": len(images),
-            "num_bad_images": images.num_bad,
+            "num_images": images.num_images,
+            "num_bad_images": progress.num_bad_images,
             "resolution": images.resolution,
             "channels": images.channels,
             "class_names": images.class_names,
@@ -66,10 +68,11 @@ def write_report(
         },
         "training": {
             "steps": progress.step,
-            "images": progress.step * progress.global_batch_size,
+            "images": progress.images,
             "seconds": round(progress.seconds, 1),
             "num_resumes": progress.num_resumes,
-            "global_batch_size": progress.global_batch_size,
+            "num_bad_steps": progress.num_bad_steps,
+            "global_batch_size": global_batch_size,
             "num_processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
             "device": device_name(accelerator.device),
@@ -100,15 +103,6 @@ def push(config: TrainingConfig, step: int) -> None:
         )
 
 
-def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a killed run left unfinished is no line."""
-    path, records = output_dir / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
-
-
 def device_name(device: torch.device) -> str:
     """The processor that trained, as its maker calls it."""
     if device.type == "cuda":
@@ -124,7 +118,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _draw_loss(output_dir: Path) -> None:
-    records = read_metrics(output_dir)
+    records = [r for r in read_metrics(output_dir) if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     window = max(1, len(losses) // 20)
     means = [sum(part) / len(part) for part in (losses[max(0, i - window) : i + 1] for i in range(len(losses)))]
@@ -132,7 +126,7 @@ def _draw_loss(output_dir: Path) -> None:
     figures.curve(output_dir / "figures" / "loss.png", series, "step", "loss", log_y=True)
 
 
-def _draw_forward_chain(pipeline: DDPMPipeline, images: ImageCache, output_dir: Path) -> None:
+def _draw_forward_chain(pipeline: DDPMPipeline, images: ImageCache | ImageStream, output_dir: Path) -> None:
     """A training image carried through the Markov chain."""
     scheduler, side = pipeline.scheduler, images.resolution
     x_0 = to_x_0(torch.as_tensor(images.image(0)[:, :side, :side].astype("int32")), images.max_value)
@@ -142,7 +136,7 @@ def _draw_forward_chain(pipeline: DDPMPipeline, images: ImageCache, output_dir: 
     figures.strip([figures.to_images(chain)], labels).save(output_dir / "figures" / "forward.png")
 
 
-def _draw_reverse_chain(pipeline: DDPMPipeline, images: ImageCache, output_dir: Path) -> None:
+def _draw_reverse_chain(pipeline: DDPMPipeline, images: ImageCache | ImageStream, output_dir: Path) -> None:
     """Two samples emerging over all T steps: x_t and x_0_hat as a strip, x_t as an animation."""
     total = len(pipeline.scheduler)
     columns = [total - 1 - t for t in reversed(_spread(total, NUM_STRIP_COLUMNS - 1))]

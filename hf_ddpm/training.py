@@ -1,31 +1,39 @@
 """train(config): the loop.
 
-Step k sees the images at positions kG, ..., kG + G - 1 of an endless stream (G the global batch). Of these, process r
-of P takes in its forward pass a the B = train_batch_size images from kG + (aP + r)B. The order of the stream, crops
-and flips, t and eps are functions of (seed, position), learning rate and EMA decay of the images seen, so neither a
-run's process count nor its accumulation changes what it computes beyond rounding, and resuming replays nothing. Only
-dropout, which draws for whole tensors, is a function of (seed, step, slot) and differs with them.
+A step sees the G images (G the global batch) that follow those already seen in an endless stream. Of these, process r
+of P takes in its forward pass a the B = train_batch_size images from (aP + r)B on. The order of the stream, crops and
+flips, t and eps are functions of (seed, position in the stream), learning rate and averages of the images seen, so
+neither a run's process count nor its accumulation changes what it computes beyond rounding, and resuming replays
+nothing. Only dropout, which draws for whole tensors, is a function of (seed, step, slot) and differs with them.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import math
+import multiprocessing
 import os
 import shutil
+import signal
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
@@ -34,19 +42,89 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_ddpm import figures
-from hf_ddpm.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
-from hf_ddpm.config import TrainingConfig, UsageError, check_config, check_same_run, run_files, save_config
-from hf_ddpm.data import ImageCache, MicroBatches, load_images, to_x_0
-from hf_ddpm.ema import EMA, ema_decay, halflife_from_decay
+from hf_ddpm.checkpoint import (
+    Progress,
+    TrainingState,
+    find_checkpoint,
+    gathered,
+    load_checkpoint,
+    read_progress,
+    save_checkpoint,
+)
+from hf_ddpm.config import (
+    RunError,
+    TrainingConfig,
+    UsageError,
+    check_config,
+    check_same_run,
+    load_config,
+    run_files,
+    save_config,
+)
+from hf_ddpm.data import ImageCache, MicroBatches, epoch_order, load_images, to_x_0
+from hf_ddpm.decoding import name_of
+from hf_ddpm.ema import EMA, edm_decay, halflife_from_decay, ramped_decay, swapped
+from hf_ddpm.files import lock, write_atomically
+from hf_ddpm.metrics import Meter, MetricsFile, cut_metrics
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.report import push, read_metrics, write_report
+from hf_ddpm.posthoc import TRACKED_STDS, power_decay, snapshot_bytes, snapshot_path, snapshots
+from hf_ddpm.report import push, write_report
 from hf_ddpm.sampling import default_scheduler, named_scheduler, sample_shared
 from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.sources import check_source
+from hf_ddpm.seeds import image_generators, seed_step
+from hf_ddpm.sources import check_source, open_dataset
+from hf_ddpm.stopping import StoppedOnPurpose, StopRequest, leave_signals_to_parent
+from hf_ddpm.streaming import NUM_PLACE_COLUMNS, ImageStream, StreamBatches, open_stream
 from hf_ddpm.unet import make_unet
 
+HALFLIFE = "halflife-"
+FREE_SPACE = "Free space on that disk or make it writable; what was written before is untouched"
+FINISHES = "then the same command with --resume_from_checkpoint latest finishes the run"
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with.
+
+    Args:
+        config: with what data and launcher decided; `train_batch_size` and `gradient_accumulation_steps` are those of
+            this start.
+        model, optimizer: as Accelerate prepared them; `state` holds those within.
+        schedule: images seen -> learning rate.
+        decays: (images seen, images of the step) -> decay of each average.
+        total_images: where the run ends.
+        global_batch_size: images per step of this start.
+    """
+
+    config: TrainingConfig
+    output_dir: Path
+    accelerator: Accelerator
+    images: ImageCache | ImageStream
+    scheduler: DDPMScheduler
+    model: Any
+    optimizer: Any
+    state: TrainingState
+    objective: Objective
+    schedule: Callable[[int], float]
+    decays: Callable[[int, int], dict[str, float]]
+    total_images: int
+    global_batch_size: int
+
+    @property
+    def average(self) -> list[Tensor] | None:
+        """The one of previews and of the saved model."""
+        return next(iter(self.state.ema.averages.values())) if self.state.ema is not None else None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.state.unet.named_parameters()]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return list(self.state.unet.parameters())
 
 
 def train(config: TrainingConfig) -> DDPMPipeline:
@@ -58,12 +136,14 @@ def train(config: TrainingConfig) -> DDPMPipeline:
 
     Raises:
         UsageError: before anything is written, settings or data that cannot work.
+        RunError: data or numbers went wrong, or the disk is full; the message says how the run goes on.
+        StoppedOnPurpose: a signal or `max_train_hours` ended the run; a checkpoint was written.
     """
     check_config(config)
     check_source(config)
-    output_dir = Path(config.output_dir)
     # A second run in one process, of a notebook, may ask for another precision.
     AcceleratorState._reset_state()
+    output_dir = Path(config.output_dir)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.logger,
@@ -71,130 +151,11 @@ def train(config: TrainingConfig) -> DDPMPipeline:
         # The others wait while one process decodes the images, or writes the report.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
-        raise UsageError("mixed_precision fp16 needs a GPU: its gradients are scaled there only; use bf16 or no")
-    if accelerator.device.type == "cpu":
-        _set_threads(config, accelerator)
-    with accelerator.local_main_process_first():
-        images = load_images(config)
-    config = _resolve(config, images, accelerator.mixed_precision)
-    if config.resume_from_checkpoint is not None:
-        check_same_run(config, output_dir / "config.yaml")
-    scheduler = make_scheduler(config)
-    new_unet = make_unet(config, images.channels, images.resolution, images.num_classes)
-    global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    num_steps = config.max_train_steps or math.ceil(config.num_epochs * len(images) / global_batch)
-    steps_per_epoch = len(images) / global_batch
-
-    optimizer = torch.optim.AdamW(
-        new_unet.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-    lr_factor = _lr_factor(config, num_steps)
-    model, optimizer = accelerator.prepare(new_unet, optimizer)
-    unet: Any = accelerator.unwrap_model(model)
-    ema = EMA(unet) if config.use_ema else None
-    averaged: Any = unet if ema is None else ema.module
-    halflife = config.ema_halflife_images or halflife_from_decay(config.ema_max_decay, global_batch)
-    progress = Progress(0, 0.0, 0, global_batch, images.fingerprint)
-    if config.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
-        progress = load_checkpoint(accelerator, ema, checkpoint, progress)
-        if progress.step >= num_steps:
-            raise UsageError(f"{checkpoint.name} has done all of max_train_steps = {num_steps}: give more to go on")
-    if accelerator.is_main_process:
-        _prepare_output(config, output_dir, progress.step)
-    if config.logger is not None:
-        accelerator.init_trackers(output_dir.name, config=_tracked(config))
-    accelerator.wait_for_everyone()
-
-    objective = Objective(
-        scheduler=scheduler,
-        weighting=config.loss_weighting,
-        min_snr_gamma=config.min_snr_gamma,
-        density=config.timestep_density,
-        autocast_dtype=AUTOCAST[accelerator.mixed_precision],
-    )
-    preview = _preview_pipeline(config, averaged, scheduler)
-    every = {
-        "image": _interval(config.save_images_epochs, steps_per_epoch, config.checkpointing_steps),
-        "model": _interval(config.save_model_epochs, steps_per_epoch, config.checkpointing_steps),
-        "checkpoint": config.checkpointing_steps,
-    }
-    batches = _batches(config, images, accelerator, progress.step, num_steps)
-    meter = _Meter(accelerator, progress.seconds)
-    bar = tqdm(initial=progress.step, total=num_steps, disable=not accelerator.is_local_main_process)
-    started, seconds_before = time.perf_counter(), progress.seconds
-    model.train()
-    for step in range(progress.step, num_steps):
-        for micro in range(config.gradient_accumulation_steps):
-            batch = next(batches)
-            pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
-            labels = batch["labels"].to(accelerator.device, non_blocking=True) if "labels" in batch else None
-            positions = batch["positions"].numpy()
-            slot = micro * accelerator.num_processes + accelerator.process_index
-            # Dropout draws from the global generator.
-            torch.manual_seed(int(_seeds(config.seed, np.array([step]), stream=2 + slot)[0]))
-            is_last = micro == config.gradient_accumulation_steps - 1
-            with nullcontext() if is_last else accelerator.no_sync(model):
-                loss, _ = objective(
-                    model,
-                    to_x_0(pixels, images.max_value),
-                    image_generators(config.seed, positions, accelerator.device),
-                    labels,
-                    stratum=(slot * config.train_batch_size, global_batch),
-                )
-                accelerator.backward(loss.mean() / config.gradient_accumulation_steps)
-            meter.add(loss)
-        grad_norm: Any = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        lr = config.learning_rate * lr_factor(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = ema_decay(step * global_batch, global_batch, halflife, config.ema_inv_gamma, config.ema_power)
-        if ema is not None:
-            ema.update(unet, decay)
-
-        done = step + 1
-        bar.update()
-        progress = replace(progress, step=done, seconds=seconds_before + time.perf_counter() - started)
-        if done % config.logging_steps == 0 or done == num_steps:
-            record: dict[str, Any] = {"step": done, "images": done * global_batch, **meter.read(progress.seconds)}
-            norm = float(grad_norm)
-            record |= {
-                "lr": lr,
-                "grad_norm": norm if math.isfinite(norm) else None,
-                "ema_decay": decay if ema else None,
-            }
-            bar.set_postfix(loss=f"{record['loss']:.4f}", images_s=f"{record['images_per_second']:.0f}")
-            _log(accelerator, output_dir, record)
-        if done % every["image"] == 0 and done < num_steps:
-            _save_preview(accelerator, config, preview, images, output_dir, done)
-        if done % every["checkpoint"] == 0 or done == num_steps:
-            save_checkpoint(accelerator, ema, progress, output_dir, config.checkpoints_total_limit)
-        if (done % every["model"] == 0 or done == num_steps) and accelerator.is_main_process:
-            _save_model(averaged, scheduler, output_dir)
-    bar.close()
-    progress = replace(progress, seconds=seconds_before + time.perf_counter() - started)
-
-    samples = _save_preview(accelerator, config, preview, images, output_dir, num_steps)
-    averaged.eval()
-    pipeline = DDPMPipeline(averaged, DDPMScheduler.from_config(scheduler.config))
-    if accelerator.is_main_process:
-        samples.save(output_dir / "figures" / "samples.png")
-        sampled = {
-            "scheduler": type(preview.scheduler).__name__,
-            "num_inference_steps": _preview_steps(config),
-            "seed": 0,
-            "ema": config.use_ema,
-        }
-        write_report(config, pipeline, images, progress, sampled, accelerator)
-        if config.push_to_hub:
-            push(config, progress.step)
+    with ExitStack() as until_the_end:
+        run, progress = _set_up(config, accelerator, until_the_end)
+        with StopRequest(config.max_train_hours) as stop:
+            progress = _take_steps(run, progress, stop)
+        pipeline = _finish(run, progress)
     # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -220,18 +181,464 @@ def make_scheduler(config: TrainingConfig) -> DDPMScheduler:
     )
 
 
-def image_generators(seed: int, positions: np.ndarray, device: torch.device) -> list[torch.Generator]:
-    """One generator for each image of the stream: its t and eps do not depend on the batch it is in."""
-    return [torch.Generator(device).manual_seed(int(s)) for s in _seeds(seed, positions, stream=1)]
+def _set_up(config: TrainingConfig, accelerator: Accelerator, until_the_end: ExitStack) -> tuple[Run, Progress]:
+    output_dir = Path(config.output_dir)
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu and accelerator.mixed_precision == "fp16":
+        raise UsageError("mixed_precision fp16 needs a GPU: its gradients are scaled there only; use bf16 or no")
+    if on_cpu:
+        _set_threads(config, accelerator)
+    with accelerator.local_main_process_first():
+        images = open_stream(config) if config.streaming else load_images(config)
+    asked = config = _resolve(config, images, accelerator.mixed_precision)
+    checkpoint, progress = _find_progress(config, accelerator, images)
+    if progress is not None:
+        config = _divide(config, progress.global_batch_size, accelerator)
+    num_processes = accelerator.num_processes
+    global_batch_size = config.train_batch_size * config.gradient_accumulation_steps * num_processes
+    if progress is None:
+        of = (global_batch_size, global_batch_size, images.num_images, images.fingerprint)
+        progress = Progress(0, 0, 0.0, 0, *of, num_bad_images=images.num_bad)
+        if config.streaming:
+            lanes = num_processes * max(1, config.dataloader_num_workers)
+            stream = {"num_lanes": lanes, "chunk_size": config.train_batch_size, "places": []}
+            progress = replace(progress, stream=stream)
+    schedule_batch_size = progress.schedule_batch_size
+    if images.num_images is None and (config.max_train_steps is None or config.save_images_epochs):
+        raise UsageError(
+            f"max_train_steps must be given, and nothing by epochs: {images.name!r} says no number of images"
+        )
+    num_steps = config.max_train_steps or math.ceil(config.num_epochs * (images.num_images or 0) / schedule_batch_size)
+    total_images = num_steps * schedule_batch_size
+    if progress.images > total_images:
+        raise UsageError(
+            f"checkpoint-{progress.step} has seen {progress.images} images, more than the {total_images} of "
+            f"{num_steps} steps of {schedule_batch_size}: give max_train_steps of at least "
+            f"{math.ceil(progress.images / schedule_batch_size)}"
+        )
+
+    scheduler = make_scheduler(config)
+    new_unet = make_unet(config, images.channels, images.resolution, images.num_classes)
+    optimizer = torch.optim.AdamW(
+        new_unet.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+    model, prepared = accelerator.prepare(new_unet, optimizer)
+    unet: Any = accelerator.unwrap_model(model)
+    decays = _decays(config, schedule_batch_size)
+    ema = EMA(list(unet.parameters()), list(decays(0, global_batch_size))) if config.use_ema else None
+    state = TrainingState(unet, prepared.optimizer, ema)
+    if checkpoint is not None:
+        load_checkpoint(state, checkpoint)
+        progress = replace(progress, num_resumes=progress.num_resumes + 1)
+        if accelerator.scaler is not None and progress.scaler is not None:
+            accelerator.scaler.load_state_dict(progress.scaler)
+    try:
+        _by_main(accelerator, lambda: _prepare_output(asked, output_dir, progress, until_the_end))
+    except BlockingIOError as error:
+        raise UsageError(f"output_dir must be of one run at a time, got {config.output_dir!r}: {error}") from error
+    except OSError as error:
+        raise UsageError(f"output_dir must be writable, got {config.output_dir!r}: {error}") from error
+    if config.logger is not None:
+        accelerator.init_trackers(output_dir.name, config=_tracked(config))
+    lr_factor = _lr_factor(config, num_steps)
+    run = Run(
+        config=config,
+        output_dir=output_dir,
+        accelerator=accelerator,
+        images=images,
+        scheduler=scheduler,
+        model=model,
+        optimizer=prepared,
+        state=state,
+        objective=Objective(
+            scheduler=scheduler,
+            weighting=config.loss_weighting,
+            min_snr_gamma=config.min_snr_gamma,
+            density=config.timestep_density,
+            autocast_dtype=AUTOCAST[accelerator.mixed_precision],
+        ),
+        schedule=lambda images_seen: config.learning_rate * lr_factor(images_seen / schedule_batch_size),
+        decays=decays,
+        total_images=total_images,
+        global_batch_size=global_batch_size,
+    )
+    return run, progress
 
 
-def _seeds(seed: int, index: np.ndarray, stream: int) -> np.ndarray:
-    """Seeds that are a hash of (seed, stream, index); generators use their low 32 bits."""
-    x = np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64) + index.astype(np.uint64)
-    # The finalizer of SplitMix64 (Steele et al. 2014): neighbors share no bits.
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _find_progress(
+    config: TrainingConfig, accelerator: Accelerator, images: ImageCache | ImageStream
+) -> tuple[Path | None, Progress | None]:
+    """The checkpoint to go on from and where it is; None for a new run.
+
+    Raises:
+        UsageError: it is of other settings or other images.
+    """
+    if config.resume_from_checkpoint is None:
+        return None, None
+    output_dir, name = Path(config.output_dir), config.resume_from_checkpoint
+    if (output_dir / "config.yaml").is_file():
+        check_same_run(config, output_dir / "config.yaml")
+    checkpoint, passed_over = _by_main(accelerator, lambda: find_checkpoint(output_dir, name))
+    for problem in passed_over:
+        _say(accelerator, problem)
+    if checkpoint is None:
+        _say(accelerator, f"{config.output_dir} holds no checkpoint: the run begins at step 0")
+        return None, None
+    progress = read_progress(checkpoint)
+    if progress.data_fingerprint != images.fingerprint:
+        raise UsageError(
+            f"{checkpoint.name} was trained on other images ({progress.num_images} with fingerprint "
+            f"{progress.data_fingerprint[:12]}, here {images.num_images} with {images.fingerprint[:12]}): "
+            "give the data set and settings of its config.yaml"
+        )
+    _say(accelerator, f"the run goes on from {checkpoint.name}, after {progress.images} images")
+    before = load_config(str(output_dir / "config.yaml"))
+    names = ("train_batch_size", "gradient_accumulation_steps")
+    if any(getattr(config, n) != getattr(before, n) for n in names):  # changed on purpose
+        wanted = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        if wanted != progress.global_batch_size:
+            _say_new_batch(accelerator, progress.global_batch_size, wanted)
+        progress = replace(progress, global_batch_size=wanted)
+    return checkpoint, progress
+
+
+def _divide(config: TrainingConfig, global_batch_size: int, accelerator: Accelerator) -> TrainingConfig:
+    """The config with the batch and accumulation by which these processes keep the global batch, if they can."""
+    batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
+    num_processes = accelerator.num_processes
+    if batch_size * accumulation * num_processes == global_batch_size:
+        return config
+    share, rest = divmod(global_batch_size, num_processes)
+    if rest == 0:
+        batch_size = next(size for size in range(min(batch_size, share), 0, -1) if share % size == 0)
+        accumulation = share // batch_size
+        _say(
+            accelerator,
+            f"{num_processes} processes keep {global_batch_size} images per step by train_batch_size {batch_size} "
+            f"and gradient_accumulation_steps {accumulation}",
+        )
+    else:
+        accumulation = max(1, round(global_batch_size / (batch_size * num_processes)))
+        _say_new_batch(accelerator, global_batch_size, batch_size * accumulation * num_processes)
+    return replace(config, train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+
+
+def _say_new_batch(accelerator: Accelerator, before: int, now: int) -> None:
+    _say(
+        accelerator,
+        f"the global batch changes from {before} to {now} images; learning rate, averages and the end of the run "
+        "stay functions of the images seen",
+    )
+
+
+def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
+    """Trains to the end of the run; returns where it is then.
+
+    Raises: StoppedOnPurpose or RunError, after a checkpoint where there is something new to keep.
+    """
+    config, accelerator, output_dir = run.config, run.accelerator, run.output_dir
+    main, started, seconds_before = accelerator.is_main_process, time.perf_counter(), progress.seconds
+    image_steps, model_steps = (
+        _interval(epochs, (run.images.num_images or 0) / run.global_batch_size, config.checkpointing_steps)
+        for epochs in (config.save_images_epochs, config.save_model_epochs)
+    )
+    num_steps = math.ceil((run.total_images - progress.images) / run.global_batch_size)
+    meter, metrics = Meter(accelerator, progress.losses, progress.seconds), MetricsFile(output_dir / "metrics.jsonl")
+    (batches, workers), agree = _batches(run, progress, num_steps), _agreement(accelerator)
+    bar = tqdm(initial=progress.step, total=progress.step + num_steps, disable=not accelerator.is_local_main_process)
+    first, saved_step, outcome, failure, is_stopped = progress, progress.step, None, None, False
+
+    def save() -> str | None:
+        now = replace(progress, losses=meter.state(), scaler=_scaler_state(accelerator))
+        if now.stream is not None:
+            now = _gathered_stream(now, first)
+        problem = metrics.write() if main else None
+        problem = problem or save_checkpoint(run.state, now, output_dir, config.checkpoints_total_limit, main)
+        return _by_main(accelerator, lambda: problem)
+
+    run.model.train()
+    for number in range(num_steps):
+        micro_batches, failure = _fetch(batches, config.gradient_accumulation_steps)
+        is_stopped, is_failed = agree([stop.reason(number) is not None, failure is not None])
+        if outcome is not None:
+            progress = _settle(run, progress, outcome, saved_step)
+        if is_stopped or is_failed:
+            break
+        if progress.stream is not None:
+            progress = _read_on(progress, micro_batches)
+        outcome = _step(run, progress, micro_batches, meter)
+        seconds = seconds_before + time.perf_counter() - started
+        progress = replace(
+            progress, step=progress.step + 1, images=progress.images + run.global_batch_size, seconds=seconds
+        )
+        bar.update()
+        done, is_last = progress.step, progress.images >= run.total_images
+        is_logged = done % config.logging_steps == 0 or is_last
+        is_saved = done % config.checkpointing_steps == 0 or is_last
+        if is_logged or is_saved:
+            settled, outcome = outcome, None
+            progress = _settle(run, progress, settled, saved_step)
+            if is_logged:
+                _log(run, metrics, _record(run, progress, settled, meter), bar)
+        _save_snapshot(run, progress)
+        if done % image_steps == 0 and not is_last:
+            _save_preview(run, done)
+        if done % model_steps == 0 and not is_last:
+            _save_model(run, run.average, output_dir)
+        # Steps that are skipped are no progress, and the last good checkpoint stays.
+        if is_saved and progress.bad_steps_in_a_row == 0:
+            problem = save()
+            if problem is None:
+                saved_step = done
+            elif is_last:
+                raise RunError(f"the last checkpoint could not be written: {problem}. {FREE_SPACE}")
+            else:
+                _say(accelerator, f"checkpoint-{done} could not be written, the run goes on: {problem}. {FREE_SPACE}")
+    bar.close()
+    if progress.images >= run.total_images:
+        return progress if progress.stream is None else _gathered_stream(progress, first)
+
+    problem = save() if progress.step > saved_step else None
+    saved_step = progress.step if problem is None else saved_step
+    again = f"the same command with --resume_from_checkpoint latest goes on from step {saved_step}"
+    if problem is not None:
+        again = f"checkpoint-{progress.step} could not be written: {problem}. {FREE_SPACE}; {again}"
+    reasons = [reason for reason in gather_object([None if failure is None else _reason(failure, workers)]) if reason]
+    if reasons:
+        raise RunError(f"{reasons[0]}. The run ends after step {progress.step}; {again}") from failure
+    reasons = [reason for reason in gather_object([stop.reason(1)]) if reason]
+    if problem is not None:
+        raise RunError(f"{reasons[0]}, but {again}")
+    _say(accelerator, f"{reasons[0]}: the run ends after step {progress.step}; {again}")
+    accelerator.wait_for_everyone()
+    raise StoppedOnPurpose
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a step was.
+
+    Args:
+        is_bad: whether it was skipped; waits for the value if that is still on its way from the device.
+        evaluated: loss, t and positions of each forward pass of this process.
+    """
+
+    is_bad: Callable[[], bool]
+    grad_norm: Tensor
+    lr: float
+    decays: dict[str, float]
+    evaluated: list[tuple[Tensor, Tensor, np.ndarray]]
+
+
+def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], meter: Meter) -> _Outcome:
+    """One optimizer step. Without finite loss and gradients, weights and optimizer stay as they are."""
+    config, accelerator = run.config, run.accelerator
+    evaluated = []
+    for micro, batch in enumerate(micro_batches):
+        pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
+        labels = batch["labels"].to(accelerator.device, non_blocking=True) if "labels" in batch else None
+        positions = batch["positions"].numpy()
+        slot = micro * accelerator.num_processes + accelerator.process_index
+        seed_step(config.seed, progress.step, slot)
+        is_last = micro == len(micro_batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(run.model):
+            loss, t = run.objective(
+                run.model,
+                to_x_0(pixels, run.images.max_value),
+                image_generators(config.seed, positions, accelerator.device),
+                labels,
+                stratum=(slot * config.train_batch_size, run.global_batch_size),
+            )
+            mean = loss.mean()
+            # The gradients of a loss that is not finite are made NaN: by their norm every process learns of it.
+            mark = torch.where(mean.detach().isfinite(), 1.0, math.nan)
+            accelerator.backward(mean * mark / len(micro_batches))
+        evaluated.append((loss.detach(), t, positions))
+    norm: Any = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    is_bad = ~norm.isfinite()
+    lr, optimizer = run.schedule(progress.images), run.state.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if accelerator.scaler is None:
+        # What GradScaler tells a fused optimizer, which then leaves all as it is; nothing waits for the device.
+        optimizer.found_inf = is_bad.float()  # pyright: ignore[reportAttributeAccessIssue]
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    decays = run.decays(progress.images, run.global_batch_size)
+    if run.state.ema is not None:
+        run.state.ema.update(run.parameters, decays)
+    meter.add([loss for loss, _, _ in evaluated], is_bad)
+    return _Outcome(_on_its_way(is_bad), norm, lr, decays, evaluated)
+
+
+def _on_its_way(value: Tensor) -> Callable[[], bool]:
+    """Starts to copy a value from the device, which goes on working, and returns how to get it."""
+    if value.device.type != "cuda":
+        return lambda: bool(value)
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def read() -> bool:
+        event.synchronize()
+        return bool(copy)
+
+    return read
+
+
+def _settle(run: Run, progress: Progress, outcome: _Outcome, saved_step: int) -> Progress:
+    """Counts the step that was the last, if it was skipped.
+
+    Raises:
+        RunError: it was the last of `max_bad_steps` in a row.
+    """
+    if not outcome.is_bad():
+        return replace(progress, bad_steps_in_a_row=0, bad_steps_began="")
+    in_a_row, began = progress.bad_steps_in_a_row + 1, progress.bad_steps_began
+    if in_a_row == 1:
+        began = f"step {progress.step}: {_suspects(run, outcome)}"
+        _say(run.accelerator, f"a step is skipped, its loss or gradients are not finite: {began}")
+    if in_a_row >= run.config.max_bad_steps:
+        raise RunError(
+            f"{in_a_row} steps in a row had no finite loss and gradients (max_bad_steps). They began at {began}. "
+            + (f"The last checkpoint is checkpoint-{saved_step}. " if saved_step else "There is no checkpoint yet. ")
+            + "Look at these images, or change a setting in config.yaml: a lower learning_rate, mixed_precision no"
+        )
+    num_bad_steps = progress.num_bad_steps + 1
+    return replace(progress, num_bad_steps=num_bad_steps, bad_steps_in_a_row=in_a_row, bad_steps_began=began)
+
+
+def _suspects(run: Run, outcome: _Outcome, limit: int = 8) -> str:
+    """The images of a step whose loss is not finite, each with its noise level; for all processes to call."""
+    mine = [
+        {"loss": loss, "t": t, "position": position}
+        for losses, timesteps, positions in outcome.evaluated
+        for loss, t, position in zip(losses.tolist(), timesteps.tolist(), positions.tolist(), strict=True)
+    ]
+    everyone: list[dict[str, Any]] = gather_object(mine)
+    found = [e for e in everyone if not math.isfinite(e["loss"])]
+    heading = ""
+    if not found:
+        found = sorted(everyone, key=lambda e: -e["loss"])[:1]
+        heading = "every loss is finite, a gradient is not; the largest loss: "
+    texts = [f"{_image_name(run, e['position'])} at t = {e['t']}, loss {e['loss']:g}" for e in found[:limit]]
+    return heading + "; ".join(texts) + (f"; and {len(found) - limit} more" if len(found) > limit else "")
+
+
+def _image_name(run: Run, position: int) -> str:
+    if isinstance(run.images, ImageStream):
+        return f"image {position} of the stream"
+    epoch, place = divmod(position, len(run.images))
+    number = int(epoch_order(run.config.seed, epoch, len(run.images))[place])
+    if run.images.num_bad:
+        return f"readable image {number}"
+    dataset = open_dataset(run.config)
+    return name_of(dataset[number][dataset.column_names[0]], number)
+
+
+def _record(run: Run, progress: Progress, outcome: _Outcome, meter: Meter) -> dict[str, Any]:
+    norm = float(outcome.grad_norm)
+    return {
+        "step": progress.step,
+        "images": progress.images,
+        **meter.read(progress.seconds),
+        "lr": outcome.lr,
+        "grad_norm": norm if math.isfinite(norm) else None,
+        "ema_decay": next(iter(outcome.decays.values())) if run.config.use_ema else None,
+        "bad_steps": progress.num_bad_steps,
+    }
+
+
+def _log(run: Run, metrics: MetricsFile, record: dict[str, Any], bar: Any) -> None:
+    loss, accelerator = record["loss"], run.accelerator
+    bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_s=f"{record['images_per_second']:.0f}")
+    problem = metrics.write(record) if accelerator.is_main_process else None
+    if problem is not None:
+        _say(accelerator, f"metrics.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
+    accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=record["step"])
+
+
+def _fetch(batches: Iterator[Any], count: int) -> tuple[list[Any], Exception | None]:
+    """The micro-batches of a step, or why there are none."""
+    try:
+        return [next(batches) for _ in range(count)], None
+    except Exception as error:  # whatever a file system or a process that loads data comes to
+        return [], error
+
+
+def _read_on(progress: Progress, micro_batches: list[dict[str, Tensor]]) -> Progress:
+    """Where this process is in its lanes of a stream, and what it has met there."""
+    stream: Any = progress.stream
+    places = {place[0]: place for place in stream["places"]}
+    for batch in micro_batches:
+        places |= {place[0]: place for place in batch["places"].tolist()}
+    num_bad = sum(int(batch["num_bad"]) for batch in micro_batches)
+    stream = {**stream, "places": list(places.values())}
+    return replace(progress, stream=stream, num_bad_images=progress.num_bad_images + num_bad)
+
+
+def _gathered_stream(progress: Progress, first: Progress) -> Progress:
+    """Where all processes are, the furthest in each lane, and what they have met since `first`."""
+    stream: Any = progress.stream
+    places = {place[0]: place for place in sorted(gather_object(stream["places"]))}
+    num_bad = first.num_bad_images + sum(gather_object([progress.num_bad_images - first.num_bad_images]))
+    return replace(progress, stream={**stream, "places": list(places.values())}, num_bad_images=num_bad)
+
+
+def _reason(error: Exception, workers: list[Any]) -> str:
+    """Why there is no data: a process that loads them has died, or what it says, of which a traceback is left out."""
+    for worker in workers:
+        worker.join(timeout=1)
+        if worker.exitcode:
+            code = worker.exitcode
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            return f"process {worker.pid}, which loads data, {how}: is there memory for all dataloader_num_workers?"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _agreement(accelerator: Accelerator) -> Callable[[list[bool]], list[bool]]:
+    """A function: flags of this process -> whether they are set on any process, the same on all."""
+    if accelerator.num_processes == 1:
+        return lambda flags: flags
+    # Of its own, over the hosts: nothing waits for a device.
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=2))
+
+    def agree(flags: list[bool]) -> list[bool]:
+        votes = torch.tensor(flags, dtype=torch.int32)
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=group)
+        return [bool(vote) for vote in votes]
+
+    return agree
+
+
+def _by_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` returns in the main process, on every process; so is its UsageError or OSError."""
+    result: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            result[0] = work()
+        except (UsageError, OSError) as error:
+            result[1] = error
+    broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def _say(accelerator: Accelerator, text: str) -> None:
+    if accelerator.is_main_process:
+        tqdm.write(text, file=sys.stderr)
+
+
+def _scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
+    return accelerator.scaler.state_dict() if accelerator.scaler is not None else None
 
 
 def _set_threads(config: TrainingConfig, accelerator: Accelerator) -> None:
@@ -244,30 +651,7 @@ def _set_threads(config: TrainingConfig, accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, available // processes))
 
 
-class _Meter:
-    """Loss and speed since the last reading; nothing leaves the device until then."""
-
-    def __init__(self, accelerator: Accelerator, seconds: float):
-        self.accelerator = accelerator
-        self.sum = torch.zeros((), device=accelerator.device)
-        self.count = 0
-        self.seconds = seconds
-
-    def add(self, loss: Tensor) -> None:
-        self.sum += loss.detach().sum()
-        self.count += len(loss)
-
-    def read(self, seconds: float) -> dict[str, float]:
-        """Mean loss over all processes, the run's seconds and its images per second."""
-        count = self.count * self.accelerator.num_processes
-        total: Any = self.accelerator.reduce(self.sum, reduction="sum")
-        loss, speed = float(total) / count, count / (seconds - self.seconds)
-        self.sum.zero_()
-        self.count, self.seconds = 0, seconds
-        return {"loss": loss, "seconds": round(seconds, 3), "images_per_second": round(speed, 3)}
-
-
-def _resolve(config: TrainingConfig, images: ImageCache, mixed_precision: str) -> TrainingConfig:
+def _resolve(config: TrainingConfig, images: ImageCache | ImageStream, mixed_precision: str) -> TrainingConfig:
     """The config with what the data and the launcher decided."""
     return replace(
         config,
@@ -293,67 +677,99 @@ def _lr_factor(config: TrainingConfig, num_steps: int) -> Any:
     return schedule.lr_lambdas[0]
 
 
+def _decays(config: TrainingConfig, schedule_batch_size: int) -> Callable[[int, int], dict[str, float]]:
+    """(images seen, images of the step) -> the decay of each average, by its name."""
+    halflives = config.ema_halflife_images or [halflife_from_decay(config.ema_max_decay, schedule_batch_size)]
+    stds = TRACKED_STDS if config.ema_snapshots else ()
+    ratio, ramp = config.ema_rampup_ratio, (config.ema_inv_gamma, config.ema_power, schedule_batch_size)
+
+    def decay(images_seen: int, batch_size: int, halflife: float) -> float:
+        if ratio is not None:
+            return edm_decay(images_seen, batch_size, halflife, ratio)
+        return ramped_decay(images_seen, batch_size, halflife, *ramp)
+
+    def decays(images_seen: int, batch_size: int) -> dict[str, float]:
+        exponential = {f"{HALFLIFE}{h:g}": decay(images_seen, batch_size, h) for h in halflives}
+        return exponential | {f"std-{std:g}": power_decay(images_seen, batch_size, std) for std in stds}
+
+    return decays
+
+
 def _interval(epochs: int | None, steps_per_epoch: float, default_steps: int) -> int:
     return default_steps if epochs is None else max(1, round(epochs * steps_per_epoch))
 
 
-def _batches(
-    config: TrainingConfig, images: ImageCache, accelerator: Accelerator, first_step: int, num_steps: int
-) -> Iterator[dict[str, Tensor]]:
-    dataset = MicroBatches(
-        images,
-        seed=config.seed,
-        random_flip=config.random_flip,
-        batch_size=config.train_batch_size,
-        accumulation_steps=config.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        first_step=first_step,
-        num_steps=num_steps,
-    )
+def _batches(run: Run, progress: Progress, num_steps: int) -> tuple[Iterator[dict[str, Tensor]], list[Any]]:
+    """The micro-batches of this process, and the processes that load them."""
+    config, accelerator = run.config, run.accelerator
+    cut: dict[str, Any] = {
+        "seed": config.seed,
+        "random_flip": config.random_flip,
+        "batch_size": config.train_batch_size,
+        "accumulation_steps": config.gradient_accumulation_steps,
+        "rank": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "first_position": progress.images,
+        "num_steps": num_steps,
+    }
+    if isinstance(run.images, ImageStream):
+        stream: Any = progress.stream
+        places = np.array(stream["places"], np.int64).reshape(-1, NUM_PLACE_COLUMNS)
+        lanes = {"num_lanes": stream["num_lanes"], "chunk_size": stream["chunk_size"], "places": places}
+        dataset: Any = StreamBatches(run.images, **cut, **lanes, shuffle_buffer_images=config.shuffle_buffer_images)
+    else:
+        dataset = MicroBatches(run.images, **cut)
     loader = DataLoader(
         dataset,
         batch_size=None,
         shuffle=False,
         num_workers=config.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=accelerator.device.type == "cuda",
     )
-    return iter(loader)
+    others = multiprocessing.active_children()
+    batches = iter(loader)
+    # torch would raise the death of a worker wherever this process is, perhaps between the halves of a step; without
+    # this handler it is the next batch that raises it.
+    if hasattr(signal, "SIGCHLD") and config.dataloader_num_workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return batches, [child for child in multiprocessing.active_children() if child not in others]
 
 
-def _preview_pipeline(config: TrainingConfig, unet: UNet2DModel, scheduler: DDPMScheduler) -> DDPMPipeline:
-    name = default_scheduler(scheduler.config)
-    pipeline = DDPMPipeline(unet, named_scheduler(name, scheduler.config, _preview_steps(config)))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def _averaged_unet(run: Run, average: list[Tensor] | None) -> UNet2DModel:
+    """The network with averaged weights, or its own, on the CPU; for all processes to call."""
+    unet = run.state.unet
+    weights = gathered(run.names, run.parameters if average is None else average)
+    buffers = {name: buffer.cpu() for name, buffer in unet.named_buffers() if name in unet.state_dict()}
+    with torch.device("meta"):
+        averaged: Any = UNet2DModel.from_config(unet.config)
+    averaged.load_state_dict({**buffers, **weights}, assign=True)
+    return averaged.eval()
 
 
-def _save_preview(
-    accelerator: Accelerator,
-    config: TrainingConfig,
-    preview: DDPMPipeline,
-    images: ImageCache,
-    output_dir: Path,
-    step: int,
-) -> Image.Image:
+def _save_preview(run: Run, step: int) -> Image.Image:
     """Samples from seeds 0, 1, ..., the same at each step and for any number of processes, as one sheet."""
+    config, accelerator, unet, images = run.config, run.accelerator, run.state.unet, run.images
+    pipeline = DDPMPipeline(unet, _preview_scheduler(run))
+    pipeline.set_progress_bar_config(disable=True)
     num_images = config.eval_batch_size
     labels = [i % images.num_classes for i in range(num_images)] if images.num_classes else None
-    was_training = preview.unet.training
-    preview.unet.eval()
-    with accelerator.autocast():
+    unet.eval()
+    with swapped(run.parameters, run.average or run.parameters), accelerator.autocast():
         samples = sample_shared(
             accelerator,
-            preview,
+            pipeline,
             range(num_images),
             batch_size=-(-num_images // accelerator.num_processes),
             num_inference_steps=_preview_steps(config),
             class_labels=labels,
         )
-    preview.unet.train(was_training)
+    unet.train()
     sheet = figures.grid(figures.to_images(2 * samples - 1))
     if accelerator.is_main_process:
-        sheet.save(output_dir / "previews" / f"step-{step:07d}.png")
+        content = io.BytesIO()
+        sheet.save(content, "png")
+        _try(run, lambda: write_atomically(run.output_dir / f"previews/step-{step:07d}.png", content.getvalue()))
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -361,35 +777,101 @@ def _save_preview(
     return sheet
 
 
-def _save_model(unet: UNet2DModel, scheduler: DDPMScheduler, output_dir: Path) -> None:
-    DDPMPipeline(unet, DDPMScheduler.from_config(scheduler.config)).save_pretrained(output_dir)
+def _preview_scheduler(run: Run) -> Any:
+    config = run.scheduler.config
+    return named_scheduler(default_scheduler(config), config, _preview_steps(run.config))
 
 
-def _prepare_output(config: TrainingConfig, output_dir: Path, first_step: int) -> None:
-    """An output folder with the run's config, and metrics up to the step it goes on from."""
-    if config.overwrite_output_dir:
+def _save_model(run: Run, average: list[Tensor] | None, folder: Path) -> None:
+    """The pipeline with one of the averages, each of its files whole; for all processes to call."""
+    unet, partial = _averaged_unet(run, average), folder / "partial-model"
+
+    def write() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            DDPMPipeline(unet, DDPMScheduler.from_config(run.scheduler.config)).save_pretrained(partial)
+            for path in sorted((p for p in partial.rglob("*") if p.is_file()), key=lambda p: p.parent == partial):
+                target = folder / path.relative_to(partial)
+                target.parent.mkdir(exist_ok=True)
+                path.replace(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    if run.accelerator.is_main_process:
+        _try(run, write)
+
+
+def _save_snapshot(run: Run, progress: Progress) -> None:
+    """Once in each `ema_snapshots`-th part of the run, the power-function averages; for all processes to call."""
+    count, before = run.config.ema_snapshots, progress.images - run.global_batch_size
+    if run.state.ema is None or count * progress.images // run.total_images == count * before // run.total_images:
+        return
+    averages = {std: gathered(run.names, run.state.ema.averages[f"std-{std:g}"]) for std in TRACKED_STDS}
+    path = snapshot_path(run.output_dir, progress.images)
+    if run.accelerator.is_main_process:
+        _try(run, lambda: write_atomically(path, snapshot_bytes(progress.images, averages)))
+
+
+def _try(run: Run, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        _say(run.accelerator, f"a file could not be written, the run goes on: {error}. {FREE_SPACE}")
+
+
+def _finish(run: Run, progress: Progress) -> DDPMPipeline:
+    """Writes what a finished run leaves; a run that is finished already writes the same again."""
+    config, accelerator, output_dir = run.config, run.accelerator, run.output_dir
+    _save_model(run, run.average, output_dir)
+    for name, average in list(run.state.ema.averages.items() if run.state.ema is not None else ())[1:]:
+        if name.startswith(HALFLIFE):
+            _save_model(run, average, output_dir / "ema" / name)
+    samples = _save_preview(run, progress.step)
+    averaged: Any = _averaged_unet(run, run.average)
+    pipeline = DDPMPipeline(averaged.to(accelerator.device), DDPMScheduler.from_config(run.scheduler.config))
+
+    def write() -> None:
+        samples.save(output_dir / "figures" / "samples.png")
+        sampled = {
+            "scheduler": type(_preview_scheduler(run)).__name__,
+            "num_inference_steps": _preview_steps(config),
+            "seed": 0,
+            "ema": config.use_ema,
+        }
+        write_report(config, pipeline, run.images, progress, run.global_batch_size, sampled, accelerator)
+        if config.push_to_hub:
+            push(config, progress.step)
+
+    try:
+        _by_main(accelerator, write)
+    except OSError as error:
+        raise RunError(f"the report could not be written: {error}. {FREE_SPACE}; {FINISHES}") from error
+    return pipeline
+
+
+def _prepare_output(config: TrainingConfig, output_dir: Path, progress: Progress, until_the_end: ExitStack) -> None:
+    """An output folder that is this run's alone, with its config, and what it wrote until where it goes on."""
+    existed = output_dir.exists()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    until_the_end.enter_context(lock(output_dir))
+    if config.overwrite_output_dir and existed:
         for path in run_files(output_dir):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    for folder in (output_dir, output_dir / "previews", output_dir / "figures"):
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (output_dir / "previews", output_dir / "figures"):
+        folder.mkdir(exist_ok=True)
+    for partial in output_dir.glob("partial-*"):  # what a kill left
+        shutil.rmtree(partial, ignore_errors=True)
+    (output_dir / "run.json").unlink(missing_ok=True)  # there when the run is finished
     save_config(config, output_dir / "config.yaml")
-    metrics = output_dir / "metrics.jsonl"
-    kept = [record for record in read_metrics(output_dir) if record["step"] <= first_step]
-    partial = metrics.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    partial.replace(metrics)
-
-
-def _log(accelerator: Accelerator, output_dir: Path, record: dict[str, Any]) -> None:
-    if accelerator.is_main_process:
-        with (output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=record["step"])
+    cut_metrics(output_dir, progress.step)
+    for images, path in snapshots(output_dir):
+        if images > progress.images:  # of a course that is not gone on with
+            path.unlink()
 
 
 def _tracked(config: TrainingConfig) -> dict[str, Any]:
     settings = {k: v for k, v in asdict(config).items() if k != "hub_token"}
-    return {k: "" if v is None else v for k, v in settings.items()}
+    return {k: v if isinstance(v, int | float | str) else "" if v is None else str(v) for k, v in settings.items()}

@@ -47,7 +47,7 @@ def test_each_field_is_read():
     for path in (ROOT / "hf_ddpm").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             # `scheduler.config` and `unet.config` are diffusers' own.
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "form.config"):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "form.config", "run.config"):
                 read.add(node.attr)
     assert {f.name for f in fields(TrainingConfig)} <= read
 
@@ -150,7 +150,12 @@ def test_the_first_prediction_is_zero():
         ("--train_batch_size many", "invalid int value: 'many'"),
         ("--prediction_type x0", "invalid choice: 'x0'"),
         ("--prediction_type epsilon --rescale_betas_zero_snr", "rescale_betas_zero_snr .*got epsilon"),
-        ("--resume_from_checkpoint latest", "'ddpm-model' holds no checkpoint"),
+        ("--resume_from_checkpoint checkpoint-5", "resume_from_checkpoint must be latest, got 'checkpoint-5'"),
+        ("--ema_halflife_images 100 100", "ema_halflife_images must be different numbers of at least 1"),
+        ("--ema_halflife_images 0.5", "ema_halflife_images must be different numbers of at least 1"),
+        ("--ema_rampup_ratio 0.05 --ema_power 1", "ema_power = 1.0 has no effect: ema_rampup_ratio is given"),
+        ("--max_train_hours 0", "max_train_hours must be above 0"),
+        ("--shuffle_buffer_images 10", "shuffle_buffer_images = 10 has no effect: give streaming"),
         ("--dropout 1.0", r"dropout must be in \[0, 1\), got 1.0"),
         ("--learning_rate -1", "learning_rate must be above 0, got -1.0"),
         ("--seed 99999999999999999999", r"seed must be below 2\*\*63"),
@@ -211,7 +216,7 @@ def test_an_output_folder_with_another_run_is_refused(tmp_path):
     check_config(load_config(output_dir=config.output_dir, overwrite_output_dir=True))
     (tmp_path / "run" / "checkpoint-5").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
-    with pytest.raises(UsageError, match="must be latest, checkpoint-5, got 'checkpoint-6'"):
+    with pytest.raises(UsageError, match="must be latest or checkpoint-5, got 'checkpoint-6'"):
         check_config(load_config(output_dir=config.output_dir, resume_from_checkpoint="checkpoint-6"))
     with pytest.raises(UsageError, match="would delete the checkpoint"):
         check_config(

@@ -75,7 +75,7 @@ def load_one(folder: Path, image: Image.Image, suffix: str = "png", /, **setting
 
 def batches_of(images: data.ImageCache, **settings: Any) -> MicroBatches:
     defaults = {"seed": 0, "random_flip": False, "batch_size": 4, "accumulation_steps": 1, "rank": 0}
-    return MicroBatches(images, **{**defaults, "num_processes": 1, "first_step": 0, "num_steps": 10, **settings})
+    return MicroBatches(images, **{**defaults, "num_processes": 1, "first_position": 0, "num_steps": 10, **settings})
 
 
 # Modes of images
@@ -711,7 +711,7 @@ def test_pixels_are_crops_of_the_image_at_the_position(seven: data.ImageCache) -
 
 def test_resuming_continues_the_stream(seven: data.ImageCache) -> None:
     whole = stream(seven, 1, 2, 4)
-    rest = stream(seven, 1, 2, 4, first_step=5)
+    rest = stream(seven, 1, 2, 4, first_position=40, num_steps=7)
     assert all(torch.equal(rest[key], whole[key][5 * 8 :]) for key in whole)
 
 
@@ -745,7 +745,7 @@ def test_epoch_order() -> None:
 
 
 def test_length(seven: data.ImageCache) -> None:
-    batches = batches_of(seven, accumulation_steps=3, first_step=4, num_steps=10)
+    batches = batches_of(seven, accumulation_steps=3, first_position=48, num_steps=6)
     assert len(batches) == 18
     with pytest.raises(IndexError, match=r"\[0, 18\), got 18"):
         batches[18]

@@ -23,30 +23,39 @@ PACKAGE = ROOT / "hf_ddpm"
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "scheduler": set(),
-    "config": set(),
+    "files": set(),
+    "seeds": set(),
+    "stopping": set(),
+    "config": {"files"},
     "objective": {"scheduler"},
     "pipeline": {"scheduler"},
     "ema": set(),
-    "launch": {"config"},
+    "launch": {"config", "stopping"},
     "figures": {"scheduler"},
     "sources": {"config"},
     "decoding": {"config"},
     "data": {"config", "sources", "decoding"},
+    "streaming": {"config", "sources", "decoding", "data"},
     "unet": {"config"},
-    "checkpoint": {"config", "ema"},
+    "checkpoint": {"config", "ema", "files"},
+    "posthoc": {"config"},
+    "metrics": {"files"},
     "sampling": {"scheduler", "pipeline", "figures"},
     # The card is written from a run's files alone, so that it needs nothing of what wrote them.
     "hub": {"config"},
-    "report": {"config", "data", "pipeline", "figures", "checkpoint", "sampling", "hub"},
-    "training": {"scheduler", "config", "objective", "pipeline", "ema", "figures", "sources", "data", "unet"}
-    | {"checkpoint", "sampling", "report"},
-    "cli": {"sampling"},
+    "report": {"config", "data", "pipeline", "figures", "checkpoint", "metrics", "sampling", "hub", "streaming"},
+    "training": {"scheduler", "config", "objective", "pipeline", "ema", "figures", "sources", "decoding", "data"}
+    | {"unet", "checkpoint", "metrics", "sampling", "report", "files", "seeds", "stopping"}
+    | {"posthoc", "streaming"},
+    "evaluation": {"scheduler", "config", "objective", "figures", "sources", "decoding", "data", "files", "seeds"}
+    | {"pipeline", "sampling", "hub"},
+    "cli": {"sampling", "posthoc"},
     "train_accelerate": {"config", "sources", "launch", "training"},
 }
 # Package -> the only modules that may import it.
 ONLY_IN = {
     "accelerate": {"training", "sampling"},
-    "datasets": {"data", "sources"},
+    "datasets": {"data", "sources", "streaming"},
     "transformers": {"config"},  # for HfArgumentParser
     "typer": {"cli"},
 }

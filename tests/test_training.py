@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.config import TrainingConfig, UsageError
-from hf_ddpm.training import _lr_factor, image_generators, train
+from hf_ddpm.seeds import image_generators
+from hf_ddpm.training import _lr_factor, train
 
 from .conftest import tiny_unet_config
 
@@ -246,10 +247,10 @@ def test_going_on_needs_the_same_run(tiny_settings, tmp_path, image_folder):
     config = TrainingConfig(**tiny_settings)
     train(config)
     again = replace(config, resume_from_checkpoint="latest", max_train_steps=9)
-    with pytest.raises(UsageError, match="has done all of max_train_steps = 6: give more"):
-        train(replace(again, max_train_steps=6))
-    with pytest.raises(UsageError, match="trained with 4 images per step, here 8"):
-        train(replace(again, train_batch_size=8))
+    with pytest.raises(
+        UsageError, match=r"has seen 24 images, more than the 20 .* give max_train_steps of at least 6"
+    ):
+        train(replace(again, max_train_steps=5))
     for name, value in (("prediction_type", "sample"), ("seed", 1), ("learning_rate", 0.5)):
         with pytest.raises(UsageError, match=rf"{name} was .*, got {value}: resume with --config .*config.yaml"):
             train(replace(again, **{name: value}))

@@ -1,0 +1,123 @@
+"""Memory of the processes that stream 10,000 and 1,000,000 images: it must not grow with their number.
+
+    python benchmarks/streaming_memory.py
+
+Writes gray PNG images of 8x8 pixels into parquet files in a temporary folder, streams each of them once through
+`StreamBatches` in a `DataLoader` with 2 workers, and writes `streaming_memory.md` and `streaming_memory.png` beside
+this file. Memory is USS, what would be free if the process ended, of the process and its workers together.
+"""
+
+from __future__ import annotations
+
+import io
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+from datasets import disable_progress_bars
+from PIL import Image
+from pyarrow import parquet
+from torch.utils.data import DataLoader
+
+from hf_ddpm.config import TrainingConfig
+from hf_ddpm.figures import curve
+from hf_ddpm.streaming import NUM_PLACE_COLUMNS, StreamBatches, open_stream
+
+HERE = Path(__file__).parent
+SIZES = (10_000, 1_000_000)
+NUM_FILES, ROW_GROUP, NUM_WORKERS, BATCH_SIZE, BUFFER, NUM_READINGS = 10, 1000, 2, 50, 1000, 100
+SCHEMA = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()})})
+
+
+def write_images(folder: Path, num_images: int) -> None:
+    """Image n says n in its first four pixels, so that no two are alike."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for file in range(NUM_FILES):
+        ids = range(file * num_images // NUM_FILES, (file + 1) * num_images // NUM_FILES)
+        with parquet.ParquetWriter(folder / f"train-{file:02}.parquet", SCHEMA) as writer:
+            for start in range(0, len(ids), ROW_GROUP):
+                group = ids[start : start + ROW_GROUP]
+                pixels = rng.integers(0, 256, (len(group), 8, 8), dtype=np.uint8)
+                pixels[:, 0, :4] = np.array(group, ">u4").view(np.uint8).reshape(-1, 4)
+                cells = []
+                for values in pixels:
+                    buffer = io.BytesIO()
+                    Image.fromarray(values).save(buffer, "PNG", compress_level=1)
+                    cells.append({"bytes": buffer.getvalue(), "path": None})
+                writer.write_table(pa.table({"image": cells}, schema=SCHEMA), row_group_size=ROW_GROUP)
+
+
+def used_mib() -> float:
+    process = psutil.Process()
+    return sum(p.memory_full_info().uss for p in [process, *process.children()]) / 2**20
+
+
+def stream_once(folder: Path, num_images: int) -> tuple[list[float], list[float]]:
+    """Percent of the images and MiB in use at each reading."""
+    config = TrainingConfig(
+        dataset_name=str(folder),
+        cache_dir=str(folder.parent / "cache"),
+        streaming=True,
+        shuffle_buffer_images=BUFFER,
+    )
+    num_steps = num_images // BATCH_SIZE
+    batches = StreamBatches(
+        open_stream(config),
+        seed=0,
+        random_flip=False,
+        batch_size=BATCH_SIZE,
+        accumulation_steps=1,
+        rank=0,
+        num_processes=1,
+        first_position=0,
+        num_steps=num_steps,
+        num_lanes=NUM_WORKERS,
+        chunk_size=BATCH_SIZE,
+        shuffle_buffer_images=BUFFER,
+        places=np.empty((0, NUM_PLACE_COLUMNS), np.int64),
+    )
+    percents, used, seen = [], [], np.zeros(num_images, bool)
+    for step, batch in enumerate(DataLoader(batches, batch_size=None, num_workers=NUM_WORKERS), 1):
+        bytes_of_ids = np.ascontiguousarray(batch["pixels"].numpy()[:, 0, 0, :4])
+        seen[bytes_of_ids.view(">u4")[:, 0]] = True
+        if step % (num_steps // NUM_READINGS) == 0 and step < num_steps:
+            percents.append(100 * step / num_steps)
+            used.append(used_mib())
+    assert seen.all(), f"{num_images - seen.sum()} of {num_images} images were not seen in one pass"
+    return percents, used
+
+
+def main() -> None:
+    disable_progress_bars()
+    lines, series = [], {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for num_images in SIZES:
+            folder = Path(temporary, str(num_images))
+            write_images(folder, num_images)
+            percents, used = stream_once(folder, num_images)
+            size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
+            series[f"{num_images:,} images"] = (percents, used)
+            tenth = len(used) // 10
+            begin, middle, end = (float(np.median(u)) for u in (used[:tenth], used, used[-tenth:]))
+            memory = " | ".join(f"{mib:.0f}" for mib in (begin, middle, end, max(used)))
+            lines.append(f"| {num_images:,} | {size:.0f} | {memory} |")
+    curve(HERE / "streaming_memory.png", series, "part of the images that was streamed, percent", "MiB in use")
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "datasets", "pyarrow"))
+    head = (
+        f"{libraries}, Python {platform.python_version()}, {platform.machine()}. Gray PNG images of 8x8 pixels in "
+        f"{NUM_FILES} parquet files with row groups of {ROW_GROUP}, each streamed once with {NUM_WORKERS} workers, "
+        f"batches of {BATCH_SIZE} and `shuffle_buffer_images` {BUFFER}. Memory is the USS of the process and its "
+        f"workers together, in MiB, of {NUM_READINGS - 1} readings evenly over the pass; medians.\n\n"
+        "| images | parquet, MiB | first tenth | whole pass | last tenth | largest |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    (HERE / "streaming_memory.md").write_text(head + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

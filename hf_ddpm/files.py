@@ -1,0 +1,79 @@
+"""Files that are whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes `path` under another name in its folder, which is made if need be, and renames it: a reader finds the old
+    content or the new one, also after a loss of power.
+
+    Raises: OSError; what `path` held is then still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write_flushed(partial, content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def write_flushed(path: Path, content: bytes | str) -> None:
+    """Writes a file that is on the disk when this returns."""
+    with open(path, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append_lines(path: Path, lines: list[str]) -> None:
+    """Appends all lines or, if that raises OSError, none."""
+    with open(path, "ab") as file:
+        before = file.tell()
+        try:
+            file.write("".join(f"{line}\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable; Windows cannot, and does so itself."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Within it, no other process is within it; a killed process leaves no lock behind.
+
+    Raises: BlockingIOError if another process is.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(folder / ".lock", "a") as file:
+        try:
+            # Of this process alone: a process that it forks does not hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise BlockingIOError(error.errno, "another process has locked it", str(folder)) from error
+            # else a file system without locks
+        yield
