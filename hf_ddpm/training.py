@@ -29,6 +29,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
+    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -188,6 +189,7 @@ def _set_up(config: TrainingConfig, accelerator: Accelerator, until_the_end: Exi
         raise UsageError("mixed_precision fp16 needs a GPU: its gradients are scaled there only; use bf16 or no")
     if on_cpu:
         _set_threads(config, accelerator)
+    _check_engine(accelerator)
     with accelerator.local_main_process_first():
         images = open_stream(config) if config.streaming else load_images(config)
     asked = config = _resolve(config, images, accelerator.mixed_precision)
@@ -641,6 +643,23 @@ def _scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
     return accelerator.scaler.state_dict() if accelerator.scaler is not None else None
 
 
+def _check_engine(accelerator: Accelerator) -> None:
+    """Raises UsageError if the processes are not distributed as the launcher was told; Accelerate may not say it."""
+    asked_for_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked_for_fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        raise UsageError(
+            f"FSDP was asked for, but Accelerate does not use it on {accelerator.device.type}: leave it out"
+        )
+    if asked_for_fsdp and not accelerator.is_fsdp2:
+        raise UsageError("fsdp_version must be 2, got 1: its flat parameters have no averages by name")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != accelerator.num_processes:
+        raise UsageError(
+            f"{world_size} processes were launched, but Accelerate sees {accelerator.num_processes}: use the "
+            "configuration of `accelerate config` for this machine, on a CPU with ACCELERATE_USE_CPU=true"
+        )
+
+
 def _set_threads(config: TrainingConfig, accelerator: Accelerator) -> None:
     # `accelerate launch` gives each process one thread unless told otherwise, and leaves the other cores idle.
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -764,6 +783,7 @@ def _save_preview(run: Run, step: int) -> Image.Image:
             num_inference_steps=_preview_steps(config),
             class_labels=labels,
         )
+        _reshard(unet)
     unet.train()
     sheet = figures.grid(figures.to_images(2 * samples - 1))
     if accelerator.is_main_process:
@@ -775,6 +795,13 @@ def _save_preview(run: Run, step: int) -> Image.Image:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(sheet.convert("RGB"))[None]}, step=step, **layout)
     return sheet
+
+
+def _reshard(unet: Any) -> None:
+    """Frees what FSDP gathered for a forward pass without backward: the next one would not see changed weights."""
+    for module in unet.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def _preview_scheduler(run: Run) -> Any:

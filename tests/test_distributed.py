@@ -5,19 +5,27 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-import yaml
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
+from hf_ddpm.config import TrainingConfig, load_config, save_config
+
 from .conftest import tiny_unet_config
-from .runs import differences
+from .runs import differences, said, start, trace
 
 ROOT = Path(__file__).parents[1]
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+}
 
 
 def launch(processes, output_dir, *arguments):
@@ -29,7 +37,6 @@ def launch(processes, output_dir, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +45,35 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("distributed")
     model = root / "unet.json"
     model.write_text(json.dumps(tiny_unet_config(channels=1)))
-    common = [
-        *("--dataset_name", "digits", "--model_config_name_or_path", model, "--max_train_steps", 20),
-        *("--ddpm_num_steps", 20, "--logging_steps", 1, "--checkpointing_steps", 10, "--eval_batch_size", 3),
-        *("--random_flip", "--cache_dir", root / "cache", "--lr_warmup_steps", 5),
-    ]
-    parts = ["--train_batch_size", 2, "--gradient_accumulation_steps"]
-    traces = {
-        "whole": launch(1, root / "whole", "--train_batch_size", 8, *common),
-        "1 by 4": launch(1, root / "1 by 4", *parts, 4, *common),
-        "2 by 2": launch(2, root / "2 by 2", *parts, 2, *common),
-        "4 by 1": launch(4, root / "4 by 1", *parts, 1, *common),
-    }
-    return root, traces
+    config = TrainingConfig(
+        dataset_name="digits",
+        model_config_name_or_path=str(model),
+        max_train_steps=20,
+        ddpm_num_steps=20,
+        logging_steps=1,
+        checkpointing_steps=10,
+        eval_batch_size=3,
+        random_flip=True,
+        cache_dir=str(root / "cache"),
+        lr_warmup_steps=5,
+        cpu_threads_per_process=1,
+    )
+    for name, (processes, batch_size, accumulation, variables) in {
+        "whole": (1, 8, 1, {}),
+        "1 by 4": (1, 2, 4, {}),
+        "4 by 1": (4, 2, 1, {}),
+        "2 by 2, FSDP": (2, 2, 2, FSDP),
+    }.items():
+        divided = replace(config, train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        divided = replace(divided, output_dir=str(root / name))
+        assert start(divided, processes, **variables) == [0] * processes, said(divided)
+    divided = replace(config, train_batch_size=2, gradient_accumulation_steps=2)
+    save_config(divided, root / "config.yaml")
+    launch(2, root / "2 by 2", "--config", root / "config.yaml")
+    return root, {path.name: trace(path) for path in root.iterdir() if (path / "metrics.jsonl").exists()}
 
 
-@pytest.mark.parametrize("name", ["1 by 4", "2 by 2", "4 by 1"])
+@pytest.mark.parametrize("name", ["1 by 4", "2 by 2", "4 by 1", "2 by 2, FSDP"])
 def test_every_way_to_divide_a_step_is_the_same_run(runs, name):
     """Loss, learning rate, average and previews."""
     root, traces = runs
@@ -70,35 +90,44 @@ def test_every_way_to_divide_a_step_is_the_same_run(runs, name):
     assert ImageChops.difference(*pictures).getextrema()[1] <= 1
 
 
-@pytest.mark.parametrize(("before", "after"), [("2 by 2", 1), ("2 by 2", 4), ("4 by 1", 3)])
+@pytest.mark.parametrize(("before", "after"), [("2 by 2", 1), ("2 by 2", 4), ("4 by 1", 3), ("2 by 2, FSDP", 1)])
 def test_another_number_of_processes_goes_on(runs, before, after, tmp_path):
     """The same run as far as the global batch can be kept; else one whose schedule follows the images seen."""
-    root, traces = runs
+    resume_elsewhere(*runs, before, after, tmp_path)
+
+
+def test_fsdp_goes_on_from_one_process(runs, tmp_path):
+    resume_elsewhere(*runs, "1 by 4", 2, tmp_path, **FSDP)
+
+
+def resume_elsewhere(root, traces, before, after, tmp_path, **variables):
     folder = tmp_path / "run"
     shutil.copytree(root / before, folder)
     shutil.rmtree(folder / "checkpoint-20")
     (folder / "run.json").unlink()
-    settings = yaml.safe_load((folder / "config.yaml").read_text())
-    (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "output_dir": str(folder)}))
-    trace = launch(after, folder, "--config", folder / "config.yaml", "--resume_from_checkpoint", "latest")
-    whole = traces["whole"]
-    assert trace[:10] == traces[before][:10]
-    if after in (1, 4):
-        assert [m["images"] for m in trace] == [m["images"] for m in whole]
-        assert [m["loss"] for m in trace] == pytest.approx([m["loss"] for m in whole], abs=1e-5)
-        assert [m["lr"] for m in trace] == [m["lr"] for m in whole]
-    else:
-        # 8 images per step are not for 3 processes of 2: now 6 are, from image 80 on to at least 160.
-        assert [m["images"] for m in trace[10:]] == [*range(86, 165, 6)]
-        lr = {m["images"]: m["lr"] for m in whole}
-        assert trace[13]["lr"] == pytest.approx(lr[104] - (lr[104] - lr[112]) * (98 + 0 - 96) / 8, rel=1e-2)
+    config = load_config(str(folder / "config.yaml"), output_dir=str(folder), resume_from_checkpoint="latest")
+    save_config(config, folder / "config.yaml")
+    assert start(config, after, **variables) == [0] * after, said(config)
+    whole, now = traces["whole"], trace(folder)
+    assert now[:10] == traces[before][:10]
+    if after != 3:
+        assert [m["images"] for m in now] == [m["images"] for m in whole]
+        assert [m["loss"] for m in now] == pytest.approx([m["loss"] for m in whole], abs=1e-5)
+        assert [m["lr"] for m in now] == [m["lr"] for m in whole]
+        return
+    # 8 images per step are not for 3 processes of 2: now 6 are, from image 80 on, until 160 are seen.
+    assert "the global batch changes from 8 to 6 images" in said(config)
+    assert [m["images"] for m in now[10:]] == [*range(86, 165, 6)]
+    # The step after 104 images has the learning rate of the whole run's step after 104 images.
+    assert now[14]["lr"] == whole[13]["lr"]
+    assert now[14]["ema_decay"] ** (8 / 6) == pytest.approx(whole[13]["ema_decay"])
 
 
 def test_a_worker_that_dies_is_restarted(runs, tmp_path):
     """torchrun's elastic restart, of all processes; the run is the one in which none died."""
     root, _ = runs
-    settings = yaml.safe_load((root / "2 by 2" / "config.yaml").read_text())
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "run")}))
+    config = load_config(str(root / "2 by 2" / "config.yaml"), output_dir=str(tmp_path / "run"))
+    save_config(config, tmp_path / "config.yaml")
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["--max_restarts", "2", str(ROOT / "train_accelerate.py")]
     command += ["--config", str(tmp_path / "config.yaml"), "--resume_from_checkpoint", "latest"]
@@ -135,3 +164,10 @@ def test_two_processes_are_recorded(runs):
     root, _ = runs
     training = json.loads((root / "2 by 2/run.json").read_text())["training"]
     assert (training["num_processes"], training["global_batch_size"]) == (2, 8)
+
+
+def test_fsdp_that_would_be_left_out_is_refused(runs, tmp_path):
+    root, _ = runs
+    config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"))
+    assert start(config, 1, ACCELERATE_USE_FSDP="true") == [1]
+    assert "FSDP was asked for, but Accelerate does not use it on cpu" in said(config)

@@ -1,12 +1,8 @@
 """A run that is killed and resumed is, bit for bit, the run that was not; nor is it lost in any other way."""
 
 import json
-import math
-import multiprocessing
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,111 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 from safetensors.torch import load_file
-from torch.nn.modules.module import register_module_forward_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_ddpm.checkpoint import verify
-from hf_ddpm.config import RunError, TrainingConfig, UsageError, save_config
+from hf_ddpm.config import TrainingConfig, save_config
 from hf_ddpm.files import lock
-from hf_ddpm.training import train
 
 from .conftest import tiny_unet_config
-from .runs import differences, trace
+from .runs import TWICE, WORKER, differences, said, start, trace
 
 ROOT = Path(__file__).parents[1]
-# Children start from a process that has imported what takes seconds to import.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["hf_ddpm.training", "tests.test_resume"])
-
-
-WORKER, TWICE = 1001, 1002
-
-
-def child(config: TrainingConfig, event: str | None, count: int, action: int, environment: dict[str, str]) -> None:
-    """Trains; at the `count`-th event, an optimizer's step or a flushed file, sends itself the signal `action`.
-
-    Other actions: TWICE, SIGTERM and again; WORKER, kills a process that loads data. Event `forward`: from the
-    `count`-th forward pass on, `action` of them give NaN.
-    """
-    os.environ.update(environment)
-    for stream in (1, 2):
-        os.dup2(os.open(log_of(config), os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
-    multiprocessing.set_start_method("fork", force=True)  # for its loaders, as in a process of its own
-    torch.set_num_threads(1)
-    left = count
-
-    def happened(*_) -> None:
-        nonlocal left
-        left -= 1
-        if event == "forward":
-            return
-        if left == 0 and action == WORKER:
-            multiprocessing.active_children()[0].kill()
-        elif left == 0 and action == TWICE:
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
-        elif left == 0:
-            os.kill(os.getpid(), action)
-
-    if event == "step":
-        register_optimizer_step_post_hook(happened)
-    elif event == "flush":
-        flush = os.fsync
-
-        def flush_and_count(descriptor: int) -> None:
-            flush(descriptor)
-            happened()
-
-        os.fsync = flush_and_count
-    elif event == "forward":
-
-        def spoil(module, _, output):
-            if isinstance(module, UNet2DModel):
-                happened()
-                output.sample = output.sample * (math.nan if left <= 0 < left + action else 1)
-
-        register_module_forward_hook(spoil)
-    try:
-        train(config)
-    except (UsageError, RunError) as error:
-        sys.exit(f"error: {error}")
-
-
-def log_of(config: TrainingConfig) -> Path:
-    return Path(f"{config.output_dir}.log")
-
-
-def said(config: TrainingConfig) -> str:
-    """What the starts of a run have written to stdout and stderr."""
-    return log_of(config).read_text()
-
-
-def start(config: TrainingConfig, num_processes: int = 1, event=None, count=0, action=signal.SIGKILL) -> list[int]:
-    """Exit codes of the processes that train; the event happens to the last of them, or to the one that writes."""
-    victim = 0 if event == "flush" else num_processes - 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(num_processes):
-        environment = {"HF_HUB_OFFLINE": "1"}
-        if num_processes > 1:
-            environment |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{num_processes}"}
-            environment |= {"LOCAL_WORLD_SIZE": f"{num_processes}", "MASTER_ADDR": "127.0.0.1"}
-            environment |= {"MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "true"}
-        is_victim = rank == victim
-        arguments = (replace(config, local_rank=rank) if num_processes > 1 else config, event if is_victim else None)
-        children.append(processes.Process(target=child, args=(*arguments, count, action, environment)))
-        children[-1].start()
-    if event is not None and action == signal.SIGKILL:
-        children[victim].join()
-        for other in children:
-            other.kill()
-    for other in children:
-        other.join()
-    return [c.exitcode for c in children]
 
 
 @pytest.fixture
