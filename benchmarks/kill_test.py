@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from tests.conftest import tiny_unet_config  # noqa: E402
 from tests.runs import differences  # noqa: E402
 
-STEPS = 120
+STEPS = 160
 ALL = {
     "prediction_type": "v_prediction",
     "variance_type": "learned_range",
@@ -87,7 +87,7 @@ def kill_and_compare(
             if number % 3 == 2:
                 is_writing = wait_for_writing(folder / "killed", process)
             else:
-                time.sleep(rng.uniform(0, 2.5 * seconds / num_kills))
+                time.sleep(rng.uniform(0, 1.2 * seconds / num_kills))
                 is_writing = any((folder / "killed").glob("partial-checkpoint-*"))
             kill(process)
             in_writing += is_writing
@@ -127,8 +127,9 @@ def wait_for_writing(output_dir: Path, process: subprocess.Popen) -> bool:
 
 
 def kill(process: subprocess.Popen) -> None:
-    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        child.kill()
+    if process.poll() is None:
+        for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            child.kill()
     process.wait()
 
 

@@ -86,8 +86,8 @@ def measure(bare: BareLoop, folder: str) -> tuple[list[float], list[float]]:
     state = {"steps": 0, "since": time.perf_counter()}
     update = training.EMA.update
 
-    def update_and_take_turns(self: training.EMA, module: torch.nn.Module, decay: float) -> None:
-        update(self, module, decay)
+    def update_and_take_turns(self: training.EMA, *arguments) -> None:
+        update(self, *arguments)
         state["steps"] += 1
         if state["steps"] % STEPS_PER_TURN == 0:
             ended = time.perf_counter()

@@ -89,3 +89,67 @@ def ema(
         f"{folder}: the average of std {about['std']:g} at {about['images']:,} images, "
         f"profile error {about['profile_error']:.1e}"
     )
+
+
+@app.command()
+def reference(
+    dataset: Annotated[
+        str,
+        typer.Argument(help="`digits`, a Hub id, a folder of images or of parquet files, or one saved by `datasets`."),
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder for the statistics.")],
+    split: Annotated[str, typer.Option(help="train, test, ...")] = "train",
+    network: Annotated[
+        str, typer.Option(help="inception (whose distance is the FID), dinov2, clip or efficientnet-lite0.")
+    ] = "inception",
+    network_path: Annotated[
+        str | None,
+        typer.Option("--network_path", help="Its file; of dinov2 and clip a folder or Hub id."),
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Of the images; default: the data's, if it is square and uniform.")
+    ] = None,
+    channels: Annotated[int | None, typer.Option(help="1 gray or 3 RGB; default: the data's.")] = None,
+    center_crop: Annotated[bool, typer.Option("--center_crop", help="As in training.")] = False,
+    dataset_config_name: Annotated[
+        str | None, typer.Option("--dataset_config_name", help="The configuration of a data set that has several.")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option("--image_column", help="The column of images; needed only where there are several.")
+    ] = None,
+    num_features: Annotated[
+        int, typer.Option("--num_features", min=4, help="Images whose features are kept, for KID and precision.")
+    ] = 10_000,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images per step.")] = 64,
+    cache_dir: Annotated[
+        str | None, typer.Option("--cache_dir", help="Where downloads and decoded images are kept.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Measures a data set once, so that samples can be compared with it."""
+    from hf_ddpm.config import TrainingConfig
+    from hf_ddpm.evaluation.features import load_network
+    from hf_ddpm.evaluation.references import make_reference
+
+    config = TrainingConfig(
+        dataset_name=dataset,
+        dataset_config_name=dataset_config_name,
+        image_column=image_column,
+        resolution=resolution,
+        channels=channels,  # pyright: ignore[reportArgumentType]; make_reference checks it
+        center_crop=center_crop,
+        cache_dir=cache_dir,
+    )
+    try:
+        loaded = load_network(network, network_path, device)
+        made = make_reference(config, split, loaded, out, num_features=num_features, batch_size=batch_size)
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    data = made.about["data"]
+    typer.echo(
+        f"{out}: {made.count:,} images of {data['name']}, split {split}, {data['resolution']} x {data['resolution']}, "
+        f"{data['channels']} channels; {loaded.frechet_name}, {loaded.dimensions:,} dimensions"
+    )
+    for warning in made.about["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)

@@ -148,6 +148,15 @@ class TrainingConfig:
     save_images_epochs: int | None = _option(None, "Epochs between previews; default: with each checkpoint.")
     save_model_epochs: int | None = _option(None, "Epochs between saves of the model; default: with each checkpoint.")
     eval_batch_size: int = _option(36, "Images of a preview.")
+    eval_steps: int | None = _option(
+        None, "Steps between measurements: KID of samples, loss on held-out images by noise level; default: none."
+    )
+    eval_split: str = _option("test", "The split of the data that is held out for them.")
+    eval_num_images: int = _option(2000, "Samples of a measurement, and held-out images at most.")
+    eval_network: Literal["inception", "dinov2", "clip", "efficientnet-lite0"] = _option(
+        "efficientnet-lite0", "The feature network of the KID."
+    )
+    eval_network_path: str | None = _option(None, "Its file or folder, if it is not to be downloaded.")
     ddpm_num_inference_steps: int | None = _option(
         None, "Steps of a preview; default: 20 of DPM-Solver++, or all T of a step denoiser."
     )
@@ -263,6 +272,7 @@ _MAY_CHANGE = (
     *("dataloader_num_workers", "on_bad_image", "num_epochs", "max_train_steps", "max_bad_steps", "ema_snapshots"),
     *("train_batch_size", "gradient_accumulation_steps", "mixed_precision", "use_ema", "checkpointing_steps"),
     *("checkpoints_total_limit", "save_images_epochs", "save_model_epochs", "eval_batch_size", "logging_steps"),
+    *("eval_steps", "eval_split", "eval_num_images", "eval_network", "eval_network_path"),
     *("ddpm_num_inference_steps", "logger", "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo"),
     *("cpu_threads_per_process", "enable_xformers_memory_efficient_attention"),
 )
@@ -354,6 +364,8 @@ def check_config(config: TrainingConfig) -> None:
         or not all(1 <= h < math.inf for h in halflives)
     ):
         raise UsageError(f"ema_halflife_images must be different numbers of at least 1, got {halflives}")
+    if config.eval_num_images < 4:
+        raise UsageError(f"eval_num_images must be at least 4, got {config.eval_num_images}")
     if not 0 < config.ema_max_decay < 1:
         raise UsageError(f"ema_max_decay must be in (0, 1), got {config.ema_max_decay}")
     if not 0 < config.ddpm_beta_start <= config.ddpm_beta_end < 1:
@@ -379,7 +391,7 @@ _AT_LEAST_ONE = (
     *("resolution", "ddpm_num_steps", "train_batch_size", "gradient_accumulation_steps", "num_epochs"),
     *("max_train_steps", "max_bad_steps", "checkpointing_steps", "checkpoints_total_limit", "eval_batch_size"),
     *("save_images_epochs", "save_model_epochs", "ddpm_num_inference_steps", "logging_steps"),
-    *("cpu_threads_per_process", "shuffle_buffer_images"),
+    *("cpu_threads_per_process", "shuffle_buffer_images", "eval_steps"),
 )
 _ABOVE_ZERO = (
     *("learning_rate", "adam_epsilon", "max_grad_norm", "min_snr_gamma", "ema_inv_gamma", "ema_power"),
@@ -403,6 +415,8 @@ def _check_effects(config: TrainingConfig) -> None:
     require(config.use_ema, "give use_ema", *averaging, "ema_snapshots")
     require(config.ema_rampup_ratio is None, "ema_rampup_ratio is given", "ema_inv_gamma", "ema_power")
     require(config.streaming, "give streaming", "shuffle_buffer_images")
+    measured = ("eval_split", "eval_num_images", "eval_network", "eval_network_path")
+    require(config.eval_steps is not None, "give eval_steps", *measured)
     require(config.ema_halflife_images is None, "ema_halflife_images is given", "ema_max_decay")
     require(config.model_config_name_or_path is None, "the model config says its own", "dropout")
     require(config.push_to_hub, "give push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
@@ -472,10 +486,22 @@ def run_files(folder: Path) -> list[Path]:
     checkpoints = [folder / name for name in checkpoint_names(folder)]
     if not checkpoints and not any((folder / name).exists() for name in ("config.yaml", "model_index.json")):
         return []
-    patterns = ("config.yaml", "run.json", "metrics.jsonl", "README.md", "model_index.json", "unet", "scheduler")
+    patterns = (
+        "config.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "eval.jsonl",
+        "best",
+        "README.md",
+        "model_index.json",
+        "unet",
+        "scheduler",
+    )
     pictures = (
         "figures/samples.png",
         "figures/loss.png",
+        "figures/kid.png",
+        "figures/val_loss.png",
         "figures/forward.png",
         "figures/reverse.*",
         "previews/step-*.png",

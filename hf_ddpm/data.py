@@ -30,23 +30,13 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from hf_ddpm.config import TrainingConfig, UsageError
-from hf_ddpm.decoding import (
-    GRAY_MODES,
-    Form,
-    NeedsSixteenBits,
-    check_guesses,
-    name_of,
-    open_image,
-    to_planes,
-    unreadable,
-)
-from hf_ddpm.sources import files_below, find_source, open_dataset
+from hf_ddpm.decoding import Form, NeedsSixteenBits, decode, find_form, name_of, unreadable
+from hf_ddpm.sources import files_below, find_source, license_of, open_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 CACHE_FORMAT = 1
-NUM_HEADERS = 64  # images whose headers decide what resolution=None and channels=None mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +138,7 @@ def load_images(config: TrainingConfig) -> ImageCache:
             except NeedsSixteenBits:
                 form = Form(config, form.resolution, form.channels, 65535)
                 meta = _write_cache(part, dataset, form)
-            meta["license"] = "cc-by-4.0" if source.kind == "digits" else dataset.info.license or None
+            meta["license"] = license_of(source, dataset)
             (part / "meta.json").write_text(json.dumps(meta))
             try:
                 part.rename(folder)
@@ -188,28 +178,8 @@ def _read_cache(folder: Path, name: str) -> ImageCache:
 
 
 def _find_form(dataset: Dataset, config: TrainingConfig) -> Form:
-    headers: list[tuple[str, tuple[int, int], str]] = []
-    for row in range(len(dataset)):
-        cell = dataset[row][dataset.column_names[0]]
-        try:
-            with open_image(cell) as image:
-                headers.append((name_of(cell, row), image.size, image.mode))
-        except Exception as error:
-            if config.on_bad_image == "raise":
-                raise unreadable(cell, row, error) from error
-        if len(headers) == NUM_HEADERS:
-            break
-    if not headers:
-        raise UsageError(f"on_bad_image='skip' must leave some images, got {len(dataset)} unreadable ones only")
-    resolution = config.resolution
-    if resolution is None:
-        resolution = headers[0][1][0]
-        odd = [f"{name} is {w}x{h}" for name, (w, h), _ in headers if (w, h) != (resolution, resolution)]
-        if odd:
-            raise UsageError(f"resolution must be given unless all are one square size: {odd[-1]}; --resolution")
-    channels = config.channels or (1 if all(mode in GRAY_MODES for _, _, mode in headers) else 3)
-    is_deep = config.preserve_input_precision and any(mode.startswith("I;") for _, _, mode in headers)
-    return Form(config, resolution, channels, 65535 if is_deep else 255)
+    cells = ((row, dataset[row][dataset.column_names[0]]) for row in range(len(dataset)))
+    return find_form(((name_of(cell, row), cell) for row, cell in cells), config)
 
 
 def _write_cache(folder: Path, dataset: Dataset, form: Form) -> dict[str, Any]:
@@ -283,15 +253,12 @@ def _decode_rows(cells: list[Any], first_row: int, form: Form) -> list[np.ndarra
     decoded: list[np.ndarray | None] = []
     for row, cell in enumerate(cells, first_row):
         try:
-            with open_image(cell) as image:
-                image.load()
-                check_guesses(image, name_of(cell, row), form)
-                decoded.append(to_planes(image, form))
+            decoded.append(decode(cell, name_of(cell, row), form))
         except (UsageError, NeedsSixteenBits):
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on broken files
             if form.config.on_bad_image == "raise":
-                raise unreadable(cell, row, error) from error
+                raise unreadable(name_of(cell, row), error) from error
             decoded.append(None)
     return decoded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 
 from hf_ddpm.config import TrainingConfig, UsageError
 
+NUM_HEADERS = 64  # images whose headers decide what resolution=None and channels=None mean
 GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"))
 
 
@@ -30,26 +32,81 @@ class NeedsSixteenBits(Exception):
     """A 16-bit image came after the first headers had promised 8 bits."""
 
 
+def fetched(cell: Any) -> Any:
+    """A cell of a column of images with the bytes of the file that it names: here, in an archive or on the Hub."""
+    if cell is None or cell["bytes"] is not None or cell["path"] is None:
+        return cell
+    path: str = cell["path"]
+    if "://" not in path:
+        return {"bytes": Path(path).read_bytes(), "path": path}
+    with fsspec.open(path, "rb") as file:  # zip://a.png::b.zip
+        return {"bytes": file.read(), "path": path}  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def open_image(cell: Any) -> Image.Image:
-    if cell is None or cell["bytes"] is cell["path"] is None:
+    cell = fetched(cell)
+    if cell is None or cell["bytes"] is None:
         raise ValueError("the row is empty")
-    content = cell["bytes"]
-    if content is None and "::" in cell["path"]:  # zip://a.png::b.zip, in an archive from the Hub
-        with fsspec.open(cell["path"], "rb") as file:
-            content = file.read()  # pyright: ignore[reportAttributeAccessIssue]
-    return Image.open(io.BytesIO(Path(cell["path"]).read_bytes() if content is None else content))
+    return Image.open(io.BytesIO(cell["bytes"]))
+
+
+def decode(cell: Any, name: str, form: Form) -> np.ndarray:
+    """(C, h, w) in [0, max_value].
+
+    Raises:
+        UsageError: an image unlike the first ones, by which `form` was decided.
+        NeedsSixteenBits: the same of its bits.
+        Exception: nearly any, of Pillow's decoders for broken files.
+    """
+    with open_image(cell) as image:
+        image.load()
+        check_guesses(image, name, form)
+        return to_planes(image, form)
 
 
 def name_of(cell: Any, row: int) -> str:
     return f"row {row}" if cell is None or cell["path"] is None else f"row {row} ({cell['path']})"
 
 
-def unreadable(cell: Any, row: int, error: Exception) -> UsageError:
-    reason = "not an image that Pillow knows" if type(error).__name__ == "UnidentifiedImageError" else str(error)
+def unreadable(name: str, error: Exception) -> UsageError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if type(error).__name__ == "UnidentifiedImageError":
+        reason = "not an image that Pillow knows"
     return UsageError(
-        f"every image must be readable, got {name_of(cell, row)}: {reason or type(error).__name__}; "
+        f"every image must be readable, got {name}: {reason}; "
         "repair or remove it, or leave out all such images with --on_bad_image skip"
     )
+
+
+def find_form(images: Iterable[tuple[str, Any]], config: TrainingConfig) -> Form:
+    """What the headers of the first images decide.
+
+    Args:
+        images: the name of each, for messages, and its cell; at least one.
+    """
+    headers: list[tuple[str, tuple[int, int], str]] = []
+    num_bad = 0
+    for name, cell in images:
+        try:
+            with open_image(cell) as image:
+                headers.append((name, image.size, image.mode))
+        except Exception as error:
+            if config.on_bad_image == "raise":
+                raise unreadable(name, error) from error
+            num_bad += 1
+        if len(headers) == NUM_HEADERS:
+            break
+    if not headers:
+        raise UsageError(f"on_bad_image='skip' must leave some images, got {num_bad} unreadable ones only")
+    resolution = config.resolution
+    if resolution is None:
+        resolution = headers[0][1][0]
+        odd = [f"{name} is {w}x{h}" for name, (w, h), _ in headers if (w, h) != (resolution, resolution)]
+        if odd:
+            raise UsageError(f"resolution must be given unless all are one square size: {odd[-1]}; --resolution")
+    channels = config.channels or (1 if all(mode in GRAY_MODES for _, _, mode in headers) else 3)
+    is_deep = config.preserve_input_precision and any(mode.startswith("I;") for _, _, mode in headers)
+    return Form(config, resolution, channels, 65535 if is_deep else 255)
 
 
 def check_guesses(image: Image.Image, name: str, form: Form) -> None:

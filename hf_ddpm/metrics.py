@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for each logged step, written by one process."""
+"""metrics.jsonl, a line for each logged step, and eval.jsonl, one for each measurement; written by one process."""
 
 from __future__ import annotations
 
@@ -77,16 +77,16 @@ class MetricsFile:
         return None
 
 
-def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a killed run left unfinished is no line."""
-    path, records = output_dir / "metrics.jsonl", []
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of the file; one that a killed run left unfinished is no line."""
+    records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
 
 
-def cut_metrics(output_dir: Path, last_step: int) -> None:
+def cut_metrics(path: Path, last_step: int) -> None:
     """Leaves the lines up to `last_step`; those after it are written again."""
-    kept = [record for record in read_metrics(output_dir) if record["step"] <= last_step]
-    write_atomically(output_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

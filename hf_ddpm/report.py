@@ -18,6 +18,7 @@ from hf_ddpm import figures, hub
 from hf_ddpm.checkpoint import Progress
 from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import ImageCache, to_x_0
+from hf_ddpm.evaluation.monitor import draw_course
 from hf_ddpm.metrics import read_metrics
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.sampling import seeded_generators
@@ -46,6 +47,7 @@ def write_report(
     """
     output_dir = Path(config.output_dir)
     _draw_loss(output_dir)
+    draw_course(read_metrics(output_dir / "eval.jsonl"), output_dir / "figures")
     _draw_forward_chain(pipeline, images, output_dir)
     with accelerator.autocast():
         _draw_reverse_chain(pipeline, images, output_dir)
@@ -118,7 +120,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _draw_loss(output_dir: Path) -> None:
-    records = [r for r in read_metrics(output_dir) if r["loss"] is not None]
+    records = [r for r in read_metrics(output_dir / "metrics.jsonl") if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     window = max(1, len(losses) // 20)
     means = [sum(part) / len(part) for part in (losses[max(0, i - window) : i + 1] for i in range(len(losses)))]

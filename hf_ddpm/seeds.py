@@ -1,6 +1,7 @@
 """Randomness as a function of where a run is: nothing is drawn in turn, so nothing is to be replayed or restored.
 
 image      hash(seed, IMAGE, position in the stream)       t and eps of an image
+           hash(seed, FLIP | TOP | LEFT, position)         how an image of lanes.py is mirrored and cropped
 step       hash(seed, STEP + slot, optimizer step)         dropout of a forward pass
 """
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 IMAGE, STEP = 1, 2
+# Beyond STEP and all slots.
+FLIP, TOP, LEFT = 2**31, 2**31 + 1, 2**31 + 2
 
 
 def hashed(seed: int, stream: int, index: np.ndarray) -> np.ndarray:
@@ -24,6 +27,11 @@ def hashed(seed: int, stream: int, index: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def hashed_uniform(seed: int, stream: int, index: np.ndarray) -> np.ndarray:
+    """`hashed` as numbers in [0, 1), of 53 bits each: float64 in the shape of `index`."""
+    return (hashed(seed, stream, index) >> np.uint64(11)) * 2.0**-53
 
 
 def image_generators(seed: int, positions: np.ndarray, device: torch.device) -> list[torch.Generator]:

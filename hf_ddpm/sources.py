@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -105,13 +106,68 @@ def open_dataset(config: TrainingConfig) -> Dataset:
     Raises:
         UsageError: the source cannot be loaded or is empty, or its columns are not what the settings say.
     """
+    source = find_source(config)
+    with loading(source, config):
+        loaded = _load(source, config)
+    dataset: Any = choose_columns(loaded, config)
+    if len(dataset) == 0:
+        raise no_rows(source)
+    return dataset
+
+
+def _load(source: Source, config: TrainingConfig) -> Any:
     import datasets
 
-    source = find_source(config)
-    dataset: Any = _load(source, config)
-    features = dataset.features
+    options: dict[str, Any] = {"split": "train", "cache_dir": config.cache_dir}
+    folder = source.folder
+    if folder is None:
+        return datasets.load_dataset(source.name, config.dataset_config_name, **options)
+    if source.kind == "digits":
+        return datasets.load_dataset("parquet", data_files={"train": str(folder / "digits.parquet")}, **options)
+    if source.kind == "images":
+        pattern = f"{glob.escape(str(folder))}/**"
+        return datasets.load_dataset("imagefolder", data_files={"train": pattern}, **options)
+    if source.kind == "parquet":
+        return datasets.load_dataset(str(folder), config.dataset_config_name, **options)
+    saved = datasets.load_from_disk(str(folder))
+    return saved["train"] if isinstance(saved, datasets.DatasetDict) else saved
+
+
+@contextlib.contextmanager
+def loading(source: Source, config: TrainingConfig) -> Iterator[None]:
+    """Within it, what `datasets` raises for a source becomes a UsageError, and a local folder needs no network."""
+    from datasets import config as hf_config
+    from datasets.exceptions import DatasetsError
+
+    counts = hf_config.HF_UPDATE_DOWNLOAD_COUNTS
+    try:
+        if source.folder is not None:
+            # else `datasets` reports local folders over the network too, and without one waits seconds for it
+            hf_config.HF_UPDATE_DOWNLOAD_COUNTS = False
+        yield
+    except IndexError as error:  # what `datasets` raises for a folder that it saved without rows
+        raise no_rows(source) from error
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        if source.folder is None and isinstance(error, OSError):
+            raise UsageError(
+                f"dataset_name must be `digits`, a folder or a data set on the Hub, got {source.name!r}: it is "
+                f"neither a folder here nor reachable on the Hub; check name, network and login ({reason})"
+            ) from error
+        raise UsageError(
+            f"{source.option} must be loadable with a split `train`, and with --dataset_config_name if there are "
+            f"several configurations, got {source.name!r} with {config.dataset_config_name!r}: {reason}"
+        ) from error
+    finally:
+        hf_config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+
+
+def choose_columns(dataset: Any, config: TrainingConfig) -> Any:
+    """The column of images, not decoded, and after it that of labels if `label_column` is given."""
+    import datasets
+
+    features, column, label = dataset.features, config.image_column, config.label_column
     images = [name for name, feature in features.items() if _holds_images(feature)]
-    column, label = config.image_column, config.label_column
     if column is None:
         if len(images) != 1:
             found = f"several columns of images, {images}" if images else f"no column of images among {list(features)}"
@@ -127,48 +183,16 @@ def open_dataset(config: TrainingConfig) -> Dataset:
         raise UsageError(
             f"label_column must hold integers, classes or strings, got {label!r} of {features[label]}: --label_column"
         )
-    if len(dataset) == 0:
-        raise UsageError(f"{source.option} must hold images, got {source.name!r} with 0 rows: name another")
     columns = [column] if label is None else [column, label]
     return dataset.select_columns(columns).cast_column(column, datasets.Image(decode=False))
 
 
-def _load(source: Source, config: TrainingConfig) -> Any:
-    import datasets
-    from datasets import config as hf_config
-    from datasets.exceptions import DatasetsError
+def no_rows(source: Source) -> UsageError:
+    return UsageError(f"{source.option} must hold images, got {source.name!r} with 0 rows: name another")
 
-    options: dict[str, Any] = {"split": "train", "cache_dir": config.cache_dir}
-    folder, counts = source.folder, hf_config.HF_UPDATE_DOWNLOAD_COUNTS
-    try:
-        if folder is None:
-            return datasets.load_dataset(source.name, config.dataset_config_name, **options)
-        # else `datasets` reports local folders over the network too, and without one waits seconds for it
-        hf_config.HF_UPDATE_DOWNLOAD_COUNTS = False
-        if source.kind == "digits":
-            return datasets.load_dataset("parquet", data_files={"train": str(folder / "digits.parquet")}, **options)
-        if source.kind == "images":
-            pattern = f"{glob.escape(str(folder))}/**"
-            return datasets.load_dataset("imagefolder", data_files={"train": pattern}, **options)
-        if source.kind == "parquet":
-            return datasets.load_dataset(str(folder), config.dataset_config_name, **options)
-        saved = datasets.load_from_disk(str(folder))
-        return saved["train"] if isinstance(saved, datasets.DatasetDict) else saved
-    except IndexError as error:  # what `datasets` raises for a folder that it saved without rows
-        raise UsageError(f"{source.option} must hold images, got {source.name!r} with 0 rows: name another") from error
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        if folder is None and isinstance(error, OSError):
-            raise UsageError(
-                f"dataset_name must be `digits`, a folder or a data set on the Hub, got {source.name!r}: it is "
-                f"neither a folder here nor reachable on the Hub; check name, network and login ({reason})"
-            ) from error
-        raise UsageError(
-            f"{source.option} must be loadable with a split `train`, and with --dataset_config_name if there are "
-            f"several configurations, got {source.name!r} with {config.dataset_config_name!r}: {reason}"
-        ) from error
-    finally:
-        hf_config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+
+def license_of(source: Source, dataset: Any) -> str | None:
+    return "cc-by-4.0" if source.kind == "digits" else dataset.info.license or None
 
 
 def _holds_images(feature: Any) -> bool:

@@ -9,7 +9,9 @@ nothing. Only dropout, which draws for whole tensors, is a function of (seed, st
 
 from __future__ import annotations
 
+import gc
 import io
+import json
 import math
 import multiprocessing
 import os
@@ -65,8 +67,10 @@ from hf_ddpm.config import (
 from hf_ddpm.data import ImageCache, MicroBatches, epoch_order, load_images, to_x_0
 from hf_ddpm.decoding import name_of
 from hf_ddpm.ema import EMA, edm_decay, halflife_from_decay, ramped_decay, swapped
+from hf_ddpm.evaluation.monitor import Monitor, measure, open_monitor
 from hf_ddpm.files import lock, write_atomically
-from hf_ddpm.metrics import Meter, MetricsFile, cut_metrics
+from hf_ddpm.lanes import NUM_PLACE_COLUMNS, StreamBatches
+from hf_ddpm.metrics import Meter, MetricsFile, cut_metrics, read_metrics
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.posthoc import TRACKED_STDS, power_decay, snapshot_bytes, snapshot_path, snapshots
@@ -76,7 +80,7 @@ from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.seeds import image_generators, seed_step
 from hf_ddpm.sources import check_source, open_dataset
 from hf_ddpm.stopping import StoppedOnPurpose, StopRequest, leave_signals_to_parent
-from hf_ddpm.streaming import NUM_PLACE_COLUMNS, ImageStream, StreamBatches, open_stream
+from hf_ddpm.streaming import ImageStream, open_stream
 from hf_ddpm.unet import make_unet
 
 HALFLIFE = "halflife-"
@@ -109,6 +113,7 @@ class Run:
     optimizer: Any
     state: TrainingState
     objective: Objective
+    monitor: Monitor | None
     schedule: Callable[[int], float]
     decays: Callable[[int, int], dict[str, float]]
     total_images: int
@@ -219,6 +224,7 @@ def _set_up(config: TrainingConfig, accelerator: Accelerator, until_the_end: Exi
             f"{math.ceil(progress.images / schedule_batch_size)}"
         )
 
+    monitor = open_monitor(config, images, accelerator) if config.eval_steps is not None else None
     scheduler = make_scheduler(config)
     new_unet = make_unet(config, images.channels, images.resolution, images.num_classes)
     optimizer = torch.optim.AdamW(
@@ -264,6 +270,7 @@ def _set_up(config: TrainingConfig, accelerator: Accelerator, until_the_end: Exi
             density=config.timestep_density,
             autocast_dtype=AUTOCAST[accelerator.mixed_precision],
         ),
+        monitor=monitor,
         schedule=lambda images_seen: config.learning_rate * lr_factor(images_seen / schedule_batch_size),
         decays=decays,
         total_images=total_images,
@@ -351,6 +358,7 @@ def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
     )
     num_steps = math.ceil((run.total_images - progress.images) / run.global_batch_size)
     meter, metrics = Meter(accelerator, progress.losses, progress.seconds), MetricsFile(output_dir / "metrics.jsonl")
+    evaluations = MetricsFile(output_dir / "eval.jsonl")
     (batches, workers), agree = _batches(run, progress, num_steps), _agreement(accelerator)
     bar = tqdm(initial=progress.step, total=progress.step + num_steps, disable=not accelerator.is_local_main_process)
     first, saved_step, outcome, failure, is_stopped = progress, progress.step, None, None, False
@@ -388,6 +396,8 @@ def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             if is_logged:
                 _log(run, metrics, _record(run, progress, settled, meter), bar)
         _save_snapshot(run, progress)
+        if run.monitor is not None and (done % (config.eval_steps or 1) == 0 or is_last):
+            _measure(run, run.monitor, progress, evaluations)
         if done % image_steps == 0 and not is_last:
             _save_preview(run, done)
         if done % model_steps == 0 and not is_last:
@@ -747,7 +757,10 @@ def _batches(run: Run, progress: Progress, num_steps: int) -> tuple[Iterator[dic
         pin_memory=accelerator.device.type == "cuda",
     )
     others = multiprocessing.active_children()
+    # Garbage collection in the workers would write to every object that they inherit, and so copy its page of memory.
+    gc.freeze()
     batches = iter(loader)
+    gc.unfreeze()
     # torch would raise the death of a worker wherever this process is, perhaps between the halves of a step; without
     # this handler it is the next batch that raises it.
     if hasattr(signal, "SIGCHLD") and config.dataloader_num_workers:
@@ -797,6 +810,29 @@ def _save_preview(run: Run, step: int) -> Image.Image:
     return sheet
 
 
+def _measure(run: Run, monitor: Monitor, progress: Progress, evaluations: MetricsFile) -> None:
+    """A line of eval.jsonl; the model of the least KID so far is kept in `best`."""
+    unet, accelerator, path = run.state.unet, run.accelerator, evaluations.path
+    pipeline = DDPMPipeline(unet, _preview_scheduler(run))
+    pipeline.set_progress_bar_config(disable=True)
+    unet.eval()
+    with swapped(run.parameters, run.average or run.parameters), accelerator.autocast():
+        measured = measure(monitor, accelerator, pipeline, run.objective, _preview_steps(run.config))
+        _reshard(unet)
+    unet.train()
+    before = _by_main(accelerator, lambda: [r["kid"] for r in read_metrics(path) if r["kid"] is not None])
+    record = {"step": progress.step, "images": progress.images, **measured}
+    if accelerator.is_main_process:
+        problem = evaluations.write(record)
+        if problem is not None:
+            _say(accelerator, f"eval.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
+    accelerator.log({k: measured[k] for k in ("kid", "val_loss") if measured[k] is not None}, step=progress.step)
+    if measured["kid"] is not None and measured["kid"] <= min(before, default=math.inf):
+        _save_model(run, run.average, run.output_dir / "best")
+        if accelerator.is_main_process:
+            _try(run, lambda: write_atomically(run.output_dir / "best/best.json", json.dumps(record, indent=2) + "\n"))
+
+
 def _reshard(unet: Any) -> None:
     """Frees what FSDP gathered for a forward pass without backward: the next one would not see changed weights."""
     for module in unet.modules():
@@ -817,6 +853,7 @@ def _save_model(run: Run, average: list[Tensor] | None, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             DDPMPipeline(unet, DDPMScheduler.from_config(run.scheduler.config)).save_pretrained(partial)
+            folder.mkdir(parents=True, exist_ok=True)
             for path in sorted((p for p in partial.rglob("*") if p.is_file()), key=lambda p: p.parent == partial):
                 target = folder / path.relative_to(partial)
                 target.parent.mkdir(exist_ok=True)
@@ -893,7 +930,9 @@ def _prepare_output(config: TrainingConfig, output_dir: Path, progress: Progress
         shutil.rmtree(partial, ignore_errors=True)
     (output_dir / "run.json").unlink(missing_ok=True)  # there when the run is finished
     save_config(config, output_dir / "config.yaml")
-    cut_metrics(output_dir, progress.step)
+    cut_metrics(output_dir / "metrics.jsonl", progress.step)
+    if (output_dir / "eval.jsonl").exists():
+        cut_metrics(output_dir / "eval.jsonl", progress.step)
     for images, path in snapshots(output_dir):
         if images > progress.images:  # of a course that is not gone on with
             path.unlink()

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_ddpm import data
+from hf_ddpm import data, decoding
 from hf_ddpm.config import TrainingConfig, UsageError
 from hf_ddpm.data import MicroBatches, epoch_order, load_images, open_dataset, to_x_0
 from hf_ddpm.sources import check_source
@@ -184,7 +184,7 @@ def test_sixteen_bits_become_eight_by_value(folder: Path) -> None:
 
 
 def test_sixteen_bits_win_even_after_many_of_eight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "NUM_HEADERS", 2)
+    monkeypatch.setattr(decoding, "NUM_HEADERS", 2)
     grays = save_grays(folder, 5)
     Image.fromarray(noise(8, 8, high=65536)).save(folder / "z.png")
     images = load_images(config_of(folder))
@@ -250,7 +250,7 @@ def test_open_resolution_is_that_of_the_data(folder: Path) -> None:
 def test_open_resolution_needs_one_square_size(
     folder: Path, num_headers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "NUM_HEADERS", num_headers)
+    monkeypatch.setattr(decoding, "NUM_HEADERS", num_headers)
     save_grays(folder, 2)
     Image.fromarray(noise(8, 9)).save(folder / "odd.png")
     with pytest.raises(UsageError, match=r"odd\.png.* 9x8.*--resolution"):
@@ -258,7 +258,7 @@ def test_open_resolution_needs_one_square_size(
 
 
 def test_color_after_gray_is_refused_when_channels_are_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "NUM_HEADERS", 1)
+    monkeypatch.setattr(decoding, "NUM_HEADERS", 1)
     save_grays(folder, 2)
     Image.fromarray(noise(8, 8, 3)).save(folder / "red.png")
     with pytest.raises(UsageError, match=r"red\.png.*--channels 3"):

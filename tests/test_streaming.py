@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_ddpm.config import TrainingConfig, UsageError
-from hf_ddpm.streaming import NUM_PLACE_COLUMNS, DataError, ImageStream, StreamBatches, hashed_uniform, open_stream
+from hf_ddpm.config import RunError, TrainingConfig, UsageError
+from hf_ddpm.lanes import NUM_PLACE_COLUMNS, StreamBatches
+from hf_ddpm.seeds import FLIP, IMAGE, LEFT, STEP, TOP, hashed_uniform
+from hf_ddpm.streaming import ImageStream, open_stream
 
 datasets = pytest.importorskip("datasets")
 pytestmark = [
@@ -211,7 +213,7 @@ def test_a_worker_opens_only_the_shards_of_its_lane(folder: Path) -> None:
     assert sorted(ids) == sorted(30 * shard + i for shard in mine for i in range(30))
     resumed = next(iter(batches_of(stream, **settings, first_position=40, places=places)))
     assert numbers(resumed["pixels"]) == ids[10:15]
-    with pytest.raises(DataError, match=r"train-0000\d\.parquet.*FileNotFoundError.*--resume_from_checkpoint latest"):
+    with pytest.raises(RunError, match=r"train-0000\d\.parquet.*FileNotFoundError.*put it back as it was"):
         next(iter(batches_of(stream, **{**settings, "rank": 1})))
 
 
@@ -252,7 +254,7 @@ def test_row_groups_before_a_place_are_not_read(folder: Path) -> None:
     content = bytearray(Path(stream.files[0]).read_bytes())
     content[4 : content.index(png(picture(10))[8:])] = bytes(content.index(png(picture(10))[8:]) - 4)
     Path(stream.files[0]).write_bytes(content)
-    with pytest.raises(DataError, match=r"train-00000\.parquet"):
+    with pytest.raises(RunError, match=r"train-00000\.parquet"):
         next(iter(batches_of(stream, **settings)))
     resumed = next(iter(batches_of(stream, **settings, first_position=25, places=whole[4]["places"].numpy())))
     assert torch.equal(resumed["pixels"], whole[5]["pixels"])
@@ -367,14 +369,16 @@ def test_workers_that_are_spawned(folder: Path) -> None:
 
 def test_uniform_numbers_are_uniform_and_independent() -> None:
     positions = np.arange(100_000)
-    u, v = hashed_uniform(0, positions, 1), hashed_uniform(0, positions, 2)
+    u = hashed_uniform(0, FLIP, positions)
     assert u.dtype == np.float64
     assert 0 <= u.min() < 1e-3
     assert 0.999 < u.max() < 1
     assert np.abs(np.histogram(u, 16)[0] - 6250).max() < 6 * 80
-    for other in (v, hashed_uniform(1, positions, 1), np.roll(u, 1)):
+    others = [hashed_uniform(0, stream, positions) for stream in (TOP, LEFT, IMAGE, STEP)]
+    for other in (*others, hashed_uniform(1, FLIP, positions), np.roll(u, 1)):
         assert abs(np.corrcoef(u, other)[0, 1]) < 0.015
-    assert np.array_equal(hashed_uniform(0, positions[500:510], 1), u[500:510])
+        assert np.abs(np.histogram2d(u, other, 8)[0] - 100_000 / 64).max() < 6 * 40
+    assert np.array_equal(hashed_uniform(0, FLIP, positions[500:510]), u[500:510])
     assert ((u * 2**53) % 2).mean() == pytest.approx(0.5, abs=0.01)  # the last of 53 bits
 
 
@@ -473,8 +477,8 @@ def test_vanished_image(folder: Path) -> None:
     save_folder(folder, 20)
     stream = open_stream(config_of(folder))
     (folder / "odd" / "0007.png").unlink()
-    message = r"odd/0007\.png.*put it back.*--resume_from_checkpoint latest.*--on_bad_image skip"
-    with pytest.raises(DataError, match=message):
+    message = r"odd/0007\.png.*put it back as it was; with --on_bad_image skip"
+    with pytest.raises(RunError, match=message):
         list(batches_of(stream, num_lanes=1))
     (folder / "odd" / "0007.png").write_bytes(png(picture(7)))
     stream = open_stream(config_of(folder, on_bad_image="skip"))
@@ -488,7 +492,7 @@ def test_what_a_disk_fails_to_give_is_not_replaced(folder: Path) -> None:
     stream = open_stream(config_of(folder, on_bad_image="skip"))
     (folder / "odd" / "0007.png").unlink()
     (folder / "odd" / "0007.png").mkdir()
-    with pytest.raises(DataError, match=r"odd/0007\.png.*IsADirectoryError"):
+    with pytest.raises(RunError, match=r"odd/0007\.png.*IsADirectoryError"):
         list(batches_of(stream, num_lanes=1))
 
 
@@ -497,7 +501,7 @@ def test_truncated_parquet(folder: Path) -> None:
     stream = open_stream(config_of(folder))
     content = Path(stream.files[1]).read_bytes()
     Path(stream.files[1]).write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"train-00001\.parquet cannot be read any more.*put it back"):
+    with pytest.raises(RunError, match=r"train-00001\.parquet cannot be read any more.*put it back"):
         list(batches_of(stream, num_lanes=1, num_steps=13))
     with pytest.raises(UsageError, match=r"must hold whole parquet files, got '.*train-00001\.parquet"):
         open_stream(config_of(folder))
@@ -508,7 +512,7 @@ def test_shard_that_got_shorter_is_not_a_shorter_epoch(folder: Path) -> None:
     stream = open_stream(config_of(folder))
     place = np.array([[0, 0, 0, 0, 25]])
     save_parquet(folder, [12, 20])
-    with pytest.raises(DataError, match=r"train-00000\.parquet.*has 12 rows and had 30"):
+    with pytest.raises(RunError, match=r"train-00000\.parquet.*has 12 rows and had 30"):
         list(batches_of(stream, num_lanes=1, num_steps=13))
     # where the number of rows was not known, what was read once, or a place in it, tells
     stream.counts[:] = -1
@@ -517,10 +521,10 @@ def test_shard_that_got_shorter_is_not_a_shorter_epoch(folder: Path) -> None:
     for _ in range(12):  # more than an epoch, less than two
         next(iterator)
     save_parquet(folder, [12, 15])
-    with pytest.raises(DataError, match=r"train-00001\.parquet.*has 15 rows and had 20"):
+    with pytest.raises(RunError, match=r"train-00001\.parquet.*has 15 rows and had 20"):
         list(iterator)
     stream.counts[:] = -1
-    with pytest.raises(DataError, match="rows and had 26"):
+    with pytest.raises(RunError, match="rows and had 26"):
         list(batches_of(stream, num_lanes=1, places=place))
 
 
@@ -543,7 +547,7 @@ def test_data_that_become_empty_do_not_loop(folder: Path) -> None:
     stream = open_stream(config_of(folder))
     save_parquet(folder, [0, 0])
     stream.counts[:] = -1
-    with pytest.raises(DataError, match="has no images any more"):
+    with pytest.raises(RunError, match="has no images any more"):
         next(iter(batches_of(stream)))
 
 

@@ -1,0 +1,1 @@
+"""How good a model is: measured on images, by numbers with their standard errors."""

@@ -1,0 +1,250 @@
+"""Bits per dimension by the variational bound (Ho et al. 2020, Eq. 5; Nichol & Dhariwal 2021, Sec. 3).
+
+    bound   L_T + sum_t L_t  >=  -log2 p(x_0) / (C H W), x_0 an image of 8-bit values
+    L_T     KL(q(x_T | x_0) || N(0, I))
+    L_t     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t in [1, T); for t = 0 the discretized decoder of Eq. 13
+    K       network evaluations per image, at most T
+
+p is the model as all T steps sample it: x_0_hat is clipped where the scheduler's config says so, and the variance is
+that of `DDPMScheduler.reverse_distribution`. Only the decoder is not seen in samples, which are its rounded mean. It
+gives each value 1e-12 at least, as in the papers' code: a value never counts more than 39.9 bits.
+
+With K < T each image has its own K of the T steps, t = 0 among them, drawn with the probabilities pi_t. The sum of
+L_t / pi_t over them has the whole sum as its expectation (Horvitz & Thompson 1952). Images are drawn independently,
+so that their spread is the error of their mean: that of images, noise and steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_ddpm.config import UsageError
+from hf_ddpm.data import to_x_0
+from hf_ddpm.figures import curve
+from hf_ddpm.objective import variational_bound
+from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.seeds import hashed
+
+# Streams of `hashed` beyond those of training.
+_NOISE, _CHOICE = 2**32, 2**32 + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    """The variational bound of a model on N images, in bits per dimension.
+
+    Args:
+        bits_per_dimension: the bound, its mean over images.
+        standard_error: of that mean, the images being a sample of what they stand for.
+        prior, decoder: the means of L_T and of L_0.
+        terms: L_t, (T,) float64: its mean over the images for which t was drawn, NaN if there are none.
+        term_standard_errors: (T,) float64, NaN for less than two images.
+        term_counts: images for which t was drawn, (T,) int64; their sum is N K, the number of network evaluations.
+        num_images: N.
+        non_finite_timesteps: each t whose L_t was infinite or NaN for an image; the bound then is so, too.
+    """
+
+    bits_per_dimension: float
+    standard_error: float
+    prior: float
+    decoder: float
+    terms: Tensor
+    term_standard_errors: Tensor
+    term_counts: Tensor
+    num_images: int
+    non_finite_timesteps: list[int]
+
+
+def bits_per_dimension(sums: Tensor) -> Likelihood:
+    """The bound from its sums over images.
+
+    Args:
+        sums: (T + 2, 3) of `sum_bound_terms`; those of all processes, added.
+
+    Raises:
+        UsageError: they are of less than two images.
+    """
+    count, total, squares = sums.double().cpu().unbind(dim=1)
+    if count[-1] < 2:
+        raise UsageError(f"images must be at least 2, got {int(count[-1])}: one tells no standard error")
+    mean = total / count
+    variance = ((squares - total * mean) / (count - 1)).clamp(min=0)
+    error = torch.where(count > 1, (variance / count).sqrt(), math.nan)
+    return Likelihood(
+        bits_per_dimension=float(mean[-1]),
+        standard_error=float(error[-1]),
+        prior=float(mean[-2]),
+        decoder=float(mean[0]),
+        terms=mean[:-2],
+        term_standard_errors=error[:-2],
+        term_counts=count[:-2].long(),
+        num_images=int(count[-1]),
+        non_finite_timesteps=(~total[:-2].isfinite()).nonzero().flatten().tolist(),
+    )
+
+
+@torch.no_grad()
+def sum_bound_terms(
+    unet: Callable[..., Any],
+    scheduler: DDPMScheduler,
+    images: Sequence[Any] | np.ndarray | Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    timesteps_per_image: int | None = None,
+    class_labels: Sequence[int] | np.ndarray | Tensor | None = None,
+    rank: int = 0,
+    num_processes: int = 1,
+    device: torch.device | str = "cpu",
+    autocast_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Sums over one process's share of the images: added over all processes, what `bits_per_dimension` takes.
+
+    The steps of image i are a function of (seed, i) and the noise at t of (seed, i, t): batch size and processes
+    change nothing but the rounding of the network and of float64 sums.
+
+    Args:
+        unet: called as `unet(x_t, t)` (with `class_labels=` if given), returns an object with `sample`; in eval mode.
+        scheduler: the model's; its list of sampling steps does not matter.
+        images: N of them, `images[i]` being (C, H, W) uint8: an array, a tensor, or what is indexed like one.
+        seed: at least 0.
+        batch_size: images per network evaluation.
+        timesteps_per_image: K in [2, T]; None: T, each term of each image.
+        class_labels: (N,) integers.
+        rank, num_processes: the share is the images rank, rank + num_processes, ...
+        device: the network's. Noise is drawn on the CPU, the same for every device.
+        autocast_dtype: the type the network runs in; None: that of its weights.
+
+    Returns: (T + 2, 3) float64 on the CPU. Columns: number of images, sum and sum of squares of bits per dimension.
+        Rows: L_t for t in [0, T), L_T, the bound.
+
+    Raises:
+        UsageError: an argument that cannot work, or images that are not 8-bit.
+    """
+    if not isinstance(scheduler, DDPMScheduler):
+        kind = type(scheduler).__name__
+        raise UsageError(f"scheduler must be hf_ddpm's DDPMScheduler, got {kind}: load with hf_ddpm.DDPMPipeline")
+    if getattr(unet, "training", False):
+        raise UsageError("unet must be in eval mode, got training mode, which may drop values: call unet.eval()")
+    if batch_size < 1 or not 0 <= rank < num_processes:
+        raise UsageError(
+            "batch_size must be at least 1 and rank in [0, num_processes), got "
+            f"batch_size={batch_size}, rank={rank} and num_processes={num_processes}"
+        )
+    if class_labels is not None and len(class_labels) != len(images):
+        raise UsageError(f"class_labels must hold one for each of {len(images)} images, got {len(class_labels)}")
+    probability = inclusion_probabilities(scheduler, timesteps_per_image)
+    device_type, num_steps = torch.device(device).type, len(probability)
+    precise = torch.float32 if device_type == "mps" else torch.float64  # MPS has no float64
+    sums = torch.zeros(num_steps + 2, 3, dtype=torch.float64)
+
+    def add(row: int | Tensor, values: Tensor) -> None:
+        rows = torch.as_tensor(row).expand(len(values))
+        sums.index_add_(0, rows, torch.stack([torch.ones_like(values), values, values.square()], dim=1))
+
+    share = np.arange(rank, len(images), num_processes)
+    for batch in np.split(share, range(batch_size, len(share), batch_size)) if len(share) else []:
+        x_0 = to_x_0(_pixels(images, batch), 255).to(device)
+        conditions = {}
+        if class_labels is not None:
+            conditions["class_labels"] = torch.tensor([int(class_labels[i]) for i in batch], device=device)
+        bound = prior_term(scheduler, x_0)
+        add(num_steps, bound)
+        for t in _chosen_timesteps(probability, seed, batch).unbind(dim=1):
+            seeds = hashed(seed, _NOISE, batch * num_steps + t.numpy()).tolist()
+            noise = [torch.randn(x_0.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+            t_there = t.to(device)
+            x_t = scheduler.add_noise(x_0, torch.stack(noise).to(device), t_there)
+            with torch.autocast(device_type, autocast_dtype, enabled=autocast_dtype is not None):
+                output = unet(x_t.to(getattr(unet, "dtype", x_t.dtype)), t_there, **conditions).sample
+            values = (output.to(precise), x_0.to(precise), x_t.to(precise))
+            term = variational_bound(scheduler, *values, t_there).cpu().double()
+            add(t, term)
+            bound = bound + term / probability[t]
+        add(num_steps + 1, bound)
+    return sums
+
+
+def prior_term(scheduler: DDPMScheduler, x_0: Tensor) -> Tensor:
+    """L_T of Ho et al. 2020, Eq. 5, in which there is no network: with alpha_bar that of t = T - 1, in nats,
+
+    KL(N(sqrt(alpha_bar) x_0, (1 - alpha_bar) I) || N(0, I)) = (alpha_bar (x_0^2 - 1) - log(1 - alpha_bar)) / 2
+
+    Args:
+        x_0: (B, C, H, W) in [-1, 1].
+
+    Returns: the mean over dimensions, (B,) float64 on the CPU, bits.
+    """
+    alpha_bar = scheduler.alpha_bar[-1]
+    mean_square = x_0.cpu().double().square().flatten(1).mean(dim=1)
+    return (alpha_bar * (mean_square - 1) - torch.log1p(-alpha_bar)) / 2 / math.log(2)
+
+
+def inclusion_probabilities(scheduler: DDPMScheduler, num_timesteps: int | None) -> Tensor:
+    """pi_t, the probability that t is one of an image's K steps; their sum is K, and all are 1 for K = T.
+
+    pi_0 = 1,  pi_t = min(1, c (3 w_t / sum_s w_s + 1 / (T - 1))),  w_t = log((1 - alpha_bar_t)/(1 - alpha_bar_{t-1}))
+
+    As T grows, w_t is twice the L_t of data ~ N(0, I), whose best x_0_hat is sqrt(alpha_bar_t) x_t. The even part is
+    for networks that do otherwise: no weight 1 / pi_t is above 4 (T - 1) / (K - 1).
+
+    Args:
+        num_timesteps: K; None: T.
+
+    Returns: (T,) float64.
+
+    Raises:
+        UsageError: K is not in [2, T].
+    """
+    num_train = len(scheduler)
+    if num_timesteps is None or num_timesteps == num_train:
+        return torch.ones(num_train, dtype=torch.float64)
+    if not 2 <= num_timesteps < num_train:
+        raise UsageError(
+            f"timesteps_per_image must be in [2, {num_train}], t = 0 and a share of the others, got {num_timesteps}: "
+            "use None for all"
+        )
+    w = torch.log1p(-scheduler.alpha_bar).diff()
+    density = 3 * w / w.sum() + 1 / len(w)
+    free = torch.ones_like(density, dtype=torch.bool)
+    while True:
+        left = num_timesteps - 1 - int((~free).sum())
+        pi = torch.where(free, density * left / density[free].sum(), 1.0)
+        if pi.max() <= 1:
+            return torch.cat([torch.ones(1, dtype=torch.float64), pi])
+        free &= pi < 1
+
+
+def draw_bound(likelihood: Likelihood, path: str | Path) -> None:
+    """Write L_t over t as a PNG with a logarithmic axis; a value that is not finite leaves a gap."""
+    drawn = likelihood.term_counts > 0
+    points = drawn.nonzero().flatten().tolist(), likelihood.terms[drawn].tolist()
+    curve(path, {"L_t": points}, "t", "L_t, bits per dimension", log_y=True)
+
+
+def _chosen_timesteps(probability: Tensor, seed: int, images: np.ndarray) -> Tensor:
+    """K rising t per image, (B, K): those whose parts of the running sum of pi hold u, u + 1, ...; Madow 1949."""
+    # u has 32 bits, so that u + k is exact and below k + 1.
+    u = torch.from_numpy((hashed(seed, _CHOICE, images) >> np.uint64(32)).astype(np.float64) * 2.0**-32)
+    places = u[:, None] + torch.arange(round(float(probability.sum())))
+    return torch.searchsorted(probability.cumsum(0), places, right=True).clamp(max=len(probability) - 1)
+
+
+def _pixels(images: Any, batch: np.ndarray) -> Tensor:
+    """(B, C, H, W) uint8."""
+    pixels = [np.array(images[int(i)]) for i in batch]
+    kinds = sorted({(x.shape, str(x.dtype)) for x in pixels})
+    if len(kinds) > 1 or kinds[0][1] != "uint8" or len(kinds[0][0]) != 3:
+        raise UsageError(
+            f"images must be uint8 of one shape (C, H, W), got {kinds}: the decoder is of 256 values. Crop to one "
+            "size; load 16-bit images without preserve_input_precision"
+        )
+    return torch.from_numpy(np.stack(pixels))

@@ -1,0 +1,291 @@
+"""What `evaluate` measures, each by one function, shared among the processes that torch.distributed knows of.
+
+batch       the images of B seeds; batch k is made by process k % P, the same for any number P of processes
+order       what is summed is summed in the order of batches, by the first process: P changes no digit
+samples     uint8, as they would be saved
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from hf_ddpm.config import UsageError
+from hf_ddpm.data import ImageCache
+from hf_ddpm.evaluation.distances import (
+    Moments,
+    cmmd,
+    frechet_distance,
+    kernel_distance,
+    precision_recall_density_coverage,
+)
+from hf_ddpm.evaluation.features import FeatureNetwork, features_of
+from hf_ddpm.evaluation.likelihood import Likelihood, bits_per_dimension, sum_bound_terms
+from hf_ddpm.evaluation.references import NUM_FEATURES, Statistics
+from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.sampling import sample_images
+from hf_ddpm.scheduler import DDPMScheduler
+
+Value = TypeVar("Value")
+
+# Metrics that compare features of samples with a reference -> the names of their results.
+DISTANCES = {
+    "fd": ("fd",),
+    "kid": ("kid",),
+    "cmmd": ("cmmd",),
+    "precision": ("precision", "recall", "density", "coverage"),
+}
+
+
+class Processes:
+    """The processes that share the work."""
+
+    def __init__(self) -> None:
+        self.rank, self.size, self._group = 0, 1, None
+        if dist.is_available() and dist.is_initialized():
+            # Whatever carries gradients, this carries objects in main memory; one process may take hours alone.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, compute: Callable[[], Value]) -> list[Value]:
+        """What all processes computed, by rank. Raises: on all of them what one of them raised."""
+        mine: tuple[Any, Exception | None]
+        try:
+            mine = compute(), None
+        except (ValueError, OSError) as error:
+            if self.size == 1:
+                raise
+            mine = None, error
+        found: list[Any] = [mine]
+        if self.size > 1:
+            found = [None] * self.size
+            dist.all_gather_object(found, mine, group=self._group)
+        for _, error in found:
+            if error is not None:
+                raise error
+        return [value for value, _ in found]
+
+    def first(self, compute: Callable[[], Value]) -> Value:
+        """Computed by the first process and then by the others, which find what it left on the disk."""
+        done: list[Value] = []
+        self.gather(lambda: done.append(compute()) if self.rank == 0 else None)
+        return done[0] if done else compute()
+
+    def only_first(self, compute: Callable[[], Value]) -> Value:
+        """Computed by the first process, known to all."""
+        return self.gather(lambda: compute() if self.rank == 0 else None)[0]  # pyright: ignore[reportReturnType]
+
+    def rounds(self, mine: Iterator[Value], count: int, label: str) -> Iterator[Value]:
+        """Items 0, ..., count - 1 in order, of which `mine` makes rank, rank + size, ..."""
+        with tqdm(desc=label, total=count, unit="batch", disable=self.rank > 0 or count < 20) as progress:
+            for first in range(0, count, self.size):
+                found: list[Any] = self.gather(lambda: next(mine, None))
+                yield from found[: count - first]
+                progress.update(min(self.size, count - first))
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """The processes that `accelerate launch` or torchrun started; those of a running process group; or this alone."""
+    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("gloo")
+    try:
+        yield Processes()
+    finally:
+        if joins:
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What is kept of the samples of one scheduler.
+
+    Args:
+        statistics: of their features; only on the first process.
+        images: the first of them, (n, C, H, W) uint8.
+        network_evaluations: per image.
+        seconds_per_image: of one process, without features.
+    """
+
+    statistics: Statistics | None
+    images: Tensor
+    network_evaluations: int
+    seconds_per_image: float
+
+
+def sample_statistics(
+    processes: Processes,
+    pipeline: DDPMPipeline,
+    network: FeatureNetwork | None,
+    seeds: Sequence[int],
+    class_labels: Sequence[int] | None,
+    *,
+    num_inference_steps: int,
+    batch_size: int,
+    num_kept: int = 0,
+    label: str = "Sampling",
+) -> Samples:
+    """Samples one image per seed. Raises: UsageError for images that are not finite."""
+    count = -(-len(seeds) // batch_size)
+    calls = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    def mine() -> Iterator[tuple[Tensor | None, Tensor, float]]:
+        for k in range(processes.rank, count, processes.size):
+            part = slice(k * batch_size, (k + 1) * batch_size)
+            started = time.perf_counter()
+            labels = None if class_labels is None else class_labels[part]
+            images = _sample_batch(pipeline, seeds[part], num_inference_steps, labels)
+            seconds = time.perf_counter() - started
+            features = None if network is None else next(iter(features_of(network, [images])))
+            yield features, images[: max(0, num_kept - k * batch_size)].clone(), seconds
+
+    moments, features, images, total = None, [], [], 0.0
+    hook = pipeline.unet.register_forward_hook(counted)
+    try:
+        for found, kept, seconds in processes.rounds(mine(), count, label):
+            images.append(kept)
+            total += seconds
+            if found is None or processes.rank > 0:
+                continue
+            moments = (moments or Moments.empty(found.shape[1])).update(found)
+            features.append(found[: max(0, NUM_FEATURES - int(moments.count) + len(found))].clone())
+    finally:
+        hook.remove()
+    statistics = None if moments is None else Statistics(moments, torch.cat(features))
+    own = len(range(processes.rank, count, processes.size))
+    evaluations = processes.only_first(lambda: calls // own)
+    return Samples(statistics, torch.cat(images), evaluations, total / len(seeds))
+
+
+def _sample_batch(
+    pipeline: DDPMPipeline, seeds: Sequence[int], num_inference_steps: int, class_labels: Sequence[int] | None
+) -> Tensor:
+    """(B, C, H, W) uint8, on the CPU."""
+    x = sample_images(
+        pipeline,
+        seeds,
+        batch_size=len(seeds),
+        num_inference_steps=num_inference_steps,
+        class_labels=class_labels,
+    )
+    bad = (~x.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise UsageError(
+            f"samples must be finite, got NaN or infinity in {len(bad)} of {len(x)} images, the first of seed "
+            f"{seeds[bad[0]]}: look for the network's overflow, or weights that are damaged"
+        )
+    return (x * 255).round().to(torch.uint8)
+
+
+class Measured(NamedTuple):
+    """A value, its standard error if there is one, and how many images of each side it compares."""
+
+    value: float
+    standard_error: float | None
+    num_compared: list[int]
+
+
+def measure_distances(X: Statistics, Y: Statistics, metrics: Iterable[str]) -> dict[str, Measured]:
+    """The distances named in `metrics`, keys of `DISTANCES`, of X, samples or what stands in for them, from Y."""
+    found: dict[str, Measured] = {}
+    kept = [len(X.features), len(Y.features)]
+    for metric in metrics:
+        if metric == "fd":
+            found["fd"] = Measured(frechet_distance(X.moments, Y.moments), None, [X.count, Y.count])
+        elif metric == "precision":
+            shares = precision_recall_density_coverage(X.features, Y.features)
+            found |= {name: Measured(value, None, kept) for name, value in shares._asdict().items()}
+        else:
+            distance = (kernel_distance if metric == "kid" else cmmd)(X.features, Y.features)
+            found[metric] = Measured(distance.distance, distance.standard_error, kept)
+    return found
+
+
+def first_images(statistics: Statistics, count: int) -> Statistics:
+    """Of `count` images only, as far as their features were kept."""
+    if count >= statistics.count or count > len(statistics.features):
+        return statistics
+    features = statistics.features[:count].contiguous()
+    return Statistics(Moments.of(features), features)
+
+
+def center_pixels(images: ImageCache, indices: np.ndarray | None = None) -> np.ndarray:
+    """(n, C, R, R): the chosen images or all, the middle of oblong ones."""
+    size = images.resolution
+    if images.is_uniform:
+        every = np.asarray(images.pixels).reshape(-1, images.channels, size, size)
+        return every if indices is None else every[indices]
+    indices = np.arange(len(images)) if indices is None else indices
+    pixels = np.empty((len(indices), images.channels, size, size), images.pixels.dtype)
+    for target, i in zip(pixels, indices.tolist(), strict=True):
+        image = images.image(i)
+        top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+        target[:] = image[:, top : top + size, left : left + size]
+    return pixels
+
+
+def pixel_features(processes: Processes, network: FeatureNetwork, pixels: np.ndarray, batch_size: int) -> Tensor:
+    """The features of all images, (n, d): on the first process; of the others each has its own batches."""
+    count = -(-len(pixels) // batch_size)
+
+    def mine() -> Iterator[Tensor]:
+        for k in range(processes.rank, count, processes.size):
+            yield network(torch.from_numpy(pixels[k * batch_size : (k + 1) * batch_size].copy()))
+
+    kept = [part for part in processes.rounds(mine(), count, "Features") if processes.rank == 0]
+    return torch.cat(kept) if kept else torch.empty(0, network.dimensions)
+
+
+def measure_likelihood(
+    processes: Processes,
+    unet: Any,
+    scheduler: DDPMScheduler,
+    pixels: np.ndarray,
+    class_labels: np.ndarray | None,
+    *,
+    seed: int,
+    timesteps_per_image: int,
+    batch_size: int,
+    device: torch.device,
+) -> Likelihood:
+    """The variational bound on `pixels`, (N, C, H, W) uint8."""
+    count = math.ceil(len(pixels) / batch_size)
+
+    def mine() -> Iterator[Tensor]:
+        for share in range(processes.rank, count, processes.size):
+            # A share of at most `batch_size` images: the same batches, whoever works on them.
+            yield sum_bound_terms(
+                unet,
+                scheduler,
+                pixels,
+                seed=seed,
+                batch_size=batch_size,
+                timesteps_per_image=timesteps_per_image,
+                class_labels=class_labels,
+                rank=share,
+                num_processes=count,
+                device=device,
+            )
+
+    total = None
+    for sums in processes.rounds(mine(), count, "Likelihood"):
+        total = sums if total is None else total + sums
+    assert total is not None
+    return bits_per_dimension(total)
