@@ -18,7 +18,9 @@ def main() -> None:
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="A folder that holds a pipeline, or a Hub id.")],
-    out: Annotated[Path, typer.Option(help="The folder for the images, named by their seeds, and grid.png.")],
+    out: Annotated[
+        Path, typer.Option(help="The folder for the images and grid.png; an interrupted run goes on in it.")
+    ],
     num_images: Annotated[int, typer.Option("--num_images", min=1, help="How many.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")] = 0,
     num_inference_steps: Annotated[
@@ -34,10 +36,19 @@ def sample(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="ddpm: iterate the mean, add no noise.")
     ] = False,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images per forward pass.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option("--batch_size", min=1, help="Images per forward pass; on a CPU always 16.")
+    ] = 64,
     device: Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")] = None,
+    dtype: Annotated[str, typer.Option(help="The network's: fp32, or bf16, which is faster.")] = "fp32",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first; for many images.")] = False,
+    format: Annotated[
+        str, typer.Option(help="png, named by their seeds; parquet, which `datasets` loads; or npz.")
+    ] = "png",
 ) -> None:
-    """Writes images of a model as PNG files."""
+    """Writes images of a model. In several processes: accelerate launch -m hf_ddpm.sampling"""
+    import os
+
     from hf_ddpm.sampling import SCHEDULERS, write_samples
 
     if scheduler is not None and scheduler not in SCHEDULERS:
@@ -56,11 +67,17 @@ def sample(
             deterministic=deterministic,
             batch_size=batch_size,
             device=device,
+            dtype=dtype,
+            compile=compile,
+            format=format,
         )
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    typer.echo(f"{num_images} images in {out}, all of them in {out / 'grid.png'}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(
+            f"{num_images} images in {out}, {'all' if num_images <= 64 else 'the first 64'} of them in grid.png"
+        )
 
 
 @app.command()

@@ -50,4 +50,6 @@ def start_missing_processes() -> None:
     # With the store that restarts share in torch 2.13, most restarts over gloo fail.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", asked[1]]
-    os.execv(sys.executable, [*torchrun, *sys.argv])
+    module = sys.modules["__main__"].__spec__
+    started = [sys.argv[0]] if module is None else ["-m", module.name]
+    os.execv(sys.executable, [*torchrun, *started, *sys.argv[1:]])

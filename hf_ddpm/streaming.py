@@ -253,12 +253,17 @@ def open_stream(config: TrainingConfig) -> ImageStream:
 def _open_iterable(source: Source, config: TrainingConfig) -> tuple[Any, np.ndarray, tuple[str, ...], Any, int | None]:
     """The data set, its rows per shard, the files that are its shards, what identifies it, and its rows."""
     import datasets
+    from pyarrow.dataset import ParquetFragmentScanOptions
 
     path = str(source.folder or source.name)
     with loading(source, config):
         builder = datasets.load_dataset_builder(path, config.dataset_config_name, cache_dir=config.cache_dir)
         if hasattr(builder.config, "decode_num_threads"):
             builder.config.decode_num_threads = 0  # pyright: ignore[reportAttributeAccessIssue]
+        if hasattr(builder.config, "fragment_scan_options"):
+            # Else pyarrow keeps all that it has read of a file until the end of the file (apache/arrow#39808).
+            options = ParquetFragmentScanOptions(pre_buffer=False)
+            builder.config.fragment_scan_options = options  # pyright: ignore[reportAttributeAccessIssue]
         dataset: Any = builder.as_streaming_dataset(split="train")
     if dataset.features is None:
         raise UsageError(

@@ -41,11 +41,11 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"config", "ema", "files"},
     "posthoc": {"config"},
     "metrics": {"files"},
-    "sampling": {"scheduler", "pipeline", "figures"},
+    "sampling": {"scheduler", "pipeline", "figures", "files", "launch"},
     # The card is written from a run's files alone, so that it needs nothing of what wrote them.
     "hub": {"config", "files"},
     "evaluation": {"scheduler", "config", "objective", "figures", "sources", "decoding", "data", "files", "seeds"}
-    | {"pipeline", "sampling", "hub"},
+    | {"pipeline", "sampling", "hub", "launch"},
     "report": {"config", "data", "pipeline", "figures", "checkpoint", "metrics", "sampling", "hub", "streaming"}
     | {"evaluation"},
     "training": {"scheduler", "config", "objective", "pipeline", "ema", "figures", "sources", "decoding", "data"}

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 from diffusers import UNet2DModel
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.cli import app
 from hf_ddpm.config import parse_config
+from hf_ddpm.files import write_atomically
+from hf_ddpm.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
 
 from .conftest import tiny_unet_config
 
@@ -29,10 +34,19 @@ def commands(program):
 def in_a_folder_with_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scheduler = DDPMScheduler(timestep_spacing="trailing")
-    DDPMPipeline(UNet2DModel(**tiny_unet_config(channels=1)), scheduler).save_pretrained("ddpm-model")
+    unet = UNet2DModel(**tiny_unet_config(channels=1))
+    DDPMPipeline(unet, scheduler).save_pretrained("ddpm-model")
+    for images in (50, 100):
+        write_atomically(
+            snapshot_path(Path("ddpm-model"), images),
+            snapshot_bytes(images, {std: dict(unet.named_parameters()) for std in TRACKED_STDS}),
+        )
 
 
-@pytest.mark.parametrize("command", commands("accelerate launch"), ids=" ".join)
+TRAINING = [c for c in [*commands("accelerate launch"), *commands("torchrun")] if "train_accelerate.py" in c]
+
+
+@pytest.mark.parametrize("command", TRAINING, ids=" ".join)
 def test_training_commands_parse(command, tmp_path):
     shutil.rmtree("ddpm-model")
     arguments = command[command.index("train_accelerate.py") + 1 :]
@@ -42,14 +56,14 @@ def test_training_commands_parse(command, tmp_path):
     assert parse_config(arguments)
 
 
-def test_sampling_commands_run():
-    from typer.testing import CliRunner
-
-    from hf_ddpm.cli import app
-
-    (command,) = commands("hf-ddpm")
-    result = CliRunner().invoke(app, ["4" if word == "64" else word for word in command[1:]])
-    assert result.exit_code == 0, result.output
+@pytest.mark.parametrize("command", commands("hf-ddpm"), ids=" ".join)
+def test_commands_run(command):
+    if command[1] in ("sample", "ema"):
+        result = CliRunner().invoke(app, ["4" if word == "64" else word for word in command[1:]])
+        assert result.exit_code == 0, result.output
+    else:  # they need data and a feature network
+        group = get_command(app)
+        group.commands[command[1]].make_context(command[1], command[2:])
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])

@@ -1,25 +1,34 @@
-"""hf_ddpm.streaming: the content of each position, however it is read, from real files of every kind it accepts."""
+"""hf_ddpm.streaming, hf_ddpm.lanes: what is at each position, however it is read, of every kind of source; damage."""
 
 from __future__ import annotations
 
 import io
+import json
 import pickle
+import re
 import shutil
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
+from hf_ddpm.checkpoint import verify
 from hf_ddpm.config import RunError, TrainingConfig, UsageError
 from hf_ddpm.lanes import NUM_PLACE_COLUMNS, StreamBatches
 from hf_ddpm.seeds import FLIP, IMAGE, LEFT, STEP, TOP, hashed_uniform
 from hf_ddpm.streaming import ImageStream, open_stream
+from hf_ddpm.training import train
+
+from .runs import differences
 
 datasets = pytest.importorskip("datasets")
 pytestmark = [
@@ -28,7 +37,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
 ]
 NO_PLACES = np.empty((0, NUM_PLACE_COLUMNS), np.int64)
-LAYOUT = {"batch_size": 4, "num_processes": 2, "workers": 2}  # with 4 lanes of chunks of 4
 
 
 @pytest.fixture
@@ -148,21 +156,23 @@ def test_each_epoch_of_all_lanes_holds_each_image_once(folder: Path, sizes: list
     assert seen[0] != seen[1] or sum(sizes) < 10
 
 
-@pytest.mark.parametrize("sizes", [[19, 8, 1, 15, 30], [31, 22]], ids=["shards", "few_shards"])
-def test_layout_and_interruption_do_not_change_the_stream(folder: Path, sizes: list[int]) -> None:
+@pytest.mark.parametrize(("sizes", "workers"), [([19, 8, 1, 15, 30], 2), ([31, 22], 0)], ids=["shards", "few_shards"])
+def test_layout_and_interruption_do_not_change_the_stream(folder: Path, sizes: list[int], workers: int) -> None:
     save_parquet(folder, sizes)
     stream = open_stream(config_of(folder))
     whole, _ = read(stream, 0, 192, batch_size=4, num_processes=1)
-    assert read(stream, 0, 192, **LAYOUT)[0] == whole
+    layout = {"batch_size": 4, "num_processes": 2, "workers": workers}  # with 4 lanes of chunks of 4
+    assert read(stream, 0, 192, **layout)[0] == whole
     assert read(stream, 0, 192, batch_size=6, num_processes=2, accumulation_steps=2)[0] == whole
-    assert read(stream, 0, 192, batch_size=8, num_processes=1, workers=1)[0] == whole
+    assert read(stream, 0, 192, batch_size=8, num_processes=1, workers=workers // 2)[0] == whole
 
     for first in (16, 112):  # in the first epoch, and in a later one
-        before, places = read(stream, 0, first, **LAYOUT)
+        before, places = read(stream, 0, first, **layout)
         assert {row[0] for row in places.tolist()} == {0, 1, 2, 3}
-        for layout in ({"batch_size": 4, "num_processes": 2}, {"batch_size": 5, "num_processes": 1, "workers": 2}):
+        shared = {"batch_size": 5, "num_processes": 1, "workers": workers}
+        for other in ({"batch_size": 4, "num_processes": 2}, shared):
             fresh = open_stream(config_of(folder))
-            after, more = read(fresh, first, 40, **layout, places=places)
+            after, more = read(fresh, first, 40, **other, places=places)
             assert before | after == {p: whole[p] for p in range(first + 40)}
             # once more, from places of a layout whose workers share lanes
             assert read(fresh, first + 40, 40, batch_size=4, num_processes=1, places=more)[0] == {
@@ -171,16 +181,33 @@ def test_layout_and_interruption_do_not_change_the_stream(folder: Path, sizes: l
         assert read(stream, first, 40, batch_size=4, num_processes=1)[0].items() <= whole.items()
 
 
+@pytest.mark.parametrize("sizes", [[16, 16, 16, 16], [41, 23]], ids=["shards", "few_shards"])
+def test_each_epoch_holds_each_image_once_though_the_layout_changes(folder: Path, sizes: list[int]) -> None:
+    """Four lanes of one length, so that their epochs end together."""
+    save_parquet(folder, sizes)
+    first, content, places = 0, {}, {}
+    layouts = (24, 4, 3, 1), (30, 3, 5, 2), (37, 37, 1, 1), (37, 1, 1, 1)
+    for number, batch_size, num_processes, accumulation in layouts:
+        given = np.array(list(places.values())).reshape(-1, NUM_PLACE_COLUMNS)
+        stream, settings = open_stream(config_of(folder)), {"places": given, "accumulation_steps": accumulation}
+        more, where = read(stream, first, number, batch_size, num_processes, **settings)
+        content |= more
+        places |= {place[0]: place for place in where.tolist()}
+        first += number
+    for epoch in range(2):
+        assert sorted(content[p] for p in range(64 * epoch, 64 * epoch + 64)) == list(range(64))
+
+
 def test_stream_does_not_depend_on_whether_row_counts_are_known(folder: Path) -> None:
     save_parquet(folder, [19, 8, 1, 15, 30])
     stream = open_stream(config_of(folder))
     for num_lanes in (2, 8):
         whole, _ = read(stream, 0, 160, batch_size=4, num_processes=1, num_lanes=num_lanes)
-        for first in (0, 60, 132):
+        for first in (60, 132):
             unknown = open_stream(config_of(folder))
             unknown.counts[:] = -1  # as of a data set on the Hub
             _, places = read(unknown, 0, first, batch_size=4, num_processes=1, num_lanes=num_lanes)
-            for given in (places, NO_PLACES) if first else (NO_PLACES,):
+            for given in (places, NO_PLACES):
                 unknown.counts[:] = -1
                 rest = read(unknown, first, 28, batch_size=4, num_processes=1, num_lanes=num_lanes, places=given)[0]
                 assert rest.items() <= whole.items()
@@ -258,6 +285,23 @@ def test_row_groups_before_a_place_are_not_read(folder: Path) -> None:
         next(iter(batches_of(stream, **settings)))
     resumed = next(iter(batches_of(stream, **settings, first_position=25, places=whole[4]["places"].numpy())))
     assert torch.equal(resumed["pixels"], whole[5]["pixels"])
+
+
+def test_what_was_read_of_a_file_is_not_kept(folder: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    schema = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()})})
+    rng = np.random.default_rng(0)
+    with pq.ParquetWriter(folder / "a.parquet", schema, compression="none", use_dictionary=False) as writer:
+        for _ in range(40):
+            cells = [{"bytes": png(picture(0)) + rng.bytes(100_000), "path": None} for _ in range(10)]
+            writer.write_table(pa.table({"image": cells}, schema=schema))
+    stream = open_stream(config_of(folder))
+    tracemalloc.start()
+    num_rows = sum(len(table) for table in stream.tables(0, 0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert num_rows == 400
+    assert peak < 10_000_000  # of 40 MB
 
 
 # Kinds of sources
@@ -347,21 +391,18 @@ def test_fingerprint_is_of_files_and_settings_not_of_the_place(tmp_path: Path) -
     assert open_stream(config_of(tmp_path / "c")).fingerprint == open_stream(config_of(tmp_path / "d")).fingerprint
 
 
-def test_pickle(folder: Path) -> None:
-    save_parquet(folder, [12, 5])
+@pytest.mark.parametrize("kind", ["parquet", "images"])
+def test_pickle(folder: Path, kind: str) -> None:
+    """What workers get that are not forked."""
+    if kind == "parquet":
+        save_parquet(folder, [12, 5])
+    else:
+        save_folder(folder, 17)
     batches = batches_of(open_stream(config_of(folder)))
     content = pickle.dumps(batches)
     assert len(content) < 20_000
-    first, second = next(iter(batches)), next(iter(pickle.loads(content)))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_workers_that_are_spawned(folder: Path) -> None:
-    save_folder(folder, 30)
-    batches = batches_of(open_stream(config_of(folder)), num_lanes=2, num_steps=4)
-    loader = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    for spawned, here in zip(loader, batches, strict=True):
-        assert torch.equal(spawned["pixels"], here["pixels"])
+    for here, there in zip(batches, pickle.loads(content), strict=True):
+        assert all(torch.equal(here[name], there[name]) for name in here)
 
 
 # Values
@@ -400,10 +441,10 @@ def test_oblong_images_are_cropped_anew_each_time(folder: Path) -> None:
 def test_flips_are_a_function_of_the_position(folder: Path) -> None:
     (folder / "a.png").write_bytes(png(picture(1)))
     stream = open_stream(config_of(folder))
-    pixels = next(iter(batches_of(stream, random_flip=True, batch_size=400)))["pixels"].numpy()[:, 0]
+    pixels = next(iter(batches_of(stream, random_flip=True, batch_size=160)))["pixels"].numpy()[:, 0]
     flipped = (pixels == picture(1)[:, ::-1]).all((1, 2))
     assert np.array_equal(flipped, ~(pixels == picture(1)).all((1, 2)))
-    assert 150 < flipped.sum() < 250
+    assert 50 < flipped.sum() < 110
     few = next(iter(batches_of(stream, random_flip=True, first_position=40, batch_size=8)))["pixels"].numpy()[:, 0]
     assert np.array_equal(few, pixels[40:48])
 
@@ -528,6 +569,62 @@ def test_shard_that_got_shorter_is_not_a_shorter_epoch(folder: Path) -> None:
         list(batches_of(stream, num_lanes=1, places=place))
 
 
+@pytest.fixture
+def run_config(tiny_settings: dict[str, Any], folder: Path) -> TrainingConfig:
+    changes = {"train_data_dir": None, "dataset_name": str(folder), "cache_dir": str(folder.parent / "cache")}
+    changes |= {"streaming": True, "shuffle_buffer_images": 4, "resolution": 8, "max_train_steps": 6}
+    return TrainingConfig(**{**tiny_settings, **changes, "random_flip": True, "checkpointing_steps": 100})
+
+
+def train_and_harm(config: TrainingConfig, harm: Callable[[], object], step: int) -> None:
+    numbers = iter(range(1, 1000))
+    hook = register_optimizer_step_post_hook(lambda *_: harm() if next(numbers) == step else None)
+    try:
+        train(config)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "images"])
+def test_run_whose_data_are_harmed_goes_on_when_they_are_put_back(
+    folder: Path, run_config: TrainingConfig, kind: str, tmp_path: Path
+) -> None:
+    """To the last bit as the run to whose data nothing happened."""
+    if kind == "parquet":
+        save_parquet(folder, [4, 4, 4, 4])
+        path = folder / f"train-{np.random.default_rng((run_config.seed, 11, 0)).permutation(4)[3]:05}.parquet"
+        content = path.read_bytes()
+        harm = lambda: path.write_bytes(content[: len(content) // 2])  # noqa: E731
+    else:
+        save_folder(folder, 16)
+        path = folder / "odd" / "0007.png"
+        content, harm = path.read_bytes(), path.unlink
+    train(replace(run_config, output_dir=str(tmp_path / "whole")))
+    message = rf"{re.escape(str(path))}.* cannot be read any more: .*; put it back as it was"
+    with pytest.raises(RunError, match=message) as raised:
+        train_and_harm(run_config, harm, 1)
+    said = str(raised.value)
+    assert "\n" not in said
+    step = re.search(r"ends after step (\d); the same command .*--resume_from_checkpoint latest goes on", said)[1]
+    assert verify(Path(run_config.output_dir) / f"checkpoint-{step}") is None
+    resumed = replace(run_config, resume_from_checkpoint="latest")
+    with pytest.raises(UsageError, match="whole parquet files" if kind == "parquet" else "trained on other images"):
+        train(resumed)
+    path.write_bytes(content)
+    train(resumed)
+    assert not differences(tmp_path / "whole", Path(run_config.output_dir))
+
+
+def test_run_passes_over_images_that_vanish(folder: Path, run_config: TrainingConfig) -> None:
+    save_folder(folder, 16)
+    vanished = [folder / "odd" / "0007.png", folder / "even" / "0012.png"]
+    config = replace(run_config, on_bad_image="skip", max_train_steps=8)
+    train_and_harm(config, lambda: [path.unlink() for path in vanished], 4)
+    facts = json.loads((Path(config.output_dir) / "run.json").read_text())
+    assert facts["data"]["num_images"] == 16
+    assert facts["data"]["num_bad_images"] == 2
+
+
 # Wrong settings
 
 
@@ -562,7 +659,9 @@ def test_columns(folder: Path) -> None:
             open_stream(config_of(folder, **settings))
 
 
-def test_data_set_on_the_hub_that_is_not_there(tmp_path: Path) -> None:
+def test_data_set_on_the_hub_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     config = TrainingConfig(dataset_name="nobody/nothing-at-all", streaming=True, cache_dir=str(tmp_path))
     with pytest.raises(UsageError, match="dataset_name must be `digits`, a folder or a data set on the Hub"):
         open_stream(config)

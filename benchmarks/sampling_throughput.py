@@ -1,0 +1,109 @@
+"""Images per second: sampling of ours against the stock `diffusers.DDPMPipeline`, in one run.
+
+    python benchmarks/sampling_throughput.py [--threads N] [--turns N] [--images N] [--steps N]
+
+All sample the network that is made for 28x28 gray images, with random weights, by DPM-Solver++. They take turns in
+one process, so that a change of the machine's speed meets all alike; the quotient of each turn is kept. Compilation
+and a first batch are left out. Writes `sampling_throughput.md` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import UNet2DModel
+
+from hf_ddpm.sampling import iter_samples, load_for_sampling
+from hf_ddpm.unet import sized_config
+
+BATCH = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--images", type=int, default=BATCH)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(sized_config(28, 1, 1))
+    scheduler = diffusers.DDPMScheduler(
+        1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
+        ways = {
+            "stock DDPMPipeline": stock(folder, options),
+            "hf_ddpm": ours(folder, options),
+            "hf_ddpm --dtype bf16": ours(folder, options, dtype="bf16"),
+            "hf_ddpm --dtype bf16 --compile": ours(folder, options, dtype="bf16", compile=True),
+        }
+    preparation = {name: seconds(sample) for name, sample in ways.items()}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.turns):
+        for name, sample in ways.items():
+            taken[name].append(seconds(sample))
+    text = (
+        f"torch {version('torch')}, diffusers {version('diffusers')}, {platform.machine()}, "
+        f"{options.threads} threads; {options.images} images of 28x28, {options.steps} steps of DPM-Solver++, "
+        f"batches of {BATCH}; {options.turns} turns, medians.\n\n"
+        "| | images per second | against stock | first call, seconds |\n|---|---|---|---|\n"
+    )
+    base = taken["stock DDPMPipeline"]
+    for name, own in taken.items():
+        ratios = [a / b for a, b in zip(base, own, strict=True)]
+        spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if own is not base else ""
+        speed = options.images / statistics.median(own)
+        text += f"| {name} | {speed:.2f} | {statistics.median(ratios):.2f}{spread} | {preparation[name]:.1f} |\n"
+    options.out.write_text(text)
+    print(text)
+
+
+def seconds(sample: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    sample()
+    return time.perf_counter() - started
+
+
+def stock(folder: str, options: argparse.Namespace) -> Callable[[], None]:
+    pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
+    # The same solver as ours.
+    pipeline.scheduler = load_for_sampling(folder, "dpmsolver++", options.steps, "cpu")[0].scheduler
+    # Which has no generator in its step; stock hands over one unless that is looked at.
+    step = pipeline.scheduler.step
+    pipeline.scheduler.step = lambda *arguments, generator=None, **named: step(*arguments, **named)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample() -> None:
+        for first in range(0, options.images, BATCH):
+            seeds = range(first, min(first + BATCH, options.images))
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            pipeline(len(seeds), generators, num_inference_steps=options.steps, output_type="np")
+
+    return sample
+
+
+def ours(folder: str, options: argparse.Namespace, **settings) -> Callable[[], None]:
+    pipeline, steps = load_for_sampling(folder, "dpmsolver++", options.steps, "cpu", **settings)
+
+    def sample() -> None:
+        for _ in iter_samples(pipeline, range(options.images), batch_size=BATCH, num_inference_steps=steps):
+            pass
+
+    return sample
+
+
+if __name__ == "__main__":
+    main()
