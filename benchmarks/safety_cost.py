@@ -69,7 +69,7 @@ def main() -> None:
         is_bad.float()
         bool(is_bad)
 
-    with StopRequest(max_hours=1) as stop:
+    with StopRequest(max_hours=1, started=time.monotonic()) as stop:
         for number in range(STEPS):
             positions = np.arange(BATCH) + number * BATCH
             timed("step", step)

@@ -3,12 +3,16 @@
     python benchmarks/streaming_memory.py
 
 Writes gray PNG images of 8x8 pixels into parquet files in a temporary folder, streams each of them once through
-`StreamBatches` in a `DataLoader` with 2 workers, and writes `streaming_memory.md` and `streaming_memory.png` beside
-this file. Memory is USS, what would be free if the process ended, of the process and its workers together.
+`StreamBatches` in a `DataLoader` with 2 workers, as training does, and writes `streaming_memory.md` and
+`streaming_memory.png` beside this file. Needs Linux. Memory of the process and its workers together is
+
+PSS        of a page that n of them share each has one n-th, so that it counts once; without files, that is, libraries
+USS        only pages that one of them has alone: what they share, mostly modules that were imported, does not count
 """
 
 from __future__ import annotations
 
+import gc
 import io
 import platform
 import tempfile
@@ -25,7 +29,8 @@ from torch.utils.data import DataLoader
 
 from hf_ddpm.config import TrainingConfig
 from hf_ddpm.figures import curve
-from hf_ddpm.streaming import NUM_PLACE_COLUMNS, StreamBatches, open_stream
+from hf_ddpm.lanes import NUM_PLACE_COLUMNS, StreamBatches
+from hf_ddpm.streaming import open_stream
 
 HERE = Path(__file__).parent
 SIZES = (10_000, 1_000_000)
@@ -52,13 +57,19 @@ def write_images(folder: Path, num_images: int) -> None:
                 writer.write_table(pa.table({"image": cells}, schema=SCHEMA), row_group_size=ROW_GROUP)
 
 
-def used_mib() -> float:
-    process = psutil.Process()
-    return sum(p.memory_full_info().uss for p in [process, *process.children()]) / 2**20
+def used_mib() -> tuple[float, float]:
+    """PSS without files, and USS."""
+    process, pss, uss = psutil.Process(), 0.0, 0.0
+    for member in (process, *process.children()):
+        lines = Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
+        pss += (kib["Pss_Anon"] + kib["Pss_Shmem"]) / 2**10
+        uss += (kib["Private_Clean"] + kib["Private_Dirty"]) / 2**10
+    return pss, uss
 
 
-def stream_once(folder: Path, num_images: int) -> tuple[list[float], list[float]]:
-    """Percent of the images and MiB in use at each reading."""
+def stream_once(folder: Path, num_images: int) -> tuple[list[float], np.ndarray]:
+    """Percent of the images, and MiB in use by PSS and USS, (2, readings)."""
     config = TrainingConfig(
         dataset_name=str(folder),
         cache_dir=str(folder.parent / "cache"),
@@ -82,14 +93,18 @@ def stream_once(folder: Path, num_images: int) -> tuple[list[float], list[float]
         places=np.empty((0, NUM_PLACE_COLUMNS), np.int64),
     )
     percents, used, seen = [], [], np.zeros(num_images, bool)
-    for step, batch in enumerate(DataLoader(batches, batch_size=None, num_workers=NUM_WORKERS), 1):
+    loader = DataLoader(batches, batch_size=None, num_workers=NUM_WORKERS)
+    gc.freeze()  # as in training.py: garbage collection in the workers would copy what they share
+    iterator = iter(loader)
+    gc.unfreeze()
+    for step, batch in enumerate(iterator, 1):
         bytes_of_ids = np.ascontiguousarray(batch["pixels"].numpy()[:, 0, 0, :4])
         seen[bytes_of_ids.view(">u4")[:, 0]] = True
         if step % (num_steps // NUM_READINGS) == 0 and step < num_steps:
             percents.append(100 * step / num_steps)
             used.append(used_mib())
     assert seen.all(), f"{num_images - seen.sum()} of {num_images} images were not seen in one pass"
-    return percents, used
+    return percents, np.array(used).T
 
 
 def main() -> None:
@@ -101,20 +116,22 @@ def main() -> None:
             write_images(folder, num_images)
             percents, used = stream_once(folder, num_images)
             size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
-            series[f"{num_images:,} images"] = (percents, used)
-            tenth = len(used) // 10
-            begin, middle, end = (float(np.median(u)) for u in (used[:tenth], used, used[-tenth:]))
-            memory = " | ".join(f"{mib:.0f}" for mib in (begin, middle, end, max(used)))
-            lines.append(f"| {num_images:,} | {size:.0f} | {memory} |")
-    curve(HERE / "streaming_memory.png", series, "part of the images that was streamed, percent", "MiB in use")
+            series[f"{num_images:,} images"] = (percents, used[0])
+            tenth = used.shape[1] // 10
+            for measure, mib in zip(("PSS", "USS"), used, strict=True):
+                medians = [float(np.median(part)) for part in (mib[:tenth], mib, mib[-tenth:])]
+                memory = " | ".join(f"{value:.0f}" for value in (*medians, mib.max()))
+                lines.append(f"| {num_images:,} | {size:.0f} | {measure} | {memory} |")
+    curve(HERE / "streaming_memory.png", series, "part of the images that was streamed, percent", "MiB in use (PSS)")
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "datasets", "pyarrow"))
     head = (
         f"{libraries}, Python {platform.python_version()}, {platform.machine()}. Gray PNG images of 8x8 pixels in "
         f"{NUM_FILES} parquet files with row groups of {ROW_GROUP}, each streamed once with {NUM_WORKERS} workers, "
-        f"batches of {BATCH_SIZE} and `shuffle_buffer_images` {BUFFER}. Memory is the USS of the process and its "
-        f"workers together, in MiB, of {NUM_READINGS - 1} readings evenly over the pass; medians.\n\n"
-        "| images | parquet, MiB | first tenth | whole pass | last tenth | largest |\n"
-        "|---|---|---|---|---|---|\n"
+        f"batches of {BATCH_SIZE} and `shuffle_buffer_images` {BUFFER}. MiB of the process and its workers together: "
+        "PSS without files, in which a page that they share counts once, and USS, without pages that they share. "
+        f"{NUM_READINGS - 1} readings evenly over the pass; medians.\n\n"
+        "| images | parquet, MiB | | first tenth | whole pass | last tenth | largest |\n"
+        "|---|---|---|---|---|---|---|\n"
     )
     (HERE / "streaming_memory.md").write_text(head + "\n".join(lines) + "\n")
 

@@ -13,11 +13,12 @@ No file is of a process: what a run depends on besides these, the order of image
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from hf_ddpm.config import UsageError, checkpoint_names
-from hf_ddpm.ema import EMA, assign
+from hf_ddpm.ema import EMA
+from hf_ddpm.engine import gathered, gathered_moments, is_sharded, load, scatter
 from hf_ddpm.files import flush_folder, write_flushed
 
 FORMAT = 2
@@ -51,9 +53,11 @@ class Progress:
         num_images: of the data; None where a stream does not say.
         data_fingerprint: of the images.
         num_bad_steps: skipped, because the loss or a gradient was not finite.
+        train_batch_size, gradient_accumulation_steps: that were asked for.
         bad_steps_in_a_row: up to the last step; and how the first of them came about.
         num_bad_images: unreadable ones that were left out; those of a stream are counted each time they come.
         losses: of each process, sum and count since the last line of metrics.jsonl.
+        waiting_lines: of metrics.jsonl and eval.jsonl, which were not written because the disk was full.
         scaler: state of fp16's loss scaler.
         stream: num_lanes, chunk_size and places of `StreamBatches`.
     """
@@ -66,11 +70,14 @@ class Progress:
     schedule_batch_size: int
     num_images: int | None
     data_fingerprint: str
+    train_batch_size: int = 0
+    gradient_accumulation_steps: int = 0
     num_bad_steps: int = 0
     bad_steps_in_a_row: int = 0
     bad_steps_began: str = ""
     num_bad_images: int = 0
     losses: list[list[float]] = field(default_factory=list)
+    waiting_lines: dict[str, list[str]] = field(default_factory=dict)
     scaler: dict[str, Any] | None = None
     stream: dict[str, Any] | None = None
 
@@ -79,7 +86,7 @@ class Progress:
 class TrainingState:
     """What training changes: a `UNet2DModel`, its optimizer, its averages.
 
-    Under FSDP parameters, averages and the optimizer's tensors are shards; the files hold them whole.
+    An engine may have sharded all of it (FSDP) or the optimizer (ZeRO); the files hold it whole.
     """
 
     unet: Any
@@ -100,7 +107,8 @@ def save_checkpoint(
     target = output_dir / f"checkpoint-{progress.step}"
     partial = output_dir / f"partial-{target.name}"
     # Gathering the shards is for all processes, also when the writing has failed.
-    files = _files(state, progress) if is_main_process or _is_sharded(state) else iter(())
+    sharded = is_sharded(list(state.unet.parameters()), state.optimizer)
+    files = _files(state, progress) if is_main_process or sharded else iter(())
     if not is_main_process:
         for _ in files:
             pass
@@ -110,8 +118,8 @@ def save_checkpoint(
             _write(partial, files)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            can_try_again = error.errno in (errno.ENOSPC, errno.EDQUOT) and not _is_sharded(state)
-            if not (can_try_again and _prune(output_dir, max(1, (total_limit or 2**63) - 1))):
+            can_try_again = error.errno in (errno.ENOSPC, errno.EDQUOT) and not sharded
+            if not (can_try_again and total_limit and _prune(output_dir, max(1, total_limit - 1), progress.step)):
                 raise
             _write(partial, _files(state, progress))
         # One that is there failed its verification, or the run would have gone on from it.
@@ -119,13 +127,14 @@ def save_checkpoint(
             shutil.rmtree(target)
         partial.rename(target)
         flush_folder(output_dir)
-        if total_limit is not None:
-            _prune(output_dir, total_limit)
     except OSError as error:
         for _ in files:
             pass
         shutil.rmtree(partial, ignore_errors=True)
         return str(error)
+    if total_limit is not None:
+        with contextlib.suppress(OSError):  # it is tried again after the next one
+            _prune(output_dir, total_limit, progress.step)
     return None
 
 
@@ -185,40 +194,27 @@ def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:
         UsageError: the checkpoint is without an average that is wanted, or of another network.
     """
     unet, optimizer, ema = state.unet, state.optimizer, state.ema
-    parameters, names = list(unet.parameters()), [name for name, _ in unet.named_parameters()]
+    parameters = dict(unet.named_parameters())
     try:
         weights = load_file(checkpoint / "unet" / WEIGHTS)
-        if set(weights) != set(unet.state_dict()):
+        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in unet.state_dict().items()}:
             raise UsageError(f"{checkpoint.name} is of another network: resume with the settings of its config.yaml")
-        assign(parameters, [_placed_as(weights[name], p) for name, p in zip(names, parameters, strict=True)])
+        load(weights, load_file(checkpoint / "optimizer.safetensors"), parameters, optimizer)
         for name, buffer in unet.named_buffers():
             if name in weights:
                 buffer.copy_(weights[name])
-        moments = load_file(checkpoint / "optimizer.safetensors")
-        states: dict[int, dict[str, Tensor]] = {}
-        number = {name: i for i, name in enumerate(names)}
-        for key, value in moments.items():
-            name, _, kind = key.rpartition("/")
-            placed = value if value.ndim == 0 else _placed_as(value, parameters[number[name]])
-            states.setdefault(number[name], {})[kind] = placed
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-        for i, average in enumerate(ema.averages if ema is not None else ()):
+        for i, (average, values) in enumerate(ema.averages.items() if ema is not None else ()):
             prefix, file = ("", f"unet_ema/{WEIGHTS}") if i == 0 else (f"{average}/", "averages.safetensors")
             tensors = load_file(checkpoint / file)
-            values = [_placed_as(tensors[f"{prefix}{n}"], p) for n, p in zip(names, parameters, strict=True)]
-            assign(ema.averages[average], values)  # pyright: ignore[reportOptionalMemberAccess]
+            whole = {name: tensors[f"{prefix}{name}"] for name in parameters}
+            scatter(whole, dict(zip(parameters, values, strict=True)))
     except (FileNotFoundError, KeyError) as error:
         raise UsageError(
-            f"{checkpoint.name} does not hold {error}: resume with the settings of its config.yaml, or without "
-            "average by --no_use_ema"
+            f"{checkpoint.name} does not hold {error}: resume with the settings of its config.yaml (its averages, "
+            "ema_snapshots, ema_halflife_images), or without average by --no_use_ema"
         ) from error
     except SafetensorError as error:
         raise UsageError(f"{checkpoint.name} cannot be read: {error}") from error
-
-
-def gathered(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The tensors by name, whole and on the CPU; for all processes to call where they are sharded."""
-    return {n: _whole(t).detach().cpu().contiguous() for n, t in zip(names, tensors, strict=True)}
 
 
 def model_files(unet: Any, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, bytes]]:
@@ -241,12 +237,8 @@ def _files(state: TrainingState, progress: Progress) -> Iterator[tuple[str, byte
     if averages:
         keys = [f"{average}/{name}" for average in averages for name in names]
         yield "averages.safetensors", to_safetensors(gathered(keys, [t for a in averages.values() for t in a]))
-    moments = {
-        f"{name}/{kind}": value
-        for name, p in zip(names, parameters, strict=True)
-        for kind, value in state.optimizer.state.get(p, {}).items()
-    }
-    yield "optimizer.safetensors", to_safetensors(gathered(list(moments), list(moments.values())))
+    moments = gathered_moments(dict(unet.named_parameters()), state.optimizer)
+    yield "optimizer.safetensors", to_safetensors(moments)
     yield "progress.json", json.dumps(asdict(progress), indent=2).encode()
 
 
@@ -266,9 +258,13 @@ def _write(partial: Path, files: Iterator[tuple[str, bytes]]) -> None:
         raise OSError(f"what was written does not read back: {problem}")
 
 
-def _prune(output_dir: Path, keep: int) -> bool:
-    """Deletes all but the `keep` newest whole checkpoints; whether there were any to delete."""
+def _prune(output_dir: Path, keep: int, step: int) -> bool:
+    """Deletes all but the `keep` newest whole checkpoints up to `step`; whether there were any to delete.
+
+    Those of later steps, which the run has passed over, are not whole, whatever their size.
+    """
     checkpoints = [output_dir / name for name in reversed(checkpoint_names(output_dir))]
+    checkpoints = [c for c in checkpoints if int(c.name.rpartition("-")[2]) <= step]
     whole = [c for c in checkpoints if _has_its_files(c)]
     if len(whole) <= keep:
         return False
@@ -296,21 +292,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _is_sharded(state: TrainingState) -> bool:
-    return any(hasattr(p, "full_tensor") for p in state.unet.parameters())
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _placed_as(value: Tensor, like: Tensor) -> Tensor:
-    """`value` on the device of `like`, and sharded as it is."""
-    if not hasattr(like, "full_tensor"):
-        return value.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: Any = like
-    return distribute_tensor(value.to(like.device), sharded.device_mesh, sharded.placements)

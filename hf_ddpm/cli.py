@@ -170,3 +170,129 @@ def reference(
     )
     for warning in made.about["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder that holds a pipeline, or a Hub id.")],
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
+            "nll (bits per dimension), memorization."
+        ),
+    ] = "fd,kid,precision",
+    reference: Annotated[
+        str | None,
+        typer.Option(help="A folder of `hf-ddpm reference`. Default: made of the data, and kept in its cache."),
+    ] = None,
+    floor: Annotated[
+        str | None,
+        typer.Option(help="A second one, of other images, for what real images get. Default: halves of the first."),
+    ] = None,
+    dataset_name: Annotated[
+        str | None, typer.Option("--dataset_name", help="The data. Default: what the run in the folder learned from.")
+    ] = None,
+    dataset_config_name: Annotated[
+        str | None, typer.Option("--dataset_config_name", help="The configuration of a data set that has several.")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option("--image_column", help="The column of images; needed only where there are several.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option("--label_column", help="The column of classes, for a model of classes.")
+    ] = None,
+    center_crop: Annotated[bool, typer.Option("--center_crop", help="As in training.")] = False,
+    cache_dir: Annotated[
+        str | None, typer.Option("--cache_dir", help="Where downloads, decoded images and references are kept.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="That of the reference, and of training.")] = "train",
+    test_split: Annotated[
+        str, typer.Option("--test_split", help="Images that were not trained on: of nll, memorization, and the floor.")
+    ] = "test",
+    num_images: Annotated[int, typer.Option("--num_images", min=1, help="How many to sample.")] = 5000,
+    seed: Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")] = 0,
+    num_inference_steps: Annotated[
+        str | None,
+        typer.Option("--num_inference_steps", help="Comma-separated. Default: 20; all T of ddpm."),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: ddpm, ddim, dpmsolver++, unipc. Default: as of `hf-ddpm sample`."),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(help="inception, dinov2, clip or efficientnet-lite0. Default: the reference's, or inception."),
+    ] = None,
+    network_path: Annotated[
+        str | None, typer.Option("--network_path", help="Its file; of dinov2 and clip a folder or Hub id.")
+    ] = None,
+    timesteps_per_image: Annotated[
+        int, typer.Option("--timesteps_per_image", min=2, help="Terms of the bound of nll, for each image.")
+    ] = 20,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images per step.")] = 64,
+    device: Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Where to write. Default: the model's folder; needed for a Hub id.")
+    ] = None,
+) -> None:
+    """Measures a model and says so on its card. In several processes: accelerate launch -m
+    hf_ddpm.evaluation.evaluate"""
+    import os
+
+    from hf_ddpm import hub
+    from hf_ddpm.config import TrainingConfig
+    from hf_ddpm.evaluation.evaluate import evaluate as measure
+
+    of_data = (dataset_name, dataset_config_name, image_column, label_column, cache_dir)
+    try:
+        if dataset_name is None and (center_crop or any(value is not None for value in of_data)):
+            raise ValueError("the settings of data go with --dataset_name, got none")
+        data = None
+        if dataset_name is not None:
+            data = TrainingConfig(
+                dataset_name=dataset_name,
+                dataset_config_name=dataset_config_name,
+                image_column=image_column,
+                label_column=label_column,
+                center_crop=center_crop,
+                cache_dir=cache_dir,
+            )
+        done = measure(
+            model,
+            metrics=_listed(metrics),
+            reference=reference,
+            floor=floor,
+            data=data,
+            split=split,
+            test_split=test_split,
+            num_images=num_images,
+            seed=seed,
+            num_inference_steps=[int(n) for n in _listed(num_inference_steps)],
+            schedulers=_listed(scheduler),
+            network=network,
+            network_path=network_path,
+            timesteps_per_image=timesteps_per_image,
+            batch_size=batch_size,
+            device=device,
+            out=out,
+        )
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if os.environ.get("RANK", "0") != "0":
+        return
+    rows = [hub.result_cells(row) for row in done["results"]]
+    table = [list(rows[0]), *([*row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for line in table:
+        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+    for remark in [f"{row['name']}: {row['remark']}" for row in done["results"] if row.get("remark")]:
+        typer.echo(remark)
+    typer.echo(f"all of it in {Path(done['out']) / 'evaluation.json'}")
+    if done["card"] is None:
+        typer.echo("README.md was not written by hf_ddpm, or was edited since: it is left as it is", err=True)
+
+
+def _listed(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]

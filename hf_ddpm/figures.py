@@ -166,22 +166,29 @@ def chain_gif(frames: Images, path: str | Path, duration_ms: int = 60, hold_ms: 
     flat[0].save(path, "GIF", save_all=True, append_images=flat[1:], duration=durations, loop=0)
 
 
-def curve(path: str | Path, series: Mapping[str, Series], x_label: str, y_label: str, log_y: bool = False) -> None:
+def curve(
+    path: str | Path,
+    series: Mapping[str, Series],
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+    log_x: bool = False,
+) -> None:
     """Write a line plot as a PNG of 900 by 450 pixels.
 
     Of several series the first is drawn thin and light, the second dark: a noisy curve goes before its running mean.
-    A value that is not finite, or not positive with `log_y`, leaves a gap in its line.
+    A value that is not finite, or not positive on a logarithmic axis, leaves a gap in its line.
 
     Args:
         series: name -> (x, y), equally long, else a ValueError; several names make a legend.
-        log_y: a logarithmic y axis.
+        log_y, log_x: a logarithmic axis.
     """
-    lines = {name: _segments(name, x, y, log_y) for name, (x, y) in series.items()}
+    lines = {name: _segments(name, x, y, log_y, log_x) for name, (x, y) in series.items()}
     every = [*chain.from_iterable(lines.values())]
     points = np.concatenate(every) if every else np.array([[0.0, 1.0], [1.0, 10.0]])
-    (x_lo, x_hi), (y_lo, y_hi) = _limits(points[:, 0]), _limits(points[:, 1], margin=0.04, log=log_y)
-    x_lo = 0.0 if 0 < x_lo < 0.05 * x_hi else x_lo
-    x_ticks = _linear_ticks(x_lo, x_hi, 8)
+    (x_lo, x_hi), (y_lo, y_hi) = _limits(points[:, 0], log=log_x), _limits(points[:, 1], margin=0.04, log=log_y)
+    x_lo = 0.0 if 0 < x_lo < 0.05 * x_hi and not log_x else x_lo
+    x_ticks = _log_ticks(x_lo, x_hi) if log_x else _linear_ticks(x_lo, x_hi, 8)
     y_ticks = _log_ticks(y_lo, y_hi) if log_y else _linear_ticks(y_lo, y_hi, 6)
 
     small, font = ImageFont.load_default(13), ImageFont.load_default(15)
@@ -198,8 +205,9 @@ def curve(path: str | Path, series: Mapping[str, Series], x_label: str, y_label:
     colors = [_COLORS[i % len(_COLORS)] for i in range(len(series))] if legend else _COLORS[1:]
 
     def place(x: np.ndarray | float, y: np.ndarray | float) -> np.ndarray:
+        scale = np.log10 if log_x else np.asarray
+        u = left + (scale(x) - scale(x_lo)) / (scale(x_hi) - scale(x_lo)) * (right - left)
         scale = np.log10 if log_y else np.asarray
-        u = left + (x - x_lo) / (x_hi - x_lo) * (right - left)
         v = bottom - (scale(y) - scale(y_lo)) / (scale(y_hi) - scale(y_lo)) * (bottom - top)
         return np.stack([u, v], axis=-1)
 
@@ -256,12 +264,13 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image
 
 
-def _segments(name: str, x: Sequence[float], y: Sequence[float], log_y: bool) -> list[np.ndarray]:
+def _segments(name: str, x: Sequence[float], y: Sequence[float], log_y: bool, log_x: bool = False) -> list[np.ndarray]:
     """The line as (N, 2) arrays, parted where a value cannot be drawn."""
     if len(x) != len(y):
         raise ValueError(f"series {name!r} must have as many x as y, got {len(x)} and {len(y)}")
     points = np.stack([np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)], axis=1)
-    drawn = np.isfinite(points).all(axis=1) & ((points[:, 1] > 0) | (not log_y))
+    allowed = np.where([log_x, log_y], points > 0, True)
+    drawn = np.asarray(np.isfinite(points).all(axis=1) & allowed.all(axis=1))
     parts = np.split(np.arange(len(points)), np.flatnonzero(np.diff(drawn)) + 1)
     return [points[part] for part in parts if drawn[part].any()]
 
@@ -270,7 +279,7 @@ def _limits(values: np.ndarray, margin: float = 0.0, log: bool = False) -> tuple
     """The range of an axis, wider than one value even if the data is not."""
     lo, hi = float(values.min()), float(values.max())
     if log:
-        room = math.log10(hi / lo) * margin or 0.5
+        room = math.log10(hi / lo) * margin or (0.5 if hi == lo or margin else 0.0)
         return lo / 10**room, hi * 10**room
     if hi - lo <= 1e-9 * max(abs(lo), abs(hi)):
         room = 0.5 * abs(lo) or 1.0

@@ -5,7 +5,7 @@
     metrics.jsonl                    one line per logged step
     scheduler/scheduler_config.json, unet/config.json
                                      the model as saved; goes before config.yaml
-    evaluation.json                  exists once a metric was measured
+    evaluation.json                  exists once a metric was measured; of the weights whose sha256 it names
     figures/                         pictures
 
 A number is measured or absent: what is not in these files is not on the card.
@@ -14,7 +14,9 @@ A number is measured or absent: what is not in these files is not on the card.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Mapping
@@ -23,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from hf_ddpm.config import UsageError
+from hf_ddpm.files import write_atomically
 
 # Patterns of `fnmatch`, anchored at the run's folder: no checkpoint, log, optimizer state or pickle has such a name.
 UPLOADED = (
@@ -52,7 +55,7 @@ def write_card(output_dir: str | Path, repo_id: str | None = None) -> Path:
     path = Path(output_dir) / "README.md"
     if not path.parent.is_dir():
         raise UsageError(f"output_dir must be the folder of a run, got {str(output_dir)!r}, which is not a folder")
-    _card(path.parent, repo_id).save(path)
+    write_atomically(path, str(_card(path.parent, repo_id)))
     return path
 
 
@@ -92,7 +95,7 @@ def upload(
             f"hub_private_repo needs a private repository, but {address.repo_id} exists and is public: "
             "change its visibility in its settings on the Hub, or give another hub_model_id"
         )
-    if not _is_edited(folder):
+    if not is_edited(folder):
         write_card(folder, address.repo_id)
     api.upload_folder(
         repo_id=address.repo_id, folder_path=folder, allow_patterns=list(UPLOADED), commit_message=commit_message
@@ -100,7 +103,125 @@ def upload(
     return str(address)
 
 
-def _card(folder: Path, repo_id: str | None = None) -> ModelCard:
+def weights_sha256(folder: Path) -> str | None:
+    """The sha256 of the network's file of weights; of several, of their contents in the order of their names."""
+    for place in (folder / "unet", folder):  # repositories of early diffusers have all files in one folder
+        for pattern in ("*.safetensors", "*.bin"):
+            digest, files = hashlib.sha256(), sorted(place.glob(f"diffusion_pytorch_model{pattern}"))
+            for path in files:
+                with open(path, "rb") as file:
+                    while piece := file.read(1 << 20):
+                        digest.update(piece)
+            if files:
+                return digest.hexdigest()
+    return None
+
+
+def read_evaluation(folder: Path) -> list[dict[str, Any]]:
+    """The results in evaluation.json; none if they are of other weights than those in `folder`."""
+    evaluation = _read(folder / "evaluation.json")
+    weights = weights_sha256(folder) if evaluation else None
+    return evaluation.get("results", []) if weights in (None, evaluation.get("weights_sha256")) else []
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json; empty if there is none."""
+    return _read(folder / "run.json")
+
+
+def is_edited(folder: Path) -> bool:
+    """Whether the card is other than `write_card` would write it, for whatever repository it names."""
+    if not (folder / "README.md").is_file():
+        return False
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    repo_id = named_repository(folder)
+    if repo_id is None:
+        return True
+    # Weights that came later take the evaluation off the card, which is no edit.
+    return all(text != str(_card(folder, repo_id, stale)) for stale in (False, True))
+
+
+def named_repository(folder: Path) -> str | None:
+    """What the examples of the card load; None if there is no card, or no example."""
+    if not (folder / "README.md").is_file():
+        return None
+    found = re.search(r'from_pretrained\((".+?")\)', (folder / "README.md").read_text(encoding="utf-8"))
+    return json.loads(found[1]) if found else None
+
+
+def result_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """A result of evaluation.json as a row of a table: column -> text."""
+    network, reference, floor = row.get("network"), row["reference"], row.get("floor")
+    real = ""
+    if floor:
+        counts = " against ".join(f"{count:,}" for count in floor["num_compared"])
+        same = floor["num_compared"] == row["num_compared"]
+        of = _said(floor["of"]) if same else f"{_said(floor['of'])}, {counts}"
+        real = f"{_measured(floor['value'], floor.get('standard_error'))} ({of})"
+    if "likelihood" in row:
+        settings = row["likelihood"]
+        by = f"{settings['timesteps_per_image']:,} terms of each image"
+    else:
+        settings = row["sampling"]
+        by = f"{settings['scheduler']}, {settings['num_inference_steps']:,} steps"
+    config = f" ({reference['config']})" if reference.get("config") else ""
+    return {
+        "Metric": _said(row["name"]),
+        "Value": _measured(row["value"], row.get("standard_error")),
+        "Real images": real,
+        "Images": " against ".join(f"{count:,}" for count in row["num_compared"]),
+        "Network": f"{network['network']}, {network['input_size']} px" if network else "",
+        "Reference": f"{_said(reference['name'])}{_said(config)}, {reference['split']}, {reference['count']:,}",
+        "By": by,
+        "Seed": str(settings["seed"]),
+    }
+
+
+def _measured(value: float | None, standard_error: float | None = None) -> str:
+    """1.2345678, 0.0123 -> 1.235 ± 0.012: two digits of the error, or else four of the value."""
+    if value is None:
+        return "not finite"
+    if not standard_error:
+        return f"{value:.4g}"
+    decimals = min(12, max(0, 1 - math.floor(math.log10(standard_error))))
+    return f"{value:,.{decimals}f} ± {standard_error:,.{decimals}f}"
+
+
+def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
+    """The finite ones, those of one data set and split together: only so they come back in their order."""
+    found: dict[Any, list[EvalResult]] = {}
+    for row in results:
+        if row["value"] is None:
+            continue
+        reference, network = row["reference"], row.get("network") or {}
+        sampling, likelihood, floor = (row.get(part) or {} for part in ("sampling", "likelihood", "floor"))
+        settings = {
+            **{"num_compared": row["num_compared"], "standard_error": row.get("standard_error")},
+            **{"real_images": floor.get("value"), "reference_sha256": reference["fingerprint"]},
+            **{"network": network.get("network"), "network_sha256": network.get("weights_sha256")},
+            **{key: sampling.get(key) for key in ("scheduler", "num_inference_steps")},
+            "timesteps_per_image": likelihood.get("timesteps_per_image"),
+            "seed": (likelihood or sampling)["seed"],
+        }
+        result = EvalResult(
+            task_type="unconditional-image-generation",
+            task_name="Unconditional Image Generation",
+            dataset_type=reference["name"],
+            dataset_name=reference["name"],
+            dataset_config=reference.get("config"),
+            dataset_split=reference["split"],
+            metric_type=row["metric"],
+            metric_name=row["name"],
+            metric_value=row["value"],
+            metric_args={key: value for key, value in settings.items() if value is not None},
+            verified=False,
+        )
+        found.setdefault(result.unique_identifier, []).append(result)
+    return [result for group in found.values() for result in group]
+
+
+def _card(folder: Path, repo_id: str | None = None, stale: bool = False) -> ModelCard:
+    """The card; `stale`: with what was measured on other weights."""
     config, run = _read(folder / "config.yaml"), _read(folder / "run.json")
     scheduler, unet = _read(folder / "scheduler/scheduler_config.json"), _read(folder / "unet/config.json")
     data, training = run.get("data") or {}, run.get("training") or {}
@@ -120,17 +241,25 @@ def _card(folder: Path, repo_id: str | None = None) -> ModelCard:
     losses = [(_said(line["loss"]), _said(line["step"])) for line in metrics if "loss" in line]
     speeds = [line["images_per_second"] for line in metrics if "images_per_second" in line]
     repo_id = str(repo_id or config.get("hub_model_id") or folder.resolve().name)
+    title = repo_id.split("/")[-1]
+    results = _read(folder / "evaluation.json").get("results", []) if stale else read_evaluation(folder)
+    eval_results = _eval_results(results)
     card_data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         license=license if LICENSE.fullmatch(license) else None,
         datasets=_hub_datasets(config.get("dataset_name")),
         tags=["diffusers", "ddpm", "hf_ddpm", "unconditional-image-generation"],
+        eval_results=eval_results or None,
+        model_name=title if eval_results else None,
     )
+    commands: dict[str, list[dict[str, Any]]] = {}
+    for row in results:
+        commands.setdefault(row["command"], []).append(row)
     return ModelCard.from_template(
         card_data,
         template_str=_template(),
-        title=repo_id.split("/")[-1],
+        title=title,
         repo_id=json.dumps(repo_id),
         figures=[path.name for path in folder.glob("figures/*")],
         unet={"size": _size(unet.get("sample_size")), "channels": unet.get("in_channels")},
@@ -148,17 +277,10 @@ def _card(folder: Path, repo_id: str | None = None) -> ModelCard:
         time=None if training.get("seconds") is None else _duration(training["seconds"]),
         last_loss=losses[-1] if losses else None,
         speed=_said(statistics.median(speeds)) if speeds else None,
-        evaluated=(folder / "evaluation.json").is_file(),
+        evaluations=[(command, [result_cells(row) for row in rows]) for command, rows in commands.items()],
+        remarks=[f"{_said(row['name'])}: {_said(row['remark'])}" for row in results if row.get("remark")],
+        evaluated={row["metric"].partition("_")[0] for row in results},
     )
-
-
-def _is_edited(folder: Path) -> bool:
-    """Whether the card is other than `write_card` would write it, for whatever repository it names."""
-    if not (folder / "README.md").is_file():
-        return False
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    repo_id = re.search(r'from_pretrained\((".+?")\)', text)
-    return repo_id is None or text != str(_card(folder, json.loads(repo_id[1])))
 
 
 def _template() -> str:

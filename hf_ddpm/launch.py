@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import sys
 
 import psutil
@@ -49,6 +50,8 @@ def start_missing_processes() -> None:
         )
     # With the store that restarts share in torch 2.13, most restarts over gloo fail.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if sys.platform == "linux":  # it passes SIGTERM on to all of them
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", asked[1]]
     module = sys.modules["__main__"].__spec__
     started = [sys.argv[0]] if module is None else ["-m", module.name]

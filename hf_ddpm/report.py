@@ -18,7 +18,9 @@ from hf_ddpm import figures, hub
 from hf_ddpm.checkpoint import Progress
 from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import ImageCache, to_x_0
+from hf_ddpm.engine import autocast
 from hf_ddpm.evaluation.monitor import draw_course
+from hf_ddpm.files import write_atomically
 from hf_ddpm.metrics import read_metrics
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.sampling import seeded_generators
@@ -49,7 +51,7 @@ def write_report(
     _draw_loss(output_dir)
     draw_course(read_metrics(output_dir / "eval.jsonl"), output_dir / "figures")
     _draw_forward_chain(pipeline, images, output_dir)
-    with accelerator.autocast():
+    with autocast(accelerator.device, config.mixed_precision):
         _draw_reverse_chain(pipeline, images, output_dir)
     unet, scheduler = pipeline.unet, pipeline.scheduler
     facts = {
@@ -76,12 +78,12 @@ def write_report(
             "num_bad_steps": progress.num_bad_steps,
             "global_batch_size": global_batch_size,
             "num_processes": accelerator.num_processes,
-            "mixed_precision": accelerator.mixed_precision,
+            "mixed_precision": config.mixed_precision,
             "device": device_name(accelerator.device),
         },
         "samples": sampled,
     }
-    (output_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output_dir / "run.json", json.dumps(facts, indent=2) + "\n")
     hub.write_card(output_dir)
 
 

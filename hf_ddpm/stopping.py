@@ -16,6 +16,8 @@ from typing import Any
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+# torchrun passes on to its workers what all processes of a job have got.
+SAME_SECONDS = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 # What `launch.follow_launcher` asks the kernel for.
 LAUNCHER_ENDED = getattr(signal, "SIGRTMIN", None)
 
@@ -30,10 +32,11 @@ class StoppedOnPurpose(SystemExit):
 class StopRequest:
     """Within it, signals are noted instead of obeyed; in a thread other than the main one, only the time counts."""
 
-    def __init__(self, max_hours: float | None):
-        self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+    def __init__(self, max_hours: float | None, started: float):
+        self.deadline = None if max_hours is None else started + 3600 * max_hours
         self.max_hours = max_hours
         self.signal_reason: str | None = None
+        self.signal_time = 0.0
         self.handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -55,8 +58,8 @@ class StopRequest:
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal_reason is None:
             name = "the end of the launcher" if number == LAUNCHER_ENDED else signal.Signals(number).name
-            self.signal_reason = f"{name} was noticed"
-        elif number != LAUNCHER_ENDED:
+            self.signal_reason, self.signal_time = f"{name} was noticed", time.monotonic()
+        elif number != LAUNCHER_ENDED and time.monotonic() > self.signal_time + SAME_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -15,14 +15,17 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,26 +33,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedType,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_ddpm import figures
+from hf_ddpm import engine, figures
 from hf_ddpm.checkpoint import (
     Progress,
     TrainingState,
     find_checkpoint,
-    gathered,
     load_checkpoint,
     read_progress,
     save_checkpoint,
@@ -60,13 +57,13 @@ from hf_ddpm.config import (
     UsageError,
     check_config,
     check_same_run,
-    load_config,
     run_files,
     save_config,
 )
 from hf_ddpm.data import ImageCache, MicroBatches, epoch_order, load_images, to_x_0
 from hf_ddpm.decoding import name_of
 from hf_ddpm.ema import EMA, edm_decay, halflife_from_decay, ramped_decay, swapped
+from hf_ddpm.engine import AUTOCAST, gathered
 from hf_ddpm.evaluation.monitor import Monitor, measure, open_monitor
 from hf_ddpm.files import lock, write_atomically
 from hf_ddpm.lanes import NUM_PLACE_COLUMNS, StreamBatches
@@ -86,7 +83,6 @@ from hf_ddpm.unet import make_unet
 HALFLIFE = "halflife-"
 FREE_SPACE = "Free space on that disk or make it writable; what was written before is untouched"
 FINISHES = "then the same command with --resume_from_checkpoint latest finishes the run"
-AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 T = TypeVar("T")
 
 
@@ -145,6 +141,7 @@ def train(config: TrainingConfig) -> DDPMPipeline:
         RunError: data or numbers went wrong, or the disk is full; the message says how the run goes on.
         StoppedOnPurpose: a signal or `max_train_hours` ended the run; a checkpoint was written.
     """
+    started = time.monotonic()
     check_config(config)
     check_source(config)
     # A second run in one process, of a notebook, may ask for another precision.
@@ -155,11 +152,11 @@ def train(config: TrainingConfig) -> DDPMPipeline:
         log_with=config.logger,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=str(output_dir / config.logging_dir)),
         # The others wait while one process decodes the images, or writes the report.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=engine.backend(), timeout=timedelta(hours=2))],
     )
     with ExitStack() as until_the_end:
         run, progress = _set_up(config, accelerator, until_the_end)
-        with StopRequest(config.max_train_hours) as stop:
+        with StopRequest(config.max_train_hours, started) as stop:
             progress = _take_steps(run, progress, stop)
         pipeline = _finish(run, progress)
     # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
@@ -189,12 +186,12 @@ def make_scheduler(config: TrainingConfig) -> DDPMScheduler:
 
 def _set_up(config: TrainingConfig, accelerator: Accelerator, until_the_end: ExitStack) -> tuple[Run, Progress]:
     output_dir = Path(config.output_dir)
+    engine.check(accelerator)
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu and accelerator.mixed_precision == "fp16":
         raise UsageError("mixed_precision fp16 needs a GPU: its gradients are scaled there only; use bf16 or no")
     if on_cpu:
         _set_threads(config, accelerator)
-    _check_engine(accelerator)
     with accelerator.local_main_process_first():
         images = open_stream(config) if config.streaming else load_images(config)
     asked = config = _resolve(config, images, accelerator.mixed_precision)
@@ -205,7 +202,8 @@ def _set_up(config: TrainingConfig, accelerator: Accelerator, until_the_end: Exi
     global_batch_size = config.train_batch_size * config.gradient_accumulation_steps * num_processes
     if progress is None:
         of = (global_batch_size, global_batch_size, images.num_images, images.fingerprint)
-        progress = Progress(0, 0, 0.0, 0, *of, num_bad_images=images.num_bad)
+        asked_for = (config.train_batch_size, config.gradient_accumulation_steps)
+        progress = Progress(0, 0, 0.0, 0, *of, *asked_for, num_bad_images=images.num_bad)
         if config.streaming:
             lanes = num_processes * max(1, config.dataloader_num_workers)
             stream = {"num_lanes": lanes, "chunk_size": config.train_batch_size, "places": []}
@@ -217,7 +215,7 @@ def _set_up(config: TrainingConfig, accelerator: Accelerator, until_the_end: Exi
         )
     num_steps = config.max_train_steps or math.ceil(config.num_epochs * (images.num_images or 0) / schedule_batch_size)
     total_images = num_steps * schedule_batch_size
-    if progress.images > total_images:
+    if progress.images - progress.global_batch_size >= total_images:
         raise UsageError(
             f"checkpoint-{progress.step} has seen {progress.images} images, more than the {total_images} of "
             f"{num_steps} steps of {schedule_batch_size}: give max_train_steps of at least "
@@ -235,7 +233,7 @@ def _set_up(config: TrainingConfig, accelerator: Accelerator, until_the_end: Exi
         eps=config.adam_epsilon,
         fused=True,
     )
-    model, prepared = accelerator.prepare(new_unet, optimizer)
+    model, prepared = engine.prepare(accelerator, new_unet, optimizer, config, lambda text: _say(accelerator, text))
     unet: Any = accelerator.unwrap_model(model)
     decays = _decays(config, schedule_batch_size)
     ema = EMA(list(unet.parameters()), list(decays(0, global_batch_size))) if config.use_ema else None
@@ -250,7 +248,8 @@ def _set_up(config: TrainingConfig, accelerator: Accelerator, until_the_end: Exi
     except BlockingIOError as error:
         raise UsageError(f"output_dir must be of one run at a time, got {config.output_dir!r}: {error}") from error
     except OSError as error:
-        raise UsageError(f"output_dir must be writable, got {config.output_dir!r}: {error}") from error
+        message = f"output_dir must be writable, got {config.output_dir!r}: {error}. {FREE_SPACE}"
+        raise UsageError(message) from error
     if config.logger is not None:
         accelerator.init_trackers(output_dir.name, config=_tracked(config))
     lr_factor = _lr_factor(config, num_steps)
@@ -268,7 +267,7 @@ def _set_up(config: TrainingConfig, accelerator: Accelerator, until_the_end: Exi
             weighting=config.loss_weighting,
             min_snr_gamma=config.min_snr_gamma,
             density=config.timestep_density,
-            autocast_dtype=AUTOCAST[accelerator.mixed_precision],
+            autocast_dtype=AUTOCAST[config.mixed_precision or "no"],
         ),
         monitor=monitor,
         schedule=lambda images_seen: config.learning_rate * lr_factor(images_seen / schedule_batch_size),
@@ -306,13 +305,12 @@ def _find_progress(
             "give the data set and settings of its config.yaml"
         )
     _say(accelerator, f"the run goes on from {checkpoint.name}, after {progress.images} images")
-    before = load_config(str(output_dir / "config.yaml"))
-    names = ("train_batch_size", "gradient_accumulation_steps")
-    if any(getattr(config, n) != getattr(before, n) for n in names):  # changed on purpose
+    asked = {name: getattr(config, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
+    if any(value != getattr(progress, name) for name, value in asked.items()):  # changed on purpose
         wanted = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         if wanted != progress.global_batch_size:
             _say_new_batch(accelerator, progress.global_batch_size, wanted)
-        progress = replace(progress, global_batch_size=wanted)
+        progress = replace(progress, global_batch_size=wanted, **asked)
     return checkpoint, progress
 
 
@@ -359,16 +357,20 @@ def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
     num_steps = math.ceil((run.total_images - progress.images) / run.global_batch_size)
     meter, metrics = Meter(accelerator, progress.losses, progress.seconds), MetricsFile(output_dir / "metrics.jsonl")
     evaluations = MetricsFile(output_dir / "eval.jsonl")
+    metrics.waiting = list(progress.waiting_lines.get("metrics.jsonl", ()))
+    evaluations.waiting = list(progress.waiting_lines.get("eval.jsonl", ()))
     (batches, workers), agree = _batches(run, progress, num_steps), _agreement(accelerator)
     bar = tqdm(initial=progress.step, total=progress.step + num_steps, disable=not accelerator.is_local_main_process)
-    first, saved_step, outcome, failure, is_stopped = progress, progress.step, None, None, False
+    first, saved_step, outcome, failure, is_due = progress, progress.step, None, None, False
 
     def save() -> str | None:
-        now = replace(progress, losses=meter.state(), scaler=_scaler_state(accelerator))
+        for file in (metrics, evaluations):
+            file.write()
+        waiting = {"metrics.jsonl": metrics.waiting, "eval.jsonl": evaluations.waiting}
+        now = replace(progress, losses=meter.state(), scaler=_scaler_state(accelerator), waiting_lines=waiting)
         if now.stream is not None:
             now = _gathered_stream(now, first)
-        problem = metrics.write() if main else None
-        problem = problem or save_checkpoint(run.state, now, output_dir, config.checkpoints_total_limit, main)
+        problem = save_checkpoint(run.state, now, output_dir, config.checkpoints_total_limit, main)
         return _by_main(accelerator, lambda: problem)
 
     run.model.train()
@@ -389,7 +391,7 @@ def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
         bar.update()
         done, is_last = progress.step, progress.images >= run.total_images
         is_logged = done % config.logging_steps == 0 or is_last
-        is_saved = done % config.checkpointing_steps == 0 or is_last
+        is_saved = done % config.checkpointing_steps == 0 or is_last or is_due
         if is_logged or is_saved:
             settled, outcome = outcome, None
             progress = _settle(run, progress, settled, saved_step)
@@ -402,8 +404,10 @@ def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             _save_preview(run, done)
         if done % model_steps == 0 and not is_last:
             _save_model(run, run.average, output_dir)
-        # Steps that are skipped are no progress, and the last good checkpoint stays.
-        if is_saved and progress.bad_steps_in_a_row == 0:
+        # Within steps that are skipped the last good checkpoint stays, and the next good step writes one.
+        is_due = is_due or is_saved
+        if is_due and (is_last or (outcome is None and progress.bad_steps_in_a_row == 0)):
+            is_due = False
             problem = save()
             if problem is None:
                 saved_step = done
@@ -458,7 +462,7 @@ def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], 
         slot = micro * accelerator.num_processes + accelerator.process_index
         seed_step(config.seed, progress.step, slot)
         is_last = micro == len(micro_batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(run.model):
+        with engine.accumulating(accelerator, run.model, is_last):
             loss, t = run.objective(
                 run.model,
                 to_x_0(pixels, run.images.max_value),
@@ -469,19 +473,11 @@ def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], 
             mean = loss.mean()
             # The gradients of a loss that is not finite are made NaN: by their norm every process learns of it.
             mark = torch.where(mean.detach().isfinite(), 1.0, math.nan)
-            accelerator.backward(mean * mark / len(micro_batches))
+            engine.backward(accelerator, run.model, mean * mark, len(micro_batches))
         evaluated.append((loss.detach(), t, positions))
-    norm: Any = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    lr = run.schedule(progress.images)
+    norm = engine.step(accelerator, run.model, run.optimizer, lr, config.max_grad_norm)
     is_bad = ~norm.isfinite()
-    lr, optimizer = run.schedule(progress.images), run.state.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if accelerator.scaler is None:
-        # What GradScaler tells a fused optimizer, which then leaves all as it is; nothing waits for the device.
-        optimizer.found_inf = is_bad.float()  # pyright: ignore[reportAttributeAccessIssue]
-    run.optimizer.step()
-    run.optimizer.zero_grad()
     decays = run.decays(progress.images, run.global_batch_size)
     if run.state.ema is not None:
         run.state.ema.update(run.parameters, decays)
@@ -539,19 +535,26 @@ def _suspects(run: Run, outcome: _Outcome, limit: int = 8) -> str:
     if not found:
         found = sorted(everyone, key=lambda e: -e["loss"])[:1]
         heading = "every loss is finite, a gradient is not; the largest loss: "
-    texts = [f"{_image_name(run, e['position'])} at t = {e['t']}, loss {e['loss']:g}" for e in found[:limit]]
+    shown = found[:limit]
+    names = _by_main(run.accelerator, lambda: _image_names(run, [e["position"] for e in shown]))
+    texts = [f"{name} at t = {e['t']}, loss {e['loss']:g}" for name, e in zip(names, shown, strict=True)]
     return heading + "; ".join(texts) + (f"; and {len(found) - limit} more" if len(found) > limit else "")
 
 
-def _image_name(run: Run, position: int) -> str:
+def _image_names(run: Run, positions: list[int]) -> list[str]:
     if isinstance(run.images, ImageStream):
-        return f"image {position} of the stream"
-    epoch, place = divmod(position, len(run.images))
-    number = int(epoch_order(run.config.seed, epoch, len(run.images))[place])
+        return [f"image {position} of the stream" for position in positions]
+    numbers = []
+    for position in positions:
+        epoch, place = divmod(position, len(run.images))
+        numbers.append(int(epoch_order(run.config.seed, epoch, len(run.images))[place]))
     if run.images.num_bad:
-        return f"readable image {number}"
-    dataset = open_dataset(run.config)
-    return name_of(dataset[number][dataset.column_names[0]], number)
+        return [f"readable image {number}" for number in numbers]
+    try:
+        dataset = open_dataset(run.config)
+        return [name_of(dataset[number][dataset.column_names[0]], number) for number in numbers]
+    except Exception:  # the images are in the cache, their files may be gone
+        return [f"row {number}" for number in numbers]
 
 
 def _record(run: Run, progress: Progress, outcome: _Outcome, meter: Meter) -> dict[str, Any]:
@@ -573,7 +576,8 @@ def _log(run: Run, metrics: MetricsFile, record: dict[str, Any], bar: Any) -> No
     problem = metrics.write(record) if accelerator.is_main_process else None
     if problem is not None:
         _say(accelerator, f"metrics.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
-    accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=record["step"])
+    tracked = {k: v for k, v in record.items() if k != "step" and v is not None}
+    _try(run, lambda: accelerator.log(tracked, step=record["step"]))
 
 
 def _fetch(batches: Iterator[Any], count: int) -> tuple[list[Any], Exception | None]:
@@ -589,7 +593,8 @@ def _read_on(progress: Progress, micro_batches: list[dict[str, Tensor]]) -> Prog
     stream: Any = progress.stream
     places = {place[0]: place for place in stream["places"]}
     for batch in micro_batches:
-        places |= {place[0]: place for place in batch["places"].tolist()}
+        for place in batch["places"].tolist():
+            places[place[0]] = max(place, places.get(place[0], place), key=lambda p: p[1])
     num_bad = sum(int(batch["num_bad"]) for batch in micro_batches)
     stream = {**stream, "places": list(places.values())}
     return replace(progress, stream=stream, num_bad_images=progress.num_bad_images + num_bad)
@@ -612,7 +617,8 @@ def _reason(error: Exception, workers: list[Any]) -> str:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             return f"process {worker.pid}, which loads data, {how}: is there memory for all dataloader_num_workers?"
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    # Errors that a worker passes on begin with their class.
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else type(error).__name__
 
 
 def _agreement(accelerator: Accelerator) -> Callable[[list[bool]], list[bool]]:
@@ -631,12 +637,12 @@ def _agreement(accelerator: Accelerator) -> Callable[[list[bool]], list[bool]]:
 
 
 def _by_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns in the main process, on every process; so is its UsageError or OSError."""
+    """What `work` returns in the main process, on every process; what it raises is raised on each."""
     result: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             result[0] = work()
-        except (UsageError, OSError) as error:
+        except Exception as error:
             result[1] = error
     broadcast_object_list(result)
     if result[1] is not None:
@@ -651,23 +657,6 @@ def _say(accelerator: Accelerator, text: str) -> None:
 
 def _scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
     return accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-
-
-def _check_engine(accelerator: Accelerator) -> None:
-    """Raises UsageError if the processes are not distributed as the launcher was told; Accelerate may not say it."""
-    asked_for_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked_for_fsdp and accelerator.distributed_type != DistributedType.FSDP:
-        raise UsageError(
-            f"FSDP was asked for, but Accelerate does not use it on {accelerator.device.type}: leave it out"
-        )
-    if asked_for_fsdp and not accelerator.is_fsdp2:
-        raise UsageError("fsdp_version must be 2, got 1: its flat parameters have no averages by name")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != accelerator.num_processes:
-        raise UsageError(
-            f"{world_size} processes were launched, but Accelerate sees {accelerator.num_processes}: use the "
-            "configuration of `accelerate config` for this machine, on a CPU with ACCELERATE_USE_CPU=true"
-        )
 
 
 def _set_threads(config: TrainingConfig, accelerator: Accelerator) -> None:
@@ -699,7 +688,8 @@ def _preview_steps(config: TrainingConfig) -> int:
 
 def _lr_factor(config: TrainingConfig, num_steps: int) -> Any:
     """diffusers' schedule as a function of the optimizer step: nothing steps it, so nothing can step it too often."""
-    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    # `polynomial` ends at a rate of its own, which it divides by this one.
+    unused = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     schedule = get_scheduler(
         config.lr_scheduler, unused, num_warmup_steps=config.lr_warmup_steps, num_training_steps=num_steps
     )
@@ -763,7 +753,8 @@ def _batches(run: Run, progress: Progress, num_steps: int) -> tuple[Iterator[dic
     gc.unfreeze()
     # torch would raise the death of a worker wherever this process is, perhaps between the halves of a step; without
     # this handler it is the next batch that raises it.
-    if hasattr(signal, "SIGCHLD") and config.dataloader_num_workers:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if hasattr(signal, "SIGCHLD") and config.dataloader_num_workers and in_main_thread:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return batches, [child for child in multiprocessing.active_children() if child not in others]
 
@@ -787,7 +778,8 @@ def _save_preview(run: Run, step: int) -> Image.Image:
     num_images = config.eval_batch_size
     labels = [i % images.num_classes for i in range(num_images)] if images.num_classes else None
     unet.eval()
-    with swapped(run.parameters, run.average or run.parameters), accelerator.autocast():
+    precision = engine.autocast(accelerator.device, config.mixed_precision)
+    with swapped(run.parameters, run.average or run.parameters), precision:
         samples = sample_shared(
             accelerator,
             pipeline,
@@ -796,7 +788,7 @@ def _save_preview(run: Run, step: int) -> Image.Image:
             num_inference_steps=_preview_steps(config),
             class_labels=labels,
         )
-        _reshard(unet)
+        engine.reshard(unet)
     unet.train()
     sheet = figures.grid(figures.to_images(2 * samples - 1))
     if accelerator.is_main_process:
@@ -806,7 +798,8 @@ def _save_preview(run: Run, step: int) -> Image.Image:
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": np.asarray(sheet.convert("RGB"))[None]}, step=step, **layout)
+                pixels = {"samples": np.asarray(sheet.convert("RGB"))[None]}
+                _try(run, partial(tracker.log_images, pixels, step=step, **layout))
     return sheet
 
 
@@ -816,9 +809,10 @@ def _measure(run: Run, monitor: Monitor, progress: Progress, evaluations: Metric
     pipeline = DDPMPipeline(unet, _preview_scheduler(run))
     pipeline.set_progress_bar_config(disable=True)
     unet.eval()
-    with swapped(run.parameters, run.average or run.parameters), accelerator.autocast():
+    precision = engine.autocast(accelerator.device, run.config.mixed_precision)
+    with swapped(run.parameters, run.average or run.parameters), precision:
         measured = measure(monitor, accelerator, pipeline, run.objective, _preview_steps(run.config))
-        _reshard(unet)
+        engine.reshard(unet)
     unet.train()
     before = _by_main(accelerator, lambda: [r["kid"] for r in read_metrics(path) if r["kid"] is not None])
     record = {"step": progress.step, "images": progress.images, **measured}
@@ -826,18 +820,12 @@ def _measure(run: Run, monitor: Monitor, progress: Progress, evaluations: Metric
         problem = evaluations.write(record)
         if problem is not None:
             _say(accelerator, f"eval.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
-    accelerator.log({k: measured[k] for k in ("kid", "val_loss") if measured[k] is not None}, step=progress.step)
+    tracked = {k: measured[k] for k in ("kid", "val_loss") if measured[k] is not None}
+    _try(run, lambda: accelerator.log(tracked, step=progress.step))
     if measured["kid"] is not None and measured["kid"] <= min(before, default=math.inf):
         _save_model(run, run.average, run.output_dir / "best")
         if accelerator.is_main_process:
             _try(run, lambda: write_atomically(run.output_dir / "best/best.json", json.dumps(record, indent=2) + "\n"))
-
-
-def _reshard(unet: Any) -> None:
-    """Frees what FSDP gathered for a forward pass without backward: the next one would not see changed weights."""
-    for module in unet.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
 
 
 def _preview_scheduler(run: Run) -> Any:
@@ -879,7 +867,7 @@ def _save_snapshot(run: Run, progress: Progress) -> None:
 def _try(run: Run, write: Callable[[], None]) -> None:
     try:
         write()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         _say(run.accelerator, f"a file could not be written, the run goes on: {error}. {FREE_SPACE}")
 
 
@@ -926,15 +914,19 @@ def _prepare_output(config: TrainingConfig, output_dir: Path, progress: Progress
                 path.unlink()
     for folder in (output_dir / "previews", output_dir / "figures"):
         folder.mkdir(exist_ok=True)
-    for partial in output_dir.glob("partial-*"):  # what a kill left
-        shutil.rmtree(partial, ignore_errors=True)
+    for left in output_dir.glob("partial-*"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     (output_dir / "run.json").unlink(missing_ok=True)  # there when the run is finished
     save_config(config, output_dir / "config.yaml")
     cut_metrics(output_dir / "metrics.jsonl", progress.step)
     if (output_dir / "eval.jsonl").exists():
         cut_metrics(output_dir / "eval.jsonl", progress.step)
+    # Of a course that is not gone on with:
     for images, path in snapshots(output_dir):
-        if images > progress.images:  # of a course that is not gone on with
+        if images > progress.images:
+            path.unlink()
+    for path in (output_dir / "previews").glob("step-*.png"):
+        if int(path.stem.rpartition("-")[2]) > progress.step:
             path.unlink()
 
 

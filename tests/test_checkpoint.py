@@ -145,6 +145,20 @@ def test_pruning_counts_whole_checkpoints_only(state, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
 
 
+def test_a_damaged_newer_one_is_not_what_is_kept(state, tmp_path):
+    save(state, tmp_path, 4)
+    flip_a_bit(save(state, tmp_path, 6) / "optimizer.safetensors")  # of its right size
+    save(state, tmp_path, 5, total_limit=1)
+    assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "checkpoint-5"
+
+
+def test_another_shape_is_refused(state, make_unet, tmp_path):
+    checkpoint = save(state, tmp_path, 4)
+    unet = make_unet(channels=1)
+    with pytest.raises(UsageError, match="checkpoint-4 is of another network"):
+        load_checkpoint(TrainingState(unet, torch.optim.AdamW(unet.parameters()), None), checkpoint)
+
+
 def test_a_damaged_one_of_the_same_step_is_replaced(state, tmp_path):
     truncate(save(state, tmp_path, 4) / "optimizer.safetensors")
     assert verify(save(state, tmp_path, 4)) is None
@@ -168,7 +182,9 @@ def test_another_network_or_average_is_refused(state, make_unet, tmp_path):
 
 FULL_DISK = """
 set -e
-mkdir disk
+mkdir disk no_room
+mount -t tmpfs -o size={smaller}k tmpfs no_room
+{python} -W ignore {script} --config config.yaml --output_dir no_room/run 2> no_room.log && exit 8 || true
 mount -t tmpfs -o size={small}k tmpfs disk
 run() {{ {python} -W ignore {script} --config config.yaml "$@"; }}
 run 2> first.log && exit 9 || true
@@ -193,11 +209,15 @@ def test_a_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
     files = [p for p in Path(whole.output_dir).rglob("*") if p.is_file()]
     one = sum(p.stat().st_size for p in files if p.parts[-2] == "checkpoint-6" or p.parts[-3] == "checkpoint-6")
     save_config(replace(whole, output_dir="disk/run"), tmp_path / "config.yaml")
-    script = FULL_DISK.format(small=int(1.7 * one) // 1024, python=sys.executable, script=ROOT / "train_accelerate.py")
+    sizes = {"small": int(1.7 * one) // 1024, "smaller": int(1.4 * one) // 1024}
+    script = FULL_DISK.format(**sizes, python=sys.executable, script=ROOT / "train_accelerate.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*namespace, "sh", "-c", script], cwd=tmp_path, check=False, env=environment)
     log = (tmp_path / "first.log").read_text()
     assert done.returncode == 0, log
+    no_room = (tmp_path / "no_room.log").read_text()
+    assert "a file could not be written, the run goes on" in no_room
+    assert "Traceback" not in no_room
     assert "checkpoint-4 could not be written, the run goes on: [Errno 28] No space left on device" in log
     assert "error: the last checkpoint could not be written" in log
     assert "Free space on that disk" in log

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -26,11 +28,18 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
 }
+ZERO_2 = str(ROOT / "launch_configs/deepspeed.yaml")
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-def launch(processes, output_dir, *arguments):
+def zero(stage):
+    variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    return {**variables, "DS_ACCELERATOR": "cpu"}
+
+
+def launch(processes, output_dir, *arguments, options=("--cpu",)):
     command = [
-        *(sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--cpu"),
+        *(sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", *options),
         *("--num_processes", str(processes)),
         *(str(ROOT / "train_accelerate.py"), "--output_dir", str(output_dir), *map(str, arguments)),
     ]
@@ -75,18 +84,22 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["1 by 4", "2 by 2", "4 by 1", "2 by 2, FSDP"])
 def test_every_way_to_divide_a_step_is_the_same_run(runs, name):
-    """Loss, learning rate, average and previews."""
     root, traces = runs
-    whole, parts = traces["whole"], traces[name]
-    assert len(whole) == 20
+    assert_same(root / "whole", root / name)
+    assert len(traces["whole"]) == 20
+
+
+def assert_same(*folders):
+    """Loss, learning rate, average and previews."""
+    whole, parts = map(trace, folders)
     assert [m["loss"] for m in parts] == pytest.approx([m["loss"] for m in whole], abs=1e-5)
     for key in ("lr", "ema_decay", "images"):
         assert [m[key] for m in parts] == [m[key] for m in whole]
     for file in ("unet/diffusion_pytorch_model.safetensors", f"ema/snapshot-{160:012d}.safetensors"):
-        a, b = (load_file(root / run / file) for run in ("whole", name))
+        a, b = (load_file(folder / file) for folder in folders)
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-4)
-    pictures = [Image.open(root / run / "previews/step-0000020.png").convert("L") for run in ("whole", name)]
+    pictures = [Image.open(folder / "previews/step-0000020.png").convert("L") for folder in folders]
     assert ImageChops.difference(*pictures).getextrema()[1] <= 1
 
 
@@ -171,3 +184,117 @@ def test_fsdp_that_would_be_left_out_is_refused(runs, tmp_path):
     config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"))
     assert start(config, 1, ACCELERATE_USE_FSDP="true") == [1]
     assert "FSDP was asked for, but Accelerate does not use it on cpu" in said(config)
+
+
+@pytest.fixture(scope="module")
+def zero_runs(runs):
+    """The 20 steps by two processes with ZeRO-1, ZeRO-2 as `launch_configs` has it, ZeRO-2 in bf16 and DDP in bf16."""
+    root, traces = runs
+    config = load_config(str(root / "config.yaml"))
+    launch(2, root / "ZeRO-2", "--config", root / "config.yaml", options=("--config_file", ZERO_2))
+    for name, precision, variables in [
+        ("ZeRO-1", "no", zero(1)),
+        ("ZeRO-2, bf16", "bf16", zero(2)),
+        ("2 by 2, bf16", "bf16", {}),
+    ]:
+        of_name = replace(config, output_dir=str(root / name), mixed_precision=precision)
+        assert start(of_name, 2, **variables) == [0, 0], said(of_name)
+    return root, traces | {name: trace(root / name) for name in ("ZeRO-1", "ZeRO-2")}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("name", "like"), [("ZeRO-1", "whole"), ("ZeRO-2", "whole"), ("ZeRO-2, bf16", "2 by 2, bf16")]
+)
+def test_zero_is_the_same_run(zero_runs, name, like):
+    root, _ = zero_runs
+    assert_same(root / like, root / name)
+    before, after = (load_file(root / run / "checkpoint-20/optimizer.safetensors") for run in (like, name))
+    assert before.keys() == after.keys()
+    for key in before:
+        torch.testing.assert_close(before[key], after[key], rtol=0, atol=1e-4)
+
+
+@needs_deepspeed
+def test_averages_of_zero_are_not_of_rounded_weights(zero_runs):
+    root, _ = zero_runs
+    for file in ("unet/diffusion_pytorch_model.safetensors", "checkpoint-20/unet/diffusion_pytorch_model.safetensors"):
+        weights = load_file(root / "ZeRO-2, bf16" / file)
+        assert all((w != w.bfloat16()).float().mean() > 0.9 for name, w in weights.items() if "conv" in name)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("before", "after", "stage"), [("ZeRO-1", 1, 0), ("ZeRO-2", 1, 0), ("1 by 4", 2, 1), ("1 by 4", 2, 2)]
+)
+def test_zero_and_others_go_on_from_each_other(zero_runs, before, after, stage, tmp_path):
+    resume_elsewhere(*zero_runs, before, after, tmp_path, **(zero(stage) if stage else {}))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_that_is_killed_goes_on_to_the_last_bit(zero_runs, stage, tmp_path):
+    root, _ = zero_runs
+    config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"), resume_from_checkpoint="latest")
+    assert start(config, 2, "step", 14, **zero(stage))[1] == -signal.SIGKILL
+    assert start(config, 2, **zero(stage)) == [0, 0], said(config)
+    assert "the run goes on from checkpoint-10" in said(config)
+    assert not differences(tmp_path / "run", root / f"ZeRO-{stage}")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("stage", "forward"), [(1, 5), (2, 5), (1, 2), (2, 2)])
+def test_zero_skips_a_step_without_finite_loss(zero_runs, stage, forward, tmp_path):
+    """On every process, though one saw it: the third step, or the first, when the optimizer has no state yet."""
+    root, _ = zero_runs
+    config = load_config(str(root / "config.yaml"), max_train_steps=6, checkpointing_steps=6)
+    ddp, by_zero = (replace(config, output_dir=str(tmp_path / name)) for name in ("DDP", "ZeRO"))
+    assert start(ddp, 2, "forward", forward, 1) == [0, 0], said(ddp)
+    assert start(by_zero, 2, "forward", forward, 1, **zero(stage)) == [0, 0], said(by_zero)
+    assert "a step is skipped" in said(by_zero)
+    expected, found = trace(Path(ddp.output_dir)), trace(Path(by_zero.output_dir))
+    skipped = (forward - 1) // 2
+    assert [m["loss"] is None for m in found] == [step == skipped for step in range(6)]
+    for key in ("bad_steps", "lr", "ema_decay"):
+        assert [m[key] for m in found] == [m[key] for m in expected]
+    for key in ("loss", "grad_norm"):
+        assert [m[key] or 0 for m in found] == pytest.approx([m[key] or 0 for m in expected], abs=1e-5)
+    file = "checkpoint-6/optimizer.safetensors"
+    assert load_file(Path(by_zero.output_dir) / file)["conv_in.weight/step"] == 5
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("variables", "precision", "message"),
+    [
+        (zero(0), "no", "zero_stage must be 1 or 2, got 0: use FSDP"),
+        (zero(3), "no", "zero_stage must be 1 or 2, got 3: use FSDP"),
+        (zero(2), "fp16", "mixed_precision must be bf16 or no with DeepSpeed, got fp16"),
+        (
+            {**zero(2), "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            "no",
+            "offload_optimizer_device must be",
+        ),
+        ({**zero(2), "ACCELERATE_USE_CPU": "true"}, "no", "DEEPSPEED was asked for, but Accelerate does not use it"),
+    ],
+)
+def test_what_zero_cannot_is_refused(zero_runs, variables, precision, message, tmp_path):
+    root, _ = zero_runs
+    changes = {"output_dir": str(tmp_path / "run"), "mixed_precision": precision}
+    config = load_config(str(root / "config.yaml"), **changes)
+    assert start(config, 2, **variables) == [1, 1]
+    assert message in said(config)
+    assert start(config, 1, **variables) == [1]
+    assert "start it by `accelerate launch`" in said(config)
+    assert not (tmp_path / "run").exists()
+
+
+@needs_deepspeed
+def test_settings_of_deepspeed_give_way_to_those_of_the_run(zero_runs, tmp_path):
+    root, _ = zero_runs
+    config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"))
+    variables = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_GRADIENT_CLIPPING": "0.01"}
+    assert start(config, 2, **zero(2), **variables) == [0, 0], said(config)
+    assert "gradient_accumulation_steps is 2, as the run says, not 1" in said(config)
+    assert "gradient_clipping is 1.0, as the run says, not 0.01" in said(config)
+    assert not differences(tmp_path / "run", root / "ZeRO-2")

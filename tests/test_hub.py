@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 import types
@@ -278,10 +279,125 @@ def test_a_token_is_neither_on_the_card_nor_uploaded(tmp_path: Path, monkeypatch
     assert TOKEN not in str(error.value)
 
 
+RESULT = {
+    "metric": "kid",
+    "name": "KID",
+    "value": 0.0123456789,
+    "standard_error": 0.00123,
+    "num_compared": [5000, 10000],
+    "floor": {"value": 0.0001, "standard_error": None, "num_compared": [4000, 4000], "of": "test against train"},
+    "network": {"network": "inception", "input_size": 299, "weights_sha256": "cd" * 32},
+    "reference": {"name": "some|one", "config": None, "split": "train", "count": 60000, "fingerprint": "ef" * 32},
+    "sampling": {"scheduler": "ddim", "num_inference_steps": 50, "seed": 7},
+    "command": "hf-ddpm evaluate photos",
+}
+COPIES = RESULT | {"metric": "memorization_pixels", "name": "Near", "remark": "so many"}
+
+
+def evaluated(folder: Path, *results: dict[str, Any], weights: str = "") -> None:
+    (folder / "evaluation.json").write_text(json.dumps({"weights_sha256": weights, "results": results}))
+
+
 def test_no_evaluation_is_claimed_until_there_is_one(tmp_path: Path):
-    assert "No quality metric has been measured" in card_of(tmp_path)
-    (tmp_path / "evaluation.json").write_text("{}")
-    assert "No quality metric has been measured" not in card_of(tmp_path)
+    none, copies = "No quality metric has been measured", "repeats images of its training data has not been measured"
+    card = card_of(tmp_path)
+    assert none in card
+    assert copies in card
+    for content in ("{}", '{"results": []}'):
+        (tmp_path / "evaluation.json").write_text(content)
+        assert card_of(tmp_path) == card
+    evaluated(tmp_path, RESULT)
+    assert none not in card_of(tmp_path)
+    assert copies in card_of(tmp_path)
+    evaluated(tmp_path, COPIES)
+    assert none not in card_of(tmp_path)
+    assert copies not in card_of(tmp_path)
+
+
+def test_results_are_on_the_card_and_in_its_metadata(tmp_path: Path):
+    other = COPIES | {"command": "hf-ddpm evaluate photos --seed 1", "floor": None, "standard_error": None}
+    make_run(tmp_path)
+    evaluated(tmp_path, RESULT, other)
+    (tmp_path / "figures" / "steps.png").write_bytes(b"")
+    card = hub.write_card(tmp_path).read_text(encoding="utf-8")
+    row = "| KID | 0.0123 ± 0.0012 | 0.0001 (test against train, 4,000 against 4,000) | 5,000 against 10,000 |"
+    assert f"{row} inception, 299 px | some\\|one, train, 60,000 | ddim, 50 steps | 7 |\n" in card
+    assert "| Near | 0.01235 |  | 5,000 against 10,000 |" in card
+    for text in ("- Near: so many\n", f"```bash\n{other['command']}\n```", "(figures/steps.png)"):
+        assert text in card
+    assert "(figures/seconds.png)" not in card
+    assert_no_trace_of_absence(card)
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert results is not None
+    assert [r.metric_value for r in results] == [RESULT["value"]] * 2
+    assert results[0].metric_args == {
+        "num_compared": [5000, 10000],
+        "standard_error": 0.00123,
+        "real_images": 0.0001,
+        "reference_sha256": "ef" * 32,
+        "network": "inception",
+        "network_sha256": "cd" * 32,
+        "scheduler": "ddim",
+        "num_inference_steps": 50,
+        "seed": 7,
+    }
+    assert (results[0].task_type, results[0].dataset_split, results[0].verified) == (
+        "unconditional-image-generation",
+        "train",
+        False,
+    )
+
+
+def test_results_of_several_data_sets_come_back_as_they_were(tmp_path: Path):
+    test = RESULT["reference"] | {"split": "test"}
+    evaluated(make_run(tmp_path), RESULT, RESULT | {"reference": test}, COPIES)
+    hub.write_card(tmp_path)
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert results == hub._eval_results(hub.read_evaluation(tmp_path))
+    assert results is not None
+    assert [r.dataset_split for r in results] == ["train", "train", "test"]
+
+
+def test_weights_take_their_results_with_them(tmp_path: Path):
+    make_run(tmp_path)
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(b"weights")
+    evaluated(tmp_path, RESULT, weights=hashlib.sha256(b"weights").hexdigest())
+    assert "KID" in hub.write_card(tmp_path).read_text(encoding="utf-8").split("## Evaluation")[1]
+    file.write_bytes(b"others")
+    assert not hub.is_edited(tmp_path)
+    assert hub.read_evaluation(tmp_path) == []
+    (tmp_path / "figures" / "bound.png").write_bytes(b"")
+    card = hub.write_card(tmp_path).read_text(encoding="utf-8")
+    assert "## Evaluation" not in card
+    assert "bound.png" not in card
+    assert "eval_results" not in ModelCard(card).data.to_dict()
+
+
+def test_weights_are_known_by_their_content(tmp_path: Path):
+    assert hub.weights_sha256(tmp_path) is None
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"ab")
+    (tmp_path / "optimizer.bin").write_bytes(b"x")
+    assert hub.weights_sha256(tmp_path) == hashlib.sha256(b"ab").hexdigest()
+    (tmp_path / "unet").mkdir()
+    for i, part in enumerate((b"c", b"d")):
+        (tmp_path / "unet" / f"diffusion_pytorch_model-{i}-of-2.safetensors").write_bytes(part)
+    assert hub.weights_sha256(tmp_path) == hashlib.sha256(b"cd").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (1.2345678, 0.0123, "1.235 ± 0.012"),
+        (12345.678, 21.0, "12,346 ± 21"),
+        (-3.6e-5, 9.8e-5, "-0.000036 ± 0.000098"),
+        (0.123456, None, "0.1235"),
+        (0.123456, 0.0, "0.1235"),
+        (None, None, "not finite"),
+    ],
+)
+def test_values_have_as_many_digits_as_are_known(value: float | None, error: float | None, text: str):
+    assert hub._measured(value, error) == text
 
 
 def test_a_loss_that_is_no_number_is_not_passed_over(tmp_path: Path):

@@ -59,7 +59,7 @@ def test_training_commands_parse(command, tmp_path):
 @pytest.mark.parametrize("command", commands("hf-ddpm"), ids=" ".join)
 def test_commands_run(command):
     if command[1] in ("sample", "ema"):
-        result = CliRunner().invoke(app, ["4" if word == "64" else word for word in command[1:]])
+        result = CliRunner().invoke(app, ["4" if word in ("64", "50000") else word for word in command[1:]])
         assert result.exit_code == 0, result.output
     else:  # they need data and a feature network
         group = get_command(app)

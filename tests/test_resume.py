@@ -1,20 +1,28 @@
 """A run that is killed and resumed is, bit for bit, the run that was not; nor is it lost in any other way."""
 
 import json
+import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
 
 from hf_ddpm.checkpoint import verify
-from hf_ddpm.config import TrainingConfig, save_config
+from hf_ddpm.config import RunError, TrainingConfig, save_config
 from hf_ddpm.files import lock
+from hf_ddpm.seeds import seed_step
+from hf_ddpm.stopping import LAUNCHER_ENDED, StopRequest
+from hf_ddpm.training import train
 
 from .conftest import tiny_unet_config
 from .runs import TWICE, WORKER, differences, said, start, trace
@@ -129,6 +137,7 @@ def test_a_step_without_finite_loss_is_skipped(settings, num_processes):
     assert [line["bad_steps"] for line in trace(folder)] == [0, 0, 1, 1, 1, 1, 1, 1]
     assert [line["loss"] is None for line in trace(folder)] == [False, False, True, *[False] * 5]
     assert not (folder / "checkpoint-3").exists()
+    assert (folder / "checkpoint-4").exists()
     message = said(config)
     assert re.search(r"a step is skipped.*: step 3: row \d+ \(.*\d\d\.png\) at t = \d+, loss nan", message)
     assert all(p.isfinite().all() for p in load_file(folder / "unet/diffusion_pytorch_model.safetensors").values())
@@ -194,3 +203,87 @@ def test_a_killed_launcher_ends_the_run_after_a_checkpoint(settings, tmp_path):
     assert "the end of the launcher was noticed: the run ends after step" in rest
     step = int(re.search(r"goes on from step (\d+)", rest)[1])
     assert verify(Path(config.output_dir) / f"checkpoint-{step}") is None
+
+
+def test_a_bad_last_step_is_saved_too(settings):
+    config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 4})
+    assert start(config, 1, "forward", 7, 1) == [0]
+    assert trace(config.output_dir)[-1]["bad_steps"] == 1
+    assert verify(Path(config.output_dir) / "checkpoint-4") is None
+
+
+def test_images_are_named_without_their_files(settings, tmp_path):
+    """The cache has what training needs."""
+    images = tmp_path / "images"
+    shutil.copytree(settings["train_data_dir"], images)
+    config = TrainingConfig(**{**settings, "train_data_dir": str(images), "dataloader_num_workers": 0})
+    config = replace(config, max_bad_steps=1)
+    with pytest.raises(RunError, match=r"They began at step 1: row \d+ at t = \d+, loss nan"):
+        train_without_files(config, images)
+
+
+def train_without_files(config, images):
+    def spoil(module, _, output):
+        if isinstance(module, UNet2DModel):
+            shutil.rmtree(images, ignore_errors=True)
+            output.sample = output.sample * math.nan
+
+    handle = register_module_forward_hook(spoil)
+    try:
+        train(config)
+    finally:
+        handle.remove()
+
+
+def test_a_loss_that_overflows_is_skipped_though_its_gradients_are_finite(settings):
+    """On a network whose last layer alone would learn: its gradients do not depend on the loss."""
+    config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 1, "use_ema": False})
+    config = replace(config, ema_halflife_images=None, ema_snapshots=16)
+
+    def overflow(module, _, output):
+        if isinstance(module, UNet2DModel) and module.training:
+            output.sample = output.sample + 1e20
+
+    handle = register_module_forward_hook(overflow)
+    try:
+        train(config)
+    finally:
+        handle.remove()
+    assert trace(config.output_dir)[-1]["bad_steps"] == 1
+
+
+def test_a_batch_that_was_changed_on_purpose_stays_changed(settings):
+    changes = {"dataloader_num_workers": 0, "gradient_accumulation_steps": 1, "train_batch_size": 4}
+    config = TrainingConfig(**{**settings, **changes, "max_train_steps": 3, "checkpointing_steps": 2})
+    assert start(config, 1, "step", 3) == [-signal.SIGKILL]
+    larger = replace(config, train_batch_size=5, resume_from_checkpoint="latest")
+    assert start(larger, 1, "step", 1) == [-signal.SIGKILL]
+    assert start(larger) == [0]
+    assert "the global batch changes from 4 to 5 images" in said(config)
+    # 2 steps of 4, then of 5, until 12 are seen; and finishing once more is no mistake.
+    assert json.loads((Path(config.output_dir) / "run.json").read_text())["training"]["images"] == 13
+    assert start(larger) == [0]
+
+
+def test_training_in_a_thread(settings):
+    config = TrainingConfig(**{**settings, "max_train_steps": 2, "save_images_epochs": None})
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train, config).result()
+
+
+def test_dropout_differs_by_step_and_by_forward_pass():
+    def mask(step, slot):
+        seed_step(0, step, slot)
+        return torch.nn.functional.dropout(torch.ones(64), 0.5).tolist()
+
+    assert mask(3, 1) == mask(3, 1)
+    assert len({tuple(mask(step, slot)) for step in (0, 1) for slot in (0, 1)}) == 4
+
+
+def test_the_end_of_the_launcher_is_never_a_second_signal():
+    if LAUNCHER_ENDED is None:
+        pytest.skip("no such signal here")
+    with StopRequest(None, 0.0) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(LAUNCHER_ENDED)
+        assert stop.reason(0) == "SIGTERM was noticed"

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from hf_ddpm.config import UsageError
 from hf_ddpm.data import ImageCache
 from hf_ddpm.evaluation.distances import (
     Moments,
@@ -31,11 +30,11 @@ from hf_ddpm.evaluation.distances import (
     kernel_distance,
     precision_recall_density_coverage,
 )
-from hf_ddpm.evaluation.features import FeatureNetwork, features_of
+from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.likelihood import Likelihood, bits_per_dimension, sum_bound_terms
 from hf_ddpm.evaluation.references import NUM_FEATURES, Statistics
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.sampling import sample_images
+from hf_ddpm.sampling import iter_samples
 from hf_ddpm.scheduler import DDPMScheduler
 
 Value = TypeVar("Value")
@@ -138,29 +137,36 @@ def sample_statistics(
     num_kept: int = 0,
     label: str = "Sampling",
 ) -> Samples:
-    """Samples one image per seed. Raises: UsageError for images that are not finite."""
+    """Samples one image per seed. Raises: ValueError for images that are not finite."""
     count = -(-len(seeds) // batch_size)
-    calls = 0
+    calls = num_passes = 0
 
     def counted(*_: Any) -> None:
         nonlocal calls
         calls += 1
 
     def mine() -> Iterator[tuple[Tensor | None, Tensor, float]]:
+        nonlocal num_passes
         for k in range(processes.rank, count, processes.size):
             part = slice(k * batch_size, (k + 1) * batch_size)
             started = time.perf_counter()
-            labels = None if class_labels is None else class_labels[part]
-            images = _sample_batch(pipeline, seeds[part], num_inference_steps, labels)
-            seconds = time.perf_counter() - started
-            features = None if network is None else next(iter(features_of(network, [images])))
-            yield features, images[: max(0, num_kept - k * batch_size)].clone(), seconds
+            passes = iter_samples(
+                pipeline,
+                seeds[part],
+                batch_size=batch_size,
+                num_inference_steps=num_inference_steps,
+                class_labels=None if class_labels is None else class_labels[part],
+            )
+            parts = [images for _, images in passes]
+            seconds, images = time.perf_counter() - started, torch.cat(parts)
+            num_passes += len(parts)
+            yield None if network is None else network(images), images[: max(0, num_kept - k * batch_size)], seconds
 
     moments, features, images, total = None, [], [], 0.0
     hook = pipeline.unet.register_forward_hook(counted)
     try:
         for found, kept, seconds in processes.rounds(mine(), count, label):
-            images.append(kept)
+            images.append(kept.clone())
             total += seconds
             if found is None or processes.rank > 0:
                 continue
@@ -169,29 +175,8 @@ def sample_statistics(
     finally:
         hook.remove()
     statistics = None if moments is None else Statistics(moments, torch.cat(features))
-    own = len(range(processes.rank, count, processes.size))
-    evaluations = processes.only_first(lambda: calls // own)
+    evaluations = processes.only_first(lambda: calls // num_passes)
     return Samples(statistics, torch.cat(images), evaluations, total / len(seeds))
-
-
-def _sample_batch(
-    pipeline: DDPMPipeline, seeds: Sequence[int], num_inference_steps: int, class_labels: Sequence[int] | None
-) -> Tensor:
-    """(B, C, H, W) uint8, on the CPU."""
-    x = sample_images(
-        pipeline,
-        seeds,
-        batch_size=len(seeds),
-        num_inference_steps=num_inference_steps,
-        class_labels=class_labels,
-    )
-    bad = (~x.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        raise UsageError(
-            f"samples must be finite, got NaN or infinity in {len(bad)} of {len(x)} images, the first of seed "
-            f"{seeds[bad[0]]}: look for the network's overflow, or weights that are damaged"
-        )
-    return (x * 255).round().to(torch.uint8)
 
 
 class Measured(NamedTuple):
