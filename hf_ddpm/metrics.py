@@ -69,6 +69,8 @@ class MetricsFile:
         """Appends a record after those that wait; returns why it has to wait too."""
         if record is not None:
             self.waiting.append(json.dumps(record))
+        if not self.waiting:
+            return None
         try:
             append_lines(self.path, self.waiting)
         except OSError as error:

@@ -69,6 +69,7 @@ def test_a_run_leaves_a_model_pictures_and_a_card(tiny_settings):
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4, 5, 6]
     assert [line["images"] for line in metrics(folder)] == [4, 8, 12, 16, 20, 24]
 
+    assert not (folder / "eval.jsonl").exists()
     run = json.loads((folder / "run.json").read_text())
     assert run["training"]["images"] == 24
     assert run["data"]["num_images"] == 24
