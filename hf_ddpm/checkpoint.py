@@ -32,7 +32,7 @@ from torch import Tensor
 from hf_ddpm.config import UsageError, checkpoint_names
 from hf_ddpm.ema import EMA
 from hf_ddpm.engine import gathered, gathered_moments, is_sharded, load, scatter
-from hf_ddpm.files import flush_folder, write_flushed
+from hf_ddpm.files import flush_folder, sha256, write_flushed
 
 FORMAT = 2
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -174,7 +174,7 @@ def verify(checkpoint: Path) -> str | None:
             size = (checkpoint / name).stat().st_size
             if size != expected["size"]:
                 return f"{name} has {size} bytes, not {expected['size']}"
-            if _sha256(checkpoint / name) != expected["sha256"]:
+            if sha256(checkpoint / name) != expected["sha256"]:
                 return f"the sha256 of {name} is not that of manifest.json"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(checkpoint)} is missing"
@@ -284,11 +284,3 @@ def _has_its_files(checkpoint: Path) -> bool:
         return all((checkpoint / name).stat().st_size == known["size"] for name, known in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

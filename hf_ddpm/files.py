@@ -1,8 +1,9 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Files that are whole or absent, whatever happens while they are written; and what says that they are."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,3 +81,22 @@ def lock(folder: Path) -> Iterator[None]:
                 raise BlockingIOError(error.errno, "another process has locked it", str(folder)) from error
             # else a file system without locks
         yield
+
+
+def sha256(*paths: Path) -> str:
+    """Of the contents of the files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """Of the weights of a diffusers pipeline's network, in the order of their files' names; None without any."""
+    for place in (folder / "unet", folder):  # repositories of early diffusers have all files in one folder
+        for pattern in ("*.safetensors", "*.bin"):
+            if files := sorted(place.glob(f"diffusion_pytorch_model{pattern}")):
+                return sha256(*files)
+    return None

@@ -14,7 +14,6 @@ A number is measured or absent: what is not in these files is not on the card.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import re
@@ -28,7 +27,7 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from hf_ddpm.config import UsageError
-from hf_ddpm.files import write_atomically
+from hf_ddpm.files import weights_sha256, write_atomically
 
 # Patterns of `fnmatch`, anchored at the run's folder: no checkpoint, log, optimizer state or pickle has such a name.
 UPLOADED = (
@@ -101,20 +100,6 @@ def upload(
         repo_id=address.repo_id, folder_path=folder, allow_patterns=list(UPLOADED), commit_message=commit_message
     )
     return str(address)
-
-
-def weights_sha256(folder: Path) -> str | None:
-    """The sha256 of the network's file of weights; of several, of their contents in the order of their names."""
-    for place in (folder / "unet", folder):  # repositories of early diffusers have all files in one folder
-        for pattern in ("*.safetensors", "*.bin"):
-            digest, files = hashlib.sha256(), sorted(place.glob(f"diffusion_pytorch_model{pattern}"))
-            for path in files:
-                with open(path, "rb") as file:
-                    while piece := file.read(1 << 20):
-                        digest.update(piece)
-            if files:
-                return digest.hexdigest()
-    return None
 
 
 def read_evaluation(folder: Path) -> list[dict[str, Any]]:

@@ -11,10 +11,12 @@ import os
 import re
 import signal
 import sys
+from importlib import import_module
 
 import psutil
 
 from hf_ddpm.config import UsageError
+from hf_ddpm.processes import share_cores
 from hf_ddpm.stopping import LAUNCHER_ENDED
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -56,3 +58,14 @@ def start_missing_processes() -> None:
     module = sys.modules["__main__"].__spec__
     started = [sys.argv[0]] if module is None else ["-m", module.name]
     os.execv(sys.executable, [*torchrun, *started, *sys.argv[1:]])
+
+
+def run_command(command: str, module: str) -> None:
+    """`hf-ddpm COMMAND`, as `accelerate launch -m MODULE` starts it: in each of the processes."""
+    try:
+        start_missing_processes()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    follow_launcher()
+    share_cores()
+    import_module("hf_ddpm.cli").app([command, *sys.argv[1:]], prog_name=module)  # which knows this module

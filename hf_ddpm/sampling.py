@@ -18,15 +18,12 @@ The last bits of an image depend on how many images a forward pass has: PyTorch 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hf_ddpm.figures import grid
-from hf_ddpm.files import write_atomically
-from hf_ddpm.launch import follow_launcher, start_missing_processes
+from hf_ddpm.files import weights_sha256, write_atomically
+from hf_ddpm.launch import run_command
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.scheduler import DDPMScheduler, all_values
 
@@ -235,7 +232,6 @@ def write_samples(
     on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     # A process that is ready waits for the slowest.
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
-    _use_idle_cores()
     own: Any = state.device  # of this process, if there are several
     place = own if device in (None, own.type) else torch.device(device)
     pipeline, steps = load_for_sampling(model, scheduler, num_inference_steps, place, dtype, compile)
@@ -250,7 +246,7 @@ def write_samples(
     forward_batch = _forward_batch(pipeline.device, batch_size)
     settings = {
         "model": str(model),
-        "weights_sha256": _weights_sha256(Path(unet.config["_name_or_path"])),
+        "weights_sha256": weights_sha256(Path(unet.config["_name_or_path"])),
         "scheduler": scheduler or default_scheduler(pipeline.scheduler.config),
         "num_inference_steps": steps,
         "seed": seed,
@@ -417,17 +413,6 @@ def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path])
         raise ValueError(f"{out} holds samples with {was}, got {now}: choose another folder, or those settings")
 
 
-def _weights_sha256(folder: Path) -> str:
-    """Of the network's file; of several, of their contents in the order of their names."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()
-
-
 def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
@@ -436,13 +421,6 @@ def _png(image: Image.Image) -> bytes:
     content = io.BytesIO()
     image.save(content, "png")
     return content.getvalue()
-
-
-def _use_idle_cores() -> None:
-    # Launchers give each process one thread unless told otherwise.
-    if "LOCAL_WORLD_SIZE" in os.environ and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, available // int(os.environ["LOCAL_WORLD_SIZE"])))
 
 
 def _best_device() -> str:
@@ -527,10 +505,4 @@ def sample_shared(
 
 
 if __name__ == "__main__":
-    # What `accelerate launch -m hf_ddpm.sampling` starts: `hf-ddpm sample`, which stands above this module.
-    try:
-        start_missing_processes()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    follow_launcher()
-    import_module("hf_ddpm.cli").app(["sample", *sys.argv[1:]], prog_name="hf_ddpm.sampling")
+    run_command("sample", __spec__.name)

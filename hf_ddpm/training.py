@@ -14,7 +14,6 @@ import io
 import json
 import math
 import multiprocessing
-import os
 import re
 import shutil
 import signal
@@ -71,6 +70,7 @@ from hf_ddpm.metrics import Meter, MetricsFile, cut_metrics, read_metrics
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.posthoc import TRACKED_STDS, power_decay, snapshot_bytes, snapshot_path, snapshots
+from hf_ddpm.processes import share_cores
 from hf_ddpm.report import push, write_report
 from hf_ddpm.sampling import default_scheduler, named_scheduler, sample_shared
 from hf_ddpm.scheduler import DDPMScheduler
@@ -191,7 +191,7 @@ def _set_up(config: TrainingConfig, accelerator: Accelerator, until_the_end: Exi
     if on_cpu and accelerator.mixed_precision == "fp16":
         raise UsageError("mixed_precision fp16 needs a GPU: its gradients are scaled there only; use bf16 or no")
     if on_cpu:
-        _set_threads(config, accelerator)
+        share_cores(accelerator.num_processes, config.cpu_threads_per_process)
     with accelerator.local_main_process_first():
         images = open_stream(config) if config.streaming else load_images(config)
     asked = config = _resolve(config, images, accelerator.mixed_precision)
@@ -657,16 +657,6 @@ def _say(accelerator: Accelerator, text: str) -> None:
 
 def _scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
     return accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-
-
-def _set_threads(config: TrainingConfig, accelerator: Accelerator) -> None:
-    # `accelerate launch` gives each process one thread unless told otherwise, and leaves the other cores idle.
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
-    if config.cpu_threads_per_process is not None:
-        torch.set_num_threads(config.cpu_threads_per_process)
-    elif os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, available // processes))
 
 
 def _resolve(config: TrainingConfig, images: ImageCache | ImageStream, mixed_precision: str) -> TrainingConfig:

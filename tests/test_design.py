@@ -26,11 +26,12 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "seeds": set(),
     "stopping": set(),
+    "processes": set(),
     "config": {"files"},
     "objective": {"scheduler"},
     "pipeline": {"scheduler"},
     "ema": set(),
-    "launch": {"config", "stopping"},
+    "launch": {"config", "stopping", "processes"},
     "figures": {"scheduler"},
     "sources": {"config"},
     "decoding": {"config"},
@@ -46,12 +47,12 @@ ALLOWED: dict[str, set[str]] = {
     # The card is written from a run's files alone, so that it needs nothing of what wrote them.
     "hub": {"config", "files"},
     "evaluation": {"scheduler", "config", "objective", "figures", "sources", "decoding", "data", "files", "seeds"}
-    | {"pipeline", "sampling", "hub", "launch"},
+    | {"pipeline", "processes", "sampling", "hub", "launch"},
     "report": {"config", "data", "pipeline", "figures", "checkpoint", "metrics", "sampling", "hub", "streaming"}
     | {"engine", "evaluation", "files"},
     "training": {"scheduler", "config", "objective", "pipeline", "ema", "figures", "sources", "decoding", "data"}
     | {"unet", "checkpoint", "metrics", "sampling", "report", "files", "seeds", "stopping"}
-    | {"posthoc", "streaming", "lanes", "engine", "evaluation"},
+    | {"posthoc", "streaming", "lanes", "engine", "evaluation", "processes"},
     "cli": {"config", "sampling", "posthoc", "evaluation", "hub"},
     "train_accelerate": {"config", "sources", "launch", "training"},
 }

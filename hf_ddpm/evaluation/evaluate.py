@@ -17,13 +17,11 @@ import math
 import os
 import re
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -41,11 +39,9 @@ from hf_ddpm.evaluation.likelihood import draw_bound, inclusion_probabilities
 from hf_ddpm.evaluation.measure import (
     DISTANCES,
     Measured,
-    Processes,
     Samples,
     center_pixels,
     first_images,
-    joined_processes,
     measure_distances,
     measure_likelihood,
     pixel_features,
@@ -64,9 +60,10 @@ from hf_ddpm.evaluation.references import (
     warnings_of,
 )
 from hf_ddpm.figures import curve
-from hf_ddpm.files import write_atomically
-from hf_ddpm.launch import follow_launcher, start_missing_processes
+from hf_ddpm.files import weights_sha256, write_atomically
+from hf_ddpm.launch import run_command
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.processes import Processes, joined_processes
 from hf_ddpm.sampling import SCHEDULERS, default_scheduler, load_for_sampling, named_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.sources import find_source
@@ -160,7 +157,7 @@ def write_evaluation(
 
     Args:
         out: made if it does not exist.
-        weights: `hub.weights_sha256` of the model; results of other weights, and their pictures, go.
+        weights: `weights_sha256` of the model; results of other weights, and their pictures, go.
         rows: results, of which each replaces the one that was measured in the same way.
         pictures: names in `figures` -> what draws them into a path.
         repo_id: for the examples of a new card.
@@ -265,7 +262,7 @@ def _prepare(request: _Request, processes: Processes, stack: ExitStack) -> _Job:
     if request.out is None and repo_id is not None:
         raise UsageError(f"out must be a folder for what is measured, got none for {repo_id!r} of the Hub: give --out")
     out = folder if request.out is None else Path(request.out).expanduser()
-    weights = hub.weights_sha256(folder)
+    weights = weights_sha256(folder)
     if weights is None:
         raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
     _check_out(out, weights)
@@ -598,7 +595,7 @@ def _check_out(out: Path, weights: str) -> None:
     there = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UsageError(f"out must be a folder to write to, got {str(out)!r}")
-    others = hub.weights_sha256(out)
+    others = weights_sha256(out)
     if others not in (None, weights):
         raise UsageError(f"out must not hold another model, got {str(out)!r} with the weights {others}")
     _stored_results(out, weights)
@@ -823,10 +820,4 @@ def _device_name(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    # What `accelerate launch -m hf_ddpm.evaluation.evaluate` starts: `hf-ddpm evaluate`, which stands above this.
-    try:
-        start_missing_processes()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    follow_launcher()
-    import_module("hf_ddpm.cli").app(["evaluate", *sys.argv[1:]], prog_name="hf_ddpm.evaluation.evaluate")
+    run_command("evaluate", __spec__.name)

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ddpm.config import UsageError
+from hf_ddpm.files import sha256
 
 # Of a repository or folder nothing else is read: no code, no pickle.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -330,7 +331,7 @@ def _download(name: str, file: Path) -> None:
 
 
 def _check_sha256(name: str, file: Path) -> None:
-    expected, found = NETWORKS[name].sha256, _sha256(file)
+    expected, found = NETWORKS[name].sha256, sha256(file)
     if found != expected:
         raise UsageError(
             f"{name} must be the published file, or its features compare with nobody's, got {file}\n"
@@ -342,11 +343,3 @@ def _sha256_of_parameters(net: torch.nn.Module) -> str:
     """Of the sorted checksums of all parameters: the same for equal weights, however files hold and name them."""
     digests = sorted(hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for p in net.parameters())
     return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -8,18 +8,13 @@ samples     uint8, as they would be saved
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from hf_ddpm.data import ImageCache
@@ -34,10 +29,9 @@ from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.likelihood import Likelihood, bits_per_dimension, sum_bound_terms
 from hf_ddpm.evaluation.references import NUM_FEATURES, Statistics
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.processes import Processes
 from hf_ddpm.sampling import iter_samples
 from hf_ddpm.scheduler import DDPMScheduler
-
-Value = TypeVar("Value")
 
 # Metrics that compare features of samples with a reference -> the names of their results.
 DISTANCES = {
@@ -46,66 +40,6 @@ DISTANCES = {
     "cmmd": ("cmmd",),
     "precision": ("precision", "recall", "density", "coverage"),
 }
-
-
-class Processes:
-    """The processes that share the work."""
-
-    def __init__(self) -> None:
-        self.rank, self.size, self._group = 0, 1, None
-        if dist.is_available() and dist.is_initialized():
-            # Whatever carries gradients, this carries objects in main memory; one process may take hours alone.
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-            self.rank, self.size = dist.get_rank(), dist.get_world_size()
-
-    def gather(self, compute: Callable[[], Value]) -> list[Value]:
-        """What all processes computed, by rank. Raises: on all of them what one of them raised."""
-        mine: tuple[Any, Exception | None]
-        try:
-            mine = compute(), None
-        except (ValueError, OSError) as error:
-            if self.size == 1:
-                raise
-            mine = None, error
-        found: list[Any] = [mine]
-        if self.size > 1:
-            found = [None] * self.size
-            dist.all_gather_object(found, mine, group=self._group)
-        for _, error in found:
-            if error is not None:
-                raise error
-        return [value for value, _ in found]
-
-    def first(self, compute: Callable[[], Value]) -> Value:
-        """Computed by the first process and then by the others, which find what it left on the disk."""
-        done: list[Value] = []
-        self.gather(lambda: done.append(compute()) if self.rank == 0 else None)
-        return done[0] if done else compute()
-
-    def only_first(self, compute: Callable[[], Value]) -> Value:
-        """Computed by the first process, known to all."""
-        return self.gather(lambda: compute() if self.rank == 0 else None)[0]  # pyright: ignore[reportReturnType]
-
-    def rounds(self, mine: Iterator[Value], count: int, label: str) -> Iterator[Value]:
-        """Items 0, ..., count - 1 in order, of which `mine` makes rank, rank + size, ..."""
-        with tqdm(desc=label, total=count, unit="batch", disable=self.rank > 0 or count < 20) as progress:
-            for first in range(0, count, self.size):
-                found: list[Any] = self.gather(lambda: next(mine, None))
-                yield from found[: count - first]
-                progress.update(min(self.size, count - first))
-
-
-@contextmanager
-def joined_processes() -> Iterator[Processes]:
-    """The processes that `accelerate launch` or torchrun started; those of a running process group; or this alone."""
-    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized()
-    if joins:
-        dist.init_process_group("gloo")
-    try:
-        yield Processes()
-    finally:
-        if joins:
-            dist.destroy_process_group()
 
 
 @dataclass(frozen=True, eq=False)
