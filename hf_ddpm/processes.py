@@ -20,14 +20,19 @@ Value = TypeVar("Value")
 
 
 class Processes:
-    """The processes that share the work."""
+    """The processes that share the work.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: the longest that one of them may work alone.
+    """
+
+    def __init__(self, timeout: timedelta = timedelta(days=7)) -> None:
         self.rank, self.size, self._group = 0, 1, None
         if dist.is_available() and dist.is_initialized():
-            # Whatever carries gradients, this carries objects in main memory; one process may take hours alone.
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        if self.size > 1:
+            # Whatever carries gradients, this carries objects in main memory: nothing waits for a device.
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def gather(self, compute: Callable[[], Value]) -> list[Value]:
         """What all processes computed, by rank. Raises: on all of them what one of them raised."""
@@ -42,6 +47,7 @@ class Processes:
         if self.size > 1:
             found = [None] * self.size
             dist.all_gather_object(found, mine, group=self._group)
+            found[self.rank] = mine  # an error with its traceback, which a copy has lost
         for _, error in found:
             if error is not None:
                 raise error
@@ -56,6 +62,14 @@ class Processes:
     def only_first(self, compute: Callable[[], Value]) -> Value:
         """Computed by the first process, known to all."""
         return self.gather(lambda: compute() if self.rank == 0 else None)[0]  # pyright: ignore[reportReturnType]
+
+    def any_of(self, flags: list[bool]) -> list[bool]:
+        """Which of the flags are set on any process; cheap enough for each step."""
+        if self.size == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
+        return [bool(vote) for vote in votes]
 
     def rounds(self, mine: Iterator[Value], count: int, label: str) -> Iterator[Value]:
         """Items 0, ..., count - 1 in order, of which `mine` makes rank, rank + size, ..."""
