@@ -94,7 +94,7 @@ def stream_once(folder: Path, num_images: int) -> tuple[list[float], np.ndarray]
     )
     percents, used, seen = [], [], np.zeros(num_images, bool)
     loader = DataLoader(batches, batch_size=None, num_workers=NUM_WORKERS)
-    gc.freeze()  # as in training.py: garbage collection in the workers would copy what they share
+    gc.freeze()  # as in loading.py: garbage collection in the workers would copy what they share
     iterator = iter(loader)
     gc.unfreeze()
     for step, batch in enumerate(iterator, 1):

@@ -23,8 +23,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from hf_ddpm import training
 from hf_ddpm.config import TrainingConfig
+from hf_ddpm.ema import EMA
+from hf_ddpm.training import train
 from hf_ddpm.unet import sized_config
 
 BATCH, STEPS_PER_TURN, TURNS = 64, 4, 14
@@ -84,9 +85,9 @@ def measure(bare: BareLoop, folder: str) -> tuple[list[float], list[float]]:
     ours: list[float] = []
     theirs: list[float] = []
     state = {"steps": 0, "since": time.perf_counter()}
-    update = training.EMA.update
+    update = EMA.update
 
-    def update_and_take_turns(self: training.EMA, *arguments) -> None:
+    def update_and_take_turns(self: EMA, *arguments) -> None:
         update(self, *arguments)
         state["steps"] += 1
         if state["steps"] % STEPS_PER_TURN == 0:
@@ -97,9 +98,9 @@ def measure(bare: BareLoop, folder: str) -> tuple[list[float], list[float]]:
             theirs.append((time.perf_counter() - ended) / STEPS_PER_TURN)
             state["since"] = time.perf_counter()
 
-    training.EMA.update = update_and_take_turns
+    EMA.update = update_and_take_turns
     steps = STEPS_PER_TURN * (TURNS + 1)
-    training.train(
+    train(
         TrainingConfig(
             train_data_dir=f"{folder}/images",
             cache_dir=f"{folder}/cache",
@@ -114,7 +115,7 @@ def measure(bare: BareLoop, folder: str) -> tuple[list[float], list[float]]:
             cpu_threads_per_process=torch.get_num_threads(),
         )
     )
-    training.EMA.update = update
+    EMA.update = update
     return ours[1:], theirs[1:]
 
 

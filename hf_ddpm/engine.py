@@ -139,25 +139,30 @@ def backward(accelerator: Accelerator, model: Any, loss: Tensor, num_micro_batch
         accelerator.backward(loss / num_micro_batches)
 
 
-def step(accelerator: Accelerator, model: Any, optimizer: Any, lr: float, max_grad_norm: float) -> Tensor:
+def step(
+    accelerator: Accelerator, model: Any, optimizer: Any, lr: float, max_grad_norm: float
+) -> tuple[Tensor, Tensor]:
     """Clips, steps with this learning rate unless a gradient is not finite, and forgets the gradients.
 
-    Returns: their norm before it is clipped, float32 (); not finite if the step was skipped.
+    Returns: their norm before it is clipped, float32 (), and whether the step was skipped, bool (), because that is
+    not finite.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
     if _is_deepspeed(accelerator):
         model.step()
         norm = math.inf if model.optimizer.overflow else float(model.get_global_grad_norm())
-        return torch.tensor(norm, device=accelerator.device)
+        whole = torch.tensor(norm, device=accelerator.device)
+        return whole, ~whole.isfinite()
     norm: Any = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    is_bad = ~norm.isfinite()
     if accelerator.scaler is None:
         # What GradScaler tells a fused optimizer, which then leaves all as it is; nothing waits for the device.
-        optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.optimizer.found_inf = is_bad.float()
     optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return norm, is_bad
 
 
 def reshard(unet: Any) -> None:

@@ -21,7 +21,7 @@ from hf_ddpm.config import (
     run_files,
     save_config,
 )
-from hf_ddpm.training import make_scheduler
+from hf_ddpm.preparing import make_scheduler
 from hf_ddpm.unet import make_unet, sized_config
 
 ROOT = Path(__file__).parents[1]

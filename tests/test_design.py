@@ -50,9 +50,14 @@ ALLOWED: dict[str, set[str]] = {
     | {"pipeline", "processes", "sampling", "hub", "launch"},
     "report": {"config", "data", "pipeline", "figures", "checkpoint", "metrics", "sampling", "hub", "streaming"}
     | {"engine", "evaluation", "files"},
-    "training": {"scheduler", "config", "objective", "pipeline", "ema", "figures", "sources", "decoding", "data"}
-    | {"unet", "checkpoint", "metrics", "sampling", "report", "files", "seeds", "stopping"}
-    | {"posthoc", "streaming", "lanes", "engine", "evaluation", "processes"},
+    "run": {"scheduler", "processes", "config", "objective", "data", "streaming", "checkpoint", "evaluation"},
+    "loading": {"processes", "stopping", "sources", "decoding", "data", "streaming", "lanes", "checkpoint", "run"},
+    "outputs": {"scheduler", "files", "config", "pipeline", "ema", "figures", "engine", "checkpoint", "posthoc"}
+    | {"metrics", "sampling", "evaluation", "report", "run"},
+    "preparing": {"scheduler", "processes", "config", "objective", "ema", "data", "streaming", "unet", "engine"}
+    | {"checkpoint", "posthoc", "evaluation", "run", "outputs"},
+    "training": {"seeds", "stopping", "processes", "config", "pipeline", "sources", "data", "engine", "checkpoint"}
+    | {"metrics", "run", "loading", "outputs", "preparing"},
     "cli": {"config", "sampling", "posthoc", "evaluation", "hub"},
     "train_accelerate": {"config", "sources", "launch", "training"},
 }

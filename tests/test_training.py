@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.preparing import _lr_factor
 from hf_ddpm.seeds import image_generators
-from hf_ddpm.training import _lr_factor, train
+from hf_ddpm.training import train
 
 from .conftest import tiny_unet_config
 

@@ -1,0 +1,221 @@
+"""What a run writes besides metrics and checkpoints: previews, measurements, models, snapshots, and its report."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hf_ddpm import engine, figures
+from hf_ddpm.checkpoint import Progress
+from hf_ddpm.config import RunError, TrainingConfig, run_files, save_config
+from hf_ddpm.ema import swapped
+from hf_ddpm.engine import gathered
+from hf_ddpm.evaluation.monitor import Monitor, measure
+from hf_ddpm.files import lock, write_atomically
+from hf_ddpm.metrics import MetricsFile, cut_metrics, read_metrics
+from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path, snapshots
+from hf_ddpm.report import push, write_report
+from hf_ddpm.run import FREE_SPACE, Run, say
+from hf_ddpm.sampling import default_scheduler, named_scheduler, sample_shared
+from hf_ddpm.scheduler import DDPMScheduler
+
+# How the names of the averages begin that are saved as models; the others are for snapshots.
+HALFLIFE = "halflife-"
+
+
+def prepare_output(config: TrainingConfig, output_dir: Path, progress: Progress, until_the_end: ExitStack) -> None:
+    """An output folder that is this run's alone, with its config, and what it wrote until where it goes on."""
+    existed = output_dir.exists()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    until_the_end.enter_context(lock(output_dir))
+    if config.overwrite_output_dir and existed:
+        for path in run_files(output_dir):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    for folder in (output_dir / "previews", output_dir / "figures"):
+        folder.mkdir(exist_ok=True)
+    for left in output_dir.glob("partial-*"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    (output_dir / "run.json").unlink(missing_ok=True)  # there when the run is finished
+    save_config(config, output_dir / "config.yaml")
+    cut_metrics(output_dir / "metrics.jsonl", progress.step)
+    if (output_dir / "eval.jsonl").exists():
+        cut_metrics(output_dir / "eval.jsonl", progress.step)
+    # Of a course that is not gone on with:
+    for images, path in snapshots(output_dir):
+        if images > progress.images:
+            path.unlink()
+    for path in (output_dir / "previews").glob("step-*.png"):
+        if int(path.stem.rpartition("-")[2]) > progress.step:
+            path.unlink()
+
+
+def save_preview(run: Run, step: int) -> Image.Image:
+    """Samples from seeds 0, 1, ..., the same at each step and for any number of processes, as one sheet."""
+    config, accelerator, unet, images = run.config, run.accelerator, run.state.unet, run.images
+    pipeline = DDPMPipeline(unet, _preview_scheduler(run))
+    pipeline.set_progress_bar_config(disable=True)
+    num_images = config.eval_batch_size
+    labels = [i % images.num_classes for i in range(num_images)] if images.num_classes else None
+    unet.eval()
+    precision = engine.autocast(accelerator.device, config.mixed_precision)
+    with swapped(run.parameters, run.average or run.parameters), precision:
+        samples = sample_shared(
+            accelerator,
+            pipeline,
+            range(num_images),
+            batch_size=-(-num_images // accelerator.num_processes),
+            num_inference_steps=_preview_steps(config),
+            class_labels=labels,
+        )
+        engine.reshard(unet)
+    unet.train()
+    sheet = figures.grid(figures.to_images(2 * samples - 1))
+    if accelerator.is_main_process:
+        content = io.BytesIO()
+        sheet.save(content, "png")
+        try_to_write(
+            run, lambda: write_atomically(run.output_dir / f"previews/step-{step:07d}.png", content.getvalue())
+        )
+        for tracker in accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                pixels = {"samples": np.asarray(sheet.convert("RGB"))[None]}
+                try_to_write(run, partial(tracker.log_images, pixels, step=step, **layout))
+    return sheet
+
+
+def write_measurement(run: Run, monitor: Monitor, progress: Progress, evaluations: MetricsFile) -> None:
+    """A line of eval.jsonl; the model of the least KID so far is kept in `best`."""
+    unet, accelerator, path = run.state.unet, run.accelerator, evaluations.path
+    pipeline = DDPMPipeline(unet, _preview_scheduler(run))
+    pipeline.set_progress_bar_config(disable=True)
+    unet.eval()
+    precision = engine.autocast(accelerator.device, run.config.mixed_precision)
+    with swapped(run.parameters, run.average or run.parameters), precision:
+        measured = measure(monitor, accelerator, pipeline, run.objective, _preview_steps(run.config))
+        engine.reshard(unet)
+    unet.train()
+    before = run.processes.only_first(lambda: [r["kid"] for r in read_metrics(path) if r["kid"] is not None])
+    record = {"step": progress.step, "images": progress.images, **measured}
+    if accelerator.is_main_process:
+        problem = evaluations.write(record)
+        if problem is not None:
+            say(run.processes, f"eval.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
+    tracked = {k: measured[k] for k in ("kid", "val_loss") if measured[k] is not None}
+    try_to_write(run, lambda: accelerator.log(tracked, step=progress.step))
+    if measured["kid"] is not None and measured["kid"] <= min(before, default=math.inf):
+        save_model(run, run.average, run.output_dir / "best")
+        if accelerator.is_main_process:
+            try_to_write(
+                run, lambda: write_atomically(run.output_dir / "best/best.json", json.dumps(record, indent=2) + "\n")
+            )
+
+
+def save_model(run: Run, average: list[Tensor] | None, folder: Path) -> None:
+    """The pipeline with one of the averages, each of its files whole; for all processes to call."""
+    unet, partial = _averaged_unet(run, average), folder / "partial-model"
+
+    def write() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            DDPMPipeline(unet, DDPMScheduler.from_config(run.scheduler.config)).save_pretrained(partial)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted((p for p in partial.rglob("*") if p.is_file()), key=lambda p: p.parent == partial):
+                target = folder / path.relative_to(partial)
+                target.parent.mkdir(exist_ok=True)
+                path.replace(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    if run.accelerator.is_main_process:
+        try_to_write(run, write)
+
+
+def save_snapshot(run: Run, progress: Progress) -> None:
+    """Once in each `ema_snapshots`-th part of the run, the power-function averages; for all processes to call."""
+    count, before = run.config.ema_snapshots, progress.images - run.global_batch_size
+    if run.state.ema is None or count * progress.images // run.total_images == count * before // run.total_images:
+        return
+    averages = {std: gathered(run.names, run.state.ema.averages[f"std-{std:g}"]) for std in TRACKED_STDS}
+    path = snapshot_path(run.output_dir, progress.images)
+    if run.accelerator.is_main_process:
+        try_to_write(run, lambda: write_atomically(path, snapshot_bytes(progress.images, averages)))
+
+
+def finish(run: Run, progress: Progress) -> DDPMPipeline:
+    """Writes what a finished run leaves; a run that is finished already writes the same again."""
+    config, output_dir = run.config, run.output_dir
+    save_model(run, run.average, output_dir)
+    for name, average in list(run.state.ema.averages.items() if run.state.ema is not None else ())[1:]:
+        if name.startswith(HALFLIFE):
+            save_model(run, average, output_dir / "ema" / name)
+    samples = save_preview(run, progress.step)
+    averaged: Any = _averaged_unet(run, run.average)
+    pipeline = DDPMPipeline(averaged.to(run.accelerator.device), DDPMScheduler.from_config(run.scheduler.config))
+
+    def write() -> None:
+        samples.save(output_dir / "figures" / "samples.png")
+        sampled = {
+            "scheduler": type(_preview_scheduler(run)).__name__,
+            "num_inference_steps": _preview_steps(config),
+            "seed": 0,
+            "ema": config.use_ema,
+        }
+        write_report(config, pipeline, run.images, progress, run.global_batch_size, sampled, run.accelerator)
+        if config.push_to_hub:
+            push(config, progress.step)
+
+    try:
+        run.processes.only_first(write)
+    except OSError as error:
+        finishes = "then the same command with --resume_from_checkpoint latest finishes the run"
+        raise RunError(f"the report could not be written: {error}. {FREE_SPACE}; {finishes}") from error
+    return pipeline
+
+
+def try_to_write(run: Run, write: Callable[[], None]) -> None:
+    """Without what is written the run can go on, so it does where the disk is full."""
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        say(run.processes, f"a file could not be written, the run goes on: {error}. {FREE_SPACE}")
+
+
+def _averaged_unet(run: Run, average: list[Tensor] | None) -> UNet2DModel:
+    """The network with averaged weights, or its own, on the CPU; for all processes to call."""
+    unet = run.state.unet
+    weights = gathered(run.names, run.parameters if average is None else average)
+    buffers = {name: buffer.cpu() for name, buffer in unet.named_buffers() if name in unet.state_dict()}
+    with torch.device("meta"):
+        averaged: Any = UNet2DModel.from_config(unet.config)
+    averaged.load_state_dict({**buffers, **weights}, assign=True)
+    return averaged.eval()
+
+
+def _preview_scheduler(run: Run) -> Any:
+    config = run.scheduler.config
+    return named_scheduler(default_scheduler(config), config, _preview_steps(run.config))
+
+
+def _preview_steps(config: TrainingConfig) -> int:
+    if config.ddpm_num_inference_steps is not None:
+        return config.ddpm_num_inference_steps
+    return config.ddpm_num_steps if config.prediction_type == "previous_sample" else min(20, config.ddpm_num_steps)
