@@ -49,7 +49,8 @@ def sample(
     """Writes images of a model. In several processes: accelerate launch -m hf_ddpm.sampling"""
     import os
 
-    from hf_ddpm.sampling import SCHEDULERS, write_samples
+    from hf_ddpm.samples import write_samples
+    from hf_ddpm.sampling import SCHEDULERS
 
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise typer.BadParameter(

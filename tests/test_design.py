@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"config", "ema", "files", "engine"},
     "posthoc": {"config"},
     "metrics": {"files"},
-    "sampling": {"scheduler", "pipeline", "figures", "files", "launch"},
+    "sampling": {"scheduler", "pipeline", "launch"},
+    "samples": {"figures", "files", "sampling"},
     # The card is written from a run's files alone, so that it needs nothing of what wrote them.
     "hub": {"config", "files"},
     "evaluation": {"scheduler", "config", "objective", "figures", "sources", "decoding", "data", "files", "seeds"}
@@ -58,12 +59,12 @@ ALLOWED: dict[str, set[str]] = {
     | {"checkpoint", "posthoc", "evaluation", "run", "outputs"},
     "training": {"seeds", "stopping", "processes", "config", "pipeline", "sources", "data", "engine", "checkpoint"}
     | {"metrics", "run", "loading", "outputs", "preparing"},
-    "cli": {"config", "sampling", "posthoc", "evaluation", "hub"},
+    "cli": {"config", "sampling", "samples", "posthoc", "evaluation", "hub"},
     "train_accelerate": {"config", "sources", "launch", "training"},
 }
 # Package -> the only modules that may import it.
 ONLY_IN = {
-    "accelerate": {"training", "sampling"},
+    "accelerate": {"training", "samples"},
     "datasets": {"data", "sources", "streaming", "evaluation"},
     "deepspeed": {"engine"},
     "transformers": {"config", "evaluation"},  # for HfArgumentParser, and for feature networks

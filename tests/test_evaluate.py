@@ -21,11 +21,13 @@ from hf_ddpm import hub
 from hf_ddpm.config import TrainingConfig, UsageError, save_config
 from hf_ddpm.data import epoch_order, load_images
 from hf_ddpm.evaluation import evaluate as module
+from hf_ddpm.evaluation import results as results_module
 from hf_ddpm.evaluation.distances import frechet_distance_from_features, kernel_distance
-from hf_ddpm.evaluation.evaluate import evaluate, write_evaluation
+from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.features import NETWORKS, load_network
 from hf_ddpm.evaluation.measure import center_pixels, measure_distances
 from hf_ddpm.evaluation.references import collect, make_reference
+from hf_ddpm.evaluation.results import write_evaluation
 from hf_ddpm.files import sha256, weights_sha256
 from hf_ddpm.sampling import iter_samples, load_for_sampling
 
@@ -462,7 +464,7 @@ def test_a_write_that_fails_leaves_what_was_there(run: Path, measure: Any, monke
     def full(path: Path, content: bytes | str) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(module, "write_atomically", full)
+    monkeypatch.setattr(results_module, "write_atomically", full)
     with pytest.raises(OSError, match="no space left"):
         measure(run, metrics=["kid"], seed=1)
     assert files_in(run) == before

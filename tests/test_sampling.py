@@ -16,8 +16,9 @@ from accelerate import PartialState
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_ddpm import DDPMPipeline, DDPMScheduler, launch, sampling
+from hf_ddpm import DDPMPipeline, DDPMScheduler, launch, samples, sampling
 from hf_ddpm.cli import app
+from hf_ddpm.samples import write_samples
 from hf_ddpm.sampling import (
     SCHEDULERS,
     default_scheduler,
@@ -26,7 +27,6 @@ from hf_ddpm.sampling import (
     named_scheduler,
     sample_images,
     share,
-    write_samples,
 )
 from tests.runs import processes
 
@@ -194,7 +194,7 @@ def child(runs: list[dict], environment: dict[str, str], kill_after: int | None)
     os.environ.update(environment)
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    written, write = 0, sampling.write_atomically
+    written, write = 0, samples.write_atomically
 
     def write_or_die(path: Path, content: bytes | str) -> None:
         nonlocal written
@@ -204,7 +204,7 @@ def child(runs: list[dict], environment: dict[str, str], kill_after: int | None)
         written += 1
         write(path, content)
 
-    sampling.write_atomically = write_or_die
+    samples.write_atomically = write_or_die
     for arguments in runs:
         write_samples(**arguments)
 

@@ -121,22 +121,12 @@ def make_reference(
         raise UsageError(f"channels must be 1 or 3, as networks take, got {config.channels}: --channels 3, or 1")
     # The networks take 8 bits; labels would count in the fingerprint.
     config = replace(config, preserve_input_precision=False, label_column=None)
-    source = find_source(config)
     with open_split(config, split) as images:
         statistics = collect(network, _batches(images, batch_size), num_features)
-        crop = "center" if config.center_crop else "none" if images.is_uniform else "random, seed 0"
-        data = {
-            "name": source.name,
-            "config": config.dataset_config_name,
-            "split": split,
-            "count": len(images),
-            "num_bad": images.num_bad,
-            "fingerprint": images.fingerprint,
-            "resolution": images.resolution,
-            "channels": images.channels,
-            "resize": f"bilinear by Pillow, the shorter side to {images.resolution}",
-            "crop": crop,
-        }
+        data = about_images(images, config, split, oblong="random, seed 0")
+        data["resize"] = f"bilinear by Pillow, the shorter side to {images.resolution}"
+        if config.center_crop:
+            data["crop"] = "center"
     packages = ("torch", "datasets", "Pillow", "numpy")
     about = {
         "format": FORMAT,
@@ -149,6 +139,21 @@ def make_reference(
     reference = Reference(statistics.moments, statistics.features, about)
     _write(reference, out)
     return reference
+
+
+def about_images(images: ImageCache, config: TrainingConfig, split: str, oblong: str = "center") -> dict[str, Any]:
+    """What decides the images of a split; `oblong` says how those that are not square are cropped."""
+    return {
+        "name": find_source(config).name,
+        "config": config.dataset_config_name,
+        "split": split,
+        "count": len(images),
+        "num_bad": images.num_bad,
+        "fingerprint": images.fingerprint,
+        "resolution": images.resolution,
+        "channels": images.channels,
+        "crop": "none" if images.is_uniform else oblong,
+    }
 
 
 def load_reference(path: str | Path) -> Reference:
