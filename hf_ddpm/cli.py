@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+# What several commands ask for.
+Model = Annotated[str, typer.Argument(help="A folder that holds a pipeline, or a Hub id.")]
+Seed = Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")]
+BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Images per step.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")]
+Dtype = Annotated[str, typer.Option(help="The network's: fp32, or bf16, which is faster.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the network first; for many images.")]
+DatasetConfigName = Annotated[
+    str | None, typer.Option("--dataset_config_name", help="The configuration of a data set that has several.")
+]
+ImageColumn = Annotated[
+    str | None, typer.Option("--image_column", help="The column of images; needed only where there are several.")
+]
+CenterCrop = Annotated[bool, typer.Option("--center_crop", help="As in training.")]
+CacheDir = Annotated[
+    str | None, typer.Option("--cache_dir", help="Where downloads, decoded images and references are kept.")
+]
+NetworkPath = Annotated[
+    str | None, typer.Option("--network_path", help="Its file; of dinov2 and clip a folder or Hub id.")
+]
 
 
 @app.callback()
@@ -17,12 +40,12 @@ def main() -> None:
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="A folder that holds a pipeline, or a Hub id.")],
+    model: Model,
     out: Annotated[
         Path, typer.Option(help="The folder for the images and grid.png; an interrupted run goes on in it.")
     ],
     num_images: Annotated[int, typer.Option("--num_images", min=1, help="How many.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")] = 0,
+    seed: Seed = 0,
     num_inference_steps: Annotated[
         int | None, typer.Option("--num_inference_steps", min=1, help="Default: 20; all T of ddpm.")
     ] = None,
@@ -39,9 +62,9 @@ def sample(
     batch_size: Annotated[
         int, typer.Option("--batch_size", min=1, help="Images per forward pass; on a CPU always 16.")
     ] = 64,
-    device: Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")] = None,
-    dtype: Annotated[str, typer.Option(help="The network's: fp32, or bf16, which is faster.")] = "fp32",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first; for many images.")] = False,
+    device: Device = None,
+    dtype: Dtype = "fp32",
+    compile: Compile = False,
     format: Annotated[
         str, typer.Option(help="png, named by their seeds; parquet, which `datasets` loads; or npz.")
     ] = "png",
@@ -56,7 +79,7 @@ def sample(
         raise typer.BadParameter(
             f"must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}", param_hint="--scheduler"
         )
-    try:
+    with _errors_said():
         write_samples(
             model,
             out,
@@ -72,9 +95,6 @@ def sample(
             compile=compile,
             format=format,
         )
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     if os.environ.get("RANK", "0") == "0":
         typer.echo(
             f"{num_images} images in {out}, {'all' if num_images <= 64 else 'the first 64'} of them in grid.png"
@@ -97,12 +117,9 @@ def ema(
 
     from hf_ddpm.posthoc import write_average
 
-    try:
+    with _errors_said():
         folder = write_average(run, std, out, images)
         about = json.loads((folder / "average.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     typer.echo(
         f"{folder}: the average of std {about['std']:g} at {about['images']:,} images, "
         f"profile error {about['profile_error']:.1e}"
@@ -120,28 +137,19 @@ def reference(
     network: Annotated[
         str, typer.Option(help="inception (whose distance is the FID), dinov2, clip or efficientnet-lite0.")
     ] = "inception",
-    network_path: Annotated[
-        str | None,
-        typer.Option("--network_path", help="Its file; of dinov2 and clip a folder or Hub id."),
-    ] = None,
+    network_path: NetworkPath = None,
     resolution: Annotated[
         int | None, typer.Option(min=1, help="Of the images; default: the data's, if it is square and uniform.")
     ] = None,
     channels: Annotated[int | None, typer.Option(help="1 gray or 3 RGB; default: the data's.")] = None,
-    center_crop: Annotated[bool, typer.Option("--center_crop", help="As in training.")] = False,
-    dataset_config_name: Annotated[
-        str | None, typer.Option("--dataset_config_name", help="The configuration of a data set that has several.")
-    ] = None,
-    image_column: Annotated[
-        str | None, typer.Option("--image_column", help="The column of images; needed only where there are several.")
-    ] = None,
+    center_crop: CenterCrop = False,
+    dataset_config_name: DatasetConfigName = None,
+    image_column: ImageColumn = None,
     num_features: Annotated[
         int, typer.Option("--num_features", min=4, help="Images whose features are kept, for KID and precision.")
     ] = 10_000,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images per step.")] = 64,
-    cache_dir: Annotated[
-        str | None, typer.Option("--cache_dir", help="Where downloads and decoded images are kept.")
-    ] = None,
+    batch_size: BatchSize = 64,
+    cache_dir: CacheDir = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measures a data set once, so that samples can be compared with it."""
@@ -158,12 +166,9 @@ def reference(
         center_crop=center_crop,
         cache_dir=cache_dir,
     )
-    try:
+    with _errors_said():
         loaded = load_network(network, network_path, device)
         made = make_reference(config, split, loaded, out, num_features=num_features, batch_size=batch_size)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     data = made.about["data"]
     typer.echo(
         f"{out}: {made.count:,} images of {data['name']}, split {split}, {data['resolution']} x {data['resolution']}, "
@@ -175,7 +180,7 @@ def reference(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder that holds a pipeline, or a Hub id.")],
+    model: Model,
     metrics: Annotated[
         str,
         typer.Option(
@@ -194,25 +199,19 @@ def evaluate(
     dataset_name: Annotated[
         str | None, typer.Option("--dataset_name", help="The data. Default: what the run in the folder learned from.")
     ] = None,
-    dataset_config_name: Annotated[
-        str | None, typer.Option("--dataset_config_name", help="The configuration of a data set that has several.")
-    ] = None,
-    image_column: Annotated[
-        str | None, typer.Option("--image_column", help="The column of images; needed only where there are several.")
-    ] = None,
+    dataset_config_name: DatasetConfigName = None,
+    image_column: ImageColumn = None,
     label_column: Annotated[
         str | None, typer.Option("--label_column", help="The column of classes, for a model of classes.")
     ] = None,
-    center_crop: Annotated[bool, typer.Option("--center_crop", help="As in training.")] = False,
-    cache_dir: Annotated[
-        str | None, typer.Option("--cache_dir", help="Where downloads, decoded images and references are kept.")
-    ] = None,
+    center_crop: CenterCrop = False,
+    cache_dir: CacheDir = None,
     split: Annotated[str, typer.Option(help="That of the reference, and of training.")] = "train",
     test_split: Annotated[
         str, typer.Option("--test_split", help="Images that were not trained on: of nll, memorization, and the floor.")
     ] = "test",
     num_images: Annotated[int, typer.Option("--num_images", min=1, help="How many to sample.")] = 5000,
-    seed: Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")] = 0,
+    seed: Seed = 0,
     num_inference_steps: Annotated[
         str | None,
         typer.Option("--num_inference_steps", help="Comma-separated. Default: 20; all T of ddpm."),
@@ -225,14 +224,12 @@ def evaluate(
         str | None,
         typer.Option(help="inception, dinov2, clip or efficientnet-lite0. Default: the reference's, or inception."),
     ] = None,
-    network_path: Annotated[
-        str | None, typer.Option("--network_path", help="Its file; of dinov2 and clip a folder or Hub id.")
-    ] = None,
+    network_path: NetworkPath = None,
     timesteps_per_image: Annotated[
         int, typer.Option("--timesteps_per_image", min=2, help="Terms of the bound of nll, for each image.")
     ] = 20,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images per step.")] = 64,
-    device: Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")] = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
     out: Annotated[
         str | None, typer.Option(help="Where to write. Default: the model's folder; needed for a Hub id.")
     ] = None,
@@ -246,7 +243,7 @@ def evaluate(
     from hf_ddpm.evaluation.evaluate import evaluate as measure
 
     of_data = (dataset_name, dataset_config_name, image_column, label_column, cache_dir)
-    try:
+    with _errors_said():
         if dataset_name is None and (center_crop or any(value is not None for value in of_data)):
             raise ValueError("the settings of data go with --dataset_name, got none")
         data = None
@@ -278,9 +275,6 @@ def evaluate(
             device=device,
             out=out,
         )
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     if os.environ.get("RANK", "0") != "0":
         return
     rows = [hub.result_cells(row) for row in done["results"]]
@@ -297,3 +291,13 @@ def evaluate(
 
 def _listed(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+@contextmanager
+def _errors_said() -> Iterator[None]:
+    """Within it, what a setting or the disk is to blame for ends the command with its message."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
