@@ -16,7 +16,7 @@ Model = Annotated[str, typer.Argument(help="A folder that holds a pipeline, or a
 Seed = Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")]
 BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Images per step.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")]
-Dtype = Annotated[str, typer.Option(help="The network's: fp32, or bf16, which is faster.")]
+Dtype = Annotated[str, typer.Option(help="The network's when it samples: fp32, or bf16, which is faster.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the network first; for many images.")]
 DatasetConfigName = Annotated[
     str | None, typer.Option("--dataset_config_name", help="The configuration of a data set that has several.")
@@ -230,6 +230,8 @@ def evaluate(
     ] = 20,
     batch_size: BatchSize = 64,
     device: Device = None,
+    dtype: Dtype = "fp32",
+    compile: Compile = False,
     out: Annotated[
         str | None, typer.Option(help="Where to write. Default: the model's folder; needed for a Hub id.")
     ] = None,
@@ -273,6 +275,8 @@ def evaluate(
             timesteps_per_image=timesteps_per_image,
             batch_size=batch_size,
             device=device,
+            dtype=dtype,
+            compile=compile,
             out=out,
         )
     if os.environ.get("RANK", "0") != "0":

@@ -148,7 +148,9 @@ def result_cells(row: Mapping[str, Any]) -> dict[str, str]:
         by = f"{settings['timesteps_per_image']:,} terms of each image"
     else:
         settings = row["sampling"]
+        dtype = settings.get("dtype", "fp32")
         by = f"{settings['scheduler']}, {settings['num_inference_steps']:,} steps"
+        by += "" if dtype == "fp32" else f", {dtype}"
     config = f" ({reference['config']})" if reference.get("config") else ""
     return {
         "Metric": _said(row["name"]),
@@ -184,7 +186,7 @@ def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
             **{"num_compared": row["num_compared"], "standard_error": row.get("standard_error")},
             **{"real_images": floor.get("value"), "reference_sha256": reference["fingerprint"]},
             **{"network": network.get("network"), "network_sha256": network.get("weights_sha256")},
-            **{key: sampling.get(key) for key in ("scheduler", "num_inference_steps")},
+            **{key: sampling.get(key) for key in ("scheduler", "num_inference_steps", "dtype")},
             "timesteps_per_image": likelihood.get("timesteps_per_image"),
             "seed": (likelihood or sampling)["seed"],
         }

@@ -125,11 +125,16 @@ def load_for_sampling(
             f"the model was trained with {num_train} timesteps"
         )
     pipeline.scheduler = named_scheduler(name, config, steps)
+    speed_up(pipeline, dtype, compile)
+    return pipeline, steps
+
+
+def speed_up(pipeline: DDPMPipeline, dtype: str | None, compile: bool) -> None:
+    """Has the network compute in `dtype` from now on, and compiled, as of `load_for_sampling`."""
     if compile:
         pipeline.unet.forward = torch.compile(pipeline.unet.forward, dynamic=False)
     if dtype == "bf16":
         pipeline.unet.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(pipeline.unet.forward)
-    return pipeline, steps
 
 
 def share(count: int, rank: int, num_processes: int, block: int = FORWARD_BATCH) -> list[int]:

@@ -224,6 +224,49 @@ def test_defaults_are_those_of_sampling(run: Path, measure: Any):
     assert (row["sampling"]["scheduler"], row["sampling"]["num_inference_steps"]) == ("dpmsolver++", 20)
 
 
+def test_dtype_and_compilation_are_of_samples_and_not_of_the_likelihood(
+    run: Path, measure: Any, monkeypatch: pytest.MonkeyPatch
+):
+    metrics, wrapped = ["kid", "nll"], []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: wrapped.append(function) or function)
+    exact = by_metric(measure(run, metrics=metrics)["results"])
+    assert (exact["kid"]["sampling"]["dtype"], exact["kid"]["sampling"]["compile"]) == ("fp32", False)
+    assert "--dtype" not in exact["kid"]["command"]
+    assert "--compile" not in exact["kid"]["command"]
+    assert hub.result_cells(exact["kid"])["By"] == "dpmsolver++, 2 steps"
+    assert not wrapped
+
+    near = by_metric(measure(run, metrics=metrics, dtype="bf16")["results"])
+    assert (near["kid"]["sampling"]["dtype"], near["kid"]["sampling"]["compile"]) == ("bf16", False)
+    assert "--dtype bf16" in near["kid"]["command"]
+    assert hub.result_cells(near["kid"])["By"] == "dpmsolver++, 2 steps, bf16"
+    assert near["kid"]["value"] != exact["kid"]["value"]
+    assert near["nll"]["value"] == exact["nll"]["value"]
+    assert near["nll"]["likelihood"] == exact["nll"]["likelihood"]
+
+    compiled = by_metric(measure(run, metrics=metrics, compile=True)["results"])
+    assert compiled["kid"]["sampling"]["compile"] is True
+    assert compiled["kid"]["command"].endswith(" --compile")
+    assert compiled["kid"]["sampling"]["network_evaluations"] == 2
+    assert len(wrapped) == 1
+    assert [row["value"] for row in compiled.values()] == [row["value"] for row in exact.values()]
+    # The likelihood is the same result each time, the distances are three.
+    assert results_in(run) == [exact["kid"], near["kid"], *compiled.values()]
+
+
+def test_results_that_do_not_say_their_dtype_are_of_fp32(run: Path, measure: Any):
+    (row,) = measure(run, metrics=["kid"])["results"]
+    content = json.loads((run / "evaluation.json").read_text())
+    for name in ("dtype", "compile"):
+        del content["results"][0]["sampling"][name]
+    (run / "evaluation.json").write_text(json.dumps(content))
+    assert hub.result_cells(content["results"][0]) == hub.result_cells(row)
+    measure(run, metrics=["kid"], dtype="bf16")
+    assert [r["sampling"].get("dtype") for r in results_in(run)] == [None, "bf16"]
+    measure(run, metrics=["kid"])
+    assert [r["sampling"]["dtype"] for r in results_in(run)] == ["bf16", "fp32"]
+
+
 def run_process(rank: int, size: int, port: int, out: Path, model: Path, network_file: Path) -> None:
     os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_RANK": f"{rank}", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = f"{port}"
@@ -344,6 +387,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "metric": ({"metrics": ["fid"]}, "metrics must be of fd, kid, cmmd, precision, nll, memorization, got fid"),
     "no metric": ({"metrics": []}, "got none"),
     "scheduler": ({"schedulers": ["euler"]}, "scheduler must be one of ddpm, ddim, .*, got 'euler'"),
+    "dtype": ({"dtype": "fp16"}, "dtype must be one of fp32, bf16, got 'fp16'"),
     "steps": ({"num_inference_steps": [2, 21]}, r"num_inference_steps must be in \[1, 20\], got 21"),
     "batch": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     "too few for fd": ({"num_images": 8}, "8 images are not more than the 8 dimensions of inception"),

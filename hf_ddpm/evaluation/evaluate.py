@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,12 @@ from hf_ddpm.evaluation.measure import (
     sample_statistics,
 )
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
-from hf_ddpm.evaluation.prepare import MEMORIZATION_QUANTILE, Job, Request, check_request, prepare
+from hf_ddpm.evaluation.prepare import MEMORIZATION_QUANTILE, Cell, Job, Request, check_request, prepare
 from hf_ddpm.evaluation.references import Statistics, about_images, warnings_of
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.launch import run_command
 from hf_ddpm.processes import joined_processes
-from hf_ddpm.sampling import named_scheduler
+from hf_ddpm.sampling import iter_samples, named_scheduler, speed_up
 
 NUM_MEMORIZATION_SAMPLES = 1000
 
@@ -62,6 +63,8 @@ def evaluate(
     timesteps_per_image: int = 20,
     batch_size: int = 64,
     device: str | None = None,
+    dtype: str = "fp32",
+    compile: bool = False,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measures a model and writes evaluation.json, pictures and the card.
@@ -85,6 +88,7 @@ def evaluate(
         timesteps_per_image: K of nll.
         batch_size: images per network evaluation; changes rounding only.
         device: default: cuda or mps if there is one, else cpu.
+        dtype, compile: of the network while it samples, as of `load_for_sampling`; nll is always of float32.
         out: where to write; default: the model's folder. A Hub id needs one.
 
     Returns: {"out", "weights_sha256", "results": those measured now, "card": its path, or None if it was left alone}.
@@ -113,11 +117,15 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
     """Results and pictures, as soon as they are there."""
     if "nll" in job.request.metrics:
         yield _measure_likelihood(job)
+    # Not before: the bound is that of the network as it was loaded.
+    speed_up(job.pipeline, job.request.dtype, job.request.compile)
     copies = "memorization" in job.request.metrics
     for cell in job.cells if job.distances else job.cells[: int(copies)]:
         job.pipeline.scheduler = named_scheduler(cell.scheduler, job.chain.config, cell.num_inference_steps)
         kept = min(NUM_MEMORIZATION_SAMPLES, job.request.num_images) if copies else 0
         num_images = job.request.num_images if job.distances else kept
+        if job.request.compile and cell == job.cells[0]:
+            job.processes.gather(partial(_sample_one, job, cell))  # compiles, which is no part of an image's time
         samples = sample_statistics(
             job.processes,
             job.pipeline,
@@ -134,6 +142,8 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
             "seed": job.request.seed,
             "num_images": num_images,
             "classes": job.classes,
+            "dtype": job.request.dtype,
+            "compile": job.request.compile,
             "network_evaluations": samples.network_evaluations,
             "seconds_per_image": samples.seconds_per_image,
             "batch_size": job.request.batch_size,
@@ -145,6 +155,14 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
         if copies:
             yield _measure_copies(job, samples, sampling | {"num_images": kept})
             copies = False
+
+
+def _sample_one(job: Job, cell: Cell) -> None:
+    """One image, in a forward pass as large as any other."""
+    seed, batch_size = job.request.seed, job.request.batch_size
+    labels = None if job.class_labels is None else job.class_labels[:1]
+    steps = cell.num_inference_steps
+    next(iter_samples(job.pipeline, [seed], batch_size=batch_size, num_inference_steps=steps, class_labels=labels))
 
 
 def _distance_rows(job: Job, samples: Statistics | None, sampling: dict[str, Any]) -> list[dict[str, Any]]:
@@ -281,6 +299,7 @@ def _command(job: Job) -> str:
         "network": None if job.network is None else job.network.name,
         "network_path": request.network_path,
         "timesteps_per_image": request.timesteps_per_image if "nll" in request.metrics else None,
+        "dtype": None if request.dtype == "fp32" else request.dtype,
         "out": request.out,
     }
     words = ["hf-ddpm", "evaluate", job.repo_id or Path(request.model).resolve().name]
@@ -288,7 +307,8 @@ def _command(job: Job) -> str:
         if value is not None:
             is_path = isinstance(value, str | Path) and Path(value).exists()
             words += [f"--{name}", Path(value).resolve().name if is_path else str(value)]
-    return shlex.join(words + (["--center_crop"] if data.get("center_crop") else []))
+    flags = {"--center_crop": data.get("center_crop"), "--compile": request.compile}
+    return shlex.join(words + [flag for flag, is_set in flags.items() if is_set])
 
 
 def _device_name(device: torch.device) -> str:

@@ -37,7 +37,7 @@ from hf_ddpm.evaluation.splits import Splits
 from hf_ddpm.files import weights_sha256
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.processes import Processes
-from hf_ddpm.sampling import SCHEDULERS, default_scheduler, load_for_sampling, named_scheduler
+from hf_ddpm.sampling import DTYPES, SCHEDULERS, default_scheduler, load_for_sampling, named_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
 
 METRICS = (*DISTANCES, "nll", "memorization")
@@ -70,6 +70,8 @@ class Request:
     timesteps_per_image: int
     batch_size: int
     device: str | None
+    dtype: str
+    compile: bool
     out: str | Path | None
 
 
@@ -79,6 +81,7 @@ class Job:
 
     Args:
         out, weights, repo_id: as of `write_evaluation`.
+        pipeline: as the likelihood takes it: in float32, not compiled.
         chain: the scheduler of all T steps.
         distances: the metrics among the keys of DISTANCES.
         floors: what real images get; `floor_of` says which.
@@ -113,6 +116,8 @@ def check_request(request: Request) -> None:
         raise UsageError(f"metrics must be of {', '.join(METRICS)}, got {', '.join(request.metrics) or 'none'}")
     if unknown := set(request.schedulers) - set(SCHEDULERS):
         raise UsageError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {sorted(unknown)[0]!r}")
+    if request.dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {request.dtype!r}")
     for name, value, least in (
         ("num_images", request.num_images, 1),
         ("batch_size", request.batch_size, 1),

@@ -85,7 +85,7 @@ def _key(row: dict[str, Any]) -> str:
     """All that decides a result, beside the weights."""
 
     def chosen(part: str, *names: str) -> dict[str, Any]:
-        values = row.get(part) or {}
+        values = {"dtype": "fp32", "compile": False, **(row.get(part) or {})}  # what older rows do not say
         return {name: values.get(name) for name in names}
 
     network = {key: value for key, value in (row.get("network") or {}).items() if key != "information"}
@@ -94,7 +94,7 @@ def _key(row: dict[str, Any]) -> str:
         network,
         chosen("reference", "fingerprint", "split", "count"),
         chosen("held_out", "fingerprint", "split", "count"),
-        chosen("sampling", "scheduler", "num_inference_steps", "seed", "num_images", "classes"),
+        chosen("sampling", "scheduler", "num_inference_steps", "seed", "num_images", "classes", "dtype", "compile"),
         chosen("likelihood", "num_images", "timesteps_per_image", "seed"),
     ]
     return json.dumps(decisive, sort_keys=True)
