@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from hf_ddpm.figures import grid
 from hf_ddpm.files import weights_sha256, write_atomically
+from hf_ddpm.processes import Processes
 from hf_ddpm.sampling import (
     FORWARD_BATCH,
     default_scheduler,
@@ -112,10 +113,13 @@ def write_samples(
     samples = (
         _Pngs(out, seed, labels, num_images) if format == "png" else _Parts(out, seed, labels, num_images, format)
     )
-    _check_folder(out, settings, samples.existing())
-    if state.is_main_process:
+
+    def claim() -> None:
+        _check_folder(out, settings, samples.existing())
         write_atomically(out / "samples.json", json.dumps(settings, indent=2) + "\n")
 
+    # By one process, before any of them writes: an image without samples.json is of something else.
+    Processes().only_first(claim)
     mine = share(num_images, state.process_index, state.num_processes, samples.block or forward_batch)
     missing = samples.missing(mine)
     batches = iter_samples(

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "posthoc": {"config"},
     "metrics": {"files"},
     "sampling": {"scheduler", "pipeline", "launch"},
-    "samples": {"figures", "files", "sampling"},
+    "samples": {"figures", "files", "processes", "sampling"},
     # The card is written from a run's files alone, so that it needs nothing of what wrote them.
     "hub": {"config", "files"},
     "evaluation": {"scheduler", "config", "objective", "figures", "sources", "decoding", "data", "files", "seeds"}
