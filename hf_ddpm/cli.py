@@ -240,7 +240,7 @@ def evaluate(
     hf_ddpm.evaluation.evaluate"""
     import os
 
-    from hf_ddpm import hub
+    from hf_ddpm.card import result_cells
     from hf_ddpm.config import TrainingConfig
     from hf_ddpm.evaluation.evaluate import evaluate as measure
 
@@ -281,7 +281,7 @@ def evaluate(
         )
     if os.environ.get("RANK", "0") != "0":
         return
-    rows = [hub.result_cells(row) for row in done["results"]]
+    rows = [result_cells(row) for row in done["results"]]
     table = [list(rows[0]), *([*row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     for line in table:
@@ -289,8 +289,68 @@ def evaluate(
     for remark in [f"{row['name']}: {row['remark']}" for row in done["results"] if row.get("remark")]:
         typer.echo(remark)
     typer.echo(f"all of it in {Path(done['out']) / 'evaluation.json'}")
-    if done["card"] is None:
-        typer.echo("README.md was not written by hf_ddpm, or was edited since: it is left as it is", err=True)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or of any DDPMPipeline.")],
+    repo_id: Annotated[str, typer.Argument(help="NAME in your namespace, or NAMESPACE/NAME; made if need be.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="A new repository is public; without this it is private.")
+    ] = False,
+    revision: Annotated[str, typer.Option(help="The branch, made if need be.")] = "main",
+    averages: Annotated[
+        bool, typer.Option("--averages", help="Also each average in RUN/ema, as a branch with its name.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit. Default: the run's step and images.")] = None,
+) -> None:
+    """Uploads a model, its card, figures and numbers to the Hub: one commit, or none if nothing has changed."""
+    from hf_ddpm import hub
+
+    with _errors_said():
+        done = hub.push(run, repo_id, public=public, revision=revision, message=message, averages=averages)
+    typer.echo(f"{done.url}: {done.commit[:12]}" + ("" if done.is_new else ", nothing has changed"))
+    if done.kept_readme:
+        typer.echo(hub.KEPT_README, err=True)
+
+
+@app.command()
+def demo(
+    model: Model,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of http://127.0.0.1.")] = 7860,
+) -> None:
+    """Opens a page that samples the model and shows both of its processes, on this machine."""
+    from hf_ddpm.demo import run_demo
+
+    with _errors_said():
+        run_demo(model, port)
+
+
+@app.command()
+def space(
+    model: Annotated[str, typer.Argument(help="The folder of a run whose model is on the Hub, or a Hub id.")],
+    space_id: Annotated[str, typer.Argument(help="The Space: name, or namespace/name.")],
+    model_id: Annotated[
+        str | None,
+        typer.Option("--model_id", help="The model on the Hub. Default: the run's hub_model_id, or its card's."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Create the Space public; default: private.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the Space into this folder, and push nothing.")] = None,
+) -> None:
+    """Makes a Space of the page that `hf-ddpm demo` opens."""
+    import tempfile
+
+    from hf_ddpm.demo import model_id_of, push_space, write_space
+
+    with _errors_said():
+        model_id = model_id_of(model, model_id)
+        if out is not None:
+            write_space(model, model_id, out)
+            typer.echo(f"{out}: a Space that shows {model_id}; hf upload --repo-type space {space_id} {out}")
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write_space(model, model_id, Path(folder))
+            typer.echo(push_space(Path(folder), space_id, model_id, public))
 
 
 def _listed(text: str | None) -> list[str]:

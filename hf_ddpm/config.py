@@ -69,6 +69,10 @@ class TrainingConfig:
         "A UNet2DModel's config: a JSON file, a folder, a recipe's name or a Hub id; default: sized for the data.",
     )
     dropout: float = _option(0.0, "Dropout of the UNet that is sized for the data.")
+    init_from: str | None = _option(
+        None,
+        "Begin with a model, a folder or Hub id: with its weights, network, prediction type and noise schedule.",
+    )
     prediction_type: Literal["epsilon", "sample", "v_prediction", "previous_sample"] = _option(
         "v_prediction", "What the network's output means."
     )
@@ -163,16 +167,23 @@ class TrainingConfig:
     logging_steps: int = _option(10, "Steps between lines of metrics.jsonl.")
     logger: Literal["tensorboard", "wandb", "trackio"] | None = _option(None, "A tracker beside metrics.jsonl.")
     logging_dir: str = _option("logs", "TensorBoard's folder in `output_dir`.")
-    push_to_hub: bool = _option(False, "Upload model, card and figures at the end.")
+    push_to_hub: bool = _option(
+        False, "Upload model, card and figures with each save of the model, in the background, and at the end."
+    )
     hub_token: str | None = field(
         default=None,
         repr=False,
         metadata={"help": "A Hub token; better: `hf auth login`. It is never written anywhere."},
     )
     hub_model_id: str | None = _option(None, "The repository; default: the name of `output_dir`, in your namespace.")
-    hub_private_repo: bool = _option(False, "Create the repository private.")
+    hub_private_repo: bool = _option(True, "A private repository; one that exists keeps its visibility.")
+    hub_revision: str = _option("main", "The branch that is pushed to.")
+    hub_averages: bool = _option(False, "At the end also push each average in `ema`, as a branch with its name.")
 
     # The machine
+    compile: bool = _option(
+        False, "Compile the network by torch.compile: a minute or more at the start, then faster steps."
+    )
     cpu_threads_per_process: int | None = _option(
         None, "Threads of torch on the CPU; default: the processors, shared by the processes of this machine."
     )
@@ -274,7 +285,8 @@ _MAY_CHANGE = (
     *("checkpoints_total_limit", "save_images_epochs", "save_model_epochs", "eval_batch_size", "logging_steps"),
     *("eval_steps", "eval_split", "eval_num_images", "eval_network", "eval_network_path"),
     *("ddpm_num_inference_steps", "logger", "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo"),
-    *("cpu_threads_per_process", "enable_xformers_memory_efficient_attention"),
+    *("hub_revision", "hub_averages"),
+    *("compile", "cpu_threads_per_process", "enable_xformers_memory_efficient_attention"),
 )
 
 
@@ -419,7 +431,9 @@ def _check_effects(config: TrainingConfig) -> None:
     require(config.eval_steps is not None, "give eval_steps", *measured)
     require(config.ema_halflife_images is None, "ema_halflife_images is given", "ema_max_decay")
     require(config.model_config_name_or_path is None, "the model config says its own", "dropout")
-    require(config.push_to_hub, "give push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
+    require(config.init_from is None, "init_from has a network", "dropout", "model_config_name_or_path")
+    hub_settings = ("hub_model_id", "hub_private_repo", "hub_token", "hub_revision", "hub_averages")
+    require(config.push_to_hub, "give push_to_hub", *hub_settings)
     require(config.logger == "tensorboard", "give logger tensorboard", "logging_dir")
     require(config.dataset_name is not None, "give dataset_name", "dataset_config_name")
     launched = int(os.environ.get("LOCAL_RANK", config.local_rank))

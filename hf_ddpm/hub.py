@@ -1,395 +1,368 @@
-"""The model card, written from what the run recorded, and the upload of a run to the Hub.
+"""A run on its way to the Hub.
 
-    config.yaml                      every setting
-    run.json                         what was measured: versions, data, model, training, samples
-    metrics.jsonl                    one line per logged step
-    scheduler/scheduler_config.json, unet/config.json
-                                     the model as saved; goes before config.yaml
-    evaluation.json                  exists once a metric was measured; of the weights whose sha256 it names
-    figures/                         pictures
+    push      the files named in UPLOADED, and no others, as one commit; none if nothing has changed
+    stage     a copy of them, which training cannot change any more
 
-A number is measured or absent: what is not in these files is not on the card.
+Visibility is decided when a repository is made: private unless `public` is asked for. A README that was edited on the
+Hub keeps what its author wrote. Tokens go to the client of huggingface_hub and nowhere else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-import re
-import statistics
-from collections.abc import Mapping
-from importlib import resources
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 
-from hf_ddpm.config import UsageError
-from hf_ddpm.files import weights_sha256, write_atomically
+from hf_ddpm.card import merged, own_text, write_card
+from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.files import write_atomically
+from hf_ddpm.metrics import read_metrics
 
 # Patterns of `fnmatch`, anchored at the run's folder: no checkpoint, log, optimizer state or pickle has such a name.
 UPLOADED = (
-    *("README.md", "config.yaml", "run.json", "metrics.jsonl", "evaluation.json", "figures/*.png", "figures/*.gif"),
+    *("README.md", "config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "evaluation.json"),
+    *("figures/*.png", "figures/*.gif"),
     *("model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"),
 )
-# Those of https://huggingface.co/docs/hub/repositories-licenses that data may have; the Hub rejects any other word.
-LICENSE = re.compile(
-    r"apache-2\.0|mit|isc|zlib|unlicense|bsd(-[23]-clause)?|[al]?gpl-3\.0|gpl-2\.0|mpl-2\.0|gfdl|c-uda|cc0-1\.0"
-    r"|cc-by(-sa)?-[34]\.0|cc-by-2\.[05]|cc-by-nc(-sa)?-[234]\.0|cc-by-nd-4\.0|cc-by-nc-nd-[34]\.0|etalab-2\.0"
-    r"|cdla-sharing-1\.0|cdla-permissive-[12]\.0|odc-by|odbl|pddl|openmdw-1\.0"
-)
+# Of an earlier push, these would contradict what is pushed.
+REPLACED = ("evaluation.json", "unet/*.safetensors", "unet/*.bin", "diffusion_pytorch_model.*")
+MAX_CONFLICTS = 3
+NO_TOKEN = "there is no token: hf auth login, or HF_TOKEN in the environment"
+KEPT_README = "README.md was edited on the Hub, too: it keeps the text that was written there"
 
 
-def write_card(output_dir: str | Path, repo_id: str | None = None) -> Path:
-    """Write `output_dir`/README.md, the model card of the run in `output_dir`.
+class PushError(OSError):
+    """A push that failed; the message says what to do.
 
     Args:
-        output_dir: a run; whatever it did not record is left out.
-        repo_id: the repository that the card's examples load; default: `hub_model_id`, or else the folder's name.
-
-    Returns: the card's path. Raises: UsageError if `output_dir` is not a folder.
+        is_passing: whether the same push may succeed later.
     """
-    path = Path(output_dir) / "README.md"
-    if not path.parent.is_dir():
-        raise UsageError(f"output_dir must be the folder of a run, got {str(output_dir)!r}, which is not a folder")
-    write_atomically(path, str(_card(path.parent, repo_id)))
-    return path
+
+    def __init__(self, message: str, is_passing: bool):
+        super().__init__(message)
+        self.is_passing = is_passing
 
 
-def upload(
-    output_dir: str | Path,
+@dataclass(frozen=True)
+class Pushed:
+    """Where a push went.
+
+    Args:
+        commit: the head of the branch; `is_new` if this push made it.
+        kept_readme: the README on the Hub was edited there and here, and keeps the text that was written there.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+    is_new: bool
+    kept_readme: bool
+
+
+def push(
+    folder: str | Path,
     repo_id: str,
     *,
+    public: bool = False,
+    revision: str = "main",
     token: str | None = None,
-    private: bool = False,
-    commit_message: str = "Upload model, card and figures",
-) -> str:
-    """Upload the files named in `UPLOADED`, and only those, to a model repository, which is created if need be.
-
-    A card that is missing, or as `write_card` left it, is written anew with the full name of the repository in its
-    examples; a card that was edited is uploaded as it is.
+    message: str | None = None,
+    averages: bool = False,
+) -> Pushed:
+    """Uploads a run or any folder with a pipeline; the repository is made if need be.
 
     Args:
-        output_dir: a run with a saved model.
         repo_id: `name`, which goes to the token's owner, or `namespace/name`.
-        token: default: the one of `hf auth login`.
-        private: create the repository private. An existing one keeps its visibility and must be private already.
-
-    Returns: the repository's address.
+        public: make the repository public. One that exists keeps its visibility; without `public` it must be private.
+        revision: a branch, made from `main` if need be.
+        token: default: that of `hf auth login` or HF_TOKEN.
+        message: of the commit; default: the run's step and images.
+        averages: also push each average in `ema` of the run as a branch with its name.
 
     Raises:
-        UsageError: there is no model, config.yaml holds a token, or `private` was asked of a public repository.
+        UsageError: `folder` holds no model that may be published.
+        PushError: the Hub refused, or could not be reached.
     """
-    folder = Path(output_dir)
-    if not (folder / "model_index.json").is_file():
-        raise UsageError(f"output_dir must hold a saved model, got {str(output_dir)!r} without model_index.json")
-    if _read(folder / "config.yaml").get("hub_token"):
-        raise UsageError(f"hub_token must not be published, but is set in {folder / 'config.yaml'}: delete that line")
+    folder = Path(folder).expanduser()
+    _check_folder(folder)
     api = HfApi(token=token)
-    address = api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.model_info(address.repo_id).private:
-        raise UsageError(
-            f"hub_private_repo needs a private repository, but {address.repo_id} exists and is public: "
-            "change its visibility in its settings on the Hub, or give another hub_model_id"
-        )
-    if not is_edited(folder):
-        write_card(folder, address.repo_id)
-    api.upload_folder(
-        repo_id=address.repo_id, folder_path=folder, allow_patterns=list(UPLOADED), commit_message=commit_message
-    )
-    return str(address)
-
-
-def read_evaluation(folder: Path) -> list[dict[str, Any]]:
-    """The results in evaluation.json; none if they are of other weights than those in `folder`."""
-    evaluation = _read(folder / "evaluation.json")
-    weights = weights_sha256(folder) if evaluation else None
-    return evaluation.get("results", []) if weights in (None, evaluation.get("weights_sha256")) else []
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json; empty if there is none."""
-    return _read(folder / "run.json")
-
-
-def is_edited(folder: Path) -> bool:
-    """Whether the card is other than `write_card` would write it, for whatever repository it names."""
-    if not (folder / "README.md").is_file():
-        return False
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    repo_id = named_repository(folder)
-    if repo_id is None:
-        return True
-    # Weights that came later take the evaluation off the card, which is no edit.
-    return all(text != str(_card(folder, repo_id, stale)) for stale in (False, True))
-
-
-def named_repository(folder: Path) -> str | None:
-    """What the examples of the card load; None if there is no card, or no example."""
-    if not (folder / "README.md").is_file():
-        return None
-    found = re.search(r'from_pretrained\((".+?")\)', (folder / "README.md").read_text(encoding="utf-8"))
-    return json.loads(found[1]) if found else None
-
-
-def result_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """A result of evaluation.json as a row of a table: column -> text."""
-    network, reference, floor = row.get("network"), row["reference"], row.get("floor")
-    real = ""
-    if floor:
-        counts = " against ".join(f"{count:,}" for count in floor["num_compared"])
-        same = floor["num_compared"] == row["num_compared"]
-        of = _said(floor["of"]) if same else f"{_said(floor['of'])}, {counts}"
-        real = f"{_measured(floor['value'], floor.get('standard_error'))} ({of})"
-    if "likelihood" in row:
-        settings = row["likelihood"]
-        by = f"{settings['timesteps_per_image']:,} terms of each image"
-    else:
-        settings = row["sampling"]
-        dtype = settings.get("dtype", "fp32")
-        by = f"{settings['scheduler']}, {settings['num_inference_steps']:,} steps"
-        by += "" if dtype == "fp32" else f", {dtype}"
-    config = f" ({reference['config']})" if reference.get("config") else ""
-    return {
-        "Metric": _said(row["name"]),
-        "Value": _measured(row["value"], row.get("standard_error")),
-        "Real images": real,
-        "Images": " against ".join(f"{count:,}" for count in row["num_compared"]),
-        "Network": f"{network['network']}, {network['input_size']} px" if network else "",
-        "Reference": f"{_said(reference['name'])}{_said(config)}, {reference['split']}, {reference['count']:,}",
-        "By": by,
-        "Seed": str(settings["seed"]),
-    }
-
-
-def _measured(value: float | None, standard_error: float | None = None) -> str:
-    """1.2345678, 0.0123 -> 1.235 ± 0.012: two digits of the error, or else four of the value."""
-    if value is None:
-        return "not finite"
-    if not standard_error:
-        return f"{value:.4g}"
-    decimals = min(12, max(0, 1 - math.floor(math.log10(standard_error))))
-    return f"{value:,.{decimals}f} ± {standard_error:,.{decimals}f}"
-
-
-def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
-    """The finite ones, those of one data set and split together: only so they come back in their order."""
-    found: dict[Any, list[EvalResult]] = {}
-    for row in results:
-        if row["value"] is None:
-            continue
-        reference, network = row["reference"], row.get("network") or {}
-        sampling, likelihood, floor = (row.get(part) or {} for part in ("sampling", "likelihood", "floor"))
-        settings = {
-            **{"num_compared": row["num_compared"], "standard_error": row.get("standard_error")},
-            **{"real_images": floor.get("value"), "reference_sha256": reference["fingerprint"]},
-            **{"network": network.get("network"), "network_sha256": network.get("weights_sha256")},
-            **{key: sampling.get(key) for key in ("scheduler", "num_inference_steps", "dtype")},
-            "timesteps_per_image": likelihood.get("timesteps_per_image"),
-            "seed": (likelihood or sampling)["seed"],
-        }
-        result = EvalResult(
-            task_type="unconditional-image-generation",
-            task_name="Unconditional Image Generation",
-            dataset_type=reference["name"],
-            dataset_name=reference["name"],
-            dataset_config=reference.get("config"),
-            dataset_split=reference["split"],
-            metric_type=row["metric"],
-            metric_name=row["name"],
-            metric_value=row["value"],
-            metric_args={key: value for key, value in settings.items() if value is not None},
-            verified=False,
-        )
-        found.setdefault(result.unique_identifier, []).append(result)
-    return [result for group in found.values() for result in group]
-
-
-def _card(folder: Path, repo_id: str | None = None, stale: bool = False) -> ModelCard:
-    """The card; `stale`: with what was measured on other weights."""
-    config, run = _read(folder / "config.yaml"), _read(folder / "run.json")
-    scheduler, unet = _read(folder / "scheduler/scheduler_config.json"), _read(folder / "unet/config.json")
-    data, training = run.get("data") or {}, run.get("training") or {}
-    settings = {
-        "num_train_timesteps": config.get("ddpm_num_steps"),
-        **{key: config.get(f"ddpm_{key}") for key in ("beta_schedule", "beta_start", "beta_end")},
-        **config,
-        **scheduler,
-        **training,
-        "dropout": unet.get("dropout", None if config.get("model_config_name_or_path") else config.get("dropout")),
-    }
-    T, step_denoiser = settings["num_train_timesteps"], settings.get("prediction_type") == "previous_sample"
-    our_steps = T if step_denoiser or T is None else min(50, T)
-    conditional = unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None
-    license = str(data.get("license") or "").lower().replace(" ", "-")
-    metrics = _metrics(folder / "metrics.jsonl")
-    losses = [(_said(line["loss"]), _said(line["step"])) for line in metrics if "loss" in line]
-    speeds = [line["images_per_second"] for line in metrics if "images_per_second" in line]
-    repo_id = str(repo_id or config.get("hub_model_id") or folder.resolve().name)
-    title = repo_id.split("/")[-1]
-    results = _read(folder / "evaluation.json").get("results", []) if stale else read_evaluation(folder)
-    eval_results = _eval_results(results)
-    card_data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        license=license if LICENSE.fullmatch(license) else None,
-        datasets=_hub_datasets(config.get("dataset_name")),
-        tags=["diffusers", "ddpm", "hf_ddpm", "unconditional-image-generation"],
-        eval_results=eval_results or None,
-        model_name=title if eval_results else None,
-    )
-    commands: dict[str, list[dict[str, Any]]] = {}
-    for row in results:
-        commands.setdefault(row["command"], []).append(row)
-    return ModelCard.from_template(
-        card_data,
-        template_str=_template(),
-        title=title,
-        repo_id=json.dumps(repo_id),
-        figures=[path.name for path in folder.glob("figures/*")],
-        unet={"size": _size(unet.get("sample_size")), "channels": unet.get("in_channels")},
-        conditional=conditional,
-        step_denoiser=step_denoiser,
-        T=T,
-        fast_steps=min(20, T) if T and _is_dpm_solvable(settings, unet) else None,
-        our_steps=our_steps,
-        trajectory="True" if our_steps is None or our_steps <= 100 else f"range(0, {our_steps}, {our_steps // 10})",
-        num_classes=(len(data.get("class_names") or ()) or unet.get("num_class_embeds")) if conditional else None,
-        settings=_settings(settings),
-        run=_said(run),
-        size=_size(data.get("resolution")),
-        classes=_classes(data.get("class_names")),
-        time=None if training.get("seconds") is None else _duration(training["seconds"]),
-        last_loss=losses[-1] if losses else None,
-        speed=_said(statistics.median(speeds)) if speeds else None,
-        evaluations=[(command, [result_cells(row) for row in rows]) for command, rows in commands.items()],
-        remarks=[f"{_said(row['name'])}: {_said(row['remark'])}" for row in results if row.get("remark")],
-        evaluated={row["metric"].partition("_")[0] for row in results},
-    )
-
-
-def _template() -> str:
-    """Package data of an installed wheel; in a checkout, the folder beside the package."""
-    places = (resources.files("hf_ddpm") / "model_card", Path(__file__).resolve().parents[1] / "model_card")
-    return next(place / "template.md" for place in places if (place / "template.md").is_file()).read_text("utf-8")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A mapping in YAML or JSON; empty if the run did not write it."""
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    return (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
-
-
-def _metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl with their numbers; a line that a killed run left unfinished is no line."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    name = create(api, repo_id, public)
+    message = message or progress_of(folder)
+    files = stage(folder)
+    try:
+        pushed = commit(api, files, name, revision, message)
+        if os.access(folder, os.W_OK):
+            if pushed.kept_readme:  # what was written here is nowhere else
+                write_card(folder, name, _branch(revision))
+            else:
+                write_atomically(folder / "README.md", (files / "README.md").read_bytes())
+    finally:
+        shutil.rmtree(files)
+    for average in _averages(folder) if averages else ():
+        files = stage(folder, model=average)
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        lines.append({key: value for key, value in line.items() if isinstance(value, int | float)})
-    return [line for line in lines if "step" in line]
+            commit(api, files, name, average.name, f"{message}, the average {average.name}")
+        finally:
+            shutil.rmtree(files)
+    return pushed
 
 
-def _hub_datasets(name: str | None) -> list[str] | None:
-    if name is None or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name).exists():
-        return None
-    return [name]
+def create(api: HfApi, repo_id: str, public: bool) -> str:
+    """Makes a model repository unless it is there. Returns: its full name. Raises: PushError."""
+    with explained(api, repo_id):
+        name = api.create_repo(repo_id, private=not public, exist_ok=True).repo_id
+        if not public and not api.model_info(name).private:
+            raise PushError(
+                f"{name} must be private unless you ask for a public one, but it exists and is public: push it "
+                "publicly (--public; in training --hub_private_repo False), or give another name",
+                is_passing=False,
+            )
+        return name
 
 
-def _is_dpm_solvable(settings: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:
-    """Whether stock's `DPMSolverMultistepScheduler` can take over this scheduler's config."""
-    return (
-        settings.get("prediction_type") in ("epsilon", "sample", "v_prediction")
-        and settings.get("beta_schedule") in ("linear", "scaled_linear", "squaredcos_cap_v2")
-        # It takes the first 3 channels of a network that also predicts its variance.
-        and (unet.get("in_channels") == 3 or not str(settings.get("variance_type")).startswith("learned"))
-    )
+def repository_of(config: TrainingConfig) -> tuple[str, str | None, str]:
+    """Name, token and branch of a run's repository."""
+    return config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_token, config.hub_revision
 
 
-def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of the settings table: name, ours, that of Ho et al. 2020 in the same words.
+def create_for_run(config: TrainingConfig, say: Callable[[str], None]) -> None:
+    """Makes the repository before a run begins.
 
-    Theirs: Sec. 4 and App. B; variance, warm-up and the limit of the gradient: the code published with the paper.
+    Raises:
+        UsageError: the Hub will not take the run. That it cannot be reached now is said only.
     """
-    s = {key: value for key, value in settings.items() if value is not None}
-    betas = "" if s.get("beta_schedule") == "squaredcos_cap_v2" else ", beta from {beta_start:g} to {beta_end:g}"
-    rescaled = ", rescaled to zero terminal SNR" if s.get("rescale_betas_zero_snr") else ""
-    weight = "min(SNR, {min_snr_gamma:g}) on x_0" if s.get("loss_weighting") == "min_snr" else "{loss_weighting}"
-    adam = "AdamW, weight decay {adam_weight_decay:g}" if s.get("adam_weight_decay") else "Adam"
-    warmup = "" if s.get("lr_scheduler") == "constant" else ", {lr_warmup_steps:,} warm-up steps"
-    by_halflife = "ema_halflife_images" in s
-    average = "half-life {ema_halflife_images[0]:,.0f} images" if by_halflife else "{ema_max_decay:g} per step"
-    ramp = ", at most 1 - (1 + k / {ema_inv_gamma:g})^-{ema_power:g} at step k"
-    if "ema_rampup_ratio" in s:
-        ramp = ", at most {ema_rampup_ratio:g} of the images seen"
-    words = {
-        "beta_schedule": {"squaredcos_cap_v2": "cosine"},
-        "loss_weighting": {"constant": "1"},
-        "timestep_density": {"uniform": "uniform, independent"},
-        "use_ema": {True: average + ramp, False: "none"},
-        "random_flip": {True: "yes", False: "no"},
-    }
-    table = {
-        "Chain length T": ("{num_train_timesteps:,}", "1,000"),
-        "Noise schedule": ("{beta_schedule}" + betas + rescaled, "linear, beta from 0.0001 to 0.02"),
-        "The network predicts": ("{prediction_type}", "epsilon"),
-        "Variance of p": ("{variance_type}", "fixed_large"),
-        "Weight of the squared error": (weight, "1"),
-        "Draws of t": ("{timestep_density}", "uniform, independent"),
-        "Optimizer": (adam + ", betas {adam_beta1:g} and {adam_beta2:g}", "Adam, betas 0.9 and 0.999"),
-        "Learning rate": (
-            "{learning_rate:g}, {lr_scheduler}" + warmup,
-            "0.0002, constant_with_warmup, 5,000 warm-up steps",
-        ),
-        "Images per step": ("{global_batch_size:,}", "128"),
-        "Limit of the gradient's norm": ("{max_grad_norm:g}", "1"),
-        "Averaged weights (EMA)": (words["use_ema"].get(s.get("use_ema"), "{use_ema}"), "0.9999 per step"),
-        "Dropout": ("{dropout:g}", "0.1"),
-        "Images mirrored at random": ("{random_flip}", "yes"),
-        "Optimizer steps": ("{steps:,}", "800,000"),
-    }
-    s |= {key: said.get(s[key], s[key]) for key, said in words.items() if key in s}
-    rows = []
-    for name, (ours, theirs) in table.items():
-        # A setting that is not known, in whole or in part, has no row.
-        with contextlib.suppress(KeyError):
-            rows.append((name, _said(ours.format(**s)), theirs))
-    return rows
+    repo_id, token, _ = repository_of(config)
+    try:
+        create(HfApi(token=token), repo_id, public=not config.hub_private_repo)
+    except PushError as error:
+        if not error.is_passing:
+            raise UsageError(f"push_to_hub cannot work: {error}") from None
+        say(f"nothing can be pushed to {repo_id} yet, training begins nonetheless: {error}")
 
 
-def _said(value: Any) -> Any:
-    """Recorded values as the card writes them, in text that cannot break a table."""
+def progress_of(folder: Path) -> str:
+    """What a commit says of the run in `folder`: "Step 1,200, 76,800 images"."""
+    progress = _read(folder / "run.json").get("training")
+    if progress is None and (folder / "metrics.jsonl").is_file():
+        progress = next(
+            ({**line, "steps": line["step"]} for line in read_metrics(folder / "metrics.jsonl")[-1:]), None
+        )
+    return f"Step {progress['steps']:,}, {progress['images']:,} images" if progress else "Upload a model"
+
+
+def stage(folder: Path, model: Path | None = None, preview: Path | None = None) -> Path:
+    """A new folder with what is uploaded of a run, as it is now: training goes on and replaces its files.
+
+    Args:
+        model: a pipeline in the place of the run's own, without what was measured and drawn with that.
+        preview: the picture of samples, if there is none.
+    """
+    place = folder if os.access(folder, os.W_OK) else None
+    files = Path(tempfile.mkdtemp(prefix="partial-push-", dir=place))
+    chosen = {name: folder / name for name in _uploaded(folder)}
+    if model is not None:
+        of_own_model = ("unet/*", "model_index.json", "evaluation.json", "figures/*")
+        chosen = {n: path for n, path in chosen.items() if not any(fnmatch(n, p) for p in of_own_model)}
+        chosen |= {name: model / name for name in _uploaded(model) if name != "README.md"}
+    if preview is not None:
+        chosen.setdefault("figures/samples.png", preview)
+    try:
+        for name, source in chosen.items():
+            (files / name).parent.mkdir(exist_ok=True)
+            _link_or_copy(source, files / name)
+            if name.endswith((".json", ".yaml")):
+                content = _read(files / name)
+                known = _without_places(content)
+                if known != content:
+                    is_json = name.endswith(".json")
+                    text = json.dumps(known, indent=2) if is_json else yaml.safe_dump(known, sort_keys=False)
+                    write_atomically(files / name, text)
+    except BaseException:
+        shutil.rmtree(files, ignore_errors=True)
+        raise
+    return files
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        if source.suffix != ".safetensors":  # which are replaced, never written into
+            raise OSError
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _without_places(value: Any) -> Any:
+    """Of paths of this machine only the last names: the others say where something is, and not what."""
     if isinstance(value, dict):
-        return {key: _said(item) for key, item in value.items()}
-    if isinstance(value, str):
-        return " ".join(value.split()).replace("|", "\\|")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
+        return Path(value).name
     return value
 
 
-def _size(side: int | list[int] | None) -> str | None:
-    if side is None:
-        return None
-    height, width = (side, side) if isinstance(side, int) else side
-    return f"{width} x {height}"
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text("utf-8")
+        return (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path.name} cannot be read: {_in_a_line(error)}: correct it") from error
 
 
-def _classes(names: list[str] | None) -> str | None:
-    if not names:
-        return None
-    return f"{len(names):,}: {_said(', '.join(map(str, names[:20])))}{', ...' if len(names) > 20 else ''}"
+def _check_folder(folder: Path) -> None:
+    if not (folder / "model_index.json").is_file():
+        raise UsageError(f"output_dir must hold a saved model, got {str(folder)!r} without model_index.json")
+    if not any(name.endswith(".safetensors") for name in _uploaded(folder)):
+        raise UsageError(f"output_dir must hold weights as safetensors, got {str(folder)!r} without")
+    for name, part in _read(folder / "model_index.json").items():
+        if isinstance(part, list) and str(part[0]).split(".")[0] == "hf_ddpm":
+            raise UsageError(
+                f"model_index.json must name classes of diffusers, got a {name} of {part[0]}, which diffusers does "
+                "not load: save the model with hf_ddpm.DDPMPipeline"
+            )
+    if _read(folder / "config.yaml").get("hub_token"):
+        raise UsageError(f"hub_token must not be published, but is set in {folder / 'config.yaml'}: delete that line")
 
 
-def _duration(seconds: float) -> str:
-    """3725.4 -> 1 h 2 min 5 s (3,725 s)"""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    long = f"{f'{hours:,} h ' if hours else ''}{minutes} min {rest} s ({seconds:,.0f} s)"
-    return long if seconds >= 60 else f"{seconds:.3g} s"
+def _uploaded(folder: Path) -> list[str]:
+    names = (
+        path.relative_to(folder).as_posix() for path in [*folder.glob("*"), *folder.glob("*/*")] if path.is_file()
+    )
+    return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in UPLOADED))
+
+
+def _averages(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("ema/*/model_index.json"))
+
+
+def commit(api: HfApi, files: Path, name: str, revision: str, message: str) -> Pushed:
+    """One commit of a staged folder on a branch, whose README is left in `files`."""
+    with explained(api, name):
+        if revision != "main":
+            api.create_branch(name, branch=revision, exist_ok=True)
+        for attempt in range(MAX_CONFLICTS):
+            head = str(api.model_info(name, revision=revision).sha)
+            there = api.list_repo_files(name, revision=head)
+            readme, kept = _readme(api, files, name, revision, head if "README.md" in there else None)
+            names = [n for n in _uploaded(files) if n != "README.md"]
+            operations: list[Any] = [CommitOperationAdd(n, files / n) for n in names]
+            operations.append(CommitOperationAdd("README.md", readme.encode()))
+            stale = [n for n in there if n not in names and any(fnmatch(n, pattern) for pattern in REPLACED)]
+            operations += [CommitOperationDelete(n) for n in stale]
+            try:
+                made = api.create_commit(
+                    name, operations, commit_message=message, revision=revision, parent_commit=head
+                )
+            except HfHubHTTPError as error:  # somebody committed in between
+                if error.response.status_code != 412 or attempt == MAX_CONFLICTS - 1:
+                    raise
+                continue
+            write_atomically(files / "README.md", readme)
+            return Pushed(name, made.repo_url.url, made.oid, made.oid != head, kept)
+    raise AssertionError
+
+
+def _readme(api: HfApi, files: Path, name: str, revision: str, head: str | None) -> tuple[str, bool]:
+    """The README of the next commit, and whether a text of the Hub was kept in the place of another here."""
+    try:
+        here = write_card(files, name, _branch(revision)).read_text("utf-8")
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"README.md cannot be read: {_in_a_line(error)}: correct it, or delete it") from error
+    if head is None:
+        return here, False
+    path = Path(api.hf_hub_download(name, "README.md", revision=head))
+    plain = {"", f"# {name.split('/')[-1]}"}
+    try:
+        there = path.read_text("utf-8")
+        ours, theirs = own_text(here), own_text(there)
+        if theirs in plain or ("\n" not in theirs and ours.startswith(theirs)):  # a title at most
+            card: Any = ModelCard(there, ignore_metadata_errors=True)
+            card.text = ModelCard(here).text
+            return merged(str(card), here), False
+        return merged(there, here), ours not in plain and ours not in theirs
+    except (ValueError, yaml.YAMLError) as error:
+        message = f"README.md of {name} cannot be read: {_in_a_line(error)}: correct it on the Hub, or delete it there"
+        raise PushError(message, is_passing=False) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _branch(revision: str) -> str | None:
+    """As a card names it: `main` is not named."""
+    return None if revision == "main" else revision
+
+
+@contextmanager
+def explained(api: HfApi, name: str) -> Iterator[None]:
+    """What the client raises as a PushError, which says what to do; without the token."""
+    try:
+        yield
+        return
+    except (PushError, UsageError):
+        raise
+    except OfflineModeIsEnabled as error:
+        raise PushError("HF_HUB_OFFLINE is set: unset it, and push again", is_passing=False) from error
+    except LocalTokenNotFoundError as error:
+        raise PushError(NO_TOKEN, is_passing=False) from error
+    except HFValidationError as error:
+        raise PushError(f"{name!r} cannot name a repository: {error}", is_passing=False) from error
+    except Exception as error:  # of the network, in many types, none of which huggingface_hub documents
+        first: BaseException = error
+        while not isinstance(first, HfHubHTTPError) and first.__cause__ is not None:  # of an upload in a thread
+            first = first.__cause__
+        token = _token_of(api)
+        if isinstance(first, HfHubHTTPError):
+            status = first.response.status_code
+            text, is_passing = _said_of(status, name)
+            text = NO_TOKEN if status == 401 and not token else text
+            cause = f"{text} ({first.server_message or f'HTTP {status}'})"
+        else:
+            cause, is_passing = f"{api.endpoint} cannot be reached, or the connection broke ({first!r})", True
+    raise PushError(cause.replace(token, "hf_...") if token else cause, is_passing) from None
+
+
+def _token_of(api: HfApi) -> str:
+    """The one that is sent, without the ends that an error may show in other characters; "" if there is none."""
+    return str(api.token or get_token() or "").strip()
+
+
+def _said_of(status: int, name: str) -> tuple[str, bool]:
+    if status == 401:
+        return "the Hub does not accept the token: it is wrong or expired, hf auth login makes a new one", False
+    if status == 403:
+        return f"the token may not write to {name}: give one with write access, or another name", False
+    if status == 404:
+        return f"{name} is not there, or the token may not see it", False
+    if status == 409:
+        return f"the name {name} is taken by something else: give another", False
+    if status == 412:
+        return f"others are committing to {name} at the same time", True
+    if status == 429:
+        return "the Hub asks for fewer requests", True
+    if status in (402, 413, 507):
+        return f"{name} would be larger than the Hub's limits for it", False
+    if status >= 500:
+        return "the Hub has an error of its own", True
+    return f"the Hub refuses what was sent to {name}", False

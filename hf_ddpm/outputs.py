@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -21,19 +23,22 @@ from torch import Tensor
 
 from hf_ddpm import engine, figures
 from hf_ddpm.checkpoint import Progress
-from hf_ddpm.config import RunError, TrainingConfig, run_files, save_config
+from hf_ddpm.config import RunError, TrainingConfig, UsageError, run_files, save_config
 from hf_ddpm.ema import swapped
 from hf_ddpm.engine import gathered
 from hf_ddpm.evaluation.monitor import Monitor, measure
 from hf_ddpm.files import lock, write_atomically
+from hf_ddpm.hub import KEPT_README, PushError, push, repository_of
 from hf_ddpm.metrics import MetricsFile, cut_metrics, read_metrics
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path, snapshots
-from hf_ddpm.report import push, write_report
+from hf_ddpm.report import write_report
 from hf_ddpm.run import FREE_SPACE, Run, say
 from hf_ddpm.sampling import default_scheduler, named_scheduler, sample_shared
 from hf_ddpm.scheduler import DDPMScheduler
 
+LAST_PAUSES_SECONDS = (2.0, 10.0)  # between attempts to push the finished run,
+LONGEST_PUSH_SECONDS = 600.0  # for which one that is on its way has so long to arrive
 # How the names of the averages begin that are saved as models; the others are for snapshots.
 HALFLIFE = "halflife-"
 
@@ -180,15 +185,58 @@ def finish(run: Run, progress: Progress) -> DDPMPipeline:
             "ema": config.use_ema,
         }
         write_report(config, pipeline, run.images, progress, run.global_batch_size, sampled, run.accelerator)
-        if config.push_to_hub:
-            push(config, progress.step)
 
     try:
         run.processes.only_first(write)
     except OSError as error:
         finishes = "then the same command with --resume_from_checkpoint latest finishes the run"
         raise RunError(f"the report could not be written: {error}. {FREE_SPACE}; {finishes}") from error
+    if config.push_to_hub:
+        run.processes.only_first(lambda: push_finished(run))
     return pipeline
+
+
+def start_push(run: Run, progress: Progress) -> None:
+    """The model as it was saved last goes to the Hub, while training goes on."""
+    if run.pusher is not None:
+        pusher, message = run.pusher, f"Step {progress.step:,}, {progress.images:,} images"
+        preview = max((run.output_dir / "previews").glob("step-*.png"), default=None)
+        try_to_write(run, lambda: pusher.start(message, preview))
+
+
+def push_finished(run: Run) -> None:
+    """A failure is said, and harms nothing that was trained; for the first process to call."""
+    assert run.pusher is not None
+    run.pusher.close(LONGEST_PUSH_SECONDS)
+    repo_id, token, revision = repository_of(run.config)
+    for pause in (*LAST_PAUSES_SECONDS, None):
+        try:
+            pushed = push(
+                run.output_dir,
+                repo_id,
+                public=not run.config.hub_private_repo,
+                revision=revision,
+                token=token,
+                averages=run.config.hub_averages,
+            )
+        except (PushError, UsageError, OSError) as error:
+            if pause is not None and getattr(error, "is_passing", False):
+                time.sleep(pause)
+                continue
+            command = ["hf-ddpm", "push", str(run.output_dir), repo_id]
+            command += [] if run.config.hub_private_repo else ["--public"]
+            command += [] if revision == "main" else ["--revision", revision]
+            command += ["--averages"] if run.config.hub_averages else []
+            say(
+                run.processes,
+                f"the model is whole in {str(run.output_dir)!r}, but was not pushed: {error}. "
+                f"{shlex.join(command)} does it later",
+            )
+        else:
+            say(run.processes, f"{pushed.url}: {pushed.commit[:12]}")
+            if pushed.kept_readme:
+                say(run.processes, KEPT_README)
+        return
 
 
 def try_to_write(run: Run, write: Callable[[], None]) -> None:

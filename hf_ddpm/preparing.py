@@ -20,10 +20,13 @@ from hf_ddpm.data import ImageCache, load_images
 from hf_ddpm.ema import EMA, edm_decay, halflife_from_decay, ramped_decay
 from hf_ddpm.engine import AUTOCAST
 from hf_ddpm.evaluation.monitor import open_monitor
+from hf_ddpm.finetuning import load_weights, network_of, take_over
+from hf_ddpm.hub import create_for_run, repository_of
 from hf_ddpm.objective import Objective
 from hf_ddpm.outputs import HALFLIFE, prepare_output
 from hf_ddpm.posthoc import TRACKED_STDS, power_decay
 from hf_ddpm.processes import Processes, share_cores
+from hf_ddpm.pusher import Pusher
 from hf_ddpm.run import FREE_SPACE, Run, say
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.streaming import ImageStream, open_stream
@@ -52,6 +55,7 @@ def set_up(
     if on_cpu:
         share_cores(accelerator.num_processes, config.cpu_threads_per_process)
     with accelerator.local_main_process_first():
+        config = take_over(config)
         images = open_stream(config) if config.streaming else load_images(config)
     asked = config = _resolve(config, images, accelerator.mixed_precision)
     checkpoint, progress = _find_progress(config, processes, images)
@@ -83,7 +87,12 @@ def set_up(
 
     monitor = open_monitor(config, images, accelerator) if config.eval_steps is not None else None
     scheduler = make_scheduler(config)
-    new_unet = make_unet(config, images.channels, images.resolution, images.num_classes)
+    network = None
+    if config.init_from is not None:
+        network = network_of(config.init_from) if checkpoint is None else checkpoint / "unet"
+    new_unet = make_unet(config, images.channels, images.resolution, images.num_classes, network)
+    if config.init_from is not None and checkpoint is None:
+        load_weights(new_unet, config.init_from)
     optimizer = torch.optim.AdamW(
         new_unet.parameters(),
         lr=config.learning_rate,
@@ -94,6 +103,9 @@ def set_up(
     )
     model, prepared = engine.prepare(accelerator, new_unet, optimizer, config, partial(say, processes))
     unet: Any = accelerator.unwrap_model(model)
+    if config.compile:
+        # Beside the network, which is left as it is for previews: they have another shape.
+        model = torch.compile(model, dynamic=False)
     decays = _decays(config, schedule_batch_size)
     ema = EMA(list(unet.parameters()), list(decays(0, global_batch_size))) if config.use_ema else None
     state = TrainingState(unet, prepared.optimizer, ema)
@@ -102,6 +114,8 @@ def set_up(
         progress = replace(progress, num_resumes=progress.num_resumes + 1)
         if accelerator.scaler is not None and progress.scaler is not None:
             accelerator.scaler.load_state_dict(progress.scaler)
+    if config.push_to_hub:
+        processes.only_first(lambda: create_for_run(config, partial(say, processes)))
     try:
         processes.only_first(lambda: prepare_output(asked, output_dir, progress, until_the_end))
     except BlockingIOError as error:
@@ -109,6 +123,11 @@ def set_up(
     except OSError as error:
         message = f"output_dir must be writable, got {config.output_dir!r}: {error}. {FREE_SPACE}"
         raise UsageError(message) from error
+    pusher = None
+    if config.push_to_hub and processes.rank == 0:
+        public = not config.hub_private_repo
+        pusher = Pusher(output_dir, *repository_of(config), public, partial(say, processes))
+        until_the_end.callback(pusher.close, seconds=0)
     if config.logger is not None:
         accelerator.init_trackers(output_dir.name, config=_tracked(config))
     lr_factor = _lr_factor(config, num_steps)
@@ -130,6 +149,7 @@ def set_up(
             autocast_dtype=AUTOCAST[config.mixed_precision or "no"],
         ),
         monitor=monitor,
+        pusher=pusher,
         schedule=lambda images_seen: config.learning_rate * lr_factor(images_seen / schedule_batch_size),
         decays=decays,
         total_images=total_images,

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import platform
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_ddpm import figures, hub
+from hf_ddpm import figures
+from hf_ddpm.card import write_card
 from hf_ddpm.checkpoint import Progress
 from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import ImageCache, to_x_0
@@ -84,27 +84,7 @@ def write_report(
         "samples": sampled,
     }
     write_atomically(output_dir / "run.json", json.dumps(facts, indent=2) + "\n")
-    hub.write_card(output_dir)
-
-
-def push(config: TrainingConfig, step: int) -> None:
-    """Uploads a finished run; a failure is told and harms nothing that was trained."""
-    output_dir = Path(config.output_dir)
-    repo_id = config.hub_model_id or output_dir.resolve().name
-    try:
-        hub.upload(
-            output_dir,
-            repo_id,
-            token=config.hub_token,
-            private=config.hub_private_repo,
-            commit_message=f"Step {step}",
-        )
-    except Exception as error:  # the client raises nearly anything, and the model is safe
-        warnings.warn(
-            f"the model is whole in {config.output_dir!r}, but its upload to {repo_id!r} failed: {error}. "
-            "Upload the folder later",
-            stacklevel=2,
-        )
+    write_card(output_dir)
 
 
 def device_name(device: torch.device) -> str:

@@ -17,6 +17,7 @@ from hf_ddpm.data import ImageCache
 from hf_ddpm.evaluation.monitor import Monitor
 from hf_ddpm.objective import Objective
 from hf_ddpm.processes import Processes
+from hf_ddpm.pusher import Pusher
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.streaming import ImageStream
 
@@ -33,6 +34,7 @@ class Run:
     Args:
         config: with what data and launcher decided; `train_batch_size` and `gradient_accumulation_steps` are those of
             this start.
+        pusher: of the first process, if the run goes to the Hub.
         model, optimizer: as Accelerate prepared them; `state` holds those within.
         schedule: images seen -> learning rate.
         decays: (images seen, images of the step) -> decay of each average.
@@ -51,6 +53,7 @@ class Run:
     state: TrainingState
     objective: Objective
     monitor: Monitor | None
+    pusher: Pusher | None
     schedule: Callable[[int], float]
     decays: Callable[[int, int], dict[str, float]]
     total_images: int

@@ -19,7 +19,6 @@ The last bits of an image depend on how many images a forward pass has: PyTorch 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,7 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from hf_ddpm.launch import run_command
+from hf_ddpm.models import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.scheduler import DDPMScheduler, all_values
 
@@ -107,12 +107,7 @@ def load_for_sampling(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
-    folder = Path(model)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        hint = ": the run has not saved its model yet" if (folder / "config.yaml").is_file() else ""
-        raise ValueError(f"model must be a folder with model_index.json, got {str(model)!r}, which has none{hint}")
-    if not folder.exists():
-        folder = Path(DDPMPipeline.download(str(model)))
+    folder, _ = find_model(model)
     pipeline = DDPMPipeline.from_pretrained(folder).to(device or _best_device())
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.eval()

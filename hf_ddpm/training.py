@@ -32,7 +32,15 @@ from hf_ddpm.config import RunError, TrainingConfig, check_config
 from hf_ddpm.data import to_x_0
 from hf_ddpm.loading import fetch, gathered_stream, image_names, open_batches, read_on, why_none
 from hf_ddpm.metrics import Meter, MetricsFile
-from hf_ddpm.outputs import finish, save_model, save_preview, save_snapshot, try_to_write, write_measurement
+from hf_ddpm.outputs import (
+    finish,
+    save_model,
+    save_preview,
+    save_snapshot,
+    start_push,
+    try_to_write,
+    write_measurement,
+)
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.preparing import set_up
 from hf_ddpm.processes import Processes
@@ -142,6 +150,7 @@ def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             save_preview(run, done)
         if done % model_steps == 0 and not is_last:
             save_model(run, run.average, output_dir)
+            start_push(run, progress)
         # Within steps that are skipped the last good checkpoint stays, and the next good step writes one.
         is_due = is_due or is_saved
         if is_due and (is_last or (outcome is None and progress.bad_steps_in_a_row == 0)):

@@ -21,8 +21,13 @@ HEAD_CHANNELS = 64
 MAX_ATTENTION_PIXELS = 16
 
 
-def make_unet(config: TrainingConfig, channels: int, resolution: int, num_classes: int | None) -> UNet2DModel:
+def make_unet(
+    config: TrainingConfig, channels: int, resolution: int, num_classes: int | None, like: Path | None = None
+) -> UNet2DModel:
     """A new network for images of `channels` x `resolution` x `resolution`.
+
+    Args:
+        like: a folder with config.json, whose network it is then.
 
     The last convolution starts at zero, so that the first prediction is 0 and the first loss the target's own power;
     diffusers leaves it random.
@@ -31,18 +36,17 @@ def make_unet(config: TrainingConfig, channels: int, resolution: int, num_classe
         UsageError: the model config does not fit the data or the variance type.
     """
     out_channels = channels * (2 if config.variance_type == "learned_range" else 1)
-    if config.model_config_name_or_path is None:
+    name = config.model_config_name_or_path if like is None else str(like)
+    if name is None:
         settings = sized_config(resolution, channels, out_channels, num_classes, config.dropout)
     else:
-        settings = _load_config(config.model_config_name_or_path)
+        settings = _load_config(name)
         _check_fit(settings, config, channels, out_channels, resolution, num_classes)
     torch.manual_seed(config.seed)
     try:
         unet: UNet2DModel = UNet2DModel.from_config(settings)  # pyright: ignore[reportAssignmentType]
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UsageError(
-            f"the model config {config.model_config_name_or_path!r} makes no UNet2DModel: {error}"
-        ) from error
+        raise UsageError(f"the model config {name!r} makes no UNet2DModel: {error}") from error
     torch.nn.init.zeros_(unet.conv_out.weight)
     if unet.conv_out.bias is not None:
         torch.nn.init.zeros_(unet.conv_out.bias)

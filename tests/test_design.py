@@ -39,27 +39,34 @@ ALLOWED: dict[str, set[str]] = {
     "streaming": {"config", "sources", "decoding"},
     "lanes": {"config", "seeds", "streaming"},
     "unet": {"config"},
+    "models": {"config"},
+    "finetuning": {"config", "scheduler", "models"},
     "engine": {"config", "ema"},
     "checkpoint": {"config", "ema", "files", "engine"},
     "posthoc": {"config"},
     "metrics": {"files"},
-    "sampling": {"scheduler", "pipeline", "launch"},
+    "sampling": {"scheduler", "pipeline", "launch", "models"},
     "samples": {"figures", "files", "processes", "sampling"},
     # The card is written from a run's files alone, so that it needs nothing of what wrote them.
-    "hub": {"config", "files"},
+    "card": {"config", "files"},
+    "hub": {"config", "files", "card", "metrics"},
+    "pusher": {"config", "hub"},
     "evaluation": {"scheduler", "config", "objective", "figures", "sources", "decoding", "data", "files", "seeds"}
-    | {"pipeline", "processes", "sampling", "hub", "launch"},
-    "report": {"config", "data", "pipeline", "figures", "checkpoint", "metrics", "sampling", "hub", "streaming"}
+    | {"pipeline", "processes", "sampling", "card", "launch", "models"},
+    "report": {"config", "data", "pipeline", "figures", "checkpoint", "metrics", "sampling", "card", "streaming"}
     | {"engine", "evaluation", "files"},
-    "run": {"scheduler", "processes", "config", "objective", "data", "streaming", "checkpoint", "evaluation"},
+    "run": {"scheduler", "processes", "config", "objective", "data", "streaming", "checkpoint", "evaluation"}
+    | {"pusher"},
     "loading": {"processes", "stopping", "sources", "decoding", "data", "streaming", "lanes", "checkpoint", "run"},
     "outputs": {"scheduler", "files", "config", "pipeline", "ema", "figures", "engine", "checkpoint", "posthoc"}
-    | {"metrics", "sampling", "evaluation", "report", "run"},
+    | {"metrics", "sampling", "evaluation", "report", "run", "hub"},
     "preparing": {"scheduler", "processes", "config", "objective", "ema", "data", "streaming", "unet", "engine"}
-    | {"checkpoint", "posthoc", "evaluation", "run", "outputs"},
+    | {"checkpoint", "posthoc", "evaluation", "run", "outputs", "hub", "pusher", "finetuning"},
     "training": {"seeds", "stopping", "processes", "config", "pipeline", "sources", "data", "engine", "checkpoint"}
     | {"metrics", "run", "loading", "outputs", "preparing"},
-    "cli": {"config", "sampling", "samples", "posthoc", "evaluation", "hub"},
+    "space": set(),
+    "demo": {"config", "files", "card", "hub"},
+    "cli": {"config", "sampling", "samples", "posthoc", "evaluation", "card", "hub", "demo"},
     "train_accelerate": {"config", "sources", "launch", "training"},
 }
 # Package -> the only modules that may import it.
@@ -67,6 +74,7 @@ ONLY_IN = {
     "accelerate": {"training", "samples"},
     "datasets": {"data", "sources", "streaming", "evaluation"},
     "deepspeed": {"engine"},
+    "gradio": {"space"},
     "transformers": {"config", "evaluation"},  # for HfArgumentParser, and for feature networks
     "typer": {"cli"},
 }
@@ -216,7 +224,9 @@ def test_what_is_imported_is_declared_and_the_minimums_are_tested():
     runtime = {(r := Requirement(line)).name.lower(): r for line in project["dependencies"]}
     imported = {DISTRIBUTION_OF.get(name, name) for path in SOURCES for name in third_party(path)}
     extras = project["optional-dependencies"]
-    optional = {Requirement(line).name.lower() for name in ("deepspeed", "evaluation") for line in extras[name]}
+    optional = {
+        Requirement(line).name.lower() for name in ("deepspeed", "demo", "evaluation") for line in extras[name]
+    }
     assert imported - {name.replace("-", "_") for name in optional} <= runtime.keys()
 
     declared = runtime | {(r := Requirement(line)).name.lower(): r for line in extras["test"]}

@@ -17,7 +17,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hf_ddpm import hub
+from hf_ddpm import card as cards
 from hf_ddpm.config import TrainingConfig, UsageError, save_config
 from hf_ddpm.data import epoch_order, load_images
 from hf_ddpm.evaluation import evaluate as module
@@ -107,7 +107,7 @@ def run(stock: Path, digits: Path) -> Path:
     save_config(config, folder / "config.yaml")
     data = {"name": "digits", "fingerprint": load_images(config).fingerprint}
     (folder / "run.json").write_text(json.dumps({"data": data}))
-    hub.write_card(folder)
+    cards.write_card(folder)
     return folder
 
 
@@ -188,19 +188,18 @@ def test_the_card_gives_its_results_back(run: Path, measure: Any):
     card = ModelCard.load(run / "README.md")
     results = results_in(run)
     found = card.data.eval_results
-    assert found == hub._eval_results(results)
+    assert found == cards._eval_results(results)
     assert len(found) == len(results) == 4 * 6 + 3
     assert {(r.metric_type, r.metric_value) for r in found} == {(row["metric"], row["value"]) for row in results}
     assert card.data.model_name == "run"
     for row in results:
-        for text in hub.result_cells(row).values():
+        for text in cards.result_cells(row).values():
             assert text in card.text
     assert f"```bash\n{results[0]['command']}\n```" in card.text
     for name in ("steps.png", "seconds.png", "bound.png", "memorization.png"):
         assert f"(figures/{name})" in card.text
     # Where things lie is nobody's business.
     assert str(run.parent) not in card.content + json.dumps(results)
-    assert not hub.is_edited(run)
 
 
 def test_a_grid_is_of_the_same_noises(run: Path, measure: Any):
@@ -233,13 +232,13 @@ def test_dtype_and_compilation_are_of_samples_and_not_of_the_likelihood(
     assert (exact["kid"]["sampling"]["dtype"], exact["kid"]["sampling"]["compile"]) == ("fp32", False)
     assert "--dtype" not in exact["kid"]["command"]
     assert "--compile" not in exact["kid"]["command"]
-    assert hub.result_cells(exact["kid"])["By"] == "dpmsolver++, 2 steps"
+    assert cards.result_cells(exact["kid"])["By"] == "dpmsolver++, 2 steps"
     assert not wrapped
 
     near = by_metric(measure(run, metrics=metrics, dtype="bf16")["results"])
     assert (near["kid"]["sampling"]["dtype"], near["kid"]["sampling"]["compile"]) == ("bf16", False)
     assert "--dtype bf16" in near["kid"]["command"]
-    assert hub.result_cells(near["kid"])["By"] == "dpmsolver++, 2 steps, bf16"
+    assert cards.result_cells(near["kid"])["By"] == "dpmsolver++, 2 steps, bf16"
     assert near["kid"]["value"] != exact["kid"]["value"]
     assert near["nll"]["value"] == exact["nll"]["value"]
     assert near["nll"]["likelihood"] == exact["nll"]["likelihood"]
@@ -260,7 +259,7 @@ def test_results_that_do_not_say_their_dtype_are_of_fp32(run: Path, measure: Any
     for name in ("dtype", "compile"):
         del content["results"][0]["sampling"][name]
     (run / "evaluation.json").write_text(json.dumps(content))
-    assert hub.result_cells(content["results"][0]) == hub.result_cells(row)
+    assert cards.result_cells(content["results"][0]) == cards.result_cells(row)
     measure(run, metrics=["kid"], dtype="bf16")
     assert [r["sampling"].get("dtype") for r in results_in(run)] == [None, "bf16"]
     measure(run, metrics=["kid"])
@@ -336,17 +335,19 @@ def test_a_stock_repository(stock: Path, measure: Any, digits: Path, network_fil
     assert (row["floor"]["of"], row["floor"]["num_compared"]) == ("halves of train", [40, 150])
 
 
-def test_a_card_that_was_edited_is_left_alone(run: Path, measure: Any):
+def test_what_somebody_wrote_on_the_card_stays(run: Path, measure: Any):
     (run / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
-    assert measure(run, metrics=["kid"])["card"] is None
-    assert (run / "README.md").read_text().endswith("Mine.\n")
-    assert len(results_in(run)) == 1
+    measure(run, metrics=["kid"])
+    card = ModelCard.load(run / "README.md")
+    assert card.text.startswith("Mine.\n")
+    assert card.data.license == "mit"
+    assert [result.metric_value for result in card.data.eval_results] == [results_in(run)[0]["value"]]
 
 
 def test_a_card_keeps_the_repository_that_it_names(run: Path, measure: Any):
-    hub.write_card(run, "me/photos")
+    cards.write_card(run, "me/photos")
     measure(run, metrics=["kid"])
-    assert hub.named_repository(run) == "me/photos"
+    assert cards.named_repository((run / "README.md").read_text(encoding="utf-8")) == "me/photos"
 
 
 def test_results_replace_those_of_the_same_kind_only(run: Path, measure: Any):
@@ -357,7 +358,7 @@ def test_results_replace_those_of_the_same_kind_only(run: Path, measure: Any):
     again = measure(run, metrics=["kid"])["results"]
     assert [row["value"] for row in again] == [first[1]["value"]]
     assert results_in(run) == [*kept, *again]
-    assert hub.read_evaluation(run) == results_in(run)
+    assert cards.read_evaluation(run) == results_in(run)
 
 
 def test_numbers_belong_to_the_weights_that_they_were_measured_on(run: Path, measure: Any):
@@ -367,9 +368,8 @@ def test_numbers_belong_to_the_weights_that_they_were_measured_on(run: Path, mea
     with torch.no_grad():
         pipeline.unet.conv_out.weight.mul_(0.5)
     pipeline.save_pretrained(run)
-    assert hub.read_evaluation(run) == []
-    assert not hub.is_edited(run)  # it is as it was written
-    hub.write_card(run)
+    assert cards.read_evaluation(run) == []
+    cards.write_card(run)
     text = (run / "README.md").read_text()
     assert "Bits per dimension" not in text
     assert "figures/bound.png" not in text

@@ -1,488 +1,831 @@
-"""The card says what the run recorded and nothing else; the upload takes what is listed and nothing else."""
+"""What reaches the Hub, what of it comes back, and what is said when the Hub or the network fails.
+
+With the real client of huggingface_hub, in this process, and the Hub of hub_server.
+"""
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
+import os
+import pickle
 import re
-import types
-from copy import deepcopy
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
+import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from huggingface_hub import ModelCard
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.utils import _http
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from hf_ddpm import hub
+from hf_ddpm import DDPMPipeline, DDPMScheduler, card, outputs, pusher
+from hf_ddpm.cli import app
 from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.evaluation.features import NETWORKS
+from hf_ddpm.files import sha256
+from hf_ddpm.hub import KEPT_README, Pushed, PushError, push
+from hf_ddpm.pusher import Pusher
+from hf_ddpm.training import train
 
-SEED = 1001
-TOKEN = "hf_" + "secretsecret"
-CONFIG = {
-    key: value
-    for key, value in vars(
-        TrainingConfig(
-            dataset_name="someone/pictures", hub_model_id="me/photos", ddpm_num_steps=500, output_dir="runs/photos"
-        )
-    ).items()
-    if key != "hub_token"
-}
-RUN = {
-    "versions": {"hf_ddpm": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1", "accelerate": "1.15.0"},
-    "data": {
-        "name": "someone/pictures",
-        "num_images": 1797,
-        "num_bad_images": 3,
-        "resolution": 24,
-        "channels": 3,
-        "class_names": None,
-        "fingerprint": "ab" * 32,
-        "license": "CC BY 4.0",
-    },
-    "model": {"num_parameters": 1234567, "abar_T": 2.5e-05},
-    "training": {
-        "steps": 5432,
-        "images": 173824,
-        "seconds": 4321.5,
-        "num_processes": 2,
-        "global_batch_size": 33,
-        "device": "AMD EPYC (2 cores)",
-        "mixed_precision": "bf16",
-        "num_resumes": 7,
-    },
-    "samples": {"scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": 19, "seed": SEED, "ema": True},
-}
-SCHEDULER = {
-    "_class_name": "DDPMScheduler",
-    "num_train_timesteps": 500,
-    "beta_schedule": "squaredcos_cap_v2",
-    "prediction_type": "v_prediction",
-    "variance_type": "fixed_small",
-}
-UNET = {"_class_name": "UNet2DModel", "sample_size": 24, "in_channels": 3, "num_class_embeds": None, "dropout": 0.0}
-FIGURES = ("samples.png", "loss.png", "forward.png", "reverse.png", "reverse.gif")
-HO_2020 = yaml.safe_load("""
-    {ddpm_num_steps: 1000, ddpm_beta_schedule: linear, ddpm_beta_start: 0.0001, ddpm_beta_end: 0.02,
-     prediction_type: epsilon, variance_type: fixed_large, loss_weighting: constant, timestep_density: uniform,
-     adam_weight_decay: 0.0, learning_rate: 0.0002, lr_scheduler: constant_with_warmup, lr_warmup_steps: 5000,
-     dropout: 0.1, random_flip: true}
-""")
+from .conftest import tiny_unet_config
+from .hub_server import HubServer, client_environment
+from .test_evaluate import CallOfInception
 
+ROOT = Path(__file__).parents[1]
+TOKEN, OTHER, READER = "hf_alicesecret", "hf_bobsecret", "hf_readersecret"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+COMMIT = "/commit/main$"
+NAME = "alice/digits"
 
-def make_run(folder: Path, config=CONFIG, run=RUN, scheduler=SCHEDULER, unet=UNET, figures=FIGURES) -> Path:
-    for name in ("unet", "scheduler", "figures"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "run.json").write_text(json.dumps(run))
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
-    (folder / "unet/config.json").write_text(json.dumps(unet))
-    (folder / "model_index.json").write_text("{}")
-    for name in figures:
-        (folder / "figures" / name).write_bytes(b"")
-    lines = [{"step": 10 * i, "loss": 1 / i, "images_per_second": 90.0 + i} for i in (1, 2, 3)]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text + '{"step": 40, "lo')
-    return folder
-
-
-def card_of(folder: Path, **parts: Any) -> str:
-    return hub.write_card(make_run(folder, **parts)).read_text(encoding="utf-8")
-
-
-def snippets(card: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", card, re.S)
-
-
-def imported(code: str) -> set[str]:
-    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    return {getattr(node, "module", None) or node.names[0].name for node in nodes}
-
-
-def numbers(value: Any) -> list[str]:
-    """The numbers in a record, as the card writes them."""
-    if isinstance(value, dict):
-        return [number for item in value.values() for number in numbers(item)]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return []
-    return [f"{value:,}" if isinstance(value, int) and value != SEED else f"{value:.4g}"]
-
-
-def count(number: str, card: str) -> int:
-    return len(re.findall(rf"(?<![\d,.]){re.escape(number)}(?![\d,]*\d)", card))
-
-
-def test_every_recorded_value_is_on_the_card(tmp_path: Path):
-    card = card_of(tmp_path)
-    recorded = deepcopy(RUN)
-    seconds = recorded["training"].pop("seconds")
-    for number in numbers(recorded):
-        assert count(number, card), number
-    assert f"1 h 12 min 2 s ({seconds:,.0f} s)" in card
-    for text in ("ab" * 32, "AMD EPYC (2 cores)", "bf16", "CC BY 4.0", "torch 2.13.0", "averaged weights (EMA)"):
-        assert text in card
-    assert "The last logged loss is 0.3333, at step 30." in card  # not the line that was cut off
-    assert "| Images per second (median) | 92 |" in card
-    for name in FIGURES:
-        assert f"(figures/{name})" in card
-
-
-@pytest.mark.parametrize(("section", "key"), [(section, key) for section, values in RUN.items() for key in values])
-def test_a_value_that_was_not_recorded_takes_its_sentence_with_it(tmp_path: Path, section: str, key: str):
-    full = card_of(tmp_path)
-    run = deepcopy(RUN)
-    del run[section][key]
-    card = card_of(tmp_path, run=run)
-    assert (card != full) == (RUN[section][key] is not None)
-    for number in numbers(RUN[section][key]) if key != "seconds" else ["4,322 s"]:
-        assert count(number, card) < count(number, full)
-    assert_no_trace_of_absence(card)
-
-
-def assert_no_trace_of_absence(card: str) -> None:
-    assert not re.search(r"None|Undefined|nan\b|\{\{|\{%|\n\n\n|  ,| \.(?!\.)|[^\n]\n## ", card)
-    for table in re.findall(r"(?:^\|.*\n)+", card, re.M):
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
-
-
-def test_an_empty_folder_has_a_card_without_a_number(tmp_path: Path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    card = hub.write_card(folder).read_text(encoding="utf-8")
-    prose = re.sub(r"```.*?```", "", card.split("---\n", 2)[2], flags=re.S)
-    assert not re.search(r"\d", prose.replace("x_0", "").replace("_0_hat", "")), prose
-    assert "figures/" not in card
-    assert '"photos"' in card
-    assert_no_trace_of_absence(card)
-    with pytest.raises(UsageError, match="not a folder"):
-        hub.write_card(tmp_path / "nothing")
-
-
-def test_metadata_survive_a_round_trip(tmp_path: Path):
-    card_of(tmp_path)
-    data = ModelCard.load(tmp_path / "README.md").data
-    assert data.to_dict() == {
-        "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
-        "license": "cc-by-4.0",
-        "datasets": ["someone/pictures"],
-        "tags": ["diffusers", "ddpm", "hf_ddpm", "unconditional-image-generation"],
-    }
-
-
-@pytest.mark.parametrize("license", [None, "", "ask the photographer", "other"])
-def test_a_license_that_the_hub_does_not_know_stays_out_of_the_metadata(tmp_path: Path, license: str | None):
-    card = card_of(tmp_path, run=RUN | {"data": RUN["data"] | {"license": license}})
-    assert ModelCard(card).data.license is None
-    assert f"| License of the data | {license} |" in card if license else "license of the data is not recorded" in card
-
-
-@pytest.mark.parametrize("name", [None, "digits", "./photos", "a/b/c", "~/photos", "/photos"])
-def test_only_a_hub_id_is_named_as_a_dataset(tmp_path: Path, name: str | None):
-    assert ModelCard(card_of(tmp_path, config=CONFIG | {"dataset_name": name})).data.datasets is None
-
-
-def test_a_local_folder_is_not_named_as_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "data" / "photos").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert ModelCard(card_of(tmp_path, config=CONFIG | {"dataset_name": "data/photos"})).data.datasets is None
-
-
-def test_settings_of_ho_et_al_are_all_the_same_but_for_the_ramp_of_the_average(tmp_path: Path):
-    def rows(**parts: Any) -> dict[str, list[str]]:
-        table = re.findall(r"^\| (.*) \| (.*) \| (.*) \| (\*\*differs\*\*|same) \|$", card_of(tmp_path, **parts), re.M)
-        return {name: rest for name, *rest in table}
-
-    training = {"global_batch_size": 128, "steps": 800_000}
-    ho = rows(config=CONFIG | HO_2020, run={"training": training}, scheduler={}, unet={})
-    assert len(ho) == 14
-    assert [name for name, row in ho.items() if row[2] != "same"] == ["Averaged weights (EMA)"]
-    ours = rows()
-    assert len(ours) == 14
-    assert ours["Chain length T"] == ["500", "1,000", "**differs**"]
-    assert ours["Noise schedule"][0] == "cosine"
-    assert ours["Limit of the gradient's norm"][2] == "same"
-    assert "Images per step" not in rows(run={})
-    assert rows(config=CONFIG | {"use_ema": False})["Averaged weights (EMA)"][0] == "none"
-    assert "Learning rate" not in rows(config={k: v for k, v in CONFIG.items() if k != "lr_warmup_steps"})
-
-
-VARIANTS = {
-    "plain": {},
-    "T=1000": {"scheduler": SCHEDULER | {"num_train_timesteps": 1000}},
-    "sigmoid": {"scheduler": SCHEDULER | {"beta_schedule": "sigmoid"}},
-    "step denoiser": {"scheduler": SCHEDULER | {"prediction_type": "previous_sample"}},
-    "classes": {"unet": UNET | {"num_class_embeds": 10}},
-}
-
-
-@pytest.mark.parametrize("parts", VARIANTS.values(), ids=VARIANTS)
-def test_examples_are_python_and_import_what_they_should(tmp_path: Path, parts: dict[str, Any]):
-    card = card_of(tmp_path, **parts)
-    *stock, ours = snippets(card)
-    assert all(imported(code) <= {"diffusers", "torch"} for code in stock)
-    assert imported(ours) == {"hf_ddpm", "torch"}
-    assert '"me/photos"' in ours
-    assert_no_trace_of_absence(card)
-
-
-def test_examples_fit_the_model(tmp_path: Path):
-    codes = {name: snippets(card_of(tmp_path, **parts)) for name, parts in VARIANTS.items()}
-    assert [len(code) for code in codes.values()] == [3, 3, 2, 1, 1]
-    assert "num_inference_steps=500" in codes["plain"][0]
-    assert "num_inference_steps" not in codes["T=1000"][0]
-    assert "num_inference_steps=500" in codes["step denoiser"][0]
-    assert "class_labels=[i % 10 for i in range(16)]" in codes["classes"][0]
-    assert "cannot sample it" in card_of(tmp_path, **VARIANTS["step denoiser"])
-    learned = SCHEDULER | {"variance_type": "learned_range"}
-    assert len(snippets(card_of(tmp_path, scheduler=learned))) == 3
-    assert len(snippets(card_of(tmp_path, scheduler=learned, unet=UNET | {"in_channels": 1}))) == 2
+# huggingface_hub uploads with an argument of httpx that is to go.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 @pytest.fixture
-def one_thread():
-    """A network this small is a hundred times slower when its threads wait for cores that others use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The Hub of this process's client, which has alice's token and does not sleep between its attempts."""
+    with HubServer(tokens={TOKEN: "alice", OTHER: "bob", READER: "alice"}, read_only=[READER]) as server:
+        for name, value in client_environment(server, tmp_path / "hf", TOKEN).items():
+            monkeypatch.setenv(name, value)
+        settings = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+            "HF_HUB_CACHE": str(tmp_path / "hf/hub"),
+            "HF_TOKEN_PATH": str(tmp_path / "hf/token"),
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _: None}))
+        forget_connections()
+        yield server
+        forget_connections()
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
-def test_all_examples_run(tmp_path: Path, one_thread: None):
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
-    unet = UNet2DModel(8, 1, 1, norm_num_groups=4, layers_per_block=1, add_attention=False, **blocks)
-    scheduler = DDPMScheduler(
-        30, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
-    )
-    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
-    card = hub.write_card(tmp_path, str(tmp_path)).read_text(encoding="utf-8")
-    codes = snippets(card)
-    assert len(codes) == 3
-    for code in codes:
-        names: dict[str, Any] = {}
-        exec(code, names)
-        assert [image.size for image in names["images"]] == [(8, 8)] * 16
-    assert names["trajectory"][0].x_0_hat.shape == (16, 1, 8, 8)
+def forget_connections() -> None:
+    """The client's; a test may have pointed it at another Hub."""
+    (getattr(_http, "close_session", None) or _http.reset_sessions)()  # the latter before version 1
 
 
-def test_a_token_is_neither_on_the_card_nor_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hub, "HfApi", FakeApi)
-    assert TOKEN not in card_of(tmp_path, config=CONFIG | {"hub_token": TOKEN, "api_key": TOKEN})
-    with pytest.raises(UsageError, match="hub_token must not be published") as error:
-        hub.upload(tmp_path, "photos", token=TOKEN)
-    assert TOKEN not in str(error.value)
+def save_model(folder: Path, seed: int = 0, scheduler: Any = None, **saved: Any) -> Path:
+    torch.manual_seed(seed)
+    unet = diffusers.UNet2DModel(**tiny_unet_config(channels=1))
+    if scheduler is None:
+        scheduler = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+        DDPMPipeline(unet, scheduler).save_pretrained(folder, **saved)
+    else:
+        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder, **saved)
+    return folder
 
 
-RESULT = {
-    "metric": "kid",
-    "name": "KID",
-    "value": 0.0123456789,
-    "standard_error": 0.00123,
-    "num_compared": [5000, 10000],
-    "floor": {"value": 0.0001, "standard_error": None, "num_compared": [4000, 4000], "of": "test against train"},
-    "network": {"network": "inception", "input_size": 299, "weights_sha256": "cd" * 32},
-    "reference": {"name": "some|one", "config": None, "split": "train", "count": 60000, "fingerprint": "ef" * 32},
-    "sampling": {"scheduler": "ddim", "num_inference_steps": 50, "seed": 7},
-    "command": "hf-ddpm evaluate photos",
+def save_run(folder: Path) -> Path:
+    """A folder as training leaves it, with what must not be published beside what is."""
+    save_model(folder)
+    places = {"output_dir": str(folder), "train_data_dir": "/data/pictures", "cache_dir": "~/cache", "seed": 0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(places))
+    training = {"steps": 1200, "images": 76800}
+    (folder / "run.json").write_text(json.dumps({"data": {"name": "/data/pictures"}, "training": training}))
+    (folder / "metrics.jsonl").write_text('{"step": 1200, "images": 76800, "loss": 0.5}\n')
+    hidden = ["optimizer.bin", "random_states_0.pkl", "unet/old.pt", ".env", "notes.txt", ".lock", "logs/events.1"]
+    hidden += ["checkpoint-3/unet/diffusion_pytorch_model.safetensors", "checkpoint-3/optimizer.bin"]
+    hidden += ["previews/step-0000003.png", "ema/snapshot-1.safetensors", "figures/raw.npy", "best/best.json"]
+    for name in ("figures/samples.png", "figures/reverse.gif", *hidden):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(TOKEN.encode())
+    (folder / "figures/samples.png").write_bytes(b"png")
+    (folder / "figures/reverse.gif").write_bytes(b"gif")
+    card.write_card(folder)
+    return folder
+
+
+ARRIVES = {
+    *("README.md", "config.yaml", "run.json", "metrics.jsonl", "figures/samples.png", "figures/reverse.gif"),
+    *("model_index.json", "unet/config.json", WEIGHTS, "scheduler/scheduler_config.json", ".gitattributes"),
 }
-COPIES = RESULT | {"metric": "memorization_pixels", "name": "Near", "remark": "so many"}
 
 
-def evaluated(folder: Path, *results: dict[str, Any], weights: str = "") -> None:
-    (folder / "evaluation.json").write_text(json.dumps({"weights_sha256": weights, "results": results}))
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return save_run(tmp_path / "digits")
 
 
-def test_no_evaluation_is_claimed_until_there_is_one(tmp_path: Path):
-    none, copies = "No quality metric has been measured", "repeats images of its training data has not been measured"
-    card = card_of(tmp_path)
-    assert none in card
-    assert copies in card
-    for content in ("{}", '{"results": []}'):
-        (tmp_path / "evaluation.json").write_text(content)
-        assert card_of(tmp_path) == card
-    evaluated(tmp_path, RESULT)
-    assert none not in card_of(tmp_path)
-    assert copies in card_of(tmp_path)
-    evaluated(tmp_path, COPIES)
-    assert none not in card_of(tmp_path)
-    assert copies not in card_of(tmp_path)
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_results_are_on_the_card_and_in_its_metadata(tmp_path: Path):
-    other = COPIES | {"command": "hf-ddpm evaluate photos --seed 1", "floor": None, "standard_error": None}
-    make_run(tmp_path)
-    evaluated(tmp_path, RESULT, other)
-    (tmp_path / "figures" / "steps.png").write_bytes(b"")
-    card = hub.write_card(tmp_path).read_text(encoding="utf-8")
-    row = "| KID | 0.0123 ± 0.0012 | 0.0001 (test against train, 4,000 against 4,000) | 5,000 against 10,000 |"
-    assert f"{row} inception, 299 px | some\\|one, train, 60,000 | ddim, 50 steps | 7 |\n" in card
-    assert "| Near | 0.01235 |  | 5,000 against 10,000 |" in card
-    for text in ("- Near: so many\n", f"```bash\n{other['command']}\n```", "(figures/steps.png)"):
-        assert text in card
-    assert "(figures/seconds.png)" not in card
-    assert_no_trace_of_absence(card)
-    results = ModelCard.load(tmp_path / "README.md").data.eval_results
-    assert results is not None
-    assert [r.metric_value for r in results] == [RESULT["value"]] * 2
-    assert results[0].metric_args == {
-        "num_compared": [5000, 10000],
-        "standard_error": 0.00123,
-        "real_images": 0.0001,
-        "reference_sha256": "ef" * 32,
-        "network": "inception",
-        "network_sha256": "cd" * 32,
-        "scheduler": "ddim",
-        "num_inference_steps": 50,
-        "seed": 7,
-    }
-    assert (results[0].task_type, results[0].dataset_split, results[0].verified) == (
-        "unconditional-image-generation",
-        "train",
-        False,
+def edit(name: str, text: str, path: str = "README.md") -> None:
+    """Somebody writes a file on the Hub."""
+    HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo=path, repo_id=name)
+
+
+def images(pipeline: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(batch_size=2, generator=generator, num_inference_steps=20, output_type="np").images
+
+
+# What is pushed
+
+
+def test_a_push_brings_what_is_listed_as_one_private_commit(server: HubServer, run: Path):
+    (run / "unet/config.json").write_text(
+        json.dumps(json.loads((run / "unet/config.json").read_text()) | {"_name_or_path": str(run / "unet")})
     )
+    before = contents(run)
+    pushed = push(run, "digits")
+    repo = server.repo(NAME)
+    assert repo.private
+    assert repo.files.keys() == ARRIVES
+    assert [commit.title for commit in repo.commits[1:]] == ["Step 1,200, 76,800 images"]
+    assert pushed == Pushed(NAME, f"{server.url}/{NAME}", repo.branches["main"], is_new=True, kept_readme=False)
+    for content in repo.files.values():
+        assert not [word for word in (TOKEN, str(run.parent), "/data/", "~/cache") if word.encode() in content]
+    places = {"output_dir": "digits", "train_data_dir": "pictures", "cache_dir": "cache", "seed": 0}
+    assert yaml.safe_load(repo.files["config.yaml"]) == places
+    assert json.loads(repo.files["run.json"])["data"]["name"] == "pictures"
+    after = contents(run)
+    assert after.pop("README.md") == repo.files["README.md"]
+    assert before.pop("README.md") != repo.files["README.md"]
+    assert before == after
+    assert card.named_repository((run / "README.md").read_text()) == NAME
 
 
-def test_results_of_several_data_sets_come_back_as_they_were(tmp_path: Path):
-    test = RESULT["reference"] | {"split": "test"}
-    evaluated(make_run(tmp_path), RESULT, RESULT | {"reference": test}, COPIES)
-    hub.write_card(tmp_path)
-    results = ModelCard.load(tmp_path / "README.md").data.eval_results
-    assert results == hub._eval_results(hub.read_evaluation(tmp_path))
-    assert results is not None
-    assert [r.dataset_split for r in results] == ["train", "train", "test"]
+def test_what_has_not_changed_is_not_pushed_again(server: HubServer, run: Path):
+    first = push(run, "digits")
+    again = push(run, NAME)
+    assert (again.commit, again.is_new) == (first.commit, False)
+    (run / "metrics.jsonl").write_text('{"step": 1300, "images": 83200}\n')
+    changed = push(run, NAME, message="more")
+    assert changed.is_new
+    repo = server.repo(NAME)
+    assert [commit.title for commit in repo.commits[2:]] == ["more"]
+    assert repo.commits[2].parent == first.commit
+    assert len(server.asked("PUT", "^/lfs/")) == 3  # weights and two pictures, once
 
 
-def test_weights_take_their_results_with_them(tmp_path: Path):
-    make_run(tmp_path)
-    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(b"weights")
-    evaluated(tmp_path, RESULT, weights=hashlib.sha256(b"weights").hexdigest())
-    assert "KID" in hub.write_card(tmp_path).read_text(encoding="utf-8").split("## Evaluation")[1]
-    file.write_bytes(b"others")
-    assert not hub.is_edited(tmp_path)
-    assert hub.read_evaluation(tmp_path) == []
-    (tmp_path / "figures" / "bound.png").write_bytes(b"")
-    card = hub.write_card(tmp_path).read_text(encoding="utf-8")
-    assert "## Evaluation" not in card
-    assert "bound.png" not in card
-    assert "eval_results" not in ModelCard(card).data.to_dict()
+def test_a_run_that_is_not_finished_says_the_step_of_its_last_line(server: HubServer, run: Path):
+    (run / "run.json").unlink()
+    push(run, "digits")
+    assert server.repo(NAME).commit().title == "Step 1,200, 76,800 images"
 
 
-def test_weights_are_known_by_their_content(tmp_path: Path):
-    assert hub.weights_sha256(tmp_path) is None
-    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"ab")
-    (tmp_path / "optimizer.bin").write_bytes(b"x")
-    assert hub.weights_sha256(tmp_path) == hashlib.sha256(b"ab").hexdigest()
-    (tmp_path / "unet").mkdir()
-    for i, part in enumerate((b"c", b"d")):
-        (tmp_path / "unet" / f"diffusion_pytorch_model-{i}-of-2.safetensors").write_bytes(part)
-    assert hub.weights_sha256(tmp_path) == hashlib.sha256(b"cd").hexdigest()
+@pytest.mark.parametrize("public", [False, True])
+def test_a_repository_keeps_its_visibility(server: HubServer, run: Path, public: bool):
+    HfApi().create_repo(NAME, private=True)
+    push(run, NAME, public=public)
+    assert server.repo(NAME).private
+    assert server.repo(NAME).files.keys() == ARRIVES
+
+
+def test_nothing_goes_to_a_public_repository_unasked(server: HubServer, run: Path):
+    push(run, NAME, public=True)
+    assert not server.repo(NAME).private
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(PushError, match=r"must be private unless you ask .*--public; .* another name") as error:
+        push(run, NAME)
+    assert not error.value.is_passing
+    assert len(server.repo(NAME).commits) == 2
+    assert push(run, NAME, public=True).is_new
+
+
+def test_what_cannot_be_published_is_refused_before_anything_is_asked(server: HubServer, run: Path, tmp_path: Path):
+    bins = save_model(tmp_path / "bins", safe_serialization=False)
+    (run / "config.yaml").write_text(f"hub_token: {TOKEN}")
+    torch.manual_seed(0)
+    foreign = diffusers.DDPMPipeline(diffusers.UNet2DModel(**tiny_unet_config()), DDPMScheduler())
+    foreign.save_pretrained(tmp_path / "foreign")
+    for folder, message in {
+        tmp_path: "saved model",
+        bins: "safetensors",
+        run: "hub_token must not be published",
+        tmp_path
+        / "foreign": "scheduler of hf_ddpm.scheduler, which diffusers does not load: save .* hf_ddpm.DDPMPipeline",
+    }.items():
+        with pytest.raises(UsageError, match=message) as error:
+            push(folder, NAME)
+        assert TOKEN not in str(error.value)
+    assert not server.requests
+
+
+# READMEs and files of others
+
+
+def test_what_was_written_around_our_part_stays(server: HubServer, run: Path):
+    push(run, NAME)
+    text = server.repo(NAME).files["README.md"].decode()
+    edited = text.replace("---\n", "---\nlicense: mit\n", 1).replace(card.BEGIN, f"Above.\n\n{card.BEGIN}")
+    edit(NAME, edited.replace("## How to use it", "## Replaced") + "\nBelow.\n")
+    assert not push(run, NAME).kept_readme
+    there = server.repo(NAME).files["README.md"].decode()
+    assert card.own_text(there).split() == ["#", "digits", "Above.", "Below."]
+    assert (ModelCard(there).data.license, "## How to use it" in there, "Replaced" in there) == ("mit", True, False)
+    assert (run / "README.md").read_text() == there
+    assert not push(run, NAME).is_new
+
+
+@pytest.mark.parametrize("metadata", ["", "---\nlicense: mit\n---\n"])
+def test_a_readme_that_was_written_by_hand_stays(server: HubServer, run: Path, metadata: str):
+    HfApi().create_repo(NAME, private=True)
+    edit(NAME, f"{metadata}# Mine\n\nOn a rainy day.\n")
+    assert not push(run, NAME).kept_readme
+    there = ModelCard(server.repo(NAME).files["README.md"].decode())
+    assert card.own_text(str(there)) == "# Mine\n\nOn a rainy day."
+    assert there.data.license == ("mit" if metadata else None)
+    assert there.text.count(card.BEGIN) == 1
+
+
+def test_metadata_that_were_written_on_the_hub_stay_without_a_text(server: HubServer, run: Path):
+    HfApi().create_repo(NAME, private=True)
+    edit(NAME, "---\nlicense: mit\n---\n# digits\n")
+    (run / "README.md").write_text(f"{(run / 'README.md').read_text()}\nFrom here.\n")
+    assert not push(run, NAME).kept_readme
+    there = ModelCard(server.repo(NAME).files["README.md"].decode())
+    assert there.data.license == "mit"
+    assert "hf_ddpm" in there.data.tags
+    assert card.own_text(str(there)).split() == ["#", "digits", "From", "here."]
+
+
+def test_a_text_that_was_written_here_arrives_whatever_the_name_of_the_repository(server: HubServer, run: Path):
+    push(run, "other")
+    text = (run / "README.md").read_text()
+    (run / "README.md").write_text(f"{text}\nFrom here.\n")
+    assert not push(run, "other").kept_readme
+    assert "From here." in server.repo("alice/other").files["README.md"].decode()
+    edit("alice/other", text.replace(card.BEGIN, f"Above.\n{card.BEGIN}"))
+    (run / "README.md").write_text(text)
+    assert not push(run, "other").kept_readme
+    assert "Above." in (run / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", [b"---\nlicense: [\n---\n# Mine\n", b"---\n- a\n---\n# Mine\n", b"\xff# Mine\n"])
+def test_a_readme_that_cannot_be_read_is_left_alone(server: HubServer, run: Path, text: bytes):
+    HfApi().create_repo(NAME, private=True)
+    head = server.repo(NAME).commit()
+    server.repo(NAME).add("main", "theirs", "", {**head.files, "README.md": text}, head.lfs)
+    with pytest.raises(PushError, match=r"README.md of alice/digits .*correct it on the Hub") as error:
+        push(run, NAME)
+    assert not error.value.is_passing
+    assert server.repo(NAME).files["README.md"] == text
+    (run / "README.md").write_bytes(text)
+    with pytest.raises(UsageError, match=r"README\.md cannot be read: .*: correct it, or delete it"):
+        push(run, "other")
+    assert not list(run.glob("partial-*"))
+
+
+def test_of_two_texts_the_hubs_is_kept_there_and_ours_here(server: HubServer, run: Path):
+    push(run, NAME)
+    text = (run / "README.md").read_text()
+    edit(NAME, f"{text}\nFrom there.\n")
+    (run / "README.md").write_text(f"{text}\nFrom here.\n")
+    done = CliRunner().invoke(app, ["push", str(run), NAME])
+    assert (done.exit_code, KEPT_README in done.stderr) == (0, True)
+    there, here = server.repo(NAME).files["README.md"].decode(), (run / "README.md").read_text()
+    assert ("From there." in there, "From here." in there) == (True, False)
+    assert ("From there." in here, "From here." in here) == (False, True)
+    assert push(run, NAME).kept_readme
+
+
+def test_what_contradicts_the_model_goes_and_what_others_added_stays(server: HubServer, run: Path):
+    (run / "evaluation.json").write_text(json.dumps({"results": []}))
+    push(run, NAME)
+    for path in ("unet/diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin", "notes.txt", "figures/mine.png"):
+        edit(NAME, "old", path)
+    (run / "evaluation.json").unlink()
+    push(run, NAME)
+    assert server.repo(NAME).files.keys() == ARRIVES | {"notes.txt", "figures/mine.png"}
+
+
+def test_each_average_is_a_branch(server: HubServer, run: Path):
+    averages = {"halflife-50": 1, "std-0.1": 2}
+    for name, seed in averages.items():
+        save_model(run / "ema" / name, seed)
+    result = {"metric": "kid", "name": "KID", "value": 0.123456, "num_compared": [9, 9], "command": "evaluate"}
+    result |= {"network": None, "reference": {"name": "r", "split": "train", "count": 9, "fingerprint": "f"}}
+    result |= {"sampling": {"scheduler": "ddpm", "num_inference_steps": 3, "seed": 0}}
+    weights = card.weights_sha256(run)
+    (run / "evaluation.json").write_text(json.dumps({"weights_sha256": weights, "results": [result]}))
+    push(run, NAME, averages=True)
+    repo = server.repo(NAME)
+    assert repo.branches.keys() == {"main", *averages}
+    assert "0.1235" in repo.files["README.md"].decode()
+    for name in averages:
+        files = repo.commit(name).files
+        assert files[WEIGHTS] == (run / "ema" / name / WEIGHTS).read_bytes() != repo.files[WEIGHTS]
+        text = files["README.md"].decode()
+        assert f'from_pretrained("{NAME}", revision="{name}")' in text
+        assert f'from_pretrained("{NAME}")' not in text
+        assert "evaluation.json" not in files
+        assert "0.1235" not in text
+        assert ModelCard(text).data.eval_results is None
+        loaded = DDPMPipeline.from_pretrained(NAME, revision=name).unet.state_dict()
+        expected = load_file(run / "ema" / name / WEIGHTS)
+        assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+    assert card.named_repository((run / "README.md").read_text()) == NAME
+    number = len(repo.commits)
+    push(run, NAME, averages=True)
+    assert len(repo.commits) == number
+
+
+def test_a_branch_leaves_main_alone(server: HubServer, run: Path):
+    HfApi().create_repo(NAME, private=True)
+    before = server.repo(NAME).files
+    for _ in range(2):
+        push(run, NAME, revision="dev")
+    assert server.repo(NAME).files == before
+    assert server.repo(NAME).commit("dev").files.keys() == ARRIVES
+    assert len(server.repo(NAME).commits) == 2
+
+
+# Faults
+
+
+def fails(status: int, path: str = COMMIT, times: int | None = None, **headers: str) -> Callable[[HubServer], None]:
+    return lambda server: server.fail(status, path, times=times, headers=headers)
+
+
+def nothing(server: HubServer) -> None:
+    pass
+
+
+REFUSALS: dict[str, tuple[str, Callable[[HubServer], None], str, bool]] = {
+    "no token": ("", nothing, "there is no token: hf auth login, or HF_TOKEN", False),
+    "401": ("hf_wrongsecret", nothing, "wrong or expired, hf auth login makes a new one", False),
+    "401 later": (TOKEN, fails(401), "wrong or expired, hf auth login makes a new one", False),
+    "403": (READER, nothing, "may not write to .*: give one with write access, or another name", False),
+    "403 other": (OTHER, nothing, "may not write to alice/digits: give", False),
+    "404": (TOKEN, fails(404, "/preupload/"), "alice/digits is not there, or the token may not see it", False),
+    "409": (TOKEN, fails(409), "alice/digits is taken by something else: give another", False),
+    "412": (TOKEN, fails(412, times=3), "others are committing to alice/digits at the same time", True),
+    "413": (TOKEN, fails(413), "larger than the Hub's limits", False),
+    "429": (TOKEN, fails(429), "the Hub asks for fewer requests", True),
+    "500": (TOKEN, fails(500), "the Hub has an error of its own", True),
+    "503": (TOKEN, fails(503, "^/lfs/"), "the Hub has an error of its own", True),
+    "503 at once": (TOKEN, fails(503, "/repos/create$"), "the Hub has an error of its own", True),
+    "400": (TOKEN, fails(400), "the Hub refuses what was sent to alice/digits", False),
+    "cut": (
+        *(TOKEN, lambda server: server.cut("^/lfs/", after_bytes=1000, times=None)),
+        *("cannot be reached, or the connection broke", True),
+    ),
+    "newline": (TOKEN + "\n", nothing, "the connection broke", True),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("is_given", [False, True], ids=["environment", "argument"])
+def test_a_refusal_says_what_to_do(
+    server: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_given: bool
+):
+    token, fault, text, is_passing = REFUSALS[name]
+    if is_given:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    fault(server)
+    before = contents(run)
+    if name == "newline" and not is_given:
+        assert push(run, NAME).is_new  # the client strips it there
+        return
+    with pytest.raises(PushError, match=text) as error:
+        push(run, NAME, token=token or None if is_given else None)
+    assert error.value.is_passing is is_passing
+    assert "secret" not in f"{error.value} {error.value!r}"
+    assert contents(run) == before
+    if name not in ("no token", "401", "403", "403 other", "503 at once", "newline"):
+        assert len(server.repo(NAME).commits) == 1
+    server.mend()
+    assert push(run, NAME, token=TOKEN).is_new
 
 
 @pytest.mark.parametrize(
-    ("value", "error", "text"),
-    [
-        (1.2345678, 0.0123, "1.235 ± 0.012"),
-        (12345.678, 21.0, "12,346 ± 21"),
-        (-3.6e-5, 9.8e-5, "-0.000036 ± 0.000098"),
-        (0.123456, None, "0.1235"),
-        (0.123456, 0.0, "0.1235"),
-        (None, None, "not finite"),
-    ],
+    ("name", "text"), [("a b", "'a b' cannot name a repository"), ("a/b/c", "'a/b/c' cannot name a repository")]
 )
-def test_values_have_as_many_digits_as_are_known(value: float | None, error: float | None, text: str):
-    assert hub._measured(value, error) == text
+def test_a_name_that_is_none(server: HubServer, run: Path, name: str, text: str):
+    with pytest.raises(PushError, match=text) as error:
+        push(run, name)
+    assert not error.value.is_passing
+    assert not server.asked("POST", "")
 
 
-def test_a_loss_that_is_no_number_is_not_passed_over(tmp_path: Path):
-    (make_run(tmp_path) / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": NaN}\n')
-    assert "The last logged loss is nan, at step 2." in hub.write_card(tmp_path).read_text(encoding="utf-8")
+def test_offline_and_unreachable(server: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    done = CliRunner().invoke(app, ["push", str(run), NAME])
+    assert (done.exit_code, done.stderr) == (1, "error: HF_HUB_OFFLINE is set: unset it, and push again\n")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere())
+    with pytest.raises(PushError, match=r"http://127.0.0.1:\d+ cannot be reached") as error:
+        push(run, NAME)
+    assert error.value.is_passing
+    assert not server.requests
+    assert not list(run.glob("partial-*"))
 
 
-def test_text_cannot_break_a_table(tmp_path: Path):
-    card = card_of(tmp_path, run={"training": {"device": "a|b\nc"}, "data": {"class_names": ["x|y"] * 30}})
-    assert r"| Device | a\|b c |" in card
-    assert r"| Classes | 30: x\|y, " in card
-    assert_no_trace_of_absence(card)
+def nowhere() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
-class FakeApi:
-    """What `upload` uses of HfApi; remembers the calls."""
-
-    public = False
-    calls: dict[str, Any] = {}
-
-    def __init__(self, token: str | None = None):
-        self.calls.clear()
-
-    def create_repo(self, repo_id: str, **kwargs: Any):
-        self.calls["create_repo"] = {"repo_id": repo_id, **kwargs}
-
-        class Url(str):
-            repo_id = "me/photos"
-
-        return Url("https://huggingface.co/me/photos")
-
-    def model_info(self, repo_id: str):
-        return types.SimpleNamespace(private=not self.public)
-
-    def upload_folder(self, **kwargs: Any):
-        self.calls["upload_folder"] = kwargs
+def test_a_push_whose_answer_was_lost_is_not_made_twice(server: HubServer, run: Path):
+    server.cut(COMMIT)
+    with pytest.raises(PushError, match="the connection broke") as error:
+        push(run, NAME)
+    assert error.value.is_passing
+    assert len(server.repo(NAME).commits) == 2
+    again = push(run, NAME)
+    assert (again.is_new, len(server.repo(NAME).commits)) == (False, 2)
 
 
-def test_upload_takes_only_what_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hub, "HfApi", FakeApi)
-    make_run(tmp_path)
-    address = hub.upload(tmp_path, "photos", token=TOKEN, private=True)
-    assert address == "https://huggingface.co/me/photos"
-    assert FakeApi.calls["create_repo"] == {"repo_id": "photos", "private": True, "exist_ok": True}
-    call = FakeApi.calls["upload_folder"]
-    assert (call["repo_id"], call["folder_path"]) == ("me/photos", tmp_path)
-    wanted = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
-    wanted += ["unet/diffusion_pytorch_model.safetensors", "evaluation.json"]
-    unwanted = ["checkpoint-500/unet/config.json", "checkpoint-500/random_states_0.pkl", "checkpoint-500/README.md"]
-    unwanted += ["logs/events.out.tfevents", "optimizer.bin", "unet/diffusion_pytorch_model.bin", ".env"]
-    unwanted += ["previews/step-10.png", "scheduler.bin", "unet/optimizer.pt"]
-    assert set(filter_repo_objects(wanted + unwanted, allow_patterns=call["allow_patterns"])) == set(wanted)
+def test_an_upload_that_broke_once_goes_on(server: HubServer, run: Path):
+    server.cut("^/lfs/", after_bytes=1000)
+    assert push(run, NAME).is_new
+    assert server.repo(NAME).files[WEIGHTS] == (run / WEIGHTS).read_bytes()
 
 
-def test_upload_refuses_what_would_be_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hub, "HfApi", FakeApi)
-    monkeypatch.setattr(FakeApi, "public", True)
-    with pytest.raises(UsageError, match="model_index"):
-        hub.upload(tmp_path, "photos")
-    make_run(tmp_path)
-    hub.upload(tmp_path, "photos")
-    with pytest.raises(UsageError, match="exists and is public"):
-        hub.upload(tmp_path, "photos", private=True)
-    assert "upload_folder" not in FakeApi.calls
+def test_what_somebody_commits_in_between_is_kept(server: HubServer, run: Path):
+    push(run, NAME)
+    (run / "metrics.jsonl").write_text("{}\n")
+    hold = server.hold(COMMIT)
+    done: list[Any] = []
+    thread = threading.Thread(target=lambda: done.append(push(run, NAME)))
+    thread.start()
+    assert hold.entered.wait(60)
+    head, files = server.repo(NAME).commit(), server.repo(NAME).files
+    readme = files["README.md"].replace(card.END.encode(), f"{card.END}\n\nIn between.".encode())
+    server.repo(NAME).add("main", "other", "", {**files, "notes.txt": b"mine", "README.md": readme}, head.lfs)
+    hold.release()
+    thread.join()
+    assert done[0].is_new
+    assert [request.status for request in server.asked("POST", COMMIT)] == [200, 412, 200]
+    now = server.repo(NAME).files
+    assert (now["notes.txt"], now["metrics.jsonl"]) == (b"mine", b"{}\n")
+    assert b"In between." in now["README.md"]
 
 
-def test_upload_names_the_repository_in_its_own_card_and_keeps_an_edited_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# In the background
+
+
+class Background:
+    """A Pusher, what it said, and a held commit after each failure that it said."""
+
+    def __init__(self, server: HubServer, folder: Path):
+        self.server, self.folder, self.said, self.told = server, folder, [], threading.Event()
+        self.pusher = Pusher(folder, NAME, TOKEN, "main", False, self.say)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+        self.next = self.server.hold(COMMIT)
+        self.told.set()
+
+    def start(self, number: int) -> None:
+        (self.folder / "metrics.jsonl").write_text(f'{{"step": {number}}}\n')
+        self.pusher.start(f"push {number}")
+
+    @property
+    def titles(self) -> list[str]:
+        return [commit.title for commit in self.server.repo(NAME).commits[1:]]
+
+
+@pytest.fixture
+def background(server: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Background]:
+    monkeypatch.setattr(pusher, "PAUSES_SECONDS", (0.01,))
+    found = Background(server, run)
+    yield found
+    server.mend()
+    found.pusher.close(60)
+    assert not found.pusher._thread.is_alive()
+    assert not list(run.glob("partial-*"))
+
+
+def test_the_newest_state_goes_and_nobody_waits(background: Background, server: HubServer):
+    first = server.hold(COMMIT)
+    background.start(1)
+    assert first.entered.wait(60)
+    background.start(2)
+    background.start(3)
+    assert len(list(background.folder.glob("partial-push-*"))) == 2  # on its way, and the newest
+    assert background.titles == []
+    second = server.hold(COMMIT)
+    first.release()
+    assert second.entered.wait(60)
+    assert background.titles == ["push 1"]
+    assert server.repo(NAME).files["metrics.jsonl"] == b'{"step": 1}\n'
+    second.release()
+    background.pusher.close(60)
+    assert background.titles == ["push 1", "push 3"]
+    assert server.repo(NAME).files["metrics.jsonl"] == b'{"step": 3}\n'
+    assert background.said == []
+
+
+@pytest.mark.parametrize(("status", "is_passing"), [(503, True), (403, False)])
+def test_a_failure_is_said_and_what_can_arrive_later_does(
+    background: Background, server: HubServer, status: int, is_passing: bool
 ):
-    monkeypatch.setattr(hub, "HfApi", FakeApi)
-    make_run(tmp_path)
-    readme = tmp_path / "README.md"
-    for repo_id in (None, "photos", "someone/else"):
-        if repo_id is not None:
-            hub.write_card(tmp_path, repo_id)
-        hub.upload(tmp_path, "photos")
-        assert '"me/photos"' in readme.read_text(encoding="utf-8")
-    readme.write_text("---\nlicense: mit\n---\nMine.\n", encoding="utf-8")
-    hub.upload(tmp_path, "photos")
-    assert readme.read_text(encoding="utf-8").endswith("Mine.\n")
+    server.fail(status, COMMIT)
+    background.start(1)
+    assert background.told.wait(60)
+    (text,) = background.said
+    assert text.startswith(f"the push of 'push 1' to {NAME} failed, training goes on: ")
+    assert text.endswith("It is tried again in 0.01 s") is is_passing
+    assert TOKEN not in text
+    if not is_passing:
+        background.start(2)
+    assert background.next.entered.wait(60)
+    background.next.release()
+    background.pusher.close(60)
+    assert background.titles == ["push 1" if is_passing else "push 2"]
 
 
-def test_the_template_is_found_in_a_wheel_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "model_card").mkdir()
-    (tmp_path / "model_card" / "template.md").write_text("packaged")
-    assert "{{ card_data }}" in hub._template()
-    monkeypatch.setattr(hub.resources, "files", lambda package: tmp_path)
-    assert hub._template() == "packaged"
+def test_an_end_that_does_not_wait(background: Background, server: HubServer):
+    hold = server.hold(COMMIT)
+    background.start(1)
+    assert hold.entered.wait(60)
+    background.start(2)
+    background.pusher.close(0)
+    assert background.pusher._thread.is_alive()
+    background.start(3)
+    assert len(list(background.folder.glob("partial-push-*"))) == 1  # on its way
+    hold.release()
+    background.pusher._thread.join(60)
+    assert background.titles == ["push 1"]
+
+
+def test_files_that_cannot_be_copied_leave_none(background: Background):
+    (background.folder / "config.yaml").write_text("seed: [")
+    for message, push_it in {
+        "config.yaml cannot be read: while parsing": lambda: background.start(1),
+        "config.yaml cannot be read: while": lambda: push(background.folder, NAME),
+    }.items():
+        with pytest.raises((OSError, UsageError), match=message):
+            push_it()
+        assert not list(background.folder.glob("partial-*"))
+
+
+# In training
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pusher, "PAUSES_SECONDS", (0.01,))
+    monkeypatch.setattr(outputs, "LAST_PAUSES_SECONDS", (0.0, 0.0))
+
+
+@pytest.fixture
+def settings(tiny_settings: dict[str, Any]) -> dict[str, Any]:
+    return {**tiny_settings, "push_to_hub": True, "hub_model_id": NAME, "ema_snapshots": 0}
+
+
+def test_a_training_is_pushed_and_writes_no_token(server: HubServer, settings: dict[str, Any], tmp_path: Path):
+    settings |= {"hub_token": TOKEN, "logger": "tensorboard", "ema_halflife_images": "10 100", "hub_averages": True}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", *str(value).split(" "))]
+    environment = client_environment(server, tmp_path / "hf") | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["accelerate", "launch", "--cpu", "--num_processes", "1", str(ROOT / "train_accelerate.py"), *flags],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    repo = server.repo(NAME)
+    titles = [commit.title for commit in repo.commits[1:]]
+    assert titles[-2:] == ["Step 6, 24 images", "Step 6, 24 images, the average halflife-100"]
+    assert set(titles[:-2]) <= {"Step 3, 12 images"}
+    assert repo.private
+    assert repo.files.keys() >= ARRIVES
+    assert repo.branches.keys() == {"main", "halflife-100"}
+    assert f"{server.url}/{NAME}: {repo.branches['main'][:12]}" in done.stderr
+    run = Path(settings["output_dir"])
+    assert repo.files[WEIGHTS] == (run / WEIGHTS).read_bytes()
+    written = contents(tmp_path)
+    assert any("events.out" in name for name in written)
+    assert [name for name, content in written.items() if TOKEN.encode() in content] == []
+    assert TOKEN not in done.stdout + done.stderr
+    for content in repo.files.values():
+        assert str(tmp_path).encode() not in content
+    assert not list(run.glob("partial-*"))
+
+
+def test_a_hub_that_fails_costs_nothing_that_was_trained(
+    server: HubServer, settings: dict[str, Any], quick: None, capsys: pytest.CaptureFixture[str]
+):
+    server.fail(500, "/commit/", times=None)
+    config = TrainingConfig(**settings, hub_revision="dev", hub_averages=True, ema_halflife_images=[10, 100])
+    train(config)
+    run = Path(config.output_dir)
+    said = capsys.readouterr().err
+    command = f"hf-ddpm push {run} {NAME} --revision dev --averages"
+    assert f"the model is whole in '{run}', but was not pushed: the Hub has an error of its own" in said
+    assert f"{command} does it later" in said
+    assert len(server.asked("POST", "/commit/dev$")) >= 3
+    DDPMPipeline.from_pretrained(run)
+    server.mend()
+    done = CliRunner().invoke(app, command.split()[1:])
+    assert done.exit_code == 0, done.output
+    assert server.repo(NAME).commit("dev").files[WEIGHTS] == (run / WEIGHTS).read_bytes()
+    assert server.repo(NAME).branches.keys() == {"main", "dev", "halflife-100"}
+
+
+def test_a_push_that_is_on_its_way_when_training_ends_arrives_first(
+    server: HubServer, settings: dict[str, Any], quick: None
+):
+    hold = server.hold(COMMIT)
+    thread = threading.Thread(target=lambda: (hold.entered.wait(60), hold.release()))
+    thread.start()
+    train(TrainingConfig(**settings))
+    thread.join()
+    titles = [commit.title for commit in server.repo(NAME).commits[1:]]
+    assert titles in (["Step 3, 12 images", "Step 6, 24 images"], ["Step 6, 24 images"])
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "overwritten"])
+def test_a_wrong_token_is_refused_before_anything_is_written(
+    server: HubServer, settings: dict[str, Any], run: Path, before: bool
+):
+    config = TrainingConfig(**settings, hub_token="hf_wrongsecret", overwrite_output_dir=before)
+    if before:
+        shutil.move(run, config.output_dir)
+        there = contents(Path(config.output_dir))
+    with pytest.raises(UsageError, match="push_to_hub cannot work: the Hub does not accept the token") as error:
+        train(config)
+    assert "secret" not in str(error.value)
+    assert contents(Path(config.output_dir)) == there if before else not Path(config.output_dir).exists()
+
+
+def test_training_begins_without_a_network(
+    server: HubServer, settings: dict[str, Any], quick: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere())
+    config = TrainingConfig(**settings)
+    train(config)
+    said = capsys.readouterr().err
+    assert f"nothing can be pushed to {NAME} yet, training begins nonetheless: http://127.0.0.1" in said
+    assert f"hf-ddpm push {config.output_dir} {NAME} does it later" in said
+    assert (Path(config.output_dir) / WEIGHTS).is_file()
+
+
+# Back again
+
+LOAD = """
+import os, sys
+sys.modules["hf_ddpm"] = None  # importing it raises ImportError
+import diffusers, numpy, torch
+torch.set_num_threads(1)
+name, out = sys.argv[1:]
+for loader in (diffusers.DDPMPipeline, diffusers.DiffusionPipeline):
+    pipeline = loader.from_pretrained(name)
+    assert type(pipeline) is diffusers.DDPMPipeline and type(pipeline.scheduler) is diffusers.DDPMScheduler
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(batch_size=2, generator=generator, num_inference_steps=20, output_type="np").images
+    numpy.save(f"{out}/{loader.__name__}.npy", images)
+for dtype in (torch.float16, torch.bfloat16):
+    assert loader.from_pretrained(name, torch_dtype=dtype).unet.dtype is dtype
+"""
+
+
+def load(environment: dict[str, str], out: Path) -> subprocess.CompletedProcess[str]:
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", LOAD, NAME, str(out)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")  # its successor is too new
+def test_stock_and_we_load_a_private_repository(server: HubServer, run: Path, tmp_path: Path, monkeypatch: Any):
+    push(run, NAME)
+    index = json.loads(server.repo(NAME).files["model_index.json"])
+    assert {name: part for name, part in index.items() if not name.startswith("_")} == {
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    assert index["_class_name"] == "DDPMPipeline"
+    assert not [name for name in server.repo(NAME).files if name.endswith((".py", ".bin", ".pkl"))]
+    pipeline = DDPMPipeline.from_pretrained(NAME)
+    assert type(pipeline.scheduler) is DDPMScheduler
+    expected = images(pipeline)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert DDPMPipeline.from_pretrained(NAME, torch_dtype=dtype).unet.dtype is dtype
+    environment = client_environment(server, tmp_path / "stock", TOKEN)
+    for more in ({}, {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": nowhere()}):
+        done = load(environment | more, tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+        for loader in ("DDPMPipeline", "DiffusionPipeline"):
+            path = tmp_path / "out" / f"{loader}.npy"
+            assert np.array_equal(np.load(path), expected)
+            path.unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_connections()
+    assert np.array_equal(images(DDPMPipeline.from_pretrained(NAME)), expected)
+
+
+def test_a_private_repository_is_for_those_who_may_see_it(server: HubServer, run: Path, tmp_path: Path, monkeypatch):
+    push(run, NAME)
+    for token in ("", OTHER):
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache{token}"))
+        with pytest.raises(OSError, match="digits"):
+            DDPMPipeline.from_pretrained(NAME)
+        done = CliRunner().invoke(app, ["sample", NAME, "--out", str(tmp_path / "images")])
+        assert done.exit_code == 1
+        assert "it is not on the Hub, or private, which needs hf auth login" in done.stderr
+        assert not (tmp_path / "images").exists()
+
+
+# Repositories of others
+
+
+def stock_scheduler() -> diffusers.DDPMScheduler:
+    return diffusers.DDPMScheduler(
+        20, beta_start=0.005, beta_end=0.9, beta_schedule="linear", variance_type="fixed_large"
+    )
+
+
+@pytest.fixture(params=["folders", "flat"])
+def foreign(server: HubServer, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """What stock wrote, with weights as a pickle, on the Hub as bob/stock; `flat` as it was in its early days."""
+    folder = save_model(tmp_path / "stock", scheduler=stock_scheduler(), safe_serialization=False)
+    if request.param == "flat":
+        for part in ("unet", "scheduler"):
+            for path in (folder / part).iterdir():
+                path.rename(folder / path.name)
+            (folder / part).rmdir()
+    api = HfApi(token=OTHER)
+    api.create_repo("bob/stock")
+    api.upload_folder(repo_id="bob/stock", folder_path=folder)
+    assert not list(folder.rglob("*.safetensors"))
+    return folder
+
+
+def test_a_stock_repository_is_sampled_and_trained_further(
+    foreign: Path, settings: dict[str, Any], tmp_path: Path, image_folder: Path
+):
+    expected = images(diffusers.DDPMPipeline.from_pretrained(foreign))
+    pipeline = DDPMPipeline.from_pretrained("bob/stock")
+    assert type(pipeline.scheduler) is DDPMScheduler
+    assert np.array_equal(images(pipeline), expected)
+    count = ["--num_images", "2", "--num_inference_steps", "3"]
+    done = CliRunner().invoke(app, ["sample", "bob/stock", "--out", str(tmp_path / "images"), *count])
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "images").glob("*.png"))) == 3
+    del settings["model_config_name_or_path"], settings["ddpm_num_steps"]
+    train(TrainingConfig(**{**settings, "init_from": "bob/stock", "push_to_hub": False, "hub_model_id": None}))
+    run = Path(settings["output_dir"])
+    assert ModelCard.load(run / "README.md").data.base_model == "bob/stock"
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert (written["prediction_type"], written["ddpm_beta_schedule"]) == ("epsilon", "linear")
+
+
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarning")
+def test_a_stock_repository_is_measured(foreign: Path, image_folder: Path, tmp_path: Path, monkeypatch: Any):
+    path = tmp_path / "inception.pt"
+    torch.jit.script(CallOfInception()).save(str(path))
+    monkeypatch.setitem(NETWORKS, "inception", replace(NETWORKS["inception"], sha256=sha256(path)))
+    flags = ["--metrics", "kid", "--dataset_name", str(image_folder), "--cache_dir", str(tmp_path / "cache")]
+    flags += ["--num_images", "8", "--num_inference_steps", "2", "--network", "inception"]
+    out = tmp_path / "measured"
+    command = ["evaluate", "bob/stock", *flags, "--network_path", str(path), "--out", str(out)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert [row["metric"] for row in json.loads((out / "evaluation.json").read_text())["results"]] == ["kid"]
+
+
+class Executes:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_with_code_is_not_executed(foreign: Path, settings: dict[str, Any], tmp_path: Path):
+    path = next(foreign.rglob("*.bin"))
+    executed = tmp_path / "executed"
+    path.write_bytes(pickle.dumps({"conv_in.weight": Executes(executed)}))
+    torch.save({"conv_in.weight": Executes(executed)}, tmp_path / "zip.bin")
+    for content in (path.read_bytes(), (tmp_path / "zip.bin").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(OSError, match=re.escape(path.name)):
+            DDPMPipeline.from_pretrained(foreign)
+        assert CliRunner().invoke(app, ["sample", str(foreign), "--out", str(tmp_path / "o")]).exit_code == 1
+        assert not executed.exists()
+    del settings["model_config_name_or_path"], settings["ddpm_num_steps"]
+    with pytest.raises((OSError, UsageError)):
+        train(TrainingConfig(**{**settings, "init_from": str(foreign), "push_to_hub": False, "hub_model_id": None}))
+    assert not executed.exists()
+    assert not Path(settings["output_dir"]).exists()

@@ -91,7 +91,7 @@ def evaluate(
         dtype, compile: of the network while it samples, as of `load_for_sampling`; nll is always of float32.
         out: where to write; default: the model's folder. A Hub id needs one.
 
-    Returns: {"out", "weights_sha256", "results": those measured now, "card": its path, or None if it was left alone}.
+    Returns: {"out", "weights_sha256", "results": those measured now, "card": its path}.
 
     Raises:
         UsageError: before anything is sampled, what cannot work; later, samples that are not finite.
@@ -99,7 +99,6 @@ def evaluate(
     request = Request(**locals())
     check_request(request)
     measured: list[dict[str, Any]] = []
-    card: Path | None = None
     with ExitStack() as stack:
         job = prepare(request, stack.enter_context(joined_processes()), stack)
         versions = {"hf_ddpm": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
@@ -107,10 +106,10 @@ def evaluate(
         for rows, pictures in _measure(job):
             rows = [row | about for row in rows]
             measured += rows
-            card = job.processes.only_first(
+            job.processes.only_first(
                 lambda: write_evaluation(job.out, job.weights, rows, pictures, job.repo_id)  # noqa: B023
             )
-    return {"out": str(job.out), "weights_sha256": job.weights, "results": measured, "card": card}
+    return {"out": str(job.out), "weights_sha256": job.weights, "results": measured, "card": job.out / "README.md"}
 
 
 def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]:

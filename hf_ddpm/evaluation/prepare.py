@@ -10,18 +10,14 @@ All that can be wrong is said here.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
-import huggingface_hub
 import numpy as np
 import torch
 
@@ -35,6 +31,7 @@ from hf_ddpm.evaluation.references import Reference, check_comparable, load_refe
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.splits import Splits
 from hf_ddpm.files import weights_sha256
+from hf_ddpm.models import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.processes import Processes
 from hf_ddpm.sampling import DTYPES, SCHEDULERS, default_scheduler, load_for_sampling, named_scheduler
@@ -131,7 +128,7 @@ def check_request(request: Request) -> None:
 
 def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
     """Finds, loads and checks everything. Raises: UsageError for what cannot work."""
-    folder, repo_id = _find_model(request.model)
+    folder, repo_id = find_model(request.model)
     if request.out is None and repo_id is not None:
         raise UsageError(f"out must be a folder for what is measured, got none for {repo_id!r} of the Hub: give --out")
     out = folder if request.out is None else Path(request.out).expanduser()
@@ -198,30 +195,6 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
         training=training,
         data=splits.data or TrainingConfig(),
     )
-
-
-def _find_model(model: str | Path) -> tuple[Path, str | None]:
-    """The folder of a pipeline, and its name if it is on the Hub."""
-    folder, repo_id = Path(model).expanduser(), None
-    if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(model)):
-        repo_id = str(model)
-        try:
-            folder = Path(str(diffusers.DiffusionPipeline.download(repo_id)))
-            huggingface_hub.snapshot_download(repo_id, allow_patterns=["config.yaml", "run.json"])
-        except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these types
-            raise UsageError(
-                f"model must be a folder or on the Hub, got {repo_id!r}, which is neither here nor reachable "
-                f"({type(error).__name__})"
-            ) from error
-    if not (folder / "model_index.json").is_file():
-        raise UsageError(f"model must be a folder with model_index.json, got {str(model)!r}, which has none")
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if index.get("unet", ["", ""])[1] != "UNet2DModel":
-        raise UsageError(
-            f"model must be a DDPMPipeline of a UNet2DModel and a scheduler, got {str(model)!r}, a "
-            f"{index.get('_class_name')}"
-        )
-    return folder, repo_id
 
 
 def _check_out(out: Path, weights: str) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hf_ddpm import hub
+from hf_ddpm.card import write_card
 from hf_ddpm.config import UsageError
 from hf_ddpm.evaluation.measure import DISTANCES
 from hf_ddpm.figures import curve
@@ -34,20 +34,19 @@ def write_evaluation(
     rows: list[dict[str, Any]],
     pictures: dict[str, Draw] | None = None,
     repo_id: str | None = None,
-) -> Path | None:
-    """Adds results to `out`: to evaluation.json, and to the card unless it is another than `hub.write_card` wrote.
+) -> Path:
+    """Adds results to `out`: to evaluation.json, and to the card.
 
     Args:
         out: made if it does not exist.
         weights: `weights_sha256` of the model; results of other weights, and their pictures, go.
         rows: results, of which each replaces the one that was measured in the same way.
         pictures: names in `figures` -> what draws them into a path.
-        repo_id: for the examples of a new card.
+        repo_id: for the examples of the card, if it is known.
 
-    Returns: the card's path, or None if it was left alone.
+    Returns: the card's path.
     """
     before = stored_results(out, weights)
-    is_edited, repo_id = hub.is_edited(out), hub.named_repository(out) or repo_id
     if not before:
         for name in PICTURES:
             (out / "figures" / name).unlink(missing_ok=True)
@@ -61,7 +60,7 @@ def write_evaluation(
     write_atomically(
         out / "evaluation.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
-    return None if is_edited else hub.write_card(out, repo_id)
+    return write_card(out, repo_id)
 
 
 def stored_results(out: Path, weights: str) -> list[dict[str, Any]]:

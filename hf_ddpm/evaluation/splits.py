@@ -16,7 +16,7 @@ from typing import Any
 
 import huggingface_hub
 
-from hf_ddpm import hub
+from hf_ddpm.card import read_run
 from hf_ddpm.config import TrainingConfig, UsageError, load_config
 from hf_ddpm.data import ImageCache, load_images
 from hf_ddpm.evaluation.features import FeatureNetwork
@@ -63,7 +63,7 @@ class Splits:
         config = replace(
             self.data, resolution=self.resolution, channels=self._channels, preserve_input_precision=False
         )
-        recorded = hub.read_run(self._folder).get("data", {}).get("fingerprint")
+        recorded = read_run(self._folder).get("data", {}).get("fingerprint")
         if not self._given and recorded and not config.streaming:
             found = self._processes.first(lambda: load_images(self.data or config)).fingerprint
             if found != recorded:

@@ -1,0 +1,93 @@
+"""A run that begins with the weights of another model (`init_from`).
+
+It keeps that model's network, what the network predicts, its variance and its noise schedule: with others its weights
+would have to unlearn what they know. Size and channels of the images are the model's unless they are given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from diffusers import UNet2DModel
+
+from hf_ddpm.config import TrainingConfig, UsageError, check_config, load_config
+from hf_ddpm.models import find_model
+from hf_ddpm.scheduler import DDPMScheduler
+
+# Of the run, and of the model's scheduler.
+TAKEN = {
+    "prediction_type": "prediction_type",
+    "variance_type": "variance_type",
+    "ddpm_num_steps": "num_train_timesteps",
+    "ddpm_beta_schedule": "beta_schedule",
+    "ddpm_beta_start": "beta_start",
+    "ddpm_beta_end": "beta_end",
+    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
+}
+
+
+def take_over(config: TrainingConfig) -> TrainingConfig:
+    """The config with what the model of `init_from` decides; a run that is resumed has it in its config.yaml.
+
+    Raises:
+        UsageError: there is no such model, this package cannot train it, or a setting is at odds with it.
+    """
+    if config.init_from is None:
+        return config
+    saved = Path(config.output_dir) / "config.yaml"
+    if config.resume_from_checkpoint is not None and saved.is_file():
+        before = load_config(str(saved))
+        known = {name: getattr(before, name) for name in (*TAKEN, "resolution", "channels")}
+    else:
+        known = _settings_of(config.init_from)
+    default = TrainingConfig()
+    for name, value in known.items():
+        asked = getattr(config, name)
+        if asked != getattr(default, name) and asked != value:
+            raise UsageError(f"{name} must be {value}, that of the model {config.init_from!r}, got {asked}")
+    taken = replace(config, **known)
+    check_config(taken)
+    return taken
+
+
+def load_weights(unet: UNet2DModel, model: str) -> None:
+    """Puts the weights of a model into a network of the same shape."""
+    folder, _ = find_model(model)
+    subfolder = "unet" if (folder / "unet").is_dir() else None
+    trained: Any = UNet2DModel.from_pretrained(folder, subfolder=subfolder)
+    unet.load_state_dict(trained.state_dict())
+
+
+def network_of(model: str) -> Path:
+    """The folder with the network's config.json."""
+    folder, _ = find_model(model)
+    return folder / "unet" if (folder / "unet").is_dir() else folder
+
+
+def _settings_of(model: str) -> dict[str, Any]:
+    folder, _ = find_model(model)
+    subfolder = "scheduler" if (folder / "scheduler").is_dir() else None
+    stored: Any = DDPMScheduler.load_config(folder, subfolder=subfolder)
+    if "beta_schedule" not in stored or stored.get("trained_betas") is not None:
+        raise UsageError(
+            f"init_from needs a model with a noise schedule by name, got {model!r} with "
+            f"{stored.get('_class_name')} and {'betas of its own' if 'beta_schedule' in stored else 'none'}"
+        )
+    hints = get_type_hints(TrainingConfig)
+    for ours, theirs in TAKEN.items():
+        choices = [choice for choice in get_args(hints[ours]) if isinstance(choice, str)]
+        if choices and stored.get(theirs, choices[0]) not in choices:
+            raise UsageError(
+                f"init_from needs a model whose {theirs} is one of {', '.join(choices)}, got {stored[theirs]!r}"
+            )
+    scheduler: Any = DDPMScheduler.from_config(stored)
+    known = {ours: scheduler.config[theirs] for ours, theirs in TAKEN.items()}
+    if known["ddpm_beta_schedule"] == "squaredcos_cap_v2":  # which has no ends to choose
+        del known["ddpm_beta_start"], known["ddpm_beta_end"]
+    network: Any = UNet2DModel.load_config(network_of(model))
+    size = network["sample_size"]
+    if not isinstance(size, int):
+        raise UsageError(f"init_from needs a model of square images, got {model!r} of {size}")
+    return {**known, "resolution": size, "channels": network["in_channels"]}
