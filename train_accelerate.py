@@ -3,7 +3,7 @@
 import sys
 
 from hf_ddpm.config import RunError, UsageError, parse_config
-from hf_ddpm.launch import follow_launcher, start_missing_processes
+from hf_ddpm.launch import follow_launcher, hide, start_missing_processes
 from hf_ddpm.sources import check_source
 
 if __name__ == "__main__":
@@ -12,6 +12,7 @@ if __name__ == "__main__":
         check_source(config)
         start_missing_processes()
         follow_launcher()
+        hide(config.hub_token)
         # After parsing, so that a wrong setting is answered before torch is imported.
         from hf_ddpm.training import train
 

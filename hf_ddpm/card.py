@@ -73,12 +73,15 @@ def merged(before: str, card: str) -> str:
     part = _marked(ours.text)
     assert part is not None
     known = _marked(theirs.text)
-    text = theirs.text.replace(known, part) if known else f"{theirs.text.rstrip()}\n\n{part}\n"
+    rest = theirs.text.replace(BEGIN, "").replace(END, "")  # one of them alone
+    text = theirs.text.replace(known, part) if known else f"{rest.rstrip()}\n\n{part}\n"
     old, new = theirs.data.to_dict(), ours.data.to_dict()
     tags = list(dict.fromkeys([*(old.get("tags") or []), *(new.get("tags") or [])]))
     foreign = [r for r in theirs.data.eval_results or [] if REFERENCE not in (r.metric_args or {})]
     results = foreign + (ours.data.eval_results or [])
-    data = {k: v for k, v in {**new, **old, "tags": tags}.items() if k not in ("model-index", "model_name")}
+    measured = {key: new[key] for key in ("datasets", "base_model") if key in new}
+    data = {**new, **old, **measured, "tags": tags}
+    data = {key: value for key, value in data.items() if key not in ("model-index", "model_name")}
     name = getattr(theirs.data, "model_name", None) or getattr(ours.data, "model_name", None)
     theirs.data = ModelCardData(**data, eval_results=results or None, model_name=name if results else None)
     theirs.text = text
@@ -92,7 +95,8 @@ def own_text(readme: str) -> str:
 
 
 def _marked(text: str) -> str | None:
-    first, last = text.find(BEGIN), text.find(END)
+    first = text.find(BEGIN)
+    last = text.find(END, first + 1)
     return text[first : last + len(END)] if 0 <= first < last else None
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -211,6 +212,11 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
         for flag, replaced in _REPLACES.items():
             if getattr(given, flag) != parser.get_default(flag):
                 settings = {name: value for name, value in settings.items() if name not in replaced}
+        if given.init_from is not None:
+            words = [word.partition("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)]
+            flags = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+            if beside := sorted(flags & OF_INIT_FROM.keys()):
+                raise UsageError(f"{beside[0]} is that of the model in init_from: leave it out")
         parser.set_defaults(**_as_defaults(settings))
         config, _ = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
         check_config(config)
@@ -230,7 +236,8 @@ def load_config(path: str | None = None, recipe: str | None = None, **settings: 
     try:
         (config,) = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
     except SystemExit:
-        raise UsageError(f"a setting has a value of the wrong type; argparse has named it: {merged}") from None
+        shown = {name: value for name, value in merged.items() if name != "hub_token"}
+        raise UsageError(f"a setting has a value of the wrong type; argparse has named it: {shown}") from None
     return config
 
 
@@ -239,6 +246,17 @@ _REPLACES = {
     "dataset_name": ("train_data_dir", "dataset_config_name", "image_column"),
     "train_data_dir": ("dataset_name", "dataset_config_name", "image_column"),
     "num_epochs": ("max_train_steps",),
+    "init_from": ("model_config_name_or_path", "dropout"),
+}
+# What `init_from` decides -> its name in the config of that model's scheduler.
+OF_INIT_FROM = {
+    "prediction_type": "prediction_type",
+    "variance_type": "variance_type",
+    "ddpm_num_steps": "num_train_timesteps",
+    "ddpm_beta_schedule": "beta_schedule",
+    "ddpm_beta_start": "beta_start",
+    "ddpm_beta_end": "beta_end",
+    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
 }
 
 
@@ -262,14 +280,23 @@ def _numbers(name: str, value: Any) -> list[float] | None:
 
 def save_config(config: TrainingConfig, path: Path) -> None:
     """Writes the YAML file that `--config` replays; tokens and what concerns one start only are left out."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _OF_ONE_START}
+    settings = {name: value for name, value in _settings(config).items() if name not in _OF_ONE_START}
     write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
+
+
+def _settings(config: TrainingConfig) -> dict[str, Any]:
+    """By name; folders so that they are found from everywhere, and are not taken for Hub ids."""
+    settings = asdict(config)
+    for name in ("dataset_name", "train_data_dir", "init_from"):
+        if settings[name] not in (None, "digits") and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
+    return settings
 
 
 def check_same_run(config: TrainingConfig, path: Path) -> None:
     """Raises UsageError if the settings of a resumed run are not those in `path`, its config.yaml."""
     before = asdict(load_config(str(path)))
-    for name, value in asdict(config).items():
+    for name, value in _settings(config).items():
         if name not in (*_OF_ONE_START, *_MAY_CHANGE) and value != before[name]:
             raise UsageError(
                 f"{name} was {before[name]} in this run, got {value}: resume with --config {path}, "
@@ -418,7 +445,8 @@ def _check_effects(config: TrainingConfig) -> None:
     def require(condition: bool, remedy: str, *names: str) -> None:
         for name in names:
             if not condition and getattr(config, name) != default[name]:
-                raise UsageError(f"{name} = {getattr(config, name)} has no effect: {remedy}")
+                shown = "..." if name == "hub_token" else getattr(config, name)
+                raise UsageError(f"{name} = {shown} has no effect: {remedy}")
 
     by_ends = config.ddpm_beta_schedule != "squaredcos_cap_v2"
     require(by_ends, "the schedule squaredcos_cap_v2 is not given by its ends", "ddpm_beta_start", "ddpm_beta_end")
@@ -432,8 +460,7 @@ def _check_effects(config: TrainingConfig) -> None:
     require(config.ema_halflife_images is None, "ema_halflife_images is given", "ema_max_decay")
     require(config.model_config_name_or_path is None, "the model config says its own", "dropout")
     require(config.init_from is None, "init_from has a network", "dropout", "model_config_name_or_path")
-    hub_settings = ("hub_model_id", "hub_private_repo", "hub_token", "hub_revision", "hub_averages")
-    require(config.push_to_hub, "give push_to_hub", *hub_settings)
+    require(config.push_to_hub, "give push_to_hub", "hub_model_id", "hub_token", "hub_revision", "hub_averages")
     require(config.logger == "tensorboard", "give logger tensorboard", "logging_dir")
     require(config.dataset_name is not None, "give dataset_name", "dataset_config_name")
     launched = int(os.environ.get("LOCAL_RANK", config.local_rank))

@@ -25,7 +25,7 @@ from hf_ddpm.hub import explained
 
 APP = Path(__file__).parent / "space" / "app.py"
 NO_MODEL = 'MODEL = os.environ.get("MODEL", "")'
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+FULL_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Local versions such as 2.13.0+cpu are newer than 2.13.0 to pip: of the two places it takes the one without CUDA.
 CPU_ONLY = "--extra-index-url https://download.pytorch.org/whl/cpu"
 REQUIRED = ("torch", "diffusers", "gradio")
@@ -68,8 +68,8 @@ def model_id_of(model: str, model_id: str | None = None) -> str:
         card = folder / "README.md"
         named = named_repository(card.read_text(encoding="utf-8")) if card.is_file() else None
         candidates = [settings.get("hub_model_id"), named]
-        model_id = next((found for found in candidates if found and HUB_ID.fullmatch(found)), None)
-    if model_id is None or not HUB_ID.fullmatch(model_id):
+        model_id = next((found for found in candidates if found and FULL_HUB_ID.fullmatch(found)), None)
+    if model_id is None or not FULL_HUB_ID.fullmatch(model_id):
         raise UsageError(
             f"a Space loads its model from the Hub by namespace/name, got {model_id!r} for {model!r}: "
             "upload the model, and give --model_id"
@@ -173,7 +173,7 @@ def _folder_of(model: str) -> Path | None:
     """The folder called `model`, None for a Hub id. Raises: UsageError for neither, or for no model in it."""
     folder = Path(model)
     if not folder.exists():
-        if not HUB_ID.fullmatch(model):
+        if not FULL_HUB_ID.fullmatch(model):
             raise UsageError(f"model must be a folder or a Hub id, got {model!r}, which is neither")
         return None
     if not (folder / "model_index.json").is_file():

@@ -12,20 +12,9 @@ from typing import Any, get_args, get_type_hints
 
 from diffusers import UNet2DModel
 
-from hf_ddpm.config import TrainingConfig, UsageError, check_config, load_config
+from hf_ddpm.config import OF_INIT_FROM, TrainingConfig, UsageError, check_config, load_config
 from hf_ddpm.models import find_model
 from hf_ddpm.scheduler import DDPMScheduler
-
-# Of the run, and of the model's scheduler.
-TAKEN = {
-    "prediction_type": "prediction_type",
-    "variance_type": "variance_type",
-    "ddpm_num_steps": "num_train_timesteps",
-    "ddpm_beta_schedule": "beta_schedule",
-    "ddpm_beta_start": "beta_start",
-    "ddpm_beta_end": "beta_end",
-    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
-}
 
 
 def take_over(config: TrainingConfig) -> TrainingConfig:
@@ -39,7 +28,7 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
     saved = Path(config.output_dir) / "config.yaml"
     if config.resume_from_checkpoint is not None and saved.is_file():
         before = load_config(str(saved))
-        known = {name: getattr(before, name) for name in (*TAKEN, "resolution", "channels")}
+        known = {name: getattr(before, name) for name in (*OF_INIT_FROM, "resolution", "channels")}
     else:
         known = _settings_of(config.init_from)
     default = TrainingConfig()
@@ -76,14 +65,14 @@ def _settings_of(model: str) -> dict[str, Any]:
             f"{stored.get('_class_name')} and {'betas of its own' if 'beta_schedule' in stored else 'none'}"
         )
     hints = get_type_hints(TrainingConfig)
-    for ours, theirs in TAKEN.items():
+    for ours, theirs in OF_INIT_FROM.items():
         choices = [choice for choice in get_args(hints[ours]) if isinstance(choice, str)]
         if choices and stored.get(theirs, choices[0]) not in choices:
             raise UsageError(
                 f"init_from needs a model whose {theirs} is one of {', '.join(choices)}, got {stored[theirs]!r}"
             )
     scheduler: Any = DDPMScheduler.from_config(stored)
-    known = {ours: scheduler.config[theirs] for ours, theirs in TAKEN.items()}
+    known = {ours: scheduler.config[theirs] for ours, theirs in OF_INIT_FROM.items()}
     if known["ddpm_beta_schedule"] == "squaredcos_cap_v2":  # which has no ends to choose
         del known["ddpm_beta_start"], known["ddpm_beta_end"]
     network: Any = UNet2DModel.load_config(network_of(model))

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
 
 from hf_ddpm.card import merged, own_text, write_card
 from hf_ddpm.config import TrainingConfig, UsageError
-from hf_ddpm.files import write_atomically
+from hf_ddpm.files import weights_sha256, write_atomically
 from hf_ddpm.metrics import read_metrics
 
 # Patterns of `fnmatch`, anchored at the run's folder: no checkpoint, log, optimizer state or pickle has such a name.
@@ -41,8 +41,14 @@ UPLOADED = (
     *("model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"),
 )
 # Of an earlier push, these would contradict what is pushed.
-REPLACED = ("evaluation.json", "unet/*.safetensors", "unet/*.bin", "diffusion_pytorch_model.*")
+REPLACED = (
+    *("evaluation.json", "run.json", "eval.jsonl"),
+    *("unet/*.safetensors", "unet/*.bin", "unet/*.index.json", "diffusion_pytorch_model.*"),
+)
+# Where something is on this machine, which is of no use elsewhere.
+PLACES = ("cache_dir", "output_dir", "eval_network_path")
 MAX_CONFLICTS = 3
+LOCAL_ERRORS = (LookupError, TypeError, AttributeError, FileNotFoundError, PermissionError, IsADirectoryError)
 NO_TOKEN = "there is no token: hf auth login, or HF_TOKEN in the environment"
 KEPT_README = "README.md was edited on the Hub, too: it keeps the text that was written there"
 
@@ -54,7 +60,7 @@ class PushError(OSError):
         is_passing: whether the same push may succeed later.
     """
 
-    def __init__(self, message: str, is_passing: bool):
+    def __init__(self, message: str, is_passing: bool = False):
         super().__init__(message)
         self.is_passing = is_passing
 
@@ -106,9 +112,10 @@ def push(
     message = message or progress_of(folder)
     files = stage(folder)
     try:
+        before = _text(files / "README.md")
         pushed = commit(api, files, name, revision, message)
-        if os.access(folder, os.W_OK):
-            if pushed.kept_readme:  # what was written here is nowhere else
+        with suppress(OSError):  # a folder that cannot be written, from which all has arrived
+            if pushed.kept_readme or _text(folder / "README.md") != before:  # what was written here is nowhere else
                 write_card(folder, name, _branch(revision))
             else:
                 write_atomically(folder / "README.md", (files / "README.md").read_bytes())
@@ -174,14 +181,17 @@ def stage(folder: Path, model: Path | None = None, preview: Path | None = None) 
         preview: the picture of samples, if there is none.
     """
     place = folder if os.access(folder, os.W_OK) else None
-    files = Path(tempfile.mkdtemp(prefix="partial-push-", dir=place))
+    files = Path(tempfile.mkdtemp(prefix=f"partial-push-{os.getpid()}-", dir=place))
     chosen = {name: folder / name for name in _uploaded(folder)}
     if model is not None:
         of_own_model = ("unet/*", "model_index.json", "evaluation.json", "figures/*")
         chosen = {n: path for n, path in chosen.items() if not any(fnmatch(n, p) for p in of_own_model)}
         chosen |= {name: model / name for name in _uploaded(model) if name != "README.md"}
     if preview is not None:
-        chosen.setdefault("figures/samples.png", preview)
+        chosen["figures/samples.png"] = preview
+    evaluation = _read(folder / "evaluation.json")
+    if evaluation.get("weights_sha256") != weights_sha256(model or folder):
+        chosen.pop("evaluation.json", None)
     try:
         for name, source in chosen.items():
             (files / name).parent.mkdir(exist_ok=True)
@@ -203,7 +213,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
     try:
         if source.suffix != ".safetensors":  # which are replaced, never written into
             raise OSError
-        os.link(source, target)
+        os.link(source.resolve(), target)  # the Hub's cache is of symbolic links
     except OSError:
         shutil.copyfile(source, target)
 
@@ -211,10 +221,10 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _without_places(value: Any) -> Any:
     """Of paths of this machine only the last names: the others say where something is, and not what."""
     if isinstance(value, dict):
-        return {key: _without_places(item) for key, item in value.items()}
+        return {key: _without_places(item) for key, item in value.items() if key not in PLACES}
     if isinstance(value, list):
         return [_without_places(item) for item in value]
-    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
+    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "."))):
         return Path(value).name
     return value
 
@@ -255,8 +265,19 @@ def _averages(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("ema/*/model_index.json"))
 
 
-def commit(api: HfApi, files: Path, name: str, revision: str, message: str) -> Pushed:
-    """One commit of a staged folder on a branch, whose README is left in `files`."""
+def commit(
+    api: HfApi,
+    files: Path,
+    name: str,
+    revision: str,
+    message: str,
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> Pushed:
+    """One commit of a staged folder on a branch, whose README is left in `files`.
+
+    Args:
+        is_wanted: asked before the commit is made, which may be long after the upload began.
+    """
     with explained(api, name):
         if revision != "main":
             api.create_branch(name, branch=revision, exist_ok=True)
@@ -268,13 +289,19 @@ def commit(api: HfApi, files: Path, name: str, revision: str, message: str) -> P
             operations: list[Any] = [CommitOperationAdd(n, files / n) for n in names]
             operations.append(CommitOperationAdd("README.md", readme.encode()))
             stale = [n for n in there if n not in names and any(fnmatch(n, pattern) for pattern in REPLACED)]
+            for operation in operations:
+                if fnmatch(operation.path_in_repo, "*.safetensors") or operation.path_in_repo.startswith("figures/"):
+                    # One by one: for several the client starts threads, for which Python waits before it ends.
+                    api.preupload_lfs_files(name, [operation], revision=revision)
             operations += [CommitOperationDelete(n) for n in stale]
+            if not is_wanted():
+                raise PushError("a newer state goes in its place")
             try:
                 made = api.create_commit(
                     name, operations, commit_message=message, revision=revision, parent_commit=head
                 )
             except HfHubHTTPError as error:  # somebody committed in between
-                if error.response.status_code != 412 or attempt == MAX_CONFLICTS - 1:
+                if _status_of(error) != 412 or attempt == MAX_CONFLICTS - 1:
                     raise
                 continue
             write_atomically(files / "README.md", readme)
@@ -309,6 +336,10 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _text(path: Path) -> str | None:
+    return path.read_text("utf-8", errors="replace") if path.is_file() else None
+
+
 def _branch(revision: str) -> str | None:
     """As a card names it: `main` is not named."""
     return None if revision == "main" else revision
@@ -332,12 +363,14 @@ def explained(api: HfApi, name: str) -> Iterator[None]:
         first: BaseException = error
         while not isinstance(first, HfHubHTTPError) and first.__cause__ is not None:  # of an upload in a thread
             first = first.__cause__
-        token = _token_of(api)
-        if isinstance(first, HfHubHTTPError):
-            status = first.response.status_code
-            text, is_passing = _said_of(status, name)
+        token, status = _token_of(api), _status_of(first)
+        if status is not None:
+            said = str(getattr(first, "server_message", None) or f"HTTP {status}")
+            text, is_passing = _said_of(status, name, said)
             text = NO_TOKEN if status == 401 and not token else text
-            cause = f"{text} ({first.server_message or f'HTTP {status}'})"
+            cause = f"{text} ({said})"
+        elif isinstance(first, LOCAL_ERRORS):
+            cause, is_passing = f"the files here cannot be pushed ({first!r})", False
         else:
             cause, is_passing = f"{api.endpoint} cannot be reached, or the connection broke ({first!r})", True
     raise PushError(cause.replace(token, "hf_...") if token else cause, is_passing) from None
@@ -348,7 +381,14 @@ def _token_of(api: HfApi) -> str:
     return str(api.token or get_token() or "").strip()
 
 
-def _said_of(status: int, name: str) -> tuple[str, bool]:
+def _status_of(error: BaseException) -> int | None:
+    response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
+    return None if response is None else int(response.status_code)
+
+
+def _said_of(status: int, name: str, said: str) -> tuple[str, bool]:
+    if status in (402, 413, 507) or (status == 403 and "storage" in said.lower()):
+        return f"{name} would be larger than the Hub's limits for it", False
     if status == 401:
         return "the Hub does not accept the token: it is wrong or expired, hf auth login makes a new one", False
     if status == 403:
@@ -361,8 +401,6 @@ def _said_of(status: int, name: str) -> tuple[str, bool]:
         return f"others are committing to {name} at the same time", True
     if status == 429:
         return "the Hub asks for fewer requests", True
-    if status in (402, 413, 507):
-        return f"{name} would be larger than the Hub's limits for it", False
     if status >= 500:
         return "the Hub has an error of its own", True
     return f"the Hub refuses what was sent to {name}", False

@@ -60,6 +60,12 @@ def start_missing_processes() -> None:
     os.execv(sys.executable, [*torchrun, *started, *sys.argv[1:]])
 
 
+def hide(secret: str | None) -> None:
+    """Takes it out of the command line, which trackers record."""
+    if secret:
+        sys.argv = [argument.replace(secret, "...") for argument in sys.argv]
+
+
 def run_command(command: str, module: str) -> None:
     """`hf-ddpm COMMAND`, as `accelerate launch -m MODULE` starts it: in each of the processes."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shlex
 import shutil
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from diffusers import UNet2DModel
 from PIL import Image
@@ -23,12 +25,12 @@ from torch import Tensor
 
 from hf_ddpm import engine, figures
 from hf_ddpm.checkpoint import Progress
-from hf_ddpm.config import RunError, TrainingConfig, UsageError, run_files, save_config
+from hf_ddpm.config import RunError, TrainingConfig, run_files, save_config
 from hf_ddpm.ema import swapped
 from hf_ddpm.engine import gathered
 from hf_ddpm.evaluation.monitor import Monitor, measure
 from hf_ddpm.files import lock, write_atomically
-from hf_ddpm.hub import KEPT_README, PushError, push, repository_of
+from hf_ddpm.hub import KEPT_README, push, repository_of
 from hf_ddpm.metrics import MetricsFile, cut_metrics, read_metrics
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path, snapshots
@@ -56,8 +58,10 @@ def prepare_output(config: TrainingConfig, output_dir: Path, progress: Progress,
                 path.unlink()
     for folder in (output_dir / "previews", output_dir / "figures"):
         folder.mkdir(exist_ok=True)
-    for left in output_dir.glob("partial-*"):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
+    for left in output_dir.glob("partial-*"):  # by a kill, unless by an `hf-ddpm push` that goes on
+        owner = re.fullmatch(r"partial-push-(\d+)-.*", left.name)
+        if owner is None or not psutil.pid_exists(int(owner[1])):
+            shutil.rmtree(left, ignore_errors=True)
     (output_dir / "run.json").unlink(missing_ok=True)  # there when the run is finished
     save_config(config, output_dir / "config.yaml")
     cut_metrics(output_dir / "metrics.jsonl", progress.step)
@@ -134,8 +138,11 @@ def write_measurement(run: Run, monitor: Monitor, progress: Progress, evaluation
             )
 
 
-def save_model(run: Run, average: list[Tensor] | None, folder: Path) -> None:
-    """The pipeline with one of the averages, each of its files whole; for all processes to call."""
+def save_model(run: Run, average: list[Tensor] | None, folder: Path) -> bool:
+    """The pipeline with one of the averages, each of its files whole; for all processes to call.
+
+    Returns: whether it could be written, on the first process.
+    """
     unet, partial = _averaged_unet(run, average), folder / "partial-model"
 
     def write() -> None:
@@ -150,8 +157,7 @@ def save_model(run: Run, average: list[Tensor] | None, folder: Path) -> None:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    if run.accelerator.is_main_process:
-        try_to_write(run, write)
+    return run.accelerator.is_main_process and try_to_write(run, write)
 
 
 def save_snapshot(run: Run, progress: Progress) -> None:
@@ -191,8 +197,6 @@ def finish(run: Run, progress: Progress) -> DDPMPipeline:
     except OSError as error:
         finishes = "then the same command with --resume_from_checkpoint latest finishes the run"
         raise RunError(f"the report could not be written: {error}. {FREE_SPACE}; {finishes}") from error
-    if config.push_to_hub:
-        run.processes.only_first(lambda: push_finished(run))
     return pipeline
 
 
@@ -205,8 +209,9 @@ def start_push(run: Run, progress: Progress) -> None:
 
 
 def push_finished(run: Run) -> None:
-    """A failure is said, and harms nothing that was trained; for the first process to call."""
-    assert run.pusher is not None
+    """A failure is said, and harms nothing that was trained; for all processes to call, none of which waits."""
+    if run.pusher is None:
+        return
     run.pusher.close(LONGEST_PUSH_SECONDS)
     repo_id, token, revision = repository_of(run.config)
     for pause in (*LAST_PAUSES_SECONDS, None):
@@ -219,7 +224,7 @@ def push_finished(run: Run) -> None:
                 token=token,
                 averages=run.config.hub_averages,
             )
-        except (PushError, UsageError, OSError) as error:
+        except Exception as error:  # the model is safe
             if pause is not None and getattr(error, "is_passing", False):
                 time.sleep(pause)
                 continue
@@ -239,12 +244,14 @@ def push_finished(run: Run) -> None:
         return
 
 
-def try_to_write(run: Run, write: Callable[[], None]) -> None:
-    """Without what is written the run can go on, so it does where the disk is full."""
+def try_to_write(run: Run, write: Callable[[], None]) -> bool:
+    """Whether it could be written. Without it the run can go on, so it does where the disk is full."""
     try:
         write()
+        return True
     except (OSError, SafetensorError) as error:
         say(run.processes, f"a file could not be written, the run goes on: {error}. {FREE_SPACE}")
+        return False
 
 
 def _averaged_unet(run: Run, average: list[Tensor] | None) -> UNet2DModel:

@@ -104,6 +104,8 @@ def set_up(
     model, prepared = engine.prepare(accelerator, new_unet, optimizer, config, partial(say, processes))
     unet: Any = accelerator.unwrap_model(model)
     if config.compile:
+        # Its config grows when diffusers first writes it, and would be compiled for once more after a checkpoint.
+        unet.to_json_string()
         # Beside the network, which is left as it is for previews: they have another shape.
         model = torch.compile(model, dynamic=False)
     decays = _decays(config, schedule_batch_size)

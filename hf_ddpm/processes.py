@@ -7,6 +7,7 @@ unless told otherwise, which `share_cores` mends.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -42,7 +43,7 @@ class Processes:
         except Exception as error:
             if self.size == 1:
                 raise
-            mine = None, error
+            mine = None, _sendable(error)
         found: list[Any] = [mine]
         if self.size > 1:
             found = [None] * self.size
@@ -52,6 +53,11 @@ class Processes:
             if error is not None:
                 raise error
         return [value for value, _ in found]
+
+    def agree(self, value: object, what: str) -> None:
+        """Raises: ValueError on all of them if a process has another value than the first."""
+        if any(other != value for other in self.gather(lambda: value)):
+            raise ValueError(f"all processes must have the same {what}: it changed while they started; start again")
 
     def first(self, compute: Callable[[], Value]) -> Value:
         """Computed by the first process and then by the others, which find what it left on the disk."""
@@ -78,6 +84,15 @@ class Processes:
                 found: list[Any] = self.gather(lambda: next(mine, None))
                 yield from found[: count - first]
                 progress.update(min(self.size, count - first))
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or one with its text if another process could not make it out."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class Pusher:
         self._api = HfApi(token=token)
         self._changed = threading.Condition()
         self._newest: tuple[Path, str] | None = None
-        self._is_over = False
+        self._is_over = self._is_abandoned = False
         self._thread = threading.Thread(target=self._work, name="push", daemon=True)
         self._thread.start()
 
@@ -57,6 +57,7 @@ class Pusher:
             self._drop()
             self._changed.notify_all()
         self._thread.join(seconds)
+        self._is_abandoned = True  # it must not replace what is pushed after this
 
     def _drop(self) -> None:
         if self._newest is not None:
@@ -73,7 +74,7 @@ class Pusher:
                 (files, message), self._newest = self._newest, None
             try:
                 name = create(self._api, self.repo_id, self.public)
-                commit(self._api, files, name, self.revision, message)
+                commit(self._api, files, name, self.revision, message, lambda: not self._is_abandoned)
                 num_failures, failure = 0, None
             except PushError as error:
                 failure = error

@@ -119,7 +119,9 @@ def write_samples(
         write_atomically(out / "samples.json", json.dumps(settings, indent=2) + "\n")
 
     # By one process, before any of them writes: an image without samples.json is of something else.
-    Processes().only_first(claim)
+    processes = Processes()
+    processes.agree(settings, "model and settings")
+    processes.only_first(claim)
     mine = share(num_images, state.process_index, state.num_processes, samples.block or forward_batch)
     missing = samples.missing(mine)
     batches = iter_samples(
@@ -249,7 +251,6 @@ class _Parts:
 
 def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path]) -> None:
     """Raises: ValueError if `out` holds another set, or `existing` files that are of none."""
-    # Read after `existing` was listed: another process of this run writes it before any of them.
     try:
         before = json.loads((out / "samples.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

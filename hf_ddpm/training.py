@@ -34,6 +34,7 @@ from hf_ddpm.loading import fetch, gathered_stream, image_names, open_batches, r
 from hf_ddpm.metrics import Meter, MetricsFile
 from hf_ddpm.outputs import (
     finish,
+    push_finished,
     save_model,
     save_preview,
     save_snapshot,
@@ -83,9 +84,10 @@ def train(config: TrainingConfig) -> DDPMPipeline:
         with StopRequest(config.max_train_hours, started) as stop:
             progress = _take_steps(run, progress, stop)
         pipeline = finish(run, progress)
-    # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        push_finished(run)
     return pipeline
 
 
@@ -148,8 +150,7 @@ def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             write_measurement(run, run.monitor, progress, evaluations)
         if done % image_steps == 0 and not is_last:
             save_preview(run, done)
-        if done % model_steps == 0 and not is_last:
-            save_model(run, run.average, output_dir)
+        if done % model_steps == 0 and not is_last and save_model(run, run.average, output_dir):
             start_push(run, progress)
         # Within steps that are skipped the last good checkpoint stays, and the next good step writes one.
         is_due = is_due or is_saved

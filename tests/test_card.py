@@ -321,6 +321,21 @@ def test_what_stands_around_our_part_stays(tmp_path: Path):
     assert path.read_text(encoding="utf-8") == text
 
 
+@pytest.mark.parametrize("lost", [cards.BEGIN, cards.END])
+def test_a_line_that_was_deleted_comes_back_and_the_card_does_not_grow(tmp_path: Path, lost: str):
+    path = write_card(make_run(tmp_path))
+    path.write_text(path.read_text(encoding="utf-8").replace(lost, ""), encoding="utf-8")
+    lengths = [len(write_card(tmp_path).read_text(encoding="utf-8")) for _ in range(3)]
+    assert lengths[1] == lengths[0] == lengths[2]
+    assert path.read_text(encoding="utf-8").count(lost) == 1
+
+
+def test_what_the_run_knows_of_data_and_origin_is_renewed(tmp_path: Path):
+    make_run(tmp_path, config=CONFIG | {"init_from": "me/base"})
+    (tmp_path / "README.md").write_text(HAND_WRITTEN.replace("tags:", "base_model: other/base\ntags:"), "utf-8")
+    assert ModelCard.load(write_card(tmp_path)).data.base_model == "me/base"
+
+
 def test_results_of_ours_are_replaced_and_others_stay(tmp_path: Path):
     make_run(tmp_path)
     (tmp_path / "README.md").write_text(HAND_WRITTEN, encoding="utf-8")

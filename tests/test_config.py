@@ -21,6 +21,7 @@ from hf_ddpm.config import (
     run_files,
     save_config,
 )
+from hf_ddpm.launch import hide
 from hf_ddpm.preparing import make_scheduler
 from hf_ddpm.unet import make_unet, sized_config
 
@@ -269,3 +270,46 @@ def test_help_names_each_setting(capsys):
     text = capsys.readouterr().out
     assert all(f"--{f.name}" in text for f in fields(TrainingConfig))
     assert yaml.safe_load("1e-4") == "1e-4"  # why values of YAML files are converted as flags are
+
+
+def test_a_token_is_in_no_message(capsys):
+    for arguments in (["--hub_token", "hf_secret"], ["--hub_token", "hf_secret", "--max_train_steps", "many"]):
+        with pytest.raises(SystemExit):
+            parse_config(arguments)
+        assert "hf_secret" not in capsys.readouterr().err
+    with pytest.raises(UsageError) as error:
+        load_config(hub_token="hf_secret", max_train_steps="many")
+    assert "hf_secret" not in str(error.value)
+
+
+def test_a_token_is_taken_out_of_the_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token=hf_secret", "--hub_token", "hf_secret"])
+    hide("hf_secret")
+    assert sys.argv == ["train.py", "--hub_token=...", "--hub_token", "..."]
+
+
+def test_what_a_model_decides_is_not_given_beside_it(capsys, tmp_path):
+    with pytest.raises(SystemExit):  # the default's own value, too
+        parse_config(["--init_from", "me/digits", "--prediction_type", "v_prediction"])
+    assert "prediction_type is that of the model in init_from" in capsys.readouterr().err
+    config = parse_config(
+        ["--init_from", "me/digits", "--recipe", "cifar10-ddpm", "--output_dir", str(tmp_path / "run")]
+    )
+    assert (config.prediction_type, config.model_config_name_or_path) == ("epsilon", None)
+
+
+def test_a_private_repository_is_nothing_to_ask_for(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("hub_private_repo: false\n")
+    assert not parse_config(["--config", str(path), "--output_dir", str(tmp_path / "run")]).hub_private_repo
+
+
+def test_a_folder_is_written_down_so_that_it_is_found_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "base", "digits"):
+        (tmp_path / name).mkdir()
+    save_config(TrainingConfig(train_data_dir="photos", init_from="base"), tmp_path / "a.yaml")
+    save_config(TrainingConfig(dataset_name="digits", init_from="me/base"), tmp_path / "b.yaml")
+    a, b = (load_config(str(tmp_path / name)) for name in ("a.yaml", "b.yaml"))
+    assert (a.train_data_dir, a.init_from) == (str(tmp_path / "photos"), str(tmp_path / "base"))
+    assert (b.dataset_name, b.init_from) == ("digits", "me/base")

@@ -32,7 +32,7 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from hf_ddpm import DDPMPipeline, DDPMScheduler, card, outputs, pusher
+from hf_ddpm import DDPMPipeline, DDPMScheduler, card, hub, outputs, pusher
 from hf_ddpm.cli import app
 from hf_ddpm.config import TrainingConfig, UsageError
 from hf_ddpm.evaluation.features import NETWORKS
@@ -157,7 +157,7 @@ def test_a_push_brings_what_is_listed_as_one_private_commit(server: HubServer, r
     assert pushed == Pushed(NAME, f"{server.url}/{NAME}", repo.branches["main"], is_new=True, kept_readme=False)
     for content in repo.files.values():
         assert not [word for word in (TOKEN, str(run.parent), "/data/", "~/cache") if word.encode() in content]
-    places = {"output_dir": "digits", "train_data_dir": "pictures", "cache_dir": "cache", "seed": 0}
+    places = {"train_data_dir": "pictures", "seed": 0}
     assert yaml.safe_load(repo.files["config.yaml"]) == places
     assert json.loads(repo.files["run.json"])["data"]["name"] == "pictures"
     after = contents(run)
@@ -310,6 +310,53 @@ def test_what_contradicts_the_model_goes_and_what_others_added_stays(server: Hub
     (run / "evaluation.json").unlink()
     push(run, NAME)
     assert server.repo(NAME).files.keys() == ARRIVES | {"notes.txt", "figures/mine.png"}
+
+
+def test_a_run_that_goes_on_takes_what_was_of_its_older_weights_off_the_hub(server: HubServer, run: Path):
+    (run / "evaluation.json").write_text(json.dumps({"weights_sha256": sha256(run / WEIGHTS), "results": []}))
+    (run / "eval.jsonl").write_text("")
+    push(run, "digits")
+    assert {"evaluation.json", "run.json", "eval.jsonl"} <= server.repo("alice/digits").files.keys()
+    (run / "run.json").unlink()
+    (run / "eval.jsonl").unlink()
+    save_model(run, seed=1)
+    push(run, "digits")
+    assert not {"evaluation.json", "run.json", "eval.jsonl"} & server.repo("alice/digits").files.keys()
+
+
+def test_a_preview_is_of_the_weights_that_are_pushed(run: Path, tmp_path: Path):
+    (tmp_path / "preview.png").write_bytes(b"newer")
+    files = hub.stage(run, preview=tmp_path / "preview.png")
+    assert (files / "figures/samples.png").read_bytes() == b"newer"
+
+
+def test_a_model_in_the_cache_of_the_hub_can_be_pushed(server: HubServer, run: Path, tmp_path: Path):
+    (tmp_path / "blob").write_bytes((run / WEIGHTS).read_bytes())
+    (run / WEIGHTS).unlink()
+    (run / WEIGHTS).symlink_to("../../blob")
+    push(run, "digits")
+    assert server.repo("alice/digits").files[WEIGHTS] == (tmp_path / "blob").read_bytes()
+
+
+def test_a_state_that_is_not_wanted_any_more_makes_no_commit(server: HubServer, run: Path):
+    push(run, "digits")
+    save_model(run, seed=1)
+    with pytest.raises(PushError, match="a newer state goes in its place"):
+        hub.commit(HfApi(), hub.stage(run), "alice/digits", "main", "old", is_wanted=lambda: False)
+    assert len(server.repo("alice/digits").commits) == 2
+
+
+def test_what_is_written_here_while_a_push_goes_on_stays(server: HubServer, run: Path):
+    hold = server.hold("/commit/")
+    pushing = threading.Thread(target=push, args=(run, "digits"))
+    pushing.start()
+    assert hold.entered.wait(60)
+    text = (run / "README.md").read_text()
+    (run / "README.md").write_text(f"{text}\nWritten meanwhile.\n")
+    hold.release()
+    pushing.join()
+    assert (run / "README.md").read_text().endswith("\nWritten meanwhile.\n")
+    assert '"alice/digits"' in (run / "README.md").read_text()
 
 
 def test_each_average_is_a_branch(server: HubServer, run: Path):

@@ -1,4 +1,4 @@
-"""The tests' hub is one that the real clients, huggingface_hub and diffusers, take for the Hub."""
+"""The tests' hub is one that the real client takes for the Hub."""
 
 import json
 import threading
@@ -7,8 +7,6 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from .hub_server import GIT_ATTRIBUTES, HubServer, run_client
 
@@ -282,22 +280,3 @@ def test_nothing_runs_on_when_the_server_has_ended(tmp_path):
         with pytest.raises(AssertionError, match="Error"):
             held.result()
     assert set(threading.enumerate()) <= before
-
-
-def test_diffusers_loads_a_pipeline_that_was_uploaded(hub, client, make_unet, tmp_path):
-    DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(tmp_path / "run")
-    client("""
-        from diffusers import DDPMPipeline, DiffusionPipeline
-        api.create_repo("alice/digits", private=True)
-        api.upload_folder(repo_id="alice/digits", folder_path="run")
-        DDPMPipeline.from_pretrained("alice/digits", cache_dir="one").save_pretrained("ddpm")
-        pipeline = DiffusionPipeline.from_pretrained("alice/digits", cache_dir="other")
-        assert type(pipeline) is DDPMPipeline
-        pipeline.save_pretrained("any")
-    """)
-    expected = make_unet().state_dict()
-    for name in ("ddpm", "any"):
-        got = UNet2DModel.from_pretrained(tmp_path / name / "unet").state_dict()
-        assert got.keys() == expected.keys()
-        assert all(torch.equal(got[key], expected[key]) for key in expected)
-    assert len(hub.asked("GET", r"/unet/diffusion_pytorch_model.safetensors$")) == 2

@@ -25,11 +25,23 @@ def tell(rank: int, size: int, folder: Path) -> None:
         if rank == size - 1:
             refuse()
 
+    class Unsendable(Exception):
+        pass
+
+    def fail() -> None:
+        raise Unsendable("of a class that others do not have")
+
     raised = []
-    for attempt in (lambda: processes.only_first(refuse), lambda: processes.gather(refuse_in_last)):
+    for attempt in (
+        lambda: processes.only_first(refuse),
+        lambda: processes.gather(refuse_in_last),
+        lambda: processes.agree(rank, "number"),
+        lambda: processes.agree("all", "word"),
+        lambda: processes.only_first(fail),
+    ):
         try:
             attempt()
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raised.append(str(error))
     told = {
         "rank": processes.rank,
@@ -55,7 +67,12 @@ def test_all_processes_know_the_same(tmp_path):
             "gather": [0, 1],
             "only_first": "of 0",
             "any_of": [[False, True], [False]],
-            "raised": ["refused by 0", "refused by 1"],
+            "raised": [
+                "refused by 0",
+                "refused by 1",
+                "all processes must have the same number: it changed while they started; start again",
+                "Unsendable: of a class that others do not have",
+            ],
         }
 
 

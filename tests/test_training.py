@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -22,6 +23,7 @@ from hf_ddpm.seeds import image_generators
 from hf_ddpm.training import train
 
 from .conftest import tiny_unet_config
+from .runs import differences
 
 ROOT = Path(__file__).parents[1]
 
@@ -314,3 +316,18 @@ def test_the_script_answers_before_it_writes(arguments, message, tmp_path):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_compiled_network_is_trained_and_the_network_itself_is_saved(tiny_settings, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_without_code(model, **settings):  # the graph as torch.compile finds it, run as it is
+        compiled.append(torch._dynamo.testing.CompileCounter())
+        return compile(model, backend=compiled[-1], **settings)
+
+    compile = torch.compile
+    train(TrainingConfig(**tiny_settings))
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    train(TrainingConfig(**{**tiny_settings, "output_dir": str(tmp_path / "compiled"), "compile": True}))
+    assert compiled[0].frame_count == 1  # for all steps and previews
+    assert differences(tmp_path / "run", tmp_path / "compiled") == []

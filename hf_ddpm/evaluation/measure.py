@@ -94,13 +94,14 @@ def sample_statistics(
             parts = [images for _, images in passes]
             seconds, images = time.perf_counter() - started, torch.cat(parts)
             num_passes += len(parts)
-            yield None if network is None else network(images), images[: max(0, num_kept - k * batch_size)], seconds
+            kept = images[: max(0, num_kept - k * batch_size)].clone()  # of a view all would be sent
+            yield None if network is None else network(images), kept, seconds
 
     moments, features, images, total = None, [], [], 0.0
     hook = pipeline.unet.register_forward_hook(counted)
     try:
         for found, kept, seconds in processes.rounds(mine(), count, label):
-            images.append(kept.clone())
+            images.append(kept)
             total += seconds
             if found is None or processes.rank > 0:
                 continue

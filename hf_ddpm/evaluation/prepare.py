@@ -133,6 +133,7 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
         raise UsageError(f"out must be a folder for what is measured, got none for {repo_id!r} of the Hub: give --out")
     out = folder if request.out is None else Path(request.out).expanduser()
     weights = weights_sha256(folder)
+    processes.agree(weights, "weights")
     if weights is None:
         raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
     _check_out(out, weights)

@@ -1,0 +1,96 @@
+"""README's table of a measured model: quality by steps and solver, bits per dimension, and how near it is to its data.
+
+    accelerate launch --mixed_precision bf16 train_accelerate.py --recipe fashion-mnist --compile \
+        --max_train_steps 2300 --output_dir runs/fashion
+    python benchmarks/evaluation.py runs/fashion
+
+Writes `evaluation.md` and `evaluation/*.png` beside it from what `hf-ddpm evaluate` wrote into the folder of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hf_ddpm.card import read_run, result_cells
+from hf_ddpm.config import load_config
+from hf_ddpm.evaluation.evaluate import evaluate
+from hf_ddpm.report import device_name
+
+NUM_IMAGES, STEPS, SOLVERS = 5000, (5, 10, 20), ("ddim", "dpmsolver++")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--dataset_name", help="default: the run's")
+    options = parser.parse_args()
+    data = load_config(str(options.run / "config.yaml"))
+    if options.dataset_name is not None:
+        data = replace(data, dataset_name=options.dataset_name)
+    started = time.perf_counter()
+    # The bound of all test images; the rest of as many samples as FEATURES needs.
+    evaluate(options.run, metrics=["nll"], data=data, num_images=10_000, timesteps_per_image=10)
+    evaluate(
+        options.run,
+        metrics=["fd", "kid", "precision", "memorization"],
+        data=data,
+        network="efficientnet-lite0",
+        num_images=NUM_IMAGES,
+        num_inference_steps=STEPS,
+        schedulers=SOLVERS,
+        dtype="bf16",
+        compile=True,
+    )
+    seconds = time.perf_counter() - started
+    write(options.run, Path(__file__).parent, seconds)
+
+
+def write(run: Path, folder: Path, seconds: float) -> None:
+    """The results in `run` as a table: a row for each solver and number of steps, and what does not depend on them."""
+    rows = json.loads((run / "evaluation.json").read_text("utf-8"))["results"]
+    training, by_metric = read_run(run)["training"], {row["metric"]: row for row in rows}
+    cells = {}
+    for row in rows:
+        if "sampling" in row and not row["metric"].startswith("memorization"):
+            cell = (row["sampling"]["scheduler"], row["sampling"]["num_inference_steps"])
+            cells.setdefault(cell, {})[row["metric"]] = row
+    fd = by_metric["fd"]
+    text = (
+        f"{training['steps']:,} steps, {training['images']:,} images, {training['seconds'] / 60:.1f} minutes on "
+        f"{training['device']}; measured in {seconds / 60:.0f} minutes on {device_name(torch.device('cpu'))}.\n"
+        f"{fd['num_compared'][0]:,} samples from the seeds {fd['sampling']['seed']} on against "
+        f"{fd['reference']['count']:,} images of {fd['reference']['split']}; {fd['network']['network']}.\n\n"
+        "| | steps | " + " | ".join(row["name"] for row in cells[next(iter(cells))].values()) + " |\n"
+        "|---|---|" + "---|" * len(cells[next(iter(cells))]) + "\n"
+        "| real images of test | | "
+        + " | ".join(f"{row['floor']['value']:.4g}" for row in cells[next(iter(cells))].values())
+        + " |\n"
+    )
+    for (solver, steps), measured in cells.items():
+        values = [result_cells(row)["Value"] for row in measured.values()]
+        text += f"| {solver} | {steps} | " + " | ".join(values) + " |\n"
+    for row in rows:
+        if "sampling" not in row or row["metric"].startswith("memorization"):
+            of = row.get("held_out") or row["reference"]
+            text += (
+                f"\n- {row['name']}: {result_cells(row)['Value']}, {row['num_compared'][0]:,} images ({of['split']})"
+            )
+            text += f". {row['remark']}" if row.get("remark") else ""
+    commands = dict.fromkeys(row["command"] for row in rows)
+    text += "\n\n```\n" + "\n".join(commands) + "\n```\n"
+    (folder / "evaluation.md").write_text(text)
+    (folder / "evaluation").mkdir(exist_ok=True)
+    for name in ("steps.png", "bound.png", "memorization.png"):
+        shutil.copy(run / "figures" / name, folder / "evaluation" / name)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
