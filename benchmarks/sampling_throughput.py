@@ -4,7 +4,8 @@
 
 All sample the network that is made for 28x28 gray images, with random weights, by DPM-Solver++. They take turns in
 one process, so that a change of the machine's speed meets all alike; the quotient of each turn is kept. Compilation
-and a first batch are left out. Writes `sampling_throughput.md` beside it.
+and a first batch are left out. Then the feature network that `hf-ddpm evaluate` was run with: its speed, and how many
+cores it keeps busy. Writes `sampling_throughput.md` beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import diffusers
 import torch
 from diffusers import UNet2DModel
 
-from hf_ddpm.sampling import iter_samples, load_for_sampling
+from hf_ddpm.evaluation.features import load_network
+from hf_ddpm.sampling import FORWARD_BATCH, iter_samples, load_for_sampling
 from hf_ddpm.unet import sized_config
 
 BATCH = 64
@@ -67,8 +69,22 @@ def main() -> None:
         spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if own is not base else ""
         speed = options.images / statistics.median(own)
         text += f"| {name} | {speed:.2f} | {statistics.median(ratios):.2f}{spread} | {preparation[name]:.1f} |\n"
+    text += "\n" + features(options.images) + "\n"
     options.out.write_text(text)
     print(text)
+
+
+def features(num_images: int) -> str:
+    """Images per second through the feature network, and the seconds of all cores per second."""
+    network = load_network("efficientnet-lite0", None, "cpu")
+    pixels = torch.randint(0, 256, (FORWARD_BATCH, 1, 28, 28), dtype=torch.uint8)
+    network(pixels)
+    started, busy = time.perf_counter(), time.process_time()
+    for _ in range(num_images // FORWARD_BATCH * 10):
+        network(pixels)
+    taken, busy = time.perf_counter() - started, time.process_time() - busy
+    speed = num_images // FORWARD_BATCH * 10 * FORWARD_BATCH / taken
+    return f"Features of efficientnet-lite0: {speed:.0f} images per second, {busy / taken:.2f} cores busy."
 
 
 def seconds(sample: Callable[[], None]) -> float:

@@ -102,14 +102,14 @@ def _marked(text: str) -> str | None:
 
 def read_evaluation(folder: Path) -> list[dict[str, Any]]:
     """The results in evaluation.json; none if they are of other weights than those in `folder`."""
-    evaluation = _read(folder / "evaluation.json")
+    evaluation = read_mapping(folder / "evaluation.json")
     weights = weights_sha256(folder) if evaluation else None
     return evaluation.get("results", []) if weights in (None, evaluation.get("weights_sha256")) else []
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json; empty if there is none."""
-    return _read(folder / "run.json")
+    return read_mapping(folder / "run.json")
 
 
 def named_repository(readme: str) -> str | None:
@@ -192,8 +192,11 @@ def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
 
 
 def _card(folder: Path, repo_id: str | None, revision: str | None) -> ModelCard:
-    config, run = _read(folder / "config.yaml"), _read(folder / "run.json")
-    scheduler, unet = _read(folder / "scheduler/scheduler_config.json"), _read(folder / "unet/config.json")
+    config, run = read_mapping(folder / "config.yaml"), read_mapping(folder / "run.json")
+    scheduler, unet = (
+        read_mapping(folder / "scheduler/scheduler_config.json"),
+        read_mapping(folder / "unet/config.json"),
+    )
     data, training = run.get("data") or {}, run.get("training") or {}
     settings = {
         "num_train_timesteps": config.get("ddpm_num_steps"),
@@ -265,12 +268,19 @@ def _template() -> str:
     return next(place / "template.md" for place in places if (place / "template.md").is_file()).read_text("utf-8")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A mapping in YAML or JSON; empty if the run did not write it."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A mapping in YAML or JSON; empty if the run did not write it. Raises: UsageError if it is damaged."""
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8")
-    return (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        return (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path.name} cannot be read: {in_a_line(error)}: correct it") from error
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:

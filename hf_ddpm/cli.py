@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 # What several commands ask for.
 Model = Annotated[str, typer.Argument(help="A folder that holds a pipeline, or a Hub id.")]
 Seed = Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")]
-BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Images per step.")]
+BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Images per forward pass; on a CPU always 16.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")]
 Dtype = Annotated[str, typer.Option(help="The network's when it samples: fp32, or bf16, which is faster.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the network first; for many images.")]
@@ -59,9 +59,7 @@ def sample(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="ddpm: iterate the mean, add no noise.")
     ] = False,
-    batch_size: Annotated[
-        int, typer.Option("--batch_size", min=1, help="Images per forward pass; on a CPU always 16.")
-    ] = 64,
+    batch_size: BatchSize = 64,
     device: Device = None,
     dtype: Dtype = "fp32",
     compile: Compile = False,
@@ -148,7 +146,7 @@ def reference(
     num_features: Annotated[
         int, typer.Option("--num_features", min=4, help="Images whose features are kept, for KID and precision.")
     ] = 10_000,
-    batch_size: BatchSize = 64,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images per step.")] = 64,
     cache_dir: CacheDir = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:

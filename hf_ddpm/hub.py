@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from hf_ddpm.card import merged, own_text, write_card
+from hf_ddpm.card import in_a_line, merged, own_text, read_mapping, write_card
 from hf_ddpm.config import TrainingConfig, UsageError
 from hf_ddpm.files import weights_sha256, write_atomically
 from hf_ddpm.metrics import read_metrics
@@ -165,7 +165,7 @@ def create_for_run(config: TrainingConfig, say: Callable[[str], None]) -> None:
 
 def progress_of(folder: Path) -> str:
     """What a commit says of the run in `folder`: "Step 1,200, 76,800 images"."""
-    progress = _read(folder / "run.json").get("training")
+    progress = read_mapping(folder / "run.json").get("training")
     if progress is None and (folder / "metrics.jsonl").is_file():
         progress = next(
             ({**line, "steps": line["step"]} for line in read_metrics(folder / "metrics.jsonl")[-1:]), None
@@ -189,15 +189,15 @@ def stage(folder: Path, model: Path | None = None, preview: Path | None = None) 
         chosen |= {name: model / name for name in _uploaded(model) if name != "README.md"}
     if preview is not None:
         chosen["figures/samples.png"] = preview
-    evaluation = _read(folder / "evaluation.json")
-    if evaluation.get("weights_sha256") != weights_sha256(model or folder):
-        chosen.pop("evaluation.json", None)
     try:
+        evaluation = read_mapping(folder / "evaluation.json")
+        if evaluation.get("weights_sha256") != weights_sha256(model or folder):
+            chosen.pop("evaluation.json", None)
         for name, source in chosen.items():
             (files / name).parent.mkdir(exist_ok=True)
             _link_or_copy(source, files / name)
             if name.endswith((".json", ".yaml")):
-                content = _read(files / name)
+                content = read_mapping(files / name)
                 known = _without_places(content)
                 if known != content:
                     is_json = name.endswith(".json")
@@ -229,28 +229,18 @@ def _without_places(value: Any) -> Any:
     return value
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        text = path.read_text("utf-8")
-        return (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{path.name} cannot be read: {_in_a_line(error)}: correct it") from error
-
-
 def _check_folder(folder: Path) -> None:
     if not (folder / "model_index.json").is_file():
         raise UsageError(f"output_dir must hold a saved model, got {str(folder)!r} without model_index.json")
     if not any(name.endswith(".safetensors") for name in _uploaded(folder)):
         raise UsageError(f"output_dir must hold weights as safetensors, got {str(folder)!r} without")
-    for name, part in _read(folder / "model_index.json").items():
+    for name, part in read_mapping(folder / "model_index.json").items():
         if isinstance(part, list) and str(part[0]).split(".")[0] == "hf_ddpm":
             raise UsageError(
                 f"model_index.json must name classes of diffusers, got a {name} of {part[0]}, which diffusers does "
                 "not load: save the model with hf_ddpm.DDPMPipeline"
             )
-    if _read(folder / "config.yaml").get("hub_token"):
+    if read_mapping(folder / "config.yaml").get("hub_token"):
         raise UsageError(f"hub_token must not be published, but is set in {folder / 'config.yaml'}: delete that line")
 
 
@@ -314,7 +304,7 @@ def _readme(api: HfApi, files: Path, name: str, revision: str, head: str | None)
     try:
         here = write_card(files, name, _branch(revision)).read_text("utf-8")
     except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"README.md cannot be read: {_in_a_line(error)}: correct it, or delete it") from error
+        raise UsageError(f"README.md cannot be read: {in_a_line(error)}: correct it, or delete it") from error
     if head is None:
         return here, False
     path = Path(api.hf_hub_download(name, "README.md", revision=head))
@@ -328,12 +318,8 @@ def _readme(api: HfApi, files: Path, name: str, revision: str, head: str | None)
             return merged(str(card), here), False
         return merged(there, here), ours not in plain and ours not in theirs
     except (ValueError, yaml.YAMLError) as error:
-        message = f"README.md of {name} cannot be read: {_in_a_line(error)}: correct it on the Hub, or delete it there"
+        message = f"README.md of {name} cannot be read: {in_a_line(error)}: correct it on the Hub, or delete it there"
         raise PushError(message, is_passing=False) from error
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _text(path: Path) -> str | None:

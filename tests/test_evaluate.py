@@ -282,6 +282,14 @@ def run_process(rank: int, size: int, port: int, out: Path, model: Path, network
     (out / f"{rank}.json").write_text(json.dumps(done["results"]))
 
 
+def test_any_batch_size_measures_the_same(run: Path, measure: Any, tmp_path: Path):
+    found = [
+        [row["value"] for row in measure(run, metrics=ALL[:-1], batch_size=size, out=tmp_path / f"{size}")["results"]]
+        for size in (3, 64)
+    ]
+    assert found[0] == found[1]
+
+
 def test_any_number_of_processes_writes_the_same(run: Path, tmp_path: Path, network_file: Path):
     found = []
     for size in (1, 2, 3):

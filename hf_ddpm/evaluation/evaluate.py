@@ -86,7 +86,7 @@ def evaluate(
             step denoiser is sampled by.
         network, network_path: of features, as of `load_network`; default: the reference's, or inception.
         timesteps_per_image: K of nll.
-        batch_size: images per network evaluation; changes rounding only.
+        batch_size: images per network evaluation, on a CPU always FORWARD_BATCH; elsewhere it changes rounding.
         device: default: cuda or mps if there is one, else cpu.
         dtype, compile: of the network while it samples, as of `load_for_sampling`; nll is always of float32.
         out: where to write; default: the model's folder. A Hub id needs one.

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,14 @@ from hf_ddpm.files import weights_sha256
 from hf_ddpm.models import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.processes import Processes
-from hf_ddpm.sampling import DTYPES, SCHEDULERS, default_scheduler, load_for_sampling, named_scheduler
+from hf_ddpm.sampling import (
+    DTYPES,
+    SCHEDULERS,
+    default_scheduler,
+    forward_batch_of,
+    load_for_sampling,
+    named_scheduler,
+)
 from hf_ddpm.scheduler import DDPMScheduler
 
 METRICS = (*DISTANCES, "nll", "memorization")
@@ -138,6 +145,7 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
         raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
     _check_out(out, weights)
     pipeline = _load(folder, request.device, processes)
+    request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
     chain, unet = pipeline.scheduler, pipeline.unet.config
     cells = _grid(chain.config, request.schedulers, request.num_inference_steps)
     distances = [metric for metric in DISTANCES if metric in request.metrics]
