@@ -138,6 +138,13 @@ def save_checkpoint(
     return None
 
 
+def checkpoint_bytes(state: TrainingState, progress: Progress, is_main_process: bool) -> int:
+    """What `save_checkpoint` would write, but for its manifest; as there, each process calls it, and one learns it."""
+    if not is_main_process and not is_sharded(list(state.unet.parameters()), state.optimizer):
+        return 0
+    return sum(len(content) for _, content in _files(state, progress))
+
+
 def find_checkpoint(output_dir: Path, name: str) -> tuple[Path | None, list[str]]:
     """The checkpoint `name`, or for `latest` the newest that verifies, and why others were passed over.
 

@@ -182,6 +182,10 @@ class TrainingConfig:
     hub_averages: bool = _option(False, "At the end also push each average in `ema`, as a branch with its name.")
 
     # The machine
+    dry_run: bool = _option(
+        False,
+        "Start nothing and write nothing: check settings and data, take a few steps, and say what the run would cost.",
+    )
     compile: bool = _option(
         False, "Compile the network by torch.compile: a minute or more at the start, then faster steps."
     )
@@ -193,7 +197,9 @@ class TrainingConfig:
 
 
 # These say how this start of the run is made, not what the run is; they are not written into its config.
-_OF_ONE_START = ("resume_from_checkpoint", "overwrite_output_dir", "max_train_hours", "hub_token", "local_rank")
+_OF_ONE_START = (
+    *("resume_from_checkpoint", "overwrite_output_dir", "max_train_hours", "hub_token", "local_rank", "dry_run"),
+)
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
@@ -509,7 +515,7 @@ def check_output_dir(config: TrainingConfig) -> None:
                 f"resuming from {wanted!r} would leave {checkpoints[-1]}, of another course of the run, the latest: "
                 "move the newer checkpoints away first"
             )
-    elif not config.overwrite_output_dir and run_files(folder):
+    elif not config.overwrite_output_dir and not config.dry_run and run_files(folder):
         raise UsageError(
             f"output_dir {config.output_dir!r} already holds a run: choose another, "
             "--resume_from_checkpoint latest to go on with it, or --overwrite_output_dir to delete it"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.config import TrainingConfig, UsageError
-from hf_ddpm.ema import assign
+from hf_ddpm.ema import assign, local
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -195,6 +195,15 @@ def gathered_moments(parameters: Mapping[str, Tensor], optimizer: Any) -> dict[s
         }
     moments = {f"{name}/{kind}": v for name, p in parameters.items() for kind, v in optimizer.state.get(p, {}).items()}
     return gathered(list(moments), list(moments.values()))
+
+
+def held_bytes(parameters: Sequence[Tensor], optimizer: Any) -> dict[str, int]:
+    """Bytes in this process after the first step; gradients are left out for ZeRO, which keeps its own."""
+    moments = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    held = {"weights": [*parameters], "gradients": [p for p in parameters if p.requires_grad], "moments": moments}
+    if _is_zero(optimizer):
+        del held["gradients"]
+    return {name: sum(local(t).nbytes for t in tensors) for name, tensors in held.items()}
 
 
 def scatter(values: Mapping[str, Tensor], onto: Mapping[str, Tensor]) -> None:

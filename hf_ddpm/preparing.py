@@ -36,18 +36,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def set_up(
-    config: TrainingConfig, accelerator: Accelerator, processes: Processes, until_the_end: ExitStack
-) -> tuple[Run, Progress]:
-    """The run and where it goes on.
-
-    Args:
-        until_the_end: what has to be undone when the run is over.
+def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processes) -> tuple[Run, Progress]:
+    """The run and where it goes on; nothing of it is written before `claim`.
 
     Raises:
         UsageError: settings or data that cannot work.
     """
-    output_dir = Path(config.output_dir)
     engine.check(accelerator)
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu and accelerator.mixed_precision == "fp16":
@@ -57,7 +51,7 @@ def set_up(
     with accelerator.local_main_process_first():
         config = take_over(config)
         images = open_stream(config) if config.streaming else load_images(config)
-    asked = config = _resolve(config, images, accelerator.mixed_precision)
+    config = _resolve(config, images, accelerator.mixed_precision)
     checkpoint, progress = _find_progress(config, processes, images)
     if progress is not None:
         config = _divide(config, progress.global_batch_size, processes)
@@ -116,26 +110,10 @@ def set_up(
         progress = replace(progress, num_resumes=progress.num_resumes + 1)
         if accelerator.scaler is not None and progress.scaler is not None:
             accelerator.scaler.load_state_dict(progress.scaler)
-    if config.push_to_hub:
-        processes.only_first(lambda: create_for_run(config, partial(say, processes)))
-    try:
-        processes.only_first(lambda: prepare_output(asked, output_dir, progress, until_the_end))
-    except BlockingIOError as error:
-        raise UsageError(f"output_dir must be of one run at a time, got {config.output_dir!r}: {error}") from error
-    except OSError as error:
-        message = f"output_dir must be writable, got {config.output_dir!r}: {error}. {FREE_SPACE}"
-        raise UsageError(message) from error
-    pusher = None
-    if config.push_to_hub and processes.rank == 0:
-        public = not config.hub_private_repo
-        pusher = Pusher(output_dir, *repository_of(config), public, partial(say, processes))
-        until_the_end.callback(pusher.close, seconds=0)
-    if config.logger is not None:
-        accelerator.init_trackers(output_dir.name, config=_tracked(config))
     lr_factor = _lr_factor(config, num_steps)
     run = Run(
         config=config,
-        output_dir=output_dir,
+        output_dir=Path(config.output_dir),
         accelerator=accelerator,
         processes=processes,
         images=images,
@@ -151,13 +129,48 @@ def set_up(
             autocast_dtype=AUTOCAST[config.mixed_precision or "no"],
         ),
         monitor=monitor,
-        pusher=pusher,
+        pusher=None,
         schedule=lambda images_seen: config.learning_rate * lr_factor(images_seen / schedule_batch_size),
         decays=decays,
         total_images=total_images,
         global_batch_size=global_batch_size,
     )
     return run, progress
+
+
+def claim(run: Run, progress: Progress, until_the_end: ExitStack) -> Run:
+    """The run with an output folder, trackers and a repository of its own: the first things that it writes.
+
+    Args:
+        until_the_end: what has to be undone when the run is over.
+
+    Raises:
+        UsageError: it cannot have them.
+    """
+    config, processes, output_dir = run.config, run.processes, run.output_dir
+    # config.yaml has the batch that was asked for, not how these processes divide it.
+    asked = replace(
+        config,
+        train_batch_size=progress.train_batch_size,
+        gradient_accumulation_steps=progress.gradient_accumulation_steps,
+    )
+    if config.push_to_hub:
+        processes.only_first(lambda: create_for_run(config, partial(say, processes)))
+    try:
+        processes.only_first(lambda: prepare_output(asked, output_dir, progress, until_the_end))
+    except BlockingIOError as error:
+        raise UsageError(f"output_dir must be of one run at a time, got {config.output_dir!r}: {error}") from error
+    except OSError as error:
+        message = f"output_dir must be writable, got {config.output_dir!r}: {error}. {FREE_SPACE}"
+        raise UsageError(message) from error
+    if config.push_to_hub and processes.rank == 0:
+        public = not config.hub_private_repo
+        pusher = Pusher(output_dir, *repository_of(config), public, partial(say, processes))
+        until_the_end.callback(pusher.close, seconds=0)
+        run = replace(run, pusher=pusher)
+    if config.logger is not None:
+        run.accelerator.init_trackers(output_dir.name, config=_tracked(config))
+    return run
 
 
 def make_scheduler(config: TrainingConfig) -> DDPMScheduler:

@@ -30,6 +30,7 @@ from hf_ddpm import engine
 from hf_ddpm.checkpoint import Progress, save_checkpoint
 from hf_ddpm.config import RunError, TrainingConfig, check_config
 from hf_ddpm.data import to_x_0
+from hf_ddpm.dry_run import show_dry_run
 from hf_ddpm.loading import fetch, gathered_stream, image_names, open_batches, read_on, why_none
 from hf_ddpm.metrics import Meter, MetricsFile
 from hf_ddpm.outputs import (
@@ -43,7 +44,7 @@ from hf_ddpm.outputs import (
     write_measurement,
 )
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.preparing import set_up
+from hf_ddpm.preparing import claim, set_up
 from hf_ddpm.processes import Processes
 from hf_ddpm.run import FREE_SPACE, Run, say
 from hf_ddpm.seeds import image_generators, seed_step
@@ -54,12 +55,12 @@ from hf_ddpm.stopping import StoppedOnPurpose, StopRequest
 LONGEST_WAIT = timedelta(hours=2)
 
 
-def train(config: TrainingConfig) -> DDPMPipeline:
+def train(config: TrainingConfig) -> DDPMPipeline | None:
     """Trains a model; `output_dir` then holds a diffusers pipeline, its card, figures and checkpoints.
 
     Each process of a distributed run calls it with the same config.
 
-    Returns: the pipeline with the averaged weights.
+    Returns: the pipeline with the averaged weights; None of a `dry_run`, which prints what the run would cost.
 
     Raises:
         UsageError: before anything is written, settings or data that cannot work.
@@ -80,10 +81,15 @@ def train(config: TrainingConfig) -> DDPMPipeline:
     )
     processes = Processes(LONGEST_WAIT)
     with ExitStack() as until_the_end:
-        run, progress = set_up(config, accelerator, processes, until_the_end)
-        with StopRequest(config.max_train_hours, started) as stop:
-            progress = _take_steps(run, progress, stop)
-        pipeline = finish(run, progress)
+        run, progress = set_up(config, accelerator, processes)
+        pipeline = None
+        if config.dry_run:
+            show_dry_run(run, progress, _step)
+        else:
+            run = claim(run, progress, until_the_end)
+            with StopRequest(config.max_train_hours, started) as stop:
+                progress = _take_steps(run, progress, stop)
+            pipeline = finish(run, progress)
         # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
         accelerator.wait_for_everyone()
         accelerator.end_training()

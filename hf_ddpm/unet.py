@@ -91,8 +91,13 @@ def sized_config(
     }
 
 
+def size_unit(num_levels: int) -> int:
+    """2^(L-1): a network of L levels takes images whose side is a multiple of it."""
+    return 2 ** (num_levels - 1)
+
+
 def _check_halvings(resolution: int, num_levels: int) -> None:
-    unit = 2 ** (num_levels - 1)
+    unit = size_unit(num_levels)
     if resolution % unit:
         below, above = resolution // unit * unit, (resolution // unit + 1) * unit
         nearest = f"{below} or {above}" if below else f"{above}"

@@ -62,8 +62,10 @@ ALLOWED: dict[str, set[str]] = {
     | {"metrics", "sampling", "evaluation", "report", "run", "hub"},
     "preparing": {"scheduler", "processes", "config", "objective", "ema", "data", "streaming", "unet", "engine"}
     | {"checkpoint", "posthoc", "evaluation", "run", "outputs", "hub", "pusher", "finetuning"},
+    "dry_run": {"config", "scheduler", "ema", "unet", "engine", "checkpoint", "posthoc", "metrics"}
+    | {"report", "run", "loading"},
     "training": {"seeds", "stopping", "processes", "config", "pipeline", "sources", "data", "engine", "checkpoint"}
-    | {"metrics", "run", "loading", "outputs", "preparing"},
+    | {"metrics", "run", "loading", "outputs", "preparing", "dry_run"},
     "space": set(),
     "demo": {"config", "files", "card", "hub"},
     "cli": {"config", "sampling", "samples", "posthoc", "evaluation", "card", "hub", "demo"},
