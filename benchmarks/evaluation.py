@@ -77,7 +77,7 @@ def write(run: Path, folder: Path) -> None:
             text += (
                 f"\n- {row['name']}: {result_cells(row)['Value']}, {row['num_compared'][0]:,} images ({of['split']})"
             )
-            text += f". {row['remark']}" if row.get("remark") else ""
+            text += f"; {row['remark']}" if row.get("remark") else ""
     commands = dict.fromkeys(row["command"] for row in rows)
     text += "\n\n```\n" + "\n".join(commands) + "\n```\n"
     (folder / "evaluation.md").write_text(text)
