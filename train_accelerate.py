@@ -2,7 +2,8 @@
 
 import sys
 
-from hf_ddpm.config import RunError, UsageError, parse_config
+from hf_ddpm.config import parse_config
+from hf_ddpm.errors import RunError, UsageError
 from hf_ddpm.launch import follow_launcher, hide, start_missing_processes
 from hf_ddpm.sources import check_source
 

@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 from hf_ddpm.files import weights_sha256, write_atomically
 
 BEGIN = "<!-- hf_ddpm: from here to its end, this is written anew with each measurement and each upload -->"

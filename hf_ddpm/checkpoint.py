@@ -29,10 +29,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from hf_ddpm.config import UsageError, checkpoint_names
 from hf_ddpm.ema import EMA
 from hf_ddpm.engine import gathered, gathered_moments, is_sharded, load, scatter
+from hf_ddpm.errors import UsageError
 from hf_ddpm.files import flush_folder, sha256, write_flushed
+from hf_ddpm.run_folder import checkpoint_names
 
 FORMAT = 2
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
 from hf_ddpm.decoding import Form, NeedsSixteenBits, decode, find_form, name_of, unreadable
+from hf_ddpm.errors import UsageError
 from hf_ddpm.sources import files_below, find_source, license_of, open_dataset
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
+from hf_ddpm.errors import UsageError
 
 NUM_HEADERS = 64  # images whose headers decide what resolution=None and channels=None mean
 GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"))

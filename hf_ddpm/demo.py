@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, ModelCard, SpaceCard, SpaceCardData
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_ddpm.card import named_repository
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 from hf_ddpm.files import write_atomically
 from hf_ddpm.hub import explained
 

@@ -28,13 +28,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_ddpm import engine
 from hf_ddpm.checkpoint import Progress, checkpoint_bytes
-from hf_ddpm.config import RunError, TrainingConfig, UsageError, check_output_dir, checkpoint_names
+from hf_ddpm.config import TrainingConfig
 from hf_ddpm.ema import local
+from hf_ddpm.errors import RunError, UsageError
 from hf_ddpm.loading import fetch, open_batches, why_none
 from hf_ddpm.metrics import Meter
 from hf_ddpm.posthoc import TRACKED_STDS
 from hf_ddpm.report import device_name
 from hf_ddpm.run import Run, say
+from hf_ddpm.run_folder import check_output_dir, checkpoint_names
 from hf_ddpm.scheduler import MAX_TERMINAL_ALPHA_BAR
 from hf_ddpm.unet import size_unit
 

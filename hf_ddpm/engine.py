@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
 from hf_ddpm.ema import assign, local
+from hf_ddpm.errors import UsageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,7 +12,9 @@ from typing import Any, get_args, get_type_hints
 
 from diffusers import UNet2DModel
 
-from hf_ddpm.config import OF_INIT_FROM, TrainingConfig, UsageError, check_config, load_config
+from hf_ddpm.checks import check_config
+from hf_ddpm.config import OF_INIT_FROM, TrainingConfig, load_config
+from hf_ddpm.errors import UsageError
 from hf_ddpm.models import find_model
 from hf_ddpm.scheduler import DDPMScheduler
 
@@ -41,16 +43,14 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
     return taken
 
 
-def load_weights(unet: UNet2DModel, model: str) -> None:
-    """Puts the weights of a model into a network of the same shape."""
-    folder, _ = find_model(model)
-    subfolder = "unet" if (folder / "unet").is_dir() else None
-    trained: Any = UNet2DModel.from_pretrained(folder, subfolder=subfolder)
+def load_weights(unet: UNet2DModel, network: Path) -> None:
+    """Puts the weights of `network_of` a model into a network of the same shape."""
+    trained: Any = UNet2DModel.from_pretrained(network)
     unet.load_state_dict(trained.state_dict())
 
 
 def network_of(model: str) -> Path:
-    """The folder with the network's config.json."""
+    """The folder of a model's network: config.json and weights."""
     folder, _ = find_model(model)
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
@@ -75,7 +75,7 @@ def _settings_of(model: str) -> dict[str, Any]:
     known = {ours: scheduler.config[theirs] for ours, theirs in OF_INIT_FROM.items()}
     if known["ddpm_beta_schedule"] == "squaredcos_cap_v2":  # which has no ends to choose
         del known["ddpm_beta_start"], known["ddpm_beta_end"]
-    network: Any = UNet2DModel.load_config(network_of(model))
+    network: Any = UNet2DModel.load_config(folder / "unet" if (folder / "unet").is_dir() else folder)
     size = network["sample_size"]
     if not isinstance(size, int):
         raise UsageError(f"init_from needs a model of square images, got {model!r} of {size}")

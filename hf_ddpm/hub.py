@@ -30,9 +30,11 @@ from huggingface_hub.errors import (
 )
 
 from hf_ddpm.card import in_a_line, merged, own_text, read_mapping, write_card
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
+from hf_ddpm.errors import UsageError
 from hf_ddpm.files import weights_sha256, write_atomically
 from hf_ddpm.metrics import read_metrics
+from hf_ddpm.models import hub_error, status_of
 
 # Patterns of `fnmatch`, anchored at the run's folder: no checkpoint, log, optimizer state or pickle has such a name.
 UPLOADED = (
@@ -291,7 +293,7 @@ def commit(
                     name, operations, commit_message=message, revision=revision, parent_commit=head
                 )
             except HfHubHTTPError as error:  # somebody committed in between
-                if _status_of(error) != 412 or attempt == MAX_CONFLICTS - 1:
+                if status_of(error) != 412 or attempt == MAX_CONFLICTS - 1:
                     raise
                 continue
             write_atomically(files / "README.md", readme)
@@ -346,10 +348,8 @@ def explained(api: HfApi, name: str) -> Iterator[None]:
     except HFValidationError as error:
         raise PushError(f"{name!r} cannot name a repository: {error}", is_passing=False) from error
     except Exception as error:  # of the network, in many types, none of which huggingface_hub documents
-        first: BaseException = error
-        while not isinstance(first, HfHubHTTPError) and first.__cause__ is not None:  # of an upload in a thread
-            first = first.__cause__
-        token, status = _token_of(api), _status_of(first)
+        first = hub_error(error)
+        token, status = _token_of(api), status_of(first)
         if status is not None:
             said = str(getattr(first, "server_message", None) or f"HTTP {status}")
             text, is_passing = _said_of(status, name, said)
@@ -365,11 +365,6 @@ def explained(api: HfApi, name: str) -> Iterator[None]:
 def _token_of(api: HfApi) -> str:
     """The one that is sent, without the ends that an error may show in other characters; "" if there is none."""
     return str(api.token or get_token() or "").strip()
-
-
-def _status_of(error: BaseException) -> int | None:
-    response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
-    return None if response is None else int(response.status_code)
 
 
 def _said_of(status: int, name: str, said: str) -> tuple[str, bool]:

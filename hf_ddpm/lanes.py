@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_ddpm.config import RunError, UsageError
+from hf_ddpm.errors import RunError, UsageError
 from hf_ddpm.seeds import FLIP, LEFT, TOP, hashed_uniform
 from hf_ddpm.streaming import Example, ImageStream, examples_in
 

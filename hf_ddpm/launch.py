@@ -15,7 +15,7 @@ from importlib import import_module
 
 import psutil
 
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 from hf_ddpm.processes import share_cores
 from hf_ddpm.stopping import LAUNCHER_ENDED
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -43,11 +43,21 @@ def find_model(model: str | Path) -> tuple[Path, str | None]:
     return folder, repo_id
 
 
+def hub_error(error: BaseException) -> BaseException:
+    """The error of the Hub's client from which another one was raised; or else the first of all."""
+    while not isinstance(error, HfHubHTTPError) and (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def status_of(error: BaseException) -> int | None:
+    """What the Hub has answered; None if it has not."""
+    response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
+    return None if response is None else int(response.status_code)
+
+
 def _why(error: BaseException) -> str:
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, HfHubHTTPError):
-        found = found.__cause__ or found.__context__
-    status = None if found is None else found.response.status_code
+    status = status_of(hub_error(error))
     if status in (401, 403, 404):
         return f"shown to you: it is not on the Hub, or private, which needs hf auth login (HTTP {status})"
     return f"reachable ({type(error).__name__}{'' if status is None else f', HTTP {status}'})"

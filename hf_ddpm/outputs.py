@@ -25,9 +25,10 @@ from torch import Tensor
 
 from hf_ddpm import engine, figures
 from hf_ddpm.checkpoint import Progress
-from hf_ddpm.config import RunError, TrainingConfig, run_files, save_config
+from hf_ddpm.config import TrainingConfig, save_config
 from hf_ddpm.ema import swapped
 from hf_ddpm.engine import gathered
+from hf_ddpm.errors import RunError
 from hf_ddpm.evaluation.monitor import Monitor, measure
 from hf_ddpm.files import lock, write_atomically
 from hf_ddpm.hub import KEPT_README, push, repository_of
@@ -36,6 +37,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path, snapshots
 from hf_ddpm.report import write_report
 from hf_ddpm.run import FREE_SPACE, Run, say
+from hf_ddpm.run_folder import run_files
 from hf_ddpm.sampling import default_scheduler, named_scheduler, sample_shared
 from hf_ddpm.scheduler import DDPMScheduler
 

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 
 TRACKED_STDS = (0.05, 0.10)
 MAX_STD = 1 / math.sqrt(12)  # gamma = 0, where every image counts alike

@@ -15,10 +15,11 @@ from diffusers.optimization import get_scheduler
 
 from hf_ddpm import engine
 from hf_ddpm.checkpoint import Progress, TrainingState, find_checkpoint, load_checkpoint, read_progress
-from hf_ddpm.config import TrainingConfig, UsageError, check_same_run
+from hf_ddpm.config import TrainingConfig, check_same_run
 from hf_ddpm.data import ImageCache, load_images
 from hf_ddpm.ema import EMA, edm_decay, halflife_from_decay, ramped_decay
 from hf_ddpm.engine import AUTOCAST
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.monitor import open_monitor
 from hf_ddpm.finetuning import load_weights, network_of, take_over
 from hf_ddpm.hub import create_for_run, repository_of
@@ -85,8 +86,8 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
     if config.init_from is not None:
         network = network_of(config.init_from) if checkpoint is None else checkpoint / "unet"
     new_unet = make_unet(config, images.channels, images.resolution, images.num_classes, network)
-    if config.init_from is not None and checkpoint is None:
-        load_weights(new_unet, config.init_from)
+    if network is not None and checkpoint is None:
+        load_weights(new_unet, network)
     optimizer = torch.optim.AdamW(
         new_unet.parameters(),
         lr=config.learning_rate,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 from hf_ddpm.hub import PushError, commit, create, stage
 
 PAUSES_SECONDS = (15.0, 60.0, 240.0, 900.0)  # between the attempts of one push

@@ -22,8 +22,9 @@ import fsspec
 import numpy as np
 
 from hf_ddpm import decoding
-from hf_ddpm.config import RunError, TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
 from hf_ddpm.decoding import Form, NeedsSixteenBits, fetched, find_form, unreadable
+from hf_ddpm.errors import RunError, UsageError
 from hf_ddpm.sources import (
     IMAGE_NAME,
     Source,

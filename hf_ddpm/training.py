@@ -28,9 +28,11 @@ from tqdm.auto import tqdm
 
 from hf_ddpm import engine
 from hf_ddpm.checkpoint import Progress, save_checkpoint
-from hf_ddpm.config import RunError, TrainingConfig, check_config
+from hf_ddpm.checks import check_config
+from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import to_x_0
 from hf_ddpm.dry_run import show_dry_run
+from hf_ddpm.errors import RunError
 from hf_ddpm.loading import fetch, gathered_stream, image_names, open_batches, read_on, why_none
 from hf_ddpm.metrics import Meter, MetricsFile
 from hf_ddpm.outputs import (

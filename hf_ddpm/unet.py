@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
-from hf_ddpm.config import TrainingConfig, UsageError, recipe_model_config
+from hf_ddpm.config import TrainingConfig, recipe_model_config
+from hf_ddpm.errors import UsageError
 
 HEAD_CHANNELS = 64
 MAX_ATTENTION_PIXELS = 16

@@ -16,7 +16,9 @@ from diffusers import UNet2DModel
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_ddpm.config import RunError, TrainingConfig, UsageError, checkpoint_names
+from hf_ddpm.config import TrainingConfig
+from hf_ddpm.errors import RunError, UsageError
+from hf_ddpm.run_folder import checkpoint_names
 from hf_ddpm.training import train
 
 # When and how often it was started is all that may differ, and where it lies.

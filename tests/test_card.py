@@ -18,7 +18,8 @@ from huggingface_hub import ModelCard
 
 from hf_ddpm import card as cards
 from hf_ddpm.card import own_text, write_card
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
+from hf_ddpm.errors import UsageError
 from hf_ddpm.files import weights_sha256
 
 SEED = 1001

@@ -20,8 +20,9 @@ from hf_ddpm.checkpoint import (
     save_checkpoint,
     verify,
 )
-from hf_ddpm.config import TrainingConfig, UsageError, save_config
+from hf_ddpm.config import TrainingConfig, save_config
 from hf_ddpm.ema import EMA
+from hf_ddpm.errors import UsageError
 from hf_ddpm.training import train
 
 from .runs import differences

@@ -11,18 +11,12 @@ import torch
 import yaml
 from diffusers import UNet2DModel
 
-from hf_ddpm.config import (
-    TrainingConfig,
-    UsageError,
-    check_config,
-    load_config,
-    parse_config,
-    recipe_names,
-    run_files,
-    save_config,
-)
+from hf_ddpm.checks import check_config
+from hf_ddpm.config import TrainingConfig, load_config, parse_config, recipe_names, save_config
+from hf_ddpm.errors import UsageError
 from hf_ddpm.launch import hide
 from hf_ddpm.preparing import make_scheduler
+from hf_ddpm.run_folder import run_files
 from hf_ddpm.unet import make_unet, sized_config
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_ddpm import data, decoding
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import MicroBatches, epoch_order, load_images, open_dataset, to_x_0
+from hf_ddpm.errors import UsageError
 from hf_ddpm.sources import check_source
 
 pytestmark = pytest.mark.usefixtures("quiet")

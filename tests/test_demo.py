@@ -23,7 +23,7 @@ pytest.importorskip("gradio")
 from hf_ddpm import DDPMPipeline, DDPMScheduler, demo
 from hf_ddpm.card import BEGIN, END
 from hf_ddpm.cli import app as cli
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 from hf_ddpm.sampling import SCHEDULERS, named_scheduler, sample_images
 from hf_ddpm.space import app
 
@@ -214,7 +214,7 @@ def test_a_space_is_pushed_in_one_commit_and_says_what_is_left_to_do(tmp_path):
     code = """
         from pathlib import Path
         from huggingface_hub import HfApi
-        from hf_ddpm.config import UsageError
+        from hf_ddpm.errors import UsageError
         from hf_ddpm.demo import push_space
         from hf_ddpm.hub import PushError
         HfApi().create_repo("alice/open", private=False)

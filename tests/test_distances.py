@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.distances import (
     KernelDistance,
     Moments,

@@ -12,8 +12,9 @@ import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm import dry_run, training
-from hf_ddpm.config import RunError, TrainingConfig, UsageError, parse_config, save_config
+from hf_ddpm.config import TrainingConfig, parse_config, save_config
 from hf_ddpm.dry_run import Measured, amount, count_flops, duration
+from hf_ddpm.errors import RunError, UsageError
 from hf_ddpm.preparing import make_scheduler
 from hf_ddpm.training import train
 

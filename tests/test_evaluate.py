@@ -18,8 +18,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_ddpm import card as cards
-from hf_ddpm.config import TrainingConfig, UsageError, save_config
+from hf_ddpm.config import TrainingConfig, save_config
 from hf_ddpm.data import epoch_order, load_images
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation import evaluate as module
 from hf_ddpm.evaluation import results as results_module
 from hf_ddpm.evaluation.distances import frechet_distance_from_features, kernel_distance

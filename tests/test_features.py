@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation import features
 from hf_ddpm.evaluation.features import NETWORKS, FeatureNetwork, check_network, features_of, load_network, to_input
 from hf_ddpm.files import sha256

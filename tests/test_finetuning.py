@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
+from hf_ddpm.errors import UsageError
 from hf_ddpm.training import train
 
 from .conftest import tiny_unet_config

@@ -34,7 +34,8 @@ from typer.testing import CliRunner
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, card, hub, outputs, pusher
 from hf_ddpm.cli import app
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.features import NETWORKS
 from hf_ddpm.files import sha256
 from hf_ddpm.hub import KEPT_README, Pushed, PushError, push

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.likelihood import (
     _chosen_timesteps,
     bits_per_dimension,

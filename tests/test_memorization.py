@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.memorization import (
     Pair,
     _beta_binomial_tail,

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
+from hf_ddpm.errors import UsageError
 from hf_ddpm.training import train
 
 from .runs import differences, said, start, trace

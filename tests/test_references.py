@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import load_images
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.distances import frechet_distance, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.evaluation.references import (

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 
 from hf_ddpm.checkpoint import verify
-from hf_ddpm.config import RunError, TrainingConfig, save_config
+from hf_ddpm.config import TrainingConfig, save_config
+from hf_ddpm.errors import RunError
 from hf_ddpm.files import lock
 from hf_ddpm.seeds import seed_step
 from hf_ddpm.stopping import LAUNCHER_ENDED, StopRequest

@@ -22,7 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
 from hf_ddpm.checkpoint import verify
-from hf_ddpm.config import RunError, TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
+from hf_ddpm.errors import RunError, UsageError
 from hf_ddpm.lanes import NUM_PLACE_COLUMNS, StreamBatches
 from hf_ddpm.seeds import FLIP, IMAGE, LEFT, STEP, TOP, hashed_uniform
 from hf_ddpm.streaming import ImageStream, open_stream

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
+from hf_ddpm.errors import UsageError
 from hf_ddpm.preparing import _lr_factor
 from hf_ddpm.seeds import image_generators
 from hf_ddpm.training import train

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 from hf_ddpm.files import sha256
 
 # Of a repository or folder nothing else is read: no code, no pickle.

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.config import UsageError
 from hf_ddpm.data import to_x_0
+from hf_ddpm.errors import UsageError
 from hf_ddpm.figures import curve
 from hf_ddpm.objective import variational_bound
 from hf_ddpm.scheduler import DDPMScheduler

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.config import UsageError
 from hf_ddpm.data import to_x_0
+from hf_ddpm.errors import UsageError
 from hf_ddpm.figures import strip, to_images
 
 Rows: TypeAlias = np.ndarray | Tensor

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import ImageCache, epoch_order, to_x_0
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.distances import kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.evaluation.references import open_split

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import ImageCache, epoch_order
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.features import FeatureNetwork, check_network, load_network
 from hf_ddpm.evaluation.likelihood import inclusion_probabilities
 from hf_ddpm.evaluation.measure import DISTANCES, Measured, center_pixels, first_images, measure_distances

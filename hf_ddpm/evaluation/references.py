@@ -29,8 +29,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hf_ddpm import __version__
-from hf_ddpm.config import TrainingConfig, UsageError
+from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import ImageCache, MicroBatches, load_images
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.distances import Moments
 from hf_ddpm.evaluation.features import FeatureNetwork, features_of
 from hf_ddpm.files import flush_folder, write_flushed

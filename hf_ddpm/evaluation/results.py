@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from hf_ddpm.card import write_card
-from hf_ddpm.config import UsageError
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.measure import DISTANCES
 from hf_ddpm.figures import curve
 from hf_ddpm.files import write_atomically

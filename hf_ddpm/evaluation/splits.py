@@ -17,8 +17,9 @@ from typing import Any
 import huggingface_hub
 
 from hf_ddpm.card import read_run
-from hf_ddpm.config import TrainingConfig, UsageError, load_config
+from hf_ddpm.config import TrainingConfig, load_config
 from hf_ddpm.data import ImageCache, load_images
+from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.references import FORMAT as REFERENCE_FORMAT
 from hf_ddpm.evaluation.references import Reference, load_reference, make_reference, open_split

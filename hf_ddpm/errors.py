@@ -1,0 +1,11 @@
+"""What a run and its user can be told to be wrong."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """A setting or an input that cannot work: the message names the value and the remedy."""
+
+
+class RunError(RuntimeError):
+    """A run that had to end: the message says why, and how it goes on."""
