@@ -134,6 +134,7 @@ def result_cells(row: Mapping[str, Any]) -> dict[str, str]:
         settings = row["sampling"]
         dtype = settings.get("dtype", "fp32")
         by = f"{settings['scheduler']}, {settings['num_inference_steps']:,} steps"
+        by += " (searched)" if settings.get("timesteps") else ""
         by += "" if dtype == "fp32" else f", {dtype}"
     config = f" ({reference['config']})" if reference.get("config") else ""
     return {
@@ -170,7 +171,7 @@ def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
             **{"num_compared": row["num_compared"], "standard_error": row.get("standard_error")},
             **{"real_images": floor.get("value"), REFERENCE: reference["fingerprint"]},
             **{"network": network.get("network"), "network_sha256": network.get("weights_sha256")},
-            **{key: sampling.get(key) for key in ("scheduler", "num_inference_steps", "dtype")},
+            **{key: sampling.get(key) for key in ("scheduler", "num_inference_steps", "timesteps", "dtype")},
             "timesteps_per_image": likelihood.get("timesteps_per_image"),
             "seed": (likelihood or sampling)["seed"],
         }
@@ -325,12 +326,14 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rescaled = ", rescaled to zero terminal SNR" if s.get("rescale_betas_zero_snr") else ""
     weight = "min(SNR, {min_snr_gamma:g}) on x_0" if s.get("loss_weighting") == "min_snr" else "{loss_weighting}"
     adam = "AdamW, weight decay {adam_weight_decay:g}" if s.get("adam_weight_decay") else "Adam"
+    adam = "Muon; of what is not a matrix, " + adam if s.get("optimizer") == "muon" else adam
     warmup = "" if s.get("lr_scheduler") == "constant" else ", {lr_warmup_steps:,} warm-up steps"
     by_halflife = "ema_halflife_images" in s
     average = "half-life {ema_halflife_images[0]:,.0f} images" if by_halflife else "{ema_max_decay:g} per step"
     ramp = ", at most 1 - (1 + k / {ema_inv_gamma:g})^-{ema_power:g} at step k"
     if "ema_rampup_ratio" in s:
         ramp = ", at most {ema_rampup_ratio:g} of the images seen"
+    lognormal = "log(sigma_t) normal, mean {noise_level_mean:g}, std {noise_level_std:g}, stratified"
     words = {
         "beta_schedule": {"squaredcos_cap_v2": "cosine"},
         "loss_weighting": {"constant": "1"},
@@ -344,7 +347,10 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         "The network predicts": ("{prediction_type}", "epsilon"),
         "Variance of p": ("{variance_type}", "fixed_large"),
         "Weight of the squared error": (weight, "1"),
-        "Draws of t": ("{timestep_density}", "uniform, independent"),
+        "Draws of t": (
+            lognormal if s.get("timestep_density") == "lognormal" else "{timestep_density}",
+            "uniform, independent",
+        ),
         "Optimizer": (adam + ", betas {adam_beta1:g} and {adam_beta2:g}", "Adam, betas 0.9 and 0.999"),
         "Learning rate": (
             "{learning_rate:g}, {lr_scheduler}" + warmup,

@@ -22,7 +22,15 @@ _AT_LEAST_ONE = (
     *("cpu_threads_per_process", "shuffle_buffer_images", "eval_steps"),
 )
 _ABOVE_ZERO = (
-    *("learning_rate", "adam_epsilon", "max_grad_norm", "min_snr_gamma", "ema_inv_gamma", "ema_power"),
+    *(
+        "learning_rate",
+        "adam_epsilon",
+        "max_grad_norm",
+        "min_snr_gamma",
+        "noise_level_std",
+        "ema_inv_gamma",
+        "ema_power",
+    ),
     *("ema_rampup_ratio", "max_train_hours"),
 )
 
@@ -99,6 +107,8 @@ def _check_effects(config: TrainingConfig) -> None:
     by_ends = config.ddpm_beta_schedule != "squaredcos_cap_v2"
     require(by_ends, "the schedule squaredcos_cap_v2 is not given by its ends", "ddpm_beta_start", "ddpm_beta_end")
     require(config.loss_weighting == "min_snr", "give loss_weighting min_snr", "min_snr_gamma")
+    of_lognormal = ("noise_level_mean", "noise_level_std")
+    require(config.timestep_density == "lognormal", "give timestep_density lognormal", *of_lognormal)
     averaging = ("ema_halflife_images", "ema_inv_gamma", "ema_power", "ema_max_decay", "ema_rampup_ratio")
     require(config.use_ema, "give use_ema", *averaging, "ema_snapshots")
     require(config.ema_rampup_ratio is None, "ema_rampup_ratio is given", "ema_inv_gamma", "ema_power")

@@ -18,6 +18,7 @@ BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Images per 
 Device = Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")]
 Dtype = Annotated[str, typer.Option(help="The network's when it samples: fp32, or bf16, which is faster.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the network first; for many images.")]
+Uniform = Annotated[bool, typer.Option("--uniform", help="Do without the timesteps of `hf-ddpm schedule`.")]
 DatasetConfigName = Annotated[
     str | None, typer.Option("--dataset_config_name", help="The configuration of a data set that has several.")
 ]
@@ -63,6 +64,7 @@ def sample(
     device: Device = None,
     dtype: Dtype = "fp32",
     compile: Compile = False,
+    uniform: Uniform = False,
     format: Annotated[
         str, typer.Option(help="png, named by their seeds; parquet, which `datasets` loads; or npz.")
     ] = "png",
@@ -91,6 +93,7 @@ def sample(
             device=device,
             dtype=dtype,
             compile=compile,
+            uniform=uniform,
             format=format,
         )
     if os.environ.get("RANK", "0") == "0":
@@ -230,6 +233,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = "fp32",
     compile: Compile = False,
+    uniform: Uniform = False,
     out: Annotated[
         str | None, typer.Option(help="Where to write. Default: the model's folder; needed for a Hub id.")
     ] = None,
@@ -275,6 +279,7 @@ def evaluate(
             device=device,
             dtype=dtype,
             compile=compile,
+            uniform=uniform,
             out=out,
         )
     if os.environ.get("RANK", "0") != "0":
@@ -287,6 +292,45 @@ def evaluate(
     for remark in [f"{row['name']}: {row['remark']}" for row in done["results"] if row.get("remark")]:
         typer.echo(remark)
     typer.echo(f"all of it in {Path(done['out']) / 'evaluation.json'}")
+
+
+@app.command()
+def schedule(
+    model: Model,
+    steps: Annotated[str, typer.Option(help="Comma-separated numbers of steps.")] = "5,8,10",
+    scheduler: Annotated[str, typer.Option(help="The solver: dpmsolver++ or ddim.")] = "dpmsolver++",
+    num_images: Annotated[
+        int, typer.Option("--num_images", min=1, help="Noises that are searched on, and as many that measure.")
+    ] = 32,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images per forward pass.")] = 32,
+    device: Device = None,
+    dtype: Dtype = "fp32",
+    compile: Compile = False,
+) -> None:
+    """Finds the few timesteps whose images come nearest to those of many, and keeps them with the model."""
+    from hf_ddpm.search import search_and_keep
+
+    with _errors_said():
+        if not all(n.isdecimal() for n in _listed(steps)) or not _listed(steps):
+            raise ValueError(f"steps must be whole numbers, got {steps!r}")
+        for found, path in search_and_keep(
+            model,
+            [int(n) for n in _listed(steps)],
+            scheduler=scheduler,
+            num_images=num_images,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            compile=compile,
+        ):
+            typer.echo(
+                f"{scheduler}, {len(found.timesteps)} steps: distance {found.distance:.4f} to "
+                f"{found.reference_steps} steps, uniform {found.uniform_distance:.4f}"
+                + (f", kept in {path}" if path else ", not kept")
+            )
+            typer.echo(f"timesteps={[*found.timesteps]}")
 
 
 @app.command()

@@ -83,9 +83,15 @@ class TrainingConfig:
         "constant", "Weight of a noise level: 1 on the network's own output, or min(SNR, gamma) on x_0."
     )
     min_snr_gamma: float = _option(5.0, "gamma of `min_snr`.")
-    timestep_density: Literal["uniform", "stratified"] = _option(
-        "stratified", "Draws of t: independent, or one from each of as many equal parts of [0, T) as the batch holds."
+    timestep_density: Literal["lognormal", "stratified", "uniform"] = _option(
+        "lognormal",
+        "Draws of t: a log-normal noise level, or all t alike; one from each of as many parts of equal probability as "
+        "the batch holds, or independent (`uniform`).",
     )
+    noise_level_mean: float = _option(
+        -0.4, "Of `lognormal`: the mean of log(sigma_t), sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)."
+    )
+    noise_level_std: float = _option(1.2, "Of `lognormal`: the standard deviation of log(sigma_t).")
 
     # The optimization
     seed: int = _option(
@@ -102,6 +108,9 @@ class TrainingConfig:
         20, "Steps in a row without finite loss and gradients, each of them skipped, after which the run fails."
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: what `accelerate launch` says.")
+    optimizer: Literal["muon", "adamw"] = _option(
+        "muon", "Muon for the matrices of the network's blocks and AdamW for all else, or AdamW for all."
+    )
     learning_rate: float = _option(1e-3, "The peak of the schedule.")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"

@@ -2,7 +2,7 @@
 through these functions.
 
               weights    gradients    optimizer    a step without finite gradients is skipped by
-    one, DDP  whole      whole        whole        fused AdamW, told by its attribute found_inf
+    one, DDP  whole      whole        whole        the optimizer, told by its attribute found_inf
     FSDP 2    sharded    sharded      sharded      the same
     ZeRO-1    whole      whole        sharded      DeepSpeed
     ZeRO-2    whole      sharded      sharded      DeepSpeed
@@ -27,6 +27,7 @@ from torch import Tensor
 from hf_ddpm.config import TrainingConfig
 from hf_ddpm.ema import assign, local
 from hf_ddpm.errors import UsageError
+from hf_ddpm.optimizer import Muon
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -102,6 +103,11 @@ def prepare(
 ) -> tuple[Any, Any]:
     """The network and the optimizer as Accelerate prepares them, for the batch, clipping and precision of `config`."""
     if _is_deepspeed(accelerator):
+        if config.optimizer != "adamw":
+            raise UsageError(
+                f"optimizer must be adamw with DeepSpeed, whose processes hold parts of matrices, got "
+                f"{config.optimizer}: --optimizer adamw, or FSDP"
+            )
         settings = _deepspeed_config(accelerator)
         batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
         whole = batch_size * accumulation * accelerator.num_processes
@@ -223,8 +229,12 @@ def load(
     if _is_zero(optimizer):
         _load_zero(moments, parameters, optimizer)
         return
-    number = {name: i for i, name in enumerate(parameters)}
+    in_groups = [p for group in optimizer.param_groups for p in group["params"]]
+    place = {id(p): i for i, p in enumerate(in_groups)}
+    number = {name: place[id(p)] for name, p in parameters.items()}
     states: dict[int, dict[str, Tensor]] = {}
+    if moments and any(key.endswith("/momentum_buffer") for key in moments) != isinstance(optimizer, Muon):
+        raise KeyError("the moments are those of another optimizer")
     for key, value in moments.items():
         name, _, kind = key.rpartition("/")
         placed = value if value.ndim == 0 else _placed_as(value, parameters[name])

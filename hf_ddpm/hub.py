@@ -44,7 +44,7 @@ UPLOADED = (
 )
 # Of an earlier push, these would contradict what is pushed.
 REPLACED = (
-    *("evaluation.json", "run.json", "eval.jsonl"),
+    *("evaluation.json", "run.json", "eval.jsonl", "scheduler/searched_timesteps.json"),
     *("unet/*.safetensors", "unet/*.bin", "unet/*.index.json", "diffusion_pytorch_model.*"),
 )
 # Where something is on this machine, which is of no use elsewhere.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from hf_ddpm.scheduler import LEARNED_VARIANCES, DDPMScheduler
 
-Density = Literal["uniform", "stratified"]
+Density = Literal["uniform", "stratified", "lognormal"]
 Weighting = Literal["constant", "min_snr"]
 
 # lambda of Nichol & Dhariwal 2021, Eq. 16.
@@ -34,8 +35,10 @@ class Objective:
         scheduler: of training; its prediction and variance type decide target and loss.
         weighting: `constant`, 1 on the network's own output, or `min_snr`, min(SNR, gamma) on x_0 (Hang et al. 2023).
         min_snr_gamma: gamma > 0.
-        density: `uniform`, independent draws of t, or `stratified`, one from each of B equal parts of [0, T), which
-            has the same expectation and less variance.
+        density: of t. `uniform`, independent draws; `stratified`, one from each of B equal parts of [0, T), which has
+            the same expectation and less variance; `lognormal`, sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t) being
+            so distributed (Karras et al. 2022, Table 1), one from each of B parts of equal probability.
+        noise_level_mean, noise_level_std: of log sigma_t, for `lognormal`; above 0 the latter.
         autocast_dtype: the type the network runs in; None: that of its weights.
     """
 
@@ -43,6 +46,8 @@ class Objective:
     weighting: Weighting = "constant"
     min_snr_gamma: float = 5.0
     density: Density = "uniform"
+    noise_level_mean: float = -0.4
+    noise_level_std: float = 1.2
     autocast_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +55,8 @@ class Objective:
             raise ValueError(f"weighting must be one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
         if self.density not in get_args(Density):
             raise ValueError(f"density must be one of {', '.join(get_args(Density))}, got {self.density!r}")
+        if not self.noise_level_std > 0:
+            raise ValueError(f"noise_level_std must be above 0, got {self.noise_level_std}")
         if not self.min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
 
@@ -101,16 +108,28 @@ class Objective:
         device: torch.device,
         stratum: tuple[int, int] | None = None,
     ) -> Tensor:
-        """t = floor(T u): u ~ U[0, 1), or with strata u = (k + U[0, 1)) / count for image k; (B,) int64."""
+        """t = floor(T u): u ~ U[0, 1), or with strata u = (k + U[0, 1)) / count for image k; (B,) int64.
+
+        Of `lognormal`, t is the first whose cumulative probability is above u.
+        """
         if isinstance(generator, list):
             u = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generator]).to(device)
         else:
             u = torch.rand(batch_size, generator=generator, device=generator.device).to(device)
-        if self.density == "stratified":
+        if self.density != "uniform":
             first, count = stratum or (0, batch_size)
             u = (torch.arange(first, first + batch_size, device=device) + u) / count
+        if self.density == "lognormal":
+            t = torch.searchsorted(self._cumulative.to(device), u, right=True)
+            return t.clamp(max=len(self.scheduler) - 1)
         # (k + u) / count can round up to 1.
         return (u * len(self.scheduler)).long().clamp(max=len(self.scheduler) - 1)
+
+    @cached_property
+    def _cumulative(self) -> Tensor:
+        """The probability of timesteps up to t, (T,) float32; the ends take what is beyond them."""
+        log_sigma = -self.scheduler.snr(torch.arange(len(self.scheduler))).log() / 2
+        return torch.special.ndtr((log_sigma - self.noise_level_mean) / self.noise_level_std).float()
 
     def weight(self, t: Tensor) -> Tensor:
         """The weight of the squared error of the network's output, (B,) float32.

@@ -3,7 +3,8 @@
     x_T ~ N(0, I);  for t in scheduler.timesteps: x_t <- scheduler.step(unet(x_t, t), t, x_t);  image = (x_0 + 1) / 2
 
 A pipeline is saved as a stock `diffusers.DDPMPipeline` with a stock `DDPMScheduler`, which any diffusers loads; on
-loading, a stock `DDPMScheduler` becomes ours, which has the same config. diffusers' name for x_t is `latents`.
+loading, a stock `DDPMScheduler` becomes ours, which has the same config, and the timesteps that `hf-ddpm schedule` has
+stored for these weights come with them. diffusers' name for x_t is `latents`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -23,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.scheduler import DDPMScheduler, all_values
+from hf_ddpm.timesteps import SearchedTimesteps, read_searched, solver_name, write_searched
 
 
 @dataclass
@@ -51,6 +55,10 @@ class DDPMPipeline(DiffusionPipeline):
     Args:
         unet: the network.
         scheduler: a `DDPMScheduler`, stock's being turned into ours, or any other scheduler of diffusers.
+
+    Attributes:
+        searched_timesteps: by solver and number of steps, the timesteps that take the place of the solver's own;
+            empty it to do without.
     """
 
     model_cpu_offload_seq = "unet"
@@ -61,6 +69,20 @@ class DDPMPipeline(DiffusionPipeline):
         if type(scheduler) is diffusers.DDPMScheduler:
             scheduler = DDPMScheduler.from_config(all_values(scheduler.config))
         self.register_modules(unet=unet, scheduler=scheduler)
+        self.searched_timesteps: dict[tuple[str, int], SearchedTimesteps] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As of `diffusers.DiffusionPipeline`, with the searched timesteps that lie beside the network's weights."""
+        pipeline: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipeline.searched_timesteps = read_searched(_folder_of(pipeline.unet))
+        return pipeline
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As of `diffusers.DiffusionPipeline`, with the searched timesteps."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.searched_timesteps:
+            write_searched(Path(save_directory), list(self.searched_timesteps.values()))
 
     def register_to_config(self, **kwargs: Any) -> None:
         # model_index.json names our scheduler as the stock one: diffusers loads no other name from the Hub.
@@ -83,6 +105,7 @@ class DDPMPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         trajectory: bool | Sequence[int] = False,
         deterministic: bool = False,
+        timesteps: Sequence[int] | None = None,
     ) -> DDPMPipelineOutput | tuple:
         """Samples images.
 
@@ -101,6 +124,7 @@ class DDPMPipeline(DiffusionPipeline):
             trajectory: True to return each step, or the indices of the chosen ones, 0 the first and -1 the last.
             deterministic: take the mean of each reverse step and add no noise; a step denoiser is then iterated
                 alone, x_{t-1} = f(x_t). For our scheduler only.
+            timesteps: t_1 > t_2 > ... in [0, T), instead of `num_inference_steps`; for schedulers that take them.
 
         Returns: `DDPMPipelineOutput`, or the tuple (images,) or (images, trajectory).
 
@@ -119,14 +143,20 @@ class DDPMPipeline(DiffusionPipeline):
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, deterministic)
         conditions = self._conditions(class_labels, batch_size, device)
 
-        self.scheduler.set_timesteps(steps)
-        timesteps = self.scheduler.timesteps
-        if timesteps.min() < 0:
+        if timesteps is not None:
+            self._check_timesteps(timesteps, num_inference_steps)
+            self.scheduler.set_timesteps(timesteps=[*timesteps])
+        elif (found := self.searched(steps)) is not None:
+            self.scheduler.set_timesteps(timesteps=[*found.timesteps])
+        else:
+            self.scheduler.set_timesteps(steps)
+        visited = self.scheduler.timesteps
+        if visited.min() < 0:
             raise ValueError(
-                f"{type(self.scheduler).__name__} gave timestep {timesteps.min():g} for num_inference_steps={steps}, "
+                f"{type(self.scheduler).__name__} gave timestep {visited.min():g} for num_inference_steps={steps}, "
                 "rounding amiss in its 'trailing' spacing: use another number of steps or timestep_spacing='linspace'"
             )
-        chosen = _chosen_steps(trajectory, len(timesteps))
+        chosen = _chosen_steps(trajectory, len(visited))
 
         size = self.unet.config.sample_size
         shape = (batch_size, channels, *((size, size) if isinstance(size, int) else size))
@@ -146,9 +176,9 @@ class DDPMPipeline(DiffusionPipeline):
             step_arguments["deterministic"] = True
         # Of the schedulers that use a learned variance this takes DDPM's; the others get the first half of the output.
         splits_output = isinstance(self.scheduler, diffusers.DDPMScheduler)
-        self._num_timesteps, self._interrupt = len(timesteps), False
+        self._num_timesteps, self._interrupt = len(visited), False
         recorded: list[TrajectoryStep] = []
-        for i, t in enumerate(self.progress_bar(timesteps)):  # pyright: ignore[reportCallIssue, reportArgumentType]
+        for i, t in enumerate(self.progress_bar(visited)):  # pyright: ignore[reportCallIssue, reportArgumentType]
             if self._interrupt:
                 break
             network_input = self.scheduler.scale_model_input(x_t, t)
@@ -175,6 +205,12 @@ class DDPMPipeline(DiffusionPipeline):
         if not return_dict:
             return (images,) if trajectory is False else (images, recorded)
         return DDPMPipelineOutput(images=images, trajectory=None if trajectory is False else recorded)
+
+    def searched(self, num_inference_steps: int) -> SearchedTimesteps | None:
+        """What was searched for the pipeline's scheduler and this number of steps."""
+        if not self.searched_timesteps or (solver := solver_name(self.scheduler)) is None:
+            return None
+        return self.searched_timesteps.get((solver, num_inference_steps))
 
     @property
     def num_timesteps(self) -> int:
@@ -208,6 +244,18 @@ class DDPMPipeline(DiffusionPipeline):
                 f"got {type(self.scheduler).__name__}"
             )
 
+    def _check_timesteps(self, timesteps: Sequence[int], num_inference_steps: int | None) -> None:
+        num_train = self.scheduler.config.num_train_timesteps
+        if num_inference_steps not in (None, len(timesteps)):
+            raise ValueError(
+                f"timesteps must be given without num_inference_steps, got {num_inference_steps} and {len(timesteps)}"
+            )
+        bounded = [num_train, *timesteps, -1]
+        if len(bounded) < 3 or any(t <= s for t, s in pairwise(bounded)):
+            raise ValueError(f"timesteps must fall strictly within [0, {num_train}), got {[*timesteps]}")
+        if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(f"timesteps must be None for {type(self.scheduler).__name__}, which takes none")
+
     def _conditions(
         self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int, device: torch.device
     ) -> dict[str, Tensor]:
@@ -231,6 +279,12 @@ class DDPMPipeline(DiffusionPipeline):
         """q of the same schedule and prediction type, for schedulers whose steps do not return x_0_hat."""
         config = {**all_values(self.scheduler.config), "variance_type": "fixed_small", "timestep_spacing": "trailing"}
         return DDPMScheduler.from_config(config)  # pyright: ignore[reportReturnType]
+
+
+def _folder_of(unet: Any) -> Path:
+    """Where the pipeline is that a network was loaded with, if it was."""
+    folder = Path(unet.config.get("_name_or_path") or "does-not-exist")
+    return folder.parent if folder.name == "unet" else folder
 
 
 def _chosen_steps(trajectory: bool | Sequence[int], count: int) -> set[int]:

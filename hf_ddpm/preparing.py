@@ -24,6 +24,7 @@ from hf_ddpm.evaluation.monitor import open_monitor
 from hf_ddpm.finetuning import load_weights, network_of, take_over
 from hf_ddpm.hub import create_for_run, repository_of
 from hf_ddpm.objective import Objective
+from hf_ddpm.optimizer import make_optimizer
 from hf_ddpm.outputs import HALFLIFE, prepare_output
 from hf_ddpm.posthoc import TRACKED_STDS, power_decay
 from hf_ddpm.processes import Processes, share_cores
@@ -31,7 +32,7 @@ from hf_ddpm.pusher import Pusher
 from hf_ddpm.run import FREE_SPACE, Run, say
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.streaming import ImageStream, open_stream
-from hf_ddpm.unet import make_unet
+from hf_ddpm.unet import make_unet, use_plain_attention
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,19 +89,13 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
     new_unet = make_unet(config, images.channels, images.resolution, images.num_classes, network)
     if network is not None and checkpoint is None:
         load_weights(new_unet, network)
-    optimizer = torch.optim.AdamW(
-        new_unet.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    optimizer = make_optimizer(new_unet, config)
     model, prepared = engine.prepare(accelerator, new_unet, optimizer, config, partial(say, processes))
     unet: Any = accelerator.unwrap_model(model)
     if config.compile:
         # Its config grows when diffusers first writes it, and would be compiled for once more after a checkpoint.
         unet.to_json_string()
+        use_plain_attention(unet, accelerator.device)
         # Beside the network, which is left as it is for previews: they have another shape.
         model = torch.compile(model, dynamic=False)
     decays = _decays(config, schedule_batch_size)
@@ -127,6 +122,8 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
             weighting=config.loss_weighting,
             min_snr_gamma=config.min_snr_gamma,
             density=config.timestep_density,
+            noise_level_mean=config.noise_level_mean,
+            noise_level_std=config.noise_level_std,
             autocast_dtype=AUTOCAST[config.mixed_precision or "no"],
         ),
         monitor=monitor,

@@ -54,6 +54,7 @@ def write_samples(
     device: str | None = None,
     dtype: str | None = None,
     compile: bool = False,
+    uniform: bool = False,
     format: str = "png",
 ) -> None:
     """Samples a model into `out`: an image for each seed from `seed` on, and the first 64 of them as grid.png.
@@ -66,7 +67,7 @@ def write_samples(
         npz       samples.npz: arr_0 (N,H,W,C), seeds        a 64th of the set, of at most 1024 images
 
     Args:
-        model, num_inference_steps, scheduler, device, dtype, compile: as of `load_for_sampling`.
+        model, num_inference_steps, scheduler, device, dtype, compile, uniform: as of `load_for_sampling`.
         class_label: default: each class in turn.
         deterministic, batch_size: as of `iter_samples`.
         format: a name in FORMATS.
@@ -85,7 +86,7 @@ def write_samples(
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
     own: Any = state.device  # of this process, if there are several
     place = own if device in (None, own.type) else torch.device(device)
-    pipeline, steps = load_for_sampling(model, scheduler, num_inference_steps, place, dtype, compile)
+    pipeline, steps = load_for_sampling(model, scheduler, num_inference_steps, place, dtype, compile, uniform)
     unet = pipeline.unet
     if format != "npz" and unet.config.in_channels not in (1, 3, 4):
         raise ValueError(f"format must be 'npz' for images of {unet.config.in_channels} channels, got {format!r}")
@@ -95,11 +96,13 @@ def write_samples(
     pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)
     pipeline._conditions(labels and labels[:1], 1, pipeline.device)
     forward_batch = forward_batch_of(pipeline.device, batch_size)
+    found = pipeline.searched(steps)
     settings = {
         "model": str(model),
         "weights_sha256": weights_sha256(Path(unet.config["_name_or_path"])),
         "scheduler": scheduler or default_scheduler(pipeline.scheduler.config),
         "num_inference_steps": steps,
+        "timesteps": None if found is None else [*found.timesteps],
         "seed": seed,
         "num_images": num_images,
         "class_label": class_label,

@@ -29,6 +29,7 @@ from hf_ddpm.launch import run_command
 from hf_ddpm.models import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.scheduler import DDPMScheduler, all_values
+from hf_ddpm.unet import use_plain_attention
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,6 +90,7 @@ def load_for_sampling(
     device: str | torch.device | None = None,
     dtype: str | None = None,
     compile: bool = False,
+    uniform: bool = False,
 ) -> tuple[DDPMPipeline, int]:
     """A pipeline that is ready to sample, without progress bars of its own, and the number of its steps.
 
@@ -99,6 +101,7 @@ def load_for_sampling(
         device: default: cuda or mps if there is one, else cpu.
         dtype: of the network's arithmetic, a name in DTYPES; x_t and the scheduler's stay in float32.
         compile: the network by `torch.compile`, at its first forward pass.
+        uniform: do without searched timesteps.
 
     Raises:
         ValueError, OSError: no such model, scheduler, dtype or number of steps.
@@ -110,6 +113,8 @@ def load_for_sampling(
     folder, _ = find_model(model)
     pipeline = DDPMPipeline.from_pretrained(folder).to(device or _best_device())
     pipeline.set_progress_bar_config(disable=True)
+    if uniform:
+        pipeline.searched_timesteps = {}
     pipeline.unet.eval()
     config = pipeline.scheduler.config
     name, num_train = scheduler or default_scheduler(config), config["num_train_timesteps"]
@@ -127,6 +132,7 @@ def load_for_sampling(
 def speed_up(pipeline: DDPMPipeline, dtype: str | None, compile: bool) -> None:
     """Has the network compute in `dtype` from now on, and compiled, as of `load_for_sampling`."""
     if compile:
+        use_plain_attention(pipeline.unet, pipeline.device)
         pipeline.unet.forward = torch.compile(pipeline.unet.forward, dynamic=False)
     if dtype == "bf16":
         pipeline.unet.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(pipeline.unet.forward)

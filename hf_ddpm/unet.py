@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from hf_ddpm.config import TrainingConfig, recipe_model_config
 from hf_ddpm.errors import UsageError
@@ -54,6 +55,23 @@ def make_unet(
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     return unet
+
+
+def use_plain_attention(unet: Any, device: torch.device) -> None:
+    """Has a network that is to be compiled attend by two products and a softmax, where that is faster.
+
+    On a CPU they are compiled to less time than SDPA's own kernel takes. They hold a weight for each pair of pixels,
+    so networks that attend to more than MAX_ATTENTION_PIXELS squared keep SDPA, as all do on other devices.
+    """
+    config = unet.config
+    size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
+    attending = [level for level, kind in enumerate(config.down_block_types) if "Attn" in kind]
+    attending += [len(config.down_block_types) - 1] if config.add_attention else []
+    if device.type != "cpu" or any(size >> level > MAX_ATTENTION_PIXELS for level in attending):
+        return
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
 
 
 def sized_config(

@@ -70,8 +70,8 @@ FIGURES = ("samples.png", "loss.png", "forward.png", "reverse.png", "reverse.gif
 HO_2020 = yaml.safe_load("""
     {ddpm_num_steps: 1000, ddpm_beta_schedule: linear, ddpm_beta_start: 0.0001, ddpm_beta_end: 0.02,
      prediction_type: epsilon, variance_type: fixed_large, loss_weighting: constant, timestep_density: uniform,
-     adam_weight_decay: 0.0, learning_rate: 0.0002, lr_scheduler: constant_with_warmup, lr_warmup_steps: 5000,
-     dropout: 0.1, random_flip: true}
+     optimizer: adamw, adam_weight_decay: 0.0, learning_rate: 0.0002, lr_scheduler: constant_with_warmup,
+     lr_warmup_steps: 5000, dropout: 0.1, random_flip: true}
 """)
 
 
@@ -206,6 +206,8 @@ def test_settings_of_ho_et_al_are_all_the_same_but_for_the_ramp_of_the_average(t
     assert len(ours) == 14
     assert ours["Chain length T"] == ["500", "1,000", "**differs**"]
     assert ours["Noise schedule"][0] == "cosine"
+    assert ours["Draws of t"][0] == "log(sigma_t) normal, mean -0.4, std 1.2, stratified"
+    assert ours["Optimizer"][0].startswith("Muon; of what is not a matrix, AdamW")
     assert ours["Limit of the gradient's norm"][2] == "same"
     assert "Images per step" not in rows(run={})
     assert rows(config=CONFIG | {"use_ema": False})["Averaged weights (EMA)"][0] == "none"

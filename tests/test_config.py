@@ -156,6 +156,10 @@ def test_the_first_prediction_is_zero():
         ("--seed 99999999999999999999", r"seed must be below 2\*\*63"),
         ("--learning_rate nan", "learning_rate must be above 0, got nan"),
         ("--seed -1", "seed must not be negative, got -1"),
+        (
+            "--timestep_density uniform --noise_level_std 2",
+            "noise_level_std = 2.0 has no effect: give timestep_density",
+        ),
         ("--min_snr_gamma 3", "min_snr_gamma = 3.0 has no effect: give loss_weighting min_snr"),
         ("--ddpm_beta_end 0.1", "ddpm_beta_end = 0.1 has no effect"),
         ("--no_use_ema --ema_max_decay 0.9", "ema_max_decay = 0.9 has no effect: give use_ema"),

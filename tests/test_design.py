@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "checks": {"errors", "run_folder"},
     "config": {"checks", "errors", "files"},
     "objective": {"scheduler"},
-    "pipeline": {"scheduler"},
+    "timesteps": {"files"},
+    "pipeline": {"scheduler", "timesteps"},
     "ema": set(),
     "launch": {"stopping", "processes", "errors"},
     "figures": {"scheduler"},
@@ -44,11 +45,13 @@ ALLOWED: dict[str, set[str]] = {
     "lanes": {"seeds", "streaming", "errors"},
     "unet": {"config", "errors"},
     "finetuning": {"config", "scheduler", "models", "checks", "errors"},
-    "engine": {"config", "ema", "errors"},
+    "optimizer": {"config"},
+    "engine": {"config", "ema", "errors", "optimizer"},
     "checkpoint": {"ema", "files", "engine", "errors", "run_folder"},
     "posthoc": {"errors"},
     "metrics": {"files"},
-    "sampling": {"scheduler", "pipeline", "launch", "models"},
+    "sampling": {"scheduler", "pipeline", "launch", "models", "unet"},
+    "search": {"models", "pipeline", "sampling", "timesteps"},
     "samples": {"figures", "files", "processes", "sampling"},
     # The card is written from a run's files alone, so that it needs nothing of what wrote them.
     "card": {"files", "errors"},
@@ -97,6 +100,7 @@ ALLOWED: dict[str, set[str]] = {
         "unet",
         "engine",
         "errors",
+        "optimizer",
     }
     | {"checkpoint", "posthoc", "evaluation", "run", "outputs", "hub", "pusher", "finetuning"},
     "dry_run": {
@@ -128,7 +132,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"metrics", "run", "loading", "outputs", "preparing", "dry_run"},
     "space": set(),
     "demo": {"files", "card", "hub", "errors"},
-    "cli": {"config", "sampling", "samples", "posthoc", "evaluation", "card", "hub", "demo"},
+    "cli": {"config", "sampling", "samples", "posthoc", "evaluation", "card", "hub", "demo", "search"},
     "train_accelerate": {"config", "sources", "launch", "training", "errors"},
 }
 # Package -> the only modules that may import it.

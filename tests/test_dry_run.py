@@ -15,6 +15,7 @@ from hf_ddpm import dry_run, training
 from hf_ddpm.config import TrainingConfig, parse_config, save_config
 from hf_ddpm.dry_run import Measured, amount, count_flops, duration
 from hf_ddpm.errors import RunError, UsageError
+from hf_ddpm.optimizer import make_optimizer
 from hf_ddpm.preparing import make_scheduler
 from hf_ddpm.training import train
 
@@ -56,10 +57,13 @@ def test_the_table_says_what_is_known_otherwise(tiny_settings, tmp_path, capsys)
     config = TrainingConfig(**tiny_settings)
     rows, notes = dry(config, capsys)
     unet = UNet2DModel(**tiny_unet_config(channels=1))
-    count, tensors = sum(p.numel() for p in unet.parameters()), len(list(unet.parameters()))
+    count = sum(p.numel() for p in unet.parameters())
     assert rows["parameters"] == ("counted", f"{count:,}")
     assert rows["weights"] == rows["gradients"] == ("counted", amount(4 * count, "B"))
-    assert rows["moments"] == ("counted", amount(8 * count + 4 * tensors, "B"))  # and a step number for each
+    # One of the same size for each of Muon's matrices, two and a step number for each of all others.
+    of_muon, others = (group["params"] for group in make_optimizer(unet, config).param_groups)
+    moments = sum(4 * p.numel() for p in of_muon) + sum(8 * p.numel() + 4 for p in others)
+    assert rows["moments"] == ("counted", amount(moments, "B"))
     assert rows["averages"] == ("counted", f"{amount(12 * count, 'B')}, copies 3")  # of previews, and for snapshots
     forward, whole = (amount(flops, "") for flops in count_flops(unet))
     assert rows["FLOPs per image"][1].startswith(f"{forward} forward, {whole} a training step")

@@ -90,6 +90,27 @@ def test_densities_cover_each_t_alike(density):
     assert (counts - 2000).abs().max() < (200 if density == "uniform" else 1)
 
 
+@pytest.mark.parametrize(("mean", "std"), [(-0.4, 1.2), (1.0, 0.5)])
+def test_noise_levels_are_log_normal(mean, std):
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    objective = Objective(scheduler, density="lognormal", noise_level_mean=mean, noise_level_std=std)
+    t = objective.draw_timesteps(20_000, seeded(), torch.device("cpu"))
+    log_sigma = (1 / scheduler.alpha_bar[t] - 1).log() / 2
+    assert log_sigma.mean() == pytest.approx(mean, abs=0.02)
+    assert log_sigma.std() == pytest.approx(std, rel=0.02)
+    assert log_sigma.quantile(0.9) == pytest.approx(mean + 1.2816 * std, abs=0.03)
+
+
+def test_noise_levels_beyond_the_chain_are_its_ends():
+    """Also where the last of them is infinite."""
+    scheduler = DDPMScheduler(
+        50, rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    for mean, t in ((-100.0, 0), (100.0, 49)):
+        objective = Objective(scheduler, density="lognormal", noise_level_mean=mean)
+        assert set(objective.draw_timesteps(100, seeded(), torch.device("cpu")).tolist()) == {t}
+
+
 def test_strata_go_over_a_batch_in_parts():
     objective = Objective(DDPMScheduler(), density="stratified")
     whole = objective.draw_timesteps(8, generators(range(8)), torch.device("cpu"))
@@ -158,7 +179,8 @@ def test_only_the_network_runs_under_autocast():
     ("settings", "message"),
     [
         ({"weighting": "min-snr"}, "weighting must be one of constant, min_snr, got 'min-snr'"),
-        ({"density": "even"}, "density must be one of uniform, stratified, got 'even'"),
+        ({"density": "even"}, "density must be one of uniform, stratified, lognormal, got 'even'"),
+        ({"noise_level_std": 0.0}, "noise_level_std must be above 0, got 0.0"),
         ({"min_snr_gamma": -1.0}, "min_snr_gamma must be above 0, got -1.0"),
     ],
 )

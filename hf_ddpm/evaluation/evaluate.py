@@ -65,6 +65,7 @@ def evaluate(
     device: str | None = None,
     dtype: str = "fp32",
     compile: bool = False,
+    uniform: bool = False,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measures a model and writes evaluation.json, pictures and the card.
@@ -89,6 +90,7 @@ def evaluate(
         batch_size: images per network evaluation, on a CPU always FORWARD_BATCH; elsewhere it changes rounding.
         device: default: cuda or mps if there is one, else cpu.
         dtype, compile: of the network while it samples, as of `load_for_sampling`; nll is always of float32.
+        uniform: do without searched timesteps.
         out: where to write; default: the model's folder. A Hub id needs one.
 
     Returns: {"out", "weights_sha256", "results": those measured now, "card": its path}.
@@ -121,6 +123,7 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
     copies = "memorization" in job.request.metrics
     for cell in job.cells if job.distances else job.cells[: int(copies)]:
         job.pipeline.scheduler = named_scheduler(cell.scheduler, job.chain.config, cell.num_inference_steps)
+        found = job.pipeline.searched(cell.num_inference_steps)
         kept = min(NUM_MEMORIZATION_SAMPLES, job.request.num_images) if copies else 0
         num_images = job.request.num_images if job.distances else kept
         if job.request.compile and cell == job.cells[0]:
@@ -138,6 +141,7 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
         )
         sampling = {
             **cell._asdict(),
+            "timesteps": None if found is None else [*found.timesteps],
             "seed": job.request.seed,
             "num_images": num_images,
             "classes": job.classes,
@@ -306,7 +310,10 @@ def _command(job: Job) -> str:
         if value is not None:
             is_path = isinstance(value, str | Path) and Path(value).exists()
             words += [f"--{name}", Path(value).resolve().name if is_path else str(value)]
-    flags = {"--center_crop": data.get("center_crop"), "--compile": request.compile}
+    flags = {
+        **{"--center_crop": data.get("center_crop"), "--compile": request.compile},
+        "--uniform": request.uniform,
+    }
     return shlex.join(words + [flag for flag, is_set in flags.items() if is_set])
 
 

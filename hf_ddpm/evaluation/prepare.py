@@ -77,6 +77,7 @@ class Request:
     device: str | None
     dtype: str
     compile: bool
+    uniform: bool
     out: str | Path | None
 
 
@@ -145,7 +146,7 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
     if weights is None:
         raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
     _check_out(out, weights)
-    pipeline = _load(folder, request.device, processes)
+    pipeline = _load(folder, request, processes)
     request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
     chain, unet = pipeline.scheduler, pipeline.unet.config
     cells = _grid(chain.config, request.schedulers, request.num_inference_steps)
@@ -217,13 +218,14 @@ def _check_out(out: Path, weights: str) -> None:
     stored_results(out, weights)
 
 
-def _load(folder: Path, device: str | None, processes: Processes) -> DDPMPipeline:
+def _load(folder: Path, request: Request, processes: Processes) -> DDPMPipeline:
     """The model with the scheduler of all T steps."""
+    device = request.device
     if device is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         device = "cpu"
     if device is None and torch.cuda.is_available() and processes.size > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    pipeline, _ = load_for_sampling(str(folder), "ddpm", device=device)
+    pipeline, _ = load_for_sampling(str(folder), "ddpm", device=device, uniform=request.uniform)
     bad = [name for name, value in pipeline.unet.named_parameters() if not value.isfinite().all()]
     if bad:
         raise UsageError(f"weights must be finite, got NaN or infinity in {len(bad)} of them, first {bad[0]}")

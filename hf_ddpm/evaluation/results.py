@@ -3,7 +3,7 @@
 result           a value, its standard error, the floor, and all that decides them
 evaluation.json  {format, weights_sha256, results}: results of one network's weights only
 key              all that decides a result beside the weights; a result replaces the one of the same key
-grid             results whose keys differ in scheduler and number of steps only
+grid             results whose keys differ in scheduler and steps only
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ from hf_ddpm.files import write_atomically
 from hf_ddpm.sampling import SCHEDULERS
 
 FORMAT = 1
+OF_CELL = ("scheduler", "num_inference_steps", "timesteps")
 PICTURES = ("steps.png", "seconds.png", "bound.png", "memorization.png")
 
 Draw: TypeAlias = Callable[[Path], None]
@@ -93,7 +95,7 @@ def _key(row: dict[str, Any]) -> str:
         network,
         chosen("reference", "fingerprint", "split", "count"),
         chosen("held_out", "fingerprint", "split", "count"),
-        chosen("sampling", "scheduler", "num_inference_steps", "seed", "num_images", "classes", "dtype", "compile"),
+        chosen("sampling", *OF_CELL, "seed", "num_images", "classes", "dtype", "compile"),
         chosen("likelihood", "num_images", "timesteps_per_image", "seed"),
     ]
     return json.dumps(decisive, sort_keys=True)
@@ -111,7 +113,7 @@ def _grid_pictures(results: list[dict[str, Any]], rows: list[dict[str, Any]]) ->
 
 
 def _one_cell(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "sampling": {**(row.get("sampling") or {}), "scheduler": None, "num_inference_steps": None}}
+    return {**row, "sampling": {**(row.get("sampling") or {}), **dict.fromkeys(OF_CELL)}}
 
 
 def _draw_grid(grid: list[dict[str, Any]], cost: str, path: Path) -> None:
@@ -120,9 +122,12 @@ def _draw_grid(grid: list[dict[str, Any]], cost: str, path: Path) -> None:
     series: dict[str, tuple[list[float], list[float]]] = {
         "real images": ([min(every), max(every)], [floor, floor]),
     }
-    for name in SCHEDULERS:
-        points = sorted((r["sampling"][cost], r["value"]) for r in grid if r["sampling"]["scheduler"] == name)
+    for name, is_searched in product(SCHEDULERS, (False, True)):
+        of = [r for r in grid if r["sampling"]["scheduler"] == name]
+        points = sorted(
+            (r["sampling"][cost], r["value"]) for r in of if bool(r["sampling"].get("timesteps")) == is_searched
+        )
         if points:
-            series[name] = [x for x, _ in points], [y for _, y in points]
+            series[f"{name}, searched" if is_searched else name] = [x for x, _ in points], [y for _, y in points]
     label = {"network_evaluations": "network evaluations per image", "seconds_per_image": "seconds per image"}[cost]
     curve(path, series, label, grid[0]["name"], log_y=grid[0]["metric"] == "fd", log_x=True)
