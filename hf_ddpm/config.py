@@ -188,6 +188,9 @@ class TrainingConfig:
     compile: bool = _option(
         False, "Compile the network by torch.compile: a minute or more at the start, then faster steps."
     )
+    gradient_checkpointing: bool = _option(
+        False, "Keep what blocks take in instead of all activations: less memory, a forward pass more per step."
+    )
     cpu_threads_per_process: int | None = _option(
         None, "Threads of torch on the CPU; default: the processors, shared by the processes of this machine."
     )
@@ -318,7 +321,7 @@ _MAY_CHANGE = (
     *("eval_steps", "eval_split", "eval_num_images", "eval_network", "eval_network_path"),
     *("ddpm_num_inference_steps", "logger", "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo"),
     *("hub_revision", "hub_averages"),
-    *("compile", "cpu_threads_per_process", "enable_xformers_memory_efficient_attention"),
+    *("compile", "gradient_checkpointing", "cpu_threads_per_process", "enable_xformers_memory_efficient_attention"),
 )
 
 

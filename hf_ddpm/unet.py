@@ -52,6 +52,8 @@ def make_unet(
     torch.nn.init.zeros_(unet.conv_out.weight)
     if unet.conv_out.bias is not None:
         torch.nn.init.zeros_(unet.conv_out.bias)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     return unet

@@ -334,3 +334,26 @@ def test_a_compiled_network_is_trained_and_the_network_itself_is_saved(tiny_sett
     train(TrainingConfig(**{**tiny_settings, "output_dir": str(tmp_path / "compiled"), "compile": True}))
     assert compiled[0].frame_count == 1  # for all steps and previews
     assert differences(tmp_path / "run", tmp_path / "compiled") == []
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradient_checkpointing_changes_memory_alone(tiny_settings, tmp_path, monkeypatch, dropout):
+    """Blocks are run once more in the backward pass, with the same dropout, and give the same model."""
+    again = []
+    recompute = torch.utils.checkpoint.checkpoint
+
+    def counted(*arguments, **settings):
+        again.append(1)
+        return recompute(*arguments, **settings)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", counted)
+    config_file = Path(tiny_settings["model_config_name_or_path"])
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "dropout": dropout}))
+    train(TrainingConfig(**tiny_settings))
+    assert not again
+    changed = TrainingConfig(
+        **{**tiny_settings, "output_dir": str(tmp_path / "checkpointed"), "gradient_checkpointing": True}
+    )
+    train(changed)
+    assert again
+    assert differences(tmp_path / "run", tmp_path / "checkpointed") == []
