@@ -4,8 +4,9 @@
 
 All sample the network that is made for 28x28 gray images, with random weights, by DPM-Solver++. They take turns in
 one process, so that a change of the machine's speed meets all alike; the quotient of each turn is kept. Compilation
-and a first batch are left out. Then the stock pipeline as it comes: its 1000 ancestral steps, of 16 images. Then the feature network that `hf-ddpm evaluate` was run with: its speed, and how many
-cores it keeps busy. Writes `sampling_throughput.md` beside it.
+and a first batch are left out. Then the stock pipeline as it comes: its 1000 ancestral steps, of 16 images. Then the
+feature network that `hf-ddpm evaluate` was run with: its speed, and how many cores it keeps busy. Writes
+`sampling_throughput.md` beside it.
 """
 
 from __future__ import annotations
