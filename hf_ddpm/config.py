@@ -23,6 +23,10 @@ from hf_ddpm.errors import UsageError
 from hf_ddpm.files import write_atomically
 
 
+# The peaks that go with each optimizer.
+LEARNING_RATES = {"muon": 3e-3, "adamw": 1e-3}
+
+
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -111,7 +115,7 @@ class TrainingConfig:
     optimizer: Literal["muon", "adamw"] = _option(
         "muon", "Muon for the matrices of the network's blocks and AdamW for all else, or AdamW for all."
     )
-    learning_rate: float = _option(1e-3, "The peak of the schedule.")
+    learning_rate: float = _option(None, "The peak of the schedule; default: 0.003 for muon, 0.001 for adamw.")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = _option("cosine", "Its shape over the optimizer steps, whatever the accumulation and process count.")
@@ -196,6 +200,10 @@ class TrainingConfig:
     )
     local_rank: int = _option(-1, "Set by launchers of old; must agree with LOCAL_RANK.")
     enable_xformers_memory_efficient_attention: bool = _option(False, "Attention by xFormers instead of torch.")
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", LEARNING_RATES.get(self.optimizer))
 
 
 # These say how this start of the run is made, not what the run is; they are not written into its config.

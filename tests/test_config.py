@@ -67,6 +67,14 @@ def test_no_data_means_the_recipe_digits():
     assert parse_config(["--dataset_name", "digits"]) == TrainingConfig(dataset_name="digits")
 
 
+def test_the_learning_rate_goes_with_the_optimizer(tmp_path):
+    assert TrainingConfig().learning_rate == parse_config(["--dataset_name", "digits"]).learning_rate == 3e-3
+    assert parse_config(["--dataset_name", "digits", "--optimizer", "adamw"]).learning_rate == 1e-3
+    assert parse_config(["--optimizer", "adamw", "--learning_rate", "0.1"]).learning_rate == 0.1
+    save_config(TrainingConfig(optimizer="adamw"), tmp_path / "config.yaml")
+    assert "learning_rate: 0.001" in (tmp_path / "config.yaml").read_text()
+
+
 def test_flags_go_before_the_file_and_the_file_before_the_recipe(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("learning_rate: 3e-4\ntrain_batch_size: 8\n")
