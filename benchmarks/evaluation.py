@@ -1,7 +1,7 @@
 """README's table of a measured model: quality by steps and solver, bits per dimension, and how near it is to its data.
 
     accelerate launch --mixed_precision bf16 train_accelerate.py --recipe fashion-mnist --compile \
-        --max_train_steps 2300 --output_dir runs/fashion
+        --output_dir runs/fashion
     python benchmarks/evaluation.py runs/fashion
 
 Writes `evaluation.md` and `evaluation/*.png` beside it from what `hf-ddpm evaluate` wrote into the folder of the run.
@@ -12,14 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from hf_ddpm.card import read_run, result_cells
-from hf_ddpm.config import load_config
+from hf_ddpm.config import TrainingConfig, load_config
 from hf_ddpm.evaluation.evaluate import evaluate
+from hf_ddpm.search import search_and_keep
 
-NUM_IMAGES, GRID = 5000, {"ddim": (5, 10), "dpmsolver++": (5, 10, 20)}
+NUM_IMAGES, GRID = 5000, {"ddim": (10,), "dpmsolver++": (5, 8, 10, 20)}
+SEARCHED = (5, 8, 10)
 
 
 def main() -> None:
@@ -30,21 +33,31 @@ def main() -> None:
     data = load_config(str(options.run / "config.yaml"))
     if options.dataset_name is not None:
         data = replace(data, dataset_name=options.dataset_name)
+    for i, (solver, steps) in enumerate(GRID.items()):
+        measure(options.run, data, solver, steps, ["memorization"] if i == 0 else [], uniform=True)
+    for _ in search_and_keep(str(options.run), SEARCHED, dtype="bf16", compile=True):
+        pass
+    measure(options.run, data, "dpmsolver++", SEARCHED)
     # The bound of all test images; the rest of as many samples as FEATURES needs.
     evaluate(options.run, metrics=["nll"], data=data, num_images=10_000, timesteps_per_image=10)
-    for i, (solver, steps) in enumerate(GRID.items()):
-        evaluate(
-            options.run,
-            metrics=["fd", "kid", "precision", *(["memorization"] if i == 0 else [])],
-            data=data,
-            network="efficientnet-lite0",
-            num_images=NUM_IMAGES,
-            num_inference_steps=steps,
-            schedulers=[solver],
-            dtype="bf16",
-            compile=True,
-        )
     write(options.run, Path(__file__).parent)
+
+
+def measure(
+    run: Path, data: TrainingConfig, solver: str, steps: Sequence[int], more: Sequence[str] = (), uniform: bool = False
+) -> None:
+    evaluate(
+        run,
+        metrics=["fd", "kid", "precision", *more],
+        data=data,
+        network="efficientnet-lite0",
+        num_images=NUM_IMAGES,
+        num_inference_steps=steps,
+        schedulers=[solver],
+        dtype="bf16",
+        compile=True,
+        uniform=uniform,
+    )
 
 
 def write(run: Path, folder: Path) -> None:
@@ -54,7 +67,9 @@ def write(run: Path, folder: Path) -> None:
     cells = {}
     for row in rows:
         if "sampling" in row and not row["metric"].startswith("memorization"):
-            cell = (row["sampling"]["scheduler"], row["sampling"]["num_inference_steps"])
+            settings = row["sampling"]
+            spacing = ", searched" if settings.get("timesteps") else ""
+            cell = (settings["scheduler"] + spacing, settings["num_inference_steps"])
             cells.setdefault(cell, {})[row["metric"]] = row
     fd = by_metric["fd"]
     text = (

@@ -49,6 +49,7 @@ CONFIGURATIONS = {
     "accumulation, 2 loaders, flips, dropout, min-SNR, learned variance": (1, {"dataloader_num_workers": 2}),
     "the same, 2 processes": (2, {"dataloader_num_workers": 1}),
     "the same, bf16": (1, {"mixed_precision": "bf16"}),
+    "the same, bf16, compiled": (1, {"mixed_precision": "bf16", "compile": True}),
     "the same, streamed by 2 loaders": (1, {"streaming": True, "dataloader_num_workers": 2}),
     "the same, streamed by 2 processes": (2, {"streaming": True, "dataloader_num_workers": 1}),
 }

@@ -75,8 +75,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images", 256)
         options.folder = folder
-        children = {way: start(way, options) for way in WAYS}
-        first = {way: answer(child) for way, child in children.items()}
+        children, first = {}, {}
+        for way in WAYS:
+            children[way] = start(way, options)
+            first[way] = answer(children[way])
         taken: dict[str, list[float]] = {way: [] for way in WAYS}
         peaks: dict[str, list[float]] = {"bf16": [], "float32": []}
         for _ in range(options.turns):

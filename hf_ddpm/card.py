@@ -326,7 +326,7 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rescaled = ", rescaled to zero terminal SNR" if s.get("rescale_betas_zero_snr") else ""
     weight = "min(SNR, {min_snr_gamma:g}) on x_0" if s.get("loss_weighting") == "min_snr" else "{loss_weighting}"
     adam = "AdamW, weight decay {adam_weight_decay:g}" if s.get("adam_weight_decay") else "Adam"
-    adam = "Muon; of what is not a matrix, " + adam if s.get("optimizer") == "muon" else adam
+    adam = "Muon for the matrices of blocks, else " + adam if s.get("optimizer") == "muon" else adam
     warmup = "" if s.get("lr_scheduler") == "constant" else ", {lr_warmup_steps:,} warm-up steps"
     by_halflife = "ema_halflife_images" in s
     average = "half-life {ema_halflife_images[0]:,.0f} images" if by_halflife else "{ema_max_decay:g} per step"

@@ -325,10 +325,12 @@ def schedule(
             dtype=dtype,
             compile=compile,
         ):
+            is_nearer = found.distance < found.uniform_distance
+            is_why = "the model is on the Hub, download it to keep them" if is_nearer else "uniform ones are as good"
             typer.echo(
                 f"{scheduler}, {len(found.timesteps)} steps: distance {found.distance:.4f} to "
                 f"{found.reference_steps} steps, uniform {found.uniform_distance:.4f}"
-                + (f", kept in {path}" if path else ", not kept")
+                + (f", kept in {path}" if path else f", not kept: {is_why}")
             )
             typer.echo(f"timesteps={[*found.timesteps]}")
 

@@ -22,7 +22,6 @@ from hf_ddpm.checks import check_config
 from hf_ddpm.errors import UsageError
 from hf_ddpm.files import write_atomically
 
-
 # The peaks that go with each optimizer.
 LEARNING_RATES = {"muon": 3e-3, "adamw": 1e-3}
 
@@ -89,8 +88,8 @@ class TrainingConfig:
     min_snr_gamma: float = _option(5.0, "gamma of `min_snr`.")
     timestep_density: Literal["lognormal", "stratified", "uniform"] = _option(
         "lognormal",
-        "Draws of t: a log-normal noise level, or all t alike; one from each of as many parts of equal probability as "
-        "the batch holds, or independent (`uniform`).",
+        "Draws of t: nine tenths of a log-normal noise level, or all t alike; one from each of as many parts of equal "
+        "probability as the batch holds, or independent (`uniform`).",
     )
     noise_level_mean: float = _option(
         -0.4, "Of `lognormal`: the mean of log(sigma_t), sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)."
@@ -122,7 +121,7 @@ class TrainingConfig:
     lr_warmup_steps: int = _option(100, "Optimizer steps until the peak.")
     adam_beta1: float = _option(0.9, "AdamW's beta_1.")
     adam_beta2: float = _option(0.999, "AdamW's beta_2.")
-    adam_weight_decay: float = _option(1e-6, "AdamW's weight decay.")
+    adam_weight_decay: float = _option(1e-6, "AdamW's weight decay, and Muon's.")
     adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm.")
     use_ema: bool = _option(True, "Average the weights; previews and the saved model use the average.")
@@ -224,15 +223,16 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
         names = ("dataset_name", "train_data_dir", "config", "recipe")
         recipe = given.recipe if any(getattr(given, name) is not None for name in names) else "digits"
         settings = _file_settings(recipe, given.config)
+        words = [word.partition("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)]
+        flags = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
         # A flag goes before a file's setting that it replaces under another name.
         for flag, replaced in _REPLACES.items():
-            if getattr(given, flag) != parser.get_default(flag):
+            # An optimizer that the file names, too, keeps the file's rate.
+            is_said = flag in flags and not (flag == "optimizer" and settings.get(flag) == given.optimizer)
+            if is_said or (getattr(given, flag) != parser.get_default(flag) and flag != "optimizer"):
                 settings = {name: value for name, value in settings.items() if name not in replaced}
-        if given.init_from is not None:
-            words = [word.partition("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)]
-            flags = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-            if beside := sorted(flags & OF_INIT_FROM.keys()):
-                raise UsageError(f"{beside[0]} is that of the model in init_from: leave it out")
+        if given.init_from is not None and (beside := sorted(flags & OF_INIT_FROM.keys())):
+            raise UsageError(f"{beside[0]} is that of the model in init_from: leave it out")
         parser.set_defaults(**_as_defaults(settings))
         config, _ = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
         check_config(config)
@@ -263,6 +263,7 @@ _REPLACES = {
     "train_data_dir": ("dataset_name", "dataset_config_name", "image_column"),
     "num_epochs": ("max_train_steps",),
     "init_from": ("model_config_name_or_path", "dropout"),
+    "optimizer": ("learning_rate",),
 }
 # What `init_from` decides -> its name in the config of that model's scheduler.
 OF_INIT_FROM = {
@@ -312,10 +313,12 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
 def check_same_run(config: TrainingConfig, path: Path) -> None:
     """Raises UsageError if the settings of a resumed run are not those in `path`, its config.yaml."""
     before = asdict(load_config(str(path)))
+    if "optimizer" not in _file_settings(None, str(path)):
+        before["optimizer"] = "adamw"  # there was no other
     for name, value in _settings(config).items():
         if name not in (*_OF_ONE_START, *_MAY_CHANGE) and value != before[name]:
             raise UsageError(
-                f"{name} was {before[name]} in this run, got {value}: resume with --config {path}, "
+                f"{name} was {before[name]} in this run, got {value}: resume with that, as --config {path} has it, "
                 "or change that file to change it on purpose"
             )
 

@@ -51,7 +51,7 @@ def backend() -> str | None:
     return None if torch.accelerator.is_available() else "gloo"
 
 
-def check(accelerator: Accelerator) -> None:
+def check(accelerator: Accelerator, config: TrainingConfig) -> None:
     """Raises UsageError if the processes are not distributed as the launcher was told, or in a way that we cannot."""
     for name in ("FSDP", "DEEPSPEED"):
         if _is_asked_for(name) and accelerator.distributed_type != name:
@@ -67,6 +67,11 @@ def check(accelerator: Accelerator) -> None:
             "configuration of `accelerate config` for this machine, on a CPU with ACCELERATE_USE_CPU=true"
         )
     if _is_deepspeed(accelerator):
+        if config.optimizer != "adamw":
+            raise UsageError(
+                f"optimizer must be adamw with DeepSpeed, whose processes hold parts of matrices, got "
+                f"{config.optimizer}: --optimizer adamw, or FSDP"
+            )
         _check_deepspeed(accelerator)
 
 
@@ -103,11 +108,6 @@ def prepare(
 ) -> tuple[Any, Any]:
     """The network and the optimizer as Accelerate prepares them, for the batch, clipping and precision of `config`."""
     if _is_deepspeed(accelerator):
-        if config.optimizer != "adamw":
-            raise UsageError(
-                f"optimizer must be adamw with DeepSpeed, whose processes hold parts of matrices, got "
-                f"{config.optimizer}: --optimizer adamw, or FSDP"
-            )
         settings = _deepspeed_config(accelerator)
         batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
         whole = batch_size * accumulation * accelerator.num_processes
@@ -225,6 +225,10 @@ def load(
 
     Raises: KeyError for a name that is missing or unknown.
     """
+    kept = "muon" if any(key.endswith("/momentum_buffer") for key in moments) else "adamw"
+    asked = "muon" if isinstance(optimizer, Muon) else "adamw"
+    if moments and kept != asked:
+        raise UsageError(f"optimizer must be {kept}, whose moments the checkpoint holds, got {asked}")
     scatter(weights, parameters)
     if _is_zero(optimizer):
         _load_zero(moments, parameters, optimizer)
@@ -233,8 +237,6 @@ def load(
     place = {id(p): i for i, p in enumerate(in_groups)}
     number = {name: place[id(p)] for name, p in parameters.items()}
     states: dict[int, dict[str, Tensor]] = {}
-    if moments and any(key.endswith("/momentum_buffer") for key in moments) != isinstance(optimizer, Muon):
-        raise KeyError("the moments are those of another optimizer")
     for key, value in moments.items():
         name, _, kind = key.rpartition("/")
         placed = value if value.ndim == 0 else _placed_as(value, parameters[name])

@@ -3,6 +3,8 @@
     t ~ density,  eps ~ N(0, I),  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
     loss = weight(t) mean((prediction(x_t, t) - target)^2)    [+ 0.001 T L_t with learned variance]
 
+Of t that are drawn uniformly, T L_t is the bound's expectation; with another density its terms have other weights.
+
 Algorithm 1 of Ho et al. 2020 is density uniform, target eps, weight 1. All but the network runs in float32.
 """
 
@@ -25,6 +27,7 @@ Weighting = Literal["constant", "min_snr"]
 
 # lambda of Nichol & Dhariwal 2021, Eq. 16.
 VARIATIONAL_BOUND_WEIGHT = 1e-3
+UNIFORM_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Objective:
         min_snr_gamma: gamma > 0.
         density: of t. `uniform`, independent draws; `stratified`, one from each of B equal parts of [0, T), which has
             the same expectation and less variance; `lognormal`, sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t) being
-            so distributed (Karras et al. 2022, Table 1), one from each of B parts of equal probability.
+            so distributed (Karras et al. 2022, Table 1) but for UNIFORM_SHARE of the draws, so that no t goes
+            untrained, one from each of B parts of equal probability.
         noise_level_mean, noise_level_std: of log sigma_t, for `lognormal`; above 0 the latter.
         autocast_dtype: the type the network runs in; None: that of its weights.
     """
@@ -120,7 +124,7 @@ class Objective:
             first, count = stratum or (0, batch_size)
             u = (torch.arange(first, first + batch_size, device=device) + u) / count
         if self.density == "lognormal":
-            t = torch.searchsorted(self._cumulative.to(device), u, right=True)
+            t = torch.searchsorted(self._cumulative.to(device, non_blocking=True), u, right=True)
             return t.clamp(max=len(self.scheduler) - 1)
         # (k + u) / count can round up to 1.
         return (u * len(self.scheduler)).long().clamp(max=len(self.scheduler) - 1)
@@ -129,7 +133,9 @@ class Objective:
     def _cumulative(self) -> Tensor:
         """The probability of timesteps up to t, (T,) float32; the ends take what is beyond them."""
         log_sigma = -self.scheduler.snr(torch.arange(len(self.scheduler))).log() / 2
-        return torch.special.ndtr((log_sigma - self.noise_level_mean) / self.noise_level_std).float()
+        lognormal = torch.special.ndtr((log_sigma - self.noise_level_mean) / self.noise_level_std)
+        uniform = torch.arange(1, len(self.scheduler) + 1) / len(self.scheduler)
+        return torch.lerp(lognormal, uniform.to(lognormal), UNIFORM_SHARE).float()
 
     def weight(self, t: Tensor) -> Tensor:
         """The weight of the squared error of the network's output, (B,) float32.

@@ -74,7 +74,8 @@ class Muon(torch.optim.Optimizer):
     ):
         self.dtype = dtype
         settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps}
-        super().__init__([{"params": matrices}, {"params": others}], settings)
+        # By this word torch puts the step numbers of a state that it loads where their parameters are.
+        super().__init__([{"params": matrices}, {"params": others, "fused": True}], settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -88,7 +89,9 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is None:
                 continue
-            momentum: Tensor = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+            momentum: Tensor = self.state[p]["momentum_buffer"]
             mixed = torch.lerp(momentum, p.grad, 1 - MOMENTUM)
             if self.found_inf is not None:
                 mixed = torch.where(self.found_inf.bool(), momentum, mixed)

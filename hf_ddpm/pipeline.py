@@ -10,6 +10,7 @@ stored for these weights come with them. diffusers' name for x_t is `latents`.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,8 +26,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from hf_ddpm.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler, all_values
 from hf_ddpm.timesteps import SearchedTimesteps, read_searched, solver_name, write_searched
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,19 +74,26 @@ class DDPMPipeline(DiffusionPipeline):
             scheduler = DDPMScheduler.from_config(all_values(scheduler.config))
         self.register_modules(unet=unet, scheduler=scheduler)
         self.searched_timesteps: dict[tuple[str, int], SearchedTimesteps] = {}
+        self._searched_weights: str | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As of `diffusers.DiffusionPipeline`, with the searched timesteps that lie beside the network's weights."""
         pipeline: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        pipeline.searched_timesteps = read_searched(_folder_of(pipeline.unet))
+        folder = _folder_of(pipeline.unet)
+        if searched := read_searched(folder):
+            pipeline.searched_timesteps, pipeline._searched_weights = searched, weights_sha256(folder)
         return pipeline
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As of `diffusers.DiffusionPipeline`, with the searched timesteps."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if self.searched_timesteps:
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As of `diffusers.DiffusionPipeline`, which calls it when the weights are saved; adds searched timesteps."""
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        if not self.searched_timesteps:
+            return
+        if weights_sha256(Path(save_directory)) == self._searched_weights:
             write_searched(Path(save_directory), list(self.searched_timesteps.values()))
+        else:
+            logger.warning("searched timesteps are not saved: they were found for other weights or another dtype")
 
     def register_to_config(self, **kwargs: Any) -> None:
         # model_index.json names our scheduler as the stock one: diffusers loads no other name from the Hub.
@@ -251,8 +262,8 @@ class DDPMPipeline(DiffusionPipeline):
                 f"timesteps must be given without num_inference_steps, got {num_inference_steps} and {len(timesteps)}"
             )
         bounded = [num_train, *timesteps, -1]
-        if len(bounded) < 3 or any(t <= s for t, s in pairwise(bounded)):
-            raise ValueError(f"timesteps must fall strictly within [0, {num_train}), got {[*timesteps]}")
+        if len(bounded) < 3 or any(t <= s or s != int(s) for t, s in pairwise(bounded)):
+            raise ValueError(f"timesteps must be integers that fall strictly in [0, {num_train}), got {[*timesteps]}")
         if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise ValueError(f"timesteps must be None for {type(self.scheduler).__name__}, which takes none")
 
@@ -283,7 +294,7 @@ class DDPMPipeline(DiffusionPipeline):
 
 def _folder_of(unet: Any) -> Path:
     """Where the pipeline is that a network was loaded with, if it was."""
-    folder = Path(unet.config.get("_name_or_path") or "does-not-exist")
+    folder = Path((unet is not None and unet.config.get("_name_or_path")) or "does-not-exist")
     return folder.parent if folder.name == "unet" else folder
 
 

@@ -44,7 +44,7 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
     Raises:
         UsageError: settings or data that cannot work.
     """
-    engine.check(accelerator)
+    engine.check(accelerator, config)
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu and accelerator.mixed_precision == "fp16":
         raise UsageError("mixed_precision fp16 needs a GPU: its gradients are scaled there only; use bf16 or no")

@@ -216,7 +216,7 @@ def descend(
     value: Callable[[tuple[int, ...]], float],
     accept: Callable[[tuple[int, ...]], object],
 ) -> tuple[int, ...]:
-    """The falling integers that no move of one of them, all but the first, brings to a lower value.
+    """The falling integers that no move of one of them by 1, all but the first, brings to a lower value.
 
     Args:
         starts: the best of them is where it begins.

@@ -71,7 +71,7 @@ def read_searched(folder: Path) -> dict[tuple[str, int], SearchedTimesteps]:
 
 
 def write_searched(folder: Path, searched: Sequence[SearchedTimesteps]) -> None:
-    """Writes them for the pipeline in `folder`, instead of all that are there."""
+    """Writes them for the weights in `folder`, instead of all that are there."""
     rows = sorted(searched, key=lambda row: row.key)
     content = {"weights_sha256": weights_sha256(folder), "searched": [asdict(row) for row in rows]}
     write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
@@ -81,5 +81,9 @@ def solver_name(scheduler: Any) -> str | None:
     """`ddim` or `dpmsolver++`, whose timesteps can be searched; None for what is neither."""
     config = scheduler.config
     if type(scheduler).__name__ != "DPMSolverMultistepScheduler" or config["algorithm_type"] != "dpmsolver++":
+        return None
+    if any(config.get(f"use_{name}") for name in ("karras_sigmas", "lu_lambdas", "exponential_sigmas", "beta_sigmas")):
+        return None  # it has noise levels of its own
+    if config.get("use_flow_sigmas"):
         return None
     return {1: "ddim", 2: "dpmsolver++"}.get(config["solver_order"])

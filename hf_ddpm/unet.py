@@ -1,7 +1,8 @@
 """The network: a `UNet2DModel` from a config, or one sized for the data.
 
 A network of L levels halves its input L-1 times. Sized for the data, the lowest level is 4 to 8 pixels wide, levels of
-16 pixels and less attend, and heads have 64 channels: with diffusers' default of 8, attention takes half of a step.
+16 pixels and less attend, heads have 64 channels (with diffusers' default of 8, attention takes half of a step), and
+the timestep scales what blocks have normalized, as well as shifting it (Nichol & Dhariwal 2021, App. A).
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def use_plain_attention(unet: Any, device: torch.device) -> None:
     """
     config = unet.config
     size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
-    attending = [level for level, kind in enumerate(config.down_block_types) if "Attn" in kind]
+    blocks = zip(config.down_block_types, reversed(config.up_block_types), strict=True)
+    attending = [level for level, kinds in enumerate(blocks) if "Attn" in "".join(kinds)]
     attending += [len(config.down_block_types) - 1] if config.add_attention else []
     if device.type != "cpu" or any(size >> level > MAX_ATTENTION_PIXELS for level in attending):
         return
@@ -107,6 +109,7 @@ def sized_config(
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "layers_per_block": 2,
         "attention_head_dim": HEAD_CHANNELS,
+        "resnet_time_scale_shift": "scale_shift",
         "dropout": dropout,
         "num_class_embeds": num_classes,
     }

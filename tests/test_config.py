@@ -71,8 +71,13 @@ def test_the_learning_rate_goes_with_the_optimizer(tmp_path):
     assert TrainingConfig().learning_rate == parse_config(["--dataset_name", "digits"]).learning_rate == 3e-3
     assert parse_config(["--dataset_name", "digits", "--optimizer", "adamw"]).learning_rate == 1e-3
     assert parse_config(["--optimizer", "adamw", "--learning_rate", "0.1"]).learning_rate == 0.1
-    save_config(TrainingConfig(optimizer="adamw"), tmp_path / "config.yaml")
-    assert "learning_rate: 0.001" in (tmp_path / "config.yaml").read_text()
+    file = tmp_path / "config.yaml"
+    save_config(TrainingConfig(optimizer="adamw"), file)
+    assert "learning_rate: 0.001" in file.read_text()
+    # Another optimizer than the file's does not get the rate that the file has for it; the same one does.
+    file.write_text("optimizer: adamw\nlearning_rate: 0.5\n")
+    rates = [parse_config(["--config", str(file), "--optimizer", name]).learning_rate for name in ("muon", "adamw")]
+    assert rates == [3e-3, 0.5]
 
 
 def test_flags_go_before_the_file_and_the_file_before_the_recipe(tmp_path):

@@ -51,7 +51,20 @@ def launch(processes, output_dir, *arguments, options=("--cpu",)):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The same 20 steps of 8 images, by one process at once, by one in four parts, by two in two and by four."""
+    divisions = {
+        "whole": (1, 8, 1, {}),
+        "1 by 4": (1, 2, 4, {}),
+        "4 by 1": (4, 2, 1, {}),
+        "2 by 2, FSDP": (2, 2, 2, FSDP),
+    }
     root = tmp_path_factory.mktemp("distributed")
+    train_divided(root, divisions)
+    launch(2, root / "2 by 2", "--config", root / "config.yaml")
+    return root, {path.name: trace(path) for path in root.iterdir() if (path / "metrics.jsonl").exists()}
+
+
+def train_divided(root: Path, divisions: dict, **settings) -> TrainingConfig:
+    """The runs in `root`, and the config of one that two processes divide in two, which is config.yaml there."""
     model = root / "unet.json"
     model.write_text(json.dumps(tiny_unet_config(channels=1)))
     config = TrainingConfig(
@@ -66,20 +79,15 @@ def runs(tmp_path_factory):
         cache_dir=str(root / "cache"),
         lr_warmup_steps=5,
         cpu_threads_per_process=1,
+        **settings,
     )
-    for name, (processes, batch_size, accumulation, variables) in {
-        "whole": (1, 8, 1, {}),
-        "1 by 4": (1, 2, 4, {}),
-        "4 by 1": (4, 2, 1, {}),
-        "2 by 2, FSDP": (2, 2, 2, FSDP),
-    }.items():
+    for name, (processes, batch_size, accumulation, variables) in divisions.items():
         divided = replace(config, train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
         divided = replace(divided, output_dir=str(root / name))
         assert start(divided, processes, **variables) == [0] * processes, said(divided)
     divided = replace(config, train_batch_size=2, gradient_accumulation_steps=2)
     save_config(divided, root / "config.yaml")
-    launch(2, root / "2 by 2", "--config", root / "config.yaml")
-    return root, {path.name: trace(path) for path in root.iterdir() if (path / "metrics.jsonl").exists()}
+    return divided
 
 
 @pytest.mark.parametrize("name", ["1 by 4", "2 by 2", "4 by 1", "2 by 2, FSDP"])
@@ -187,10 +195,12 @@ def test_fsdp_that_would_be_left_out_is_refused(runs, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def zero_runs(runs):
-    """The 20 steps by two processes with ZeRO-1, ZeRO-2 as `launch_configs` has it, ZeRO-2 in bf16 and DDP in bf16."""
-    root, traces = runs
-    config = load_config(str(root / "config.yaml"))
+def zero_runs(tmp_path_factory):
+    """The 20 steps of AdamW, and so by two processes with ZeRO-1, ZeRO-2 as `launch_configs` has it, ZeRO-2 in bf16
+    and DDP in bf16."""
+    root = tmp_path_factory.mktemp("zero")
+    divisions = {"whole": (1, 8, 1, {}), "1 by 4": (1, 2, 4, {})}
+    config = train_divided(root, divisions, optimizer="adamw")
     launch(2, root / "ZeRO-2", "--config", root / "config.yaml", options=("--config_file", ZERO_2))
     for name, precision, variables in [
         ("ZeRO-1", "no", zero(1)),
@@ -199,7 +209,7 @@ def zero_runs(runs):
     ]:
         of_name = replace(config, output_dir=str(root / name), mixed_precision=precision)
         assert start(of_name, 2, **variables) == [0, 0], said(of_name)
-    return root, traces | {name: trace(root / name) for name in ("ZeRO-1", "ZeRO-2")}
+    return root, {path.name: trace(path) for path in root.iterdir() if (path / "metrics.jsonl").exists()}
 
 
 @needs_deepspeed
@@ -287,6 +297,14 @@ def test_what_zero_cannot_is_refused(zero_runs, variables, precision, message, t
     assert start(config, 1, **variables) == [1]
     assert "start it by `accelerate launch`" in said(config)
     assert not (tmp_path / "run").exists()
+
+
+@needs_deepspeed
+def test_muon_is_not_for_zero(zero_runs, tmp_path):
+    root, _ = zero_runs
+    config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"), optimizer="muon")
+    assert start(config, 2, **zero(2)) == [1, 1]
+    assert "optimizer must be adamw with DeepSpeed" in said(config)
 
 
 @needs_deepspeed

@@ -26,6 +26,7 @@ def set_gradients(*several):
             parameter.grad = gradient.clone().view(parameter.shape)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_equal_to_torch(parameters):
     """torch.optim.Muon of each matrix and torch.optim.AdamW of the rest; bfloat16 rounds in another order."""
     theirs = copy.deepcopy(parameters)
@@ -100,6 +101,14 @@ def test_a_state_that_was_saved_goes_on_alike(parameters):
     steps(whole, parameters, 2)
     steps(resumed, copied, 2)
     assert all(torch.equal(a, b) for a, b in zip(parameters, copied, strict=True))
+
+
+def test_step_numbers_are_loaded_onto_the_device_of_parameters(parameters):
+    """Where fused AdamW wants them; CPU and meta device stand for CPU and GPU."""
+    group = Muon(parameters[:-1], parameters[-1:], lr=0.1).param_groups[1]
+    place = torch.optim.Optimizer._process_value_according_to_param_policy
+    on_device = torch.empty(3, device="meta")
+    assert place(on_device, torch.zeros(()), 0, [{**group, "params": [0]}], "step").device.type == "meta"
 
 
 def test_matrices_of_blocks_are_muons():

@@ -169,6 +169,19 @@ def test_a_fused_optimizer_leaves_all_as_it_is():
         assert all(torch.equal(a, b) == bool(found) for a, b in zip(before, after, strict=True))
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused(whole):
+    """Also by the config of a run that was begun when there was AdamW alone."""
+    _, config = whole(optimizer="adamw", max_train_steps=4)
+    file = Path(config.output_dir) / "config.yaml"
+    assert start(config, 1, "step", 3) == [-signal.SIGKILL]
+    file.write_text(re.sub("optimizer: adamw\n", "", file.read_text()))
+    assert start(replace(config, optimizer="muon", resume_from_checkpoint="latest")) == [1]
+    assert "optimizer was adamw in this run, got muon" in said(config)
+    file.write_text(file.read_text() + "optimizer: muon\n")
+    assert start(replace(config, optimizer="muon", resume_from_checkpoint="latest")) == [1]
+    assert "optimizer must be adamw, whose moments the checkpoint holds, got muon" in said(config)
+
+
 def test_a_process_that_loads_data_dies(whole):
     unkilled, config = whole(dataloader_num_workers=1, max_train_steps=4)
     config = replace(config, dataloader_num_workers=1)

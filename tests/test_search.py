@@ -135,6 +135,10 @@ def test_stored_timesteps_survive_saving_and_go_with_other_weights(model, tmp_pa
     pipeline = DDPMPipeline.from_pretrained(model)
     with torch.no_grad():
         pipeline.unet.conv_out.weight += 1
+    pipeline.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed" / FILE).exists()
+    assert "searched timesteps are not saved: they were found for other weights" in caplog.text
+    assert DDPMPipeline.from_pretrained(model, unet=None).searched_timesteps == {}
     pipeline.unet.save_pretrained(model / "unet")
     assert read_searched(model) == {}
     assert "is of other weights and not used: run `hf-ddpm schedule` again" in caplog.text
@@ -149,6 +153,8 @@ def test_which_solvers_timesteps_are_searched():
     assert solver_name(DPMSolverMultistepScheduler.from_config(config, solver_order=1)) == "ddim"
     assert solver_name(DPMSolverMultistepScheduler.from_config(config, solver_order=3)) is None
     assert solver_name(DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++")) is None
+    for own in ("karras_sigmas", "lu_lambdas", "exponential_sigmas", "beta_sigmas"):
+        assert solver_name(DPMSolverMultistepScheduler.from_config(config, **{f"use_{own}": True})) is None
     for other in (DDIMScheduler, UniPCMultistepScheduler, DDPMScheduler):
         assert solver_name(other.from_config(config)) is None
 
@@ -157,10 +163,11 @@ def test_which_solvers_timesteps_are_searched():
     ("arguments", "message"),
     {
         "both": ({"timesteps": [9, 1], "num_inference_steps": 3}, "without num_inference_steps, got 3 and 2"),
-        "rising": ({"timesteps": [1, 9]}, r"must fall strictly within \[0, 100\), got \[1, 9\]"),
-        "too large": ({"timesteps": [100, 9]}, "must fall strictly"),
-        "negative": ({"timesteps": [9, -1]}, "must fall strictly"),
-        "none": ({"timesteps": []}, "must fall strictly"),
+        "rising": ({"timesteps": [1, 9]}, r"must be integers that fall strictly in \[0, 100\), got \[1, 9\]"),
+        "too large": ({"timesteps": [100, 9]}, "must be integers that fall strictly"),
+        "negative": ({"timesteps": [9, -1]}, "must be integers that fall strictly"),
+        "between": ({"timesteps": [9.5, 1]}, "must be integers that fall strictly"),
+        "none": ({"timesteps": []}, "must be integers that fall strictly"),
     }.values(),
 )
 def test_timesteps_that_cannot_be(model, arguments, message):
