@@ -28,7 +28,7 @@ def test_plain_attention_is_the_same_attention():
 
 @pytest.mark.parametrize("block_types", ["down_block_types", "up_block_types"])
 def test_a_network_that_attends_to_many_pixels_keeps_its_kernel(block_types):
-    settings = sized_config(28, 1, 1)
+    settings = {**sized_config(28, 1, 1), "attention_head_dim": 32}
     kinds = settings[block_types]
     place = 0 if block_types == "down_block_types" else len(kinds) - 1
     settings[block_types] = [f"Attn{k}" if i == place else k for i, k in enumerate(kinds)]
