@@ -29,6 +29,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_ddpm.errors import UsageError
 from hf_ddpm.files import weights_sha256, write_atomically
+from hf_ddpm.timesteps import read_searched
 
 BEGIN = "<!-- hf_ddpm: from here to its end, this is written anew with each measurement and each upload -->"
 END = "<!-- hf_ddpm: end -->"
@@ -247,6 +248,7 @@ def _card(folder: Path, repo_id: str | None, revision: str | None) -> ModelCard:
         step_denoiser=step_denoiser,
         T=T,
         fast_steps=min(20, T) if T and _is_dpm_solvable(settings, unet) else None,
+        searched=[*read_searched(folder).values()],
         our_steps=our_steps,
         trajectory="True" if our_steps is None or our_steps <= 100 else f"range(0, {our_steps}, {our_steps // 10})",
         num_classes=(len(data.get("class_names") or ()) or unet.get("num_class_embeds")) if conditional else None,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_ddpm.card import write_card
 from hf_ddpm.models import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.sampling import load_for_sampling, named_scheduler, seeded_generators
@@ -40,7 +41,7 @@ def search_and_keep(
     compile: bool = False,
     **settings: Any,
 ) -> Iterator[tuple[SearchedTimesteps, Path | None]]:
-    """Searches, and keeps what is better than uniform timesteps in the model's folder, beside what is there.
+    """Searches, and keeps what is better than uniform timesteps in the model's folder and on its card.
 
     Args:
         model, device, dtype, compile: as of `load_for_sampling`.
@@ -59,6 +60,7 @@ def search_and_keep(
         keep = repo_id is None and found.distance < found.uniform_distance
         if keep:
             write_searched(folder, [*{**read_searched(folder), found.key: found}.values()])
+            write_card(folder)
         yield found, folder / FILE if keep else None
 
 

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"checks", "errors", "files"},
     "objective": {"scheduler"},
     "timesteps": {"files"},
-    "pipeline": {"scheduler", "timesteps"},
+    "pipeline": {"files", "scheduler", "timesteps"},
     "ema": set(),
     "launch": {"stopping", "processes", "errors"},
     "figures": {"scheduler"},
@@ -51,10 +51,10 @@ ALLOWED: dict[str, set[str]] = {
     "posthoc": {"errors"},
     "metrics": {"files"},
     "sampling": {"scheduler", "pipeline", "launch", "models", "unet"},
-    "search": {"models", "pipeline", "sampling", "timesteps"},
     "samples": {"figures", "files", "processes", "sampling"},
     # The card is written from a run's files alone, so that it needs nothing of what wrote them.
-    "card": {"files", "errors"},
+    "card": {"files", "errors", "timesteps"},
+    "search": {"card", "models", "pipeline", "sampling", "timesteps"},
     "hub": {"config", "files", "card", "metrics", "errors", "models"},
     "pusher": {"hub", "errors"},
     "evaluation": {

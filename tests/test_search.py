@@ -9,7 +9,6 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from typer.testing import CliRunner
 
-import hf_ddpm
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
 from hf_ddpm.samples import write_samples
@@ -192,7 +191,10 @@ def test_the_command_keeps_what_it_finds_and_samples_say_what_they_used(model, t
         assert f"timesteps={[*stored['dpmsolver++', n].timesteps]}" in done.output
     assert runner.invoke(app, [*command[:2], "--steps", "3", "--num_images", "4"]).exit_code == 0
     assert {n for _, n in read_searched(model)} == {2, 3, 4}
-    hf_ddpm.DDPMPipeline.from_pretrained(model)
+    card = (model / "README.md").read_text()
+    for (_, _), row in stored.items():
+        timesteps = ", ".join(map(str, row.timesteps))
+        assert f"| dpmsolver++ | {timesteps} | {row.distance:.4f} | {row.uniform_distance:.4f} |" in card
     for uniform in (False, True):
         out = tmp_path / f"uniform-{uniform}"
         write_samples(str(model), out, num_images=2, num_inference_steps=4, device="cpu", uniform=uniform)
