@@ -110,6 +110,7 @@ def measure(bare: BareLoop, folder: str) -> tuple[list[float], list[float]]:
             max_train_steps=steps,
             checkpointing_steps=10 * steps,
             eval_batch_size=1,
+            optimizer="adamw",
             ddpm_num_steps=1000,
             ddpm_num_inference_steps=1,
             cpu_threads_per_process=torch.get_num_threads(),
