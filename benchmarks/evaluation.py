@@ -38,7 +38,7 @@ def main() -> None:
     for _ in search_and_keep(str(options.run), SEARCHED, dtype="bf16", compile=True):
         pass
     measure(options.run, data, "dpmsolver++", SEARCHED)
-    evaluate(options.run, metrics=["nll"], data=data, num_images=NUM_IMAGES, timesteps_per_image=10)
+    evaluate(options.run, metrics=["nll"], data=data, num_images=1000, timesteps_per_image=10)
     write(options.run, Path(__file__).parent)
 
 
