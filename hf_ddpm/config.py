@@ -318,7 +318,7 @@ def check_same_run(config: TrainingConfig, path: Path) -> None:
     for name, value in _settings(config).items():
         if name not in (*_OF_ONE_START, *_MAY_CHANGE) and value != before[name]:
             raise UsageError(
-                f"{name} was {before[name]} in this run, got {value}: resume with that, as --config {path} has it, "
+                f"{name} was {before[name]} in this run, got {value}: resume with --config {path}, "
                 "or change that file to change it on purpose"
             )
 

@@ -336,8 +336,7 @@ def test_a_compiled_network_is_trained_and_the_network_itself_is_saved(tiny_sett
     assert differences(tmp_path / "run", tmp_path / "compiled") == []
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradient_checkpointing_changes_memory_alone(tiny_settings, tmp_path, monkeypatch, dropout):
+def test_gradient_checkpointing_changes_memory_alone(tiny_settings, tmp_path, monkeypatch):
     """Blocks are run once more in the backward pass, with the same dropout, and give the same model."""
     again = []
     recompute = torch.utils.checkpoint.checkpoint
@@ -348,7 +347,7 @@ def test_gradient_checkpointing_changes_memory_alone(tiny_settings, tmp_path, mo
 
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", counted)
     config_file = Path(tiny_settings["model_config_name_or_path"])
-    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "dropout": dropout}))
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "dropout": 0.5}))
     train(TrainingConfig(**tiny_settings))
     assert not again
     changed = TrainingConfig(
