@@ -155,7 +155,9 @@ def search_timesteps(
         for first in (seed, seed + num_images)
     )
     target, unseen_target = seen.images(many), unseen.images(many)
-    for n in num_steps:
+    if not (target.isfinite().all() and unseen_target.isfinite().all()):
+        raise ValueError("images must be finite, got NaN: the weights are damaged or overflow")
+    for n in dict.fromkeys(num_steps):
         best = descend(
             starting_timesteps(num_train, n),
             lambda timesteps: distance(seen.images(timesteps), target),

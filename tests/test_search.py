@@ -218,6 +218,17 @@ def test_the_command_refuses(model, arguments, message):
     assert message in done.output
 
 
+def test_a_damaged_model_is_said_and_not_searched(model):
+    pipeline = DDPMPipeline.from_pretrained(model)
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight[0] = torch.nan
+    pipeline.save_pretrained(model)
+    done = CliRunner().invoke(app, ["schedule", str(model), "--steps", "3", "--num_images", "2"])
+    assert done.exit_code == 1
+    assert "images must be finite, got NaN: the weights are damaged" in done.output
+    assert not (model / FILE).exists()
+
+
 def test_a_step_denoiser_is_refused(make_unet, tmp_path):
     scheduler = DDPMScheduler(
         T, prediction_type="previous_sample", timestep_spacing="trailing", beta_schedule="squaredcos_cap_v2"
