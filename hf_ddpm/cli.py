@@ -52,7 +52,10 @@ def sample(
     ] = None,
     scheduler: Annotated[
         str | None,
-        typer.Option(help="ddpm, ddim, dpmsolver++ or unipc. Default: dpmsolver++; a step denoiser's: ddpm."),
+        typer.Option(
+            help="ddpm, ddim, dpmsolver++ or unipc. Default: unipc, dpmsolver++ for so many steps as were searched; a "
+            "step denoiser's: ddpm."
+        ),
     ] = None,
     class_label: Annotated[
         int | None, typer.Option("--class_label", min=0, help="For a model of classes; default: each in turn.")

@@ -100,7 +100,7 @@ def write_samples(
     settings = {
         "model": str(model),
         "weights_sha256": weights_sha256(Path(unet.config["_name_or_path"])),
-        "scheduler": scheduler or default_scheduler(pipeline.scheduler.config),
+        "scheduler": scheduler or default_scheduler(pipeline.scheduler.config, pipeline.searched_timesteps, steps),
         "num_inference_steps": steps,
         "timesteps": None if found is None else [*found.timesteps],
         "seed": seed,

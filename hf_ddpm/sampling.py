@@ -18,7 +18,7 @@ The last bits of an image depend on how many images a forward pass has: PyTorch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,13 +39,24 @@ DTYPES = ("fp32", "bf16")
 # between one process and several; from 64 on diffusers lays out what it enlarges in another way.
 FORWARD_BATCH = 16
 SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
+# Of the solvers, of which UniPC is the default: benchmarks/solvers.md.
+DEFAULT_STEPS = 20
 SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
-def default_scheduler(config: Any) -> str:
-    """The name of the scheduler that takes fewest steps for a model whose scheduler has this config."""
-    solvable = config["prediction_type"] != "previous_sample" and config["beta_schedule"] in SOLVABLE_SCHEDULES
-    return "dpmsolver++" if solvable else "ddpm"
+def default_scheduler(
+    config: Any, searched: Container[tuple[str, int]] = (), num_inference_steps: int | None = None
+) -> str:
+    """The name of the scheduler that samples a model best in few steps.
+
+    Args:
+        config: of the model's scheduler.
+        searched: of which solvers and numbers of steps there are searched timesteps: UniPC takes none.
+        num_inference_steps: default: DEFAULT_STEPS.
+    """
+    if config["prediction_type"] == "previous_sample" or config["beta_schedule"] not in SOLVABLE_SCHEDULES:
+        return "ddpm"
+    return "dpmsolver++" if ("dpmsolver++", num_inference_steps or DEFAULT_STEPS) in searched else "unipc"
 
 
 def named_scheduler(name: str, config: Any, num_inference_steps: int | None = None) -> Any:
@@ -96,7 +107,8 @@ def load_for_sampling(
 
     Args:
         model: a folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
-        scheduler: a name in SCHEDULERS; default: dpmsolver++, and ddpm where only that can sample the model.
+        scheduler: a name in SCHEDULERS; default: unipc, dpmsolver++ where its timesteps have been searched for so many
+            steps, and ddpm where only that can sample the model.
         num_inference_steps: default: 20, or all T for the scheduler `ddpm`.
         device: default: cuda or mps if there is one, else cpu.
         dtype: of the network's arithmetic, a name in DTYPES; x_t and the scheduler's stay in float32.
@@ -117,8 +129,9 @@ def load_for_sampling(
         pipeline.searched_timesteps = {}
     pipeline.unet.eval()
     config = pipeline.scheduler.config
-    name, num_train = scheduler or default_scheduler(config), config["num_train_timesteps"]
-    steps = num_inference_steps or (num_train if name == "ddpm" else min(20, num_train))
+    name = scheduler or default_scheduler(config, pipeline.searched_timesteps, num_inference_steps)
+    num_train = config["num_train_timesteps"]
+    steps = num_inference_steps or (num_train if name == "ddpm" else min(DEFAULT_STEPS, num_train))
     if not 1 <= steps <= num_train:
         raise ValueError(
             f"num_inference_steps must be in [1, {num_train}], got {steps}: "

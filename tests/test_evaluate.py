@@ -221,7 +221,7 @@ def test_a_grid_is_of_the_same_noises(run: Path, measure: Any):
 
 def test_defaults_are_those_of_sampling(run: Path, measure: Any):
     (row,) = measure(run, metrics=["kid"], num_inference_steps=[])["results"]
-    assert (row["sampling"]["scheduler"], row["sampling"]["num_inference_steps"]) == ("dpmsolver++", 20)
+    assert (row["sampling"]["scheduler"], row["sampling"]["num_inference_steps"]) == ("unipc", 20)
 
 
 def test_dtype_and_compilation_are_of_samples_and_not_of_the_likelihood(
@@ -233,13 +233,13 @@ def test_dtype_and_compilation_are_of_samples_and_not_of_the_likelihood(
     assert (exact["kid"]["sampling"]["dtype"], exact["kid"]["sampling"]["compile"]) == ("fp32", False)
     assert "--dtype" not in exact["kid"]["command"]
     assert "--compile" not in exact["kid"]["command"]
-    assert cards.result_cells(exact["kid"])["By"] == "dpmsolver++, 2 steps"
+    assert cards.result_cells(exact["kid"])["By"] == "unipc, 2 steps"
     assert not wrapped
 
     near = by_metric(measure(run, metrics=metrics, dtype="bf16")["results"])
     assert (near["kid"]["sampling"]["dtype"], near["kid"]["sampling"]["compile"]) == ("bf16", False)
     assert "--dtype bf16" in near["kid"]["command"]
-    assert cards.result_cells(near["kid"])["By"] == "dpmsolver++, 2 steps, bf16"
+    assert cards.result_cells(near["kid"])["By"] == "unipc, 2 steps, bf16"
     assert near["kid"]["value"] != exact["kid"]["value"]
     assert near["nll"]["value"] == exact["nll"]["value"]
     assert near["nll"]["likelihood"] == exact["nll"]["likelihood"]

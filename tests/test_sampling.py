@@ -103,6 +103,14 @@ def test_schedules_that_the_solvers_do_not_know_are_left_to_ddpm():
         named_scheduler("unipc", config)
 
 
+def test_the_default_takes_searched_timesteps_where_there_are_some():
+    config = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing").config
+    searched = {("dpmsolver++", 5), ("ddim", 8), ("dpmsolver++", 20)}
+    names = {n: default_scheduler(config, searched, n) for n in (None, 5, 8, 20, 21)}
+    assert names == {None: "dpmsolver++", 5: "dpmsolver++", 8: "unipc", 20: "dpmsolver++", 21: "unipc"}
+    assert default_scheduler(config) == "unipc"
+
+
 def test_step_denoisers_are_sampled_by_their_own_chain():
     config = DDPMScheduler(prediction_type="previous_sample").config
     assert type(named_scheduler("ddpm", config)) is DDPMScheduler
@@ -305,9 +313,9 @@ def test_a_folder_of_something_else_is_refused(arguments, tmp_path):
     settings = json.loads((out / "samples.json").read_text())
     weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     assert settings["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert settings["scheduler"] == "dpmsolver++"
+    assert settings["scheduler"] == "unipc"
     for change, message in (
-        ({"scheduler": "ddim"}, r"scheduler='dpmsolver\+\+', got scheduler='ddim'"),
+        ({"scheduler": "ddim"}, "scheduler='unipc', got scheduler='ddim'"),
         ({"num_inference_steps": 2}, "num_inference_steps=1, got num_inference_steps=2: choose another folder"),
         ({"seed": 8}, "seed=7, got seed=8"),
         ({"dtype": "bf16"}, "dtype='fp32', got dtype='bf16'"),
@@ -364,7 +372,7 @@ def test_command_line_samples(pipeline, tmp_path):
         *("000007.png", "000008.png", "000009.png"),
         *("grid.png", "samples.json"),
     ]
-    pipeline.scheduler = named_scheduler("dpmsolver++", pipeline.scheduler.config, 5)
+    pipeline.scheduler = named_scheduler("unipc", pipeline.scheduler.config, 5)
     expected = sample_images(pipeline, [8], batch_size=1, num_inference_steps=5)
     with Image.open(out / "000008.png") as image:
         got = torch.tensor(list(image.tobytes())).view(8, 8, 3).permute(2, 0, 1) / 255

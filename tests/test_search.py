@@ -198,8 +198,10 @@ def test_the_command_keeps_what_it_finds_and_samples_say_what_they_used(model, t
     for uniform in (False, True):
         out = tmp_path / f"uniform-{uniform}"
         write_samples(str(model), out, num_images=2, num_inference_steps=4, device="cpu", uniform=uniform)
-        said = json.loads((out / "samples.json").read_text())["timesteps"]
-        assert said == (None if uniform else [*stored["dpmsolver++", 4].timesteps])
+        said = json.loads((out / "samples.json").read_text())
+        assert said["timesteps"] == (None if uniform else [*stored["dpmsolver++", 4].timesteps])
+        # UniPC, the default, takes no timesteps.
+        assert said["scheduler"] == ("unipc" if uniform else "dpmsolver++")
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,7 @@ def evaluate(
             memorization, and without a reference.
         split, test_split: the reference's and training's, and that of images which were not trained on.
         num_images: sampled, from the seeds `seed`, `seed` + 1, ...; nll takes at most as many of the test split.
-        num_inference_steps, schedulers: the grid; default: 20 of dpmsolver++, or all T of ddpm, which is also what a
-            step denoiser is sampled by.
+        num_inference_steps, schedulers: the grid; default: as of `load_for_sampling`.
         network, network_path: of features, as of `load_network`; default: the reference's, or inception.
         timesteps_per_image: K of nll.
         batch_size: images per network evaluation, on a CPU always FORWARD_BATCH; elsewhere it changes rounding.

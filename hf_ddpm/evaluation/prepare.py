@@ -36,6 +36,7 @@ from hf_ddpm.models import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.processes import Processes
 from hf_ddpm.sampling import (
+    DEFAULT_STEPS,
     DTYPES,
     SCHEDULERS,
     default_scheduler,
@@ -149,7 +150,7 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
     pipeline = _load(folder, request, processes)
     request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
     chain, unet = pipeline.scheduler, pipeline.unet.config
-    cells = _grid(chain.config, request.schedulers, request.num_inference_steps)
+    cells = _grid(pipeline, request.schedulers, request.num_inference_steps)
     distances = [metric for metric in DISTANCES if metric in request.metrics]
     splits = Splits(processes, stack, request.data, folder, unet)
 
@@ -232,11 +233,14 @@ def _load(folder: Path, request: Request, processes: Processes) -> DDPMPipeline:
     return pipeline
 
 
-def _grid(config: Any, schedulers: Sequence[str], num_inference_steps: Sequence[int]) -> list[Cell]:
+def _grid(pipeline: DDPMPipeline, schedulers: Sequence[str], num_inference_steps: Sequence[int]) -> list[Cell]:
     """All cells, each of which can be sampled."""
+    config = pipeline.scheduler.config
     num_train, cells = config["num_train_timesteps"], []
-    for name in schedulers or [default_scheduler(config)]:
-        for steps in num_inference_steps or [num_train if name == "ddpm" else min(20, num_train)]:
+    for chosen in schedulers or [None]:
+        for number in num_inference_steps or [None]:
+            name = chosen or default_scheduler(config, pipeline.searched_timesteps, number)
+            steps = (num_train if name == "ddpm" else min(DEFAULT_STEPS, num_train)) if number is None else number
             if not 1 <= steps <= num_train:
                 raise UsageError(
                     f"num_inference_steps must be in [1, {num_train}], got {steps}: "
