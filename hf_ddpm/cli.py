@@ -53,8 +53,8 @@ def sample(
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="ddpm, ddim, dpmsolver++ or unipc. Default: unipc, dpmsolver++ for so many steps as were searched; a "
-            "step denoiser's: ddpm."
+            help="ddpm, ddim, dpmsolver++ or unipc. Default: unipc, dpmsolver++ if its timesteps were searched for so "
+            "many steps, ddpm where only that can sample the model."
         ),
     ] = None,
     class_label: Annotated[

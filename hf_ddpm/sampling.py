@@ -84,13 +84,14 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
     uses_all = num_inference_steps in (None, config["num_train_timesteps"])
     spacing = "trailing" if uses_all else "linspace"
     exact = {**config, "timestep_spacing": spacing, "variance_type": None, "solver_order": 2}
+    exact["final_sigmas_type"] = "zero"
     # They do not know clip_sample, without which an error of eps_hat at T-1 is multiplied by thousands in x_0_hat.
     # Thresholding up to 1 is the same as clipping to [-1, 1].
     if config["clip_sample"] and config["clip_sample_range"] == 1:
         exact |= {"thresholding": True, "sample_max_value": 1.0}
     if name == "unipc":
         return UniPCMultistepScheduler.from_config(exact)
-    solver = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero", "solver_order": 1 if name == "ddim" else 2}
+    solver = {"algorithm_type": "dpmsolver++", "solver_order": 1 if name == "ddim" else 2}
     return DPMSolverMultistepScheduler.from_config({**exact, **solver})
 
 

@@ -31,6 +31,7 @@ from hf_ddpm.evaluation.references import collect, make_reference
 from hf_ddpm.evaluation.results import write_evaluation
 from hf_ddpm.files import sha256, weights_sha256
 from hf_ddpm.sampling import iter_samples, load_for_sampling
+from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 
 from .conftest import tiny_unet_config
 
@@ -222,6 +223,18 @@ def test_a_grid_is_of_the_same_noises(run: Path, measure: Any):
 def test_defaults_are_those_of_sampling(run: Path, measure: Any):
     (row,) = measure(run, metrics=["kid"], num_inference_steps=[])["results"]
     assert (row["sampling"]["scheduler"], row["sampling"]["num_inference_steps"]) == ("unipc", 20)
+
+
+def test_the_command_says_no_solver_where_the_default_goes_by_steps(run: Path, measure: Any):
+    found = SearchedTimesteps("dpmsolver++", (19, 12, 4), 0.1, 0.2, num_images=1, seed=0, reference_steps=10)
+    write_searched(run, [found])
+    rows = measure(run, metrics=["kid"], num_inference_steps=[3, 4])["results"]
+    cells = [(row["sampling"]["scheduler"], row["sampling"]["num_inference_steps"]) for row in rows]
+    assert cells == [("dpmsolver++", 3), ("unipc", 4)]
+    assert "--num_inference_steps 3,4" in rows[0]["command"]
+    assert "--scheduler" not in rows[0]["command"]
+    (row,) = measure(run, metrics=["kid"], num_inference_steps=[4])["results"]
+    assert "--scheduler unipc" in row["command"]
 
 
 def test_dtype_and_compilation_are_of_samples_and_not_of_the_likelihood(

@@ -111,6 +111,14 @@ def test_the_default_takes_searched_timesteps_where_there_are_some():
     assert default_scheduler(config) == "unipc"
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "unipc"])
+def test_solvers_end_at_x_0_whatever_a_saved_config_says(name):
+    config = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing").config
+    scheduler = named_scheduler(name, {**config, "final_sigmas_type": "sigma_min"}, 5)
+    scheduler.set_timesteps(5)
+    assert scheduler.sigmas[-1] == 0
+
+
 def test_step_denoisers_are_sampled_by_their_own_chain():
     config = DDPMScheduler(prediction_type="previous_sample").config
     assert type(named_scheduler("ddpm", config)) is DDPMScheduler

@@ -286,6 +286,9 @@ def _command(job: Job) -> str:
     """What repeats this; of paths the names, as the rest of them says where and not what."""
     request = job.request
     data = {} if request.data is None else vars(request.data)
+    solvers, steps = ([*dict.fromkeys(column)] for column in zip(*job.cells, strict=True))
+    # By default the solver goes by the number of steps; to name all of them would ask for more cells.
+    is_grid = len(job.cells) == len(steps) * len(solvers)
     options = {
         "metrics": ",".join(request.metrics),
         "reference": request.reference,
@@ -296,8 +299,8 @@ def _command(job: Job) -> str:
         "test_split": None if request.test_split == "test" else request.test_split,
         "num_images": request.num_images,
         "seed": request.seed,
-        "num_inference_steps": ",".join(str(n) for n in dict.fromkeys(cell.num_inference_steps for cell in job.cells)),
-        "scheduler": ",".join(dict.fromkeys(cell.scheduler for cell in job.cells)),
+        "num_inference_steps": ",".join(map(str, steps)),
+        "scheduler": ",".join(solvers) if is_grid else None,
         "network": None if job.network is None else job.network.name,
         "network_path": request.network_path,
         "timesteps_per_image": request.timesteps_per_image if "nll" in request.metrics else None,

@@ -74,7 +74,7 @@ class Model:
         """Names of those that can sample this model, the best in few steps first."""
         if self.prediction_type == STEP_DENOISER:
             return ["ddpm", NOISELESS]
-        solvers = ["dpmsolver++", "unipc", "ddim"] if self.config["beta_schedule"] in SOLVABLE_SCHEDULES else []
+        solvers = ["unipc", "dpmsolver++", "ddim"] if self.config["beta_schedule"] in SOLVABLE_SCHEDULES else []
         return [*solvers, "ddpm"]
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: int) -> Tensor:
