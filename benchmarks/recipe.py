@@ -62,8 +62,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prediction_type", default="v_prediction")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--widths", type=int, nargs="+")
+    parser.add_argument("--groups", type=int, default=32, help="of the group normalization")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--attends", type=int, default=16, help="levels of so many pixels and less do")
+    parser.add_argument("--zero_branches", action="store_true", help="begin with residual branches that add 0")
     parser.add_argument("--scale_shift", action="store_true", help="the timestep scales, too")
     return parser.parse_args()
 
@@ -138,6 +140,7 @@ def load_data(name: str) -> tuple[Tensor, Moments, Tensor]:
 def make_unet(options: argparse.Namespace, channels: int, side: int) -> UNet2DModel:
     settings = sized_config(side, channels, channels, dropout=options.dropout)
     settings["layers_per_block"] = options.layers
+    settings["norm_num_groups"] = options.groups
     if options.widths:
         settings["block_out_channels"] = options.widths
     attends = [side >> level <= options.attends for level in range(len(settings["block_out_channels"]))]
@@ -147,6 +150,10 @@ def make_unet(options: argparse.Namespace, channels: int, side: int) -> UNet2DMo
     unet: Any = UNet2DModel.from_config(settings)
     torch.nn.init.zeros_(unet.conv_out.weight)
     torch.nn.init.zeros_(unet.conv_out.bias)
+    if options.zero_branches:
+        for name, parameter in unet.named_parameters():
+            if ".conv2." in name or ".to_out." in name:
+                torch.nn.init.zeros_(parameter)
     use_plain_attention(unet, torch.device("cpu"))
     return unet
 
