@@ -273,7 +273,7 @@ def evaluate(
             test_split=test_split,
             num_images=num_images,
             seed=seed,
-            num_inference_steps=[int(n) for n in _listed(num_inference_steps)],
+            num_inference_steps=_numbers("num_inference_steps", num_inference_steps),
             schedulers=_listed(scheduler),
             network=network,
             network_path=network_path,
@@ -315,11 +315,12 @@ def schedule(
     from hf_ddpm.search import search_and_keep
 
     with _errors_said():
-        if not all(n.isdecimal() for n in _listed(steps)) or not _listed(steps):
+        numbers = _numbers("steps", steps)
+        if not numbers:
             raise ValueError(f"steps must be whole numbers, got {steps!r}")
         for found, path in search_and_keep(
             model,
-            [int(n) for n in _listed(steps)],
+            numbers,
             scheduler=scheduler,
             num_images=num_images,
             seed=seed,
@@ -402,6 +403,13 @@ def space(
 
 def _listed(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _numbers(name: str, text: str | None) -> list[int]:
+    parts = _listed(text)
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{name} must be whole numbers, got {text!r}")
+    return [int(part) for part in parts]
 
 
 @contextmanager

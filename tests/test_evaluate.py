@@ -16,8 +16,10 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
+from typer.testing import CliRunner
 
 from hf_ddpm import card as cards
+from hf_ddpm.cli import app
 from hf_ddpm.config import TrainingConfig, save_config
 from hf_ddpm.data import epoch_order, load_images
 from hf_ddpm.errors import UsageError
@@ -202,6 +204,13 @@ def test_the_card_gives_its_results_back(run: Path, measure: Any):
         assert f"(figures/{name})" in card.text
     # Where things lie is nobody's business.
     assert str(run.parent) not in card.content + json.dumps(results)
+
+
+@pytest.mark.parametrize("steps", ["5,many", "2.5", "-5"])
+def test_steps_that_are_no_numbers_are_said_with_their_option(run: Path, steps: str):
+    done = CliRunner().invoke(app, ["evaluate", str(run), "--metrics", "kid", "--num_inference_steps", steps])
+    assert done.exit_code == 1
+    assert f"num_inference_steps must be whole numbers, got {steps!r}" in done.output
 
 
 def test_a_grid_is_of_the_same_noises(run: Path, measure: Any):
