@@ -1,6 +1,6 @@
 """One factor of training at a time, at equal work: what it does to the samples.
 
-    python benchmarks/recipe.py DATA NAME [--minus ...] | --table
+    python benchmarks/recipe.py DATA NAME [--steps 950 ...] | --table
 
 Trains a network on the training images of DATA, a folder or Hub id, by a loop that has each factor as an option,
 `hf_ddpm` holding only what has won here. Then the Fréchet and kernel distances of samples (20 steps of DPM-Solver++)
@@ -224,7 +224,7 @@ def write_table() -> None:
     about = rows[-1]
     text = (
         f"torch {about['versions']['torch']}, diffusers {about['versions']['diffusers']}, {about['machine']}; each "
-        "row of one training run. Lower is better.\n\n"
+        "row of one training run; its seconds depend on what else ran. Lower is better.\n\n"
         "| | data | options | steps | parameters | CPU s per step | std of the average | FD | KD | samples |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n"
     )

@@ -22,6 +22,7 @@ from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_dista
 from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.sampling import FORWARD_BATCH, load_for_sampling, named_scheduler, seeded_generators
+from hf_ddpm.search import spaced_timesteps
 
 STEPS, NUM_IMAGES, NUM_ANCESTRAL = 20, 512, 256
 # Solver, order, power of the spacing; None: the solver's own.
@@ -60,7 +61,7 @@ def main() -> None:
         if order == 3:
             changed = {**pipeline.scheduler.config, "solver_order": 3}
             pipeline.scheduler = DPMSolverMultistepScheduler.from_config(changed)
-        timesteps = None if power is None else spaced(steps, power)
+        timesteps = None if power is None else [*spaced_timesteps(config["num_train_timesteps"], steps, power)]
         images = sample(pipeline, NUM_ANCESTRAL if solver == "ddpm" else NUM_IMAGES, steps, timesteps)
         own = torch.cat([network(part) for part in images.split(64)])
         spacing = "its own" if power is None else f"power {power:g}"
@@ -72,14 +73,6 @@ def main() -> None:
         text = text.rstrip(" ") + "\n"
         Path(__file__).with_suffix(".md").write_text(text)
     print(text)
-
-
-def spaced(n: int, power: float) -> list[int]:
-    timesteps = [999]
-    for i in range(1, n):
-        t = round(999 * (1 - i / n) ** power)
-        timesteps.append(max(n - 1 - i, min(t, timesteps[-1] - 1)))
-    return timesteps
 
 
 def sample(pipeline: DDPMPipeline, count: int, steps: int, timesteps: list[int] | None) -> torch.Tensor:

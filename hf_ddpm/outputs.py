@@ -38,7 +38,7 @@ from hf_ddpm.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path, snapsho
 from hf_ddpm.report import write_report
 from hf_ddpm.run import FREE_SPACE, Run, say
 from hf_ddpm.run_folder import run_files
-from hf_ddpm.sampling import default_scheduler, named_scheduler, sample_shared
+from hf_ddpm.sampling import DEFAULT_STEPS, default_scheduler, named_scheduler, sample_shared
 from hf_ddpm.scheduler import DDPMScheduler
 
 LAST_PAUSES_SECONDS = (2.0, 10.0)  # between attempts to push the finished run,
@@ -275,4 +275,8 @@ def _preview_scheduler(run: Run) -> Any:
 def _preview_steps(config: TrainingConfig) -> int:
     if config.ddpm_num_inference_steps is not None:
         return config.ddpm_num_inference_steps
-    return config.ddpm_num_steps if config.prediction_type == "previous_sample" else min(20, config.ddpm_num_steps)
+    return (
+        config.ddpm_num_steps
+        if config.prediction_type == "previous_sample"
+        else min(DEFAULT_STEPS, config.ddpm_num_steps)
+    )

@@ -59,6 +59,11 @@ def default_scheduler(
     return "dpmsolver++" if ("dpmsolver++", num_inference_steps or DEFAULT_STEPS) in searched else "unipc"
 
 
+def default_steps(scheduler: str, num_train: int) -> int:
+    """All T = `num_train` of `ddpm`, DEFAULT_STEPS of a solver, or T if that is less."""
+    return num_train if scheduler == "ddpm" else min(DEFAULT_STEPS, num_train)
+
+
 def named_scheduler(name: str, config: Any, num_inference_steps: int | None = None) -> Any:
     """The scheduler called `name` for a model whose scheduler has this config.
 
@@ -132,7 +137,7 @@ def load_for_sampling(
     config = pipeline.scheduler.config
     name = scheduler or default_scheduler(config, pipeline.searched_timesteps, num_inference_steps)
     num_train = config["num_train_timesteps"]
-    steps = num_inference_steps or (num_train if name == "ddpm" else min(DEFAULT_STEPS, num_train))
+    steps = num_inference_steps or default_steps(name, num_train)
     if not 1 <= steps <= num_train:
         raise ValueError(
             f"num_inference_steps must be in [1, {num_train}], got {steps}: "

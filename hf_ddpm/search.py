@@ -204,15 +204,17 @@ def distance(images: Tensor, target: Tensor) -> float:
 
 
 def starting_timesteps(num_train: int, n: int) -> list[tuple[int, ...]]:
-    """round((T - 1) (1 - i / n)^p), i = 0, ..., n - 1, for some p; moved apart where rounding makes two equal."""
-    found = []
-    for power in STARTING_POWERS:
-        timesteps = [num_train - 1]
-        for i in range(1, n):
-            t = round((num_train - 1) * (1 - i / n) ** power)
-            timesteps.append(max(n - 1 - i, min(t, timesteps[-1] - 1)))
-        found.append(tuple(timesteps))
-    return found
+    """Spaced by each of STARTING_POWERS."""
+    return [spaced_timesteps(num_train, n, power) for power in STARTING_POWERS]
+
+
+def spaced_timesteps(num_train: int, n: int, power: float) -> tuple[int, ...]:
+    """round((T - 1) (1 - i / n)^power), i = 0, ..., n - 1, moved apart where rounding makes two equal."""
+    timesteps = [num_train - 1]
+    for i in range(1, n):
+        t = round((num_train - 1) * (1 - i / n) ** power)
+        timesteps.append(max(n - 1 - i, min(t, timesteps[-1] - 1)))
+    return tuple(timesteps)
 
 
 def descend(

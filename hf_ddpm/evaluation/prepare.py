@@ -36,10 +36,10 @@ from hf_ddpm.models import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.processes import Processes
 from hf_ddpm.sampling import (
-    DEFAULT_STEPS,
     DTYPES,
     SCHEDULERS,
     default_scheduler,
+    default_steps,
     forward_batch_of,
     load_for_sampling,
     named_scheduler,
@@ -240,7 +240,7 @@ def _grid(pipeline: DDPMPipeline, schedulers: Sequence[str], num_inference_steps
     for chosen in schedulers or [None]:
         for number in num_inference_steps or [None]:
             name = chosen or default_scheduler(config, pipeline.searched_timesteps, number)
-            steps = (num_train if name == "ddpm" else min(DEFAULT_STEPS, num_train)) if number is None else number
+            steps = default_steps(name, num_train) if number is None else number
             if not 1 <= steps <= num_train:
                 raise UsageError(
                     f"num_inference_steps must be in [1, {num_train}], got {steps}: "
