@@ -309,7 +309,10 @@ def _hub_datasets(name: str | None) -> list[str] | None:
 
 
 def _is_dpm_solvable(settings: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:
-    """Whether stock's `DPMSolverMultistepScheduler` can take over this scheduler's config."""
+    """Whether stock's `DPMSolverMultistepScheduler` can take over this scheduler's config.
+
+    Stock's `DDPMPipeline` gives a generator to each step, which UniPC does not take.
+    """
     return (
         settings.get("prediction_type") in ("epsilon", "sample", "v_prediction")
         and settings.get("beta_schedule") in ("linear", "scaled_linear", "squaredcos_cap_v2")
