@@ -59,8 +59,9 @@ def main() -> None:
         rows = [dry_run(cell, Path(folder)) for cell in CELLS]
         sampled = [sampling_seconds(Path(folder), *cell) for cell in SAMPLED]
     text = (
-        f"torch {version('torch')}, diffusers {version('diffusers')}, {platform.machine()}, {os.cpu_count()} cores."
-        "\n\n| resolution | channels | batch per process | processes | | parameters | FLOP per image and step | "
+        f"torch {version('torch')}, diffusers {version('diffusers')}, {platform.machine()}, {os.cpu_count()} cores; "
+        "bfloat16, not compiled; samples by DPM-Solver++.\n\n"
+        "| resolution | channels | batch per process | processes | | parameters | FLOP per image and step | "
         "s per step | images/s | memory of steps |\n|---|---|---|---|---|---|---|---|---|---|\n"
     )
     for cell, row in zip(CELLS, rows, strict=True):

@@ -53,8 +53,8 @@ def sample(
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="ddpm, ddim, dpmsolver++ or unipc. Default: unipc, dpmsolver++ if its timesteps were searched for so "
-            "many steps, ddpm where only that can sample the model."
+            help="ddpm, ddim, dpmsolver++ or unipc. Default: unipc, dpmsolver++ if better timesteps were searched for "
+            "so many steps, ddpm where only that can sample the model."
         ),
     ] = None,
     class_label: Annotated[
@@ -332,8 +332,8 @@ def schedule(
             is_nearer = found.distance < found.uniform_distance
             is_why = "the model is on the Hub, download it to keep them" if is_nearer else "uniform ones are as good"
             typer.echo(
-                f"{scheduler}, {len(found.timesteps)} steps: distance {found.distance:.4f} to "
-                f"{found.reference_steps} steps, uniform {found.uniform_distance:.4f}"
+                f"{scheduler}, {len(found.timesteps)} steps: distance {found.distance:.4f} to {found.reference_steps} "
+                f"steps, uniform {found.uniform_distance:.4f}, unipc {found.unipc_distance:.4f}"
                 + (f", kept in {path}" if path else f", not kept: {is_why}")
             )
             typer.echo(f"timesteps={[*found.timesteps]}")

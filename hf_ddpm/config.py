@@ -165,7 +165,7 @@ class TrainingConfig:
     )
     eval_network_path: str | None = _option(None, "Its file or folder, if it is not to be downloaded.")
     ddpm_num_inference_steps: int | None = _option(
-        None, "Steps of a preview; default: 20 of UniPC, or all T of a step denoiser."
+        None, "Steps of a preview; default: 20 of UniPC, all T where only ddpm can sample the model."
     )
     logging_steps: int = _option(10, "Steps between lines of metrics.jsonl.")
     logger: Literal["tensorboard", "wandb", "trackio"] | None = _option(None, "A tracker beside metrics.jsonl.")

@@ -38,7 +38,7 @@ from hf_ddpm.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path, snapsho
 from hf_ddpm.report import write_report
 from hf_ddpm.run import FREE_SPACE, Run, say
 from hf_ddpm.run_folder import run_files
-from hf_ddpm.sampling import DEFAULT_STEPS, default_scheduler, named_scheduler, sample_shared
+from hf_ddpm.sampling import default_scheduler, default_steps, named_scheduler, sample_shared
 from hf_ddpm.scheduler import DDPMScheduler
 
 LAST_PAUSES_SECONDS = (2.0, 10.0)  # between attempts to push the finished run,
@@ -93,7 +93,7 @@ def save_preview(run: Run, step: int) -> Image.Image:
             pipeline,
             range(num_images),
             batch_size=-(-num_images // accelerator.num_processes),
-            num_inference_steps=_preview_steps(config),
+            num_inference_steps=_preview_steps(run),
             class_labels=labels,
         )
         engine.reshard(unet)
@@ -121,7 +121,7 @@ def write_measurement(run: Run, monitor: Monitor, progress: Progress, evaluation
     unet.eval()
     precision = engine.autocast(accelerator.device, run.config.mixed_precision)
     with swapped(run.parameters, run.average or run.parameters), precision:
-        measured = measure(monitor, accelerator, pipeline, run.objective, _preview_steps(run.config))
+        measured = measure(monitor, accelerator, pipeline, run.objective, _preview_steps(run))
         engine.reshard(unet)
     unet.train()
     before = run.processes.only_first(lambda: [r["kid"] for r in read_metrics(path) if r["kid"] is not None])
@@ -188,7 +188,7 @@ def finish(run: Run, progress: Progress) -> DDPMPipeline:
         samples.save(output_dir / "figures" / "samples.png")
         sampled = {
             "scheduler": type(_preview_scheduler(run)).__name__,
-            "num_inference_steps": _preview_steps(config),
+            "num_inference_steps": _preview_steps(run),
             "seed": 0,
             "ema": config.use_ema,
         }
@@ -269,14 +269,11 @@ def _averaged_unet(run: Run, average: list[Tensor] | None) -> UNet2DModel:
 
 def _preview_scheduler(run: Run) -> Any:
     config = run.scheduler.config
-    return named_scheduler(default_scheduler(config), config, _preview_steps(run.config))
+    return named_scheduler(default_scheduler(config), config, _preview_steps(run))
 
 
-def _preview_steps(config: TrainingConfig) -> int:
-    if config.ddpm_num_inference_steps is not None:
-        return config.ddpm_num_inference_steps
-    return (
-        config.ddpm_num_steps
-        if config.prediction_type == "previous_sample"
-        else min(DEFAULT_STEPS, config.ddpm_num_steps)
+def _preview_steps(run: Run) -> int:
+    config = run.scheduler.config
+    return run.config.ddpm_num_inference_steps or default_steps(
+        default_scheduler(config), config["num_train_timesteps"]
     )

@@ -18,7 +18,8 @@ The last bits of an image depend on how many images a forward pass has: PyTorch 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,18 +46,22 @@ SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 def default_scheduler(
-    config: Any, searched: Container[tuple[str, int]] = (), num_inference_steps: int | None = None
+    config: Any,
+    searched: Mapping[tuple[str, int], Any] | None = None,
+    num_inference_steps: int | None = None,
 ) -> str:
     """The name of the scheduler that samples a model best in few steps.
 
     Args:
         config: of the model's scheduler.
-        searched: of which solvers and numbers of steps there are searched timesteps: UniPC takes none.
+        searched: `SearchedTimesteps` by solver and number of steps. UniPC takes no timesteps, and gives way to those of DPM-Solver++ whose
+            images are nearer to those of many steps than its own.
         num_inference_steps: default: DEFAULT_STEPS.
     """
     if config["prediction_type"] == "previous_sample" or config["beta_schedule"] not in SOLVABLE_SCHEDULES:
         return "ddpm"
-    return "dpmsolver++" if ("dpmsolver++", num_inference_steps or DEFAULT_STEPS) in searched else "unipc"
+    found = (searched or {}).get(("dpmsolver++", num_inference_steps or DEFAULT_STEPS))
+    return "dpmsolver++" if found is not None and found.is_nearer_than_unipc else "unipc"
 
 
 def default_steps(scheduler: str, num_train: int) -> int:
@@ -88,8 +93,9 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
         raise ValueError(f"scheduler must be 'ddpm' for the noise schedule {config['beta_schedule']!r}, got {name!r}")
     uses_all = num_inference_steps in (None, config["num_train_timesteps"])
     spacing = "trailing" if uses_all else "linspace"
-    exact = {**config, "timestep_spacing": spacing, "variance_type": None, "solver_order": 2}
-    exact["final_sigmas_type"] = "zero"
+    # A model that was saved with a solver has settings of its own there (final_sigmas_type, use_karras_sigmas, ...).
+    of_model = {key: config[key] for key in inspect.signature(DDPMScheduler.__init__).parameters if key in config}
+    exact = {**of_model, "timestep_spacing": spacing, "variance_type": None}
     # They do not know clip_sample, without which an error of eps_hat at T-1 is multiplied by thousands in x_0_hat.
     # Thresholding up to 1 is the same as clipping to [-1, 1].
     if config["clip_sample"] and config["clip_sample_range"] == 1:
@@ -113,8 +119,8 @@ def load_for_sampling(
 
     Args:
         model: a folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
-        scheduler: a name in SCHEDULERS; default: unipc, dpmsolver++ where its timesteps have been searched for so many
-            steps, and ddpm where only that can sample the model.
+        scheduler: a name in SCHEDULERS; default: unipc, dpmsolver++ where timesteps that are nearer than unipc have
+            been searched for so many steps, and ddpm where only that can sample the model.
         num_inference_steps: default: 20, or all T for the scheduler `ddpm`.
         device: default: cuda or mps if there is one, else cpu.
         dtype: of the network's arithmetic, a name in DTYPES; x_t and the scheduler's stay in float32.

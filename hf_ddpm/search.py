@@ -104,14 +104,29 @@ class Trajectories:
         """
         solver = named_scheduler(self.scheduler, self.config, len(timesteps))
         solver.set_timesteps(timesteps=[*timesteps])
-        x_t, outputs = self.x_T * solver.init_noise_sigma, {}
-        for i, t in enumerate(solver.timesteps):
-            past = tuple(timesteps[: i + 1])
-            outputs[past] = self._known[past] if past in self._known else self._output(x_t, t)
-            x_t = solver.step(outputs[past], t, x_t).prev_sample
+        images, outputs = self._solve(solver, self._known)
         if keep:
             self._known = outputs
-        return x_t.clamp(-1, 1)
+        return images
+
+    @torch.no_grad()
+    def unipc_images(self, n: int) -> Tensor:
+        """The same by n steps of UniPC, which takes no timesteps."""
+        solver = named_scheduler("unipc", self.config, n)
+        solver.set_timesteps(n)
+        return self._solve(solver, {})[0]
+
+    def _solve(
+        self, solver: Any, known: dict[tuple[int, ...], Tensor]
+    ) -> tuple[Tensor, dict[tuple[int, ...], Tensor]]:
+        """x_0, and the network's outputs by the timesteps up to each."""
+        x_t, outputs = self.x_T * solver.init_noise_sigma, {}
+        timesteps = [int(t) for t in solver.timesteps]
+        for i, t in enumerate(solver.timesteps):
+            past = tuple(timesteps[: i + 1])
+            outputs[past] = known[past] if past in known else self._output(x_t, t)
+            x_t = solver.step(outputs[past], t, x_t).prev_sample
+        return x_t.clamp(-1, 1), outputs
 
     def _output(self, x_t: Tensor, t: Tensor) -> Tensor:
         parts = []
@@ -172,6 +187,7 @@ def search_timesteps(
             num_images=num_images,
             seed=seed,
             reference_steps=reference_steps,
+            unipc_distance=distance(unseen.unipc_images(n), unseen_target),
         )
 
 

@@ -34,6 +34,7 @@ class SearchedTimesteps:
         num_images: on how many noises it was searched, and on as many others measured.
         seed: of the first of them.
         reference_steps: of the trajectories that it was searched on.
+        unipc_distance: the same, of as many steps of UniPC; None where it was not measured.
     """
 
     scheduler: str
@@ -43,10 +44,15 @@ class SearchedTimesteps:
     num_images: int
     seed: int
     reference_steps: int
+    unipc_distance: float | None = None
 
     @property
     def key(self) -> tuple[str, int]:
         return self.scheduler, len(self.timesteps)
+
+    @property
+    def is_nearer_than_unipc(self) -> bool:
+        return self.unipc_distance is None or self.distance < self.unipc_distance
 
 
 def read_searched(folder: Path) -> dict[tuple[str, int], SearchedTimesteps]:

@@ -24,7 +24,7 @@ from hf_ddpm import DDPMPipeline, DDPMScheduler, demo
 from hf_ddpm.card import BEGIN, END
 from hf_ddpm.cli import app as cli
 from hf_ddpm.errors import UsageError
-from hf_ddpm.sampling import SCHEDULERS, named_scheduler, sample_images
+from hf_ddpm.sampling import SCHEDULERS, default_scheduler, named_scheduler, sample_images
 from hf_ddpm.space import app
 
 from .conftest import tiny_unet_config
@@ -44,6 +44,7 @@ SETTINGS = {
     "learned": {"variance_type": "learned", "prediction_type": "sample"},
     "classes": {"prediction_type": "v_prediction"},
     "previous_sample": {"prediction_type": "previous_sample"},
+    "saved with a solver": {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True, "predict_x0": False},
 }
 
 
@@ -56,7 +57,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         changes: dict = {"out_channels": 6} if name.startswith("learned") else {}
         changes |= {"num_class_embeds": 4} if name == "classes" else {}
         unet = UNet2DModel(**tiny_unet_config(3, **changes))
-        scheduler = DDPMScheduler(T, **{"beta_schedule": "squaredcos_cap_v2", **settings})
+        scheduler = DDPMScheduler.from_config(
+            {"num_train_timesteps": T, "beta_schedule": "squaredcos_cap_v2", **settings}
+        )
         found[name] = tmp_path_factory.mktemp("models") / name
         DDPMPipeline(unet, scheduler).save_pretrained(found[name])
     return found
@@ -89,6 +92,7 @@ CASES = [
 def test_the_page_samples_what_the_package_samples(folders, name, sampler, steps):
     model, labels = app.Model(str(folders[name])), [3, 0, 1] if name == "classes" else None
     assert sampler in model.samplers
+    assert model.samplers[0] == default_scheduler(model.config)
     x_0, states = model.sample(sampler, steps, SEEDS, labels)
     expected = ours(folders[name], sampler, steps, class_labels=labels)
     assert (levels(x_0) - expected).abs().max() <= 1

@@ -246,6 +246,17 @@ def test_the_command_says_no_solver_where_the_default_goes_by_steps(run: Path, m
     assert "--scheduler unipc" in row["command"]
 
 
+def test_the_command_names_solvers_and_no_steps_where_each_has_its_own(run: Path, measure: Any):
+    DDPMScheduler(30, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction").save_pretrained(
+        run / "scheduler"
+    )
+    rows = measure(run, metrics=["kid"], schedulers=["ddpm", "unipc"], num_inference_steps=[])["results"]
+    cells = [(row["sampling"]["scheduler"], row["sampling"]["num_inference_steps"]) for row in rows]
+    assert cells == [("ddpm", 30), ("unipc", 20)]
+    assert "--scheduler ddpm,unipc" in rows[0]["command"]
+    assert "--num_inference_steps" not in rows[0]["command"]
+
+
 def test_dtype_and_compilation_are_of_samples_and_not_of_the_likelihood(
     run: Path, measure: Any, monkeypatch: pytest.MonkeyPatch
 ):

@@ -22,12 +22,14 @@ from hf_ddpm.samples import write_samples
 from hf_ddpm.sampling import (
     SCHEDULERS,
     default_scheduler,
+    default_steps,
     iter_samples,
     load_for_sampling,
     named_scheduler,
     sample_images,
     share,
 )
+from hf_ddpm.timesteps import SearchedTimesteps
 from tests.runs import processes
 
 
@@ -105,18 +107,44 @@ def test_schedules_that_the_solvers_do_not_know_are_left_to_ddpm():
 
 def test_the_default_takes_searched_timesteps_where_there_are_some():
     config = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing").config
-    searched = {("dpmsolver++", 5), ("ddim", 8), ("dpmsolver++", 20)}
+    rows = [
+        SearchedTimesteps(solver, (*range(n - 1, -1, -1),), 0.1, 0.2, 1, 0, 50, unipc_distance=unipc)
+        for solver, n, unipc in (
+            *(("dpmsolver++", 5, 0.11), ("ddim", 8, 0.11), ("dpmsolver++", 20, None)),
+            ("dpmsolver++", 21, 0.09),
+        )
+    ]
+    searched = {row.key: row for row in rows}
     names = {n: default_scheduler(config, searched, n) for n in (None, 5, 8, 20, 21)}
     assert names == {None: "dpmsolver++", 5: "dpmsolver++", 8: "unipc", 20: "dpmsolver++", 21: "unipc"}
     assert default_scheduler(config) == "unipc"
 
 
+def test_the_default_steps():
+    names = ("ddpm", "unipc", "dpmsolver++", "ddim")
+    assert [default_steps(name, 1000) for name in names] == [1000, 20, 20, 20]
+    assert {default_steps(name, 7) for name in names} == {7}
+
+
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "unipc"])
-def test_solvers_end_at_x_0_whatever_a_saved_config_says(name):
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"final_sigmas_type": "sigma_min"},
+        {"use_karras_sigmas": True},
+        {"predict_x0": False},
+        {"solver_order": 3},
+        {"solver_type": "bh1"},
+        {"algorithm_type": "sde-dpmsolver++"},
+    ],
+    ids=str,
+)
+def test_settings_that_a_model_was_saved_with_for_a_solver_change_none(name, setting):
     config = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing").config
-    scheduler = named_scheduler(name, {**config, "final_sigmas_type": "sigma_min"}, 5)
-    scheduler.set_timesteps(5)
-    assert scheduler.sigmas[-1] == 0
+    clean, other = named_scheduler(name, config, 5), named_scheduler(name, {**config, **setting}, 5)
+    assert dict(other.config) == dict(clean.config)
+    other.set_timesteps(5)
+    assert other.sigmas[-1] == 0
 
 
 def test_step_denoisers_are_sampled_by_their_own_chain():

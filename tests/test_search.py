@@ -93,6 +93,12 @@ def test_what_is_found_is_nearer_on_other_noises(model):
         target = unseen.images(uniform_timesteps(pipeline.scheduler.config, "dpmsolver++", 50))
         measured = (unseen.images(row.timesteps) - target).square().mean().sqrt()
         torch.testing.assert_close(float(measured), row.distance)
+        n = len(row.timesteps)
+        pipeline.scheduler = named_scheduler("unipc", pipeline.scheduler.config, n)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(8, 16)]
+        images = pipeline(8, generators, num_inference_steps=n, output_type="pt").images
+        measured = (2 * images - 1 - target).square().mean().sqrt()
+        torch.testing.assert_close(float(measured), row.unipc_distance)
 
 
 def test_a_model_of_classes_and_of_learned_variance(make_unet):

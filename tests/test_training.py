@@ -76,6 +76,7 @@ def test_a_run_leaves_a_model_pictures_and_a_card(tiny_settings):
     assert not (folder / "eval.jsonl").exists()
     run = json.loads((folder / "run.json").read_text())
     assert run["training"]["images"] == 24
+    assert (run["samples"]["scheduler"], run["samples"]["num_inference_steps"]) == ("UniPCMultistepScheduler", 20)
     assert run["data"]["num_images"] == 24
     assert run["model"]["num_parameters"] == sum(p.numel() for p in pipeline.unet.parameters())
     card = ModelCard.load(folder / "README.md")

@@ -287,7 +287,7 @@ def _command(job: Job) -> str:
     request = job.request
     data = {} if request.data is None else vars(request.data)
     solvers, steps = ([*dict.fromkeys(column)] for column in zip(*job.cells, strict=True))
-    # By default the solver goes by the number of steps; to name all of them would ask for more cells.
+    # By default solver and number of steps go by each other; to name all of them would ask for more cells.
     is_grid = len(job.cells) == len(steps) * len(solvers)
     options = {
         "metrics": ",".join(request.metrics),
@@ -299,8 +299,8 @@ def _command(job: Job) -> str:
         "test_split": None if request.test_split == "test" else request.test_split,
         "num_images": request.num_images,
         "seed": request.seed,
-        "num_inference_steps": ",".join(map(str, steps)),
-        "scheduler": ",".join(solvers) if is_grid else None,
+        "num_inference_steps": ",".join(map(str, steps if is_grid else request.num_inference_steps)) or None,
+        "scheduler": ",".join(solvers if is_grid else request.schedulers) or None,
         "network": None if job.network is None else job.network.name,
         "network_path": request.network_path,
         "timesteps_per_image": request.timesteps_per_image if "nll" in request.metrics else None,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import html
+import inspect
 import io
 import math
 import os
@@ -146,16 +147,18 @@ class Model:
         """diffusers' scheduler for `sampler`, with an exact list of timesteps."""
         # linspace is exact for each number of steps below T and repeats timesteps for T, where trailing is exact.
         spacing = "trailing" if steps == self.num_timesteps else "linspace"
-        config = {**self.config, "timestep_spacing": spacing, "variance_type": None, "solver_order": 2}
+        # A model that was saved with a solver has settings of its own there.
+        known = inspect.signature(DDPMScheduler.__init__).parameters
+        config = {key: self.config[key] for key in known if key in self.config}
+        config |= {"timestep_spacing": spacing, "variance_type": None}
         if self.config["clip_sample"] and self.config["clip_sample_range"] == 1:
             # They do not know clip_sample; thresholding up to 1 is the same.
             config |= {"thresholding": True, "sample_max_value": 1.0}
         if sampler == "unipc":
             scheduler: Any = UniPCMultistepScheduler.from_config(config)
         else:
-            config |= {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
-            order = 1 if sampler == "ddim" else 2
-            scheduler = DPMSolverMultistepScheduler.from_config({**config, "solver_order": order})
+            config |= {"algorithm_type": "dpmsolver++", "solver_order": 1 if sampler == "ddim" else 2}
+            scheduler = DPMSolverMultistepScheduler.from_config(config)
         scheduler.set_timesteps(steps)
         return scheduler
 
