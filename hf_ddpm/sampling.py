@@ -54,8 +54,8 @@ def default_scheduler(
 
     Args:
         config: of the model's scheduler.
-        searched: `SearchedTimesteps` by solver and number of steps. UniPC takes no timesteps, and gives way to those of
-            DPM-Solver++ whose images are nearer to those of many steps than its own.
+        searched: `SearchedTimesteps` by solver and number of steps. UniPC takes no timesteps, and gives way to those
+            of DPM-Solver++ whose images are nearer to those of many steps than its own.
         num_inference_steps: default: DEFAULT_STEPS.
     """
     if config["prediction_type"] == "previous_sample" or config["beta_schedule"] not in SOLVABLE_SCHEDULES:
