@@ -117,7 +117,7 @@ class TrainingConfig:
     learning_rate: float = _option(None, "The peak of the schedule; default: 0.003 for muon, 0.001 for adamw.")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = _option("cosine", "Its shape over the optimizer steps, whatever the accumulation and process count.")
+    ] = _option("linear", "Its shape over the optimizer steps, whatever the accumulation and process count.")
     lr_warmup_steps: int = _option(100, "Optimizer steps until the peak.")
     adam_beta1: float = _option(0.9, "AdamW's beta_1.")
     adam_beta2: float = _option(0.999, "AdamW's beta_2.")

@@ -1,8 +1,9 @@
 """The network: a `UNet2DModel` from a config, or one sized for the data.
 
 A network of L levels halves its input L-1 times. Sized for the data, the lowest level is 4 to 8 pixels wide, levels of
-16 pixels and less attend, heads have 64 channels (with diffusers' default of 8, attention takes half of a step), and
-the timestep scales what blocks have normalized, as well as shifting it (Nichol & Dhariwal 2021, App. A).
+16 pixels and less attend, heads have 64 channels (with diffusers' default of 8, attention takes half of a step), the
+timestep scales what blocks have normalized, as well as shifting it (Nichol & Dhariwal 2021, App. A), and normalization
+is in groups of at least 4 channels: diffusers' 32 groups are single ones of the first level, which lose their means.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hf_ddpm.errors import UsageError
 
 HEAD_CHANNELS = 64
 MAX_ATTENTION_PIXELS = 16
+MIN_GROUP_CHANNELS = 4
 
 
 def make_unet(
@@ -109,6 +111,7 @@ def sized_config(
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "layers_per_block": 2,
         "attention_head_dim": HEAD_CHANNELS,
+        "norm_num_groups": widths[0] // MIN_GROUP_CHANNELS,
         "resnet_time_scale_shift": "scale_shift",
         "dropout": dropout,
         "num_class_embeds": num_classes,

@@ -140,6 +140,10 @@ def test_a_network_is_sized_for_the_data(resolution, channels):
     assert 4 <= lowest <= 8
     heads = {m.heads: m.to_q.out_features for m in unet.modules() if hasattr(m, "heads")}
     assert all(width // count == 64 for count, width in heads.items())
+    norms = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert norms
+    # A group of one channel would hide that channel's mean from all that follows.
+    assert all(m.num_channels // m.num_groups >= 4 for m in norms)
     assert unet.conv_out.out_channels == 2 * channels
 
 
