@@ -5,7 +5,7 @@
 Trains a network on the training images of DATA, a folder or Hub id, by a loop that has each factor as an option,
 `hf_ddpm` holding only what has won here. Then the Fréchet and kernel distances of samples (20 steps of DPM-Solver++)
 to the test images, by efficientnet-lite0, whose absolute values depend on --images: rows are to be compared with each
-other. Appends a row to `recipe.jsonl` and writes `recipe.md`, both beside it. Bfloat16, compiled.
+other. Appends a row to `recipe.jsonl` and writes `recipe.md`, both beside it. Samples are drawn in bfloat16, compiled.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attends", type=int, default=16, help="levels of so many pixels and less do")
     parser.add_argument("--zero_branches", action="store_true", help="begin with residual branches that add 0")
     parser.add_argument("--scale_shift", action="store_true", help="the timestep scales, too")
+    # What should change nothing
+    parser.add_argument("--mixed_precision", default="bf16", choices=("no", "bf16"))
+    parser.add_argument("--eager", action="store_true", help="do not compile the training")
     return parser.parse_args()
 
 
@@ -163,10 +166,13 @@ def learn(
 ) -> tuple[dict[float, list[Tensor]], float, list[float]]:
     """The averages by their lengths, seconds of all cores per step, and the mean loss of each tenth."""
     parameters = list(unet.parameters())
-    config = TrainingConfig(optimizer=options.optimizer, learning_rate=options.lr, mixed_precision="bf16")
+    config = TrainingConfig(
+        optimizer=options.optimizer, learning_rate=options.lr, mixed_precision=options.mixed_precision
+    )
     optimizer = make_optimizer(unet, config)
     averages = {std: [p.detach().clone() for p in parameters] for std in options.stds}
-    network, generator = torch.compile(unet, dynamic=False), torch.Generator().manual_seed(options.seed)
+    network = unet if options.eager else torch.compile(unet, dynamic=False)
+    generator = torch.Generator().manual_seed(options.seed)
     losses: list[float] = []
     for step in range(options.steps):
         if step == 20:
@@ -176,7 +182,7 @@ def learn(
         eps = torch.randn((options.nearest, *x_0.shape), generator=generator)
         nearest = (eps - x_0).flatten(2).norm(dim=2).argmin(dim=0)
         eps = eps[nearest, torch.arange(len(x_0))]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.mixed_precision == "bf16"):
             output = network(scheduler.add_noise(x_0, eps, t), t, return_dict=False)[0]
         error = (output.float() - scheduler.training_target(x_0, eps, t)).square().flatten(1).mean(dim=1)
         snr = scheduler.snr(t).float()
