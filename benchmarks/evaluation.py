@@ -21,7 +21,7 @@ from hf_ddpm.config import TrainingConfig, load_config
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.search import search_and_keep
 
-NUM_IMAGES, GRID = 5000, {"dpmsolver++": (5, 8, 20), "unipc": (5, 8, 20)}
+NUM_IMAGES, GRID = 5000, {"dpmsolver++": (5, 8, 20), "unipc": (20,)}
 SEARCHED = (5, 8)
 
 
