@@ -46,7 +46,7 @@ def net_config(way: str) -> dict[str, Any]:
     if way in ("stock", "ours, same net"):
         settings |= {"attention_head_dim": 8, "norm_num_groups": 32}
     if way == WIDE:
-        settings["block_out_channels"] = [128] * len(settings["block_out_channels"])
+        settings |= {"block_out_channels": [128] * len(settings["block_out_channels"]), "norm_num_groups": 32}
     return settings
 
 

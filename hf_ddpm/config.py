@@ -296,7 +296,10 @@ def _numbers(name: str, value: Any) -> list[float] | None:
 
 
 def save_config(config: TrainingConfig, path: Path) -> None:
-    """Writes the YAML file that `--config` replays; tokens and what concerns one start only are left out."""
+    """Writes the YAML file that `--config` replays; tokens and what concerns one start only are left out.
+
+    A network that was sized for the data is not in it, but in the run's unet/config.json.
+    """
     settings = {name: value for name, value in _settings(config).items() if name not in _OF_ONE_START}
     write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
 

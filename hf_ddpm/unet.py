@@ -3,7 +3,8 @@
 A network of L levels halves its input L-1 times. Sized for the data, the lowest level is 4 to 8 pixels wide, levels of
 16 pixels and less attend, heads have 64 channels (with diffusers' default of 8, attention takes half of a step), the
 timestep scales what blocks have normalized, as well as shifting it (Nichol & Dhariwal 2021, App. A), and normalization
-is in groups of at least 4 channels: diffusers' 32 groups are single ones of the first level, which lose their means.
+is in groups of at least 4 channels: diffusers' 32 groups leave each channel of a level of 32 alone, without mean and
+scale.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def make_unet(
     """A new network for images of `channels` x `resolution` x `resolution`.
 
     Args:
-        like: a folder with config.json, whose network it is then.
+        like: a folder with config.json, whose network it is then, with the config's dropout where that decides.
 
     The last convolution starts at zero, so that the first prediction is 0 and the first loss the target's own power;
     diffusers leaves it random.
@@ -47,6 +48,8 @@ def make_unet(
     else:
         settings = _load_config(name)
         _check_fit(settings, config, channels, out_channels, resolution, num_classes)
+        if config.model_config_name_or_path is None and config.init_from is None:
+            settings["dropout"] = config.dropout
     torch.manual_seed(config.seed)
     try:
         unet: UNet2DModel = UNet2DModel.from_config(settings)  # pyright: ignore[reportAssignmentType]

@@ -16,8 +16,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+import hf_ddpm.unet
 from hf_ddpm import DDPMPipeline, DDPMScheduler, preparing
-from hf_ddpm.config import TrainingConfig
+from hf_ddpm.config import TrainingConfig, load_config
 from hf_ddpm.errors import UsageError
 from hf_ddpm.preparing import _lr_factor
 from hf_ddpm.seeds import image_generators
@@ -111,6 +112,34 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tiny_settings, tmp_path):
     assert losses(parted.output_dir) == losses(whole.output_dir)
     assert_same_weights(whole.output_dir, parted.output_dir)
     assert json.loads((tmp_path / "parted/run.json").read_text())["training"]["num_resumes"] == 1
+
+
+def test_a_run_keeps_its_network(tiny_settings, tmp_path, monkeypatch):
+    """Also where a later version sizes another for the data, whose weights have the same shapes."""
+    settings = {**tiny_settings, "model_config_name_or_path": None, "dropout": 0.2}
+    with monkeypatch.context() as before:
+        before.setattr(hf_ddpm.unet, "MIN_GROUP_CHANNELS", 2)
+        whole = TrainingConfig(**settings)
+        train(whole)
+        parted = replace(whole, output_dir=str(tmp_path / "parted"))
+        train(replace(parted, checkpoints_total_limit=None))
+    for name in ("checkpoint-6", "unet", "model_index.json"):
+        subprocess.run(["rm", "-r", str(tmp_path / "parted" / name)], check=True)
+    train(replace(parted, resume_from_checkpoint="latest"))
+    network = [json.loads(Path(run.output_dir, "unet/config.json").read_text()) for run in (whole, parted)]
+    assert network[0] == network[1]
+    assert network[0]["norm_num_groups"] == 32
+    assert losses(parted.output_dir) == losses(whole.output_dir)
+    assert_same_weights(whole.output_dir, parted.output_dir)
+
+
+def test_dropout_may_be_changed_on_purpose(tiny_settings):
+    config = TrainingConfig(**{**tiny_settings, "model_config_name_or_path": None, "max_train_steps": 3})
+    train(config)
+    path = Path(config.output_dir, "config.yaml")
+    path.write_text(path.read_text().replace("dropout: 0.0", "dropout: 0.2"))
+    train(replace(load_config(str(path)), max_train_steps=4, resume_from_checkpoint="latest"))
+    assert json.loads(Path(config.output_dir, "unet/config.json").read_text())["dropout"] == 0.2
 
 
 def test_workers_change_nothing(tiny_settings, tmp_path):
