@@ -4,8 +4,8 @@
 
 Those of `recipe.md` are of Debian 12's packages lomiri-wallpapers-16.04, lomiri-wallpapers-20.04 (CC BY-SA 3.0
 and 4.0), mate-backgrounds (CC BY-SA 4.0, nature/*.jpg) and plasma-workspace-wallpapers (CC BY-SA 4.0, 2560x1600.jpg).
-Each photograph is scaled so that its short side has between 96 and 192 pixels, and a square of 32 cut out: 500 times
-of the left seven tenths for `train`, 100 times of the rest for `test`, which therefore shows other places.
+Each photograph is scaled so that its short side has between 112 and 192 pixels, and a square of 32 cut out: 500 times
+of the first seven tenths of the long side for `train`, 100 times of the rest for `test`, which so has other places.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-SIDE, SHORT_SIDES, LEFT = 32, (96, 192), 0.7
+SIDE, SHORT_SIDES, PART = 32, (112, 192), 0.7
 NUM_CUTS = {"train": 500, "test": 100}
 
 
@@ -32,11 +32,10 @@ def main() -> None:
     for path in sorted(options.photographs, key=lambda path: path.name):
         with Image.open(path) as image:
             photograph = image.convert("RGB")
-        width, _ = photograph.size
-        edge = LEFT * width
+        length = max(photograph.size)
         for split, count in NUM_CUTS.items():
-            left, right = (0, edge) if split == "train" else (edge, width)
-            pictures[split] += [cut(photograph, left, right, rng) for _ in range(count)]
+            part = (0, PART * length) if split == "train" else (PART * length, length)
+            pictures[split] += [cut(photograph, part, rng) for _ in range(count)]
     features = datasets.Features({"image": datasets.Image()})
     for split, images in pictures.items():
         rng.shuffle(images)
@@ -45,11 +44,13 @@ def main() -> None:
         print(split, len(images))
 
 
-def cut(photograph: Image.Image, left: float, right: float, rng: np.random.Generator) -> Image.Image:
-    """A square between the columns `left` and `right`, scaled to SIDE."""
+def cut(photograph: Image.Image, part: tuple[float, float], rng: np.random.Generator) -> Image.Image:
+    """A square of that part of the longer side, scaled to SIDE."""
     short = np.exp(rng.uniform(*np.log(SHORT_SIDES)))
     side = SIDE * min(photograph.size) / short
-    x, y = rng.uniform(left, right - side), rng.uniform(0, photograph.height - side)
+    x, y = rng.uniform(part[0], part[1] - side), rng.uniform(0, min(photograph.size) - side)
+    if photograph.height > photograph.width:
+        x, y = y, x
     return photograph.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
 
 
