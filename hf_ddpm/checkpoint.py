@@ -204,9 +204,8 @@ def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:
     unet, optimizer, ema = state.unet, state.optimizer, state.ema
     parameters = dict(unet.named_parameters())
     try:
+        _check_network(json.loads(unet.to_json_string()), checkpoint)
         weights = load_file(checkpoint / "unet" / WEIGHTS)
-        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in unet.state_dict().items()}:
-            raise UsageError(f"{checkpoint.name} is of another network: resume with the settings of its config.yaml")
         load(weights, load_file(checkpoint / "optimizer.safetensors"), parameters, optimizer)
         for name, buffer in unet.named_buffers():
             if name in weights:
@@ -223,6 +222,17 @@ def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:
         ) from error
     except SafetensorError as error:
         raise UsageError(f"{checkpoint.name} cannot be read: {error}") from error
+
+
+def _check_network(settings: dict[str, Any], checkpoint: Path) -> None:
+    """By the settings: weights of the same shapes may be of other groups, heads or activations."""
+    before = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))
+    for name in sorted(before.keys() & settings.keys() - {"dropout"}):
+        if not name.startswith("_") and settings[name] != before[name]:
+            raise UsageError(
+                f"{checkpoint.name} is of another network: {name} was {before[name]}, got {settings[name]}: give "
+                f"the model config its settings again, those of {checkpoint / 'unet' / 'config.json'}"
+            )
 
 
 def model_files(unet: Any, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, bytes]]:

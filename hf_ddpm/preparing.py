@@ -84,11 +84,11 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
     monitor = open_monitor(config, images, accelerator) if config.eval_steps is not None else None
     scheduler = make_scheduler(config)
     network = None
-    if checkpoint is None:
-        network = network_of(config.init_from) if config.init_from is not None else None
-    elif config.model_config_name_or_path is None:
+    if checkpoint is not None and config.model_config_name_or_path is None:
         # Where this version makes another network for the data, or the model lies elsewhere, the run keeps its own.
         network = checkpoint / "unet"
+    elif config.init_from is not None:
+        network = network_of(config.init_from)
     new_unet = make_unet(config, images.channels, images.resolution, images.num_classes, network)
     if network is not None and checkpoint is None:
         load_weights(new_unet, network)

@@ -174,7 +174,7 @@ def test_another_network_or_average_is_refused(state, make_unet, tmp_path):
             "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
         },
     )
-    with pytest.raises(UsageError, match="checkpoint-4 is of another network"):
+    with pytest.raises(UsageError, match=r"checkpoint-4 is of another network: block_out_channels was \[8, 16\], got"):
         load_checkpoint(TrainingState(larger, torch.optim.AdamW(larger.parameters()), None), checkpoint)
     unknown = replace(state, ema=EMA(list(state.unet.parameters()), ["halflife-10", "halflife-99"]))
     with pytest.raises(UsageError, match="checkpoint-4 does not hold 'halflife-99/"):

@@ -133,6 +133,19 @@ def test_a_run_keeps_its_network(tiny_settings, tmp_path, monkeypatch):
     assert_same_weights(whole.output_dir, parted.output_dir)
 
 
+def test_a_model_config_that_was_changed_is_refused(tiny_settings, tmp_path):
+    """Though the weights have the same shapes."""
+    model = tmp_path / "unet.json"
+    model.write_text(json.dumps(tiny_unet_config(channels=1, norm_num_groups=4)))
+    config = TrainingConfig(**{**tiny_settings, "model_config_name_or_path": str(model)})
+    train(config)
+    before = {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()}
+    model.write_text(json.dumps(tiny_unet_config(channels=1, norm_num_groups=2)))
+    with pytest.raises(UsageError, match=r"another network: norm_num_groups was 4, got 2: give the model config .*config.json"):
+        train(replace(config, resume_from_checkpoint="latest", max_train_steps=9))
+    assert {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()} == before
+
+
 def test_dropout_may_be_changed_on_purpose(tiny_settings):
     config = TrainingConfig(**{**tiny_settings, "model_config_name_or_path": None, "max_train_steps": 3})
     train(config)
