@@ -1,9 +1,10 @@
-"""Color photographs of 32x32 pixels: parts of large photographs, as a data set that `datasets` loads.
+"""Color photographs of 32x32 pixels: parts of large ones, as a data set that `datasets` loads.
 
     python benchmarks/photographs.py OUT PHOTOGRAPH [PHOTOGRAPH ...]
 
-Those of `recipe.md` are of Debian 12's packages lomiri-wallpapers-16.04, lomiri-wallpapers-20.04 (CC BY-SA 3.0
-and 4.0), mate-backgrounds (CC BY-SA 4.0, nature/*.jpg) and plasma-workspace-wallpapers (CC BY-SA 4.0, 2560x1600.jpg).
+Those of `recipe.md` are 43 of Debian 12's packages lomiri-wallpapers-16.04, lomiri-wallpapers-20.04 (CC BY-SA 3.0 and
+4.0), mate-backgrounds (CC BY-SA 4.0, nature/*.jpg) and plasma-workspace-wallpapers (CC BY-SA 4.0, 2560x1600.jpg), a
+few of which are drawn.
 Each photograph is scaled so that its short side has between 112 and 192 pixels, and a square of 32 cut out: 500 times
 of the first seven tenths of the long side for `train`, 100 times of the rest for `test`, which so has other places.
 """

@@ -141,7 +141,7 @@ def test_a_model_config_that_was_changed_is_refused(tiny_settings, tmp_path):
     train(config)
     before = {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()}
     model.write_text(json.dumps(tiny_unet_config(channels=1, norm_num_groups=2)))
-    with pytest.raises(UsageError, match=r"another network: norm_num_groups was 4, got 2: give the model config .*config.json"):
+    with pytest.raises(UsageError, match=r"norm_num_groups was 4, got 2: give the model config .*config.json"):
         train(replace(config, resume_from_checkpoint="latest", max_train_steps=9))
     assert {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()} == before
 
