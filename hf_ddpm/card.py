@@ -338,7 +338,8 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ramp = ", at most 1 - (1 + k / {ema_inv_gamma:g})^-{ema_power:g} at step k"
     if "ema_rampup_ratio" in s:
         ramp = ", at most {ema_rampup_ratio:g} of the images seen"
-    lognormal = "log(sigma_t) normal, mean {noise_level_mean:g}, std {noise_level_std:g}, stratified"
+    lognormal = "nine tenths log(sigma_t) normal, mean {noise_level_mean:g}, std {noise_level_std:g}"
+    lognormal += "; a tenth uniform; stratified"
     words = {
         "beta_schedule": {"squaredcos_cap_v2": "cosine"},
         "loss_weighting": {"constant": "1"},

@@ -110,6 +110,12 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
         if accelerator.scaler is not None and progress.scaler is not None:
             accelerator.scaler.load_state_dict(progress.scaler)
     lr_factor = _lr_factor(config, num_steps)
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= num_steps:
+        say(
+            processes,
+            f"lr_warmup_steps should be less than the {num_steps} steps of the run, got {config.lr_warmup_steps}: "
+            f"the learning rate never reaches {config.learning_rate:g}",
+        )
     run = Run(
         config=config,
         output_dir=Path(config.output_dir),

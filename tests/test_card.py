@@ -206,7 +206,7 @@ def test_settings_of_ho_et_al_are_all_the_same_but_for_the_ramp_of_the_average(t
     assert len(ours) == 14
     assert ours["Chain length T"] == ["500", "1,000", "**differs**"]
     assert ours["Noise schedule"][0] == "cosine"
-    assert ours["Draws of t"][0] == "log(sigma_t) normal, mean -0.4, std 1.2, stratified"
+    assert ours["Draws of t"][0] == "nine tenths log(sigma_t) normal, mean -0.4, std 1.2; a tenth uniform; stratified"
     assert ours["Optimizer"][0].startswith("Muon for the matrices of blocks, else AdamW")
     assert ours["Limit of the gradient's norm"][2] == "same"
     assert "Images per step" not in rows(run={})

@@ -185,6 +185,14 @@ def test_lr_reaches_its_peak_and_its_end_in_optimizer_steps():
     assert factor(1000) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize(("warmup", "is_said"), [(5, False), (6, True)])
+def test_a_peak_that_is_not_reached_is_said(tiny_settings, capsys, warmup, is_said):
+    train(TrainingConfig(**{**tiny_settings, "max_train_steps": 6, "lr_warmup_steps": warmup}))
+    assert (f"6 steps of the run, got {warmup}: the learning rate never" in capsys.readouterr().err) == is_said
+    reached = max(line["lr"] for line in metrics(tiny_settings["output_dir"])) == TrainingConfig().learning_rate
+    assert reached != is_said
+
+
 def test_randomness_is_a_function_of_seed_and_position():
     def draws(seed, positions):
         generators = image_generators(seed, np.array(positions), torch.device("cpu"))
