@@ -4,8 +4,8 @@
 
 MODEL is a run of `--recipe fashion-mnist`, DATA a folder or Hub id of Fashion-MNIST. Each row is of images of the same
 seeds, against the test images, by efficientnet-lite0; the Fréchet distance of so few is mostly bias, so rows are to be
-compared with each other. A spacing of power p is t_i = round((T - 1) (1 - i / n)^p). Bfloat16, compiled. Writes
-`solvers.md` beside it, a row as soon as it is measured.
+compared with each other. A spacing of power p is t_i = round((T - 1) (1 - i / n)^p); a searched one is that of
+`hf-ddpm schedule`. Bfloat16, compiled. Writes `solvers.md` beside it, a row as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -13,30 +13,35 @@ from __future__ import annotations
 import argparse
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from recipe import load_data
 
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.sampling import FORWARD_BATCH, load_for_sampling, named_scheduler, seeded_generators
-from hf_ddpm.search import spaced_timesteps
+from hf_ddpm.search import search_timesteps, spaced_timesteps
 
-STEPS, NUM_IMAGES, NUM_ANCESTRAL = 20, 512, 256
-# Solver, order, power of the spacing; None: the solver's own.
-CELLS = [
-    ("dpmsolver++", 2, None),
-    ("dpmsolver++", 2, 0.6),
-    ("dpmsolver++", 2, 0.8),
-    ("dpmsolver++", 2, 1.25),
-    ("dpmsolver++", 2, 2.0),
-    ("dpmsolver++", 3, None),
-    ("dpmsolver++", 3, 0.8),
-    ("ddim", 1, None),
-    ("unipc", 2, None),
-    ("ddpm", 1, None),
+NUM_IMAGES = 512
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+# Solver, what differs from ours of that name, spacing (a power; None: the solver's own), steps.
+CELLS: list[tuple[str, dict[str, Any], float | str | None, int]] = [
+    ("dpmsolver++", {}, None, 20),
+    ("dpmsolver++", {}, 0.6, 20),
+    ("dpmsolver++", {}, 0.8, 20),
+    ("dpmsolver++", {}, 1.25, 20),
+    ("dpmsolver++", {}, 2.0, 20),
+    ("dpmsolver++", {}, "searched", 20),
+    ("dpmsolver++", {"solver_order": 3}, None, 20),
+    ("dpmsolver++", {"solver_order": 3}, 0.8, 20),
+    ("dpmsolver++", SDE, None, 20),
+    ("ddim", {}, None, 20),
+    ("unipc", {}, None, 20),
+    ("unipc", {"solver_order": 3}, None, 20),
+    ("unipc", {}, None, 100),
+    ("ddpm", {}, None, 1000),
 ]
 
 
@@ -48,29 +53,29 @@ def main() -> None:
     _, moments, features = load_data(options.data)
     network = load_network("efficientnet-lite0", None, "cpu")
     pipeline, _ = load_for_sampling(options.model, "ddpm", dtype="bf16", compile=True)
-    config = pipeline.scheduler.config
+    pipeline.set_progress_bar_config(disable=True)
+    own_scheduler = pipeline.scheduler
     text = (
-        f"torch {version('torch')}, diffusers {version('diffusers')}; images of the same seeds against the test "
-        "images of Fashion-MNIST, efficientnet-lite0; bfloat16, compiled.\n\n"
-        f"| solver | order | spacing | steps | FD of {NUM_ANCESTRAL} | KD of {NUM_ANCESTRAL} | FD of {NUM_IMAGES} | "
-        f"KD of {NUM_IMAGES} |\n|---|---|---|---|---|---|---|---|\n"
+        f"torch {version('torch')}, diffusers {version('diffusers')}; {NUM_IMAGES} images of the same seeds against "
+        "the test images of Fashion-MNIST, efficientnet-lite0; bfloat16, compiled.\n\n"
+        "| solver | differs by | spacing | steps | FD | KD |\n|---|---|---|---|---|---|\n"
     )
-    for solver, order, power in CELLS:
-        steps = 1000 if solver == "ddpm" else STEPS
-        pipeline.scheduler = named_scheduler(solver, config, steps)
-        if order == 3:
-            changed = {**pipeline.scheduler.config, "solver_order": 3}
-            pipeline.scheduler = DPMSolverMultistepScheduler.from_config(changed)
-        timesteps = None if power is None else [*spaced_timesteps(config["num_train_timesteps"], steps, power)]
-        images = sample(pipeline, NUM_ANCESTRAL if solver == "ddpm" else NUM_IMAGES, steps, timesteps)
+    for solver, changes, spacing, steps in CELLS:
+        pipeline.scheduler = own_scheduler
+        timesteps = None
+        if spacing == "searched":
+            (found,) = search_timesteps(pipeline, [steps])
+            timesteps = [*found.timesteps]
+        elif isinstance(spacing, float):
+            timesteps = [*spaced_timesteps(own_scheduler.config.num_train_timesteps, steps, spacing)]
+        named: Any = named_scheduler(solver, own_scheduler.config, steps)
+        pipeline.scheduler = type(named).from_config({**named.config, **changes})
+        images = sample(pipeline, NUM_IMAGES, steps, timesteps)
         own = torch.cat([network(part) for part in images.split(64)])
-        spacing = "its own" if power is None else f"power {power:g}"
-        text += f"| {solver} | {order} | {spacing} | {steps} | "
-        for count in (NUM_ANCESTRAL, NUM_IMAGES):
-            part = own[:count]
-            fd, kd = frechet_distance(Moments.of(part), moments), kernel_distance(part, features).distance
-            text += f"{fd:.1f} | {kd:.3f} | " if len(part) == count else " | | "
-        text = text.rstrip(" ") + "\n"
+        fd, kd = frechet_distance(Moments.of(own), moments), kernel_distance(own, features).distance
+        differs = ", ".join(f"{name} {value}" for name, value in changes.items())
+        how = {None: "its own", "searched": "searched"}.get(spacing, f"power {spacing}")
+        text += f"| {solver} | {differs} | {how} | {steps} | {fd:.1f} | {kd:.3f} |\n"
         Path(__file__).with_suffix(".md").write_text(text)
     print(text)
 
