@@ -1,6 +1,6 @@
 """Time to quality: what a number of minutes of training gives, from the command that a user types.
 
-    python benchmarks/quality.py DATA NAME --minutes 15 [--seed 0] [-- FLAGS OF train_accelerate.py]
+    python benchmarks/quality.py --minutes 15 [--seed 0] DATA NAME [-- FLAGS OF train_accelerate.py]
 
 DATA is a folder or Hub id of Fashion-MNIST. A dry run says how long a step takes and so how many fit into the minutes,
 compilation included; `train_accelerate.py --recipe fashion-mnist` takes them, and `hf-ddpm evaluate` measures 5,000
