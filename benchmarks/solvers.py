@@ -1,16 +1,18 @@
-"""Which solver and spacing of the timesteps samples a trained model best in 20 steps, beside 1000 ancestral ones.
+"""Which solver and spacing of the timesteps is best in 20 steps, beside 50 steps and 1000 ancestral ones.
 
     python benchmarks/solvers.py MODEL DATA
 
 MODEL is a run of `--recipe fashion-mnist`, DATA a folder or Hub id of Fashion-MNIST. Each row is of images of the same
 seeds, against the test images, by efficientnet-lite0; the Fréchet distance of so few is mostly bias, so rows are to be
 compared with each other. A spacing of power p is t_i = round((T - 1) (1 - i / n)^p); a searched one is that of
-`hf-ddpm schedule`. Bfloat16, compiled. Writes `solvers.md` beside it, a row as soon as it is measured.
+`hf-ddpm schedule`, from other seeds. Bfloat16, compiled. Appends each row to `solvers.jsonl` as soon as it is
+measured, unless it is there, and writes `solvers.md`, both beside it: for another model, remove them first.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,17 @@ from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_dista
 from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.sampling import FORWARD_BATCH, load_for_sampling, named_scheduler, seeded_generators
+from hf_ddpm.scheduler import all_values
 from hf_ddpm.search import search_timesteps, spaced_timesteps
 
+ROWS = Path(__file__).with_suffix(".jsonl")
 NUM_IMAGES, NUM_ANCESTRAL = 512, 256
 SDE = {"algorithm_type": "sde-dpmsolver++"}
-# Solver, what differs from ours of that name, spacing (a power; None: the solver's own), steps.
+# Solver, what differs from ours of that name, spacing (a power; "searched"; None: the solver's own), steps.
 CELLS: list[tuple[str, dict[str, Any], float | str | None, int]] = [
     ("unipc", {}, None, 20),
     ("dpmsolver++", {}, None, 20),
     ("ddpm", {}, None, 1000),
-    ("dpmsolver++", {}, "searched", 20),
     ("dpmsolver++", SDE, None, 20),
     ("unipc", {"solver_order": 3}, None, 20),
     ("unipc", {}, None, 50),
@@ -42,6 +45,7 @@ CELLS: list[tuple[str, dict[str, Any], float | str | None, int]] = [
     ("dpmsolver++", {}, 0.8, 20),
     ("dpmsolver++", {}, 1.25, 20),
     ("dpmsolver++", {}, 2.0, 20),
+    ("dpmsolver++", {}, "searched", 20),
 ]
 
 
@@ -52,37 +56,56 @@ def main() -> None:
     options = parser.parse_args()
     _, moments, features = load_data(options.data)
     network = load_network("efficientnet-lite0", None, "cpu")
-    pipeline, _ = load_for_sampling(options.model, "ddpm", dtype="bf16", compile=True)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline, _ = load_for_sampling(options.model, "ddpm", dtype="bf16", compile=True, uniform=True)
     own_scheduler, trained = pipeline.scheduler, read_run(Path(options.model))["training"]["steps"]
-    text = (
-        f"torch {version('torch')}, diffusers {version('diffusers')}; a model of {trained:,} steps; images of the "
-        "same seeds against the test images of Fashion-MNIST, efficientnet-lite0; bfloat16, compiled.\n\n"
-        f"| solver | differs by | spacing | steps | FD of {NUM_ANCESTRAL} | KD of {NUM_ANCESTRAL} | "
-        f"FD of {NUM_IMAGES} | KD of {NUM_IMAGES} |\n|---|---|---|---|---|---|---|---|\n"
-    )
+    there = {tuple(row["cell"]) for row in read_rows()}
     for solver, changes, spacing, steps in CELLS:
+        differs = ", ".join(f"{name} {value}" for name, value in changes.items())
+        how = {None: "its own", "searched": "searched"}.get(spacing, f"power {spacing}")
+        cell = (solver, differs, how, steps)
+        if cell in there:
+            continue
         pipeline.scheduler = own_scheduler
         timesteps = None
         if spacing == "searched":
-            (found,) = search_timesteps(pipeline, [steps])
+            (found,) = search_timesteps(pipeline, [steps], seed=NUM_IMAGES)
             timesteps = [*found.timesteps]
         elif isinstance(spacing, float):
             timesteps = [*spaced_timesteps(own_scheduler.config.num_train_timesteps, steps, spacing)]
         named: Any = named_scheduler(solver, own_scheduler.config, steps)
-        pipeline.scheduler = type(named).from_config({**named.config, **changes})
+        pipeline.scheduler = type(named).from_config({**all_values(named.config), **changes})
         images = sample(pipeline, NUM_ANCESTRAL if solver == "ddpm" else NUM_IMAGES, steps, timesteps)
         own = torch.cat([network(part) for part in images.split(64)])
-        differs = ", ".join(f"{name} {value}" for name, value in changes.items())
-        how = {None: "its own", "searched": "searched"}.get(spacing, f"power {spacing}")
-        text += f"| {solver} | {differs} | {how} | {steps} |"
-        for count in (NUM_ANCESTRAL, NUM_IMAGES):
-            part = own[:count]
-            fd, kd = frechet_distance(Moments.of(part), moments), kernel_distance(part, features).distance
-            text += f" {fd:.1f} | {kd:.3f} |" if len(part) == count else " | |"
-        text += "\n"
-        Path(__file__).with_suffix(".md").write_text(text)
-    print(text)
+        parts = [own[:count] for count in (NUM_ANCESTRAL, NUM_IMAGES) if count <= len(own)]
+        row = {
+            "cell": cell,
+            "trained_steps": trained,
+            "fd": [frechet_distance(Moments.of(part), moments) for part in parts],
+            "kid": [kernel_distance(part, features).distance for part in parts],
+        }
+        with ROWS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        write_table()
+
+
+def read_rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def write_table() -> None:
+    rows = read_rows()
+    text = (
+        f"torch {version('torch')}, diffusers {version('diffusers')}; a model of {rows[0]['trained_steps']:,} steps; "
+        "images of the same seeds against test images of Fashion-MNIST, efficientnet-lite0; bfloat16, compiled.\n\n"
+        f"| solver | differs by | spacing | steps | FD of {NUM_ANCESTRAL} | KD of {NUM_ANCESTRAL} | "
+        f"FD of {NUM_IMAGES} | KD of {NUM_IMAGES} |\n|---|---|---|---|---|---|---|---|\n"
+    )
+    for row in rows:
+        text += f"| {' | '.join(map(str, row['cell']))} |"
+        for fd, kid in zip(row["fd"], row["kid"], strict=True):
+            text += f" {fd:.1f} | {kid:.3f} |"
+        text += " | |" * (2 - len(row["fd"])) + "\n"
+    Path(__file__).with_suffix(".md").write_text(text)
 
 
 def sample(pipeline: DDPMPipeline, count: int, steps: int, timesteps: list[int] | None) -> torch.Tensor:
