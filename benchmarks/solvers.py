@@ -6,7 +6,7 @@ MODEL is a run of `--recipe fashion-mnist`, DATA a folder or Hub id of Fashion-M
 seeds, against the test images, by efficientnet-lite0; the Fréchet distance of so few is mostly bias, so rows are to be
 compared with each other. A spacing of power p is t_i = round((T - 1) (1 - i / n)^p); a searched one is that of
 `hf-ddpm schedule`, from other seeds. Bfloat16, compiled. Appends each row to `solvers.jsonl` as soon as it is
-measured, unless it is there, and writes `solvers.md`, both beside it: for another model, remove them first.
+measured, unless it is there, and writes `solvers.md`, both beside it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from recipe import load_data
 from hf_ddpm.card import read_run
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.features import load_network
+from hf_ddpm.files import weights_sha256
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.sampling import FORWARD_BATCH, load_for_sampling, named_scheduler, seeded_generators
 from hf_ddpm.scheduler import all_values
@@ -54,6 +55,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     options = parser.parse_args()
+    weights = weights_sha256(Path(options.model))
+    if any(row["weights_sha256"] != weights for row in read_rows()):
+        raise SystemExit(f"{ROWS} has rows of another model than {options.model}: remove it to begin anew")
     _, moments, features = load_data(options.data)
     network = load_network("efficientnet-lite0", None, "cpu")
     pipeline, _ = load_for_sampling(options.model, "ddpm", dtype="bf16", compile=True, uniform=True)
@@ -79,6 +83,7 @@ def main() -> None:
         parts = [own[:count] for count in (NUM_ANCESTRAL, NUM_IMAGES) if count <= len(own)]
         row = {
             "cell": cell,
+            "weights_sha256": weights,
             "trained_steps": trained,
             "fd": [frechet_distance(Moments.of(part), moments) for part in parts],
             "kid": [kernel_distance(part, features).distance for part in parts],
