@@ -32,7 +32,7 @@ from hf_ddpm.pusher import Pusher
 from hf_ddpm.run import FREE_SPACE, Run, say
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.streaming import ImageStream, open_stream
-from hf_ddpm.unet import make_unet, use_plain_attention
+from hf_ddpm.unet import compiled, make_unet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,9 +98,8 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
     if config.compile:
         # Its config grows when diffusers first writes it, and would be compiled for once more after a checkpoint.
         unet.to_json_string()
-        use_plain_attention(unet, accelerator.device)
         # Beside the network, which is left as it is for previews: they have another shape.
-        model = torch.compile(model, dynamic=False)
+        model = compiled(model, unet, accelerator.device)
     decays = _decays(config, schedule_batch_size)
     ema = EMA(list(unet.parameters()), list(decays(0, global_batch_size))) if config.use_ema else None
     state = TrainingState(unet, prepared.optimizer, ema)

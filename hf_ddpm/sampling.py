@@ -30,7 +30,7 @@ from hf_ddpm.launch import run_command
 from hf_ddpm.models import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.scheduler import DDPMScheduler, all_values
-from hf_ddpm.unet import use_plain_attention
+from hf_ddpm.unet import compiled
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -157,8 +157,7 @@ def load_for_sampling(
 def speed_up(pipeline: DDPMPipeline, dtype: str | None, compile: bool) -> None:
     """Has the network compute in `dtype` from now on, and compiled, as of `load_for_sampling`."""
     if compile:
-        use_plain_attention(pipeline.unet, pipeline.device)
-        pipeline.unet.forward = torch.compile(pipeline.unet.forward, dynamic=False)
+        pipeline.unet.forward = compiled(pipeline.unet.forward, pipeline.unet, pipeline.device)
     if dtype == "bf16":
         pipeline.unet.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(pipeline.unet.forward)
 

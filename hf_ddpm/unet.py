@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ def make_unet(
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     return unet
+
+
+def compiled(network: Any, unet: Any, device: torch.device) -> Any:
+    """`network`, which is `unet`, its forward pass or what wraps it, compiled for each shape of its input."""
+    use_plain_attention(unet, device)
+    # In bf16 diffusers' upsampling asks for torch's version through a cache, of which torch warns at length.
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
+    return torch.compile(network, dynamic=False)
 
 
 def use_plain_attention(unet: Any, device: torch.device) -> None:

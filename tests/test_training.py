@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import hf_ddpm.unet
-from hf_ddpm import DDPMPipeline, DDPMScheduler, preparing
+from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.config import TrainingConfig, load_config
 from hf_ddpm.errors import UsageError
 from hf_ddpm.preparing import _lr_factor
@@ -379,7 +379,8 @@ def test_a_compiled_network_is_trained_and_the_network_itself_is_saved(tiny_sett
 
     compile = torch.compile
     # Which rounds otherwise than the kernel that is used without compilation.
-    monkeypatch.setattr(preparing, "use_plain_attention", lambda *_: None)
+    monkeypatch.setattr(hf_ddpm.unet, "use_plain_attention", lambda *_: None)
+    tiny_settings["mixed_precision"] = "bf16"
     train(TrainingConfig(**tiny_settings))
     monkeypatch.setattr(torch, "compile", compile_without_code)
     train(TrainingConfig(**{**tiny_settings, "output_dir": str(tmp_path / "compiled"), "compile": True}))
