@@ -35,7 +35,7 @@ from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.optimizer import make_optimizer
 from hf_ddpm.posthoc import power_decay
 from hf_ddpm.sampling import iter_samples, named_scheduler, speed_up
-from hf_ddpm.unet import sized_config, use_plain_attention
+from hf_ddpm.unet import compiled, sized_config, use_plain_attention
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 T = 1000
@@ -172,7 +172,7 @@ def learn(
     )
     optimizer = make_optimizer(unet, config)
     averages = {std: [p.detach().clone() for p in parameters] for std in options.stds}
-    network = unet if options.eager else torch.compile(unet, dynamic=False)
+    network = unet if options.eager else compiled(unet, unet, torch.device("cpu"))
     generator = torch.Generator().manual_seed(options.seed)
     losses: list[float] = []
     for step in range(options.steps):

@@ -98,7 +98,7 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
     if config.compile:
         # Its config grows when diffusers first writes it, and would be compiled for once more after a checkpoint.
         unet.to_json_string()
-        # Beside the network, which is left as it is for previews: they have another shape.
+        # Beside the network, whose own forward pass is not compiled: previews have another shape.
         model = compiled(model, unet, accelerator.device)
     decays = _decays(config, schedule_batch_size)
     ema = EMA(list(unet.parameters()), list(decays(0, global_batch_size))) if config.use_ema else None

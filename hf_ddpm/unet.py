@@ -67,10 +67,15 @@ def make_unet(
 
 
 def compiled(network: Any, unet: Any, device: torch.device) -> Any:
-    """`network`, which is `unet`, its forward pass or what wraps it, compiled for each shape of its input."""
+    """`network`, which is `unet`, its forward pass or what wraps it, compiled for each shape of its input.
+
+    `unet` attends as of `use_plain_attention` from then on.
+    """
     use_plain_attention(unet, device)
-    # In bf16 diffusers' upsampling asks for torch's version through a cache, of which torch warns at length.
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
+    # In bf16 diffusers' upsampling asks for torch's version through a cache, of which torch warns at length; its
+    # earlier versions do not say where.
+    cached = r"Dynamo detected a call to a `functools\.lru_cache`-wrapped function(\.| at 'upsampling\.py:)"
+    warnings.filterwarnings("ignore", cached, UserWarning)
     return torch.compile(network, dynamic=False)
 
 
