@@ -1,11 +1,13 @@
 """Attention of networks that are compiled for a CPU."""
 
+import warnings
+
 import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from hf_ddpm.unet import sized_config, use_plain_attention
+from hf_ddpm.unet import compiled, sized_config, use_plain_attention
 
 CPU = torch.device("cpu")
 
@@ -41,3 +43,15 @@ def test_other_devices_keep_their_kernel():
     unet = UNet2DModel.from_config(sized_config(28, 1, 1))
     use_plain_attention(unet, torch.device("cuda"))
     assert processors(unet) == {AttnProcessor2_0}
+
+
+def test_of_torchs_warnings_those_of_diffusers_upsampling_are_kept_from_users(make_unet, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    unet = make_unet()
+    compiled(unet.forward, unet, CPU)
+    text = "Dynamo detected a call to a `functools.lru_cache`-wrapped function"
+    # The words of torch 2.13, and those of earlier ones.
+    for rest in (" at 'upsampling.py:156'. Dynamo ignores the cache wrapper", ". Dynamo ignores the cache wrapper"):
+        warnings.warn(text + rest, UserWarning, stacklevel=1)
+    with pytest.raises(UserWarning, match="mine"):
+        warnings.warn(text + " at 'mine.py:7'. Dynamo ignores the cache wrapper", UserWarning, stacklevel=1)
