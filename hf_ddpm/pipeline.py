@@ -171,8 +171,10 @@ class DDPMPipeline(DiffusionPipeline):
 
         size = self.unet.config.sample_size
         shape = (batch_size, channels, *((size, size) if isinstance(size, int) else size))
-        # x_t and the scheduler's arithmetic stay in float32 when the network is in half precision.
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        # Each reading goes through all modules. x_t and the scheduler's arithmetic stay in float32 when the network is
+        # in half precision.
+        network_dtype = self.unet.dtype
+        dtype = torch.promote_types(network_dtype, torch.float32)
         if latents is None:
             # randn is not reproducible on MPS.
             noise_device = torch.device("cpu") if device.type == "mps" else device
@@ -193,7 +195,7 @@ class DDPMPipeline(DiffusionPipeline):
             if self._interrupt:
                 break
             network_input = self.scheduler.scale_model_input(x_t, t)
-            model_output = self.unet(network_input.to(self.unet.dtype), t, **conditions).sample.to(dtype)
+            model_output = self.unet(network_input.to(network_dtype), t, **conditions).sample.to(dtype)
             if not splits_output:
                 model_output = model_output[:, :channels]
             result = self.scheduler.step(model_output, t, x_t, **step_arguments)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,12 +99,19 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
     exact = {**of_model, "timestep_spacing": spacing, "variance_type": None}
     # They do not know clip_sample, without which an error of eps_hat at T-1 is multiplied by thousands in x_0_hat.
     # Thresholding up to 1 is the same as clipping to [-1, 1].
-    if config["clip_sample"] and config["clip_sample_range"] == 1:
+    clips = config["clip_sample"] and config["clip_sample_range"] == 1
+    if clips:
         exact |= {"thresholding": True, "sample_max_value": 1.0}
-    if name == "unipc":
-        return UniPCMultistepScheduler.from_config(exact)
     solver = {"algorithm_type": "dpmsolver++", "solver_order": 1 if name == "ddim" else 2}
-    return DPMSolverMultistepScheduler.from_config({**exact, **solver})
+    scheduler: Any = (
+        UniPCMultistepScheduler.from_config(exact)
+        if name == "unipc"
+        else DPMSolverMultistepScheduler.from_config({**exact, **solver})
+    )
+    if clips:
+        # The same bits without the quantile of all pixels, which is looked for at each step and then held to 1.
+        scheduler._threshold_sample = partial(torch.clamp, min=-1, max=1)
+    return scheduler
 
 
 def load_for_sampling(

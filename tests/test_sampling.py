@@ -98,6 +98,23 @@ def test_an_imperfect_noise_predictor_stays_in_range(name):
     assert (x - mu).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "unipc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_solvers_clip_to_the_bits_of_their_thresholding_up_to_1(name, dtype):
+    config = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing").config
+
+    def final(scheduler):
+        scheduler.set_timesteps(20)
+        x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(3 * x), t, x).prev_sample
+        return x
+
+    ours = named_scheduler(name, config, 20)
+    assert torch.equal(final(ours), final(type(ours).from_config(ours.config)))
+    assert not torch.equal(final(ours), final(named_scheduler(name, {**config, "clip_sample": False}, 20)))
+
+
 def test_schedules_that_the_solvers_do_not_know_are_left_to_ddpm():
     config = DDPMScheduler(beta_schedule="sigmoid").config
     assert default_scheduler(config) == "ddpm"
