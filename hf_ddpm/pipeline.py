@@ -171,9 +171,8 @@ class DDPMPipeline(DiffusionPipeline):
 
         size = self.unet.config.sample_size
         shape = (batch_size, channels, *((size, size) if isinstance(size, int) else size))
-        # Each reading goes through all modules. x_t and the scheduler's arithmetic stay in float32 when the network is
-        # in half precision.
-        network_dtype = self.unet.dtype
+        network_dtype = self.unet.dtype  # once: reading it walks through all modules
+        # x_t and the scheduler's arithmetic stay in float32 when the network is in half precision.
         dtype = torch.promote_types(network_dtype, torch.float32)
         if latents is None:
             # randn is not reproducible on MPS.

@@ -19,8 +19,8 @@ The last bits of an image depend on how many images a forward pass has: PyTorch 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,8 +98,8 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
     of_model = {key: config[key] for key in inspect.signature(DDPMScheduler.__init__).parameters if key in config}
     exact = {**of_model, "timestep_spacing": spacing, "variance_type": None}
     # They do not know clip_sample, without which an error of eps_hat at T-1 is multiplied by thousands in x_0_hat.
-    # Thresholding up to 1 is the same as clipping to [-1, 1].
-    clips = config["clip_sample"] and config["clip_sample_range"] == 1
+    # Thresholding up to 1 is the same as clipping to [-1, 1]. A model's own thresholding goes before clip_sample.
+    clips = config["clip_sample"] and config["clip_sample_range"] == 1 and not config["thresholding"]
     if clips:
         exact |= {"thresholding": True, "sample_max_value": 1.0}
     solver = {"algorithm_type": "dpmsolver++", "solver_order": 1 if name == "ddim" else 2}
@@ -110,8 +110,13 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
     )
     if clips:
         # The same bits without the quantile of all pixels, which is looked for at each step and then held to 1.
-        scheduler._threshold_sample = partial(torch.clamp, min=-1, max=1)
+        scheduler._threshold_sample = _clip
     return scheduler
+
+
+def _clip(x_0_hat: Tensor) -> Tensor:
+    """To [-1, 1]; what is not finite is NaN, so that the image is refused."""
+    return torch.where(x_0_hat.isfinite(), x_0_hat.clamp(-1, 1), math.nan)
 
 
 def load_for_sampling(

@@ -37,7 +37,7 @@ SETTINGS = {
     "epsilon": {"variance_type": "fixed_large"},
     "sample": {"prediction_type": "sample", "timestep_spacing": "linspace", "variance_type": "fixed_large_log"},
     "unclipped": {"prediction_type": "v_prediction", "clip_sample": False},
-    "thresholded": {"prediction_type": "sample", "thresholding": True},
+    "thresholded": {"prediction_type": "sample", "thresholding": True, "sample_max_value": 2.0},
     "zero_snr": {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
     "sigmoid": {"beta_schedule": "sigmoid", "beta_end": 0.999, "prediction_type": "sample"},
     "learned_range": {"variance_type": "learned_range"},

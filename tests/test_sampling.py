@@ -100,19 +100,35 @@ def test_an_imperfect_noise_predictor_stays_in_range(name):
 
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "unipc"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_solvers_clip_to_the_bits_of_their_thresholding_up_to_1(name, dtype):
-    config = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing").config
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_solvers_clip_to_the_bits_of_their_thresholding_up_to_1(name, dtype, prediction_type, monkeypatch):
+    config = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type=prediction_type
+    ).config
 
     def final(scheduler):
         scheduler.set_timesteps(20)
         x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
         for t in scheduler.timesteps:
-            x = scheduler.step(torch.tanh(3 * x), t, x).prev_sample
+            x = scheduler.step(2 * torch.tanh(3 * x), t, x).prev_sample
         return x
 
     ours = named_scheduler(name, config, 20)
-    assert torch.equal(final(ours), final(type(ours).from_config(ours.config)))
-    assert not torch.equal(final(ours), final(named_scheduler(name, {**config, "clip_sample": False}, 20)))
+    by_threshold = final(type(ours).from_config(ours.config))
+    assert not torch.equal(by_threshold, final(named_scheduler(name, {**config, "clip_sample": False}, 20)))
+    monkeypatch.delattr(torch, "quantile")
+    assert torch.equal(final(ours), by_threshold)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "unipc"])
+def test_a_thresholding_of_the_models_own_goes_before_clip_sample(name):
+    config = DDPMScheduler(thresholding=True, sample_max_value=2.0, clip_sample=True).config
+    scheduler = named_scheduler(name, config, 20)
+    assert scheduler.config.sample_max_value == 2
+    x_0_hat = 3 * torch.randn(4, 1, 8, 8)
+    expected = DDPMScheduler.from_config(config)._threshold_sample(x_0_hat)
+    assert torch.equal(scheduler._threshold_sample(x_0_hat), expected)
+    assert not torch.equal(expected, x_0_hat.clamp(-1, 1))
 
 
 def test_schedules_that_the_solvers_do_not_know_are_left_to_ddpm():
@@ -199,6 +215,16 @@ def test_which_images_are_sampled_together_changes_no_bit(pipeline):
     assert torch.equal(whole(iter_samples(pipeline, range(20), **settings))[1], images)
     exact = sample_images(pipeline, range(16), batch_size=16, num_inference_steps=5)
     assert torch.equal((exact * 255).round().to(torch.uint8), images[:16])
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "unipc"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_images_that_are_not_finite_are_refused_by_each_solver(pipeline, name, value):
+    pipeline.scheduler = named_scheduler(name, pipeline.scheduler.config, 2)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias[:] = value
+    with pytest.raises(ValueError, match="samples must be finite, got NaN for seed 7"):
+        next(iter_samples(pipeline, [7, 8], batch_size=2, num_inference_steps=2))
 
 
 def test_images_that_are_not_finite_are_refused(pipeline):

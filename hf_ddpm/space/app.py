@@ -151,7 +151,7 @@ class Model:
         known = inspect.signature(DDPMScheduler.__init__).parameters
         config = {key: self.config[key] for key in known if key in self.config}
         config |= {"timestep_spacing": spacing, "variance_type": None}
-        if self.config["clip_sample"] and self.config["clip_sample_range"] == 1:
+        if self.config["clip_sample"] and self.config["clip_sample_range"] == 1 and not self.config["thresholding"]:
             # They do not know clip_sample; thresholding up to 1 is the same.
             config |= {"thresholding": True, "sample_max_value": 1.0}
         if sampler == "unipc":
