@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -195,6 +196,8 @@ class DDPMPipeline(DiffusionPipeline):
                 break
             network_input = self.scheduler.scale_model_input(x_t, t)
             model_output = self.unet(network_input.to(network_dtype), t, **conditions).sample.to(dtype)
+            # Infinity would be clipped to an extreme image; NaN stays until the image is refused.
+            model_output = torch.where(model_output.isfinite(), model_output, math.nan)
             if not splits_output:
                 model_output = model_output[:, :channels]
             result = self.scheduler.step(model_output, t, x_t, **step_arguments)

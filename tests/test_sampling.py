@@ -217,9 +217,9 @@ def test_which_images_are_sampled_together_changes_no_bit(pipeline):
     assert torch.equal((exact * 255).round().to(torch.uint8), images[:16])
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "unipc"])
+@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_images_that_are_not_finite_are_refused_by_each_solver(pipeline, name, value):
+def test_images_that_are_not_finite_are_refused(pipeline, name, value):
     pipeline.scheduler = named_scheduler(name, pipeline.scheduler.config, 2)
     with torch.no_grad():
         pipeline.unet.conv_out.bias[:] = value
@@ -227,11 +227,7 @@ def test_images_that_are_not_finite_are_refused_by_each_solver(pipeline, name, v
         next(iter_samples(pipeline, [7, 8], batch_size=2, num_inference_steps=2))
 
 
-def test_images_that_are_not_finite_are_refused(pipeline):
-    with torch.no_grad():
-        pipeline.unet.conv_out.bias[:] = torch.nan
-    with pytest.raises(ValueError, match="samples must be finite, got NaN for seed 7"):
-        next(iter_samples(pipeline, [7, 8], batch_size=2, num_inference_steps=2))
+def test_batches_have_an_image(pipeline):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         next(iter_samples(pipeline, [7], batch_size=0))
 
