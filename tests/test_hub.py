@@ -643,8 +643,9 @@ def test_a_training_is_pushed_and_writes_no_token(server: HubServer, settings: d
     settings |= {"hub_token": TOKEN, "logger": "tensorboard", "ema_halflife_images": "10 100", "hub_averages": True}
     flags = [part for name, value in settings.items() for part in (f"--{name}", *str(value).split(" "))]
     environment = client_environment(server, tmp_path / "hf") | {"PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     done = subprocess.run(
-        ["accelerate", "launch", "--cpu", "--num_processes", "1", str(ROOT / "train_accelerate.py"), *flags],
+        [*launch, str(ROOT / "train_accelerate.py"), *flags],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
