@@ -32,6 +32,7 @@ from hf_ddpm.config import TrainingConfig
 from hf_ddpm.ema import assign
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.features import load_network
+from hf_ddpm.objective import posterior_means
 from hf_ddpm.optimizer import make_optimizer
 from hf_ddpm.posthoc import power_decay
 from hf_ddpm.sampling import iter_samples, named_scheduler, speed_up
@@ -59,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--density", type=float, nargs=2, help="mean and std of log(noise / signal); else uniform t")
     parser.add_argument("--min_snr", type=float, help="gamma of the weight; else 1")
     parser.add_argument("--nearest", type=int, default=1, help="noises of which the nearest to the image is taken")
+    parser.add_argument("--others", type=int, default=0, help="images besides its own that a target is the mean of")
     parser.add_argument("--beta_schedule", default="squaredcos_cap_v2")
     parser.add_argument("--prediction_type", default="v_prediction")
     parser.add_argument("--dropout", type=float, default=0.0)
@@ -174,6 +176,7 @@ def learn(
     averages = {std: [p.detach().clone() for p in parameters] for std in options.stds}
     network = unet if options.eager else compiled(unet, unet, torch.device("cpu"))
     generator = torch.Generator().manual_seed(options.seed)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed + 1))
     losses: list[float] = []
     for step in range(options.steps):
         if step == 20:
@@ -185,8 +188,12 @@ def learn(
         eps = eps[nearest, torch.arange(len(x_0))]
         with torch.autocast("cpu", torch.bfloat16, enabled=options.mixed_precision == "bf16"):
             output = network(scheduler.add_noise(x_0, eps, t), t, return_dict=False)[0]
-        error = (output.float() - scheduler.training_target(x_0, eps, t)).square().flatten(1).mean(dim=1)
         snr = scheduler.snr(t).float()
+        means = (x_0, eps)
+        if options.others:
+            next_ids = order[(step * options.batch + torch.arange(options.others)) % len(order)]
+            means = posterior_means(snr, x_0, eps, images[next_ids].float() / 127.5 - 1)
+        error = (output.float() - scheduler.training_target(*means, t)).square().flatten(1).mean(dim=1)
         loss = (error if options.min_snr is None else error * snr.clamp(max=options.min_snr) / (snr + 1)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)

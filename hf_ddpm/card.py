@@ -340,7 +340,9 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ramp = ", at most {ema_rampup_ratio:g} of the images seen"
     lognormal = "nine tenths log(sigma_t) normal, mean {noise_level_mean:g}, std {noise_level_std:g}"
     lognormal += "; a tenth uniform; stratified"
+    others = s.get("stable_target_images", 0)
     words = {
+        "stable_target_images": {others: f"over {others:,} other images", 0: "none"},
         "beta_schedule": {"squaredcos_cap_v2": "cosine"},
         "loss_weighting": {"constant": "1"},
         "timestep_density": {"uniform": "uniform, independent"},
@@ -353,6 +355,7 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         "The network predicts": ("{prediction_type}", "epsilon"),
         "Variance of p": ("{variance_type}", "fixed_large"),
         "Weight of the squared error": (weight, "1"),
+        "Stable target": ("{stable_target_images}", "none"),
         "Draws of t": (
             lognormal if s.get("timestep_density") == "lognormal" else "{timestep_density}",
             "uniform, independent",

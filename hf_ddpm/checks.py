@@ -21,6 +21,10 @@ _AT_LEAST_ONE = (
     *("save_images_epochs", "save_model_epochs", "ddpm_num_inference_steps", "logging_steps"),
     *("cpu_threads_per_process", "shuffle_buffer_images", "eval_steps"),
 )
+_AT_LEAST_ZERO = (
+    *("dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "seed", "ema_snapshots"),
+    "stable_target_images",
+)
 _ABOVE_ZERO = (
     *(
         "learning_rate",
@@ -54,7 +58,7 @@ def check_config(config: TrainingConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"{name} must be above 0, got {value}")
-    for name in ("dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "seed", "ema_snapshots"):
+    for name in _AT_LEAST_ZERO:
         if getattr(config, name) < 0:
             raise UsageError(f"{name} must not be negative, got {getattr(config, name)}")
     if config.seed >= 2**63:
@@ -113,6 +117,7 @@ def _check_effects(config: TrainingConfig) -> None:
     require(config.use_ema, "give use_ema", *averaging, "ema_snapshots")
     require(config.ema_rampup_ratio is None, "ema_rampup_ratio is given", "ema_inv_gamma", "ema_power")
     require(config.streaming, "give streaming", "shuffle_buffer_images")
+    require(not config.streaming, "a stream has no images beyond the step's", "stable_target_images")
     measured = ("eval_split", "eval_num_images", "eval_network", "eval_network_path")
     require(config.eval_steps is not None, "give eval_steps", *measured)
     require(config.ema_halflife_images is None, "ema_halflife_images is given", "ema_max_decay")

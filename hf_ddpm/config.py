@@ -96,6 +96,12 @@ class TrainingConfig:
     )
     noise_level_std: float = _option(1.2, "Of `lognormal`: the standard deviation of log(sigma_t).")
 
+    stable_target_images: int = _option(
+        0,
+        "Stable target (Xu et al. 2023): how many other images a target is averaged over, by how probably x_t came "
+        "from each; 0: the image's own. For small images: larger ones are told apart in nearly all noise.",
+    )
+
     # The optimization
     seed: int = _option(
         0, "With the number of images seen, decides the order, crops, flips, t and eps; with the step, dropout."

@@ -287,9 +287,10 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """The micro-batches of one process for the next `num_steps` steps, for `DataLoader(..., batch_size=None)`.
 
     Item k belongs to step k // A, counted from the first of them, and holds `pixels` (B, C, R, R), uint8, or int32 of
-    16-bit images; `positions` (B,) int64 in the stream of images; and `labels` (B,) int64, if the images have labels.
-    Crops and flips are functions of (seed, position), so batch size, workers and processes change only how the stream
-    is cut up.
+    16-bit images; `positions` (B,) int64 in the stream of images; `labels` (B,) int64, if the images have labels; and
+    if asked for `others` (num_others, C, R, R), the images that follow those of the step, and `other_labels`. Crops
+    and flips are functions of (seed, position), so batch size, workers and processes change only how the stream is
+    cut up.
 
     Args:
         random_flip: mirror each image with probability 1/2, drawn anew each epoch.
@@ -298,6 +299,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         rank: this process, in [0, num_processes).
         first_position: images already seen; the stream continues after them.
         num_steps: steps until it ends.
+        num_others: 0 for none.
     """
 
     images: ImageCache
@@ -310,6 +312,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     num_processes: int
     first_position: int
     num_steps: int
+    num_others: int = 0
 
     def __len__(self) -> int:
         return self.num_steps * self.accumulation_steps
@@ -319,6 +322,19 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             raise IndexError(f"micro-batch must be in [0, {len(self)}), got {k}")
         slot = k * self.num_processes + self.rank
         positions = self.first_position + slot * self.batch_size + np.arange(self.batch_size)
+        pixels, labels = self._read(positions)
+        batch = {"pixels": pixels, "positions": torch.from_numpy(positions)}
+        if labels is not None:
+            batch["labels"] = labels
+        if self.num_others:
+            step_images = self.batch_size * self.accumulation_steps * self.num_processes
+            after = self.first_position + (k // self.accumulation_steps + 1) * step_images
+            batch["others"], labels = self._read(after + np.arange(self.num_others))
+            if labels is not None:
+                batch["other_labels"] = labels
+        return batch
+
+    def _read(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         ids = self._drawn("order", positions)
         pixels = self._crop(ids, positions)
         if self.random_flip:
@@ -326,10 +342,8 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             pixels[flipped] = pixels[flipped, :, :, ::-1]
         if pixels.dtype == np.uint16:
             pixels = pixels.astype(np.int32)
-        batch = {"pixels": torch.from_numpy(pixels), "positions": torch.from_numpy(positions)}
-        if self.images.labels is not None:
-            batch["labels"] = torch.from_numpy(self.images.labels[ids])
-        return batch
+        labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[ids])
+        return torch.from_numpy(pixels), labels
 
     def _drawn(self, what: str, positions: np.ndarray) -> np.ndarray:
         epochs, places = np.divmod(positions, len(self.images))

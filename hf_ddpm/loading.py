@@ -45,7 +45,7 @@ def open_batches(run: Run, progress: Progress, num_steps: int) -> tuple[Iterator
         lanes = {"num_lanes": stream["num_lanes"], "chunk_size": stream["chunk_size"], "places": places}
         dataset: Any = StreamBatches(run.images, **cut, **lanes, shuffle_buffer_images=config.shuffle_buffer_images)
     else:
-        dataset = MicroBatches(run.images, **cut)
+        dataset = MicroBatches(run.images, **cut, num_others=config.stable_target_images)
     loader = DataLoader(
         dataset,
         batch_size=None,

@@ -2,6 +2,7 @@
 
     t ~ density,  eps ~ N(0, I),  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
     loss = weight(t) mean((prediction(x_t, t) - target)^2)    [+ 0.001 T L_t with learned variance]
+    stable target: the target's mean over the images that x_t may have come from (Xu et al. 2023)
 
 Of t that are drawn uniformly, T L_t is the bound's expectation; with another density its terms have other weights.
 
@@ -71,6 +72,8 @@ class Objective:
         generator: torch.Generator | list[torch.Generator],
         class_labels: Tensor | None = None,
         stratum: tuple[int, int] | None = None,
+        others: Tensor | None = None,
+        other_labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One evaluation of the loss, unreduced.
 
@@ -82,6 +85,9 @@ class Objective:
             class_labels: (B,) int64.
             stratum: (first, count) if these are the images first, ..., first + B - 1 of a batch of `count` that is
                 spread over several calls; stratification is over that batch. (0, B) if not given.
+            others: other images of the data, (N, C, H, W) in [-1, 1]: the target is the stable one over each image
+                and these, of `posterior_means`. None: the target of the image alone.
+            other_labels: (N,) int64, with `class_labels`.
 
         Returns: the loss, (B,) float32, and t, (B,) int64.
         """
@@ -96,7 +102,11 @@ class Objective:
             model_output = unet(x_t, t, **conditions).sample
         model_output = model_output.float()
         prediction, variance_output = self.scheduler.split_output(model_output, x_0)
-        target = self.scheduler.training_target(x_0, eps, t)
+        means = (x_0, eps)
+        if others is not None:
+            same = None if class_labels is None else class_labels[:, None] == other_labels
+            means = posterior_means(self.scheduler.snr(t), x_0, eps, others.float(), same)
+        target = self.scheduler.training_target(*means, t)
         loss = self.weight(t) * (prediction - target).square().flatten(1).mean(dim=1)
         if self.scheduler.config.variance_type in LEARNED_VARIANCES:
             # The bound trains the variance alone; the mean is left to the weighted loss.
@@ -162,6 +172,40 @@ class Objective:
                 one, zero = torch.ones_like(snr), torch.zeros_like(snr)
                 gain = self.scheduler.posterior(one, zero, t)[0].square()
         return (snr.clamp(max=self.min_snr_gamma) / gain).float()
+
+
+def posterior_means(
+    snr: Tensor, x_0: Tensor, eps: Tensor, others: Tensor, may_be: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """E[x_0 | x_t] and E[eps | x_t] where data are each image and the others, alike (Xu et al. 2023, sec. 3).
+
+        p(x_i | x_t) ~ exp(-|x_t - sqrt(alpha_bar) x_i|^2 / (2 (1 - alpha_bar)))
+                     ~ exp(y x_i - snr |x_i|^2 / 2),  y = snr x_0 + sqrt(snr) eps
+        E[eps | x_t] = eps + sqrt(snr) (x_0 - E[x_0 | x_t])
+
+    Both belong to the same x_t as x_0 and eps do. A prediction's least squared error is at its expectation, so that
+    these have the minimum that x_0 and eps have, with less variance around it, as the others come to be the data.
+
+    Args:
+        snr: alpha_bar / (1 - alpha_bar) of each image, (B,); 0 makes all alike.
+        x_0, eps: (B, C, H, W) float32.
+        others: (N, C, H, W) float32.
+        may_be: whether x_t may have come from an other, of its label for one, (B, N); default: from all.
+
+    Returns: both means, (B, C, H, W); x_0 and eps to the last bit where no other comes near.
+    """
+    own, x = x_0.flatten(1), others.flatten(1)
+    snr = snr[:, None]
+    y = (snr * own + snr.sqrt() * eps.flatten(1)).float()
+    snr = snr.float()
+    logits = y @ x.T - snr * x.square().sum(dim=1) / 2
+    logits -= (y * own).sum(dim=1, keepdim=True) - snr * own.square().sum(dim=1, keepdim=True) / 2
+    if may_be is not None:
+        logits = logits.masked_fill(~may_be, -math.inf)
+    weights = torch.cat([torch.zeros_like(snr), logits], dim=1).softmax(dim=1)
+    mean = weights[:, :1] * own + weights[:, 1:] @ x
+    moved = snr.sqrt() * (own - mean)
+    return mean.view_as(x_0), eps + moved.view_as(eps)
 
 
 def variational_bound(

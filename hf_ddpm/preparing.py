@@ -81,6 +81,12 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
             f"{math.ceil(progress.images / schedule_batch_size)}"
         )
 
+    if images.num_images is not None and config.stable_target_images >= images.num_images:
+        raise UsageError(
+            f"stable_target_images must be below the {images.num_images} images of the data, "
+            f"got {config.stable_target_images}"
+        )
+
     monitor = open_monitor(config, images, accelerator) if config.eval_steps is not None else None
     scheduler = make_scheduler(config)
     network = None

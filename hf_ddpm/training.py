@@ -220,19 +220,21 @@ def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], 
     config, accelerator = run.config, run.accelerator
     evaluated = []
     for micro, batch in enumerate(micro_batches):
-        pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
-        labels = batch["labels"].to(accelerator.device, non_blocking=True) if "labels" in batch else None
         positions = batch["positions"].numpy()
+        batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
+        others = to_x_0(batch["others"], run.images.max_value) if "others" in batch else None
         slot = micro * accelerator.num_processes + accelerator.process_index
         seed_step(config.seed, progress.step, slot)
         is_last = micro == len(micro_batches) - 1
         with engine.accumulating(accelerator, run.model, is_last):
             loss, t = run.objective(
                 run.model,
-                to_x_0(pixels, run.images.max_value),
+                to_x_0(batch["pixels"], run.images.max_value),
                 image_generators(config.seed, positions, accelerator.device),
-                labels,
+                batch.get("labels"),
                 stratum=(slot * config.train_batch_size, run.global_batch_size),
+                others=others,
+                other_labels=batch.get("other_labels"),
             )
             mean = loss.mean()
             # The gradients of a loss that is not finite are made NaN: by their norm every process learns of it.

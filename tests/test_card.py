@@ -200,12 +200,15 @@ def test_settings_of_ho_et_al_are_all_the_same_but_for_the_ramp_of_the_average(t
 
     training = {"global_batch_size": 128, "steps": 800_000}
     ho = rows(config=CONFIG | HO_2020, run={"training": training}, scheduler={}, unet={})
-    assert len(ho) == 14
+    assert len(ho) == 15
     assert [name for name, row in ho.items() if row[2] != "same"] == ["Averaged weights (EMA)"]
     ours = rows()
-    assert len(ours) == 14
+    assert len(ours) == 15
     assert ours["Chain length T"] == ["500", "1,000", "**differs**"]
     assert ours["Noise schedule"][0] == "cosine"
+    assert ours["Stable target"] == ["none", "none", "same"]
+    stable = rows(config=CONFIG | {"stable_target_images": 4096})
+    assert stable["Stable target"] == ["over 4,096 other images", "none", "**differs**"]
     assert ours["Draws of t"][0] == "nine tenths log(sigma_t) normal, mean -0.4, std 1.2; a tenth uniform; stratified"
     assert ours["Optimizer"][0].startswith("Muon for the matrices of blocks, else AdamW")
     assert ours["Limit of the gradient's norm"][2] == "same"

@@ -168,6 +168,11 @@ def test_the_first_prediction_is_zero():
         ("--ema_rampup_ratio 0.05 --ema_power 1", "ema_power = 1.0 has no effect: ema_rampup_ratio is given"),
         ("--max_train_hours 0", "max_train_hours must be above 0"),
         ("--shuffle_buffer_images 10", "shuffle_buffer_images = 10 has no effect: give streaming"),
+        (
+            "--streaming --max_train_steps 9 --stable_target_images 8",
+            "stable_target_images = 8 has no effect: a stream has no images beyond the step's",
+        ),
+        ("--stable_target_images -1", "stable_target_images must not be negative, got -1"),
         ("--dropout 1.0", r"dropout must be in \[0, 1\), got 1.0"),
         ("--learning_rate -1", "learning_rate must be above 0, got -1.0"),
         ("--seed 99999999999999999999", r"seed must be below 2\*\*63"),

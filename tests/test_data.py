@@ -716,6 +716,23 @@ def test_resuming_continues_the_stream(seven: data.ImageCache) -> None:
     assert all(torch.equal(rest[key], whole[key][5 * 8 :]) for key in whole)
 
 
+@pytest.mark.parametrize(("num_processes", "accumulation", "batch_size"), [(1, 1, 8), (2, 2, 2), (4, 1, 2)])
+def test_others_are_the_images_after_the_step(
+    seven: data.ImageCache, num_processes: int, accumulation: int, batch_size: int
+) -> None:
+    """With their crops, flips and labels, alike in all parts of a step."""
+    whole = stream(seven, 1, 1, 8)
+    settings = {"num_processes": num_processes, "accumulation_steps": accumulation, "batch_size": batch_size}
+    for rank in range(num_processes):
+        batches = batches_of(
+            seven, rank=rank, num_others=6, random_flip=True, first_position=16, num_steps=3, **settings
+        )
+        for k, batch in enumerate(batches):  # type: ignore[arg-type]
+            after = 16 + (k // accumulation + 1) * 8
+            assert torch.equal(batch["others"], whole["pixels"][after : after + 6])
+            assert torch.equal(batch["other_labels"], whole["labels"][after : after + 6])
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_change_nothing(seven: data.ImageCache, method: str) -> None:
     batches = batches_of(seven, random_flip=True, num_steps=5)
@@ -734,6 +751,8 @@ def test_square_images_take_the_same_way_as_oblong_ones(folder: Path) -> None:
     assert batch["pixels"].dtype == torch.uint8
     assert batch["positions"].dtype == torch.int64
     assert "labels" not in batch
+    assert "others" not in batch
+    assert batches_of(images, num_others=3)[0].keys() == {"pixels", "positions", "others"}
 
 
 def test_epoch_order() -> None:

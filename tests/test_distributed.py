@@ -76,6 +76,7 @@ def train_divided(root: Path, divisions: dict, **settings) -> TrainingConfig:
         checkpointing_steps=10,
         eval_batch_size=3,
         random_flip=True,
+        stable_target_images=100,
         cache_dir=str(root / "cache"),
         lr_warmup_steps=5,
         cpu_threads_per_process=1,

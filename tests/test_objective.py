@@ -6,7 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_ddpm.objective import VARIATIONAL_BOUND_WEIGHT, Objective, _discretized_log_likelihood, variational_bound
+from hf_ddpm.objective import (
+    VARIATIONAL_BOUND_WEIGHT,
+    Objective,
+    _discretized_log_likelihood,
+    posterior_means,
+    variational_bound,
+)
 from hf_ddpm.scheduler import DDPMScheduler
 
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction", "previous_sample"]
@@ -203,6 +209,108 @@ def test_class_labels_reach_the_network():
     labels = torch.tensor([1, 2])
     Objective(DDPMScheduler())(network, torch.zeros(2, 1, 4, 4), seeded(), class_labels=labels)
     assert torch.equal(seen["labels"], labels)
+
+
+def images_and_noise(count, num_others, seed=0):
+    x = torch.rand(count + num_others, 1, 4, 4, generator=seeded(seed)) * 2 - 1
+    return x[:count], torch.randn(count, 1, 4, 4, generator=seeded(seed + 1)), x[count:]
+
+
+def posterior_mean_of_data(scheduler, x_t, t, points):
+    """E[x_0 | x_t] where data are `points` alike, by Bayes' rule in float64."""
+    abar = scheduler.alpha_bar[t].double().view(-1, 1)
+    distances = (
+        (x_t.double().flatten(1)[:, None] - abar[..., None].sqrt() * points.double().flatten(1)).square().sum(2)
+    )
+    return ((-distances / (2 * (1 - abar))).softmax(1) @ points.double().flatten(1)).view(x_t.shape)
+
+
+@pytest.mark.parametrize("t", [0, 50, 300, 600, 999])
+def test_posterior_means_are_those_of_bayes_rule(t):
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    (x_0, eps, others), t = images_and_noise(5, 40), torch.full((5,), t)
+    mean_x_0, mean_eps = posterior_means(scheduler.snr(t), x_0, eps, others)
+    x_t = scheduler.add_noise(x_0, eps, t)
+    torch.testing.assert_close(scheduler.add_noise(mean_x_0, mean_eps, t), x_t, rtol=0, atol=1e-5)
+    for i in range(5):
+        points = torch.cat([x_0[i : i + 1], others])
+        wanted = posterior_mean_of_data(scheduler, x_t[i : i + 1], t[i : i + 1], points)
+        torch.testing.assert_close(mean_x_0[i : i + 1].double(), wanted, rtol=0, atol=1e-5)
+    assert (t[0] < 100) == torch.equal(mean_x_0, x_0) == torch.equal(mean_eps, eps)
+
+
+def test_posterior_means_without_signal_are_those_of_the_data():
+    x_0, eps, others = images_and_noise(3, 7)
+    mean_x_0, mean_eps = posterior_means(torch.zeros(3, dtype=torch.float64), x_0, eps, others)
+    torch.testing.assert_close(mean_x_0, (x_0 + others.sum(0)) / 8)
+    assert torch.equal(mean_eps, eps)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_network_that_knows_the_data_has_no_loss_with_a_stable_target(prediction_type):
+    """The best network's output is the target's expectation; against one image's target it has a loss."""
+    scheduler = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
+    points = images_and_noise(9, 0)[0]
+
+    def best(x_t, t):
+        abar = scheduler.alpha_bar[t].view(-1, 1, 1, 1).double()
+        x_0 = posterior_mean_of_data(scheduler, x_t, t, points)
+        eps = ((x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()).float()
+        return SimpleNamespace(sample=scheduler.training_target(x_0.float(), eps, t))
+
+    objective, losses = Objective(scheduler, density="stratified"), {True: [], False: []}
+    for i in range(9):
+        x_0, others = points[i : i + 1].expand(40, -1, -1, -1), points[torch.arange(9) != i]
+        for stable in losses:
+            loss, _ = objective(best, x_0, seeded(i), others=others if stable else None)
+            losses[stable].append(loss)
+    assert torch.cat(losses[True]).max() < 1e-6
+    assert torch.cat(losses[False]).mean() > 1e-3
+
+
+def test_a_stable_target_is_of_images_of_the_same_label():
+    x_0, _, others = images_and_noise(4, 30)
+    labels, other_labels = torch.tensor([0, 1, 0, 1]), torch.arange(30) % 2
+
+    def network(x_t, t, class_labels):
+        return SimpleNamespace(sample=torch.zeros_like(x_t))
+
+    objective = Objective(DDPMScheduler(prediction_type="sample"))
+    both, _ = objective(network, x_0, generators(range(4)), labels, others=others, other_labels=other_labels)
+    for label in (0, 1):
+        mine = labels == label
+        alone, _ = objective(
+            lambda x_t, t: network(x_t, t, None),
+            x_0[mine],
+            generators([i for i in range(4) if mine[i]]),
+            others=others[other_labels == label],
+        )
+        torch.testing.assert_close(both[mine], alone)
+
+
+def test_a_stable_target_leaves_noise_and_bound_alone():
+    """Draws are those of a run without it, and the variance learns from the image itself."""
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    x_0, _, others = images_and_noise(6, 30)
+    x_0 = ((x_0 + 1) * 127.5).round() / 127.5 - 1
+    seen = []
+
+    def network(x_t, t):
+        seen.append((x_t, t))
+        return SimpleNamespace(sample=torch.cat([0 * x_t, 0.3 + 0 * x_t], dim=1))
+
+    weights = []
+    for given in (None, others):
+        loss, t = Objective(scheduler)(network, x_0, seeded(), others=given)
+        x_t = seen[-1][0]
+        eps = (x_t - scheduler.add_noise(x_0, torch.zeros_like(x_0), t)) / (
+            1 - scheduler.alphas_cumprod[t]
+        ).sqrt().view(-1, 1, 1, 1)
+        means = (x_0, eps) if given is None else posterior_means(scheduler.snr(t), x_0, eps, given)
+        weights.append(loss - means[1].square().flatten(1).mean(1))
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert torch.equal(seen[0][1], seen[1][1])
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

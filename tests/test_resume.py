@@ -74,7 +74,7 @@ def finish(config: TrainingConfig, num_processes: int = 1) -> Path:
 
 def test_killed_at_any_moment(whole):
     """In a step before and after the first checkpoint, within the writing of each file, and while it finishes."""
-    unkilled, config = whole()
+    unkilled, config = whole(stable_target_images=7)
     resume = replace(config, resume_from_checkpoint="latest")
     kills = [("step", 1), ("flush", 2), ("step", 3), ("flush", 9), ("step", 2), ("flush", 14), ("flush", 7)]
     for kill in kills:
@@ -83,7 +83,7 @@ def test_killed_at_any_moment(whole):
 
 
 def test_two_processes_killed(whole):
-    unkilled, config = whole(num_processes=2, dataloader_num_workers=0)
+    unkilled, config = whole(num_processes=2, dataloader_num_workers=0, stable_target_images=7)
     for kill in ("flush", 5), ("step", 5):
         assert -signal.SIGKILL in start(replace(config, resume_from_checkpoint="latest"), 2, *kill)
     assert not differences(finish(config, 2), unkilled)

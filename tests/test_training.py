@@ -299,6 +299,13 @@ def test_old_checkpoints_are_pruned(tiny_settings):
     assert sorted(p.name for p in Path(config.output_dir).glob("*checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
 
 
+def test_a_stable_target_needs_as_many_other_images(tiny_settings):
+    config = TrainingConfig(**tiny_settings, stable_target_images=24)
+    with pytest.raises(UsageError, match="stable_target_images must be below the 24 images of the data, got 24"):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
 def test_going_on_needs_the_same_run(tiny_settings, tmp_path, image_folder):
     config = TrainingConfig(**tiny_settings)
     train(config)
