@@ -342,7 +342,7 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     lognormal += "; a tenth uniform; stratified"
     others = s.get("stable_target_images", 0)
     words = {
-        "stable_target_images": {others: f"over {others:,} other images", 0: "none"},
+        "stable_target_images": {others: f"the image and {others:,} others", 0: "the image"},
         "beta_schedule": {"squaredcos_cap_v2": "cosine"},
         "loss_weighting": {"constant": "1"},
         "timestep_density": {"uniform": "uniform, independent"},
@@ -355,7 +355,7 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         "The network predicts": ("{prediction_type}", "epsilon"),
         "Variance of p": ("{variance_type}", "fixed_large"),
         "Weight of the squared error": (weight, "1"),
-        "Stable target": ("{stable_target_images}", "none"),
+        "Target averaged over": ("{stable_target_images}", "the image"),
         "Draws of t": (
             lognormal if s.get("timestep_density") == "lognormal" else "{timestep_density}",
             "uniform, independent",

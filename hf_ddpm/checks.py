@@ -117,7 +117,7 @@ def _check_effects(config: TrainingConfig) -> None:
     require(config.use_ema, "give use_ema", *averaging, "ema_snapshots")
     require(config.ema_rampup_ratio is None, "ema_rampup_ratio is given", "ema_inv_gamma", "ema_power")
     require(config.streaming, "give streaming", "shuffle_buffer_images")
-    require(not config.streaming, "a stream has no images beyond the step's", "stable_target_images")
+    require(not config.streaming, "a stream is read once; leave streaming out, or give 0", "stable_target_images")
     measured = ("eval_split", "eval_num_images", "eval_network", "eval_network_path")
     require(config.eval_steps is not None, "give eval_steps", *measured)
     require(config.ema_halflife_images is None, "ema_halflife_images is given", "ema_max_decay")

@@ -98,8 +98,9 @@ class TrainingConfig:
 
     stable_target_images: int = _option(
         0,
-        "Stable target (Xu et al. 2023): how many other images a target is averaged over, by how probably x_t came "
-        "from each; 0: the image's own. For small images: larger ones are told apart in nearly all noise.",
+        "Stable target (Xu et al. 2023): average a target over so many other images (of its class) too, by how "
+        "probably x_t came from each; 0: none. It helps small images (4096 of 28x28); at nearly every t, x_t tells "
+        "which of larger ones it came from. The others are held in float32.",
     )
 
     # The optimization

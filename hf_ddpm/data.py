@@ -288,9 +288,9 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Item k belongs to step k // A, counted from the first of them, and holds `pixels` (B, C, R, R), uint8, or int32 of
     16-bit images; `positions` (B,) int64 in the stream of images; `labels` (B,) int64, if the images have labels; and
-    if asked for `others` (num_others, C, R, R), the images that follow those of the step, and `other_labels`. Crops
-    and flips are functions of (seed, position), so batch size, workers and processes change only how the stream is
-    cut up.
+    in the first of a step, if asked for, `others` (num_others, C, R, R) and `other_labels`: the images that follow
+    those of the step in its epoch, whose end its beginning follows, so that none is there twice. Crops and flips are
+    functions of (seed, position), so batch size, workers and processes change only how the stream is cut up.
 
     Args:
         random_flip: mirror each image with probability 1/2, drawn anew each epoch.
@@ -299,7 +299,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         rank: this process, in [0, num_processes).
         first_position: images already seen; the stream continues after them.
         num_steps: steps until it ends.
-        num_others: 0 for none.
+        num_others: 0 for none; with the images of a step at most those of an epoch.
     """
 
     images: ImageCache
@@ -326,10 +326,11 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         batch = {"pixels": pixels, "positions": torch.from_numpy(positions)}
         if labels is not None:
             batch["labels"] = labels
-        if self.num_others:
+        if self.num_others and k % self.accumulation_steps == 0:
             step_images = self.batch_size * self.accumulation_steps * self.num_processes
-            after = self.first_position + (k // self.accumulation_steps + 1) * step_images
-            batch["others"], labels = self._read(after + np.arange(self.num_others))
+            epoch, place = divmod(self.first_position + k * self.batch_size * self.num_processes, len(self.images))
+            places = (place + step_images + np.arange(self.num_others)) % len(self.images)
+            batch["others"], labels = self._read(epoch * len(self.images) + places)
             if labels is not None:
                 batch["other_labels"] = labels
         return batch

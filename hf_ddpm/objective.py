@@ -2,7 +2,7 @@
 
     t ~ density,  eps ~ N(0, I),  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
     loss = weight(t) mean((prediction(x_t, t) - target)^2)    [+ 0.001 T L_t with learned variance]
-    stable target: the target's mean over the images that x_t may have come from (Xu et al. 2023)
+    stable target: its mean over the images that x_t may have come from (Xu et al. 2023)
 
 Of t that are drawn uniformly, T L_t is the bound's expectation; with another density its terms have other weights.
 
@@ -86,26 +86,28 @@ class Objective:
             stratum: (first, count) if these are the images first, ..., first + B - 1 of a batch of `count` that is
                 spread over several calls; stratification is over that batch. (0, B) if not given.
             others: other images of the data, (N, C, H, W) in [-1, 1]: the target is the stable one over each image
-                and these, of `posterior_means`. None: the target of the image alone.
-            other_labels: (N,) int64, with `class_labels`.
+                and these, of `posterior_means`, or those of its label. None: the target of the image alone.
+            other_labels: (N,) int64, if there are `others` and `class_labels`.
 
-        Returns: the loss, (B,) float32, and t, (B,) int64.
+        Returns: the loss, (B,) float32, and t, (B,) int64. That of a stable target lacks the variance of the target.
         """
+        if (other_labels is None) != (others is None or class_labels is None):
+            raise ValueError("other_labels must be given if others and class_labels are, and only then")
         if isinstance(generator, list) and len(generator) != len(x_0):
             raise ValueError(f"a list of generators must hold one for each of {len(x_0)} images, got {len(generator)}")
         t = self.draw_timesteps(x_0.shape[0], generator, x_0.device, stratum)
         eps = randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=torch.float32)
         x_0 = x_0.float()
         x_t = self.scheduler.add_noise(x_0, eps, t)
+        means = (x_0, eps)
+        if others is not None:
+            same = None if class_labels is None else class_labels[:, None] == other_labels
+            means = posterior_means(self.scheduler.snr(t), x_0, eps, others.float(), same)
         conditions = {} if class_labels is None else {"class_labels": class_labels}
         with torch.autocast(x_0.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             model_output = unet(x_t, t, **conditions).sample
         model_output = model_output.float()
         prediction, variance_output = self.scheduler.split_output(model_output, x_0)
-        means = (x_0, eps)
-        if others is not None:
-            same = None if class_labels is None else class_labels[:, None] == other_labels
-            means = posterior_means(self.scheduler.snr(t), x_0, eps, others.float(), same)
         target = self.scheduler.training_target(*means, t)
         loss = self.weight(t) * (prediction - target).square().flatten(1).mean(dim=1)
         if self.scheduler.config.variance_type in LEARNED_VARIANCES:
@@ -183,8 +185,9 @@ def posterior_means(
                      ~ exp(y x_i - snr |x_i|^2 / 2),  y = snr x_0 + sqrt(snr) eps
         E[eps | x_t] = eps + sqrt(snr) (x_0 - E[x_0 | x_t])
 
-    Both belong to the same x_t as x_0 and eps do. A prediction's least squared error is at its expectation, so that
-    these have the minimum that x_0 and eps have, with less variance around it, as the others come to be the data.
+    Both belong to the x_t of x_0 and eps. If the others are as independent draws from the data as the image is, x_t is
+    as likely to have come from any of them, and the expectation of these means, given x_t, is that of x_0 and eps
+    whatever their number: the best network is the same. The more, the less they vary around it.
 
     Args:
         snr: alpha_bar / (1 - alpha_bar) of each image, (B,); 0 makes all alike.
@@ -192,13 +195,14 @@ def posterior_means(
         others: (N, C, H, W) float32.
         may_be: whether x_t may have come from an other, of its label for one, (B, N); default: from all.
 
-    Returns: both means, (B, C, H, W); x_0 and eps to the last bit where no other comes near.
+    Returns: both means, (B, C, H, W); x_0 and eps to the last bit where no other comes near. At the smallest t, images
+    that differ from x_0 by a gray level in a few pixels are not told from it in float32.
     """
     own, x = x_0.flatten(1), others.flatten(1)
     snr = snr[:, None]
     y = (snr * own + snr.sqrt() * eps.flatten(1)).float()
     snr = snr.float()
-    logits = y @ x.T - snr * x.square().sum(dim=1) / 2
+    logits = y @ x.T - snr * torch.linalg.vector_norm(x, dim=1).square() / 2
     logits -= (y * own).sum(dim=1, keepdim=True) - snr * own.square().sum(dim=1, keepdim=True) / 2
     if may_be is not None:
         logits = logits.masked_fill(~may_be, -math.inf)

@@ -81,10 +81,11 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
             f"{math.ceil(progress.images / schedule_batch_size)}"
         )
 
-    if images.num_images is not None and config.stable_target_images >= images.num_images:
+    most = (images.num_images or 0) - global_batch_size
+    if config.stable_target_images > max(0, most):
         raise UsageError(
-            f"stable_target_images must be below the {images.num_images} images of the data, "
-            f"got {config.stable_target_images}"
+            f"stable_target_images must be at most {max(0, most)}, got {config.stable_target_images}: the data are "
+            f"{images.num_images} images, of which a step takes {global_batch_size}; 0 turns it off"
         )
 
     monitor = open_monitor(config, images, accelerator) if config.eval_steps is not None else None

@@ -1,7 +1,8 @@
 """train(config): the loop.
 
 A step sees the G images (G the global batch) that follow those already seen in an endless stream. Of these, process r
-of P takes in its forward pass a the B = train_batch_size images from (aP + r)B on. The order of the stream, crops and
+of P takes in its forward pass a the B = train_batch_size images from (aP + r)B on; a stable target also sees images
+that follow the G. The order of the stream, crops and
 flips, t and eps are functions of (seed, position in the stream), learning rate and averages of the images seen, so
 neither a run's process count nor its accumulation changes what it computes beyond rounding, and resuming replays
 nothing. Only dropout, which draws for whole tensors, is a function of (seed, step, slot) and differs with them.
@@ -219,22 +220,29 @@ def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], 
     """One optimizer step. Without finite loss and gradients, weights and optimizer stay as they are."""
     config, accelerator = run.config, run.accelerator
     evaluated = []
+
+    def on_device(batch: dict[str, Tensor], name: str) -> Tensor | None:
+        return batch[name].to(accelerator.device, non_blocking=True) if name in batch else None
+
+    others = on_device(micro_batches[0], "others")
+    if others is not None:
+        others = to_x_0(others, run.images.max_value)
+    other_labels = on_device(micro_batches[0], "other_labels")
     for micro, batch in enumerate(micro_batches):
+        pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
         positions = batch["positions"].numpy()
-        batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
-        others = to_x_0(batch["others"], run.images.max_value) if "others" in batch else None
         slot = micro * accelerator.num_processes + accelerator.process_index
         seed_step(config.seed, progress.step, slot)
         is_last = micro == len(micro_batches) - 1
         with engine.accumulating(accelerator, run.model, is_last):
             loss, t = run.objective(
                 run.model,
-                to_x_0(batch["pixels"], run.images.max_value),
+                to_x_0(pixels, run.images.max_value),
                 image_generators(config.seed, positions, accelerator.device),
-                batch.get("labels"),
+                on_device(batch, "labels"),
                 stratum=(slot * config.train_batch_size, run.global_batch_size),
                 others=others,
-                other_labels=batch.get("other_labels"),
+                other_labels=other_labels,
             )
             mean = loss.mean()
             # The gradients of a loss that is not finite are made NaN: by their norm every process learns of it.

@@ -206,9 +206,9 @@ def test_settings_of_ho_et_al_are_all_the_same_but_for_the_ramp_of_the_average(t
     assert len(ours) == 15
     assert ours["Chain length T"] == ["500", "1,000", "**differs**"]
     assert ours["Noise schedule"][0] == "cosine"
-    assert ours["Stable target"] == ["none", "none", "same"]
+    assert ours["Target averaged over"] == ["the image", "the image", "same"]
     stable = rows(config=CONFIG | {"stable_target_images": 4096})
-    assert stable["Stable target"] == ["over 4,096 other images", "none", "**differs**"]
+    assert stable["Target averaged over"] == ["the image and 4,096 others", "the image", "**differs**"]
     assert ours["Draws of t"][0] == "nine tenths log(sigma_t) normal, mean -0.4, std 1.2; a tenth uniform; stratified"
     assert ours["Optimizer"][0].startswith("Muon for the matrices of blocks, else AdamW")
     assert ours["Limit of the gradient's norm"][2] == "same"

@@ -170,7 +170,7 @@ def test_the_first_prediction_is_zero():
         ("--shuffle_buffer_images 10", "shuffle_buffer_images = 10 has no effect: give streaming"),
         (
             "--streaming --max_train_steps 9 --stable_target_images 8",
-            "stable_target_images = 8 has no effect: a stream has no images beyond the step's",
+            "stable_target_images = 8 has no effect: a stream is read once; leave streaming out, or give 0",
         ),
         ("--stable_target_images -1", "stable_target_images must not be negative, got -1"),
         ("--dropout 1.0", r"dropout must be in \[0, 1\), got 1.0"),

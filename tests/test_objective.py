@@ -1,5 +1,6 @@
 """The loss: its draws, its target, its weights, and the variational bound."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -268,6 +269,45 @@ def test_a_network_that_knows_the_data_has_no_loss_with_a_stable_target(predicti
     assert torch.cat(losses[False]).mean() > 1e-3
 
 
+@pytest.mark.parametrize("num_others", [1, 2, 3])
+def test_a_stable_target_has_the_expectation_of_the_images_own(num_others):
+    """Over each image that x_t may have come from, and each set of others: the best network is the same."""
+    points = torch.tensor([-0.9, -0.4, -0.3, 0.5, 1.0])
+    x_t, snr = 0.2, 4.0
+    a, s = math.sqrt(snr / (1 + snr)), math.sqrt(1 / (1 + snr))
+    likelihoods = (-((x_t - a * points) ** 2) / (2 * s**2)).exp()
+    expectation = torch.zeros(2)
+    for i, x in enumerate(points.tolist()):
+        own, eps = torch.full((1, 1, 1, 1), x), torch.full((1, 1, 1, 1), (x_t - a * x) / s)
+        sets = list(itertools.combinations([p for p in points.tolist() if p != x], num_others))
+        for others in sets:
+            means = posterior_means(torch.tensor([snr]), own, eps, torch.tensor(others).view(-1, 1, 1, 1))
+            expectation += likelihoods[i] / likelihoods.sum() / len(sets) * torch.stack(means).flatten()
+    mean = (likelihoods * points).sum() / likelihoods.sum()
+    torch.testing.assert_close(expectation, torch.stack([mean, (x_t - a * mean) / s]))
+
+
+def test_a_copy_of_the_image_among_the_others_changes_nothing_at_small_t():
+    x_0 = (torch.rand(2, 3, 64, 64, generator=seeded()) * 255).round() / 127.5 - 1
+    eps = torch.randn(x_0.shape, generator=seeded(1))
+    near = x_0.clone()
+    near[:, 0, 0, 0] += 1 / 127.5
+    for others, tolerance in ((x_0, 1e-4), (near, 0.02)):
+        mean_x_0, mean_eps = posterior_means(torch.full((2,), 2.5e4), x_0, eps, others)
+        assert (mean_x_0 - x_0).abs().max() < 0.01
+        assert (mean_eps - eps).square().mean().sqrt() < tolerance
+
+
+@pytest.mark.parametrize("given", ["others and class_labels", "other_labels"])
+def test_labels_of_others_go_with_those_of_the_images(given):
+    x_0, labels = torch.zeros(2, 1, 4, 4), torch.tensor([0, 1])
+    names = {"others": x_0, "class_labels": labels, "other_labels": labels}
+    with pytest.raises(ValueError, match="other_labels must be given if others and class_labels are, and only then"):
+        Objective(DDPMScheduler())(
+            linear_network, x_0, seeded(), **{name: names[name] for name in given.split(" and ")}
+        )
+
+
 def test_a_stable_target_is_of_images_of_the_same_label():
     x_0, _, others = images_and_noise(4, 30)
     labels, other_labels = torch.tensor([0, 1, 0, 1]), torch.arange(30) % 2
@@ -299,7 +339,7 @@ def test_a_stable_target_leaves_noise_and_bound_alone():
         seen.append((x_t, t))
         return SimpleNamespace(sample=torch.cat([0 * x_t, 0.3 + 0 * x_t], dim=1))
 
-    weights = []
+    bounds = []
     for given in (None, others):
         loss, t = Objective(scheduler)(network, x_0, seeded(), others=given)
         x_t = seen[-1][0]
@@ -307,10 +347,10 @@ def test_a_stable_target_leaves_noise_and_bound_alone():
             1 - scheduler.alphas_cumprod[t]
         ).sqrt().view(-1, 1, 1, 1)
         means = (x_0, eps) if given is None else posterior_means(scheduler.snr(t), x_0, eps, given)
-        weights.append(loss - means[1].square().flatten(1).mean(1))
+        bounds.append(loss - means[1].square().flatten(1).mean(1))
     assert torch.equal(seen[0][0], seen[1][0])
     assert torch.equal(seen[0][1], seen[1][1])
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(bounds[0], bounds[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -19,7 +20,9 @@ from safetensors.torch import load_file
 import hf_ddpm.unet
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.config import TrainingConfig, load_config
+from hf_ddpm.data import MicroBatches, load_images, to_x_0
 from hf_ddpm.errors import UsageError
+from hf_ddpm.objective import Objective
 from hf_ddpm.preparing import _lr_factor
 from hf_ddpm.seeds import image_generators
 from hf_ddpm.training import train
@@ -300,10 +303,57 @@ def test_old_checkpoints_are_pruned(tiny_settings):
 
 
 def test_a_stable_target_needs_as_many_other_images(tiny_settings):
-    config = TrainingConfig(**tiny_settings, stable_target_images=24)
-    with pytest.raises(UsageError, match="stable_target_images must be below the 24 images of the data, got 24"):
+    config = TrainingConfig(**tiny_settings, stable_target_images=21)
+    with pytest.raises(
+        UsageError, match="must be at most 20, got 21: the data are 24 images, of which a step takes 4"
+    ):
         train(config)
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_the_loss_is_of_the_stable_target(tiny_settings, tmp_path, labels):
+    """The first one, of a network that says 0, by the objective on the images that the stream has."""
+    changes: dict = {"stable_target_images": 17, "ddpm_num_steps": 1000, "max_train_steps": 1, "random_flip": True}
+    if labels:
+        folder = tmp_path / "classes"
+        for i, image in enumerate(sorted(Path(tiny_settings["train_data_dir"]).iterdir())):
+            (folder / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+            (folder / f"class{i % 2}" / image.name).write_bytes(image.read_bytes())
+        model = tmp_path / "conditional.json"
+        model.write_text(json.dumps(tiny_unet_config(channels=1, num_class_embeds=2)))
+        changes |= {"train_data_dir": str(folder), "label_column": "label", "model_config_name_or_path": str(model)}
+    config = TrainingConfig(**{**tiny_settings, **changes})
+    pipeline = train(config)
+    assert pipeline is not None
+    batch = MicroBatches(
+        load_images(config),
+        seed=0,
+        random_flip=True,
+        batch_size=4,
+        accumulation_steps=1,
+        rank=0,
+        num_processes=1,
+        first_position=0,
+        num_steps=1,
+        num_others=17,
+    )[0]
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    wanted = {}
+    for num_others in (0, 17):
+        others = to_x_0(batch["others"], 255) if num_others else None
+        loss, _ = Objective(scheduler, density="lognormal")(
+            lambda x_t, t, **_: SimpleNamespace(sample=torch.zeros_like(x_t)),
+            to_x_0(batch["pixels"], 255),
+            image_generators(0, np.arange(4), torch.device("cpu")),
+            batch.get("labels"),
+            others=others,
+            other_labels=batch.get("other_labels") if num_others else None,
+        )
+        wanted[num_others] = loss.mean().item()
+    line = json.loads((Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["loss"] == pytest.approx(wanted[17], rel=1e-5)
+    assert abs(wanted[17] - wanted[0]) > 1e-3
 
 
 def test_going_on_needs_the_same_run(tiny_settings, tmp_path, image_folder):
