@@ -81,7 +81,8 @@ def write_table() -> None:
     text = (
         "Fashion-MNIST, 28x28; distances of 5,000 samples, 20 steps of DPM-Solver++, to the training images "
         f"(efficientnet-lite0); test images: FD {rows[0]['results']['fd']['floor']:.1f}. {rows[-1]['device']}. "
-        "The minutes are those of the loop, compilation included.\n\n"
+        "The minutes are those of the loop, compilation included. Rows of `--stable_target_images 0` were run without "
+        "that flag, before the recipe had another value.\n\n"
         "| | seed | flags | minutes | steps | images/s | peak memory, GB | FD | KD |\n"
         "|---|---|---|---|---|---|---|---|---|\n"
     )
