@@ -1,7 +1,7 @@
 """README's table of a measured model: quality by steps and solver, bits per dimension, and how near it is to its data.
 
     accelerate launch --mixed_precision bf16 train_accelerate.py --recipe fashion-mnist --compile \
-        --output_dir runs/fashion
+        --stable_target_images 0 --output_dir runs/fashion
     python benchmarks/evaluation.py runs/fashion
 
 Writes `evaluation.md` and `evaluation/*.png` beside it from what `hf-ddpm evaluate` wrote into the folder of the run.

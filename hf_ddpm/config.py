@@ -99,8 +99,8 @@ class TrainingConfig:
     stable_target_images: int = _option(
         0,
         "Stable target (Xu et al. 2023): average a target over so many other images (of its class) too, by how "
-        "probably x_t came from each; 0: none. It helps small images (4096 of 28x28); at nearly every t, x_t tells "
-        "which of larger ones it came from. The others are held in float32.",
+        "probably x_t came from each; 0: none. 4096 of 28x28 pixels helped; larger images were not measured. The "
+        "others are held in float32.",
     )
 
     # The optimization

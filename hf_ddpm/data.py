@@ -289,8 +289,9 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     Item k belongs to step k // A, counted from the first of them, and holds `pixels` (B, C, R, R), uint8, or int32 of
     16-bit images; `positions` (B,) int64 in the stream of images; `labels` (B,) int64, if the images have labels; and
     in the first of a step, if asked for, `others` (num_others, C, R, R) and `other_labels`: the images that follow
-    those of the step in its epoch, whose end its beginning follows, so that none is there twice. Crops and flips are
-    functions of (seed, position), so batch size, workers and processes change only how the stream is cut up.
+    those of the step in its epoch, whose end its beginning follows, so that none is there twice; an image of a step
+    that spans two epochs can be among them. Crops and flips are functions of (seed, position), so batch size, workers
+    and processes change only how the stream is cut up.
 
     Args:
         random_flip: mirror each image with probability 1/2, drawn anew each epoch.

@@ -2,10 +2,10 @@
 
 A step sees the G images (G the global batch) that follow those already seen in an endless stream. Of these, process r
 of P takes in its forward pass a the B = train_batch_size images from (aP + r)B on; a stable target also sees images
-that follow the G. The order of the stream, crops and
-flips, t and eps are functions of (seed, position in the stream), learning rate and averages of the images seen, so
-neither a run's process count nor its accumulation changes what it computes beyond rounding, and resuming replays
-nothing. Only dropout, which draws for whole tensors, is a function of (seed, step, slot) and differs with them.
+that follow the G. The order of the stream, crops and flips, t and eps are functions of (seed, position in the stream),
+learning rate and averages of the images seen, so neither a run's process count nor its accumulation changes what it
+computes beyond rounding, and resuming replays nothing. Only dropout, which draws for whole tensors, is a function of
+(seed, step, slot) and differs with them.
 """
 
 from __future__ import annotations
