@@ -36,7 +36,7 @@ from hf_ddpm.files import weights_sha256, write_atomically
 from hf_ddpm.metrics import read_metrics
 from hf_ddpm.models import hub_error, status_of
 
-# Patterns of `fnmatch`, anchored at the run's folder: no checkpoint, log, optimizer state or pickle has such a name.
+# Patterns of `glob`, anchored at the run's folder: no checkpoint, log, optimizer state or pickle has such a name.
 UPLOADED = (
     *("README.md", "config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "evaluation.json"),
     *("figures/*.png", "figures/*.gif"),
@@ -184,14 +184,14 @@ def stage(folder: Path, model: Path | None = None, preview: Path | None = None) 
     """
     place = folder if os.access(folder, os.W_OK) else None
     files = Path(tempfile.mkdtemp(prefix=f"partial-push-{os.getpid()}-", dir=place))
-    chosen = {name: folder / name for name in _uploaded(folder)}
-    if model is not None:
-        of_own_model = ("unet/*", "model_index.json", "evaluation.json", "figures/*")
-        chosen = {n: path for n, path in chosen.items() if not any(fnmatch(n, p) for p in of_own_model)}
-        chosen |= {name: model / name for name in _uploaded(model) if name != "README.md"}
-    if preview is not None:
-        chosen["figures/samples.png"] = preview
     try:
+        chosen = {name: folder / name for name in _uploaded(folder)}
+        if model is not None:
+            of_own_model = ("unet/*", "model_index.json", "evaluation.json", "figures/*")
+            chosen = {n: path for n, path in chosen.items() if not any(fnmatch(n, p) for p in of_own_model)}
+            chosen |= {name: model / name for name in _uploaded(model) if name != "README.md"}
+        if preview is not None:
+            chosen["figures/samples.png"] = preview
         evaluation = read_mapping(folder / "evaluation.json")
         if evaluation.get("weights_sha256") != weights_sha256(model or folder):
             chosen.pop("evaluation.json", None)
@@ -247,10 +247,9 @@ def _check_folder(folder: Path) -> None:
 
 
 def _uploaded(folder: Path) -> list[str]:
-    names = (
-        path.relative_to(folder).as_posix() for path in [*folder.glob("*"), *folder.glob("*/*")] if path.is_file()
-    )
-    return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in UPLOADED))
+    """Lists no folder but those in UPLOADED: others, as of checkpoints and pushes, can go while they are listed."""
+    found = (path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _averages(folder: Path) -> list[Path]:

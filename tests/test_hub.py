@@ -614,6 +614,30 @@ def test_an_end_that_does_not_wait(background: Background, server: HubServer):
     assert background.titles == ["push 1"]
 
 
+def test_folders_that_go_while_they_are_listed_stop_no_push(
+    background: Background, server: HubServer, monkeypatch: pytest.MonkeyPatch
+):
+    names, scandir = ("partial-push-1-another", "partial-checkpoint-6", "checkpoint-6"), os.scandir
+
+    def going(path: Any = ".") -> Any:
+        if Path(path).name in names:
+            os.rmdir(path)
+        return scandir(path)
+
+    for name in names:
+        (background.folder / name).mkdir()
+    hold = server.hold(COMMIT)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", going)  # what `Path.glob` lists folders by
+        background.start(1)
+    assert hold.entered.wait(60)
+    for name in names:
+        (background.folder / name).rmdir()
+    hold.release()
+    background.pusher.close(60)
+    assert background.titles == ["push 1"]
+
+
 def test_files_that_cannot_be_copied_leave_none(background: Background):
     (background.folder / "config.yaml").write_text("seed: [")
     for message, push_it in {
