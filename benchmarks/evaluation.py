@@ -1,7 +1,7 @@
 """README's table of a measured model: quality by steps and solver, bits per dimension, and how near it is to its data.
 
     accelerate launch --mixed_precision bf16 train_accelerate.py --recipe fashion-mnist --compile \
-        --stable_target_images 0 --output_dir runs/fashion
+        --output_dir runs/fashion
     python benchmarks/evaluation.py runs/fashion
 
 Writes `evaluation.md` and `evaluation/*.png` beside it from what `hf-ddpm evaluate` wrote into the folder of the run.
@@ -76,7 +76,7 @@ def write(run: Path, folder: Path) -> None:
         f"{training['device']}.\n"
         f"{fd['num_compared'][0]:,} samples from the seeds {fd['sampling']['seed']} on against "
         f"{fd['reference']['count']:,} images of {fd['reference']['split']}; {fd['network']['network']}.\n\n"
-        "| | steps | " + " | ".join(row["name"] for row in cells[next(iter(cells))].values()) + " |\n"
+        "| | solver steps | " + " | ".join(row["name"] for row in cells[next(iter(cells))].values()) + " |\n"
         "|---|---|" + "---|" * len(cells[next(iter(cells))]) + "\n"
         "| real images of test | | "
         + " | ".join(f"{row['floor']['value']:.4g}" for row in cells[next(iter(cells))].values())

@@ -238,7 +238,8 @@ def write_table() -> None:
     about = rows[-1]
     text = (
         f"torch {about['versions']['torch']}, diffusers {about['versions']['diffusers']}, {about['machine']}; each "
-        "row of one training run; its seconds depend on what else ran. Lower is better.\n\n"
+        "row of one training run; its seconds depend on what else ran. Distances of that many samples to the test "
+        "images, by efficientnet-lite0: lower is better.\n\n"
         "| | data | options | steps | parameters | CPU s per step | std of the average | FD | KD | samples |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n"
     )

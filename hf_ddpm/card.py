@@ -4,7 +4,7 @@
     run.json                         what was measured: versions, data, model, training, samples
     metrics.jsonl                    one line per logged step
     scheduler/scheduler_config.json, unet/config.json
-                                     the model as saved; goes before config.yaml
+                                     the model as saved; overrides config.yaml
     evaluation.json                  exists once a metric was measured; of the weights whose sha256 it names
     figures/                         pictures
 

@@ -53,8 +53,8 @@ def sample(
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="ddpm, ddim, dpmsolver++ or unipc. Default: unipc, dpmsolver++ if better timesteps were searched for "
-            "so many steps, ddpm where only that can sample the model."
+            help="ddpm, ddim, dpmsolver++ or unipc. Default: unipc, dpmsolver++ if searched timesteps for "
+            "so many steps are nearer, ddpm where only that can sample the model."
         ),
     ] = None,
     class_label: Annotated[

@@ -1,6 +1,6 @@
 """TrainingConfig: what a run is, as one dataclass; the command line and the YAML recipes read and write it.
 
-Values come from four places, each going before the next: a flag, `--config FILE`, `--recipe NAME`, the default here.
+Values come from four places, each overriding the next: a flag, `--config FILE`, `--recipe NAME`, the default here.
 Every flag of diffusers' `train_unconditional.py` is here under its name and with its meaning; some defaults differ.
 Words: a *step* is one optimizer step; the *global batch* is what one step sees over all processes,
 `train_batch_size * gradient_accumulation_steps * num_processes` images.
@@ -110,7 +110,7 @@ class TrainingConfig:
     train_batch_size: int = _option(32, "Images per process and forward pass.")
     gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.")
     num_epochs: int = _option(100, "Passes over the data, unless `max_train_steps` is given.")
-    max_train_steps: int | None = _option(None, "Optimizer steps; goes before `num_epochs`.")
+    max_train_steps: int | None = _option(None, "Optimizer steps; overrides `num_epochs`.")
     max_train_hours: float | None = _option(
         None, "Hours after which this start writes a checkpoint and exits with code 75; the next one counts anew."
     )
@@ -124,7 +124,7 @@ class TrainingConfig:
     learning_rate: float = _option(None, "The peak of the schedule; default: 0.003 for muon, 0.001 for adamw.")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = _option("linear", "Its shape over the optimizer steps, whatever the accumulation and process count.")
+    ] = _option("linear", "Its shape over the run's images, whatever the accumulation and process count.")
     lr_warmup_steps: int = _option(100, "Optimizer steps until the peak.")
     adam_beta1: float = _option(0.9, "AdamW's beta_1.")
     adam_beta2: float = _option(0.999, "AdamW's beta_2.")
@@ -163,12 +163,14 @@ class TrainingConfig:
     save_model_epochs: int | None = _option(None, "Epochs between saves of the model; default: with each checkpoint.")
     eval_batch_size: int = _option(36, "Images of a preview.")
     eval_steps: int | None = _option(
-        None, "Steps between measurements: KID of samples, loss on held-out images by noise level; default: none."
+        None,
+        "Steps between measurements: kernel distance of samples, loss on held-out images by noise level; default: "
+        "none.",
     )
     eval_split: str = _option("test", "The split of the data that is held out for them.")
     eval_num_images: int = _option(2000, "Samples of a measurement, and held-out images at most.")
     eval_network: Literal["inception", "dinov2", "clip", "efficientnet-lite0"] = _option(
-        "efficientnet-lite0", "The feature network of the KID."
+        "efficientnet-lite0", "The feature network of the kernel distance."
     )
     eval_network_path: str | None = _option(None, "Its file or folder, if it is not to be downloaded.")
     ddpm_num_inference_steps: int | None = _option(
@@ -193,7 +195,8 @@ class TrainingConfig:
     # The machine
     dry_run: bool = _option(
         False,
-        "Start nothing and write nothing: check settings and data, take a few steps, and say what the run would cost.",
+        "Start no run: check settings and data, take a few steps, and say what the run would cost. All that it writes "
+        "is the cache of decoded images.",
     )
     compile: bool = _option(
         False, "Compile the network by torch.compile: a minute or more at the start, then faster steps."
@@ -223,7 +226,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     from transformers.hf_argparser import HfArgumentParser
 
     parser = HfArgumentParser(TrainingConfig, description="Trains a pixel-space diffusion model.", allow_abbrev=False)  # pyright: ignore[reportArgumentType]
-    parser.add_argument("--config", metavar="FILE", help="A YAML file of these settings; flags go before it.")
+    parser.add_argument("--config", metavar="FILE", help="A YAML file of these settings, which flags override.")
     parser.add_argument("--recipe", metavar="NAME", help=f"Settings that ship: {', '.join(recipe_names())}.")
     try:
         given = parser.parse_args(arguments)
@@ -232,7 +235,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
         settings = _file_settings(recipe, given.config)
         words = [word.partition("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)]
         flags = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-        # A flag goes before a file's setting that it replaces under another name.
+        # A flag overrides a file's setting that it replaces under another name.
         for flag, replaced in _REPLACES.items():
             # An optimizer that the file names, too, keeps the file's rate.
             is_said = flag in flags and not (flag == "optimizer" and settings.get(flag) == given.optimizer)
@@ -249,7 +252,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
 
 
 def load_config(path: str | None = None, recipe: str | None = None, **settings: Any) -> TrainingConfig:
-    """A config from a recipe, a YAML file and keyword arguments, each going before the one named earlier."""
+    """A config from a recipe, a YAML file and keyword arguments, each overriding the one named earlier."""
     from transformers.hf_argparser import HfArgumentParser
 
     parser = HfArgumentParser(TrainingConfig, allow_abbrev=False)  # pyright: ignore[reportArgumentType]

@@ -114,7 +114,7 @@ def save_preview(run: Run, step: int) -> Image.Image:
 
 
 def write_measurement(run: Run, monitor: Monitor, progress: Progress, evaluations: MetricsFile) -> None:
-    """A line of eval.jsonl; the model of the least KID so far is kept in `best`."""
+    """A line of eval.jsonl; the model of the least kernel distance so far is kept in `best`."""
     unet, accelerator, path = run.state.unet, run.accelerator, evaluations.path
     pipeline = DDPMPipeline(unet, _preview_scheduler(run))
     pipeline.set_progress_bar_config(disable=True)

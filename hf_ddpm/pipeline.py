@@ -124,7 +124,7 @@ class DDPMPipeline(DiffusionPipeline):
         Args:
             batch_size: B.
             generator: of the initial noise and of each step's; a list of B gives each image its own, and the image
-                then does not depend on the batch it is in.
+                then depends on the batch it is in by rounding alone.
             num_inference_steps: steps of the scheduler; default: T, the steps of training.
             output_type: `pil`, `np` or `pt`.
             return_dict: a `DDPMPipelineOutput`, or else a tuple.

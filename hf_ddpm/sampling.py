@@ -1,5 +1,5 @@
-"""Many images over many processes, one seed per image: on one kind of device, image i is a function of
-its seed alone.
+"""Many images over many processes, one seed per image: on one kind of device, and at one batch size where that is not
+a CPU, image i is a function of its seed alone.
 
 Schedulers by name, all with exact lists of timesteps:
 
@@ -98,7 +98,7 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
     of_model = {key: config[key] for key in inspect.signature(DDPMScheduler.__init__).parameters if key in config}
     exact = {**of_model, "timestep_spacing": spacing, "variance_type": None}
     # They do not know clip_sample, without which an error of eps_hat at T-1 is multiplied by thousands in x_0_hat.
-    # Thresholding up to 1 is the same as clipping to [-1, 1]. A model's own thresholding goes before clip_sample.
+    # Thresholding up to 1 is the same as clipping to [-1, 1]. A model's own thresholding overrides clip_sample.
     clips = config["clip_sample"] and config["clip_sample_range"] == 1 and not config["thresholding"]
     if clips:
         exact |= {"thresholding": True, "sample_max_value": 1.0}

@@ -129,7 +129,7 @@ def measure(
 
 def draw_course(records: list[dict[str, Any]], folder: Path) -> None:
     """`kid.png` and `val_loss.png`: what was measured, against the images seen."""
-    for name, label in (("kid", "KID"), ("val_loss", "held-out loss")):
+    for name, label in (("kid", "kernel distance"), ("val_loss", "held-out loss")):
         known = [r for r in records if r[name] is not None]
         points = [r["images"] for r in known], [r[name] for r in known]
         if known:
