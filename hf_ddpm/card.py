@@ -19,7 +19,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,28 @@ def write_card(output_dir: str | Path, repo_id: str | None = None, revision: str
             `hub_model_id`, or else the folder's name.
         revision: of the repository, if it is not `main`.
 
-    Returns: the card's path. Raises: UsageError if `output_dir` is not a folder.
+    Returns: the card's path. Raises: UsageError if `output_dir` is not a folder, or its README.md is damaged.
     """
     path = Path(output_dir) / "README.md"
     if not path.parent.is_dir():
         raise UsageError(f"output_dir must be the folder of a run, got {str(output_dir)!r}, which is not a folder")
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    card = _card(path.parent, repo_id or named_repository(before), revision)
-    write_atomically(path, merged(before, str(card)))
+    with _damage_said():
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        repo_id = repo_id or named_repository(before)
+    card = _card(path.parent, repo_id, revision)
+    with _damage_said():
+        whole = merged(before, str(card))
+    write_atomically(path, whole)
     return path
+
+
+@contextlib.contextmanager
+def _damage_said() -> Iterator[None]:
+    """Of README.md, which people edit."""
+    try:
+        yield
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"README.md cannot be read: {in_a_line(error)}: correct it, or delete it") from error
 
 
 def merged(before: str, card: str) -> str:

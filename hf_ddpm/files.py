@@ -37,11 +37,12 @@ def write_flushed(path: Path, content: bytes | str) -> None:
 
 def append_lines(path: Path, lines: list[str]) -> None:
     """Appends all lines or, if that raises OSError, none."""
-    with open(path, "ab") as file:
+    content = "".join(f"{line}\n" for line in lines).encode()
+    with open(path, "ab", buffering=0) as file:  # a buffer would be written again before the file is cut
         before = file.tell()
         try:
-            file.write("".join(f"{line}\n" for line in lines).encode())
-            file.flush()
+            while content:
+                content = content[file.write(content) :]
             os.fsync(file.fileno())
         except OSError:
             file.truncate(before)

@@ -302,10 +302,7 @@ def commit(
 
 def _readme(api: HfApi, files: Path, name: str, revision: str, head: str | None) -> tuple[str, bool]:
     """The README of the next commit, and whether a text of the Hub was kept in the place of another here."""
-    try:
-        here = write_card(files, name, _branch(revision)).read_text("utf-8")
-    except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"README.md cannot be read: {in_a_line(error)}: correct it, or delete it") from error
+    here = write_card(files, name, _branch(revision)).read_text("utf-8")
     if head is None:
         return here, False
     path = Path(api.hf_hub_download(name, "README.md", revision=head))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,12 @@ class MetricsFile:
     def __init__(self, path: Path):
         self.path = path
         self.waiting: list[str] = []
+
+    def take_up(self, lines: Iterable[str]) -> None:
+        """Those that waited when a checkpoint was written; some may have reached the file after that."""
+        there = {record["step"] for record in read_metrics(self.path)}
+        self.waiting = [line for line in lines if json.loads(line)["step"] not in there]
+        self.write()
 
     def write(self, record: dict[str, Any] | None = None) -> str | None:
         """Appends a record after those that wait; returns why it has to wait too."""

@@ -28,7 +28,7 @@ from hf_ddpm.checkpoint import Progress
 from hf_ddpm.config import TrainingConfig, save_config
 from hf_ddpm.ema import swapped
 from hf_ddpm.engine import gathered
-from hf_ddpm.errors import RunError
+from hf_ddpm.errors import RunError, UsageError
 from hf_ddpm.evaluation.monitor import Monitor, measure
 from hf_ddpm.files import lock, write_atomically
 from hf_ddpm.hub import KEPT_README, push, repository_of
@@ -62,7 +62,7 @@ def prepare_output(config: TrainingConfig, output_dir: Path, progress: Progress,
         folder.mkdir(exist_ok=True)
     for left in output_dir.glob("partial-*"):  # by a kill, unless by an `hf-ddpm push` that goes on
         owner = re.fullmatch(r"partial-push-(\d+)-.*", left.name)
-        if owner is None or not psutil.pid_exists(int(owner[1])):
+        if owner is None or not _is_its_maker(int(owner[1]), left):
             shutil.rmtree(left, ignore_errors=True)
     (output_dir / "run.json").unlink(missing_ok=True)  # there when the run is finished
     save_config(config, output_dir / "config.yaml")
@@ -73,9 +73,25 @@ def prepare_output(config: TrainingConfig, output_dir: Path, progress: Progress,
     for images, path in snapshots(output_dir):
         if images > progress.images:
             path.unlink()
-    for path in (output_dir / "previews").glob("step-*.png"):
-        if int(path.stem.rpartition("-")[2]) > progress.step:
+    for step, path in _previews(output_dir):
+        if step > progress.step:
             path.unlink()
+
+
+def _is_its_maker(pid: int, folder: Path) -> bool:
+    """Whether that process lives and was there before the folder: another one may have got the number since."""
+    try:
+        return psutil.Process(pid).create_time() <= folder.stat().st_mtime
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _previews(output_dir: Path) -> list[tuple[int, Path]]:
+    """The previews of a run with their steps; other pictures are not a run's."""
+    found = [(re.fullmatch(r"step-(\d+)\.png", p.name), p) for p in (output_dir / "previews").glob("step-*.png")]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def save_preview(run: Run, step: int) -> Image.Image:
@@ -109,7 +125,7 @@ def save_preview(run: Run, step: int) -> Image.Image:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 pixels = {"samples": np.asarray(sheet.convert("RGB"))[None]}
-                try_to_write(run, partial(tracker.log_images, pixels, step=step, **layout))
+                try_to_track(run, partial(tracker.log_images, pixels, step=step, **layout))
     return sheet
 
 
@@ -131,13 +147,16 @@ def write_measurement(run: Run, monitor: Monitor, progress: Progress, evaluation
         if problem is not None:
             say(run.processes, f"eval.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
     tracked = {k: measured[k] for k in ("kid", "val_loss") if measured[k] is not None}
-    try_to_write(run, lambda: accelerator.log(tracked, step=progress.step))
+    try_to_track(run, lambda: accelerator.log(tracked, step=progress.step))
     if measured["kid"] is not None and measured["kid"] <= min(before, default=math.inf):
-        save_model(run, run.average, run.output_dir / "best")
-        if accelerator.is_main_process:
-            try_to_write(
-                run, lambda: write_atomically(run.output_dir / "best/best.json", json.dumps(record, indent=2) + "\n")
-            )
+        of_best = run.output_dir / "best/best.json"
+
+        def describe() -> None:
+            of_best.unlink(missing_ok=True)  # it is of the model that was there before
+            write_atomically(of_best, json.dumps(record, indent=2) + "\n")
+
+        if save_model(run, run.average, of_best.parent):
+            try_to_write(run, describe)
 
 
 def save_model(run: Run, average: list[Tensor] | None, folder: Path) -> bool:
@@ -176,10 +195,13 @@ def save_snapshot(run: Run, progress: Progress) -> None:
 def finish(run: Run, progress: Progress) -> DDPMPipeline:
     """Writes what a finished run leaves; a run that is finished already writes the same again."""
     config, output_dir = run.config, run.output_dir
-    save_model(run, run.average, output_dir)
+    finishes = "then the same command with --resume_from_checkpoint latest finishes the run"
+    saved = [save_model(run, run.average, output_dir)]
     for name, average in list(run.state.ema.averages.items() if run.state.ema is not None else ())[1:]:
         if name.startswith(HALFLIFE):
-            save_model(run, average, output_dir / "ema" / name)
+            saved.append(save_model(run, average, output_dir / "ema" / name))
+    if not run.processes.only_first(lambda: all(saved)):
+        raise RunError(f"the model could not be written, its last checkpoint is whole. {FREE_SPACE}; {finishes}")
     samples = save_preview(run, progress.step)
     averaged: Any = _averaged_unet(run, run.average)
     pipeline = DDPMPipeline(averaged.to(run.accelerator.device), DDPMScheduler.from_config(run.scheduler.config))
@@ -196,9 +218,9 @@ def finish(run: Run, progress: Progress) -> DDPMPipeline:
 
     try:
         run.processes.only_first(write)
-    except OSError as error:
-        finishes = "then the same command with --resume_from_checkpoint latest finishes the run"
-        raise RunError(f"the report could not be written: {error}. {FREE_SPACE}; {finishes}") from error
+    except (OSError, UsageError) as error:  # the latter of a README that somebody edits, with its own remedy
+        remedy = "" if isinstance(error, UsageError) else f". {FREE_SPACE}"
+        raise RunError(f"the report could not be written: {error}{remedy}; {finishes}") from error
     return pipeline
 
 
@@ -206,8 +228,8 @@ def start_push(run: Run, progress: Progress) -> None:
     """The model as it was saved last goes to the Hub, while training goes on."""
     if run.pusher is not None:
         pusher, message = run.pusher, f"Step {progress.step:,}, {progress.images:,} images"
-        preview = max((run.output_dir / "previews").glob("step-*.png"), default=None)
-        try_to_write(run, lambda: pusher.start(message, preview))
+        previews = [path for _, path in _previews(run.output_dir)]
+        try_to_write(run, lambda: pusher.start(message, previews[-1] if previews else None))
 
 
 def push_finished(run: Run) -> None:
@@ -254,6 +276,14 @@ def try_to_write(run: Run, write: Callable[[], None]) -> bool:
     except (OSError, SafetensorError) as error:
         say(run.processes, f"a file could not be written, the run goes on: {error}. {FREE_SPACE}")
         return False
+
+
+def try_to_track(run: Run, track: Callable[[], None]) -> None:
+    """Trackers raise what they like: nothing that happens in one may end a training."""
+    try:
+        track()
+    except Exception as error:
+        say(run.processes, f"a tracker failed, the run goes on: {error!r}")
 
 
 def _averaged_unet(run: Run, average: list[Tensor] | None) -> UNet2DModel:

@@ -92,7 +92,7 @@ class DDPMPipeline(DiffusionPipeline):
         if not self.searched_timesteps:
             return
         if weights_sha256(Path(save_directory)) == self._searched_weights:
-            write_searched(Path(save_directory), list(self.searched_timesteps.values()))
+            write_searched(Path(save_directory), [*self.searched_timesteps.values()], self._searched_weights)
         else:
             logger.warning("searched timesteps are not saved: they were found for other weights or another dtype")
 

@@ -31,6 +31,11 @@ def check_output_dir(config: TrainingConfig) -> None:
                 f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds a finished run without "
                 "checkpoints: choose another folder, or --overwrite_output_dir to delete it"
             )
+        if not checkpoints and not (folder / "config.yaml").is_file() and run_files(folder):
+            raise UsageError(
+                f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds a model of no run that could "
+                "go on, and a new one would replace it: choose another folder, or --overwrite_output_dir instead"
+            )
         if checkpoints and not (folder / "config.yaml").is_file():
             raise UsageError(f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds no config.yaml")
         if wanted != "latest" and Path(wanted).name not in checkpoints:

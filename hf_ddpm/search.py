@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.card import write_card
+from hf_ddpm.files import weights_sha256
 from hf_ddpm.models import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.sampling import load_for_sampling, named_scheduler, seeded_generators
@@ -50,16 +51,21 @@ def search_and_keep(
     Returns: what was found, and the file that it was written to; None where uniform timesteps are as good, and for a
         model of the Hub, which has no folder here.
 
-    Raises: ValueError, OSError for what cannot work, before the search.
+    Raises:
+        ValueError: what cannot work, before the search; or the model has been replaced since that began.
+        OSError: the folder cannot be read or written.
     """
     folder, repo_id = find_model(model)
     if repo_id is None and not os.access(folder, os.W_OK):
         raise ValueError(f"model must be a folder to write to, got {model!r}")
+    weights = weights_sha256(folder)
     pipeline, _ = load_for_sampling(model, "ddpm", device=device, dtype=dtype, compile=compile)
     for found in search_timesteps(pipeline, num_steps, **settings):
+        if weights_sha256(folder) != weights:  # a run trains there
+            raise ValueError(f"model must keep its weights during the search, but {model!r} has others now: repeat it")
         keep = repo_id is None and found.distance < found.uniform_distance
         if keep:
-            write_searched(folder, [*{**read_searched(folder), found.key: found}.values()])
+            write_searched(folder, [*{**read_searched(folder), found.key: found}.values()], weights)
             write_card(folder)
         yield found, folder / FILE if keep else None
 

@@ -76,10 +76,10 @@ def read_searched(folder: Path) -> dict[tuple[str, int], SearchedTimesteps]:
     return {row.key: row for row in rows}
 
 
-def write_searched(folder: Path, searched: Sequence[SearchedTimesteps]) -> None:
-    """Writes them for the weights in `folder`, instead of all that are there."""
+def write_searched(folder: Path, searched: Sequence[SearchedTimesteps], weights: str | None) -> None:
+    """Writes them for the weights with that sha256, instead of all that are there."""
     rows = sorted(searched, key=lambda row: row.key)
-    content = {"weights_sha256": weights_sha256(folder), "searched": [asdict(row) for row in rows]}
+    content = {"weights_sha256": weights, "searched": [asdict(row) for row in rows]}
     write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 

@@ -43,7 +43,7 @@ from hf_ddpm.outputs import (
     save_preview,
     save_snapshot,
     start_push,
-    try_to_write,
+    try_to_track,
     write_measurement,
 )
 from hf_ddpm.pipeline import DDPMPipeline
@@ -95,7 +95,8 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
             pipeline = finish(run, progress)
         # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
         accelerator.wait_for_everyone()
-        accelerator.end_training()
+        try_to_track(run, accelerator.end_training)
+        accelerator.state.destroy_process_group()
         push_finished(run)
     return pipeline
 
@@ -114,8 +115,8 @@ def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
     num_steps = math.ceil((run.total_images - progress.images) / run.global_batch_size)
     meter, metrics = Meter(accelerator, progress.losses, progress.seconds), MetricsFile(output_dir / "metrics.jsonl")
     evaluations = MetricsFile(output_dir / "eval.jsonl")
-    metrics.waiting = list(progress.waiting_lines.get("metrics.jsonl", ()))
-    evaluations.waiting = list(progress.waiting_lines.get("eval.jsonl", ()))
+    for file in (metrics, evaluations) if main else ():
+        file.take_up(progress.waiting_lines.get(file.path.name, ()))
     batches, workers = open_batches(run, progress, num_steps)
     bar = tqdm(initial=progress.step, total=progress.step + num_steps, disable=not accelerator.is_local_main_process)
     first, saved_step, outcome, failure, is_due = progress, progress.step, None, None, False
@@ -334,4 +335,4 @@ def _log(run: Run, metrics: MetricsFile, record: dict[str, Any], bar: Any) -> No
     if problem is not None:
         say(run.processes, f"metrics.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
     tracked = {k: v for k, v in record.items() if k != "step" and v is not None}
-    try_to_write(run, lambda: accelerator.log(tracked, step=record["step"]))
+    try_to_track(run, lambda: accelerator.log(tracked, step=record["step"]))

@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "samples": {"figures", "files", "processes", "sampling"},
     # The card is written from a run's files alone, so that it needs nothing of what wrote them.
     "card": {"files", "errors", "timesteps"},
-    "search": {"card", "models", "pipeline", "sampling", "timesteps"},
+    "search": {"files", "card", "models", "pipeline", "sampling", "timesteps"},
     "hub": {"config", "files", "card", "metrics", "errors", "models"},
     "pusher": {"hub", "errors"},
     "evaluation": {

@@ -236,7 +236,7 @@ def test_defaults_are_those_of_sampling(run: Path, measure: Any):
 
 def test_the_command_says_no_solver_where_the_default_goes_by_steps(run: Path, measure: Any):
     found = SearchedTimesteps("dpmsolver++", (19, 12, 4), 0.1, 0.2, num_images=1, seed=0, reference_steps=10)
-    write_searched(run, [found])
+    write_searched(run, [found], weights_sha256(run))
     rows = measure(run, metrics=["kid"], num_inference_steps=[3, 4])["results"]
     cells = [(row["sampling"]["scheduler"], row["sampling"]["num_inference_steps"]) for row in rows]
     assert cells == [("dpmsolver++", 3), ("unipc", 4)]

@@ -55,6 +55,14 @@ def test_training_does_not_change_by_one_bit(config, tmp_path):
             picture.load()
 
 
+def test_what_is_said_of_the_best_model_is_of_that_model(config):
+    best = Path(config.output_dir, "best")
+    best.mkdir(parents=True)
+    (best / "unet").write_text("")  # so that no model can be written
+    train(config)
+    assert not (best / "best.json").exists()
+
+
 def test_processes_and_a_kill_change_nothing(config, tmp_path):
     train(config)
     two = replace(config, output_dir=str(tmp_path / "two"), train_batch_size=2)

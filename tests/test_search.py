@@ -11,9 +11,17 @@ from typer.testing import CliRunner
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
+from hf_ddpm.files import weights_sha256
 from hf_ddpm.samples import write_samples
 from hf_ddpm.sampling import load_for_sampling, named_scheduler, sample_images
-from hf_ddpm.search import Trajectories, descend, search_timesteps, starting_timesteps, uniform_timesteps
+from hf_ddpm.search import (
+    Trajectories,
+    descend,
+    search_and_keep,
+    search_timesteps,
+    starting_timesteps,
+    uniform_timesteps,
+)
 from hf_ddpm.timesteps import FILE, SearchedTimesteps, read_searched, solver_name, write_searched
 
 T = 100
@@ -109,7 +117,7 @@ def test_a_model_of_classes_and_of_learned_variance(make_unet):
 
 
 def test_stored_timesteps_are_used_when_their_number_is_asked_for(model):
-    write_searched(model, [found(99, 70, 20)])
+    write_searched(model, [found(99, 70, 20)], weights_sha256(model))
     pipeline = DDPMPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.scheduler.config
@@ -133,7 +141,7 @@ def test_stored_timesteps_are_used_when_their_number_is_asked_for(model):
 
 
 def test_stored_timesteps_survive_saving_and_go_with_other_weights(model, tmp_path, caplog):
-    write_searched(model, [found(99, 50), found(99, 70, 20, scheduler="ddim")])
+    write_searched(model, [found(99, 50), found(99, 70, 20, scheduler="ddim")], weights_sha256(model))
     DDPMPipeline.from_pretrained(model).save_pretrained(tmp_path / "again")
     assert read_searched(tmp_path / "again") == read_searched(model)
     assert {("dpmsolver++", 2), ("ddim", 3)} == set(read_searched(model))
@@ -224,6 +232,17 @@ def test_the_command_refuses(model, arguments, message):
     done = CliRunner().invoke(app, ["schedule", str(model), *arguments])
     assert done.exit_code == 1
     assert message in done.output
+
+
+def test_what_was_searched_for_other_weights_is_not_kept(model, make_unet):
+    """A run trains in the folder, and saves while the search goes on."""
+    search = search_and_keep(str(model), [2, 3], num_images=4)
+    next(search)
+    assert read_searched(model)
+    make_unet(seed=1).save_pretrained(model / "unet")
+    with pytest.raises(ValueError, match="model must keep its weights during the search"):
+        next(search)
+    assert not read_searched(model)
 
 
 def test_a_damaged_model_is_said_and_not_searched(model):
