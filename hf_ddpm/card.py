@@ -51,28 +51,32 @@ def write_card(output_dir: str | Path, repo_id: str | None = None, revision: str
             `hub_model_id`, or else the folder's name.
         revision: of the repository, if it is not `main`.
 
-    Returns: the card's path. Raises: UsageError if `output_dir` is not a folder, or its README.md is damaged.
+    Returns: the card's path. Raises: UsageError if `output_dir` is not a folder, or a file of its is damaged.
     """
     path = Path(output_dir) / "README.md"
     if not path.parent.is_dir():
         raise UsageError(f"output_dir must be the folder of a run, got {str(output_dir)!r}, which is not a folder")
-    with _damage_said():
+    readme = "README.md cannot be read", ": correct it, or delete it"
+    with _damage_said(*readme):
         before = path.read_text(encoding="utf-8") if path.is_file() else ""
         repo_id = repo_id or named_repository(before)
-    card = _card(path.parent, repo_id, revision)
-    with _damage_said():
-        whole = merged(before, str(card))
+    with _damage_said("the card cannot be written"):
+        card = str(_card(path.parent, repo_id, revision))
+    with _damage_said(*readme):
+        whole = merged(before, card)
     write_atomically(path, whole)
     return path
 
 
 @contextlib.contextmanager
-def _damage_said() -> Iterator[None]:
-    """Of README.md, which people edit."""
+def _damage_said(what: str, remedy: str = "") -> Iterator[None]:
+    """Of files that people edit."""
     try:
         yield
+    except UsageError:
+        raise
     except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"README.md cannot be read: {in_a_line(error)}: correct it, or delete it") from error
+        raise UsageError(f"{what}: {in_a_line(error)}{remedy}") from error
 
 
 def merged(before: str, card: str) -> str:

@@ -36,8 +36,8 @@ from hf_ddpm.metrics import MetricsFile, cut_metrics, read_metrics
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path, snapshots
 from hf_ddpm.report import write_report
-from hf_ddpm.run import FREE_SPACE, Run, say
-from hf_ddpm.run_folder import run_files
+from hf_ddpm.run import FINISHES, FREE_SPACE, Run, say
+from hf_ddpm.run_folder import previews, run_files
 from hf_ddpm.sampling import default_scheduler, default_steps, named_scheduler, sample_shared
 from hf_ddpm.scheduler import DDPMScheduler
 
@@ -73,7 +73,7 @@ def prepare_output(config: TrainingConfig, output_dir: Path, progress: Progress,
     for images, path in snapshots(output_dir):
         if images > progress.images:
             path.unlink()
-    for step, path in _previews(output_dir):
+    for step, path in previews(output_dir):
         if step > progress.step:
             path.unlink()
 
@@ -81,17 +81,11 @@ def prepare_output(config: TrainingConfig, output_dir: Path, progress: Progress,
 def _is_its_maker(pid: int, folder: Path) -> bool:
     """Whether that process lives and was there before the folder: another one may have got the number since."""
     try:
-        return psutil.Process(pid).create_time() <= folder.stat().st_mtime
+        return psutil.Process(pid).create_time() <= folder.stat().st_mtime + 60  # by a file server's clock
     except (psutil.NoSuchProcess, FileNotFoundError):
         return False
     except psutil.AccessDenied:
         return True
-
-
-def _previews(output_dir: Path) -> list[tuple[int, Path]]:
-    """The previews of a run with their steps; other pictures are not a run's."""
-    found = [(re.fullmatch(r"step-(\d+)\.png", p.name), p) for p in (output_dir / "previews").glob("step-*.png")]
-    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def save_preview(run: Run, step: int) -> Image.Image:
@@ -140,7 +134,8 @@ def write_measurement(run: Run, monitor: Monitor, progress: Progress, evaluation
         measured = measure(monitor, accelerator, pipeline, run.objective, _preview_steps(run))
         engine.reshard(unet)
     unet.train()
-    before = run.processes.only_first(lambda: [r["kid"] for r in read_metrics(path) if r["kid"] is not None])
+    lines = run.processes.only_first(lambda: [*read_metrics(path), *map(json.loads, evaluations.waiting)])
+    before = [line["kid"] for line in lines if line["kid"] is not None]
     record = {"step": progress.step, "images": progress.images, **measured}
     if accelerator.is_main_process:
         problem = evaluations.write(record)
@@ -195,13 +190,12 @@ def save_snapshot(run: Run, progress: Progress) -> None:
 def finish(run: Run, progress: Progress) -> DDPMPipeline:
     """Writes what a finished run leaves; a run that is finished already writes the same again."""
     config, output_dir = run.config, run.output_dir
-    finishes = "then the same command with --resume_from_checkpoint latest finishes the run"
     saved = [save_model(run, run.average, output_dir)]
     for name, average in list(run.state.ema.averages.items() if run.state.ema is not None else ())[1:]:
         if name.startswith(HALFLIFE):
             saved.append(save_model(run, average, output_dir / "ema" / name))
     if not run.processes.only_first(lambda: all(saved)):
-        raise RunError(f"the model could not be written, its last checkpoint is whole. {FREE_SPACE}; {finishes}")
+        raise RunError(f"the model could not be written, its last checkpoint is whole. {FREE_SPACE}; {FINISHES}")
     samples = save_preview(run, progress.step)
     averaged: Any = _averaged_unet(run, run.average)
     pipeline = DDPMPipeline(averaged.to(run.accelerator.device), DDPMScheduler.from_config(run.scheduler.config))
@@ -220,7 +214,7 @@ def finish(run: Run, progress: Progress) -> DDPMPipeline:
         run.processes.only_first(write)
     except (OSError, UsageError) as error:  # the latter of a README that somebody edits, with its own remedy
         remedy = "" if isinstance(error, UsageError) else f". {FREE_SPACE}"
-        raise RunError(f"the report could not be written: {error}{remedy}; {finishes}") from error
+        raise RunError(f"the report could not be written: {error}{remedy}; {FINISHES}") from error
     return pipeline
 
 
@@ -228,8 +222,8 @@ def start_push(run: Run, progress: Progress) -> None:
     """The model as it was saved last goes to the Hub, while training goes on."""
     if run.pusher is not None:
         pusher, message = run.pusher, f"Step {progress.step:,}, {progress.images:,} images"
-        previews = [path for _, path in _previews(run.output_dir)]
-        try_to_write(run, lambda: pusher.start(message, previews[-1] if previews else None))
+        pngs = [path for _, path in previews(run.output_dir)]
+        try_to_write(run, lambda: pusher.start(message, pngs[-1] if pngs else None))
 
 
 def push_finished(run: Run) -> None:

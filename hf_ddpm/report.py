@@ -84,7 +84,11 @@ def write_report(
         "samples": sampled,
     }
     write_atomically(output_dir / "run.json", json.dumps(facts, indent=2) + "\n")
-    write_card(output_dir)
+    try:
+        write_card(output_dir)
+    except BaseException:
+        (output_dir / "run.json").unlink()  # a run that has it is finished
+        raise
 
 
 def device_name(device: torch.device) -> str:

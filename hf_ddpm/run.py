@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FREE_SPACE = "Free space on that disk or make it writable; what was written before is untouched"
+FINISHES = "then the same command with --resume_from_checkpoint latest finishes the run"
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,12 @@ def checkpoint_names(folder: Path) -> list[str]:
     return sorted(names, key=lambda name: int(name.rpartition("-")[2]))
 
 
+def previews(folder: Path) -> list[tuple[int, Path]]:
+    """The previews of the run in `folder` with their steps, rising; other pictures are not a run's."""
+    found = [(re.fullmatch(r"step-(\d+)\.png", p.name), p) for p in folder.glob("previews/step-*.png")]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
 def run_files(folder: Path) -> list[Path]:
     """What the run in `folder` wrote; nothing if there is no run, so that files of others are safe."""
     checkpoints = [folder / name for name in checkpoint_names(folder)]
@@ -82,10 +88,15 @@ def run_files(folder: Path) -> list[Path]:
         "figures/val_loss.png",
         "figures/forward.png",
         "figures/reverse.*",
-        "previews/step-*.png",
         "ema/halflife-*",
         "ema/std-*",
         "ema/snapshot-*.safetensors",
     )
     partial = [p for p in folder.glob("partial-*") if p.is_dir()]
-    return [*checkpoints, *partial, *(path for pattern in (*patterns, *pictures) for path in folder.glob(pattern))]
+    pngs = [path for _, path in previews(folder)]
+    return [
+        *checkpoints,
+        *partial,
+        *pngs,
+        *(path for pattern in (*patterns, *pictures) for path in folder.glob(pattern)),
+    ]

@@ -49,7 +49,7 @@ from hf_ddpm.outputs import (
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.preparing import claim, set_up
 from hf_ddpm.processes import Processes
-from hf_ddpm.run import FREE_SPACE, Run, say
+from hf_ddpm.run import FINISHES, FREE_SPACE, Run, say
 from hf_ddpm.seeds import image_generators, seed_step
 from hf_ddpm.sources import check_source
 from hf_ddpm.stopping import StoppedOnPurpose, StopRequest
@@ -175,6 +175,9 @@ def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
                 say(processes, f"checkpoint-{done} could not be written, the run goes on: {problem}. {FREE_SPACE}")
     bar.close()
     if progress.images >= run.total_images:
+        problem = processes.only_first(lambda: metrics.write() or evaluations.write())
+        if problem is not None:
+            raise RunError(f"the last lines of metrics could not be written: {problem}. {FREE_SPACE}; {FINISHES}")
         return progress if progress.stream is None else gathered_stream(processes, progress, first)
 
     problem = save() if progress.step > saved_step else None

@@ -500,6 +500,15 @@ def test_a_loss_that_is_no_number_is_not_passed_over(tmp_path: Path):
     assert "The last logged loss is nan, at step 2." in write_card(tmp_path).read_text(encoding="utf-8")
 
 
+def test_a_setting_that_somebody_wrote_as_text_is_said_to_be_wrong(tmp_path: Path):
+    """YAML 1.1 takes 1e-4 for text."""
+    folder = make_run(tmp_path)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(re.sub(r"(?m)^learning_rate: .*$", "learning_rate: 1e-4", text))
+    with pytest.raises(UsageError, match=r"the card cannot be written: .*format code 'g'"):
+        write_card(folder)
+
+
 def test_text_cannot_break_a_table(tmp_path: Path):
     card = card_of(tmp_path, run={"training": {"device": "a|b\nc"}, "data": {"class_names": ["x|y"] * 30}})
     assert r"| Device | a\|b c |" in card

@@ -1,5 +1,6 @@
 """What stands in the way of what a run writes: a full disk, a tracker, an earlier process, a person."""
 
+import errno
 import json
 import os
 import resource
@@ -115,6 +116,24 @@ def test_each_line_of_metrics_arrives_once(config, blocked, mended, killed):
     assert logged_steps(config) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_without_its_last_lines_is_not_finished(config, monkeypatch):
+    fsync, file = os.fsync, Path(config.output_dir, "metrics.jsonl")
+
+    def full(descriptor):
+        is_it = file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file))
+        if is_it and len(logged_steps(config)) > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match=r"the last lines of metrics could not be written: .*finishes the run"):
+            train(config)
+    assert not Path(config.output_dir, "run.json").exists()
+    train(replace(config, resume_from_checkpoint="latest"))
+    assert logged_steps(config) == [1, 2, 3, 4, 5, 6]
+
+
 def test_going_on_replaces_no_model_of_others(config):
     folder = Path(config.output_dir)
     diffusers.DDPMPipeline(
@@ -132,6 +151,7 @@ def test_pictures_of_others_among_the_previews(config):
     previews = Path(config.output_dir, "previews")
     shutil.copyfile(previews / "step-0000006.png", previews / "step-0000006 (1).png")
     train(replace(config, resume_from_checkpoint="latest", max_train_steps=8))
+    train(replace(config, overwrite_output_dir=True))
     assert (previews / "step-0000006 (1).png").exists()
 
 
@@ -142,6 +162,7 @@ def test_a_readme_that_cannot_be_read_ends_a_run_with_a_remedy(config):
     more = replace(config, resume_from_checkpoint="latest", max_train_steps=8)
     with pytest.raises(RunError, match=r"README\.md cannot be read: .*: correct it, or delete it; .*finishes the run"):
         train(more)
+    assert not Path(config.output_dir, "run.json").exists()
     readme.unlink()
     train(more)
     assert readme.exists()
