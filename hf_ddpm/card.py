@@ -60,7 +60,8 @@ def write_card(output_dir: str | Path, repo_id: str | None = None, revision: str
     with _damage_said(*readme):
         before = path.read_text(encoding="utf-8") if path.is_file() else ""
         repo_id = repo_id or named_repository(before)
-    with _damage_said("the card cannot be written"):
+    files = "config.yaml, run.json, metrics.jsonl or evaluation.json"
+    with _damage_said("the card cannot be written", f": correct what was edited in {files}"):
         card = str(_card(path.parent, repo_id, revision))
     with _damage_said(*readme):
         whole = merged(before, card)
@@ -69,7 +70,7 @@ def write_card(output_dir: str | Path, repo_id: str | None = None, revision: str
 
 
 @contextlib.contextmanager
-def _damage_said(what: str, remedy: str = "") -> Iterator[None]:
+def _damage_said(what: str, remedy: str) -> Iterator[None]:
     """Of files that people edit."""
     try:
         yield
@@ -77,6 +78,8 @@ def _damage_said(what: str, remedy: str = "") -> Iterator[None]:
         raise
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{what}: {in_a_line(error)}{remedy}") from error
+    except (LookupError, TypeError, AttributeError) as error:  # whose texts say little alone
+        raise UsageError(f"{what}: {error!r}{remedy}") from error
 
 
 def merged(before: str, card: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -80,8 +81,9 @@ def prepare_output(config: TrainingConfig, output_dir: Path, progress: Progress,
 
 def _is_its_maker(pid: int, folder: Path) -> bool:
     """Whether that process lives and was there before the folder: another one may have got the number since."""
+    slack = 0 if pid == os.getpid() else 60  # seconds that a file server's clock may be behind
     try:
-        return psutil.Process(pid).create_time() <= folder.stat().st_mtime + 60  # by a file server's clock
+        return psutil.Process(pid).create_time() <= folder.stat().st_mtime + slack
     except (psutil.NoSuchProcess, FileNotFoundError):
         return False
     except psutil.AccessDenied:
@@ -212,7 +214,7 @@ def finish(run: Run, progress: Progress) -> DDPMPipeline:
 
     try:
         run.processes.only_first(write)
-    except (OSError, UsageError) as error:  # the latter of a README that somebody edits, with its own remedy
+    except (OSError, UsageError) as error:  # the latter of a file that somebody edits, with its own remedy
         remedy = "" if isinstance(error, UsageError) else f". {FREE_SPACE}"
         raise RunError(f"the report could not be written: {error}{remedy}; {FINISHES}") from error
     return pipeline

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_ddpm.errors import UsageError
 from hf_ddpm.files import weights_sha256, write_atomically
 
 FILE = Path("scheduler", "searched_timesteps.json")
@@ -59,7 +60,7 @@ def read_searched(folder: Path) -> dict[tuple[str, int], SearchedTimesteps]:
     """Those of the pipeline in `folder`, by solver and number of steps; none, with a warning, if they are of other
     weights.
 
-    Raises: ValueError for a damaged file.
+    Raises: UsageError for a damaged file.
     """
     path = folder / FILE
     if not path.is_file():
@@ -69,7 +70,7 @@ def read_searched(folder: Path) -> dict[tuple[str, int], SearchedTimesteps]:
         rows = [SearchedTimesteps(**{**row, "timesteps": tuple(row["timesteps"])}) for row in content["searched"]]
         weights = content["weights_sha256"]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must be whole, got a damaged file ({error!r}): remove it") from error
+        raise UsageError(f"{path} must be whole, got a damaged file ({error!r}): remove it") from error
     if weights != weights_sha256(folder):
         logger.warning("%s is of other weights and not used: run `hf-ddpm schedule` again", path)
         return {}

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "checks": {"errors", "run_folder"},
     "config": {"checks", "errors", "files"},
     "objective": {"scheduler"},
-    "timesteps": {"files"},
+    "timesteps": {"files", "errors"},
     "pipeline": {"files", "scheduler", "timesteps"},
     "ema": set(),
     "launch": {"stopping", "processes", "errors"},

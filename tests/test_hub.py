@@ -628,10 +628,11 @@ def test_folders_that_go_while_they_are_listed_stop_no_push(background: Backgrou
     sys.addaudithook(hear)  # whatever name this Python's `Path.glob` calls it by
     background.start(1)
     left = [folder for folder in going if folder.exists()]
-    going.clear()  # no hook can be taken away
-    assert hold.entered.wait(60)
     for folder in left:
         folder.rmdir()
+    assert left == going
+    going.clear()  # no hook can be taken away
+    assert hold.entered.wait(60)
     hold.release()
     background.pusher.close(60)
     assert background.titles == ["push 1"]

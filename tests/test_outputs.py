@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import diffusers
+import psutil
 import pytest
 from accelerate.tracking import TensorBoardTracker
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -64,7 +65,8 @@ def test_a_push_is_not_spared_for_a_process_that_came_after_it(config):
     left, living = (Path(config.output_dir, f"partial-push-{os.getpid()}-{name}") for name in ("left", "living"))
     for folder in (left, living):
         folder.mkdir(parents=True)
-    os.utime(left, (0, 0))
+    before = psutil.Process().create_time() - 1
+    os.utime(left, (before, before))
     train(config)
     assert living.is_dir()
     assert not left.exists()
