@@ -297,9 +297,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        return (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
+        content = (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path.name} cannot be read: {in_a_line(error)}: correct it") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path.name} cannot be read: it must be a mapping, got {content!r}: correct it")
+    return content
 
 
 def in_a_line(error: Exception) -> str:
