@@ -96,7 +96,7 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
         # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
         accelerator.wait_for_everyone()
         try_to_track(run, accelerator.end_training)
-        accelerator.state.destroy_process_group()
+        accelerator.state.destroy_process_group()  # which a tracker that fails leaves undone
         push_finished(run)
     return pipeline
 
