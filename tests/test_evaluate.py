@@ -441,8 +441,8 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "cmmd": ({"metrics": ["cmmd"]}, "cmmd is of CLIP's embeddings, got the network 'inception'"),
     "reference": ({"reference": "nowhere"}, "make one with `hf-ddpm reference`"),
     "floor": ({"floor": "nowhere"}, "floor goes with a reference"),
-    "split": ({"split": "validation"}, "split must be .*got 'validation'"),
-    "test split": ({"metrics": ["nll"], "test_split": "validation"}, "split must be .*got 'validation'"),
+    "split": ({"split": "validation"}, "^split must be .*got 'validation'"),
+    "test split": ({"metrics": ["nll"], "test_split": "validation"}, "^test_split must be .*got 'validation'"),
     "terms": ({"metrics": ["nll"], "timesteps_per_image": 1}, r"timesteps_per_image must be in \[2, 20\]"),
     "held-out are training": (
         {"metrics": ["memorization"], "test_split": "train"},
@@ -451,7 +451,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "resolution": ({"data": TrainingConfig(dataset_name="digits", resolution=9)}, "resolution must be the model's, 8"),
     "no test split": (
         {"metrics": ["nll"], "data": TrainingConfig(dataset_name="digits")},
-        "split must be train, which is all that digits has",
+        "^test_split must be train, which is all that digits has",
     ),
 }
 

@@ -77,7 +77,7 @@ def test_processes_and_a_kill_change_nothing(config, tmp_path):
 def test_what_cannot_be_measured_is_said_before_training(config):
     with pytest.raises(UsageError, match="eval_num_images must be at least 4, got 3"):
         train(replace(config, eval_num_images=3))
-    with pytest.raises(UsageError, match="split must be in dataset_name as a folder, got 'held'"):
+    with pytest.raises(UsageError, match=r"^eval_split must be in dataset_name as a folder, got 'held'"):
         train(replace(config, eval_split="held"))
     with pytest.raises(UsageError, match="eval_split = held has no effect: give eval_steps"):
         train(replace(config, eval_split="held", eval_steps=None, eval_num_images=2000))

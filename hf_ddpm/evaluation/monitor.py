@@ -66,7 +66,7 @@ def open_monitor(config: TrainingConfig, images: Any, accelerator: Accelerator) 
         UsageError: no such split or network, or images of another form.
     """
     network = load_network(config.eval_network, config.eval_network_path, accelerator.device)
-    with open_split(config, config.eval_split) as held_out:
+    with open_split(config, config.eval_split, "eval_split") as held_out:
         form = (held_out.channels, held_out.resolution, held_out.max_value)
         if form != (images.channels, images.resolution, images.max_value) or not held_out.is_uniform:
             raise UsageError(

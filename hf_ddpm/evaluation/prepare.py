@@ -179,13 +179,13 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
     held_out = training = None
     if "nll" in request.metrics:
         inclusion_probabilities(chain, min(request.timesteps_per_image, len(chain)))
-        held_out = splits.open(request.test_split, is_labeled=classes is not None)
+        held_out = splits.open(request.test_split, "test_split", is_labeled=classes is not None)
         if len(held_out) < 2 or request.num_images < 2:
             raise UsageError(f"nll needs 2 images or more, got {min(len(held_out), request.num_images)}")
         _check_labels(held_out, splits, request)
     if "memorization" in request.metrics:
         training = splits.open(request.split)
-        held_out = held_out or splits.open(request.test_split)
+        held_out = held_out or splits.open(request.test_split, "test_split")
         _check_memorization(training, held_out, request.num_images)
     return Job(
         request=request,

@@ -208,13 +208,16 @@ def real_floor(reference: Reference, other: Reference | None = None) -> tuple[St
 
 
 @contextlib.contextmanager
-def open_split(config: TrainingConfig, split: str) -> Iterator[ImageCache]:
+def open_split(config: TrainingConfig, split: str, option: str = "split") -> Iterator[ImageCache]:
     """The images of a split, as `load_images` gives those of `train`; they may be gone afterwards.
+
+    Args:
+        option: what the user named the split by, for errors.
 
     Raises: UsageError as `load_images`, or if there is no such split.
     """
     if not re.fullmatch(r"\w+([.-]\w+)*", split):
-        raise UsageError(f"split must be a name such as train or test, got {split!r}")
+        raise UsageError(f"{option} must be a name such as train or test, got {split!r}")
     source = find_source(config)
     if split == "train":
         yield load_images(config)
@@ -222,21 +225,21 @@ def open_split(config: TrainingConfig, split: str) -> Iterator[ImageCache]:
         # Both keep a split in a folder of its name.
         folder = Path(config.dataset_name or "").expanduser() / split
         if not config.dataset_name or not folder.is_dir():
-            raise UsageError(f"split must be in {source.option} as a folder, got {split!r} of {source.name!r}")
-        option = "train_data_dir" if source.kind == "images" else "dataset_name"
-        folders = {"dataset_name": None, "train_data_dir": None, option: str(folder)}
+            raise UsageError(f"{option} must be in {source.option} as a folder, got {split!r} of {source.name!r}")
+        kind = "train_data_dir" if source.kind == "images" else "dataset_name"
+        folders = {"dataset_name": None, "train_data_dir": None, kind: str(folder)}
         yield load_images(replace(config, **folders))
     elif source.kind == "digits":
-        raise UsageError(f"split must be train, which is all that digits has, got {split!r}")
+        raise UsageError(f"{option} must be train, which is all that digits has, got {split!r}")
     else:
         with tempfile.TemporaryDirectory(prefix="hf_ddpm-", ignore_cleanup_errors=True) as temporary:
             saved = Path(temporary) / "split"
-            _load_split(source, config, split).save_to_disk(saved)
+            _load_split(source, config, split, option).save_to_disk(saved)
             settings = {"dataset_name": str(saved), "dataset_config_name": None, "cache_dir": temporary}
             yield load_images(replace(config, **settings))
 
 
-def _load_split(source: Source, config: TrainingConfig, split: str) -> Any:
+def _load_split(source: Source, config: TrainingConfig, split: str, option: str) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -245,7 +248,7 @@ def _load_split(source: Source, config: TrainingConfig, split: str) -> Any:
         return datasets.load_dataset(path, config.dataset_config_name, split=split, cache_dir=config.cache_dir)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UsageError(
-            f"split must be one of {source.option} {source.name!r}, got {split!r}: {type(error).__name__}: {error}"
+            f"{option} must be one of {source.option} {source.name!r}, got {split!r}: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -74,12 +74,12 @@ class Splits:
                 )
         return config
 
-    def open(self, split: str, is_labeled: bool = False) -> ImageCache:
-        """The images of a split, which stay until the end."""
+    def open(self, split: str, option: str = "split", is_labeled: bool = False) -> ImageCache:
+        """The images of a split, which `option` named; they stay until the end."""
         config = self.config if is_labeled else replace(self.config, label_column=None)
         if (split, is_labeled) not in self._opened:
             self._opened[split, is_labeled] = self._processes.first(
-                lambda: self._stack.enter_context(open_split(config, split))
+                lambda: self._stack.enter_context(open_split(config, split, option))
             )
         return self._opened[split, is_labeled]
 
