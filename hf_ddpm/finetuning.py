@@ -16,7 +16,7 @@ from hf_ddpm.checks import check_config
 from hf_ddpm.config import OF_INIT_FROM, TrainingConfig, load_config
 from hf_ddpm.errors import UsageError
 from hf_ddpm.models import find_model
-from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.scheduler import DDPMScheduler, converted
 
 
 def take_over(config: TrainingConfig) -> TrainingConfig:
@@ -67,16 +67,18 @@ def _settings_of(model: str) -> dict[str, Any]:
     hints = get_type_hints(TrainingConfig)
     for ours, theirs in OF_INIT_FROM.items():
         choices = [choice for choice in get_args(hints[ours]) if isinstance(choice, str)]
-        if choices and stored.get(theirs, choices[0]) not in choices:
+        if choices and (stored.get(theirs) or choices[0]) not in choices:
             raise UsageError(
                 f"init_from needs a model whose {theirs} is one of {', '.join(choices)}, got {stored[theirs]!r}"
             )
-    scheduler: Any = DDPMScheduler.from_config(stored)
+    scheduler = converted(stored)
     known = {ours: scheduler.config[theirs] for ours, theirs in OF_INIT_FROM.items()}
     if known["ddpm_beta_schedule"] == "squaredcos_cap_v2":  # which has no ends to choose
         del known["ddpm_beta_start"], known["ddpm_beta_end"]
     network: Any = UNet2DModel.load_config(folder / "unet" if (folder / "unet").is_dir() else folder)
     size = network["sample_size"]
+    if isinstance(size, list | tuple) and size[0] == size[1]:
+        size = size[0]
     if not isinstance(size, int):
         raise UsageError(f"init_from needs a model of square images, got {model!r} of {size}")
     return {**known, "resolution": size, "channels": network["in_channels"]}

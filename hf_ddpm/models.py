@@ -35,10 +35,11 @@ def find_model(model: str | Path) -> tuple[Path, str | None]:
         hint = ": the run has not saved its model yet" if (folder / "config.yaml").is_file() else ""
         raise UsageError(f"model must be a folder with model_index.json, got {str(model)!r}, which has none{hint}")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if index.get("unet", ["", ""])[1] != "UNet2DModel":
+    parts = {name for name, part in index.items() if isinstance(part, list) and part[1] is not None}
+    if index.get("unet", ["", ""])[1] != "UNet2DModel" or parts != {"unet", "scheduler"}:
         raise UsageError(
             f"model must be a DDPMPipeline of a UNet2DModel and a scheduler, got {str(model)!r}, a "
-            f"{index.get('_class_name')}"
+            f"{index.get('_class_name')} of {', '.join(sorted(parts))}"
         )
     return folder, repo_id
 

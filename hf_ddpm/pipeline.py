@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.files import weights_sha256
-from hf_ddpm.scheduler import DDPMScheduler, all_values
+from hf_ddpm.scheduler import DDPMScheduler, all_values, converted
 from hf_ddpm.timesteps import SearchedTimesteps, read_searched, solver_name, write_searched
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class DDPMPipeline(DiffusionPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: Any):
         super().__init__()
         if type(scheduler) is diffusers.DDPMScheduler:
-            scheduler = DDPMScheduler.from_config(all_values(scheduler.config))
+            scheduler = converted(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.searched_timesteps: dict[tuple[str, int], SearchedTimesteps] = {}
         self._searched_weights: str | None = None
@@ -141,7 +141,7 @@ class DDPMPipeline(DiffusionPipeline):
         Returns: `DDPMPipelineOutput`, or the tuple (images,) or (images, trajectory).
 
         Raises:
-            ValueError: before the first network evaluation, an argument that cannot work.
+            ValueError: before the first network evaluation, an argument that cannot work; PIL images that are NaN.
         """
         device, channels = self._execution_device, self.unet.config.in_channels
         num_train = self.scheduler.config.num_train_timesteps
@@ -163,12 +163,20 @@ class DDPMPipeline(DiffusionPipeline):
         else:
             self.scheduler.set_timesteps(steps)
         visited = self.scheduler.timesteps
-        if visited.min() < 0:
+        levels = getattr(self.scheduler, "sigmas", visited)[:steps]
+        if len(visited) == steps and len(levels.unique()) < steps and self.scheduler.config.get("solver_order") != 1:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} visits a noise level twice for num_inference_steps={steps}, which "
+                "makes images NaN: use fewer steps or timestep_spacing='trailing'"
+            )
+        if visited.min() < 0 and not visited.is_floating_point():
             raise ValueError(
                 f"{type(self.scheduler).__name__} gave timestep {visited.min():g} for num_inference_steps={steps}, "
                 "rounding amiss in its 'trailing' spacing: use another number of steps or timestep_spacing='linspace'"
             )
         chosen = _chosen_steps(trajectory, len(visited))
+        if chosen and "beta_schedule" not in self.scheduler.config:
+            raise ValueError(f"trajectory must be False for {type(self.scheduler).__name__}, which has no x_0_hat")
 
         size = self.unet.config.sample_size
         shape = (batch_size, channels, *((size, size) if isinstance(size, int) else size))
@@ -181,8 +189,10 @@ class DDPMPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=noise_device, dtype=dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
-        x_t = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        x_t = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
+        # Flow matching has neither this nor `init_noise_sigma`.
+        scaled = getattr(self.scheduler, "scale_model_input", None)
         accepted = inspect.signature(self.scheduler.step).parameters
         step_arguments: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
         if deterministic:
@@ -194,7 +204,7 @@ class DDPMPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(visited)):  # pyright: ignore[reportCallIssue, reportArgumentType]
             if self._interrupt:
                 break
-            network_input = self.scheduler.scale_model_input(x_t, t)
+            network_input = x_t if scaled is None else scaled(x_t, t)
             model_output = self.unet(network_input.to(network_dtype), t, **conditions).sample.to(dtype)
             # Infinity would be clipped to an extreme image; NaN stays until the image is refused.
             model_output = torch.where(model_output.isfinite(), model_output, math.nan)
@@ -312,5 +322,7 @@ def _chosen_steps(trajectory: bool | Sequence[int], count: int) -> set[int]:
 
 
 def _to_pil(images: np.ndarray) -> list[Image.Image]:
+    if not np.isfinite(images).all():
+        raise ValueError("images must be finite for output_type='pil', got NaN: the weights are damaged or overflow")
     pixels = (images * 255).round().astype("uint8")
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -85,14 +84,14 @@ def write_samples(
     # A process that is ready waits for the slowest.
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
     own: Any = state.device  # of this process, if there are several
-    place = own if device in (None, own.type) else torch.device(device)
+    place = own if device in (None, own.type) else device
     pipeline, steps = load_for_sampling(model, scheduler, num_inference_steps, place, dtype, compile, uniform)
     unet = pipeline.unet
     if format != "npz" and unet.config.in_channels not in (1, 3, 4):
         raise ValueError(f"format must be 'npz' for images of {unet.config.in_channels} channels, got {format!r}")
     classes, labels = unet.config.num_class_embeds, None
     if classes is not None or class_label is not None:
-        labels = [i % (classes or 1) if class_label is None else class_label for i in range(num_images)]
+        labels = [(seed + i) % (classes or 1) if class_label is None else class_label for i in range(num_images)]
     pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)
     pipeline._conditions(labels and labels[:1], 1, pipeline.device)
     forward_batch = forward_batch_of(pipeline.device, batch_size)

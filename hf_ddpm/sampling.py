@@ -21,6 +21,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from hf_ddpm.launch import run_command
 from hf_ddpm.models import find_model
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.scheduler import DDPMScheduler, all_values
+from hf_ddpm.scheduler import DDPMScheduler, all_values, converted
 from hf_ddpm.unet import compiled
 
 if TYPE_CHECKING:
@@ -59,10 +60,15 @@ def default_scheduler(
             of DPM-Solver++ whose images are nearer to those of many steps than its own.
         num_inference_steps: default: DEFAULT_STEPS.
     """
-    if config["prediction_type"] == "previous_sample" or config["beta_schedule"] not in SOLVABLE_SCHEDULES:
+    if config["prediction_type"] == "previous_sample" or not _is_solvable(config):
         return "ddpm"
     found = (searched or {}).get(("dpmsolver++", num_inference_steps or DEFAULT_STEPS))
     return "dpmsolver++" if found is not None and found.is_nearer_than_unipc else "unipc"
+
+
+def _is_solvable(config: Any) -> bool:
+    betas = config.get("trained_betas")
+    return config["beta_schedule"] in SOLVABLE_SCHEDULES and (betas is None or betas[-1] < 1)
 
 
 def default_steps(scheduler: str, num_train: int) -> int:
@@ -81,27 +87,31 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
     """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
-    config = all_values(config)
+    ddpm = converted(config)
     if name == "ddpm":
-        return DDPMScheduler.from_config(config)
+        return ddpm
+    config = all_values(ddpm.config)
     if config["prediction_type"] == "previous_sample":
         raise ValueError(
             f"scheduler must be 'ddpm' for a step denoiser (prediction_type='previous_sample'), got {name!r}"
         )
     # The solvers' linspace is exact for each n < T and repeats timesteps for n = T, where trailing is exact. They
     # slice a learned variance off as if images had three channels; the pipeline has already dropped it.
-    if config["beta_schedule"] not in SOLVABLE_SCHEDULES:
-        raise ValueError(f"scheduler must be 'ddpm' for the noise schedule {config['beta_schedule']!r}, got {name!r}")
+    if not _is_solvable(config):
+        ends = "" if config["trained_betas"] is None else " with trained_betas that end in 1"
+        raise ValueError(
+            f"scheduler must be 'ddpm' for the noise schedule {config['beta_schedule']!r}{ends}, got {name!r}"
+        )
     uses_all = num_inference_steps in (None, config["num_train_timesteps"])
     spacing = "trailing" if uses_all else "linspace"
     # A model that was saved with a solver has settings of its own there (final_sigmas_type, use_karras_sigmas, ...).
     of_model = {key: config[key] for key in inspect.signature(DDPMScheduler.__init__).parameters if key in config}
     exact = {**of_model, "timestep_spacing": spacing, "variance_type": None}
     # They do not know clip_sample, without which an error of eps_hat at T-1 is multiplied by thousands in x_0_hat.
-    # Thresholding up to 1 is the same as clipping to [-1, 1]. A model's own thresholding overrides clip_sample.
-    clips = config["clip_sample"] and config["clip_sample_range"] == 1 and not config["thresholding"]
+    # Their thresholding is clipping if that is up to 1, and here for any limit. A model's own overrides clip_sample.
+    clips, limit = config["clip_sample"] and not config["thresholding"], config["clip_sample_range"]
     if clips:
-        exact |= {"thresholding": True, "sample_max_value": 1.0}
+        exact |= {"thresholding": True, "sample_max_value": limit}
     solver = {"algorithm_type": "dpmsolver++", "solver_order": 1 if name == "ddim" else 2}
     scheduler: Any = (
         UniPCMultistepScheduler.from_config(exact)
@@ -109,14 +119,14 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
         else DPMSolverMultistepScheduler.from_config({**exact, **solver})
     )
     if clips:
-        # The same bits without the quantile of all pixels, which is looked for at each step and then held to 1.
-        scheduler._threshold_sample = _clip
+        # For 1 the same bits without the quantile of all pixels, which is looked for at each step and held to 1.
+        scheduler._threshold_sample = partial(_clip, limit=limit)
     return scheduler
 
 
-def _clip(x_0_hat: Tensor) -> Tensor:
-    """To [-1, 1]; what is not finite is NaN, so that the image is refused."""
-    return torch.where(x_0_hat.isfinite(), x_0_hat.clamp(-1, 1), math.nan)
+def _clip(x_0_hat: Tensor, limit: float) -> Tensor:
+    """To [-limit, limit]; what is not finite is NaN, so that the image is refused."""
+    return torch.where(x_0_hat.isfinite(), x_0_hat.clamp(-limit, limit), math.nan)
 
 
 def load_for_sampling(
@@ -147,13 +157,19 @@ def load_for_sampling(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
+    place = checked_device(device or _best_device())
     folder, _ = find_model(model)
-    pipeline = DDPMPipeline.from_pretrained(folder).to(device or _best_device())
+    pipeline = DDPMPipeline.from_pretrained(folder).to(place)
     pipeline.set_progress_bar_config(disable=True)
     if uniform:
         pipeline.searched_timesteps = {}
     pipeline.unet.eval()
     config = pipeline.scheduler.config
+    if "beta_schedule" not in config or "prediction_type" not in config:
+        raise ValueError(
+            f"model must have a scheduler with a beta_schedule and a prediction_type, got {model!r} with "
+            f"{type(pipeline.scheduler).__name__}: it is no DDPM"
+        )
     name = scheduler or default_scheduler(config, pipeline.searched_timesteps, num_inference_steps)
     num_train = config["num_train_timesteps"]
     steps = num_inference_steps or default_steps(name, num_train)
@@ -218,6 +234,17 @@ def forward_batch_of(device: torch.device, batch_size: int) -> int:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     return FORWARD_BATCH if device.type == "cpu" else batch_size
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """Raises: ValueError if torch has no such device here."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without it
+        reason = " ".join(str(error).split())
+        raise ValueError(f"device must be one that torch finds here, as cpu, got {str(device)!r}: {reason}") from error
+    return place
 
 
 def _best_device() -> str:

@@ -533,6 +533,21 @@ def all_values(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "_use_default_values"}
 
 
+def converted(config: Any) -> Any:
+    """Our `DDPMScheduler` for the config of any scheduler of diffusers with a beta schedule.
+
+    What such a config lacks has stock `DDPMScheduler`'s default, and so has a variance that is None, as that of
+    solvers. Where no signal is left in x_T, the spacing `leading`, which starts at T-1 in all T steps alone, becomes
+    `trailing`, which has the same list then.
+    """
+    known = {name: value for name, value in all_values(config).items() if (name, value) != ("variance_type", None)}
+    betas = known.get("trained_betas")
+    has_no_signal = known.get("rescale_betas_zero_snr") or (betas is not None and betas[-1] == 1)
+    if has_no_signal and known.get("timestep_spacing", "leading") == "leading":
+        known["timestep_spacing"] = "trailing"
+    return DDPMScheduler.from_config(known)
+
+
 def _check_choice(name: str, value: str, choices: object) -> None:
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")

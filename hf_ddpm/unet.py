@@ -197,6 +197,8 @@ def _check_fit(
         ("num_class_embeds", num_classes, "the classes of label_column"),
     ):
         got = settings.get(name, known[name].default)
+        if isinstance(got, list | tuple) and [*got] == [needed, needed]:
+            settings[name] = got = needed
         if got != needed:
             raise UsageError(f"the model config's {name} must be {needed}, {reason}; got {got}")
     _check_halvings(resolution, len(settings.get("block_out_channels", known["block_out_channels"].default)))

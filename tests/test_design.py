@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "seeds": set(),
     "stopping": set(),
-    "processes": set(),
+    "processes": {"errors"},
     "models": {"errors"},
     "run_folder": {"errors"},
     "checks": {"errors", "run_folder"},
@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     # The card is written from a run's files alone, so that it needs nothing of what wrote them.
     "card": {"files", "errors", "timesteps"},
     "search": {"files", "card", "models", "pipeline", "sampling", "timesteps"},
-    "hub": {"config", "files", "card", "metrics", "errors", "models"},
+    "hub": {"config", "files", "card", "metrics", "errors", "models", "run_folder", "timesteps"},
     "pusher": {"hub", "errors"},
     "evaluation": {
         "scheduler",
@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
         "seeds",
         "errors",
     }
-    | {"pipeline", "processes", "sampling", "card", "launch", "models"},
+    | {"pipeline", "processes", "sampling", "card", "launch", "models", "metrics", "run_folder"},
     "report": {"config", "data", "pipeline", "figures", "checkpoint", "metrics", "sampling", "card", "streaming"}
     | {"engine", "evaluation", "files"},
     "run": {"scheduler", "processes", "config", "objective", "data", "streaming", "checkpoint", "evaluation"}

@@ -99,6 +99,21 @@ def test_images_become_those_of_the_model(config: TrainingConfig, tmp_path: Path
     assert [written(config)[name] for name in ("resolution", "channels")] == [8, 1]
 
 
+@pytest.mark.parametrize("size", [(8, 8), [8, 8]])
+def test_a_square_may_be_given_by_both_sides(config: TrainingConfig, base: Path, size: Any, tmp_path: Path):
+    shutil.rmtree(base)
+    save_model(base, sample_size=size)
+    train(replace(config, **NEVER))
+    description = base / "unet/config.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"sample_size": None}))
+    with pytest.raises(UsageError, match=r"init_from needs a model of square images, got .* of None"):
+        train(replace(config, **NEVER, overwrite_output_dir=True))
+    network = tmp_path / "network.json"
+    network.write_text(json.dumps(tiny_unet_config(1) | {"sample_size": [8, 8]}))
+    of_file = replace(config, init_from=None, model_config_name_or_path=str(network), output_dir=str(tmp_path / "own"))
+    train(replace(of_file, **NEVER, ddpm_num_steps=30))
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [

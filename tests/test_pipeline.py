@@ -1,5 +1,7 @@
 """Noise -> images: equality with stock, and what stock does not have."""
 
+import math
+
 import diffusers
 import numpy as np
 import pytest
@@ -167,6 +169,18 @@ def test_any_scheduler_of_diffusers_may_stand_in(make_unet, name):
     assert images.std() > 0.01
 
 
+def test_flow_matching_is_stocks(make_unet):
+    unet, scheduler = make_unet(), diffusers.FlowMatchEulerDiscreteScheduler(50)
+    settings = {"batch_size": 2, "num_inference_steps": 10, "output_type": "np"}
+    ours = quiet(DDPMPipeline(unet, scheduler))
+    images = ours(generator=seeded(), **settings).images
+    assert np.array_equal(
+        images, quiet(diffusers.DDPMPipeline(unet, scheduler))(generator=seeded(), **settings).images
+    )
+    with pytest.raises(ValueError, match="trajectory must be False for FlowMatchEulerDiscreteScheduler"):
+        ours(trajectory=True, num_inference_steps=10)
+
+
 @pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete"])
 def test_schedulers_of_any_scaling_end_at_the_image(name):
     """A network that knows the image, whatever a scheduler makes of noise and input scale."""
@@ -255,6 +269,37 @@ def test_more_steps_than_were_trained_are_refused_for_every_scheduler(make_unet)
     pipeline = quiet(DDPMPipeline(make_unet(), diffusers.DPMSolverMultistepScheduler()))
     with pytest.raises(ValueError, match=r"num_inference_steps must be in \[1, 1000\], got 1001"):
         pipeline(num_inference_steps=1001)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_a_list_that_visits_timesteps_twice_is_refused(make_unet, spacing):
+    scheduler = diffusers.DPMSolverMultistepScheduler(20, timestep_spacing=spacing)
+    pipeline = DDPMPipeline(make_unet(), scheduler)
+    with pytest.raises(ValueError, match=r"a noise level twice for .*=20.* use fewer steps"):
+        pipeline()
+
+
+@pytest.mark.parametrize("name", ["use_karras_sigmas", "use_exponential_sigmas", "solver_order"])
+def test_a_list_that_visits_timesteps_twice_at_other_noise_levels_is_taken(make_unet, name):
+    config = DDPMScheduler(50, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction").config
+    changed = {**config, "timestep_spacing": "linspace", name: 1 if name == "solver_order" else True}
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(changed)
+    steps = 50 if name == "solver_order" else 20
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps.unique()) < steps
+    pipeline = quiet(DDPMPipeline(make_unet(), scheduler))
+    assert pipeline(generator=seeded(), num_inference_steps=steps, output_type="pt").images.isfinite().all()
+
+
+def test_what_is_not_finite_is_no_picture(make_unet):
+    unet = make_unet()
+    with torch.no_grad():
+        unet.conv_out.bias.fill_(math.nan)
+    pipeline = DDPMPipeline(unet, DDPMScheduler(4, beta_schedule="squaredcos_cap_v2"))
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="images must be finite for output_type='pil'"):
+        pipeline()
+    assert pipeline(output_type="pt").images.isnan().all()
 
 
 def test_a_list_that_ends_below_zero_is_refused(make_unet):

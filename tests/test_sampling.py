@@ -138,6 +138,14 @@ def test_schedules_that_the_solvers_do_not_know_are_left_to_ddpm():
         named_scheduler("unipc", config)
 
 
+def test_betas_that_end_in_1_are_left_to_ddpm():
+    betas = [*np.linspace(0.1, 0.9, 9), 1.0]
+    config = DDPMScheduler(10, trained_betas=betas, prediction_type="v_prediction", timestep_spacing="trailing").config
+    assert default_scheduler(config) == "ddpm"
+    with pytest.raises(ValueError, match=r"must be 'ddpm' for .* with trained_betas that end in 1, got 'unipc'"):
+        named_scheduler("unipc", config, 5)
+
+
 def test_the_default_takes_searched_timesteps_where_there_are_some():
     config = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing").config
     rows = [
@@ -178,6 +186,70 @@ def test_settings_that_a_model_was_saved_with_for_a_solver_change_none(name, set
     assert dict(other.config) == dict(clean.config)
     other.set_timesteps(5)
     assert other.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("name", ["PNDM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "DDIM"])
+@pytest.mark.parametrize("sampler", [None, *SCHEDULERS])
+@pytest.mark.filterwarnings("ignore:sampling starts")
+def test_a_model_that_was_saved_with_another_scheduler_is_sampled(make_unet, tmp_path, name, sampler):
+    scheduler = getattr(diffusers, f"{name}Scheduler")(20, beta_schedule="squaredcos_cap_v2")
+    diffusers.DDPMPipeline(make_unet(), scheduler).save_pretrained(tmp_path)
+    pipeline, steps = load_for_sampling(str(tmp_path), sampler, 4)
+    stock = diffusers.DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
+    expected = named_scheduler(sampler or "unipc", stock.config, steps)
+    for settings in (pipeline.scheduler.config, expected.config):
+        assert {key: settings[key] for key in ("beta_schedule", "prediction_type", "num_train_timesteps")} == {
+            "beta_schedule": "squaredcos_cap_v2",
+            "prediction_type": "epsilon",
+            "num_train_timesteps": 20,
+        }
+    pipeline.scheduler.set_timesteps(steps)
+    assert len(pipeline.scheduler.timesteps) == 4
+    assert sample_images(pipeline, [0], batch_size=1, num_inference_steps=4).isfinite().all()
+
+
+def test_a_model_that_is_no_ddpm_is_refused(make_unet, tmp_path):
+    for name in ("EDMEuler", "FlowMatchEulerDiscrete", "CMStochasticIterative", "ScoreSdeVe"):
+        scheduler = getattr(diffusers, f"{name}Scheduler")()
+        diffusers.DDPMPipeline(make_unet(), scheduler).save_pretrained(tmp_path / name)
+        for sampler in (None, "ddpm"):
+            with pytest.raises(ValueError, match=f"with a beta_schedule and a prediction_type, got .*{name}Scheduler"):
+                load_for_sampling(str(tmp_path / name), sampler)
+
+
+def test_a_model_of_more_parts_is_refused(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="a LDMPipeline of scheduler, unet, vqvae"):
+        load_for_sampling(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "unipc"])
+def test_solvers_clip_to_the_models_own_range(name):
+    config = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample_range=2.0).config
+    scheduler = named_scheduler(name, config, 1)
+    scheduler.set_timesteps(1)
+    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert scheduler.step(-x, scheduler.timesteps[0], x).prev_sample.abs().max() == 2
+
+
+@pytest.mark.parametrize("sampler", [None, "ddpm"])
+def test_zero_terminal_snr_is_sampled_whatever_its_spacing(make_unet, tmp_path, sampler):
+    scheduler = diffusers.DDPMScheduler(20, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert scheduler.config.timestep_spacing == "leading"
+    stock = diffusers.DDPMPipeline(make_unet(), scheduler)
+    stock.set_progress_bar_config(disable=True)
+    stock.save_pretrained(tmp_path)
+    pipeline, steps = load_for_sampling(str(tmp_path), sampler, device="cpu")
+    images = sample_images(pipeline, [0], batch_size=1, num_inference_steps=steps)
+    assert images.isfinite().all()
+    if sampler == "ddpm":
+        ours = DDPMPipeline(stock.unet, scheduler)
+        ours.set_progress_bar_config(disable=True)
+        expected = stock(generator=torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
+        assert np.array_equal(ours(generator=torch.Generator().manual_seed(0), output_type="np").images, expected)
 
 
 def test_step_denoisers_are_sampled_by_their_own_chain():
@@ -371,12 +443,12 @@ def test_sets_of_each_format_are_equal(make_unet, tmp_path):
             pixels.append(np.asarray(image))
     rows = load_dataset(str(tmp_path / "parquet"), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["seed"][:] == [*range(5, 25)]
-    assert rows["label"][:] == [i % 3 for i in range(20)]
+    assert rows["label"][:] == [seed % 3 for seed in range(5, 25)]
     assert np.array_equal(np.stack([np.asarray(image) for image in rows["image"]]), pixels)
     arrays = np.load(tmp_path / "npz" / "samples.npz")
     assert np.array_equal(arrays["arr_0"], np.stack(pixels)[..., None])
     assert arrays["seeds"].tolist() == [*range(5, 25)]
-    assert arrays["labels"].tolist() == [i % 3 for i in range(20)]
+    assert arrays["labels"].tolist() == [seed % 3 for seed in range(5, 25)]
     assert len({(tmp_path / format / "grid.png").read_bytes() for format in ("png", "parquet", "npz")}) == 1
     assert sorted(path.name for path in (tmp_path / "npz").iterdir()) == ["grid.png", "samples.json", "samples.npz"]
 
@@ -464,6 +536,7 @@ def test_command_line_refuses_what_cannot_work(tmp_path):
         ([tmp_path], "must be a folder with model_index.json"),
         ([tmp_path / "nothing"], "nothing"),
         ([tmp_path, "--scheduler", "euler"], "euler"),
+        ([tmp_path, "--device", "abacus"], "device must be one that torch finds here, as cpu, got 'abacus'"),
         ([tmp_path, "--format", "gif"], "format must be one of png, parquet, npz, got 'gif'"),
     ):
         done = hf_ddpm("sample", *arguments, "--out", out)

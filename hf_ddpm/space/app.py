@@ -151,14 +151,17 @@ class Model:
         known = inspect.signature(DDPMScheduler.__init__).parameters
         config = {key: self.config[key] for key in known if key in self.config}
         config |= {"timestep_spacing": spacing, "variance_type": None}
-        if self.config["clip_sample"] and self.config["clip_sample_range"] == 1 and not self.config["thresholding"]:
-            # They do not know clip_sample; thresholding up to 1 is the same.
-            config |= {"thresholding": True, "sample_max_value": 1.0}
+        # They do not know clip_sample; where they threshold, it is done in their place.
+        limit, clips = self.config["clip_sample_range"], self.config["clip_sample"] and not self.config["thresholding"]
+        if clips:
+            config["thresholding"] = True
         if sampler == "unipc":
             scheduler: Any = UniPCMultistepScheduler.from_config(config)
         else:
             config |= {"algorithm_type": "dpmsolver++", "solver_order": 1 if sampler == "ddim" else 2}
             scheduler = DPMSolverMultistepScheduler.from_config(config)
+        if clips:
+            scheduler._threshold_sample = lambda x_0_hat: x_0_hat.clamp(-limit, limit)
         scheduler.set_timesteps(steps)
         return scheduler
 
@@ -304,7 +307,7 @@ def build(name: str) -> gr.Blocks:
         seeds = [int(seed or 0) + i for i in range(int(count))]
         labels = None
         if model.num_classes:
-            labels = [i % model.num_classes if label is None or label < 0 else label for i in range(len(seeds))]
+            labels = [i % model.num_classes if label is None or label < 0 else label for i in seeds]
         x_0, states = model.sample(sampler, int(steps), seeds, labels, progress)
         return x_0, grid(x_0, seeds), strip(states, x_0[:1])
 
