@@ -47,6 +47,8 @@ def check_config(config: TrainingConfig) -> None:
     for name, hint in get_type_hints(type(config)).items():
         choices = [c for part in (hint, *get_args(hint)) if get_origin(part) is Literal for c in get_args(part)]
         value = getattr(config, name)
+        if value is None and type(None) not in get_args(hint):
+            raise UsageError(f"{name} must have a value, got None: leave the setting out for its default")
         if choices and value is not None and value not in choices:
             raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
@@ -111,6 +113,8 @@ def _check_effects(config: TrainingConfig) -> None:
     by_ends = config.ddpm_beta_schedule != "squaredcos_cap_v2"
     require(by_ends, "the schedule squaredcos_cap_v2 is not given by its ends", "ddpm_beta_start", "ddpm_beta_end")
     require(config.loss_weighting == "min_snr", "give loss_weighting min_snr", "min_snr_gamma")
+    warms_up = config.lr_scheduler != "constant" or config.lr_warmup_steps == 0
+    require(warms_up, "the schedule constant has no warm-up; give constant_with_warmup", "lr_warmup_steps")
     of_lognormal = ("noise_level_mean", "noise_level_std")
     require(config.timestep_density == "lognormal", "give timestep_density lognormal", *of_lognormal)
     averaging = ("ema_halflife_images", "ema_inv_gamma", "ema_power", "ema_max_decay", "ema_rampup_ratio")

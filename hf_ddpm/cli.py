@@ -420,3 +420,8 @@ def _errors_said() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name
+            raise
+        typer.echo(f"error: {str(error).splitlines()[0]} Give a smaller --batch_size, or --device cpu.", err=True)
+        raise typer.Exit(1) from error

@@ -99,8 +99,8 @@ class TrainingConfig:
     stable_target_images: int = _option(
         0,
         "Stable target (Xu et al. 2023): average a target over so many other images (of its class) too, by how "
-        "probably x_t came from each; 0: none. 4096 of 28x28 pixels helped; larger images were not measured. The "
-        "others are held in float32.",
+        "probably x_t came from each; 0: none. 4096 of 28x28 pixels helped, of 32x32 in color less; larger "
+        "ones were not measured. The others are held in float32.",
     )
 
     # The optimization
@@ -256,8 +256,8 @@ def load_config(path: str | None = None, recipe: str | None = None, **settings: 
     from transformers.hf_argparser import HfArgumentParser
 
     parser = HfArgumentParser(TrainingConfig, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
-    merged = {**_file_settings(recipe, path), **settings}
-    _check_names(merged, "keyword argument")
+    _check_names(settings, "keyword argument")
+    merged = _over(_file_settings(recipe, path), settings)
     parser.set_defaults(**_as_defaults(merged))
     try:
         (config,) = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
@@ -267,7 +267,18 @@ def load_config(path: str | None = None, recipe: str | None = None, **settings: 
     return config
 
 
-# Given by flag -> what of a recipe or a file it stands in for.
+def _over(settings: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """With what is named later, in the place of what that replaces under other names."""
+    replaced = {
+        other
+        for name, others in _REPLACES.items()
+        if later.get(name) is not None and not (name == "optimizer" and settings.get(name) == later[name])
+        for other in others
+    }
+    return {**{name: value for name, value in settings.items() if name not in replaced}, **later}
+
+
+# What is named -> what of a recipe or a file before it it stands in for.
 _REPLACES = {
     "dataset_name": ("train_data_dir", "dataset_config_name", "image_column"),
     "train_data_dir": ("dataset_name", "dataset_config_name", "image_column"),
@@ -290,9 +301,14 @@ OF_INIT_FROM = {
 def _as_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     # argparse converts and checks defaults that are text as it does flags, but not lists.
     return {
-        name: _numbers(name, value) if name in _LISTS else None if value is None else str(value)
+        name: _numbers(name, value) if name in _LISTS else None if value is None else _word(name, value)
         for name, value in settings.items()
     }
+
+
+def _word(name: str, value: Any) -> str:
+    # YAML takes a bare `no` for false.
+    return "no" if name == "mixed_precision" and value is False else str(value)
 
 
 _LISTS = ("ema_halflife_images",)
@@ -329,7 +345,8 @@ def check_same_run(config: TrainingConfig, path: Path) -> None:
     if "optimizer" not in _file_settings(None, str(path)):
         before["optimizer"] = "adamw"  # there was no other
     for name, value in _settings(config).items():
-        if name not in (*_OF_ONE_START, *_MAY_CHANGE) and value != before[name]:
+        has_no_effect = name == "lr_warmup_steps" and config.lr_scheduler == "constant"
+        if name not in (*_OF_ONE_START, *_MAY_CHANGE) and not has_no_effect and value != before[name]:
             raise UsageError(
                 f"{name} was {before[name]} in this run, got {value}: resume with --config {path}, "
                 "or change that file to change it on purpose"
@@ -373,7 +390,7 @@ def _file_settings(recipe: str | None, path: str | None) -> dict[str, Any]:
         if not Path(path).is_file():
             raise UsageError(f"config must be a YAML file, got {path!r}, which is not there")
         try:
-            settings |= _read_settings(Path(path).read_text(encoding="utf-8"), path)
+            settings = _over(settings, _read_settings(Path(path).read_text(encoding="utf-8"), path))
         except UnicodeDecodeError as error:
             raise UsageError(f"config must be a YAML file in UTF-8, got {path!r}: {error}") from error
     return settings

@@ -10,6 +10,7 @@ x_0          (B, C, R, R) float32 in [-1, 1], R being the resolution
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from hf_ddpm.config import TrainingConfig
-from hf_ddpm.decoding import Form, NeedsSixteenBits, decode, find_form, name_of, unreadable
+from hf_ddpm.decoding import Form, NeedsSixteenBits, decode, find_form, is_passing, name_of, unreadable
 from hf_ddpm.errors import UsageError
 from hf_ddpm.sources import files_below, find_source, license_of, open_dataset
 
@@ -142,10 +143,19 @@ def load_images(config: TrainingConfig) -> ImageCache:
             meta["license"] = license_of(source, dataset)
             (part / "meta.json").write_text(json.dumps(meta))
             try:
+                if folder.is_symlink():  # to a folder that somebody has deleted
+                    folder.unlink()
                 part.rename(folder)
             except OSError:  # another process was first, and wrote the same
                 if not folder.is_dir():
                     raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UsageError(
+                f"the decoded images do not fit on the disk of {str(root)!r}: {error}; free space, or give another "
+                "--cache_dir, a smaller --resolution, or --streaming, which keeps none"
+            ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
     images = _read_cache(folder, source.name)
@@ -258,7 +268,7 @@ def _decode_rows(cells: list[Any], first_row: int, form: Form) -> list[np.ndarra
         except (UsageError, NeedsSixteenBits):
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-            if form.config.on_bad_image == "raise":
+            if form.config.on_bad_image == "raise" or is_passing(error):
                 raise unreadable(name_of(cell, row), error) from error
             decoded.append(None)
     return decoded

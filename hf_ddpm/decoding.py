@@ -33,15 +33,27 @@ class NeedsSixteenBits(Exception):
     """A 16-bit image came after the first headers had promised 8 bits."""
 
 
+class NotFetchedError(Exception):
+    """A disk or a network did not give a file that it may give later."""
+
+
 def fetched(cell: Any) -> Any:
-    """A cell of a column of images with the bytes of the file that it names: here, in an archive or on the Hub."""
+    """A cell of a column of images with the bytes of the file that it names: here, in an archive or on the Hub.
+
+    Raises: FileNotFoundError if it is not there, and NotFetchedError for whatever else fails.
+    """
     if cell is None or cell["bytes"] is not None or cell["path"] is None:
         return cell
     path: str = cell["path"]
-    if "://" not in path:
-        return {"bytes": Path(path).read_bytes(), "path": path}
-    with fsspec.open(path, "rb") as file:  # zip://a.png::b.zip
-        return {"bytes": file.read(), "path": path}  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        if "://" not in path:
+            return {"bytes": Path(path).read_bytes(), "path": path}
+        with fsspec.open(path, "rb") as file:  # zip://a.png::b.zip
+            return {"bytes": file.read(), "path": path}  # pyright: ignore[reportAttributeAccessIssue]
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # file systems and clients have no common type
+        raise NotFetchedError(f"{type(error).__name__}: {error}") from error
 
 
 def open_image(cell: Any) -> Image.Image:
@@ -65,6 +77,11 @@ def decode(cell: Any, name: str, form: Form) -> np.ndarray:
         return to_planes(image, form)
 
 
+def is_passing(error: Exception) -> bool:
+    """Whether it says nothing of the image."""
+    return isinstance(error, NotFetchedError | MemoryError)
+
+
 def name_of(cell: Any, row: int) -> str:
     return f"row {row}" if cell is None or cell["path"] is None else f"row {row} ({cell['path']})"
 
@@ -73,6 +90,8 @@ def unreadable(name: str, error: Exception) -> UsageError:
     reason = " ".join(str(error).split()) or type(error).__name__
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that Pillow knows"
+    if is_passing(error):
+        return UsageError(f"every image must be readable, got {name}: {reason}; try again, or remove it")
     return UsageError(
         f"every image must be readable, got {name}: {reason}; "
         "repair or remove it, or leave out all such images with --on_bad_image skip"
@@ -92,7 +111,7 @@ def find_form(images: Iterable[tuple[str, Any]], config: TrainingConfig) -> Form
             with open_image(cell) as image:
                 headers.append((name, image.size, image.mode))
         except Exception as error:
-            if config.on_bad_image == "raise":
+            if config.on_bad_image == "raise" or is_passing(error):
                 raise unreadable(name, error) from error
             num_bad += 1
         if len(headers) == NUM_HEADERS:
@@ -106,7 +125,7 @@ def find_form(images: Iterable[tuple[str, Any]], config: TrainingConfig) -> Form
         if odd:
             raise UsageError(f"resolution must be given unless all are one square size: {odd[-1]}; --resolution")
     channels = config.channels or (1 if all(mode in GRAY_MODES for _, _, mode in headers) else 3)
-    is_deep = config.preserve_input_precision and any(mode.startswith("I;") for _, _, mode in headers)
+    is_deep = config.preserve_input_precision and any(mode.startswith("I") for _, _, mode in headers)
     return Form(config, resolution, channels, 65535 if is_deep else 255)
 
 

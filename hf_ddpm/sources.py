@@ -61,8 +61,8 @@ def find_source(config: TrainingConfig) -> Source:
         kind = _folder_kind(option, folder)
         has_splits = (folder / "train").is_dir() and any((folder / split).is_dir() for split in SPLIT_NAMES)
         label = folder.resolve().name
-        # `train_data_dir` means all below it, as in diffusers; of a `dataset_name` with splits, only `train` is meant
-        source = Source(option, kind, label, folder / "train" if kind == "images" and name and has_splits else folder)
+        # Of a folder with splits `train` is meant, as `datasets` loads it.
+        source = Source(option, kind, label, folder / "train" if kind == "images" and has_splits else folder)
     elif train_data_dir or folder.exists() or given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise UsageError(f"{option} must be a folder, got {given!r}: there is no folder {str(folder.absolute())!r}")
     else:

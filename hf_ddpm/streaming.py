@@ -23,7 +23,7 @@ import numpy as np
 
 from hf_ddpm import decoding
 from hf_ddpm.config import TrainingConfig
-from hf_ddpm.decoding import Form, NeedsSixteenBits, fetched, find_form, unreadable
+from hf_ddpm.decoding import Form, NeedsSixteenBits, NotFetchedError, fetched, find_form, is_passing, unreadable
 from hf_ddpm.errors import RunError, UsageError
 from hf_ddpm.sources import (
     IMAGE_NAME,
@@ -40,7 +40,7 @@ from hf_ddpm.sources import (
 STREAM_FORMAT = 1  # a change of the order of the stream is a change of this number
 ROWS_PER_TABLE = 256
 # Local files that `datasets` maps into memory have no shards of their own; a shard costs about a millisecond.
-ROWS_PER_SHARD, MAX_SHARDS = 64, 1000
+ROWS_PER_SHARD = 64
 
 
 class Example(NamedTuple):
@@ -152,7 +152,7 @@ class ImageStream:
         is_skipped = self.form.config.on_bad_image == "skip"
         try:
             cell = fetched(example.cell)
-        except Exception as error:  # of file systems
+        except (FileNotFoundError, NotFetchedError) as error:
             # What a network or a disk fails to give now it may give later: another image in its place would be chance.
             if is_skipped and isinstance(error, FileNotFoundError):
                 return None
@@ -168,7 +168,7 @@ class ImageStream:
         except UsageError:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-            if is_skipped:
+            if is_skipped and not is_passing(error):
                 return None
             raise unreadable(self.name_of(example), error) from error
         return np.ascontiguousarray(planes, np.uint16 if self.max_value > 255 else np.uint8)
@@ -219,7 +219,7 @@ def open_stream(config: TrainingConfig) -> ImageStream:
         # `datasets` keeps only the names of an image folder, and streams them as one shard in the order of the names.
         dataset = open_dataset(config)
         num_images = len(dataset)
-        num_shards = min(max(1, num_images // ROWS_PER_SHARD), MAX_SHARDS)
+        num_shards = max(1, num_images // ROWS_PER_SHARD)
         counts = np.array([num_images // num_shards + (i < num_images % num_shards) for i in range(num_shards)])
         files, identity = ("",) * num_shards, _identity(source)
     columns: list[str] = list(dataset.column_names)

@@ -94,6 +94,29 @@ def test_a_flag_replaces_what_a_recipe_says_by_another_name():
     assert parse_config(["--recipe", "fashion-mnist", "--train_data_dir", "photos"]).dataset_name is None
 
 
+def test_a_keyword_and_a_file_replace_what_a_recipe_says_by_another_name(tmp_path):
+    assert load_config(recipe="digits", num_epochs=3).max_train_steps is None
+    assert load_config(recipe="fashion-mnist", train_data_dir="photos").dataset_name is None
+    assert load_config(recipe="cifar10-ddpm", optimizer="muon").learning_rate == 3e-3
+    assert load_config(recipe="cifar10-ddpm", optimizer="muon", learning_rate=1e-3).learning_rate == 1e-3
+    (tmp_path / "my.yaml").write_text("num_epochs: 3\n")
+    assert load_config(str(tmp_path / "my.yaml"), "digits").max_train_steps is None
+    assert load_config(str(tmp_path / "my.yaml"), "digits", max_train_steps=7).max_train_steps == 7
+    assert parse_config(["--recipe", "digits", "--config", str(tmp_path / "my.yaml")]).max_train_steps is None
+
+
+def test_a_bare_no_of_yaml_is_the_word(tmp_path):
+    (tmp_path / "my.yaml").write_text("mixed_precision: no\n")
+    assert load_config(str(tmp_path / "my.yaml")).mixed_precision == "no"
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "train_batch_size", "seed", "ema_max_decay", "num_epochs"])
+def test_a_setting_without_a_value_is_refused(name, tmp_path):
+    (tmp_path / "my.yaml").write_text(f"{name}: null\n")
+    with pytest.raises(UsageError, match=f"{name} must have a value, got None"):
+        check_config(load_config(str(tmp_path / "my.yaml")))
+
+
 def test_nothing_can_be_said_in_a_file(tmp_path):
     (tmp_path / "run.yaml").write_text("checkpoints_total_limit: null\n")
     assert load_config(str(tmp_path / "run.yaml")).checkpoints_total_limit is None
@@ -181,6 +204,10 @@ def test_the_first_prediction_is_zero():
         (
             "--timestep_density uniform --noise_level_std 2",
             "noise_level_std = 2.0 has no effect: give timestep_density",
+        ),
+        (
+            "--lr_scheduler constant --lr_warmup_steps 500",
+            "lr_warmup_steps = 500 has no effect: the schedule constant has no warm-up; give constant_with_warmup",
         ),
         ("--min_snr_gamma 3", "min_snr_gamma = 3.0 has no effect: give loss_weighting min_snr"),
         ("--ddpm_beta_end 0.1", "ddpm_beta_end = 0.1 has no effect"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import pickle
@@ -394,6 +395,50 @@ def test_loser_of_a_race_uses_the_winners_cache(folder: Path, monkeypatch: pytes
     assert len(caches) == 1
 
 
+def test_a_cache_that_somebody_has_deleted_is_made_again(folder: Path) -> None:
+    save_grays(folder, 2)
+    images = load_images(config_of(folder))
+    decided = config_of(folder, resolution=images.resolution, channels=images.channels)
+    (first,) = (p for p in (folder.parent / "cache/hf_ddpm").iterdir() if not p.is_symlink())
+    data.shutil.rmtree(first)
+    assert len(load_images(decided)) == 2
+    assert len(load_images(config_of(folder))) == 2
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_grays(folder, 2)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UsageError, match=r"do not fit on the disk .*--cache_dir, a smaller --resolution"):
+        load_images(config_of(folder))
+    assert list((folder.parent / "cache/hf_ddpm").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+@pytest.mark.parametrize("place", ["header", "pixels"])
+def test_an_image_that_a_disk_may_give_later_is_not_skipped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
+) -> None:
+    save_grays(folder, 4)
+    read_bytes, calls = Path.read_bytes, []
+
+    def fails(path: Path) -> bytes:
+        calls.extend([path] if path.suffix == ".png" else [])
+        if path.suffix == ".png" and len(calls) == (1 if place == "header" else 6):
+            raise error
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(UsageError, match=r"every image must be readable, got .*; try again, or remove it"):
+        load_images(config_of(folder, on_bad_image="skip"))
+    monkeypatch.undo()
+    assert len(load_images(config_of(folder, on_bad_image="skip"))) == 4
+
+
 def test_damaged_cache_is_named(folder: Path) -> None:
     save_grays(folder, 3)
     pixels = Path(str(load_images(config_of(folder)).pixels.filename))  # pyright: ignore[reportAttributeAccessIssue]
@@ -470,9 +515,14 @@ def test_splits_of_an_image_folder(folder: Path) -> None:
     save_grays(folder / "train", 3)
     save_grays(folder / "test", 2)
     assert len(load_images(config_of(folder))) == 3
-    # as in diffusers: a folder of images is all of them
-    everything = config_of(None, train_data_dir=str(folder), cache_dir=str(folder.parent / "cache"))
-    assert len(load_images(everything)) == 5
+    # as in diffusers' script, whose `datasets` finds the splits
+    by_folder = config_of(None, train_data_dir=str(folder), cache_dir=str(folder.parent / "cache"))
+    assert len(load_images(by_folder)) == 3
+    loaded = pytest.importorskip("datasets").load_dataset("imagefolder", data_dir=str(folder), split="train")
+    assert len(loaded) == 3
+    save_grays(folder.parent / "test and more" / "test", 2)
+    save_grays(folder.parent / "test and more", 1)
+    assert len(load_images(config_of(folder.parent / "test and more"))) == 3
 
 
 def test_folder_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:

@@ -179,6 +179,17 @@ def test_each_kind_of_data_set_has_splits(splits: Path, tmp_path: Path, kind: st
         pass
 
 
+def test_a_reference_may_be_of_a_folder_that_stands_alone(splits: Path, tmp_path: Path):
+    shutil.copytree(splits / "test", tmp_path / "alone/test")
+    with open_split(config_of(tmp_path / "alone"), "test") as images:
+        assert len(images) == 20
+    with (
+        pytest.raises(UsageError, match="test_split must be held out, got 'test' of 'alone', all of which"),
+        open_split(config_of(tmp_path / "alone"), "test", "test_split"),
+    ):
+        pass
+
+
 def test_splits_that_cannot_be(splits: Path, tmp_path: Path):
     for config, split, message in (
         (TrainingConfig(cache_dir=str(tmp_path)), "test", "split must be train, which is all that digits has"),
@@ -186,7 +197,7 @@ def test_splits_that_cannot_be(splits: Path, tmp_path: Path):
         (config_of(splits), "", "split must be a name"),
         (
             TrainingConfig(train_data_dir=str(splits), cache_dir=str(tmp_path)),
-            "test",
+            "validation",
             "split must be in train_data_dir",
         ),
     ):

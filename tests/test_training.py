@@ -217,7 +217,7 @@ def test_randomness_is_a_function_of_seed_and_position():
         {"prediction_type": "sample", "loss_weighting": "min_snr"},
         {"prediction_type": "epsilon", "timestep_density": "uniform", "use_ema": False},
         {"rescale_betas_zero_snr": True, "save_images_epochs": 1, "save_model_epochs": 1},
-        {"mixed_precision": "bf16", "lr_scheduler": "constant"},
+        {"mixed_precision": "bf16", "lr_scheduler": "constant", "lr_warmup_steps": 0},
         {"num_epochs": 1, "max_train_steps": None},
     ],
     ids=lambda changes: next(iter(changes)),

@@ -223,9 +223,15 @@ def open_split(config: TrainingConfig, split: str, option: str = "split") -> Ite
         yield load_images(config)
     elif source.kind in ("images", "saved"):
         # Both keep a split in a folder of its name.
-        folder = Path(config.dataset_name or "").expanduser() / split
-        if not config.dataset_name or not folder.is_dir():
+        root = Path(config.dataset_name or config.train_data_dir or "").expanduser()
+        folder = root / split
+        if not folder.is_dir():
             raise UsageError(f"{option} must be in {source.option} as a folder, got {split!r} of {source.name!r}")
+        if option != "split" and source.kind == "images" and source.folder == root:
+            raise UsageError(
+                f"{option} must be held out, got {split!r} of {source.name!r}, all of which is trained on: put the "
+                "others in a folder `train` beside it"
+            )
         kind = "train_data_dir" if source.kind == "images" else "dataset_name"
         folders = {"dataset_name": None, "train_data_dir": None, kind: str(folder)}
         yield load_images(replace(config, **folders))
