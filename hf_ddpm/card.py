@@ -6,6 +6,7 @@
     scheduler/scheduler_config.json, unet/config.json
                                      the model as saved; overrides config.yaml
     evaluation.json                  exists once a metric was measured; of the weights whose sha256 it names
+    average.json                     of which average the weights are, if not of the run's own
     figures/                         pictures
 
 A number is measured or absent: what is not in these files is not on the card. What stands between BEGIN and END is
@@ -159,7 +160,7 @@ def result_cells(row: Mapping[str, Any]) -> dict[str, str]:
         by += "" if dtype == "fp32" else f", {dtype}"
     config = f" ({reference['config']})" if reference.get("config") else ""
     return {
-        "Metric": _said(row["name"]),
+        "Metric": _said(row["name"]) + (f", k = {row['neighbors']}" if "neighbors" in row else ""),
         "Value": _measured(row["value"], row.get("standard_error")),
         "Real images": real,
         "Images": " against ".join(f"{count:,}" for count in row["num_compared"]),
@@ -193,13 +194,14 @@ def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
             **{"real_images": floor.get("value"), REFERENCE: reference["fingerprint"]},
             **{"network": network.get("network"), "network_sha256": network.get("weights_sha256")},
             **{key: sampling.get(key) for key in ("scheduler", "num_inference_steps", "timesteps", "dtype")},
+            "neighbors": row.get("neighbors"),
             "timesteps_per_image": likelihood.get("timesteps_per_image"),
             "seed": (likelihood or sampling)["seed"],
         }
         result = EvalResult(
             task_type="unconditional-image-generation",
             task_name="Unconditional Image Generation",
-            dataset_type=reference["name"],
+            dataset_type=_dataset_type(reference["name"], reference["fingerprint"]),
             dataset_name=reference["name"],
             dataset_config=reference.get("config"),
             dataset_split=reference["split"],
@@ -213,12 +215,22 @@ def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
     return [result for group in found.values() for result in group]
 
 
+def _dataset_type(name: str, fingerprint: str) -> str:
+    """As the Hub wants it, and different for different data: a Hub id, or what has no character but those of one."""
+    if re.fullmatch(r"([\w-]+/)?[\w.-]+", name, re.ASCII):
+        return name
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-") + f"-{fingerprint[:8]}"
+
+
 def _card(folder: Path, repo_id: str | None, revision: str | None) -> ModelCard:
     config, run = read_mapping(folder / "config.yaml"), read_mapping(folder / "run.json")
     scheduler, unet = (
         read_mapping(folder / "scheduler/scheduler_config.json"),
         read_mapping(folder / "unet/config.json"),
     )
+    average = read_mapping(folder / "average.json")
+    if average.get("images") not in (None, (run.get("training") or {}).get("images")):
+        run = {**run, "training": {}}  # which went on after the snapshot
     data, training = run.get("data") or {}, run.get("training") or {}
     settings = {
         "num_train_timesteps": config.get("ddpm_num_steps"),
@@ -226,6 +238,8 @@ def _card(folder: Path, repo_id: str | None, revision: str | None) -> ModelCard:
         **config,
         **scheduler,
         **training,
+        **({"ema_halflife_images": [average["halflife_images"]]} if "halflife_images" in average else {}),
+        "ema_std": average.get("std"),
         "dropout": unet.get("dropout", None if config.get("model_config_name_or_path") else config.get("dropout")),
     }
     T, step_denoiser = settings["num_train_timesteps"], settings.get("prediction_type") == "previous_sample"
@@ -361,6 +375,8 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ramp = ", at most 1 - (1 + k / {ema_inv_gamma:g})^-{ema_power:g} at step k"
     if "ema_rampup_ratio" in s:
         ramp = ", at most {ema_rampup_ratio:g} of the images seen"
+    if "ema_std" in s:
+        average, ramp = "a power of the images seen, std {ema_std:g} of them", ""
     lognormal = "nine tenths log(sigma_t) normal, mean {noise_level_mean:g}, std {noise_level_std:g}"
     lognormal += "; a tenth uniform; stratified"
     others = s.get("stable_target_images", 0)

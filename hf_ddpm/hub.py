@@ -35,16 +35,20 @@ from hf_ddpm.errors import UsageError
 from hf_ddpm.files import weights_sha256, write_atomically
 from hf_ddpm.metrics import read_metrics
 from hf_ddpm.models import hub_error, status_of
+from hf_ddpm.run_folder import EVALUATION_PICTURES
+from hf_ddpm.timesteps import FILE as SEARCHED
 
 # Patterns of `glob`, anchored at the run's folder: no checkpoint, log, optimizer state or pickle has such a name.
 UPLOADED = (
-    *("README.md", "config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "evaluation.json"),
+    *("README.md", "config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "evaluation.json", "average.json"),
     *("figures/*.png", "figures/*.gif"),
     *("model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"),
 )
+OF_EVALUATION = ("evaluation.json", *(f"figures/{name}" for name in EVALUATION_PICTURES))
 # Of an earlier push, these would contradict what is pushed.
 REPLACED = (
-    *("evaluation.json", "run.json", "eval.jsonl", "scheduler/searched_timesteps.json"),
+    *("average.json", "run.json", "eval.jsonl", "figures/kid.png", "figures/val_loss.png"),
+    *(*OF_EVALUATION, "scheduler/searched_timesteps.json"),
     *("unet/*.safetensors", "unet/*.bin", "unet/*.index.json", "diffusion_pytorch_model.*"),
 )
 # Where something is on this machine, which is of no use elsewhere.
@@ -179,7 +183,7 @@ def stage(folder: Path, model: Path | None = None, preview: Path | None = None) 
     """A new folder with what is uploaded of a run, as it is now: training goes on and replaces its files.
 
     Args:
-        model: a pipeline in the place of the run's own, without what was measured and drawn with that.
+        model: an average in the place of the run's own pipeline, without what was measured and drawn with that.
         preview: the picture of samples, if there is none.
     """
     place = folder if os.access(folder, os.W_OK) else None
@@ -187,14 +191,16 @@ def stage(folder: Path, model: Path | None = None, preview: Path | None = None) 
     try:
         chosen = {name: folder / name for name in _uploaded(folder)}
         if model is not None:
-            of_own_model = ("unet/*", "model_index.json", "evaluation.json", "figures/*")
+            of_own_model = ("unet/*", "model_index.json", "scheduler/*", "evaluation.json", "figures/*")
             chosen = {n: path for n, path in chosen.items() if not any(fnmatch(n, p) for p in of_own_model)}
             chosen |= {name: model / name for name in _uploaded(model) if name != "README.md"}
         if preview is not None:
             chosen["figures/samples.png"] = preview
-        evaluation = read_mapping(folder / "evaluation.json")
-        if evaluation.get("weights_sha256") != weights_sha256(model or folder):
-            chosen.pop("evaluation.json", None)
+        weights = weights_sha256(model or folder)
+        searched = SEARCHED.as_posix()
+        for name, of_weights in (("evaluation.json", OF_EVALUATION), (searched, (searched,))):
+            if read_mapping(chosen.get(name, folder / name)).get("weights_sha256") != weights:
+                chosen = {n: path for n, path in chosen.items() if n not in of_weights}
         for name, source in chosen.items():
             (files / name).parent.mkdir(exist_ok=True)
             _link_or_copy(source, files / name)
@@ -205,6 +211,9 @@ def stage(folder: Path, model: Path | None = None, preview: Path | None = None) 
                     is_json = name.endswith(".json")
                     text = json.dumps(known, indent=2) if is_json else yaml.safe_dump(known, sort_keys=False)
                     write_atomically(files / name, text)
+        for halflife in read_mapping(folder / "config.yaml").get("ema_halflife_images") or ():
+            if model is not None and model.name == f"halflife-{halflife:g}":
+                write_atomically(files / "average.json", json.dumps({"halflife_images": halflife}) + "\n")
     except BaseException:
         shutil.rmtree(files, ignore_errors=True)
         raise

@@ -30,7 +30,7 @@ from hf_ddpm.config import TrainingConfig, save_config
 from hf_ddpm.ema import swapped
 from hf_ddpm.engine import gathered
 from hf_ddpm.errors import RunError, UsageError
-from hf_ddpm.evaluation.monitor import Monitor, measure
+from hf_ddpm.evaluation.monitor import OF_COURSE, Monitor, measure
 from hf_ddpm.files import lock, write_atomically
 from hf_ddpm.hub import KEPT_README, push, repository_of
 from hf_ddpm.metrics import MetricsFile, cut_metrics, read_metrics
@@ -139,6 +139,7 @@ def write_measurement(run: Run, monitor: Monitor, progress: Progress, evaluation
     lines = run.processes.only_first(lambda: [*read_metrics(path), *map(json.loads, evaluations.waiting)])
     before = [line["kid"] for line in lines if line["kid"] is not None]
     record = {"step": progress.step, "images": progress.images, **measured}
+    record |= {name: getattr(run.config, name) for name in OF_COURSE}
     if accelerator.is_main_process:
         problem = evaluations.write(record)
         if problem is not None:

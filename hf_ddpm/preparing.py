@@ -20,7 +20,7 @@ from hf_ddpm.data import ImageCache, load_images
 from hf_ddpm.ema import EMA, edm_decay, halflife_from_decay, ramped_decay
 from hf_ddpm.engine import AUTOCAST
 from hf_ddpm.errors import UsageError
-from hf_ddpm.evaluation.monitor import open_monitor
+from hf_ddpm.evaluation.monitor import check_course, open_monitor
 from hf_ddpm.finetuning import load_weights, network_of, take_over
 from hf_ddpm.hub import create_for_run, repository_of
 from hf_ddpm.objective import Objective
@@ -45,14 +45,19 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
         UsageError: settings or data that cannot work.
     """
     engine.check(accelerator, config)
+    asked = config
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu and accelerator.mixed_precision == "fp16":
         raise UsageError("mixed_precision fp16 needs a GPU: its gradients are scaled there only; use bf16 or no")
     if on_cpu:
         share_cores(accelerator.num_processes, config.cpu_threads_per_process)
-    with accelerator.local_main_process_first():
-        config = take_over(config)
-        images = open_stream(config) if config.streaming else load_images(config)
+
+    def load() -> tuple[TrainingConfig, ImageCache | ImageStream]:
+        taken = take_over(asked)
+        return taken, open_stream(taken) if taken.streaming else load_images(taken)
+
+    config, images = processes.first_of_each_machine(load, accelerator.is_local_main_process)
+    processes.agree(images.fingerprint, "images")
     config = _resolve(config, images, accelerator.mixed_precision)
     checkpoint, progress = _find_progress(config, processes, images)
     if progress is not None:
@@ -182,7 +187,13 @@ def claim(run: Run, progress: Progress, until_the_end: ExitStack) -> Run:
         until_the_end.callback(pusher.close, seconds=0)
         run = replace(run, pusher=pusher)
     if config.logger is not None:
-        run.accelerator.init_trackers(output_dir.name, config=_tracked(config))
+        try:
+            processes.gather(lambda: run.accelerator.init_trackers(output_dir.name, config=_tracked(config)))
+        except Exception as error:  # without a login, a network, a folder; none has a common type
+            if progress.step == 0 and processes.rank == 0:
+                (output_dir / "config.yaml").unlink()  # so that the same command may begin again
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(f"logger must be able to start, got {config.logger!r}: {reason}") from error
     return run
 
 
@@ -218,6 +229,7 @@ def _find_progress(
     output_dir, name = Path(config.output_dir), config.resume_from_checkpoint
     if (output_dir / "config.yaml").is_file():
         check_same_run(config, output_dir / "config.yaml")
+        check_course(config, output_dir / "eval.jsonl")
     checkpoint, passed_over = processes.only_first(lambda: find_checkpoint(output_dir, name))
     for problem in passed_over:
         say(processes, problem)

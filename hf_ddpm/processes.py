@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+from hf_ddpm.errors import UsageError
+
 Value = TypeVar("Value")
 
 
@@ -55,15 +57,26 @@ class Processes:
         return [value for value, _ in found]
 
     def agree(self, value: object, what: str) -> None:
-        """Raises: ValueError on all of them if a process has another value than the first."""
-        if any(other != value for other in self.gather(lambda: value)):
-            raise ValueError(f"all processes must have the same {what}: it changed while they started; start again")
+        """Raises: UsageError on all of them if a process has another value than the first."""
+        found = self.gather(lambda: value)
+        if odd := [rank for rank, other in enumerate(found) if other != found[0]]:
+            raise UsageError(
+                f"all processes must have the same {what}, but process {odd[0]} has other than process 0: give all "
+                "machines the same files, and start again"
+            )
 
     def first(self, compute: Callable[[], Value]) -> Value:
         """Computed by the first process and then by the others, which find what it left on the disk."""
         done: list[Value] = []
         self.gather(lambda: done.append(compute()) if self.rank == 0 else None)
         return done[0] if done else compute()
+
+    def first_of_each_machine(self, compute: Callable[[], Value], is_first: bool) -> Value:
+        """Computed by the first process of each machine and then by its others, which find what it left there."""
+        done: list[Value] = []
+        self.gather(lambda: done.append(compute()) if is_first else None)
+        self.gather(lambda: None if is_first else done.append(compute()))
+        return done[0]
 
     def only_first(self, compute: Callable[[], Value]) -> Value:
         """Computed by the first process, known to all."""

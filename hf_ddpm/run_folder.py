@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from hf_ddpm.config import TrainingConfig
 
 
+# Of `hf-ddpm evaluate`: results and pictures of the weights that evaluation.json names.
+EVALUATION_PICTURES = ("steps.png", "seconds.png", "bound.png", "memorization.png")
+
+
 def check_output_dir(config: TrainingConfig) -> None:
     """Raises UsageError if `output_dir` holds another run, or there is nothing to resume from."""
     folder = Path(config.output_dir)
@@ -75,6 +79,7 @@ def run_files(folder: Path) -> list[Path]:
         "run.json",
         "metrics.jsonl",
         "eval.jsonl",
+        "evaluation.json",
         "best",
         "README.md",
         "model_index.json",
@@ -88,6 +93,7 @@ def run_files(folder: Path) -> list[Path]:
         "figures/val_loss.png",
         "figures/forward.png",
         "figures/reverse.*",
+        *(f"figures/{name}" for name in EVALUATION_PICTURES),
         "ema/halflife-*",
         "ema/std-*",
         "ema/snapshot-*.safetensors",

@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".gif")
 LARGEST_REGULAR_BYTES = 10_000
 # The Hub begins each repository with such a commit.
@@ -351,6 +353,13 @@ class HubServer:
 
     @_route("POST", "/api/validate-yaml")
     def _validate_yaml(self, incoming: _Incoming) -> _Answer:
+        block = re.match(r"---\n(.*?)\n---", incoming.json()["content"], re.DOTALL)
+        metadata = yaml.safe_load(block[1] if block else "") or {}
+        results = [r for model in metadata.get("model-index") or [] for r in model["results"]]
+        types = [result["dataset"]["type"] for result in results]
+        odd = [name for name in types if not re.fullmatch(r"([\w-]+/)?[\w.-]+", name, re.ASCII)]
+        if odd:
+            return _json({"errors": [{"message": f"dataset.type {odd[0]!r} fails to match the pattern"}]}, status=400)
         return _json({"errors": [], "warnings": []})
 
     @_route("POST", "/api/repos/create")

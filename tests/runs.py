@@ -126,9 +126,19 @@ def said(config: TrainingConfig) -> str:
 
 
 def start(
-    config: TrainingConfig, num_processes: int = 1, event=None, count=0, action=signal.SIGKILL, **variables: str
+    config: TrainingConfig,
+    num_processes: int = 1,
+    event=None,
+    count=0,
+    action=signal.SIGKILL,
+    last: TrainingConfig | None = None,
+    **variables: str,
 ) -> list[int]:
-    """Exit codes of the processes that train; the event happens to the last of them, or to the one that writes."""
+    """Exit codes of the processes that train; the event happens to the last of them, or to the one that writes.
+
+    Args:
+        last: the settings of the last process, if it has others.
+    """
     victim = 0 if event == "flush" else num_processes - 1
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -143,7 +153,8 @@ def start(
             # Where it is set, Accelerate does without DeepSpeed.
             environment |= {} if "ACCELERATE_USE_DEEPSPEED" in variables else {"ACCELERATE_USE_CPU": "true"}
         is_victim = rank == victim
-        arguments = (replace(config, local_rank=rank) if num_processes > 1 else config, event if is_victim else None)
+        own = last if last is not None and rank == num_processes - 1 else config
+        arguments = (replace(own, local_rank=rank) if num_processes > 1 else own, event if is_victim else None)
         children.append(processes.Process(target=child, args=(*arguments, count, action, environment)))
         children[-1].start()
     if event is not None and action == signal.SIGKILL:

@@ -444,6 +444,22 @@ def test_results_are_on_the_card_and_in_its_metadata(tmp_path: Path):
     )
 
 
+def test_neighbors_are_said(tmp_path: Path):
+    evaluated(make_run(tmp_path), RESULT | {"metric": "recall", "name": "Recall", "neighbors": 5})
+    assert "| Recall, k = 5 | " in write_card(tmp_path).read_text(encoding="utf-8")
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert results is not None
+    assert results[0].metric_args["neighbors"] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "type"),
+    [("me/photos", "me/photos"), ("photos.v2", "photos.v2"), ("my photos", "my-photos-01234567"), ("é", "-01234567")],
+)
+def test_the_hub_takes_the_type_of_any_data_set(name: str, type: str):
+    assert cards._dataset_type(name, "0123456789ab") == type
+
+
 def test_results_of_several_data_sets_come_back_as_they_were(tmp_path: Path):
     test = RESULT["reference"] | {"split": "test"}
     evaluated(make_run(tmp_path), RESULT, RESULT | {"reference": test}, COPIES)

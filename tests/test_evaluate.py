@@ -425,6 +425,66 @@ def not_reached(*_: Any, **__: Any) -> Any:
     raise AssertionError("sampled before it was checked")
 
 
+def test_neighbors_decide_and_are_recorded(run: Path, measure: Any, digits: Path):
+    rows = by_metric(measure(run, metrics=["precision"])["results"])
+    assert {row["neighbors"] for row in rows.values()} == {5}
+    old = results_in(run)
+    for row in old:
+        del row["neighbors"]  # as of before they were recorded
+    content = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(content | {"results": old}))
+    measure(run, metrics=["precision"])
+    assert len(results_in(run)) == len(rows)
+
+
+def test_times_of_different_machines_are_in_no_picture(run: Path, measure: Any):
+    measure(run, metrics=["kid"], num_inference_steps=[2])
+    content = json.loads((run / "evaluation.json").read_text())
+    content["results"][0]["sampling"]["device"] = "another"
+    (run / "evaluation.json").write_text(json.dumps(content))
+    measure(run, metrics=["kid"], num_inference_steps=[3])
+    assert (run / "figures/steps.png").is_file()
+    assert not (run / "figures/seconds.png").exists()
+    measure(run, metrics=["kid"], num_inference_steps=[4])
+    assert (run / "figures/seconds.png").is_file()
+    content = json.loads((run / "evaluation.json").read_text())
+    for row in content["results"]:
+        row["sampling"]["device"] = "another"
+    (run / "evaluation.json").write_text(json.dumps(content))
+    measure(run, metrics=["kid"], num_inference_steps=[4])
+    assert not (run / "figures/seconds.png").exists()
+
+
+def test_a_folder_for_results_keeps_those_of_another_model(run: Path, stock: Path, measure: Any, digits: Path):
+    out = run.with_name("elsewhere") / "results"
+    measure(run, metrics=["kid"], out=out)
+    assert "--out results" in results_in(out)[0]["command"]
+    assert 'from_pretrained("run")' in (out / "README.md").read_text()
+    unet = UNet2DModel.from_pretrained(stock / "unet")
+    with torch.no_grad():
+        unet.conv_out.weight *= 2
+    unet.save_pretrained(stock / "unet")
+    before = files_in(out)
+    with pytest.raises(UsageError, match="out must not hold what was measured of other weights"):
+        measure(stock, metrics=["kid"], data=config_of(digits), out=out)
+    assert files_in(out) == before
+
+
+def test_mirrored_images_count_as_trained_on_whatever_names_the_data(run: Path, measure: Any, digits: Path):
+    save_config(config_of(digits, random_flip=True), run / "config.yaml")
+    rows = measure(run, metrics=["memorization"], data=config_of(digits))["results"]
+    assert all(row["memorization"]["mirrored"] for row in rows)
+    assert rows[0]["num_compared"][1] == 600
+
+
+def test_a_reference_has_the_name_that_its_data_have_now(run: Path, measure: Any, digits: Path, tmp_path: Path):
+    measure(run, metrics=["kid"])
+    shutil.copytree(digits, tmp_path / "renamed")
+    data = replace(config_of(digits), dataset_name=str(tmp_path / "renamed"))
+    measure(run, metrics=["kid"], data=data)
+    assert [row["reference"]["name"] for row in results_in(run)] == ["renamed"]
+
+
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "metric": ({"metrics": ["fid"]}, "metrics must be of fd, kid, cmmd, precision, nll, memorization, got fid"),
     "no metric": ({"metrics": []}, "got none"),
@@ -441,6 +501,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "cmmd": ({"metrics": ["cmmd"]}, "cmmd is of CLIP's embeddings, got the network 'inception'"),
     "reference": ({"reference": "nowhere"}, "make one with `hf-ddpm reference`"),
     "floor": ({"floor": "nowhere"}, "floor goes with a reference"),
+    "device": ({"device": "abacus"}, "device must be one that torch finds here, as cpu, got 'abacus'"),
     "split": ({"split": "validation"}, "^split must be .*got 'validation'"),
     "test split": ({"metrics": ["nll"], "test_split": "validation"}, "^test_split must be .*got 'validation'"),
     "terms": ({"metrics": ["nll"], "timesteps_per_image": 1}, r"timesteps_per_image must be in \[2, 20\]"),

@@ -41,6 +41,8 @@ from hf_ddpm.evaluation.features import NETWORKS
 from hf_ddpm.files import sha256
 from hf_ddpm.hub import KEPT_README, Pushed, PushError, push
 from hf_ddpm.pusher import Pusher
+from hf_ddpm.run_folder import run_files
+from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 from hf_ddpm.training import train
 
 from .conftest import tiny_unet_config
@@ -324,6 +326,77 @@ def test_a_run_that_goes_on_takes_what_was_of_its_older_weights_off_the_hub(serv
     save_model(run, seed=1)
     push(run, "digits")
     assert not {"evaluation.json", "run.json", "eval.jsonl"} & server.repo("alice/digits").files.keys()
+
+
+def evaluate_with_pictures(run: Path) -> set[str]:
+    (run / "evaluation.json").write_text(json.dumps({"weights_sha256": sha256(run / WEIGHTS), "results": []}))
+    names = {f"figures/{name}.png" for name in ("steps", "seconds", "bound", "memorization")}
+    for name in names:
+        (run / name).write_bytes(b"of training images")
+    return names | {"evaluation.json"}
+
+
+def test_pictures_of_what_was_measured_are_of_the_weights_that_are_pushed(server: HubServer, run: Path):
+    measured = evaluate_with_pictures(run)
+    push(run, "digits")
+    assert measured <= server.repo("alice/digits").files.keys()
+    save_model(run, seed=1)
+    push(run, "digits")
+    assert not measured & server.repo("alice/digits").files.keys()
+    measured = evaluate_with_pictures(run)
+    (run / "evaluation.json").unlink()
+    push(run, "digits")
+    assert not measured & server.repo("alice/digits").files.keys()
+
+
+def test_a_run_that_is_deleted_takes_what_was_measured_with_it(run: Path):
+    measured = evaluate_with_pictures(run)
+    assert measured <= {path.relative_to(run).as_posix() for path in run_files(run)}
+
+
+def test_searched_timesteps_are_of_the_weights_that_are_pushed(run: Path):
+    found = SearchedTimesteps("ddim", (19, 3), 0.1, 0.2, num_images=2, seed=0, reference_steps=10)
+    write_searched(run, [found], sha256(run / WEIGHTS))
+    save_model(run / "ema/std-0.1", 1)
+    assert (hub.stage(run) / "scheduler/searched_timesteps.json").is_file()
+    assert not (hub.stage(run, model=run / "ema/std-0.1") / "scheduler/searched_timesteps.json").exists()
+    average = run / "ema/std-0.1"
+    write_searched(average, [found], sha256(average / WEIGHTS))
+    assert (hub.stage(run, model=average) / "scheduler/searched_timesteps.json").is_file()
+    save_model(run, seed=1)
+    assert not (hub.stage(run) / "scheduler/searched_timesteps.json").exists()
+
+
+def test_a_folder_with_any_name_can_be_measured_and_pushed(server: HubServer, run: Path):
+    reference = {"name": "my photos (größer)", "split": "train", "count": 9, "fingerprint": "f"}
+    result = {"metric": "kid", "name": "KID", "value": 0.1, "num_compared": [9, 9], "command": "evaluate"}
+    result |= {"network": None, "reference": reference}
+    result |= {"sampling": {"scheduler": "ddpm", "num_inference_steps": 3, "seed": 0}}
+    weights = card.weights_sha256(run)
+    (run / "evaluation.json").write_text(json.dumps({"weights_sha256": weights, "results": [result]}))
+    push(run, NAME)
+    results = ModelCard(server.repo(NAME).files["README.md"].decode()).data.eval_results
+    assert results is not None
+    assert (results[0].dataset_type, results[0].dataset_name) == ("my-photos-gr-er-f", "my photos (größer)")
+
+
+def test_the_card_of_an_average_is_of_that_average(server: HubServer, run: Path):
+    settings = {"use_ema": True, "ema_halflife_images": [50.0, 1e6, 50.5], "ema_inv_gamma": 1.0, "ema_power": 0.75}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    save_model(run / "ema/halflife-1e+06", 1)
+    save_model(run / "ema/halflife-50.5", 1)
+    save_model(run / "ema/std-0.1", 2)
+    (run / "ema/std-0.1/average.json").write_text('{"std": 0.1, "images": 38400}')
+    push(run, NAME, averages=True)
+    repo = server.repo(NAME)
+    row = "| Averaged weights (EMA) | "
+    assert f"{row}half-life 50 images" in repo.files["README.md"].decode()
+    assert f"{row}half-life 1,000,000 images" in repo.commit("halflife-1e+06").files["README.md"].decode()
+    assert repo.commit("halflife-50.5").files["average.json"] == b'{"halflife_images": 50.5}\n'
+    text = repo.commit("std-0.1").files["README.md"].decode()
+    assert f"{row}a power of the images seen, std 0.1 of them |" in text
+    assert "| Optimizer steps | 1,200 |" in repo.files["README.md"].decode()
+    assert "| Optimizer steps |" not in text
 
 
 def test_a_preview_is_of_the_weights_that_are_pushed(run: Path, tmp_path: Path):

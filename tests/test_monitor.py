@@ -74,6 +74,20 @@ def test_processes_and_a_kill_change_nothing(config, tmp_path):
         assert a["kid"] == pytest.approx(b["kid"], rel=1e-2, abs=1e-4)
 
 
+def test_a_course_is_of_one_network_and_one_set_of_images(config):
+    train(replace(config, max_train_steps=4))
+    more = replace(config, resume_from_checkpoint="latest")
+    for change in ({"eval_network": "dinov2"}, {"eval_split": "train"}, {"eval_num_images": 5}):
+        with pytest.raises(UsageError, match=f"{next(iter(change))} was .* in this run, got"):
+            train(replace(more, **change))
+    # A start that measures nothing writes the defaults into config.yaml.
+    train(replace(more, max_train_steps=5, eval_steps=None, eval_num_images=2000))
+    with pytest.raises(UsageError, match="eval_num_images was 7 in this run, got 2000"):
+        train(replace(more, eval_num_images=2000))
+    train(more)
+    assert [r["step"] for r in measured(config.output_dir)] == [2, 4, 6]
+
+
 def test_what_cannot_be_measured_is_said_before_training(config):
     with pytest.raises(UsageError, match="eval_num_images must be at least 4, got 3"):
         train(replace(config, eval_num_images=3))

@@ -168,3 +168,11 @@ def test_a_readme_that_cannot_be_read_ends_a_run_with_a_remedy(config):
     readme.unlink()
     train(more)
     assert readme.exists()
+
+
+def test_a_tracker_that_cannot_start_is_said_and_leaves_no_run(config, tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="logger must be able to start, got 'tensorboard': "):
+        train(replace(config, logger="tensorboard", logging_dir=str(tmp_path / "file")))
+    train(config)

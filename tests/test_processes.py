@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from hf_ddpm.config import TrainingConfig
 from hf_ddpm.processes import Processes
+
+from .runs import said, start
 
 
 def tell(rank: int, size: int, folder: Path) -> None:
@@ -70,10 +75,31 @@ def test_all_processes_know_the_same(tmp_path):
             "raised": [
                 "refused by 0",
                 "refused by 1",
-                "all processes must have the same number: it changed while they started; start again",
+                (
+                    "all processes must have the same number, but process 1 has other than process 0: give all "
+                    "machines the same files, and start again"
+                ),
                 "Unsendable: of a class that others do not have",
             ],
         }
+
+
+def test_processes_that_have_other_images_do_not_train(tiny_settings, tmp_path):
+    config = TrainingConfig(**{**tiny_settings, "train_batch_size": 4})
+    shutil.copytree(config.train_data_dir, tmp_path / "fewer")
+    next((tmp_path / "fewer").glob("*.png")).unlink()
+    assert start(config, 2, last=replace(config, train_data_dir=str(tmp_path / "fewer"))) == [1, 1]
+    assert "all processes must have the same images, but process 1 has other than process 0" in said(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_all_processes_know_why_one_of_them_cannot_load(tiny_settings, tmp_path):
+    config = TrainingConfig(**{**tiny_settings, "train_batch_size": 4})
+    shutil.copytree(config.train_data_dir, tmp_path / "damaged")
+    next((tmp_path / "damaged").glob("*.png")).write_bytes(b"no image")
+    damaged = replace(config, train_data_dir=str(tmp_path / "damaged"))
+    assert start(damaged, 2) == [1, 1]
+    assert said(damaged).count("not an image that Pillow knows; repair or remove it") == 2
 
 
 def test_one_process_asks_no_other(tmp_path, monkeypatch):

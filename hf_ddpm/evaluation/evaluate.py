@@ -27,6 +27,8 @@ from hf_ddpm.data import epoch_order
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.likelihood import draw_bound
 from hf_ddpm.evaluation.measure import (
+    DISTANCES,
+    NEIGHBORS,
     Samples,
     center_pixels,
     measure_distances,
@@ -180,6 +182,7 @@ def _distance_rows(job: Job, samples: Statistics | None, sampling: dict[str, Any
             "network": job.network.identity,
             "reference": job.reference.about["data"],
             "sampling": sampling,
+            **({"neighbors": NEIGHBORS} if metric in DISTANCES["precision"] else {}),
         }
         biased = warnings_of(min(floor.num_compared), job.network) if metric == "fd" else []
         rows.append(row | ({"remark": f"of the real images, {biased[0]}"} if biased else {}))
@@ -310,7 +313,7 @@ def _command(job: Job) -> str:
     words = ["hf-ddpm", "evaluate", job.repo_id or Path(request.model).resolve().name]
     for name, value in options.items():
         if value is not None:
-            is_path = isinstance(value, str | Path) and Path(value).exists()
+            is_path = name == "out" or (isinstance(value, str | Path) and Path(value).exists())
             words += [f"--{name}", Path(value).resolve().name if is_path else str(value)]
     flags = {
         **{"--center_crop": data.get("center_crop"), "--compile": request.compile},

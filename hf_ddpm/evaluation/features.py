@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from hf_ddpm.errors import UsageError
 from hf_ddpm.files import sha256
+from hf_ddpm.sampling import checked_device
 
 # Of a repository or folder nothing else is read: no code, no pickle.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -133,7 +134,7 @@ class FeatureNetwork:
         # Large batches are cut up; on a CPU, 16 images a pass are twice as fast as 64, which leave its caches.
         size = 16 if self.device.type == "cpu" else 64
         # Else a GPU's convolutions round to 10 bits, and differ from run to run.
-        with torch.no_grad(), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             passes = (part.to(self.device).expand(-1, 3, -1, -1) for part in images.split(size))
             features = torch.cat([self.compute(part).to("cpu", torch.float32) for part in passes])
         bad = len(features) - int(features.isfinite().all(dim=1).sum())
@@ -190,7 +191,7 @@ def load_network(
     name: str, path: str | Path | None = None, device: str | torch.device | None = None
 ) -> FeatureNetwork:
     """The network `name` on `device`, by default the CPU; `path` and errors as of `check_network`."""
-    weights, place, published = check_network(name, path), torch.device(device or "cpu"), NETWORKS[name]
+    weights, place, published = check_network(name, path), checked_device(device or "cpu"), NETWORKS[name]
     size, details = published.input_size, {}
     if name == "inception":
         net, values = _load_torchscript(weights), "in the network's file, from 0 to 255"

@@ -40,6 +40,7 @@ DISTANCES = {
     "cmmd": ("cmmd",),
     "precision": ("precision", "recall", "density", "coverage"),
 }
+NEIGHBORS = 5  # k of precision, recall, density and coverage
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +131,7 @@ def measure_distances(X: Statistics, Y: Statistics, metrics: Iterable[str]) -> d
         if metric == "fd":
             found["fd"] = Measured(frechet_distance(X.moments, Y.moments), None, [X.count, Y.count])
         elif metric == "precision":
-            shares = precision_recall_density_coverage(X.features, Y.features)
+            shares = precision_recall_density_coverage(X.features, Y.features, NEIGHBORS)
             found |= {name: Measured(value, None, kept) for name, value in shares._asdict().items()}
         else:
             distance = (kernel_distance if metric == "kid" else cmmd)(X.features, Y.features)
@@ -190,19 +191,22 @@ def measure_likelihood(
 
     def mine() -> Iterator[Tensor]:
         for share in range(processes.rank, count, processes.size):
-            # A share of at most `batch_size` images: the same batches, whoever works on them.
-            yield sum_bound_terms(
-                unet,
-                scheduler,
-                pixels,
-                seed=seed,
-                batch_size=batch_size,
-                timesteps_per_image=timesteps_per_image,
-                class_labels=class_labels,
-                rank=share,
-                num_processes=count,
-                device=device,
-            )
+            # A share of at most `batch_size` images: the same batches, whoever works on them. TF32 would round a
+            # GPU's convolutions to 10 bits.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                sums = sum_bound_terms(
+                    unet,
+                    scheduler,
+                    pixels,
+                    seed=seed,
+                    batch_size=batch_size,
+                    timesteps_per_image=timesteps_per_image,
+                    class_labels=class_labels,
+                    rank=share,
+                    num_processes=count,
+                    device=device,
+                )
+            yield sums
 
     total = None
     for sums in processes.rounds(mine(), count, "Likelihood"):

@@ -1,7 +1,8 @@
 """Quality while a model trains, measured on the same noises and the same held-out images each time.
 
     kid          of samples from the averaged weights to held-out images (evaluation/distances.py)
-    val_loss     mean squared error of the network's output over held-out images, each at one t, all t alike
+    val_loss     mean squared error of the network's output over held-out images, each at one t, all t alike; with a
+                 learned variance, plus 0.001 T L_t, as in training
     levels       its means over tenths of [0, T), from little noise to much
 
 Generators are private, seeded by the image's number, so that training does not change by one bit.
@@ -25,6 +26,7 @@ from hf_ddpm.evaluation.distances import kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.evaluation.references import open_split
 from hf_ddpm.figures import curve
+from hf_ddpm.metrics import read_metrics
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.sampling import sample_images
@@ -33,6 +35,8 @@ from hf_ddpm.seeds import image_generators
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# In each line of eval.jsonl: of one network and one set of images alone is a course of distances one.
+OF_COURSE = ("eval_network", "eval_split", "eval_num_images")
 NUM_LEVELS = 10
 BATCH_SIZE = 64
 
@@ -54,6 +58,16 @@ class Monitor:
     labels: Tensor | None
     features: Tensor
     num_samples: int
+
+
+def check_course(config: TrainingConfig, measured: Path) -> None:
+    """Raises: UsageError if the lines in `measured`, eval.jsonl of a run that goes on, are of other images."""
+    for line in read_metrics(measured)[-1:] if config.eval_steps is not None else ():
+        for name in OF_COURSE:
+            if (was := line.get(name, getattr(config, name))) != getattr(config, name):
+                raise UsageError(
+                    f"{name} was {was} in this run, got {getattr(config, name)}: give that, or move {measured} away"
+                )
 
 
 def open_monitor(config: TrainingConfig, images: Any, accelerator: Accelerator) -> Monitor:

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from hf_ddpm.card import named_repository
 from hf_ddpm.config import TrainingConfig
 from hf_ddpm.data import ImageCache, epoch_order
 from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.features import FeatureNetwork, check_network, load_network
 from hf_ddpm.evaluation.likelihood import inclusion_probabilities
-from hf_ddpm.evaluation.measure import DISTANCES, Measured, center_pixels, first_images, measure_distances
+from hf_ddpm.evaluation.measure import DISTANCES, NEIGHBORS, Measured, center_pixels, first_images, measure_distances
 from hf_ddpm.evaluation.memorization import MIN_SAMPLES
 from hf_ddpm.evaluation.references import Reference, check_comparable, load_reference, real_floor, warnings_of
 from hf_ddpm.evaluation.results import stored_results
@@ -48,7 +49,6 @@ from hf_ddpm.scheduler import DDPMScheduler
 
 METRICS = (*DISTANCES, "nll", "memorization")
 MEMORIZATION_QUANTILE = 0.01
-NEIGHBORS = 5  # k of precision, recall, density and coverage
 
 
 class Cell(NamedTuple):
@@ -146,7 +146,8 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
     processes.agree(weights, "weights")
     if weights is None:
         raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
-    _check_out(out, weights)
+    is_own = out.resolve() == folder.resolve()
+    _check_out(out, weights, is_own)
     pipeline = _load(folder, request, processes)
     request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
     chain, unet = pipeline.scheduler, pipeline.unet.config
@@ -175,11 +176,13 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
         floors = processes.only_first(
             lambda: measure_distances(first_images(others, request.num_images), real, distances)
         )
-    class_labels, classes = _choose_classes(unet, splits, request.split, request.num_images)
+    class_labels, classes = _choose_classes(unet, splits, request.split, request.num_images, request.seed)
     held_out = training = None
     if "nll" in request.metrics:
         inclusion_probabilities(chain, min(request.timesteps_per_image, len(chain)))
         held_out = splits.open(request.test_split, "test_split", is_labeled=classes is not None)
+        if classes is not None and held_out.labels is None:
+            raise UsageError("label_column must name the classes for the nll of a model of classes: --label_column")
         if len(held_out) < 2 or request.num_images < 2:
             raise UsageError(f"nll needs 2 images or more, got {min(len(held_out), request.num_images)}")
         _check_labels(held_out, splits, request)
@@ -192,7 +195,7 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
         processes=processes,
         out=out,
         weights=weights,
-        repo_id=repo_id,
+        repo_id=repo_id or (None if is_own else _name_on_cards(out, folder)),
         pipeline=pipeline,
         chain=chain,
         cells=cells,
@@ -209,14 +212,23 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
     )
 
 
-def _check_out(out: Path, weights: str) -> None:
+def _name_on_cards(*folders: Path) -> str:
+    """What the card in one of the folders loads, or else the name of the last."""
+    readmes = (folder / "README.md" for folder in folders)
+    names = (named_repository(readme.read_text(encoding="utf-8")) for readme in readmes if readme.is_file())
+    return next((name for name in names if name), folders[-1].resolve().name)
+
+
+def _check_out(out: Path, weights: str, is_own: bool) -> None:
     there = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UsageError(f"out must be a folder to write to, got {str(out)!r}")
     others = weights_sha256(out)
     if others not in (None, weights):
         raise UsageError(f"out must not hold another model, got {str(out)!r} with the weights {others}")
-    stored_results(out, weights)
+    before = stored_results(out, weights)
+    if not is_own and not before and (out / "evaluation.json").is_file():
+        raise UsageError(f"out must not hold what was measured of other weights, got {str(out)!r}: name a new folder")
 
 
 def _load(folder: Path, request: Request, processes: Processes) -> DDPMPipeline:
@@ -274,7 +286,9 @@ def _check_counts(metrics: list[str], network: FeatureNetwork, reference: Refere
             raise UsageError(f"{what} must be at least {least} for {', '.join(metrics)}, got {count}")
 
 
-def _choose_classes(unet: Any, splits: Splits, split: str, num_images: int) -> tuple[list[int] | None, str | None]:
+def _choose_classes(
+    unet: Any, splits: Splits, split: str, num_images: int, seed: int
+) -> tuple[list[int] | None, str | None]:
     """A class for each sample, if the model is conditioned on classes: those of the data, in a random order."""
     num_classes = unet.num_class_embeds
     if num_classes is None:
@@ -286,7 +300,7 @@ def _choose_classes(unet: Any, splits: Splits, split: str, num_images: int) -> t
     if not splits.has_labels:
         if num_images < num_classes:
             raise UsageError(f"num_images must be at least {num_classes}, as many as classes, got {num_images}")
-        return [i % num_classes for i in range(num_images)], "each in turn"
+        return [(seed + i) % num_classes for i in range(num_images)], "each in turn"
     images = splits.open(split, is_labeled=True)
     assert images.labels is not None
     names = images.class_names or [str(i) for i in range(num_classes)]

@@ -18,14 +18,14 @@ from typing import Any, TypeAlias
 
 from hf_ddpm.card import write_card
 from hf_ddpm.errors import UsageError
-from hf_ddpm.evaluation.measure import DISTANCES
+from hf_ddpm.evaluation.measure import DISTANCES, NEIGHBORS
 from hf_ddpm.figures import curve
 from hf_ddpm.files import write_atomically
+from hf_ddpm.run_folder import EVALUATION_PICTURES
 from hf_ddpm.sampling import SCHEDULERS
 
 FORMAT = 1
 OF_CELL = ("scheduler", "num_inference_steps", "timesteps")
-PICTURES = ("steps.png", "seconds.png", "bound.png", "memorization.png")
 
 Draw: TypeAlias = Callable[[Path], None]
 
@@ -50,11 +50,14 @@ def write_evaluation(
     """
     before = stored_results(out, weights)
     if not before:
-        for name in PICTURES:
+        for name in EVALUATION_PICTURES:
             (out / "figures" / name).unlink(missing_ok=True)
     new = {_key(row): row for row in rows}
     results = [row for row in before if _key(row) not in new] + [*new.values()]
     for name, draw in {**(pictures or {}), **_grid_pictures(results, rows)}.items():
+        if draw is None:
+            (out / "figures" / name).unlink(missing_ok=True)
+            continue
         with tempfile.TemporaryDirectory() as folder:
             draw(Path(folder) / name)
             write_atomically(out / "figures" / name, (Path(folder) / name).read_bytes())
@@ -96,20 +99,26 @@ def _key(row: dict[str, Any]) -> str:
         chosen("reference", "fingerprint", "split", "count"),
         chosen("held_out", "fingerprint", "split", "count"),
         chosen("sampling", *OF_CELL, "seed", "num_images", "classes", "dtype", "compile"),
+        row.get("neighbors", NEIGHBORS if row["metric"] in DISTANCES["precision"] else None),
         chosen("likelihood", "num_images", "timesteps_per_image", "seed"),
     ]
     return json.dumps(decisive, sort_keys=True)
 
 
-def _grid_pictures(results: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Draw]:
-    """Quality against cost, of the grid to which the new rows belong, in its first metric."""
+def _grid_pictures(results: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Draw | None]:
+    """Quality against cost, of the grid to which the new rows belong, in its first metric; None for what goes."""
     names = [name for metric in DISTANCES.values() for name in metric]
     for new in sorted((row for row in rows if row["metric"] in names), key=lambda row: names.index(row["metric"]))[:1]:
         grid = [row for row in results if _key(_one_cell(row)) == _key(_one_cell(new))]
         if len(grid) > 1:
-            costs = {"steps.png": "network_evaluations", "seconds.png": "seconds_per_image"}
-            return {name: partial(_draw_grid, grid, cost) for name, cost in costs.items()}
+            alike = [row for row in grid if _place(row) == _place(new)]  # else times do not compare
+            costs = {"steps.png": ("network_evaluations", grid), "seconds.png": ("seconds_per_image", alike)}
+            return {name: partial(_draw_grid, of, cost) if len(of) > 1 else None for name, (cost, of) in costs.items()}
     return {}
+
+
+def _place(row: dict[str, Any]) -> list[Any]:
+    return [row["sampling"].get(name) for name in ("device", "batch_size", "num_processes")]
 
 
 def _one_cell(row: dict[str, Any]) -> dict[str, Any]:

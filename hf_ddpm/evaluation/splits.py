@@ -16,7 +16,7 @@ from typing import Any
 
 import huggingface_hub
 
-from hf_ddpm.card import read_run
+from hf_ddpm.card import read_mapping, read_run
 from hf_ddpm.config import TrainingConfig, load_config
 from hf_ddpm.data import ImageCache, load_images
 from hf_ddpm.errors import UsageError
@@ -24,6 +24,7 @@ from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.references import FORMAT as REFERENCE_FORMAT
 from hf_ddpm.evaluation.references import Reference, load_reference, make_reference, open_split
 from hf_ddpm.processes import Processes
+from hf_ddpm.sources import find_source
 
 
 class Splits:
@@ -35,8 +36,11 @@ class Splits:
         self._processes, self._stack, self._given = processes, stack, data is not None
         self._folder, self._size, self._channels = folder, unet.sample_size, unet.in_channels
         self.data = data
-        if data is None and (folder / "config.yaml").is_file():
-            self.data = load_config(str(folder / "config.yaml"))
+        if (folder / "config.yaml").is_file():
+            if data is None:
+                self.data = load_config(str(folder / "config.yaml"))
+            elif read_mapping(folder / "config.yaml").get("random_flip"):  # the model has seen mirrored images, too
+                self.data = replace(data, random_flip=True)
         self._opened: dict[tuple[str, bool], ImageCache] = {}
 
     @property
@@ -95,7 +99,7 @@ class Splits:
                 names.append(test_split)
         root = Path(self.config.cache_dir or huggingface_hub.constants.HF_HOME).expanduser() / "hf_ddpm"
         identity = {key: value for key, value in network.identity.items() if key != "information"}
-        found: list[Reference] = []
+        source, found = find_source(self.config).name, list[Reference]()
         for name in names:
             images = self.open(name)
             decisive = [REFERENCE_FORMAT, name, images.fingerprint, self.config.center_crop, identity]
@@ -104,7 +108,9 @@ class Splits:
             def find(name: str = name, folder: Path = folder) -> Reference:
                 if not folder.is_dir():
                     make_reference(self.config, name, network, folder)
-                return load_reference(folder)
+                reference = load_reference(folder)  # of these images, by whatever name they had when it was made
+                data = {**reference.about["data"], "name": source, "config": self.config.dataset_config_name}
+                return replace(reference, about={**reference.about, "data": data})
 
             found.append(self._processes.first(find))
         return found[0], found[1] if len(found) > 1 else None
