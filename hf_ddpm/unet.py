@@ -48,6 +48,9 @@ def make_unet(
         settings = sized_config(resolution, channels, out_channels, num_classes, config.dropout)
     else:
         settings = _load_config(name)
+        size = settings.get("sample_size")
+        if isinstance(size, list | tuple) and size[0] == size[1]:
+            settings["sample_size"] = size[0]
         _check_fit(settings, config, channels, out_channels, resolution, num_classes)
         if config.model_config_name_or_path is None and config.init_from is None:
             settings["dropout"] = config.dropout
@@ -197,8 +200,6 @@ def _check_fit(
         ("num_class_embeds", num_classes, "the classes of label_column"),
     ):
         got = settings.get(name, known[name].default)
-        if isinstance(got, list | tuple) and [*got] == [needed, needed]:
-            settings[name] = got = needed
         if got != needed:
             raise UsageError(f"the model config's {name} must be {needed}, {reason}; got {got}")
     _check_halvings(resolution, len(settings.get("block_out_channels", known["block_out_channels"].default)))

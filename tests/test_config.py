@@ -12,7 +12,7 @@ import yaml
 from diffusers import UNet2DModel
 
 from hf_ddpm.checks import check_config
-from hf_ddpm.config import TrainingConfig, load_config, parse_config, recipe_names, save_config
+from hf_ddpm.config import TrainingConfig, check_same_run, load_config, parse_config, recipe_names, save_config
 from hf_ddpm.errors import UsageError
 from hf_ddpm.launch import hide
 from hf_ddpm.preparing import make_scheduler
@@ -103,6 +103,15 @@ def test_a_keyword_and_a_file_replace_what_a_recipe_says_by_another_name(tmp_pat
     assert load_config(str(tmp_path / "my.yaml"), "digits").max_train_steps is None
     assert load_config(str(tmp_path / "my.yaml"), "digits", max_train_steps=7).max_train_steps == 7
     assert parse_config(["--recipe", "digits", "--config", str(tmp_path / "my.yaml")]).max_train_steps is None
+
+
+def test_a_warm_up_that_had_no_effect_may_be_left_out(tmp_path):
+    path = tmp_path / "config.yaml"
+    save_config(TrainingConfig(lr_scheduler="constant", lr_warmup_steps=500), path)
+    check_same_run(TrainingConfig(lr_scheduler="constant", lr_warmup_steps=0), path)
+    save_config(TrainingConfig(lr_warmup_steps=500), path)
+    with pytest.raises(UsageError, match="lr_warmup_steps was 500 in this run, got 0"):
+        check_same_run(TrainingConfig(lr_warmup_steps=0), path)
 
 
 def test_a_bare_no_of_yaml_is_the_word(tmp_path):

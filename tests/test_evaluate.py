@@ -425,6 +425,14 @@ def not_reached(*_: Any, **__: Any) -> Any:
     raise AssertionError("sampled before it was checked")
 
 
+def test_the_card_of_results_elsewhere_keeps_the_name_that_it_has(run: Path, measure: Any):
+    out = run.with_name("results")
+    out.mkdir()
+    cards.write_card(out, "me/photos")
+    measure(run, metrics=["kid"], out=out)
+    assert 'from_pretrained("me/photos")' in (out / "README.md").read_text()
+
+
 def test_neighbors_decide_and_are_recorded(run: Path, measure: Any, digits: Path):
     rows = by_metric(measure(run, metrics=["precision"])["results"])
     assert {row["neighbors"] for row in rows.values()} == {5}
