@@ -9,6 +9,7 @@ import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from hf_ddpm.evaluation.distances import frechet_distance_from_features, kernel_
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.features import NETWORKS, load_network
 from hf_ddpm.evaluation.measure import center_pixels, measure_distances
+from hf_ddpm.evaluation.prepare import _choose_classes
 from hf_ddpm.evaluation.references import collect, make_reference
 from hf_ddpm.evaluation.results import write_evaluation
 from hf_ddpm.files import sha256, weights_sha256
@@ -655,6 +657,8 @@ def test_classes_are_sampled_as_often_as_in_the_data(of_classes: Path, measure: 
     assert by_metric(done["results"])["nll"]["num_compared"] == [20]
     turn = measure(of_classes, metrics=["kid"], data=config_of(digits))["results"]
     assert turn[0]["sampling"]["classes"] == "each in turn"
+    unet = SimpleNamespace(num_class_embeds=2)
+    assert _choose_classes(unet, SimpleNamespace(has_labels=False), "train", 3, 5)[0] == [1, 0, 1]  # by seed
     with pytest.raises(UsageError, match="num_images must be at least 2, as many as classes"):
         measure(of_classes, metrics=["memorization"], data=config_of(digits), num_images=1)
 

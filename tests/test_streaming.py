@@ -529,6 +529,18 @@ def test_vanished_image(folder: Path) -> None:
     assert int(batch["num_bad"]) == 1
 
 
+def test_too_little_memory_says_nothing_of_an_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_folder(folder, 20)
+    stream = open_stream(config_of(folder, on_bad_image="skip"))
+
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("hf_ddpm.decoding.to_planes", fails)
+    with pytest.raises(UsageError, match=r"every image must be readable, got .*: MemoryError; try again"):
+        stream.decode(next(stream.examples()))
+
+
 def test_what_a_disk_fails_to_give_is_not_replaced(folder: Path) -> None:
     save_folder(folder, 20)
     stream = open_stream(config_of(folder, on_bad_image="skip"))
