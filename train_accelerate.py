@@ -2,10 +2,10 @@
 
 import sys
 
-from hf_ddpm.config import parse_config
-from hf_ddpm.errors import RunError, UsageError
-from hf_ddpm.launch import follow_launcher, hide, start_missing_processes
-from hf_ddpm.sources import check_source
+from hf_ddpm.data.sources import check_source
+from hf_ddpm.runtime.errors import RunError, UsageError
+from hf_ddpm.runtime.launch import follow_launcher, hide, start_missing_processes
+from hf_ddpm.training.config import parse_config
 
 if __name__ == "__main__":
     config = parse_config()
@@ -15,7 +15,7 @@ if __name__ == "__main__":
         follow_launcher()
         hide(config.hub_token)
         # After parsing, so that a wrong setting is answered before torch is imported.
-        from hf_ddpm.training import train
+        from hf_ddpm.training.loop import train
 
         train(config)
     except (UsageError, RunError) as error:

@@ -26,8 +26,8 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from hf_ddpm.sampling import iter_samples, load_for_sampling
-from hf_ddpm.unet import sized_config
+from hf_ddpm.network import sized_config
+from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling
 
 ROOT = Path(__file__).parents[1]
 

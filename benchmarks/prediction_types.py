@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.config import load_config
 from hf_ddpm.figures import strip, to_images
-from hf_ddpm.training import train
+from hf_ddpm.training.config import load_config
+from hf_ddpm.training.loop import train
 
 HERE = Path(__file__).parent
 NUM_IMAGES = 12

@@ -28,15 +28,15 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, figures
-from hf_ddpm.config import TrainingConfig
-from hf_ddpm.ema import assign
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.features import load_network
+from hf_ddpm.network import compiled, sized_config, use_plain_attention
 from hf_ddpm.objective import posterior_means
-from hf_ddpm.optimizer import make_optimizer
-from hf_ddpm.posthoc import power_decay
-from hf_ddpm.sampling import iter_samples, named_scheduler, speed_up
-from hf_ddpm.unet import compiled, sized_config, use_plain_attention
+from hf_ddpm.sampling.sampler import iter_samples, named_scheduler, speed_up
+from hf_ddpm.training.averages import assign
+from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.optimizer import make_optimizer
+from hf_ddpm.training.posthoc import power_decay
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 T = 1000

@@ -25,12 +25,12 @@ from diffusers import UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from hf_ddpm import DDPMScheduler
-from hf_ddpm.checkpoint import Progress, TrainingState, save_checkpoint
-from hf_ddpm.ema import EMA
+from hf_ddpm.network import sized_config
 from hf_ddpm.objective import Objective
-from hf_ddpm.seeds import image_generators, seed_step
-from hf_ddpm.stopping import StopRequest
-from hf_ddpm.unet import sized_config
+from hf_ddpm.runtime.seeds import image_generators, seed_step
+from hf_ddpm.runtime.signals import StopRequest
+from hf_ddpm.training.averages import EMA
+from hf_ddpm.training.checkpoint import Progress, TrainingState, save_checkpoint
 
 BATCH, STEPS, CHECKPOINTS, STEPS_BETWEEN = 32, 60, 10, 500
 

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from recipe import load_data
 
-from hf_ddpm.card import read_run
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.features import load_network
-from hf_ddpm.files import weights_sha256
+from hf_ddpm.evaluation.search import search_timesteps, spaced_timesteps
+from hf_ddpm.hub.card import read_run
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.sampling import FORWARD_BATCH, load_for_sampling, named_scheduler, seeded_generators
+from hf_ddpm.runtime.files import weights_sha256
+from hf_ddpm.sampling.sampler import FORWARD_BATCH, load_for_sampling, named_scheduler, seeded_generators
 from hf_ddpm.scheduler import all_values
-from hf_ddpm.search import search_timesteps, spaced_timesteps
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 NUM_IMAGES, NUM_ANCESTRAL = 512, 256

@@ -27,10 +27,10 @@ from PIL import Image
 from pyarrow import parquet
 from torch.utils.data import DataLoader
 
-from hf_ddpm.config import TrainingConfig
+from hf_ddpm.data.shard_batches import NUM_PLACE_COLUMNS, StreamBatches
+from hf_ddpm.data.shards import open_stream
 from hf_ddpm.figures import curve
-from hf_ddpm.lanes import NUM_PLACE_COLUMNS, StreamBatches
-from hf_ddpm.streaming import open_stream
+from hf_ddpm.training.config import TrainingConfig
 
 HERE = Path(__file__).parent
 SIZES = (10_000, 1_000_000)

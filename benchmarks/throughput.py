@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_ddpm.unet import sized_config
+from hf_ddpm.network import sized_config
 
 SIDE, STEPS_PER_TURN, WARM_UP_STEPS = 28, 4, 4
 WIDE = "128 channels"
@@ -125,7 +125,7 @@ def count(way: str) -> tuple[int, int]:
     """Parameters, and FLOPs of a training step per image."""
     from diffusers import UNet2DModel
 
-    from hf_ddpm.dry_run import count_flops
+    from hf_ddpm.training.dry_run import count_flops
 
     unet = UNet2DModel.from_config(net_config(way))
     return sum(p.numel() for p in unet.parameters()), count_flops(unet)[1]
@@ -180,9 +180,9 @@ def be_asked(options: argparse.Namespace) -> None:
 
 
 def our_loop(options: argparse.Namespace, after_step: Callable[[], None]) -> None:
-    from hf_ddpm.config import TrainingConfig
-    from hf_ddpm.ema import EMA
-    from hf_ddpm.training import train
+    from hf_ddpm.training.averages import EMA
+    from hf_ddpm.training.config import TrainingConfig
+    from hf_ddpm.training.loop import train
 
     name = options.way.replace(", ", "-").replace(" ", "-")
     network = Path(options.folder, f"{name}.json")

@@ -23,10 +23,10 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from hf_ddpm.config import TrainingConfig
-from hf_ddpm.ema import EMA
-from hf_ddpm.training import train
-from hf_ddpm.unet import sized_config
+from hf_ddpm.network import sized_config
+from hf_ddpm.training.averages import EMA
+from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.loop import train
 
 BATCH, STEPS_PER_TURN, TURNS = 64, 4, 14
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_ddpm._version import __version__
+
 if TYPE_CHECKING:
     from hf_ddpm.pipeline import DDPMPipeline
     from hf_ddpm.scheduler import DDPMScheduler
 
-__version__ = "0.1.0"
 __all__ = ["DDPMPipeline", "DDPMScheduler", "__version__"]
 
 _MODULE_OF = {"DDPMPipeline": "hf_ddpm.pipeline", "DDPMScheduler": "hf_ddpm.scheduler"}

@@ -72,11 +72,11 @@ def sample(
         str, typer.Option(help="png, named by their seeds; parquet, which `datasets` loads; or npz.")
     ] = "png",
 ) -> None:
-    """Writes images of a model. In several processes: accelerate launch -m hf_ddpm.sampling"""
+    """Writes images of a model. In several processes: accelerate launch -m hf_ddpm.sampling.sampler"""
     import os
 
-    from hf_ddpm.samples import write_samples
-    from hf_ddpm.sampling import SCHEDULERS
+    from hf_ddpm.sampling.image_set import write_samples
+    from hf_ddpm.sampling.sampler import SCHEDULERS
 
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise typer.BadParameter(
@@ -119,7 +119,7 @@ def ema(
     """Writes the model with an average of its weights of another length, reconstructed from snapshots."""
     import json
 
-    from hf_ddpm.posthoc import write_average
+    from hf_ddpm.training.posthoc import write_average
 
     with _errors_said():
         folder = write_average(run, std, out, images)
@@ -157,9 +157,9 @@ def reference(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measures a data set once, so that samples can be compared with it."""
-    from hf_ddpm.config import TrainingConfig
     from hf_ddpm.evaluation.features import load_network
-    from hf_ddpm.evaluation.references import make_reference
+    from hf_ddpm.evaluation.statistics import make_reference
+    from hf_ddpm.training.config import TrainingConfig
 
     config = TrainingConfig(
         dataset_name=dataset,
@@ -245,9 +245,9 @@ def evaluate(
     hf_ddpm.evaluation.evaluate"""
     import os
 
-    from hf_ddpm.card import result_cells
-    from hf_ddpm.config import TrainingConfig
     from hf_ddpm.evaluation.evaluate import evaluate as measure
+    from hf_ddpm.hub.card import result_cells
+    from hf_ddpm.training.config import TrainingConfig
 
     of_data = (dataset_name, dataset_config_name, image_column, label_column, cache_dir)
     with _errors_said():
@@ -312,7 +312,7 @@ def schedule(
     compile: Compile = False,
 ) -> None:
     """Finds the few timesteps whose images come nearest to those of many, and keeps them with the model."""
-    from hf_ddpm.search import search_and_keep
+    from hf_ddpm.evaluation.search import search_and_keep
 
     with _errors_said():
         numbers = _numbers("steps", steps)
@@ -353,13 +353,13 @@ def push(
     message: Annotated[str | None, typer.Option(help="Of the commit. Default: the run's step and images.")] = None,
 ) -> None:
     """Uploads a model, its card, figures and numbers to the Hub: one commit, or none if nothing has changed."""
-    from hf_ddpm import hub
+    from hf_ddpm.hub import upload
 
     with _errors_said():
-        done = hub.push(run, repo_id, public=public, revision=revision, message=message, averages=averages)
+        done = upload.push(run, repo_id, public=public, revision=revision, message=message, averages=averages)
     typer.echo(f"{done.url}: {done.commit[:12]}" + ("" if done.is_new else ", nothing has changed"))
     if done.kept_readme:
-        typer.echo(hub.KEPT_README, err=True)
+        typer.echo(upload.KEPT_README, err=True)
 
 
 @app.command()
@@ -368,7 +368,7 @@ def demo(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of http://127.0.0.1.")] = 7860,
 ) -> None:
     """Opens a page that samples the model and shows both of its processes, on this machine."""
-    from hf_ddpm.demo import run_demo
+    from hf_ddpm.hub.space import run_demo
 
     with _errors_said():
         run_demo(model, port)
@@ -388,7 +388,7 @@ def space(
     """Makes a Space of the page that `hf-ddpm demo` opens."""
     import tempfile
 
-    from hf_ddpm.demo import model_id_of, push_space, write_space
+    from hf_ddpm.hub.space import model_id_of, push_space, write_space
 
     with _errors_said():
         model_id = model_id_of(model, model_id)

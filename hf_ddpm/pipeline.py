@@ -27,7 +27,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.files import weights_sha256
+from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler, all_values, converted
 from hf_ddpm.timesteps import SearchedTimesteps, read_searched, solver_name, write_searched
 

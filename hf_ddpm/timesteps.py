@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_ddpm.errors import UsageError
-from hf_ddpm.files import weights_sha256, write_atomically
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import weights_sha256, write_atomically
 
 FILE = Path("scheduler", "searched_timesteps.json")
 

@@ -10,6 +10,8 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
+from tests.support.networks import tiny_unet_config
+
 # Several test processes on a few cores are slower with more threads, and results do not depend on them.
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,21 +22,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def one_thread():
     """Training sets the number of threads, on which the last bits of results depend."""
     torch.set_num_threads(1)
-
-
-def tiny_unet_config(channels: int = 3, size: int = 8, **changes) -> dict:
-    return {
-        "sample_size": size,
-        "in_channels": channels,
-        "out_channels": channels,
-        "block_out_channels": [8, 16],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        **changes,
-    }
 
 
 @pytest.fixture

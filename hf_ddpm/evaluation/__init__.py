@@ -1,1 +1,0 @@
-"""How good a model is: measured on images, by numbers with their standard errors."""

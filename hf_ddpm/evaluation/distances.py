@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_ddpm.errors import UsageError
+from hf_ddpm.runtime.errors import UsageError
 
 BLOCK_SIZE = 1024  # rows; a block of pairs has 8 MB
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_ddpm import __version__
-from hf_ddpm.config import TrainingConfig
-from hf_ddpm.data import epoch_order
+from hf_ddpm._version import __version__
+from hf_ddpm.data.cache import epoch_order
 from hf_ddpm.evaluation.features import FeatureNetwork
+from hf_ddpm.evaluation.job import MEMORIZATION_QUANTILE, Cell, Job, Request, check_request, prepare
 from hf_ddpm.evaluation.likelihood import draw_bound
 from hf_ddpm.evaluation.measure import (
     DISTANCES,
@@ -37,12 +37,12 @@ from hf_ddpm.evaluation.measure import (
     sample_statistics,
 )
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
-from hf_ddpm.evaluation.prepare import MEMORIZATION_QUANTILE, Cell, Job, Request, check_request, prepare
-from hf_ddpm.evaluation.references import Statistics, about_images, warnings_of
 from hf_ddpm.evaluation.results import Draw, write_evaluation
-from hf_ddpm.launch import run_command
-from hf_ddpm.processes import joined_processes
-from hf_ddpm.sampling import iter_samples, named_scheduler, speed_up
+from hf_ddpm.evaluation.statistics import Statistics, about_images, warnings_of
+from hf_ddpm.runtime.launch import run_command
+from hf_ddpm.runtime.processes import joined_processes
+from hf_ddpm.sampling.sampler import iter_samples, named_scheduler, speed_up
+from hf_ddpm.training.config import TrainingConfig
 
 NUM_MEMORIZATION_SAMPLES = 1000
 

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data import to_x_0
-from hf_ddpm.errors import UsageError
+from hf_ddpm.data.cache import to_x_0
 from hf_ddpm.figures import curve
 from hf_ddpm.objective import variational_bound
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.seeds import hashed
 from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.seeds import hashed
 
 # Streams of `hashed` beyond those of training.
 _NOISE, _CHOICE = 2**32, 2**32 + 1

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data import ImageCache
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.evaluation.distances import (
     Moments,
     cmmd,
@@ -27,10 +27,10 @@ from hf_ddpm.evaluation.distances import (
 )
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.likelihood import Likelihood, bits_per_dimension, sum_bound_terms
-from hf_ddpm.evaluation.references import NUM_FEATURES, Statistics
+from hf_ddpm.evaluation.statistics import NUM_FEATURES, Statistics
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.processes import Processes
-from hf_ddpm.sampling import iter_samples
+from hf_ddpm.runtime.processes import Processes
+from hf_ddpm.sampling.sampler import iter_samples
 from hf_ddpm.scheduler import DDPMScheduler
 
 # Metrics that compare features of samples with a reference -> the names of their results.

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data import to_x_0
-from hf_ddpm.errors import UsageError
+from hf_ddpm.data.cache import to_x_0
 from hf_ddpm.figures import strip, to_images
+from hf_ddpm.runtime.errors import UsageError
 
 Rows: TypeAlias = np.ndarray | Tensor
 

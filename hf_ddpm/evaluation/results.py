@@ -16,13 +16,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hf_ddpm.card import write_card
-from hf_ddpm.errors import UsageError
 from hf_ddpm.evaluation.measure import DISTANCES, NEIGHBORS
 from hf_ddpm.figures import curve
-from hf_ddpm.files import write_atomically
-from hf_ddpm.run_folder import EVALUATION_PICTURES
-from hf_ddpm.sampling import SCHEDULERS
+from hf_ddpm.hub.card import write_card
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import write_atomically
+from hf_ddpm.runtime.run_files import EVALUATION_PICTURES
+from hf_ddpm.sampling.sampler import SCHEDULERS
 
 FORMAT = 1
 OF_CELL = ("scheduler", "num_inference_steps", "timesteps")

@@ -1,0 +1,205 @@
+"""The network: a `UNet2DModel` from a config, or one sized for the data.
+
+A network of L levels halves its input L-1 times. Sized for the data, the lowest level is 4 to 8 pixels wide, levels of
+16 pixels and less attend, heads have 64 channels (with diffusers' default of 8, attention takes half of a step), the
+timestep scales what blocks have normalized, as well as shifting it (Nichol & Dhariwal 2021, App. A), and normalization
+is in groups of at least 4 channels: diffusers' 32 groups leave each channel of a level of 32 alone, without mean and
+scale.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
+
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.training.config import TrainingConfig, recipe_model_config
+
+HEAD_CHANNELS = 64
+MAX_ATTENTION_PIXELS = 16
+MIN_GROUP_CHANNELS = 4
+
+
+def make_unet(
+    config: TrainingConfig, channels: int, resolution: int, num_classes: int | None, like: Path | None = None
+) -> UNet2DModel:
+    """A new network for images of `channels` x `resolution` x `resolution`.
+
+    Args:
+        like: a folder with config.json, whose network it is then, with the config's dropout where that decides.
+
+    The last convolution starts at zero, so that the first prediction is 0 and the first loss the target's own power;
+    diffusers leaves it random.
+
+    Raises:
+        UsageError: the model config does not fit the data or the variance type.
+    """
+    out_channels = channels * (2 if config.variance_type == "learned_range" else 1)
+    name = config.model_config_name_or_path if like is None else str(like)
+    if name is None:
+        settings = sized_config(resolution, channels, out_channels, num_classes, config.dropout)
+    else:
+        settings = _load_config(name)
+        size = settings.get("sample_size")
+        if isinstance(size, list | tuple) and size[0] == size[1]:
+            settings["sample_size"] = size[0]
+        _check_fit(settings, config, channels, out_channels, resolution, num_classes)
+        if config.model_config_name_or_path is None and config.init_from is None:
+            settings["dropout"] = config.dropout
+    torch.manual_seed(config.seed)
+    try:
+        unet: UNet2DModel = UNet2DModel.from_config(settings)  # pyright: ignore[reportAssignmentType]
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UsageError(f"the model config {name!r} makes no UNet2DModel: {error}") from error
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    if unet.conv_out.bias is not None:
+        torch.nn.init.zeros_(unet.conv_out.bias)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    return unet
+
+
+def compiled(network: Any, unet: Any, device: torch.device) -> Any:
+    """`network`, which is `unet`, its forward pass or what wraps it, compiled for each shape of its input.
+
+    `unet` attends as of `use_plain_attention` from then on.
+    """
+    use_plain_attention(unet, device)
+    # In bf16 diffusers' upsampling asks for torch's version through a cache, of which torch warns at length; its
+    # earlier versions do not say where.
+    cached = r"Dynamo detected a call to a `functools\.lru_cache`-wrapped function(\.| at 'upsampling\.py:)"
+    warnings.filterwarnings("ignore", cached, UserWarning)
+    return torch.compile(network, dynamic=False)
+
+
+def use_plain_attention(unet: Any, device: torch.device) -> None:
+    """Has a network that is to be compiled attend by two products and a softmax, where that is faster.
+
+    On a CPU they are compiled to less time than SDPA's own kernel takes. They hold a weight for each pair of pixels,
+    so networks that attend to more than MAX_ATTENTION_PIXELS squared keep SDPA, as all do on other devices.
+    """
+    config = unet.config
+    size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
+    blocks = zip(config.down_block_types, reversed(config.up_block_types), strict=True)
+    attending = [level for level, kinds in enumerate(blocks) if "Attn" in "".join(kinds)]
+    attending += [len(config.down_block_types) - 1] if config.add_attention else []
+    if device.type != "cpu" or any(size >> level > MAX_ATTENTION_PIXELS for level in attending):
+        return
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
+
+
+def sized_config(
+    resolution: int, channels: int, out_channels: int, num_classes: int | None = None, dropout: float = 0.0
+) -> dict[str, Any]:
+    """A UNet2DModel config for the data.
+
+    resolution   8       16       28, 32     64                128
+    channels     64,64   64,128   32,64,64   64,128,128,256    64,128,128,256,256
+
+    Raises:
+        UsageError: `resolution` cannot be halved that often.
+    """
+    num_levels = 1 + max(1, math.ceil(math.log2(resolution / 8)))
+    _check_halvings(resolution, num_levels)
+    if resolution <= 8:
+        widths = [64, 64]
+    elif resolution <= 16:
+        widths = [64, 128]
+    elif resolution <= 32:
+        widths = [32, 64, 64]
+    else:
+        widths = [64, 128, 128, *[256] * (num_levels - 3)]
+    attends = [resolution >> level <= MAX_ATTENTION_PIXELS for level in range(num_levels)]
+    return {
+        "sample_size": resolution,
+        "in_channels": channels,
+        "out_channels": out_channels,
+        "block_out_channels": widths,
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "layers_per_block": 2,
+        "attention_head_dim": HEAD_CHANNELS,
+        "norm_num_groups": widths[0] // MIN_GROUP_CHANNELS,
+        "resnet_time_scale_shift": "scale_shift",
+        "dropout": dropout,
+        "num_class_embeds": num_classes,
+    }
+
+
+def size_unit(num_levels: int) -> int:
+    """2^(L-1): a network of L levels takes images whose side is a multiple of it."""
+    return 2 ** (num_levels - 1)
+
+
+def _check_halvings(resolution: int, num_levels: int) -> None:
+    unit = size_unit(num_levels)
+    if resolution % unit:
+        below, above = resolution // unit * unit, (resolution // unit + 1) * unit
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UsageError(
+            f"resolution must be a multiple of {unit}, got {resolution}: "
+            f"the network halves it {num_levels - 1} times; the nearest is {nearest}"
+        )
+
+
+def _load_config(name: str) -> dict[str, Any]:
+    path = Path(name)
+    shipped = recipe_model_config(name)
+    if path.is_file() or (shipped is not None and not path.exists()):
+        file = path if path.is_file() else shipped
+        assert file is not None
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"model_config_name_or_path {name!r} is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise UsageError(
+                f"model_config_name_or_path {name!r} must hold a JSON object, got {type(settings).__name__}"
+            )
+        return settings
+    subfolder = "unet" if (path / "unet" / "config.json").is_file() else None
+    try:
+        loaded: Any = UNet2DModel.load_config(name, subfolder=subfolder)
+        return dict(loaded)
+    except OSError as error:
+        raise UsageError(
+            f"model_config_name_or_path must be a JSON file, a folder with config.json, a recipe that ships one or a "
+            f"Hub model, got {name!r}, which is none that can be reached"
+        ) from error
+
+
+def _check_fit(
+    settings: dict[str, Any],
+    config: TrainingConfig,
+    channels: int,
+    out_channels: int,
+    resolution: int,
+    num_classes: int | None,
+) -> None:
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    if unknown := [name for name in settings if name not in known and not name.startswith("_")]:
+        raise UsageError(f"the model config has settings that UNet2DModel does not know: {', '.join(unknown)}")
+    if settings.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise UsageError(f"the model config must be of a UNet2DModel, got {settings['_class_name']}")
+    for name, needed, reason in (
+        ("in_channels", channels, "the channels of the data; change it or give --channels"),
+        ("out_channels", out_channels, f"for variance_type {config.variance_type}"),
+        ("sample_size", resolution, "the resolution; change it or give --resolution"),
+        ("num_class_embeds", num_classes, "the classes of label_column"),
+    ):
+        got = settings.get(name, known[name].default)
+        if got != needed:
+            raise UsageError(f"the model config's {name} must be {needed}, {reason}; got {got}")
+    _check_halvings(resolution, len(settings.get("block_out_channels", known["block_out_channels"].default)))

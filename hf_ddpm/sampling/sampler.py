@@ -1,0 +1,332 @@
+"""Many images over many processes, one seed per image: on one kind of device, and at one batch size where that is not
+a CPU, image i is a function of its seed alone.
+
+Schedulers by name, all with exact lists of timesteps:
+
+    name          class                          order  noise per step
+    ddpm          hf_ddpm.DDPMScheduler          1      yes    Ho et al. 2020, Algorithm 2
+    ddim          DPMSolverMultistepScheduler    1      no     Song et al. 2021, Eq. 12 with sigma = 0
+    dpmsolver++   DPMSolverMultistepScheduler    2      no     Lu et al. 2022, arXiv 2211.01095
+    unipc         UniPCMultistepScheduler        2      no     Zhao et al. 2023
+
+DDIM is first-order DPM-Solver++ (Lu et al., Sec. 4); diffusers' own `DDIMScheduler` steps to t - T // n whatever its
+list of timesteps says.
+
+The last bits of an image depend on how many images a forward pass has: PyTorch and diffusers choose algorithms by it.
+`iter_samples` therefore gives every pass the same number, filling the last one up. On a CPU that is FORWARD_BATCH.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+from hf_ddpm.hub.download import find_model
+from hf_ddpm.network import compiled
+from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.runtime.launch import run_command
+from hf_ddpm.scheduler import DDPMScheduler, all_values, converted
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DTYPES = ("fp32", "bf16")
+# From 16 images on PyTorch chooses a CPU's 1x1 convolution without regard to the number of threads, which differs
+# between one process and several; from 64 on diffusers lays out what it enlarges in another way.
+FORWARD_BATCH = 16
+SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
+# Of the solvers, of which UniPC is the default: benchmarks/solvers.md.
+DEFAULT_STEPS = 20
+SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+def default_scheduler(
+    config: Any,
+    searched: Mapping[tuple[str, int], Any] | None = None,
+    num_inference_steps: int | None = None,
+) -> str:
+    """The name of the scheduler that samples a model best in few steps.
+
+    Args:
+        config: of the model's scheduler.
+        searched: `SearchedTimesteps` by solver and number of steps. UniPC takes no timesteps, and gives way to those
+            of DPM-Solver++ whose images are nearer to those of many steps than its own.
+        num_inference_steps: default: DEFAULT_STEPS.
+    """
+    if config["prediction_type"] == "previous_sample" or not _is_solvable(config):
+        return "ddpm"
+    found = (searched or {}).get(("dpmsolver++", num_inference_steps or DEFAULT_STEPS))
+    return "dpmsolver++" if found is not None and found.is_nearer_than_unipc else "unipc"
+
+
+def _is_solvable(config: Any) -> bool:
+    betas = config.get("trained_betas")
+    return config["beta_schedule"] in SOLVABLE_SCHEDULES and (betas is None or betas[-1] < 1)
+
+
+def default_steps(scheduler: str, num_train: int) -> int:
+    """All T = `num_train` of `ddpm`, DEFAULT_STEPS of a solver, or T if that is less."""
+    return num_train if scheduler == "ddpm" else min(DEFAULT_STEPS, num_train)
+
+
+def named_scheduler(name: str, config: Any, num_inference_steps: int | None = None) -> Any:
+    """The scheduler called `name` for a model whose scheduler has this config.
+
+    Args:
+        num_inference_steps: what it will be used with; default: T.
+
+    Raises:
+        ValueError: no such name, or a step denoiser, which only `ddpm` can sample.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
+    ddpm = converted(config)
+    if name == "ddpm":
+        return ddpm
+    config = all_values(ddpm.config)
+    if config["prediction_type"] == "previous_sample":
+        raise ValueError(
+            f"scheduler must be 'ddpm' for a step denoiser (prediction_type='previous_sample'), got {name!r}"
+        )
+    # The solvers' linspace is exact for each n < T and repeats timesteps for n = T, where trailing is exact. They
+    # slice a learned variance off as if images had three channels; the pipeline has already dropped it.
+    if not _is_solvable(config):
+        ends = "" if config["trained_betas"] is None else " with trained_betas that end in 1"
+        raise ValueError(
+            f"scheduler must be 'ddpm' for the noise schedule {config['beta_schedule']!r}{ends}, got {name!r}"
+        )
+    uses_all = num_inference_steps in (None, config["num_train_timesteps"])
+    spacing = "trailing" if uses_all else "linspace"
+    # A model that was saved with a solver has settings of its own there (final_sigmas_type, use_karras_sigmas, ...).
+    of_model = {key: config[key] for key in inspect.signature(DDPMScheduler.__init__).parameters if key in config}
+    exact = {**of_model, "timestep_spacing": spacing, "variance_type": None}
+    # They do not know clip_sample, without which an error of eps_hat at T-1 is multiplied by thousands in x_0_hat.
+    # Their thresholding is clipping if that is up to 1, and here for any limit. A model's own overrides clip_sample.
+    clips, limit = config["clip_sample"] and not config["thresholding"], config["clip_sample_range"]
+    if clips:
+        exact |= {"thresholding": True, "sample_max_value": limit}
+    solver = {"algorithm_type": "dpmsolver++", "solver_order": 1 if name == "ddim" else 2}
+    scheduler: Any = (
+        UniPCMultistepScheduler.from_config(exact)
+        if name == "unipc"
+        else DPMSolverMultistepScheduler.from_config({**exact, **solver})
+    )
+    if clips:
+        # For 1 the same bits without the quantile of all pixels, which is looked for at each step and held to 1.
+        scheduler._threshold_sample = partial(_clip, limit=limit)
+    return scheduler
+
+
+def _clip(x_0_hat: Tensor, limit: float) -> Tensor:
+    """To [-limit, limit]; what is not finite is NaN, so that the image is refused."""
+    return torch.where(x_0_hat.isfinite(), x_0_hat.clamp(-limit, limit), math.nan)
+
+
+def load_for_sampling(
+    model: str,
+    scheduler: str | None = None,
+    num_inference_steps: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    compile: bool = False,
+    uniform: bool = False,
+) -> tuple[DDPMPipeline, int]:
+    """A pipeline that is ready to sample, without progress bars of its own, and the number of its steps.
+
+    Args:
+        model: a folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
+        scheduler: a name in SCHEDULERS; default: unipc, dpmsolver++ where timesteps that are nearer than unipc have
+            been searched for so many steps, and ddpm where only that can sample the model.
+        num_inference_steps: default: 20, or all T for the scheduler `ddpm`.
+        device: default: cuda or mps if there is one, else cpu.
+        dtype: of the network's arithmetic, a name in DTYPES; x_t and the scheduler's stay in float32.
+        compile: the network by `torch.compile`, at its first forward pass.
+        uniform: do without searched timesteps.
+
+    Raises:
+        ValueError, OSError: no such model, scheduler, dtype or number of steps.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if scheduler is not None and scheduler not in SCHEDULERS:
+        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
+    place = checked_device(device or _best_device())
+    folder, _ = find_model(model)
+    pipeline = DDPMPipeline.from_pretrained(folder).to(place)
+    pipeline.set_progress_bar_config(disable=True)
+    if uniform:
+        pipeline.searched_timesteps = {}
+    pipeline.unet.eval()
+    config = pipeline.scheduler.config
+    if "beta_schedule" not in config or "prediction_type" not in config:
+        raise ValueError(
+            f"model must have a scheduler with a beta_schedule and a prediction_type, got {model!r} with "
+            f"{type(pipeline.scheduler).__name__}: it is no DDPM"
+        )
+    name = scheduler or default_scheduler(config, pipeline.searched_timesteps, num_inference_steps)
+    num_train = config["num_train_timesteps"]
+    steps = num_inference_steps or default_steps(name, num_train)
+    if not 1 <= steps <= num_train:
+        raise ValueError(
+            f"num_inference_steps must be in [1, {num_train}], got {steps}: "
+            f"the model was trained with {num_train} timesteps"
+        )
+    pipeline.scheduler = named_scheduler(name, config, steps)
+    speed_up(pipeline, dtype, compile)
+    return pipeline, steps
+
+
+def speed_up(pipeline: DDPMPipeline, dtype: str | None, compile: bool) -> None:
+    """Has the network compute in `dtype` from now on, and compiled, as of `load_for_sampling`."""
+    if compile:
+        pipeline.unet.forward = compiled(pipeline.unet.forward, pipeline.unet, pipeline.device)
+    if dtype == "bf16":
+        pipeline.unet.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(pipeline.unet.forward)
+
+
+def share(count: int, rank: int, num_processes: int, block: int = FORWARD_BATCH) -> list[int]:
+    """Which of `count` images are of process `rank`: whole blocks, in turn, so that forward passes are full."""
+    return [i for i in range(count) if i // block % num_processes == rank]
+
+
+def iter_samples(
+    pipeline: DDPMPipeline,
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+    num_inference_steps: int | None = None,
+    class_labels: Sequence[int] | None = None,
+    deterministic: bool = False,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """One image per seed, a batch at a time, in order: its seeds, and (B, C, H, W) uint8 on the CPU.
+
+    Args:
+        seeds: of the images' generators. Which others an image is sampled with changes no bit of it.
+        batch_size: images per forward pass; on a CPU there are always FORWARD_BATCH.
+        class_labels: one for each seed.
+
+    Raises:
+        ValueError: an argument that cannot work, or an image that is not finite.
+    """
+    size = forward_batch_of(pipeline.device, batch_size)
+    for first in range(0, len(seeds), size):
+        chosen = [*seeds[first : first + size]]
+        # Indices of a full batch; what is over repeats the last image.
+        padded = [min(i, len(seeds) - 1) for i in range(first, first + size)]
+        labels = None if class_labels is None else [class_labels[i] for i in padded]
+        images = _sample(pipeline, [seeds[i] for i in padded], num_inference_steps, labels, deterministic)
+        images = images[: len(chosen)]
+        if not bool((finite := images.isfinite().flatten(1).all(dim=1)).all()):
+            seed = chosen[int(finite.int().argmin())]
+            raise ValueError(f"samples must be finite, got NaN for seed {seed}: the weights are damaged or overflow")
+        yield chosen, (images * 255).round().to(torch.uint8)
+
+
+def forward_batch_of(device: torch.device, batch_size: int) -> int:
+    """The images of each forward pass of `iter_samples`. Raises: ValueError if `batch_size` is less than 1."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return FORWARD_BATCH if device.type == "cpu" else batch_size
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """Raises: ValueError if torch has no such device here."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without it
+        reason = " ".join(str(error).split())
+        raise ValueError(f"device must be one that torch finds here, as cpu, got {str(device)!r}: {reason}") from error
+    return place
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def seeded_generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
+    """One generator for each image, on its device; on the CPU for MPS, where noise is not reproducible."""
+    place = torch.device("cpu") if device.type == "mps" else device
+    return [torch.Generator(place).manual_seed(seed) for seed in seeds]
+
+
+def sample_images(
+    pipeline: DDPMPipeline,
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+    num_inference_steps: int | None = None,
+    class_labels: Sequence[int] | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """One image per seed, on the CPU, (len(seeds), C, H, W) in [0, 1].
+
+    Args:
+        seeds: of the images' generators.
+        batch_size: images per forward pass; changes no image beyond rounding.
+        class_labels: one for each seed.
+    """
+    parts = []
+    for first in range(0, len(seeds), batch_size):
+        part = slice(first, first + batch_size)
+        labels = None if class_labels is None else class_labels[part]
+        parts.append(_sample(pipeline, seeds[part], num_inference_steps, labels, deterministic))
+    return torch.cat(parts)
+
+
+def _sample(
+    pipeline: DDPMPipeline,
+    seeds: Sequence[int],
+    num_inference_steps: int | None,
+    class_labels: Sequence[int] | None,
+    deterministic: bool,
+) -> Tensor:
+    """One batch, on the CPU."""
+    (images,) = pipeline(
+        batch_size=len(seeds),
+        generator=seeded_generators(seeds, pipeline.device),
+        num_inference_steps=num_inference_steps,
+        output_type="pt",
+        class_labels=None if class_labels is None else [*class_labels],
+        deterministic=deterministic,
+        return_dict=False,
+    )
+    return images.cpu()
+
+
+def sample_shared(
+    accelerator: Accelerator,
+    pipeline: DDPMPipeline,
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+    num_inference_steps: int | None = None,
+    class_labels: Sequence[int] | None = None,
+) -> Tensor:
+    """`sample_images` with the seeds shared among the processes; each of them gets all images, in order."""
+    count, rank, num = len(seeds), accelerator.process_index, accelerator.num_processes
+    # Each process samples as many images, so that the gather has one shape; what is over is dropped.
+    share = -(-count // num)
+    mine = [min(i, count - 1) for i in range(rank * share, (rank + 1) * share)]
+    images = sample_images(
+        pipeline,
+        [seeds[i] for i in mine],
+        batch_size=batch_size,
+        num_inference_steps=num_inference_steps,
+        class_labels=None if class_labels is None else [class_labels[i] for i in mine],
+    )
+    gathered: Any = accelerator.gather(images.to(accelerator.device))
+    return gathered.cpu()[:count]
+
+
+if __name__ == "__main__":
+    run_command("sample", __spec__.name)

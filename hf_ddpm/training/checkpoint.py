@@ -1,0 +1,304 @@
+"""Training state on disk: `output_dir/checkpoint-N` after optimizer step N, whole or absent.
+
+    unet/                    the weights, as diffusers saves a model
+    unet_ema/                the averaged weights, likewise
+    averages.safetensors     further averages, "name/parameter"
+    optimizer.safetensors    its tensors, "parameter/name"
+    progress.json            Progress
+    manifest.json            size and sha256 of each file above
+
+No file is of a process: what a run depends on besides these, the order of images and all randomness, is a function of
+(seed, images seen), so that a resumed run is the run that was not stopped, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import flush_folder, sha256, write_flushed
+from hf_ddpm.runtime.run_files import checkpoint_names
+from hf_ddpm.training.averages import EMA
+from hf_ddpm.training.sharding import gathered, gathered_moments, is_sharded, load, scatter
+
+FORMAT = 2
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Args:
+        step: optimizer steps done.
+        images: seen in them, which is where the stream of images goes on.
+        seconds: spent in them, over all starts.
+        num_resumes: starts after the first.
+        global_batch_size: images per step.
+        schedule_batch_size: images per step at the first start; `max_train_steps`, `lr_warmup_steps` and the ramp of
+            the average count steps of so many images.
+        num_images: of the data; None where a stream does not say.
+        data_fingerprint: of the images.
+        num_bad_steps: skipped, because the loss or a gradient was not finite.
+        train_batch_size, gradient_accumulation_steps: that were asked for.
+        bad_steps_in_a_row: up to the last step; and how the first of them came about.
+        num_bad_images: unreadable ones that were left out; those of a stream are counted each time they come.
+        losses: of each process, sum and count since the last line of metrics.jsonl.
+        waiting_lines: of metrics.jsonl and eval.jsonl, which were not written because the disk was full.
+        scaler: state of fp16's loss scaler.
+        stream: num_lanes, chunk_size and places of `StreamBatches`.
+    """
+
+    step: int
+    images: int
+    seconds: float
+    num_resumes: int
+    global_batch_size: int
+    schedule_batch_size: int
+    num_images: int | None
+    data_fingerprint: str
+    train_batch_size: int = 0
+    gradient_accumulation_steps: int = 0
+    num_bad_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    bad_steps_began: str = ""
+    num_bad_images: int = 0
+    losses: list[list[float]] = field(default_factory=list)
+    waiting_lines: dict[str, list[str]] = field(default_factory=dict)
+    scaler: dict[str, Any] | None = None
+    stream: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What training changes: a `UNet2DModel`, its optimizer, its averages.
+
+    An engine may have sharded all of it (FSDP) or the optimizer (ZeRO); the files hold it whole.
+    """
+
+    unet: Any
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+
+
+def save_checkpoint(
+    state: TrainingState, progress: Progress, output_dir: Path, total_limit: int | None, is_main_process: bool
+) -> str | None:
+    """Writes and verifies `checkpoint-N` under a temporary name, renames it, deletes the oldest above `total_limit`.
+
+    Each process calls it; one writes. On a full disk what pruning would delete goes first, but never the newest whole
+    checkpoint, and the writing is tried again.
+
+    Returns: on the process that writes, why it could not be written; what was there before is then still there.
+    """
+    target = output_dir / f"checkpoint-{progress.step}"
+    partial = output_dir / f"partial-{target.name}"
+    # Gathering the shards is for all processes, also when the writing has failed.
+    sharded = is_sharded(list(state.unet.parameters()), state.optimizer)
+    files = _files(state, progress) if is_main_process or sharded else iter(())
+    if not is_main_process:
+        for _ in files:
+            pass
+        return None
+    try:
+        try:
+            _write(partial, files)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            can_try_again = error.errno in (errno.ENOSPC, errno.EDQUOT) and not sharded
+            if not (can_try_again and total_limit and _prune(output_dir, max(1, total_limit - 1), progress.step)):
+                raise
+            _write(partial, _files(state, progress))
+        # One that is there failed its verification, or the run would have gone on from it.
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        flush_folder(output_dir)
+    except OSError as error:
+        for _ in files:
+            pass
+        shutil.rmtree(partial, ignore_errors=True)
+        return str(error)
+    if total_limit is not None:
+        with contextlib.suppress(OSError):  # it is tried again after the next one
+            _prune(output_dir, total_limit, progress.step)
+    return None
+
+
+def checkpoint_bytes(state: TrainingState, progress: Progress, is_main_process: bool) -> int:
+    """What `save_checkpoint` would write, but for its manifest; as there, each process calls it, and one learns it."""
+    if not is_main_process and not is_sharded(list(state.unet.parameters()), state.optimizer):
+        return 0
+    return sum(len(content) for _, content in _files(state, progress))
+
+
+def find_checkpoint(output_dir: Path, name: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint `name`, or for `latest` the newest that verifies, and why others were passed over.
+
+    Returns: None for `latest` if there is no checkpoint at all.
+
+    Raises:
+        UsageError: those that are there are damaged.
+    """
+    if name == "latest":
+        candidates = [output_dir / n for n in reversed(checkpoint_names(output_dir))]
+    else:
+        candidates = [output_dir / Path(name).name]
+    passed_over = []
+    for candidate in candidates:
+        problem = verify(candidate)
+        if problem is None:
+            return candidate, passed_over
+        passed_over.append(f"{candidate.name} is passed over: {problem}")
+    if candidates:
+        raise UsageError(
+            f"no checkpoint of {str(output_dir)!r} can be resumed from: {'; '.join(passed_over)}. Restore one from a "
+            "backup, or move them away to begin anew"
+        )
+    return None, []
+
+
+def verify(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: each file of its manifest is read and its sha256 compared."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"it has format {manifest['format']}, not {FORMAT}, of another version of hf_ddpm"
+        for name, expected in manifest["files"].items():
+            size = (checkpoint / name).stat().st_size
+            if size != expected["size"]:
+                return f"{name} has {size} bytes, not {expected['size']}"
+            if sha256(checkpoint / name) != expected["sha256"]:
+                return f"the sha256 of {name} is not that of manifest.json"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(checkpoint)} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+
+
+def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:
+    """Restores weights, optimizer and averages in place, from safetensors alone.
+
+    Raises:
+        UsageError: the checkpoint is without an average that is wanted, or of another network.
+    """
+    unet, optimizer, ema = state.unet, state.optimizer, state.ema
+    parameters = dict(unet.named_parameters())
+    try:
+        _check_network(json.loads(unet.to_json_string()), checkpoint)
+        weights = load_file(checkpoint / "unet" / WEIGHTS)
+        load(weights, load_file(checkpoint / "optimizer.safetensors"), parameters, optimizer)
+        for name, buffer in unet.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
+        for i, (average, values) in enumerate(ema.averages.items() if ema is not None else ()):
+            prefix, file = ("", f"unet_ema/{WEIGHTS}") if i == 0 else (f"{average}/", "averages.safetensors")
+            tensors = load_file(checkpoint / file)
+            whole = {name: tensors[f"{prefix}{name}"] for name in parameters}
+            scatter(whole, dict(zip(parameters, values, strict=True)))
+    except (FileNotFoundError, KeyError) as error:
+        raise UsageError(
+            f"{checkpoint.name} does not hold {error}: resume with the settings of its config.yaml (its averages, "
+            "ema_snapshots, ema_halflife_images), or without average by --no_use_ema"
+        ) from error
+    except SafetensorError as error:
+        raise UsageError(f"{checkpoint.name} cannot be read: {error}") from error
+
+
+def _check_network(settings: dict[str, Any], checkpoint: Path) -> None:
+    """By the settings: weights of the same shapes may be of other groups, heads or activations."""
+    before = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))
+    for name in sorted(before.keys() & settings.keys() - {"dropout"}):
+        if not name.startswith("_") and settings[name] != before[name]:
+            raise UsageError(
+                f"{checkpoint.name} is of another network: {name} was {before[name]}, got {settings[name]}: give "
+                f"the model config its settings again, those of {checkpoint / 'unet' / 'config.json'}"
+            )
+
+
+def model_files(unet: Any, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, bytes]]:
+    """The files of a folder that `UNet2DModel.from_pretrained` loads."""
+    yield "config.json", unet.to_json_string().encode()
+    buffers = {name: b.cpu() for name, b in unet.named_buffers() if name in unet.state_dict()}
+    yield WEIGHTS, to_safetensors({**buffers, **weights}, metadata={"format": "pt"})
+
+
+def _files(state: TrainingState, progress: Progress) -> Iterator[tuple[str, bytes]]:
+    unet, names = state.unet, [name for name, _ in state.unet.named_parameters()]
+    parameters = list(unet.parameters())
+    for name, content in model_files(unet, gathered(names, parameters)):
+        yield f"unet/{name}", content
+    averages = dict(state.ema.averages) if state.ema is not None else {}
+    if averages:
+        first = averages.pop(next(iter(averages)))
+        for name, content in model_files(unet, gathered(names, first)):
+            yield f"unet_ema/{name}", content
+    if averages:
+        keys = [f"{average}/{name}" for average in averages for name in names]
+        yield "averages.safetensors", to_safetensors(gathered(keys, [t for a in averages.values() for t in a]))
+    moments = gathered_moments(dict(unet.named_parameters()), state.optimizer)
+    yield "optimizer.safetensors", to_safetensors(moments)
+    yield "progress.json", json.dumps(asdict(progress), indent=2).encode()
+
+
+def _write(partial: Path, files: Iterator[tuple[str, bytes]]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    manifest: dict[str, Any] = {}
+    partial.mkdir(parents=True)
+    for name, content in files:
+        (partial / name).parent.mkdir(exist_ok=True)
+        write_flushed(partial / name, content)
+        manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_flushed(partial / "manifest.json", json.dumps({"format": FORMAT, "files": manifest}, indent=2))
+    for folder in (*(p for p in partial.iterdir() if p.is_dir()), partial):
+        flush_folder(folder)
+    problem = verify(partial)
+    if problem is not None:
+        raise OSError(f"what was written does not read back: {problem}")
+
+
+def _prune(output_dir: Path, keep: int, step: int) -> bool:
+    """Deletes all but the `keep` newest whole checkpoints up to `step`; whether there were any to delete.
+
+    Those of later steps, which the run has passed over, are not whole, whatever their size.
+    """
+    checkpoints = [output_dir / name for name in reversed(checkpoint_names(output_dir))]
+    checkpoints = [c for c in checkpoints if int(c.name.rpartition("-")[2]) <= step]
+    whole = [c for c in checkpoints if _has_its_files(c)]
+    if len(whole) <= keep:
+        return False
+    oldest_kept = checkpoints.index(whole[keep - 1])
+    for old in checkpoints[oldest_kept + 1 :]:
+        # First out of the way of `latest`, so that one deleted in part is not taken for a damaged one.
+        doomed = old.with_name(f"partial-{old.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+    return True
+
+
+def _has_its_files(checkpoint: Path) -> bool:
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
+        return all((checkpoint / name).stat().st_size == known["size"] for name, known in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

@@ -1,0 +1,84 @@
+"""A run that begins with the weights of another model (`init_from`).
+
+It keeps that model's network, what the network predicts, its variance and its noise schedule: with others its weights
+would have to unlearn what they know. Size and channels of the images are the model's unless they are given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from diffusers import UNet2DModel
+
+from hf_ddpm.hub.download import find_model
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.scheduler import DDPMScheduler, converted
+from hf_ddpm.training.checks import check_config
+from hf_ddpm.training.config import OF_INIT_FROM, TrainingConfig, load_config
+
+
+def take_over(config: TrainingConfig) -> TrainingConfig:
+    """The config with what the model of `init_from` decides; a run that is resumed has it in its config.yaml.
+
+    Raises:
+        UsageError: there is no such model, this package cannot train it, or a setting is at odds with it.
+    """
+    if config.init_from is None:
+        return config
+    saved = Path(config.output_dir) / "config.yaml"
+    if config.resume_from_checkpoint is not None and saved.is_file():
+        before = load_config(str(saved))
+        known = {name: getattr(before, name) for name in (*OF_INIT_FROM, "resolution", "channels")}
+    else:
+        known = _settings_of(config.init_from)
+    default = TrainingConfig()
+    for name, value in known.items():
+        asked = getattr(config, name)
+        if asked != getattr(default, name) and asked != value:
+            raise UsageError(f"{name} must be {value}, that of the model {config.init_from!r}, got {asked}")
+    taken = replace(config, **known)
+    check_config(taken)
+    return taken
+
+
+def load_weights(unet: UNet2DModel, network: Path) -> None:
+    """Puts the weights of `network_of` a model into a network of the same shape."""
+    trained: Any = UNet2DModel.from_pretrained(network)
+    unet.load_state_dict(trained.state_dict())
+
+
+def network_of(model: str) -> Path:
+    """The folder of a model's network: config.json and weights."""
+    folder, _ = find_model(model)
+    return folder / "unet" if (folder / "unet").is_dir() else folder
+
+
+def _settings_of(model: str) -> dict[str, Any]:
+    folder, _ = find_model(model)
+    subfolder = "scheduler" if (folder / "scheduler").is_dir() else None
+    stored: Any = DDPMScheduler.load_config(folder, subfolder=subfolder)
+    if "beta_schedule" not in stored or stored.get("trained_betas") is not None:
+        raise UsageError(
+            f"init_from needs a model with a noise schedule by name, got {model!r} with "
+            f"{stored.get('_class_name')} and {'betas of its own' if 'beta_schedule' in stored else 'none'}"
+        )
+    hints = get_type_hints(TrainingConfig)
+    for ours, theirs in OF_INIT_FROM.items():
+        choices = [choice for choice in get_args(hints[ours]) if isinstance(choice, str)]
+        if choices and (stored.get(theirs) or choices[0]) not in choices:
+            raise UsageError(
+                f"init_from needs a model whose {theirs} is one of {', '.join(choices)}, got {stored[theirs]!r}"
+            )
+    scheduler = converted(stored)
+    known = {ours: scheduler.config[theirs] for ours, theirs in OF_INIT_FROM.items()}
+    if known["ddpm_beta_schedule"] == "squaredcos_cap_v2":  # which has no ends to choose
+        del known["ddpm_beta_start"], known["ddpm_beta_end"]
+    network: Any = UNet2DModel.load_config(folder / "unet" if (folder / "unet").is_dir() else folder)
+    size = network["sample_size"]
+    if isinstance(size, list | tuple) and size[0] == size[1]:
+        size = size[0]
+    if not isinstance(size, int):
+        raise UsageError(f"init_from needs a model of square images, got {model!r} of {size}")
+    return {**known, "resolution": size, "channels": network["in_channels"]}

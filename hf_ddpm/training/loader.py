@@ -1,0 +1,126 @@
+"""The micro-batches of this process: who loads them, where a stream of them is, and what it means that none come."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hf_ddpm.data.cache import MicroBatches, epoch_order
+from hf_ddpm.data.decoding import name_of
+from hf_ddpm.data.shard_batches import NUM_PLACE_COLUMNS, StreamBatches
+from hf_ddpm.data.shards import ImageStream
+from hf_ddpm.data.sources import open_dataset
+from hf_ddpm.runtime.processes import Processes
+from hf_ddpm.runtime.signals import leave_signals_to_parent
+from hf_ddpm.training.checkpoint import Progress
+from hf_ddpm.training.run import Run
+
+
+def open_batches(run: Run, progress: Progress, num_steps: int) -> tuple[Iterator[dict[str, Tensor]], list[Any]]:
+    """The micro-batches of this process, and the processes that load them."""
+    config, accelerator = run.config, run.accelerator
+    cut: dict[str, Any] = {
+        "seed": config.seed,
+        "random_flip": config.random_flip,
+        "batch_size": config.train_batch_size,
+        "accumulation_steps": config.gradient_accumulation_steps,
+        "rank": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "first_position": progress.images,
+        "num_steps": num_steps,
+    }
+    if isinstance(run.images, ImageStream):
+        stream: Any = progress.stream
+        places = np.array(stream["places"], np.int64).reshape(-1, NUM_PLACE_COLUMNS)
+        lanes = {"num_lanes": stream["num_lanes"], "chunk_size": stream["chunk_size"], "places": places}
+        dataset: Any = StreamBatches(run.images, **cut, **lanes, shuffle_buffer_images=config.shuffle_buffer_images)
+    else:
+        dataset = MicroBatches(run.images, **cut, num_others=config.stable_target_images)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        shuffle=False,
+        num_workers=config.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_parent,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    others = multiprocessing.active_children()
+    # Garbage collection in the workers would write to every object that they inherit, and so copy its page of memory.
+    gc.freeze()
+    batches = iter(loader)
+    gc.unfreeze()
+    # torch would raise the death of a worker wherever this process is, perhaps between the halves of a step; without
+    # this handler it is the next batch that raises it.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if hasattr(signal, "SIGCHLD") and config.dataloader_num_workers and in_main_thread:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return batches, [child for child in multiprocessing.active_children() if child not in others]
+
+
+def fetch(batches: Iterator[Any], count: int) -> tuple[list[Any], Exception | None]:
+    """The micro-batches of a step, or why there are none."""
+    try:
+        return [next(batches) for _ in range(count)], None
+    except Exception as error:  # whatever a file system or a process that loads data comes to
+        return [], error
+
+
+def why_none(error: Exception, workers: list[Any]) -> str:
+    """Why there is no data: a process that loads them has died, or what it says, of which a traceback is left out."""
+    for worker in workers:
+        worker.join(timeout=1)
+        if worker.exitcode:
+            code = worker.exitcode
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            return f"process {worker.pid}, which loads data, {how}: is there memory for all dataloader_num_workers?"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    # Errors that a worker passes on begin with their class.
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else type(error).__name__
+
+
+def read_on(progress: Progress, micro_batches: list[dict[str, Tensor]]) -> Progress:
+    """Where this process is in its lanes of a stream, and what it has met there."""
+    stream: Any = progress.stream
+    places = {place[0]: place for place in stream["places"]}
+    for batch in micro_batches:
+        for place in batch["places"].tolist():
+            places[place[0]] = max(place, places.get(place[0], place), key=lambda p: p[1])
+    num_bad = sum(int(batch["num_bad"]) for batch in micro_batches)
+    stream = {**stream, "places": list(places.values())}
+    return replace(progress, stream=stream, num_bad_images=progress.num_bad_images + num_bad)
+
+
+def gathered_stream(processes: Processes, progress: Progress, first: Progress) -> Progress:
+    """Where all processes are, the furthest in each lane, and what they have met since `first`."""
+    stream: Any = progress.stream
+    found = processes.gather(lambda: (stream["places"], progress.num_bad_images - first.num_bad_images))
+    places = {place[0]: place for place in sorted(place for places, _ in found for place in places)}
+    num_bad = first.num_bad_images + sum(num_bad for _, num_bad in found)
+    return replace(progress, stream={**stream, "places": list(places.values())}, num_bad_images=num_bad)
+
+
+def image_names(run: Run, positions: list[int]) -> list[str]:
+    """What a user finds the images by that are at these positions of the endless stream."""
+    if isinstance(run.images, ImageStream):
+        return [f"image {position} of the stream" for position in positions]
+    numbers = []
+    for position in positions:
+        epoch, place = divmod(position, len(run.images))
+        numbers.append(int(epoch_order(run.config.seed, epoch, len(run.images))[place]))
+    if run.images.num_bad:
+        return [f"readable image {number}" for number in numbers]
+    try:
+        dataset = open_dataset(run.config)
+        return [name_of(dataset[number][dataset.column_names[0]], number) for number in numbers]
+    except Exception:  # the images are in the cache, their files may be gone
+        return [f"row {number}" for number in numbers]

@@ -1,0 +1,247 @@
+"""Averages of any length, reconstructed after training (Karras et al. 2024, "EDM2", sec. 3 and App. C).
+
+    n               images seen; time is counted in images, and weights(tau) are constant within a step
+    average         int_0^n p(tau) weights(tau) dtau
+    profile         p(tau) = (gamma + 1) tau^gamma / n^(gamma + 1) on [0, n]; 0 after n
+    std             (gamma + 1)^(1/2) / ((gamma + 2) (gamma + 3)^(1/2)), of p, relative to n: the average's length
+    decay           (1 - G / n)^(gamma + 1), of the step of G images that brings the images seen to n
+    survival        S(tau) = int_tau^n p = 1 - (tau / n)^(gamma + 1) on [0, n]; 0 after n
+    snapshot        averages of a few stds at one n, tracked and saved while training
+    profile error   rms over [0, n] of the survival of a combination of snapshots minus that of the average wanted
+
+The survival is fitted, not the profile. Weights move by steps dw, average = w(0) + int S dw, so that for a combination
+whose coefficients sum to 1 the error of the average is int (error of S) dw: its expected square is the integral of
+(error of S)^2 if steps are independent, that of (error of p)^2 only if the weights themselves were. A run moves its
+weights by about their own size, which makes the profile error an estimate of the relative error of the average.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+from hf_ddpm.runtime.errors import UsageError
+
+TRACKED_STDS = (0.05, 0.10)
+MAX_STD = 1 / math.sqrt(12)  # gamma = 0, where every image counts alike
+MAX_PROFILE_ERROR = 1e-3
+
+_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+_COPIED = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
+_ABOUT = "average.json"
+
+
+def std_from_gamma(gamma: float) -> float:
+    """std = (gamma + 1)^(1/2) (gamma + 2)^(-1) (gamma + 3)^(-1/2), relative to n (Karras et al. 2024, sec. 3.1)."""
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+
+
+def gamma_from_std(std: float) -> float:
+    """The gamma >= 0 whose profile has this std; it falls as std rises.
+
+    Raises:
+        UsageError: `std` is not in (0, 12^(-1/2)].
+    """
+    if not 0 < std <= MAX_STD:
+        raise UsageError(
+            f"std must be above 0 and at most {math.floor(MAX_STD * 1e4) / 1e4}, got {std:g}: it is relative to the "
+            "images seen, and the largest is that of an average in which they all count alike"
+        )
+    # With x = gamma + 2 the definition is x^3 + x^2 - x / std^2 + 1 / std^2 = 0; its largest root, by Viete.
+    q = std**-2
+    r = math.sqrt(1 / 9 + q / 3)
+    angle = math.acos(-(1 / 27 + 2 / 3 * q) / r**3)
+    return max(0.0, 2 * r * math.cos(angle / 3) - 1 / 3 - 2)
+
+
+def power_decay(images_seen: int, global_batch_size: int, std: float) -> float:
+    """The decay of the step that starts after `images_seen` images, in [0, 1); 0 at the first step.
+
+    decay = ((n - G) / n)^(gamma + 1) with n - G = images_seen (Karras et al. 2024, sec. 3.1), the integral's own for
+    weights that are constant within a step, whatever the sizes of the steps.
+    """
+    return (images_seen / (images_seen + global_batch_size)) ** (gamma_from_std(std) + 1)
+
+
+def inner_product(n_1: Any, gamma_1: Any, n_2: Any, gamma_2: Any) -> Any:
+    """int S_1 S_2 dtau of two survivals; broadcasts.
+
+    With m = n_1 <= n_2, a = gamma + 1 and r = (m / n_2)^a_2 it is m (1 - 1/(a_1+1) - r/(a_2+1) + r/(a_1+a_2+1)).
+    """
+    m, n, first = np.minimum(n_1, n_2), np.maximum(n_1, n_2), np.less_equal(n_1, n_2)
+    a, b = np.where(first, gamma_1, gamma_2) + 1, np.where(first, gamma_2, gamma_1) + 1
+    r = (m / n) ** b
+    return m * (1 - 1 / (a + 1) - r / (b + 1) + r / (a + b + 1))
+
+
+def mixture(snapshots: Sequence[tuple[float, float]], images: float, std: float) -> tuple[np.ndarray, float]:
+    """The combination of averages that comes nearest to the one of `std` at `images`: its least profile error.
+
+    The coefficients sum to 1: an error of their sum would multiply the weights themselves, not only their movement.
+
+    Args:
+        snapshots: (images, std) of each average.
+
+    Returns: coefficients (len(snapshots),) float64, and the profile error; a snapshot that is the one wanted has
+    coefficient 1 and error 0.
+    """
+    n, stds = np.array(snapshots, dtype=np.float64).T
+    wanted = np.flatnonzero((n == images) & (stds == std))
+    if len(wanted):
+        return np.eye(len(n))[wanted[0]], 0.0
+    # In units of `images`, the profile error squared is c A c - 2 b c + d.
+    n, gammas, gamma = n / images, np.array([gamma_from_std(s) for s in stds]), gamma_from_std(std)
+    A = inner_product(n[:, None], gammas[:, None], n, gammas)
+    b = inner_product(n, gammas, 1.0, gamma)
+    d = inner_product(1.0, gamma, 1.0, gamma)
+    # Snapshots are rounded to float32, independently: that adds the square of its unit to each diagonal element, and
+    # keeps coefficients small where neighboring snapshots hardly differ.
+    ones = np.ones((len(n), 1))
+    lagrange = np.block([[A + 2.0**-48 * np.eye(len(n)), ones], [ones.T, np.zeros((1, 1))]])
+    c = np.linalg.solve(lagrange, np.append(b, 1.0))[:-1]
+    return c, math.sqrt(max(0.0, c @ A @ c - 2 * b @ c + d))
+
+
+def snapshot_bytes(images: int, averages: Mapping[float, Mapping[str, Tensor]]) -> bytes:
+    """The content of `snapshot_path`: float32, keys "{std:g}/{name of the parameter}".
+
+    Args:
+        averages: std -> name -> average; the same stds and names in every snapshot of a run.
+    """
+    tensors = {
+        f"{std:g}/{name}": tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for std, average in averages.items()
+        for name, tensor in average.items()
+    }
+    return save(tensors, {"images": str(images)})
+
+
+def snapshot_path(run: Path, images: int) -> Path:
+    return run / "ema" / f"snapshot-{images:012d}.safetensors"
+
+
+def snapshots(run: Path) -> list[tuple[int, Path]]:
+    """(images, file) of each snapshot of a run, images rising; other names are not a snapshot's."""
+    found = [(re.fullmatch(r"snapshot-(\d{12,})\.safetensors", p.name), p) for p in (run / "ema").glob("snapshot-*")]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def reconstruct(run: Path, std: float, images: int | None = None) -> tuple[dict[str, Tensor], int, float]:
+    """The average of `std` at `images`, from the snapshots up to then; later ones add nothing.
+
+    Args:
+        images: of one of the snapshots; default: of the last. Between snapshots the weights are not known well enough.
+
+    Returns: name -> float32 average, summed in float64 over one file after the other; images; the profile error.
+
+    Raises:
+        UsageError: no snapshots, none at `images`, unlike or broken ones, or a profile error above MAX_PROFILE_ERROR.
+    """
+    gamma_from_std(std)
+    files = snapshots(run)
+    if not files:
+        raise UsageError(f"{run} must be a run with snapshots of its averages, and has none in {run / 'ema'}")
+    times = [n for n, _ in files]
+    images = times[-1] if images is None else images
+    if images not in times:
+        raise UsageError(f"images must be those of a snapshot, one of {times}, got {images}")
+    files = files[: times.index(images) + 1]
+    shapes = _shapes(*files[-1])
+    for file in files[:-1]:
+        if _shapes(*file) != shapes:
+            raise UsageError(f"{file[1]} must hold the averages and shapes of {files[-1][1]}: it is of another run")
+
+    prefixes = sorted({key.partition("/")[0] for key in shapes})
+    averages = [(float(n), float(prefix)) for n, _ in files for prefix in prefixes]
+    coefficients, error = mixture(averages, images, std)
+    if error > MAX_PROFILE_ERROR:
+        stds = [*map(float, prefixes), *(k / 1000 for k in range(1, int(MAX_STD * 1000) + 1))]
+        possible = [s for s in stds if mixture(averages, images, s)[1] <= MAX_PROFILE_ERROR]
+        nearest = min(possible, key=lambda s: abs(s - std))
+        raise UsageError(
+            f"std must be one that {len(files)} snapshots up to {images} images can give, got {std:g}: the profile "
+            f"error would be {error:.1e}, above {MAX_PROFILE_ERROR:g}; the nearest that they give is {nearest:g}"
+        )
+    total: dict[str, Tensor] = {}
+    for (_, path), row in zip(files, coefficients.reshape(len(files), -1).tolist(), strict=True):
+        coefficient = dict(zip(prefixes, row, strict=True))
+        with safe_open(path, framework="pt") as file:
+            for key in shapes:
+                prefix, _, name = key.partition("/")
+                if coefficient[prefix] != 0:
+                    term = coefficient[prefix] * file.get_tensor(key).double()
+                    total[name] = total[name].add_(term) if name in total else term
+    return {name: tensor.float() for name, tensor in total.items()}, images, error
+
+
+def write_average(run: Path, std: float, out: Path | None = None, images: int | None = None) -> Path:
+    """Writes the average of `std` as a stock diffusers pipeline: the run's own, with other weights of its unet.
+
+    Tensors keep the run's dtype; those that snapshots lack, such as buffers, are the run's. `average.json` beside
+    `model_index.json` says std, images and profile error.
+
+    Args:
+        out: default: RUN/ema/std-{std:g}; an earlier average there is replaced.
+        images: as of `reconstruct`.
+
+    Raises:
+        UsageError: as `reconstruct`; `run` is no pipeline, or another's; `out` holds anything else.
+    """
+    out = run / "ema" / f"std-{std:g}" if out is None else out
+    for name in (*_COPIED, _WEIGHTS):
+        if not (run / name).is_file():
+            raise UsageError(f"{run} must be a run that has saved its pipeline: {name} is not there")
+    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir()}
+    foreign = found - {_ABOUT, _WEIGHTS, *_COPIED} if _ABOUT in found else found
+    if foreign or out.is_file():
+        raise UsageError(f"{out} must be new, empty or an earlier average: {min(foreign, default='it')} would be lost")
+
+    state, images, error = reconstruct(run, std, images)
+    tensors = load_file(run / _WEIGHTS)
+    for name, tensor in state.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise UsageError(f"the snapshots must be of the network in {run / 'unet'}, which has no such {name}")
+        tensors[name] = tensor.to(tensors[name].dtype)
+
+    # Made beside `out` and renamed: what is there is whole, and the old one stays until the new one is.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix="partial-") as partial:
+        new = Path(partial) / "new"
+        for name in _COPIED:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(run / name, new / name)
+        save_file(tensors, new / _WEIGHTS, {"format": "pt"})
+        about = {"std": std, "images": images, "profile_error": error}
+        (new / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        if out.exists():
+            out.rename(Path(partial) / "old")
+        new.rename(out)
+    return out
+
+
+def _shapes(images: int, path: Path) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a snapshot, which must be the one that its name says, with the same tensors for each std."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys, said = file.keys(), (file.metadata() or {}).get("images")
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} must be a whole safetensors file, or be deleted: {error}") from error
+    prefixes = {key.partition("/")[0] for key in shapes}
+    tensors = {(key.partition("/")[2], shape) for key, shape in shapes.items()}
+    whole = shapes and len(shapes) == len(prefixes) * len(tensors)
+    if said != str(images) or not whole or not all(re.fullmatch(r"0\.\d+|\de-\d+", prefix) for prefix in prefixes):
+        raise UsageError(f"{path} must hold the averages after {images} images under std/name: it is no snapshot")
+    return shapes

@@ -1,0 +1,57 @@
+"""Attention of networks that are compiled for a CPU."""
+
+import warnings
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+from hf_ddpm.network import compiled, sized_config, use_plain_attention
+
+CPU = torch.device("cpu")
+
+
+def processors(unet):
+    return {type(module.processor) for module in unet.modules() if hasattr(module, "processor")}
+
+
+def test_plain_attention_is_the_same_attention():
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(sized_config(16, 1, 1)).eval()
+    x_t, t = torch.randn(3, 1, 16, 16), torch.tensor([5, 500, 999])
+    with torch.no_grad():
+        before = unet(x_t, t).sample
+        assert processors(unet) == {AttnProcessor2_0}
+        use_plain_attention(unet, CPU)
+        assert processors(unet) == {AttnProcessor}
+        torch.testing.assert_close(unet(x_t, t).sample, before)
+
+
+@pytest.mark.parametrize("block_types", ["down_block_types", "up_block_types"])
+def test_a_network_that_attends_to_many_pixels_keeps_its_kernel(block_types):
+    settings = {**sized_config(28, 1, 1), "attention_head_dim": 32}
+    kinds = settings[block_types]
+    place = 0 if block_types == "down_block_types" else len(kinds) - 1
+    settings[block_types] = [f"Attn{k}" if i == place else k for i, k in enumerate(kinds)]
+    unet = UNet2DModel.from_config(settings)
+    use_plain_attention(unet, CPU)
+    assert processors(unet) == {AttnProcessor2_0}
+
+
+def test_other_devices_keep_their_kernel():
+    unet = UNet2DModel.from_config(sized_config(28, 1, 1))
+    use_plain_attention(unet, torch.device("cuda"))
+    assert processors(unet) == {AttnProcessor2_0}
+
+
+def test_of_torchs_warnings_those_of_diffusers_upsampling_are_kept_from_users(make_unet, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    unet = make_unet()
+    compiled(unet.forward, unet, CPU)
+    text = "Dynamo detected a call to a `functools.lru_cache`-wrapped function"
+    # The words of torch 2.13, and those of earlier ones.
+    for rest in (" at 'upsampling.py:156'. Dynamo ignores the cache wrapper", ". Dynamo ignores the cache wrapper"):
+        warnings.warn(text + rest, UserWarning, stacklevel=1)
+    with pytest.raises(UserWarning, match="mine"):
+        warnings.warn(text + " at 'mine.py:7'. Dynamo ignores the cache wrapper", UserWarning, stacklevel=1)

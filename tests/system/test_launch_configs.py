@@ -1,0 +1,62 @@
+"""What `accelerate launch --config_file launch_configs/*.yaml` tells the processes that it starts."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SAID = {
+    "ddp": {},
+    "fsdp": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResnetBlock2D,Attention",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    },
+    "deepspeed": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    },
+}
+# What would decide over the settings of the run.
+LEFT_OUT = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING", "ACCELERATE_USE_CPU")
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+(Path(sys.argv[1]) / os.environ["RANK"]).write_text(json.dumps(dict(os.environ)))
+"""
+
+
+def test_every_launch_config_is_tried():
+    assert {path.stem for path in (ROOT / "launch_configs").iterdir()} == SAID.keys()
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_launch_config(name, tmp_path):
+    if name == "deepspeed" and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(SCRIPT)
+    out.mkdir()
+    config = ROOT / f"launch_configs/{name}.yaml"
+    assert f"accelerate launch --config_file launch_configs/{name}.yaml train_accelerate.py" in config.read_text()
+    command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(script), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for rank in ("0", "1"):
+        environment = json.loads((out / rank).read_text())
+        assert environment["WORLD_SIZE"] == "2"
+        assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+        assert {key: environment.get(key) for key in SAID[name]} == SAID[name]
+        assert not [key for key in LEFT_OUT if environment.get(key, "none").lower() != "none"]
+        engines = {key for key, value in environment.items() if key.startswith("ACCELERATE_USE_") and value == "true"}
+        assert engines == {key for key in SAID[name] if key.startswith("ACCELERATE_USE_")}

@@ -1,0 +1,302 @@
+"""A run that is killed and resumed is, bit for bit, the run that was not; nor is it lost in any other way."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
+
+from hf_ddpm.runtime.errors import RunError
+from hf_ddpm.runtime.files import lock
+from hf_ddpm.runtime.seeds import seed_step
+from hf_ddpm.runtime.signals import LAUNCHER_ENDED, StopRequest
+from hf_ddpm.training.checkpoint import verify
+from hf_ddpm.training.config import TrainingConfig, save_config
+from hf_ddpm.training.loop import train
+from tests.support.networks import tiny_unet_config
+from tests.support.runs import TWICE, WORKER, differences, said, start, trace
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def settings(tiny_settings, tmp_path):
+    """All that has a state of its own, or draws random numbers."""
+    model = tmp_path / "dropout.json"
+    model.write_text(json.dumps(tiny_unet_config(channels=1, out_channels=2, dropout=0.2)))
+    return {
+        **tiny_settings,
+        "model_config_name_or_path": str(model),
+        "variance_type": "learned_range",
+        "loss_weighting": "min_snr",
+        "random_flip": True,
+        "gradient_accumulation_steps": 2,
+        "train_batch_size": 2,
+        "dataloader_num_workers": 2,
+        "max_train_steps": 8,
+        "logging_steps": 3,  # not a divisor of the steps between checkpoints
+        "checkpointing_steps": 2,
+        "save_images_epochs": 1,
+        "ema_halflife_images": [50, 500],
+        "ema_snapshots": 4,
+        "checkpoints_total_limit": 2,
+    }
+
+
+@pytest.fixture
+def whole(settings, tmp_path):
+    """A function: changes of the settings -> the run that is never killed, and the config of one that will be."""
+
+    def make(num_processes: int = 1, **changes) -> tuple[Path, TrainingConfig]:
+        config = TrainingConfig(**{**settings, **changes, "output_dir": str(tmp_path / "whole")})
+        assert start(config, num_processes) == [0] * num_processes
+        return Path(config.output_dir), replace(config, output_dir=str(tmp_path / "killed"))
+
+    return make
+
+
+def finish(config: TrainingConfig, num_processes: int = 1) -> Path:
+    assert start(replace(config, resume_from_checkpoint="latest"), num_processes) == [0] * num_processes
+    return Path(config.output_dir)
+
+
+def test_killed_at_any_moment(whole):
+    """In a step before and after the first checkpoint, within the writing of each file, and while it finishes."""
+    unkilled, config = whole(stable_target_images=7)
+    resume = replace(config, resume_from_checkpoint="latest")
+    kills = [("step", 1), ("flush", 2), ("step", 3), ("flush", 9), ("step", 2), ("flush", 14), ("flush", 7)]
+    for kill in kills:
+        assert start(resume, 1, *kill) == [-signal.SIGKILL]
+    assert not differences(finish(config), unkilled)
+
+
+def test_two_processes_killed(whole):
+    unkilled, config = whole(num_processes=2, dataloader_num_workers=0, stable_target_images=7)
+    for kill in ("flush", 5), ("step", 5):
+        assert -signal.SIGKILL in start(replace(config, resume_from_checkpoint="latest"), 2, *kill)
+    assert not differences(finish(config, 2), unkilled)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_streaming_killed(whole, num_processes):
+    unkilled, config = whole(num_processes, streaming=True, dataloader_num_workers=2, shuffle_buffer_images=5)
+    for kill in ("step", 5), ("flush", 9):
+        assert -signal.SIGKILL in start(replace(config, resume_from_checkpoint="latest"), num_processes, *kill)
+    assert not differences(finish(config, num_processes), unkilled)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_a_checkpoint(whole, name):
+    unkilled, config = whole(dataloader_num_workers=0, max_train_steps=4)
+    assert start(config, 1, "step", 3, getattr(signal, name)) == [75]
+    folder = Path(config.output_dir)
+    assert (folder / "checkpoint-3").is_dir()
+    assert f"{name} was noticed: the run ends after step 3; the same command with" in said(config)
+    assert not differences(finish(config), unkilled)
+
+
+def test_a_second_signal_ends_at_once(settings):
+    config = TrainingConfig(**{**settings, "dataloader_num_workers": 0})
+    assert start(config, 1, "step", 3, TWICE) == [-signal.SIGTERM]
+    assert sorted(p.name for p in Path(config.output_dir).glob("*checkpoint*")) == ["checkpoint-2"]
+
+
+def test_time_that_is_up_ends_the_run(whole):
+    """Each start gets a step further; all of them together are the run in one."""
+    unkilled, config = whole(dataloader_num_workers=0, max_train_steps=4)
+    hasty = replace(config, resume_from_checkpoint="latest", max_train_hours=1e-9)
+    assert [start(hasty)[0] for _ in range(4)] == [75, 75, 75, 0]
+    assert not differences(Path(config.output_dir), unkilled)
+
+
+def test_processes_agree_on_the_last_step(whole):
+    unkilled, config = whole(num_processes=2, dataloader_num_workers=0, max_train_steps=4)
+    assert start(config, 2, "step", 3, signal.SIGTERM) == [75, 75]
+    assert (Path(config.output_dir) / "checkpoint-3").is_dir()
+    assert not differences(finish(config, 2), unkilled)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_step_without_finite_loss_is_skipped(settings, num_processes):
+    """On every process, though one saw it; weights, optimizer and the other steps' loss know nothing of it."""
+    changes = {"dataloader_num_workers": 0, "logging_steps": 1, "checkpointing_steps": 1, "ema_power": 1.0}
+    config = TrainingConfig(**{**settings, **changes, "checkpoints_total_limit": None, "save_images_epochs": 9})
+    assert start(config, num_processes, "forward", 5, 1) == [0] * num_processes
+    folder = Path(config.output_dir)
+    assert [line["bad_steps"] for line in trace(folder)] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert [line["loss"] is None for line in trace(folder)] == [False, False, True, *[False] * 5]
+    assert not (folder / "checkpoint-3").exists()
+    assert (folder / "checkpoint-4").exists()
+    message = said(config)
+    assert re.search(r"a step is skipped.*: step 3: row \d+ \(.*\d\d\.png\) at t = \d+, loss nan", message)
+    assert all(p.isfinite().all() for p in load_file(folder / "unet/diffusion_pytorch_model.safetensors").values())
+
+
+def test_too_many_bad_steps_end_the_run(settings):
+    config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_bad_steps": 3})
+    assert start(config, 1, "forward", 5, 100) == [1]
+    folder, message = Path(config.output_dir), said(config)
+    assert re.search(r"3 steps in a row .*began at step 3: row \d+.*t = \d+.*last checkpoint is checkpoint-2", message)
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert verify(folder / "checkpoint-2") is None
+    assert len(trace(folder)) == 1
+
+
+def test_a_fused_optimizer_leaves_all_as_it_is():
+    """What a skipped step relies on."""
+    for found in (0.0, 1.0):
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5, fused=True)
+        for _ in range(2):
+            weight.grad = torch.ones(3)
+            before = [t.clone() for t in (weight.detach(), *optimizer.state[weight].values())]
+            if len(before) > 1:
+                optimizer.found_inf = torch.tensor(found)
+            optimizer.step()
+        after = [weight.detach(), *optimizer.state[weight].values()]
+        assert all(torch.equal(a, b) == bool(found) for a, b in zip(before, after, strict=True))
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(whole):
+    """Also by the config of a run that was begun when there was AdamW alone."""
+    _, config = whole(optimizer="adamw", max_train_steps=4)
+    file = Path(config.output_dir) / "config.yaml"
+    assert start(config, 1, "step", 3) == [-signal.SIGKILL]
+    file.write_text(re.sub("optimizer: adamw\n", "", file.read_text()))
+    assert start(replace(config, optimizer="muon", resume_from_checkpoint="latest")) == [1]
+    assert "optimizer was adamw in this run, got muon" in said(config)
+    file.write_text(file.read_text() + "optimizer: muon\n")
+    assert start(replace(config, optimizer="muon", resume_from_checkpoint="latest")) == [1]
+    assert "optimizer must be adamw, whose moments the checkpoint holds, got muon" in said(config)
+
+
+def test_a_process_that_loads_data_dies(whole):
+    unkilled, config = whole(dataloader_num_workers=1, max_train_steps=4)
+    config = replace(config, dataloader_num_workers=1)
+    assert start(config, 1, "step", 1, WORKER) == [1]
+    message = said(config)
+    assert re.search(r"error: process \d+, which loads data, was killed by SIGKILL", message)
+    step = int(re.search(r"The run ends after step (\d)", message)[1])
+    assert (Path(config.output_dir) / f"checkpoint-{step}").is_dir()
+    assert not differences(finish(config), unkilled)
+
+
+def test_one_run_at_a_time(settings):
+    config = TrainingConfig(**settings)
+    Path(config.output_dir).mkdir()
+    with lock(Path(config.output_dir)):
+        assert start(config) == [1]
+    assert not (Path(config.output_dir) / "config.yaml").exists()
+
+
+def test_a_killed_launcher_ends_the_run_after_a_checkpoint(settings, tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("only Linux tells a process of its parent's end")
+    config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 10**6})
+    save_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += [str(ROOT / "train_accelerate.py"), "--config", str(tmp_path / "config.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as launcher:
+        for line in launcher.stderr:  # the bar's lines end with the first thing that is said
+            if "it/s" in line or "s/it" in line or "checkpoint" in line:
+                break
+        launcher.kill()
+        rest = launcher.stderr.read()  # until the process that trains has closed it
+    assert "the end of the launcher was noticed: the run ends after step" in rest
+    step = int(re.search(r"goes on from step (\d+)", rest)[1])
+    assert verify(Path(config.output_dir) / f"checkpoint-{step}") is None
+
+
+def test_a_bad_last_step_is_saved_too(settings):
+    config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 4})
+    assert start(config, 1, "forward", 7, 1) == [0]
+    assert trace(config.output_dir)[-1]["bad_steps"] == 1
+    assert verify(Path(config.output_dir) / "checkpoint-4") is None
+
+
+def test_images_are_named_without_their_files(settings, tmp_path):
+    """The cache has what training needs."""
+    images = tmp_path / "images"
+    shutil.copytree(settings["train_data_dir"], images)
+    config = TrainingConfig(**{**settings, "train_data_dir": str(images), "dataloader_num_workers": 0})
+    config = replace(config, max_bad_steps=1)
+    with pytest.raises(RunError, match=r"They began at step 1: row \d+ at t = \d+, loss nan"):
+        train_without_files(config, images)
+
+
+def train_without_files(config, images):
+    def spoil(module, _, output):
+        if isinstance(module, UNet2DModel):
+            shutil.rmtree(images, ignore_errors=True)
+            output.sample = output.sample * math.nan
+
+    handle = register_module_forward_hook(spoil)
+    try:
+        train(config)
+    finally:
+        handle.remove()
+
+
+def test_a_loss_that_overflows_is_skipped_though_its_gradients_are_finite(settings):
+    """On a network whose last layer alone would learn: its gradients do not depend on the loss."""
+    config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 1, "use_ema": False})
+    config = replace(config, ema_halflife_images=None, ema_snapshots=16)
+
+    def overflow(module, _, output):
+        if isinstance(module, UNet2DModel) and module.training:
+            output.sample = output.sample + 1e20
+
+    handle = register_module_forward_hook(overflow)
+    try:
+        train(config)
+    finally:
+        handle.remove()
+    assert trace(config.output_dir)[-1]["bad_steps"] == 1
+
+
+def test_a_batch_that_was_changed_on_purpose_stays_changed(settings):
+    changes = {"dataloader_num_workers": 0, "gradient_accumulation_steps": 1, "train_batch_size": 4}
+    config = TrainingConfig(**{**settings, **changes, "max_train_steps": 3, "checkpointing_steps": 2})
+    assert start(config, 1, "step", 3) == [-signal.SIGKILL]
+    larger = replace(config, train_batch_size=5, resume_from_checkpoint="latest")
+    assert start(larger, 1, "step", 1) == [-signal.SIGKILL]
+    assert start(larger) == [0]
+    assert "the global batch changes from 4 to 5 images" in said(config)
+    # 2 steps of 4, then of 5, until 12 are seen; and finishing once more is no mistake.
+    assert json.loads((Path(config.output_dir) / "run.json").read_text())["training"]["images"] == 13
+    assert start(larger) == [0]
+
+
+def test_training_in_a_thread(settings):
+    config = TrainingConfig(**{**settings, "max_train_steps": 2, "save_images_epochs": None})
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train, config).result()
+
+
+def test_dropout_differs_by_step_and_by_forward_pass():
+    def mask(step, slot):
+        seed_step(0, step, slot)
+        return torch.nn.functional.dropout(torch.ones(64), 0.5).tolist()
+
+    assert mask(3, 1) == mask(3, 1)
+    assert len({tuple(mask(step, slot)) for step in (0, 1) for slot in (0, 1)}) == 4
+
+
+def test_the_end_of_the_launcher_is_never_a_second_signal():
+    if LAUNCHER_ENDED is None:
+        pytest.skip("no such signal here")
+    with StopRequest(None, 0.0) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(LAUNCHER_ENDED)
+        assert stop.reason(0) == "SIGTERM was noticed"

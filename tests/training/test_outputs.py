@@ -1,0 +1,177 @@
+"""What stands in the way of what a run writes: a full disk, a tracker, an earlier process, a person."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import diffusers
+import psutil
+import pytest
+from accelerate.tracking import TensorBoardTracker
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hf_ddpm.runtime.errors import RunError, UsageError
+from hf_ddpm.runtime.files import append_lines, weights_sha256
+from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.loop import train
+from tests.support.networks import tiny_unet_config
+from tests.support.runs import differences
+
+
+@pytest.fixture
+def config(tiny_settings):
+    return TrainingConfig(**tiny_settings, ema_halflife_images=[50, 100])
+
+
+def logged_steps(config):
+    return [json.loads(line)["step"] for line in Path(config.output_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["unet", "ema/halflife-100"])
+def test_a_run_without_its_model_is_not_finished(config, tmp_path, name):
+    """A file stands where a folder is to be: permissions and disks stop no test that runs as root."""
+    whole = replace(config, output_dir=str(tmp_path / "whole"))
+    train(whole)
+    folder = Path(config.output_dir)
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("")
+    with pytest.raises(RunError, match=r"the model could not be written.*--resume_from_checkpoint latest finishes"):
+        train(config)
+    assert not (folder / "run.json").exists()
+    (folder / name).unlink()
+    train(replace(config, resume_from_checkpoint="latest"))
+    assert not differences(folder, Path(whole.output_dir))
+
+
+def test_a_tracker_that_fails_ends_no_run(config, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("its server is gone")
+
+    for name in ("log", "log_images", "finish"):
+        monkeypatch.setattr(TensorBoardTracker, name, fail)
+    train(replace(config, logger="tensorboard"))
+    assert "a tracker failed, the run goes on: RuntimeError('its server is gone')" in capsys.readouterr().err
+    assert Path(config.output_dir, "run.json").exists()
+
+
+def test_a_push_is_not_spared_for_a_process_that_came_after_it(config):
+    """Containers give each start the same number."""
+    left, living = (Path(config.output_dir, f"partial-push-{os.getpid()}-{name}") for name in ("left", "living"))
+    for folder in (left, living):
+        folder.mkdir(parents=True)
+    before = psutil.Process().create_time() - 1
+    os.utime(left, (before, before))
+    train(config)
+    assert living.is_dir()
+    assert not left.exists()
+
+
+def test_lines_are_appended_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "lines"
+    path.write_text("before\n")
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len("before\n") + 10, most))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_lines(path, ["a line that is too long", "and another"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert path.read_text() == "before\n"
+    append_lines(path, ["after"])
+    assert path.read_text() == "before\nafter\n"
+
+
+@pytest.mark.parametrize(("blocked", "mended", "killed"), [(2, 4, 5), (2, 5, 5), (6, None, None)])
+def test_each_line_of_metrics_arrives_once(config, blocked, mended, killed):
+    """Lines that wait at checkpoint 3 reach the file after it, or only when the run goes on."""
+    config = replace(config, optimizer="adamw")
+    file = Path(config.output_dir, "metrics.jsonl")
+    aside, steps = file.with_name("aside"), count(1)
+
+    def happen(*_):
+        step = next(steps)
+        if step == blocked:
+            file.rename(aside)
+            file.mkdir()
+        if step == mended:
+            file.rmdir()
+            aside.rename(file)
+        if step == killed:
+            raise KeyboardInterrupt
+
+    hook = register_optimizer_step_post_hook(happen)
+    try:
+        with pytest.raises((KeyboardInterrupt, RunError)):
+            train(config)
+    finally:
+        hook.remove()
+    if mended is None:
+        file.rmdir()
+        aside.rename(file)
+    train(replace(config, resume_from_checkpoint="latest"))
+    assert logged_steps(config) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_without_its_last_lines_is_not_finished(config, monkeypatch):
+    fsync, file = os.fsync, Path(config.output_dir, "metrics.jsonl")
+
+    def full(descriptor):
+        is_it = file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file))
+        if is_it and len(logged_steps(config)) > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match=r"the last lines of metrics could not be written: .*finishes the run"):
+            train(config)
+    assert not Path(config.output_dir, "run.json").exists()
+    train(replace(config, resume_from_checkpoint="latest"))
+    assert logged_steps(config) == [1, 2, 3, 4, 5, 6]
+
+
+def test_going_on_replaces_no_model_of_others(config):
+    folder = Path(config.output_dir)
+    diffusers.DDPMPipeline(
+        diffusers.UNet2DModel(**tiny_unet_config(channels=1)), diffusers.DDPMScheduler()
+    ).save_pretrained(folder)
+    before = weights_sha256(folder)
+    with pytest.raises(UsageError, match="holds a model of no run that could go on"):
+        train(replace(config, resume_from_checkpoint="latest"))
+    assert weights_sha256(folder) == before
+    assert not (folder / "config.yaml").exists()
+
+
+def test_pictures_of_others_among_the_previews(config):
+    train(config)
+    previews = Path(config.output_dir, "previews")
+    shutil.copyfile(previews / "step-0000006.png", previews / "step-0000006 (1).png")
+    train(replace(config, resume_from_checkpoint="latest", max_train_steps=8))
+    train(replace(config, overwrite_output_dir=True))
+    assert (previews / "step-0000006 (1).png").exists()
+
+
+def test_a_readme_that_cannot_be_read_ends_a_run_with_a_remedy(config):
+    train(config)
+    readme = Path(config.output_dir, "README.md")
+    readme.write_text("---\nlicense: [\n---\n")
+    more = replace(config, resume_from_checkpoint="latest", max_train_steps=8)
+    with pytest.raises(RunError, match=r"README\.md cannot be read: .*: correct it, or delete it; .*finishes the run"):
+        train(more)
+    assert not Path(config.output_dir, "run.json").exists()
+    readme.unlink()
+    train(more)
+    assert readme.exists()
+
+
+def test_a_tracker_that_cannot_start_is_said_and_leaves_no_run(config, tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="logger must be able to start, got 'tensorboard': "):
+        train(replace(config, logger="tensorboard", logging_dir=str(tmp_path / "file")))
+    train(config)

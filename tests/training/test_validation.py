@@ -1,0 +1,97 @@
+"""Measuring while a model trains: the same numbers on any number of processes, and the same training."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hf_ddpm import DDPMPipeline
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.loop import train
+from tests.support.runs import differences, said, start, trace
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, image_folder) -> Path:
+    """16 images to train on, 8 held out."""
+    folder = tmp_path_factory.mktemp("data")
+    for i, path in enumerate(sorted(image_folder.glob("*.png"))):
+        target = folder / ("train" if i < 16 else "test") / path.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def config(tiny_settings, data):
+    settings = {**tiny_settings, "train_data_dir": None, "dataset_name": str(data), "eval_num_images": 7}
+    return TrainingConfig(**{**settings, "eval_steps": 2, "checkpointing_steps": 4})
+
+
+def measured(folder):
+    return [json.loads(line) for line in (Path(folder) / "eval.jsonl").read_text().splitlines()]
+
+
+def test_training_does_not_change_by_one_bit(config, tmp_path):
+    train(config)
+    without = replace(config, output_dir=str(tmp_path / "without"), eval_steps=None, eval_num_images=2000)
+    train(without)
+    own = ("eval.jsonl", "best/", "figures/kid.png", "figures/val_loss.png")
+    found = differences(Path(config.output_dir), Path(without.output_dir))
+    assert [name for name in found if not name.startswith(own)] == []
+
+    records = measured(config.output_dir)
+    assert [r["step"] for r in records] == [2, 4, 6]
+    assert all(len(r["levels"]) == 10 and r["kid_standard_error"] > 0 for r in records)
+    best = json.loads((Path(config.output_dir) / "best/best.json").read_text())
+    assert best == min(records, key=lambda r: r["kid"])
+    DDPMPipeline.from_pretrained(Path(config.output_dir) / "best")
+    for name in ("kid.png", "val_loss.png"):
+        with Image.open(Path(config.output_dir) / "figures" / name) as picture:
+            picture.load()
+
+
+def test_what_is_said_of_the_best_model_is_of_that_model(config):
+    best = Path(config.output_dir, "best")
+    best.mkdir(parents=True)
+    (best / "unet").write_text("")  # so that no model can be written
+    train(config)
+    assert not (best / "best.json").exists()
+
+
+def test_processes_and_a_kill_change_nothing(config, tmp_path):
+    train(config)
+    two = replace(config, output_dir=str(tmp_path / "two"), train_batch_size=2)
+    assert -9 in start(two, 2, "step", 5)
+    assert start(replace(two, resume_from_checkpoint="latest"), 2) == [0, 0], said(two)
+    assert [m["images"] for m in trace(two.output_dir)] == [m["images"] for m in trace(config.output_dir)]
+    for a, b in zip(measured(two.output_dir), measured(config.output_dir), strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+        assert a["kid"] == pytest.approx(b["kid"], rel=1e-2, abs=1e-4)
+
+
+def test_a_course_is_of_one_network_and_one_set_of_images(config):
+    train(replace(config, max_train_steps=4))
+    more = replace(config, resume_from_checkpoint="latest")
+    for change in ({"eval_network": "dinov2"}, {"eval_split": "train"}, {"eval_num_images": 5}):
+        with pytest.raises(UsageError, match=f"{next(iter(change))} was .* in this run, got"):
+            train(replace(more, **change))
+    # A start that measures nothing writes the defaults into config.yaml.
+    train(replace(more, max_train_steps=5, eval_steps=None, eval_num_images=2000))
+    with pytest.raises(UsageError, match="eval_num_images was 7 in this run, got 2000"):
+        train(replace(more, eval_num_images=2000))
+    train(more)
+    assert [r["step"] for r in measured(config.output_dir)] == [2, 4, 6]
+
+
+def test_what_cannot_be_measured_is_said_before_training(config):
+    with pytest.raises(UsageError, match="eval_num_images must be at least 4, got 3"):
+        train(replace(config, eval_num_images=3))
+    with pytest.raises(UsageError, match=r"^eval_split must be in dataset_name as a folder, got 'held'"):
+        train(replace(config, eval_split="held"))
+    with pytest.raises(UsageError, match="eval_split = held has no effect: give eval_steps"):
+        train(replace(config, eval_split="held", eval_steps=None, eval_num_images=2000))
+    assert not Path(config.output_dir).exists()
