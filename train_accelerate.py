@@ -5,12 +5,12 @@ import sys
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.launch import follow_launcher, hide, start_missing_processes
-from hf_ddpm.training.config import parse_config
+from hf_ddpm.training.parsing import parse_config
 
 if __name__ == "__main__":
     config = parse_config()
     try:
-        check_source(config)
+        check_source(config, config.output_dir)
         start_missing_processes()
         follow_launcher()
         hide(config.hub_token)

@@ -19,7 +19,8 @@ from pathlib import Path
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.search import search_and_keep
 from hf_ddpm.hub.card import read_run, result_cells
-from hf_ddpm.training.config import TrainingConfig, load_config
+from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.parsing import load_config
 
 NUM_IMAGES, GRID = 5000, {"dpmsolver++": (5, 8, 20), "unipc": (20,)}
 SEARCHED = (5, 8)

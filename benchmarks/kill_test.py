@@ -26,8 +26,9 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.conftest import tiny_unet_config  # noqa: E402
 from tests.runs import differences  # noqa: E402
+
+from tests.conftest import tiny_unet_config  # noqa: E402
 
 STEPS = 160
 ALL = {

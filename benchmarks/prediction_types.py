@@ -19,8 +19,8 @@ import torch
 
 from hf_ddpm import DDPMPipeline
 from hf_ddpm.figures import strip, to_images
-from hf_ddpm.training.config import load_config
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.parsing import load_config
 
 HERE = Path(__file__).parent
 NUM_IMAGES = 12

@@ -53,7 +53,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     wall = time.monotonic() - started
     # Kilobytes, on Linux, of the largest process so far: training, before anything is measured.
     peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    evaluate = ["-m", "hf_ddpm.evaluation.evaluate", str(folder), "--metrics", "fd,kid"]
+    evaluate = ["-m", "hf_ddpm", "evaluate", str(folder), "--metrics", "fd,kid"]
     evaluate += ["--network", "efficientnet-lite0", "--dtype", "bf16", "--compile"]
     # Whatever the default is, so that rows can be compared.
     evaluate += ["--scheduler", "dpmsolver++", "--num_inference_steps", "20", "--uniform"]

@@ -26,7 +26,8 @@ from hf_ddpm.evaluation.search import search_timesteps, spaced_timesteps
 from hf_ddpm.hub.card import read_run
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.sampling.sampler import FORWARD_BATCH, load_for_sampling, named_scheduler, seeded_generators
+from hf_ddpm.sampling.sampler import FORWARD_BATCH, load_for_sampling, seeded_generators
+from hf_ddpm.sampling.schedulers import named_scheduler
 from hf_ddpm.scheduler import all_values
 
 ROWS = Path(__file__).with_suffix(".jsonl")

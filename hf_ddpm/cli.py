@@ -72,11 +72,11 @@ def sample(
         str, typer.Option(help="png, named by their seeds; parquet, which `datasets` loads; or npz.")
     ] = "png",
 ) -> None:
-    """Writes images of a model. In several processes: accelerate launch -m hf_ddpm.sampling.sampler"""
+    """Writes images of a model. In several processes: accelerate launch -m hf_ddpm sample"""
     import os
 
     from hf_ddpm.sampling.image_set import write_samples
-    from hf_ddpm.sampling.sampler import SCHEDULERS
+    from hf_ddpm.sampling.schedulers import SCHEDULERS
 
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise typer.BadParameter(
@@ -157,11 +157,11 @@ def reference(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measures a data set once, so that samples can be compared with it."""
+    from hf_ddpm.data.config import DataConfig
     from hf_ddpm.evaluation.features import load_network
     from hf_ddpm.evaluation.statistics import make_reference
-    from hf_ddpm.training.config import TrainingConfig
 
-    config = TrainingConfig(
+    config = DataConfig(
         dataset_name=dataset,
         dataset_config_name=dataset_config_name,
         image_column=image_column,
@@ -241,13 +241,13 @@ def evaluate(
         str | None, typer.Option(help="Where to write. Default: the model's folder; needed for a Hub id.")
     ] = None,
 ) -> None:
-    """Measures a model and says so on its card. In several processes: accelerate launch -m
-    hf_ddpm.evaluation.evaluate"""
+    """Measures a model and says so on its card. In several processes: accelerate launch -m hf_ddpm
+    evaluate"""
     import os
 
+    from hf_ddpm.data.config import DataConfig
     from hf_ddpm.evaluation.evaluate import evaluate as measure
     from hf_ddpm.hub.card import result_cells
-    from hf_ddpm.training.config import TrainingConfig
 
     of_data = (dataset_name, dataset_config_name, image_column, label_column, cache_dir)
     with _errors_said():
@@ -255,7 +255,7 @@ def evaluate(
             raise ValueError("the settings of data go with --dataset_name, got none")
         data = None
         if dataset_name is not None:
-            data = TrainingConfig(
+            data = DataConfig(
                 dataset_name=dataset_name,
                 dataset_config_name=dataset_config_name,
                 image_column=image_column,

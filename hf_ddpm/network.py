@@ -20,8 +20,8 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
+from hf_ddpm import recipes
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.training.config import TrainingConfig, recipe_model_config
 
 HEAD_CHANNELS = 64
 MAX_ATTENTION_PIXELS = 16
@@ -29,32 +29,44 @@ MIN_GROUP_CHANNELS = 4
 
 
 def make_unet(
-    config: TrainingConfig, channels: int, resolution: int, num_classes: int | None, like: Path | None = None
+    channels: int,
+    resolution: int,
+    num_classes: int | None = None,
+    *,
+    model_config: str | None = None,
+    variance_type: str = "fixed_small",
+    dropout: float | None = None,
+    seed: int = 0,
 ) -> UNet2DModel:
-    """A new network for images of `channels` x `resolution` x `resolution`.
-
-    Args:
-        like: a folder with config.json, whose network it is then, with the config's dropout where that decides.
+    """Make a new network for images of `channels` x `resolution` x `resolution`.
 
     The last convolution starts at zero, so that the first prediction is 0 and the first loss the target's own power;
     diffusers leaves it random.
 
+    Args:
+        num_classes: The number of classes that it is conditioned on; None: none.
+        model_config: A JSON file, a folder, a recipe's name or a Hub id of a UNet2DModel's config; None: a network
+            that is sized for the data.
+        variance_type: `learned_range` doubles the output's channels.
+        dropout: The dropout; None: what `model_config` says, 0 for a network that is sized for the data.
+        seed: The seed of the initial weights.
+
     Raises:
-        UsageError: the model config does not fit the data or the variance type.
+        UsageError: The model config does not fit the data or the variance type.
     """
-    out_channels = channels * (2 if config.variance_type == "learned_range" else 1)
-    name = config.model_config_name_or_path if like is None else str(like)
+    out_channels = channels * (2 if variance_type == "learned_range" else 1)
+    name = model_config
     if name is None:
-        settings = sized_config(resolution, channels, out_channels, num_classes, config.dropout)
+        settings = sized_config(resolution, channels, out_channels, num_classes, dropout or 0.0)
     else:
         settings = _load_config(name)
         size = settings.get("sample_size")
         if isinstance(size, list | tuple) and size[0] == size[1]:
             settings["sample_size"] = size[0]
-        _check_fit(settings, config, channels, out_channels, resolution, num_classes)
-        if config.model_config_name_or_path is None and config.init_from is None:
-            settings["dropout"] = config.dropout
-    torch.manual_seed(config.seed)
+        _check_fit(settings, variance_type, channels, out_channels, resolution, num_classes)
+        if dropout is not None:
+            settings["dropout"] = dropout
+    torch.manual_seed(seed)
     try:
         unet: UNet2DModel = UNet2DModel.from_config(settings)  # pyright: ignore[reportAssignmentType]
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
@@ -62,10 +74,6 @@ def make_unet(
     torch.nn.init.zeros_(unet.conv_out.weight)
     if unet.conv_out.bias is not None:
         torch.nn.init.zeros_(unet.conv_out.bias)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if config.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
     return unet
 
 
@@ -156,7 +164,7 @@ def _check_halvings(resolution: int, num_levels: int) -> None:
 
 def _load_config(name: str) -> dict[str, Any]:
     path = Path(name)
-    shipped = recipe_model_config(name)
+    shipped = recipes.model_config(name)
     if path.is_file() or (shipped is not None and not path.exists()):
         file = path if path.is_file() else shipped
         assert file is not None
@@ -182,7 +190,7 @@ def _load_config(name: str) -> dict[str, Any]:
 
 def _check_fit(
     settings: dict[str, Any],
-    config: TrainingConfig,
+    variance_type: str,
     channels: int,
     out_channels: int,
     resolution: int,
@@ -195,7 +203,7 @@ def _check_fit(
         raise UsageError(f"the model config must be of a UNet2DModel, got {settings['_class_name']}")
     for name, needed, reason in (
         ("in_channels", channels, "the channels of the data; change it or give --channels"),
-        ("out_channels", out_channels, f"for variance_type {config.variance_type}"),
+        ("out_channels", out_channels, f"for variance_type {variance_type}"),
         ("sample_size", resolution, "the resolution; change it or give --resolution"),
         ("num_class_embeds", num_classes, "the classes of label_column"),
     ):

@@ -600,3 +600,6 @@ def _spaced_timesteps(spacing: str, n: int, num_train: int, offset: int) -> list
             falling = np.arange(num_train, 0, -num_train / n)[:n]
             rising = (falling.round().astype(int) - 1).tolist()[::-1]
     return rising[::-1]
+
+
+SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")

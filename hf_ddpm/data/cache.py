@@ -20,20 +20,19 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import numpy as np
-import torch
 from huggingface_hub.utils import tqdm
 
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import Form, NeedsSixteenBits, decode, find_form, is_passing, name_of, unreadable
 from hf_ddpm.data.sources import files_below, find_source, license_of, open_dataset
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,7 +104,7 @@ class ImageCache:
             self.__dict__["pixels"] = np.memmap(path, dtype=dtype, mode="r")
 
 
-def load_images(config: TrainingConfig) -> ImageCache:
+def load_images(config: DataConfig) -> ImageCache:
     """The images of `config`, decoded and resized on the first call and mapped into memory on all later ones.
 
     Gray data have 1 channel, others 3; transparency is composited over white unless `channels` is 4. Images of 16 bits
@@ -168,7 +167,7 @@ def load_images(config: TrainingConfig) -> ImageCache:
     return images
 
 
-def _cache_key(config: TrainingConfig, kind: str, identity: Any) -> str:
+def _cache_key(config: DataConfig, kind: str, identity: Any) -> str:
     """A hash of all that decides what a cache holds."""
     settings = ("dataset_config_name", "image_column", "label_column", "resolution", "channels", "center_crop")
     settings += ("preserve_input_precision", "on_bad_image")
@@ -188,7 +187,7 @@ def _read_cache(folder: Path, name: str) -> ImageCache:
     return ImageCache(pixels=pixels, index=index, labels=labels, name=name, **meta)
 
 
-def _find_form(dataset: Dataset, config: TrainingConfig) -> Form:
+def _find_form(dataset: Dataset, config: DataConfig) -> Form:
     cells = ((row, dataset[row][dataset.column_names[0]]) for row in range(len(dataset)))
     return find_form(((name_of(cell, row), cell) for row, cell in cells), config)
 
@@ -272,109 +271,3 @@ def _decode_rows(cells: list[Any], first_row: int, form: Form) -> list[np.ndarra
                 raise unreadable(name_of(cell, row), error) from error
             decoded.append(None)
     return decoded
-
-
-@lru_cache(maxsize=6)  # order, flips and crops of two epochs
-def _draw(what: str, seed: int, epoch: int, num_images: int) -> np.ndarray:
-    rng = np.random.default_rng((seed, ("order", "flip", "crop").index(what), epoch))
-    return rng.permutation(num_images) if what == "order" else rng.random((num_images, 2 if what == "crop" else 1))
-
-
-def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The order of an epoch, a function of these arguments only.
-
-    Args:
-        seed: at least 0.
-        epoch: at least 0.
-    Returns:
-        A permutation of [0, num_images): (num_images,) int64.
-    """
-    return _draw("order", seed, epoch, num_images).copy()
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """The micro-batches of one process for the next `num_steps` steps, for `DataLoader(..., batch_size=None)`.
-
-    Item k belongs to step k // A, counted from the first of them, and holds `pixels` (B, C, R, R), uint8, or int32 of
-    16-bit images; `positions` (B,) int64 in the stream of images; `labels` (B,) int64, if the images have labels; and
-    in the first of a step, if asked for, `others` (num_others, C, R, R) and `other_labels`: the images that follow
-    those of the step in its epoch, whose end its beginning follows, so that none is there twice; an image of a step
-    that spans two epochs can be among them. Crops and flips are functions of (seed, position), so batch size, workers
-    and processes change only how the stream is cut up.
-
-    Args:
-        random_flip: mirror each image with probability 1/2, drawn anew each epoch.
-        batch_size: B, images per micro-batch.
-        accumulation_steps: A, micro-batches per step and process.
-        rank: this process, in [0, num_processes).
-        first_position: images already seen; the stream continues after them.
-        num_steps: steps until it ends.
-        num_others: 0 for none; with the images of a step at most those of an epoch.
-    """
-
-    images: ImageCache
-    _: KW_ONLY
-    seed: int
-    random_flip: bool
-    batch_size: int
-    accumulation_steps: int
-    rank: int
-    num_processes: int
-    first_position: int
-    num_steps: int
-    num_others: int = 0
-
-    def __len__(self) -> int:
-        return self.num_steps * self.accumulation_steps
-
-    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
-        if not 0 <= k < len(self):
-            raise IndexError(f"micro-batch must be in [0, {len(self)}), got {k}")
-        slot = k * self.num_processes + self.rank
-        positions = self.first_position + slot * self.batch_size + np.arange(self.batch_size)
-        pixels, labels = self._read(positions)
-        batch = {"pixels": pixels, "positions": torch.from_numpy(positions)}
-        if labels is not None:
-            batch["labels"] = labels
-        if self.num_others and k % self.accumulation_steps == 0:
-            step_images = self.batch_size * self.accumulation_steps * self.num_processes
-            epoch, place = divmod(self.first_position + k * self.batch_size * self.num_processes, len(self.images))
-            places = (place + step_images + np.arange(self.num_others)) % len(self.images)
-            batch["others"], labels = self._read(epoch * len(self.images) + places)
-            if labels is not None:
-                batch["other_labels"] = labels
-        return batch
-
-    def _read(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ids = self._drawn("order", positions)
-        pixels = self._crop(ids, positions)
-        if self.random_flip:
-            flipped = self._drawn("flip", positions)[:, 0] < 0.5
-            pixels[flipped] = pixels[flipped, :, :, ::-1]
-        if pixels.dtype == np.uint16:
-            pixels = pixels.astype(np.int32)
-        labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[ids])
-        return torch.from_numpy(pixels), labels
-
-    def _drawn(self, what: str, positions: np.ndarray) -> np.ndarray:
-        epochs, places = np.divmod(positions, len(self.images))
-        present = range(int(epochs[0]), int(epochs[-1]) + 1)
-        draws = [_draw(what, self.seed, epoch, len(self.images))[places[epochs == epoch]] for epoch in present]
-        return np.concatenate(draws)
-
-    def _crop(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        size, channels = self.images.resolution, self.images.channels
-        if self.images.is_uniform:
-            return np.asarray(self.images.pixels).reshape(-1, channels, size, size)[ids]
-        pixels = np.empty((len(ids), channels, size, size), self.images.pixels.dtype)
-        for target, i, (u, v) in zip(pixels, ids, self._drawn("crop", positions), strict=True):
-            image = self.images.image(i)
-            top, left = int(u * (image.shape[1] - size + 1)), int(v * (image.shape[2] - size + 1))
-            target[:] = image[:, top : top + size, left : left + size]
-        return pixels
-
-
-def to_x_0(pixels: torch.Tensor, max_value: int) -> torch.Tensor:
-    """x_0 = pixels * (2 / max_value) - 1: float32 in [-1, 1], exact at 0 and at `max_value`, where `pixels` are."""
-    return pixels.to(torch.float32) * (2 / max_value) - 1

@@ -12,8 +12,8 @@ import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.training.config import TrainingConfig
 
 NUM_HEADERS = 64  # images whose headers decide what resolution=None and channels=None mean
 GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"))
@@ -23,7 +23,7 @@ GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B"
 class Form:
     """What each image is brought to: `config` with what it leaves open decided."""
 
-    config: TrainingConfig
+    config: DataConfig
     resolution: int
     channels: int
     max_value: int
@@ -98,7 +98,7 @@ def unreadable(name: str, error: Exception) -> UsageError:
     )
 
 
-def find_form(images: Iterable[tuple[str, Any]], config: TrainingConfig) -> Form:
+def find_form(images: Iterable[tuple[str, Any]], config: DataConfig) -> Form:
     """What the headers of the first images decide.
 
     Args:

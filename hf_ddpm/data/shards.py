@@ -22,6 +22,7 @@ import fsspec
 import numpy as np
 
 from hf_ddpm.data import decoding
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import Form, NeedsSixteenBits, NotFetchedError, fetched, find_form, is_passing, unreadable
 from hf_ddpm.data.sources import (
     IMAGE_NAME,
@@ -35,7 +36,6 @@ from hf_ddpm.data.sources import (
     open_dataset,
 )
 from hf_ddpm.runtime.errors import RunError, UsageError
-from hf_ddpm.training.config import TrainingConfig
 
 STREAM_FORMAT = 1  # a change of the order of the stream is a change of this number
 ROWS_PER_TABLE = 256
@@ -206,7 +206,7 @@ class ImageStream:
         return RunError(f"{what} cannot be read any more: {reason}; put it back as it was{remedy}")
 
 
-def open_stream(config: TrainingConfig) -> ImageStream:
+def open_stream(config: DataConfig) -> ImageStream:
     """The images of `config`, of which only the first are looked at; settings mean what they do for `load_images`.
 
     Raises:
@@ -251,7 +251,7 @@ def open_stream(config: TrainingConfig) -> ImageStream:
     return replace(stream, form=form, fingerprint=fingerprint)
 
 
-def _open_iterable(source: Source, config: TrainingConfig) -> tuple[Any, np.ndarray, tuple[str, ...], Any, int | None]:
+def _open_iterable(source: Source, config: DataConfig) -> tuple[Any, np.ndarray, tuple[str, ...], Any, int | None]:
     """The data set, its rows per shard, the files that are its shards, what identifies it, and its rows."""
     import datasets
     from pyarrow.dataset import ParquetFragmentScanOptions

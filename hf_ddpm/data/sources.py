@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,18 +31,26 @@ class Source:
     folder: Path | None
 
 
-def check_source(config: TrainingConfig) -> None:
-    """Raise UsageError for a data source that cannot be meant; reads file names only and needs no network."""
+def check_source(config: DataConfig, output_dir: str | None = None) -> None:
+    """Check that the images can have such a source, from file names alone and without a network.
+
+    Args:
+        output_dir: The folder that a run would write to; None if nothing is written.
+
+    Raises:
+        UsageError: They cannot, or `output_dir` lies in the folder of images.
+    """
     source = find_source(config)
-    output_dir = Path(config.output_dir).resolve()
-    if source.folder is not None and source.folder.resolve() in (output_dir, *output_dir.parents):
+    if source.folder is None or output_dir is None:
+        return
+    if Path(output_dir).resolve().is_relative_to(source.folder.resolve()):
         raise UsageError(
             f"output_dir must not be in the folder of images, where its pictures would be trained on, "
-            f"got {config.output_dir!r} in {str(source.folder)!r}: give another --output_dir"
+            f"got {output_dir!r} in {str(source.folder)!r}: give another --output_dir"
         )
 
 
-def find_source(config: TrainingConfig) -> Source:
+def find_source(config: DataConfig) -> Source:
     name, train_data_dir = config.dataset_name, config.train_data_dir
     if name and train_data_dir:
         raise UsageError(
@@ -101,7 +109,7 @@ def files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
 
 
-def open_dataset(config: TrainingConfig) -> Dataset:
+def open_dataset(config: DataConfig) -> Dataset:
     """The split `train`: the column of images, not decoded, and after it that of labels if `label_column` is given.
 
     Raises:
@@ -116,7 +124,7 @@ def open_dataset(config: TrainingConfig) -> Dataset:
     return dataset
 
 
-def _load(source: Source, config: TrainingConfig) -> Any:
+def _load(source: Source, config: DataConfig) -> Any:
     import datasets
 
     options: dict[str, Any] = {"split": "train", "cache_dir": config.cache_dir}
@@ -135,7 +143,7 @@ def _load(source: Source, config: TrainingConfig) -> Any:
 
 
 @contextlib.contextmanager
-def loading(source: Source, config: TrainingConfig) -> Iterator[None]:
+def loading(source: Source, config: DataConfig) -> Iterator[None]:
     """Within it, what `datasets` raises for a source becomes a UsageError, and a local folder needs no network."""
     from datasets import config as hf_config
     from datasets.exceptions import DatasetsError
@@ -163,7 +171,7 @@ def loading(source: Source, config: TrainingConfig) -> Iterator[None]:
         hf_config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
-def choose_columns(dataset: Any, config: TrainingConfig) -> Any:
+def choose_columns(dataset: Any, config: DataConfig) -> Any:
     """The column of images, not decoded, and after it that of labels if `label_column` is given."""
     import datasets
 

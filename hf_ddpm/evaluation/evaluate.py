@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from hf_ddpm._version import __version__
-from hf_ddpm.data.cache import epoch_order
+from hf_ddpm.data.batches import center_pixels, epoch_order
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.job import MEMORIZATION_QUANTILE, Cell, Job, Request, check_request, prepare
 from hf_ddpm.evaluation.likelihood import draw_bound
@@ -30,7 +31,6 @@ from hf_ddpm.evaluation.measure import (
     DISTANCES,
     NEIGHBORS,
     Samples,
-    center_pixels,
     measure_distances,
     measure_likelihood,
     pixel_features,
@@ -39,10 +39,9 @@ from hf_ddpm.evaluation.measure import (
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.statistics import Statistics, about_images, warnings_of
-from hf_ddpm.runtime.launch import run_command
 from hf_ddpm.runtime.processes import joined_processes
-from hf_ddpm.sampling.sampler import iter_samples, named_scheduler, speed_up
-from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.sampling.sampler import iter_samples, speed_up
+from hf_ddpm.sampling.schedulers import named_scheduler
 
 NUM_MEMORIZATION_SAMPLES = 1000
 
@@ -53,7 +52,7 @@ def evaluate(
     metrics: Sequence[str] = ("fd", "kid", "precision"),
     reference: str | Path | None = None,
     floor: str | Path | None = None,
-    data: TrainingConfig | None = None,
+    data: DataConfig | None = None,
     split: str = "train",
     test_split: str = "test",
     num_images: int = 5000,
@@ -326,7 +325,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-
-
-if __name__ == "__main__":
-    run_command("evaluate", __spec__.name)

@@ -29,9 +29,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_ddpm.runtime.devices import checked_device
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import sha256
-from hf_ddpm.sampling.sampler import checked_device
 
 # Of a repository or folder nothing else is read: no code, no pickle.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")

@@ -21,31 +21,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_ddpm.data.cache import ImageCache, epoch_order
+from hf_ddpm.data.batches import center_pixels, epoch_order
+from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.evaluation.features import FeatureNetwork, check_network, load_network
 from hf_ddpm.evaluation.likelihood import inclusion_probabilities
-from hf_ddpm.evaluation.measure import DISTANCES, NEIGHBORS, Measured, center_pixels, first_images, measure_distances
+from hf_ddpm.evaluation.measure import DISTANCES, NEIGHBORS, Measured, first_images, measure_distances
 from hf_ddpm.evaluation.memorization import MIN_SAMPLES
 from hf_ddpm.evaluation.model_data import Splits
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.statistics import Reference, check_comparable, load_reference, real_floor, warnings_of
-from hf_ddpm.hub.card import named_repository
 from hf_ddpm.hub.download import find_model
+from hf_ddpm.hub.readme import named_repository
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.sampling.sampler import (
-    DTYPES,
-    SCHEDULERS,
-    default_scheduler,
-    default_steps,
-    forward_batch_of,
-    load_for_sampling,
-    named_scheduler,
-)
+from hf_ddpm.sampling.sampler import DTYPES, forward_batch_of, load_for_sampling
+from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.training.config import TrainingConfig
 
 METRICS = (*DISTANCES, "nll", "memorization")
 MEMORIZATION_QUANTILE = 0.01
@@ -64,7 +58,7 @@ class Request:
     metrics: Sequence[str]
     reference: str | Path | None
     floor: str | Path | None
-    data: TrainingConfig | None
+    data: DataConfig | None
     split: str
     test_split: str
     num_images: int
@@ -114,7 +108,7 @@ class Job:
     classes: str | None
     held_out: ImageCache | None
     training: ImageCache | None
-    data: TrainingConfig
+    data: DataConfig
 
 
 def check_request(request: Request) -> None:
@@ -208,7 +202,7 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
         classes=classes,
         held_out=held_out,
         training=training,
-        data=splits.data or TrainingConfig(),
+        data=splits.data or DataConfig(),
     )
 
 

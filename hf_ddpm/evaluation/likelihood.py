@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.cache import to_x_0
+from hf_ddpm.bound import variational_bound
+from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.figures import curve
-from hf_ddpm.objective import variational_bound
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.seeds import hashed
 from hf_ddpm.scheduler import DDPMScheduler

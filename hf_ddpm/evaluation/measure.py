@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.evaluation.distances import (
     Moments,
     cmmd,
@@ -145,21 +144,6 @@ def first_images(statistics: Statistics, count: int) -> Statistics:
         return statistics
     features = statistics.features[:count].contiguous()
     return Statistics(Moments.of(features), features)
-
-
-def center_pixels(images: ImageCache, indices: np.ndarray | None = None) -> np.ndarray:
-    """(n, C, R, R): the chosen images or all, the middle of oblong ones."""
-    size = images.resolution
-    if images.is_uniform:
-        every = np.asarray(images.pixels).reshape(-1, images.channels, size, size)
-        return every if indices is None else every[indices]
-    indices = np.arange(len(images)) if indices is None else indices
-    pixels = np.empty((len(indices), images.channels, size, size), images.pixels.dtype)
-    for target, i in zip(pixels, indices.tolist(), strict=True):
-        image = images.image(i)
-        top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-        target[:] = image[:, top : top + size, left : left + size]
-    return pixels
 
 
 def pixel_features(processes: Processes, network: FeatureNetwork, pixels: np.ndarray, batch_size: int) -> Tensor:

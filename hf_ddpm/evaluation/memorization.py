@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.cache import to_x_0
+from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.figures import strip, to_images
 from hf_ddpm.runtime.errors import UsageError
 

@@ -17,28 +17,30 @@ from typing import Any
 import huggingface_hub
 
 from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.config import DataConfig, load_data_config
 from hf_ddpm.data.sources import find_source
+from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.statistics import FORMAT as REFERENCE_FORMAT
-from hf_ddpm.evaluation.statistics import Reference, load_reference, make_reference, open_split
-from hf_ddpm.hub.card import read_mapping, read_run
+from hf_ddpm.evaluation.statistics import Reference, load_reference, make_reference
+from hf_ddpm.hub.card import read_run
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import read_mapping
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.training.config import TrainingConfig, load_config
 
 
 class Splits:
     """The data of a model, as 8-bit images of its size and channels; each split is opened once."""
 
     def __init__(
-        self, processes: Processes, stack: ExitStack, data: TrainingConfig | None, folder: Path, unet: Any
+        self, processes: Processes, stack: ExitStack, data: DataConfig | None, folder: Path, unet: Any
     ) -> None:
         self._processes, self._stack, self._given = processes, stack, data is not None
         self._folder, self._size, self._channels = folder, unet.sample_size, unet.in_channels
         self.data = data
         if (folder / "config.yaml").is_file():
             if data is None:
-                self.data = load_config(str(folder / "config.yaml"))
+                self.data = load_data_config(folder / "config.yaml")
             elif read_mapping(folder / "config.yaml").get("random_flip"):  # the model has seen mirrored images, too
                 self.data = replace(data, random_flip=True)
         self._opened: dict[tuple[str, bool], ImageCache] = {}
@@ -55,7 +57,7 @@ class Splits:
         return self.data is not None and self.data.label_column is not None
 
     @cached_property
-    def config(self) -> TrainingConfig:
+    def config(self) -> DataConfig:
         """The settings, for images of the model's size and channels."""
         if self.data is None:
             raise UsageError(

@@ -22,7 +22,7 @@ from hf_ddpm.hub.card import write_card
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.runtime.run_files import EVALUATION_PICTURES
-from hf_ddpm.sampling.sampler import SCHEDULERS
+from hf_ddpm.sampling.schedulers import SCHEDULERS
 
 FORMAT = 1
 OF_CELL = ("scheduler", "num_inference_steps", "timesteps")

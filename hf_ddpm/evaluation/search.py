@@ -24,7 +24,8 @@ from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.sampling.sampler import load_for_sampling, named_scheduler, seeded_generators
+from hf_ddpm.sampling.sampler import load_for_sampling, seeded_generators
+from hf_ddpm.sampling.schedulers import named_scheduler
 from hf_ddpm.timesteps import FILE, SearchedTimesteps, read_searched, write_searched
 
 SOLVERS = ("dpmsolver++", "ddim")

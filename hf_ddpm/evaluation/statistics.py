@@ -9,12 +9,9 @@ floor       the distance between two sets of real images: what a model would get
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -29,13 +26,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hf_ddpm._version import __version__
-from hf_ddpm.data.cache import ImageCache, MicroBatches, load_images
-from hf_ddpm.data.sources import Source, find_source
+from hf_ddpm.data.batches import MicroBatches
+from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.sources import find_source
+from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import Moments
 from hf_ddpm.evaluation.features import FeatureNetwork, features_of
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import flush_folder, write_flushed
-from hf_ddpm.training.config import TrainingConfig
 
 FORMAT = 1
 NUM_FEATURES = 10_000  # rows kept for distances that need the features themselves
@@ -95,7 +94,7 @@ def warnings_of(count: int, network: FeatureNetwork) -> list[str]:
 
 
 def make_reference(
-    config: TrainingConfig,
+    config: DataConfig,
     split: str,
     network: FeatureNetwork,
     out: str | Path,
@@ -142,7 +141,7 @@ def make_reference(
     return reference
 
 
-def about_images(images: ImageCache, config: TrainingConfig, split: str, oblong: str = "center") -> dict[str, Any]:
+def about_images(images: ImageCache, config: DataConfig, split: str, oblong: str = "center") -> dict[str, Any]:
     """What decides the images of a split; `oblong` says how those that are not square are cropped."""
     return {
         "name": find_source(config).name,
@@ -205,57 +204,6 @@ def real_floor(reference: Reference, other: Reference | None = None) -> tuple[St
         raise UsageError(f"halves need at least 4 features, got {len(reference.features)}: give another split")
     first, second = (reference.features[start::2].contiguous() for start in (0, 1))
     return Statistics(Moments.of(first), first), Statistics(Moments.of(second), second)
-
-
-@contextlib.contextmanager
-def open_split(config: TrainingConfig, split: str, option: str = "split") -> Iterator[ImageCache]:
-    """The images of a split, as `load_images` gives those of `train`; they may be gone afterwards.
-
-    Args:
-        option: what the user named the split by, for errors.
-
-    Raises: UsageError as `load_images`, or if there is no such split.
-    """
-    if not re.fullmatch(r"\w+([.-]\w+)*", split):
-        raise UsageError(f"{option} must be a name such as train or test, got {split!r}")
-    source = find_source(config)
-    if split == "train":
-        yield load_images(config)
-    elif source.kind in ("images", "saved"):
-        # Both keep a split in a folder of its name.
-        root = Path(config.dataset_name or config.train_data_dir or "").expanduser()
-        folder = root / split
-        if not folder.is_dir():
-            raise UsageError(f"{option} must be in {source.option} as a folder, got {split!r} of {source.name!r}")
-        if option != "split" and source.kind == "images" and source.folder == root:
-            raise UsageError(
-                f"{option} must be held out, got {split!r} of {source.name!r}, all of which is trained on: put the "
-                "others in a folder `train` beside it"
-            )
-        kind = "train_data_dir" if source.kind == "images" else "dataset_name"
-        folders = {"dataset_name": None, "train_data_dir": None, kind: str(folder)}
-        yield load_images(replace(config, **folders))
-    elif source.kind == "digits":
-        raise UsageError(f"{option} must be train, which is all that digits has, got {split!r}")
-    else:
-        with tempfile.TemporaryDirectory(prefix="hf_ddpm-", ignore_cleanup_errors=True) as temporary:
-            saved = Path(temporary) / "split"
-            _load_split(source, config, split, option).save_to_disk(saved)
-            settings = {"dataset_name": str(saved), "dataset_config_name": None, "cache_dir": temporary}
-            yield load_images(replace(config, **settings))
-
-
-def _load_split(source: Source, config: TrainingConfig, split: str, option: str) -> Any:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    path = source.name if source.folder is None else str(source.folder)
-    try:
-        return datasets.load_dataset(path, config.dataset_config_name, split=split, cache_dir=config.cache_dir)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise UsageError(
-            f"{option} must be one of {source.option} {source.name!r}, got {split!r}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _batches(images: ImageCache, batch_size: int) -> Iterator[Tensor]:

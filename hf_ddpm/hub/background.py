@@ -9,8 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from hf_ddpm.hub.upload import PushError, commit, create, stage
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.hub.upload import commit, create, stage
+from hf_ddpm.runtime.errors import PushError, UsageError
 
 PAUSES_SECONDS = (15.0, 60.0, 240.0, 900.0)  # between the attempts of one push
 

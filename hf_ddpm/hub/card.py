@@ -28,13 +28,11 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_ddpm.hub.readme import BEGIN, END, REFERENCE, merged, named_repository
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import weights_sha256, write_atomically
+from hf_ddpm.runtime.files import in_a_line, read_mapping, weights_sha256, write_atomically
 from hf_ddpm.timesteps import read_searched
 
-BEGIN = "<!-- hf_ddpm: from here to its end, this is written anew with each measurement and each upload -->"
-END = "<!-- hf_ddpm: end -->"
-REFERENCE = "reference_sha256"  # in the arguments of each metric of ours
 # Those of https://huggingface.co/docs/hub/repositories-licenses that data may have; the Hub rejects any other word.
 LICENSE = re.compile(
     r"apache-2\.0|mit|isc|zlib|unlicense|bsd(-[23]-clause)?|[al]?gpl-3\.0|gpl-2\.0|mpl-2\.0|gfdl|c-uda|cc0-1\.0"
@@ -83,45 +81,6 @@ def _damage_said(what: str, remedy: str) -> Iterator[None]:
         raise UsageError(f"{what}: {error!r}{remedy}") from error
 
 
-def merged(before: str, card: str) -> str:
-    """The README `before` with the part between BEGIN and END, and the results, of `card`.
-
-    Its other metadata stay, and are completed; a README without the two lines gets them at its end.
-    """
-    if not before.strip():
-        return card
-    theirs: Any = ModelCard(before, ignore_metadata_errors=True)
-    ours: Any = ModelCard(card)
-    part = _marked(ours.text)
-    assert part is not None
-    known = _marked(theirs.text)
-    rest = theirs.text.replace(BEGIN, "").replace(END, "")  # one of them alone
-    text = theirs.text.replace(known, part) if known else f"{rest.rstrip()}\n\n{part}\n"
-    old, new = theirs.data.to_dict(), ours.data.to_dict()
-    tags = list(dict.fromkeys([*(old.get("tags") or []), *(new.get("tags") or [])]))
-    foreign = [r for r in theirs.data.eval_results or [] if REFERENCE not in (r.metric_args or {})]
-    results = foreign + (ours.data.eval_results or [])
-    measured = {key: new[key] for key in ("datasets", "base_model") if key in new}
-    data = {**new, **old, **measured, "tags": tags}
-    data = {key: value for key, value in data.items() if key not in ("model-index", "model_name")}
-    name = getattr(theirs.data, "model_name", None) or getattr(ours.data, "model_name", None)
-    theirs.data = ModelCardData(**data, eval_results=results or None, model_name=name if results else None)
-    theirs.text = text
-    return str(theirs)
-
-
-def own_text(readme: str) -> str:
-    """What of a README is its author's: neither metadata nor ours."""
-    text = ModelCard(readme, ignore_metadata_errors=True).text if readme.strip() else ""
-    return text.replace(_marked(text) or "", "").strip()
-
-
-def _marked(text: str) -> str | None:
-    first = text.find(BEGIN)
-    last = text.find(END, first + 1)
-    return text[first : last + len(END)] if 0 <= first < last else None
-
-
 def read_evaluation(folder: Path) -> list[dict[str, Any]]:
     """The results in evaluation.json; none if they are of other weights than those in `folder`."""
     evaluation = read_mapping(folder / "evaluation.json")
@@ -132,12 +91,6 @@ def read_evaluation(folder: Path) -> list[dict[str, Any]]:
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json; empty if there is none."""
     return read_mapping(folder / "run.json")
-
-
-def named_repository(readme: str) -> str | None:
-    """What the examples of a card load; None if it has none of ours."""
-    found = re.search(r'from_pretrained\((".+?")', _marked(readme) or "")
-    return json.loads(found[1]) if found else None
 
 
 def result_cells(row: Mapping[str, Any]) -> dict[str, str]:
@@ -303,24 +256,6 @@ def _template() -> str:
     """Package data of an installed wheel; in a checkout, the folder beside the package."""
     places = (resources.files("hf_ddpm") / "model_card", Path(__file__).resolve().parents[2] / "model_card")
     return next(place / "template.md" for place in places if (place / "template.md").is_file()).read_text("utf-8")
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A mapping in YAML or JSON; empty if the run did not write it. Raises: UsageError if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{path.name} cannot be read: {in_a_line(error)}: correct it") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path.name} cannot be read: it must be a mapping, got {content!r}: correct it")
-    return content
-
-
-def in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:

@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, SpaceCard, SpaceCardData
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from hf_ddpm.hub.card import named_repository
+from hf_ddpm.hub.readme import named_repository
 from hf_ddpm.hub.upload import explained
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import write_atomically

@@ -29,14 +29,13 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from hf_ddpm.hub.card import in_a_line, merged, own_text, read_mapping, write_card
+from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.download import hub_error, status_of
-from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import weights_sha256, write_atomically
+from hf_ddpm.hub.readme import merged, own_text
+from hf_ddpm.runtime.errors import PushError, UsageError
+from hf_ddpm.runtime.files import in_a_line, read_mapping, read_metrics, weights_sha256, write_atomically
 from hf_ddpm.runtime.run_files import EVALUATION_PICTURES
 from hf_ddpm.timesteps import FILE as SEARCHED
-from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.metrics import read_metrics
 
 # Patterns of `glob`, anchored at the run's folder: no checkpoint, log, optimizer state or pickle has such a name.
 UPLOADED = (
@@ -57,18 +56,6 @@ MAX_CONFLICTS = 3
 LOCAL_ERRORS = (LookupError, TypeError, AttributeError, FileNotFoundError, PermissionError, IsADirectoryError)
 NO_TOKEN = "there is no token: hf auth login, or HF_TOKEN in the environment"
 KEPT_README = "README.md was edited on the Hub, too: it keeps the text that was written there"
-
-
-class PushError(OSError):
-    """A push that failed; the message says what to do.
-
-    Args:
-        is_passing: whether the same push may succeed later.
-    """
-
-    def __init__(self, message: str, is_passing: bool = False):
-        super().__init__(message)
-        self.is_passing = is_passing
 
 
 @dataclass(frozen=True)
@@ -147,26 +134,6 @@ def create(api: HfApi, repo_id: str, public: bool) -> str:
                 is_passing=False,
             )
         return name
-
-
-def repository_of(config: TrainingConfig) -> tuple[str, str | None, str]:
-    """Name, token and branch of a run's repository."""
-    return config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_token, config.hub_revision
-
-
-def create_for_run(config: TrainingConfig, say: Callable[[str], None]) -> None:
-    """Makes the repository before a run begins.
-
-    Raises:
-        UsageError: the Hub will not take the run. That it cannot be reached now is said only.
-    """
-    repo_id, token, _ = repository_of(config)
-    try:
-        create(HfApi(token=token), repo_id, public=not config.hub_private_repo)
-    except PushError as error:
-        if not error.is_passing:
-            raise UsageError(f"push_to_hub cannot work: {error}") from None
-        say(f"nothing can be pushed to {repo_id} yet, training begins nonetheless: {error}")
 
 
 def progress_of(folder: Path) -> str:

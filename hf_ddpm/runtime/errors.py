@@ -9,3 +9,15 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had to end: the message says why, and how it goes on."""
+
+
+class PushError(OSError):
+    """A push that failed; the message says what to do.
+
+    Args:
+        is_passing: whether the same push may succeed later.
+    """
+
+    def __init__(self, message: str, is_passing: bool = False):
+        super().__init__(message)
+        self.is_passing = is_passing

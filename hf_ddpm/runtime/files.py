@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_ddpm.runtime.errors import UsageError
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -101,3 +108,36 @@ def weights_sha256(folder: Path) -> str | None:
             if files := sorted(place.glob(f"diffusion_pytorch_model{pattern}")):
                 return sha256(*files)
     return None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of the file; one that a killed run left unfinished is no line."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Leaves the lines up to `last_step`; those after it are written again."""
+    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A mapping in YAML or JSON; empty if the run did not write it. Raises: UsageError if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path.name} cannot be read: {in_a_line(error)}: correct it") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path.name} cannot be read: it must be a mapping, got {content!r}: correct it")
+    return content
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())

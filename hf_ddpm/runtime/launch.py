@@ -11,12 +11,10 @@ import os
 import re
 import signal
 import sys
-from importlib import import_module
 
 import psutil
 
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.processes import share_cores
 from hf_ddpm.runtime.signals import LAUNCHER_ENDED
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -64,14 +62,3 @@ def hide(secret: str | None) -> None:
     """Takes it out of the command line, which trackers record."""
     if secret:
         sys.argv = [argument.replace(secret, "...") for argument in sys.argv]
-
-
-def run_command(command: str, module: str) -> None:
-    """`hf-ddpm COMMAND`, as `accelerate launch -m MODULE` starts it: in each of the processes."""
-    try:
-        start_missing_processes()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    follow_launcher()
-    share_cores()
-    import_module("hf_ddpm.cli").app([command, *sys.argv[1:]], prog_name=module)  # which knows this module

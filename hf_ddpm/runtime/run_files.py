@@ -2,59 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_ddpm.runtime.errors import UsageError
-
 if TYPE_CHECKING:
-    from hf_ddpm.training.config import TrainingConfig
+    pass
 
 
 # Of `hf-ddpm evaluate`: results and pictures of the weights that evaluation.json names.
 EVALUATION_PICTURES = ("steps.png", "seconds.png", "bound.png", "memorization.png")
-
-
-def check_output_dir(config: TrainingConfig) -> None:
-    """Raises UsageError if `output_dir` holds another run, or there is nothing to resume from."""
-    folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output_dir must be a folder, got {config.output_dir!r}, which is a file")
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(existing, os.W_OK) or not existing.is_dir():
-        raise UsageError(f"output_dir must be a folder that can be written, got {config.output_dir!r}: see {existing}")
-    checkpoints = checkpoint_names(folder)
-    wanted = config.resume_from_checkpoint
-    if wanted is not None:
-        if config.overwrite_output_dir:
-            raise UsageError("overwrite_output_dir would delete the checkpoint to resume from: give one of the two")
-        if not checkpoints and (folder / "run.json").exists():
-            raise UsageError(
-                f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds a finished run without "
-                "checkpoints: choose another folder, or --overwrite_output_dir to delete it"
-            )
-        if not checkpoints and not (folder / "config.yaml").is_file() and run_files(folder):
-            raise UsageError(
-                f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds a model of no run that could "
-                "go on, and a new one would replace it: choose another folder, or --overwrite_output_dir instead"
-            )
-        if checkpoints and not (folder / "config.yaml").is_file():
-            raise UsageError(f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds no config.yaml")
-        if wanted != "latest" and Path(wanted).name not in checkpoints:
-            names = " or ".join(["latest", *checkpoints])
-            raise UsageError(f"resume_from_checkpoint must be {names}, got {wanted!r}")
-        if wanted != "latest" and Path(wanted).name != checkpoints[-1]:
-            raise UsageError(
-                f"resuming from {wanted!r} would leave {checkpoints[-1]}, of another course of the run, the latest: "
-                "move the newer checkpoints away first"
-            )
-    elif not config.overwrite_output_dir and not config.dry_run and run_files(folder):
-        raise UsageError(
-            f"output_dir {config.output_dir!r} already holds a run: choose another, "
-            "--resume_from_checkpoint latest to go on with it, or --overwrite_output_dir to delete it"
-        )
 
 
 def checkpoint_names(folder: Path) -> list[str]:

@@ -24,14 +24,8 @@ from tqdm import tqdm
 from hf_ddpm.figures import grid
 from hf_ddpm.runtime.files import weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.sampling.sampler import (
-    FORWARD_BATCH,
-    default_scheduler,
-    forward_batch_of,
-    iter_samples,
-    load_for_sampling,
-    share,
-)
+from hf_ddpm.sampling.sampler import FORWARD_BATCH, forward_batch_of, iter_samples, load_for_sampling, share
+from hf_ddpm.sampling.schedulers import default_scheduler
 
 FORMATS = ("png", "parquet", "npz")
 GRID_IMAGES = 64

@@ -18,21 +18,17 @@ The last bits of an image depend on how many images a forward pass has: PyTorch 
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.network import compiled
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.runtime.launch import run_command
-from hf_ddpm.scheduler import DDPMScheduler, all_values, converted
+from hf_ddpm.runtime.devices import _best_device, checked_device
+from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,92 +37,6 @@ DTYPES = ("fp32", "bf16")
 # From 16 images on PyTorch chooses a CPU's 1x1 convolution without regard to the number of threads, which differs
 # between one process and several; from 64 on diffusers lays out what it enlarges in another way.
 FORWARD_BATCH = 16
-SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
-# Of the solvers, of which UniPC is the default: benchmarks/solvers.md.
-DEFAULT_STEPS = 20
-SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-
-
-def default_scheduler(
-    config: Any,
-    searched: Mapping[tuple[str, int], Any] | None = None,
-    num_inference_steps: int | None = None,
-) -> str:
-    """The name of the scheduler that samples a model best in few steps.
-
-    Args:
-        config: of the model's scheduler.
-        searched: `SearchedTimesteps` by solver and number of steps. UniPC takes no timesteps, and gives way to those
-            of DPM-Solver++ whose images are nearer to those of many steps than its own.
-        num_inference_steps: default: DEFAULT_STEPS.
-    """
-    if config["prediction_type"] == "previous_sample" or not _is_solvable(config):
-        return "ddpm"
-    found = (searched or {}).get(("dpmsolver++", num_inference_steps or DEFAULT_STEPS))
-    return "dpmsolver++" if found is not None and found.is_nearer_than_unipc else "unipc"
-
-
-def _is_solvable(config: Any) -> bool:
-    betas = config.get("trained_betas")
-    return config["beta_schedule"] in SOLVABLE_SCHEDULES and (betas is None or betas[-1] < 1)
-
-
-def default_steps(scheduler: str, num_train: int) -> int:
-    """All T = `num_train` of `ddpm`, DEFAULT_STEPS of a solver, or T if that is less."""
-    return num_train if scheduler == "ddpm" else min(DEFAULT_STEPS, num_train)
-
-
-def named_scheduler(name: str, config: Any, num_inference_steps: int | None = None) -> Any:
-    """The scheduler called `name` for a model whose scheduler has this config.
-
-    Args:
-        num_inference_steps: what it will be used with; default: T.
-
-    Raises:
-        ValueError: no such name, or a step denoiser, which only `ddpm` can sample.
-    """
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
-    ddpm = converted(config)
-    if name == "ddpm":
-        return ddpm
-    config = all_values(ddpm.config)
-    if config["prediction_type"] == "previous_sample":
-        raise ValueError(
-            f"scheduler must be 'ddpm' for a step denoiser (prediction_type='previous_sample'), got {name!r}"
-        )
-    # The solvers' linspace is exact for each n < T and repeats timesteps for n = T, where trailing is exact. They
-    # slice a learned variance off as if images had three channels; the pipeline has already dropped it.
-    if not _is_solvable(config):
-        ends = "" if config["trained_betas"] is None else " with trained_betas that end in 1"
-        raise ValueError(
-            f"scheduler must be 'ddpm' for the noise schedule {config['beta_schedule']!r}{ends}, got {name!r}"
-        )
-    uses_all = num_inference_steps in (None, config["num_train_timesteps"])
-    spacing = "trailing" if uses_all else "linspace"
-    # A model that was saved with a solver has settings of its own there (final_sigmas_type, use_karras_sigmas, ...).
-    of_model = {key: config[key] for key in inspect.signature(DDPMScheduler.__init__).parameters if key in config}
-    exact = {**of_model, "timestep_spacing": spacing, "variance_type": None}
-    # They do not know clip_sample, without which an error of eps_hat at T-1 is multiplied by thousands in x_0_hat.
-    # Their thresholding is clipping if that is up to 1, and here for any limit. A model's own overrides clip_sample.
-    clips, limit = config["clip_sample"] and not config["thresholding"], config["clip_sample_range"]
-    if clips:
-        exact |= {"thresholding": True, "sample_max_value": limit}
-    solver = {"algorithm_type": "dpmsolver++", "solver_order": 1 if name == "ddim" else 2}
-    scheduler: Any = (
-        UniPCMultistepScheduler.from_config(exact)
-        if name == "unipc"
-        else DPMSolverMultistepScheduler.from_config({**exact, **solver})
-    )
-    if clips:
-        # For 1 the same bits without the quantile of all pixels, which is looked for at each step and held to 1.
-        scheduler._threshold_sample = partial(_clip, limit=limit)
-    return scheduler
-
-
-def _clip(x_0_hat: Tensor, limit: float) -> Tensor:
-    """To [-limit, limit]; what is not finite is NaN, so that the image is refused."""
-    return torch.where(x_0_hat.isfinite(), x_0_hat.clamp(-limit, limit), math.nan)
 
 
 def load_for_sampling(
@@ -236,23 +146,6 @@ def forward_batch_of(device: torch.device, batch_size: int) -> int:
     return FORWARD_BATCH if device.type == "cpu" else batch_size
 
 
-def checked_device(device: str | torch.device) -> torch.device:
-    """Raises: ValueError if torch has no such device here."""
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without it
-        reason = " ".join(str(error).split())
-        raise ValueError(f"device must be one that torch finds here, as cpu, got {str(device)!r}: {reason}") from error
-    return place
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def seeded_generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
     """One generator for each image, on its device; on the CPU for MPS, where noise is not reproducible."""
     place = torch.device("cpu") if device.type == "mps" else device
@@ -326,7 +219,3 @@ def sample_shared(
     )
     gathered: Any = accelerator.gather(images.to(accelerator.device))
     return gathered.cpu()[:count]
-
-
-if __name__ == "__main__":
-    run_command("sample", __spec__.name)

@@ -27,17 +27,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_ddpm.network import size_unit
+from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import RunError, UsageError
-from hf_ddpm.runtime.run_files import check_output_dir, checkpoint_names
+from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.scheduler import MAX_TERMINAL_ALPHA_BAR
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import local
 from hf_ddpm.training.checkpoint import Progress, checkpoint_bytes
+from hf_ddpm.training.checks import check_output_dir
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loader import fetch, open_batches, why_none
 from hf_ddpm.training.metrics import Meter
 from hf_ddpm.training.posthoc import TRACKED_STDS
-from hf_ddpm.training.report import device_name
 from hf_ddpm.training.run import Run, say
 
 # In the first of them torch sets memory aside, and compiles.

@@ -16,7 +16,8 @@ from hf_ddpm.hub.download import find_model
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.scheduler import DDPMScheduler, converted
 from hf_ddpm.training.checks import check_config
-from hf_ddpm.training.config import OF_INIT_FROM, TrainingConfig, load_config
+from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
+from hf_ddpm.training.parsing import load_config
 
 
 def take_over(config: TrainingConfig) -> TrainingConfig:
@@ -30,7 +31,7 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
     saved = Path(config.output_dir) / "config.yaml"
     if config.resume_from_checkpoint is not None and saved.is_file():
         before = load_config(str(saved))
-        known = {name: getattr(before, name) for name in (*OF_INIT_FROM, "resolution", "channels")}
+        known = {name: getattr(before, name) for name in (*SCHEDULER_SETTINGS, "resolution", "channels")}
     else:
         known = _settings_of(config.init_from)
     default = TrainingConfig()
@@ -65,14 +66,14 @@ def _settings_of(model: str) -> dict[str, Any]:
             f"{stored.get('_class_name')} and {'betas of its own' if 'beta_schedule' in stored else 'none'}"
         )
     hints = get_type_hints(TrainingConfig)
-    for ours, theirs in OF_INIT_FROM.items():
+    for ours, theirs in SCHEDULER_SETTINGS.items():
         choices = [choice for choice in get_args(hints[ours]) if isinstance(choice, str)]
         if choices and (stored.get(theirs) or choices[0]) not in choices:
             raise UsageError(
                 f"init_from needs a model whose {theirs} is one of {', '.join(choices)}, got {stored[theirs]!r}"
             )
     scheduler = converted(stored)
-    known = {ours: scheduler.config[theirs] for ours, theirs in OF_INIT_FROM.items()}
+    known = {ours: scheduler.config[theirs] for ours, theirs in SCHEDULER_SETTINGS.items()}
     if known["ddpm_beta_schedule"] == "squaredcos_cap_v2":  # which has no ends to choose
         del known["ddpm_beta_start"], known["ddpm_beta_end"]
     network: Any = UNet2DModel.load_config(folder / "unet" if (folder / "unet").is_dir() else folder)

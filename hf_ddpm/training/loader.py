@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hf_ddpm.data.cache import MicroBatches, epoch_order
+from hf_ddpm.data.batches import MicroBatches, epoch_order
 from hf_ddpm.data.decoding import name_of
 from hf_ddpm.data.shard_batches import NUM_PLACE_COLUMNS, StreamBatches
 from hf_ddpm.data.shards import ImageStream

@@ -27,7 +27,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ddpm.data.cache import to_x_0
+from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError
@@ -41,17 +41,11 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.dry_run import show_dry_run
 from hf_ddpm.training.loader import fetch, gathered_stream, image_names, open_batches, read_on, why_none
 from hf_ddpm.training.metrics import Meter, MetricsFile
-from hf_ddpm.training.outputs import (
-    finish,
-    push_finished,
-    save_model,
-    save_preview,
-    save_snapshot,
-    start_push,
-    try_to_track,
-    write_measurement,
-)
-from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, say
+from hf_ddpm.training.previews import save_preview, write_measurement
+from hf_ddpm.training.publishing import push_finished, start_push
+from hf_ddpm.training.report import finish
+from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, say, try_to_track
+from hf_ddpm.training.saving import save_model, save_snapshot
 from hf_ddpm.training.setup import claim, set_up
 
 # The others wait while one process decodes the images, or writes the report.
@@ -72,7 +66,7 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
     """
     started = time.monotonic()
     check_config(config)
-    check_source(config)
+    check_source(config, config.output_dir)
     # A second run in one process, of a notebook, may ask for another precision.
     AcceleratorState._reset_state()
     output_dir = Path(config.output_dir)

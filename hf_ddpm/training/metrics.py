@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_ddpm.runtime.files import append_lines, write_atomically
+from hf_ddpm.runtime.files import append_lines, read_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,18 +83,3 @@ class MetricsFile:
             return str(error)
         self.waiting = []
         return None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of the file; one that a killed run left unfinished is no line."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
-
-
-def cut_metrics(path: Path, last_step: int) -> None:
-    """Leaves the lines up to `last_step`; those after it are written again."""
-    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -32,7 +32,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def make_optimizer(unet: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """The optimizer of a run: fused AdamW, of all or of what is not Muon's."""
     adam: dict[str, Any] = {
-        "lr": config.learning_rate,
+        "lr": config.peak_learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
         "eps": config.adam_epsilon,

@@ -6,7 +6,6 @@ The card is written from the files of `output_dir` alone, so that each of its nu
 from __future__ import annotations
 
 import json
-import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_ddpm import figures
-from hf_ddpm.data.cache import ImageCache, to_x_0
+from hf_ddpm.data.batches import to_x_0
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.shards import ImageStream
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.runtime.files import write_atomically
+from hf_ddpm.runtime.devices import device_name
+from hf_ddpm.runtime.errors import RunError, UsageError
+from hf_ddpm.runtime.files import read_metrics, write_atomically
 from hf_ddpm.sampling.sampler import seeded_generators
+from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.metrics import read_metrics
+from hf_ddpm.training.previews import _preview_scheduler, _preview_steps, save_preview
+from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run
+from hf_ddpm.training.saving import HALFLIFE, _averaged_unet, save_model
 from hf_ddpm.training.sharding import autocast
 from hf_ddpm.training.validation import draw_course
 
@@ -91,20 +96,6 @@ def write_report(
         raise
 
 
-def device_name(device: torch.device) -> str:
-    """The processor that trained, as its maker calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpuinfo.is_file():
-        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return (
-        f"{name}, {torch.get_num_threads()} threads per process" if device.type == "cpu" else f"{device.type} {name}"
-    )
-
-
 def _draw_loss(output_dir: Path) -> None:
     records = [r for r in read_metrics(output_dir / "metrics.jsonl") if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
@@ -156,3 +147,34 @@ def _spread(total: int, count: int) -> list[int]:
     """At most `count` whole numbers from 0 to total - 1, evenly."""
     count = min(count, total)
     return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def finish(run: Run, progress: Progress) -> DDPMPipeline:
+    """Writes what a finished run leaves; a run that is finished already writes the same again."""
+    config, output_dir = run.config, run.output_dir
+    saved = [save_model(run, run.average, output_dir)]
+    for name, average in list(run.state.ema.averages.items() if run.state.ema is not None else ())[1:]:
+        if name.startswith(HALFLIFE):
+            saved.append(save_model(run, average, output_dir / "ema" / name))
+    if not run.processes.only_first(lambda: all(saved)):
+        raise RunError(f"the model could not be written, its last checkpoint is whole. {FREE_SPACE}; {FINISHES}")
+    samples = save_preview(run, progress.step)
+    averaged: Any = _averaged_unet(run, run.average)
+    pipeline = DDPMPipeline(averaged.to(run.accelerator.device), DDPMScheduler.from_config(run.scheduler.config))
+
+    def write() -> None:
+        samples.save(output_dir / "figures" / "samples.png")
+        sampled = {
+            "scheduler": type(_preview_scheduler(run)).__name__,
+            "num_inference_steps": _preview_steps(run),
+            "seed": 0,
+            "ema": config.use_ema,
+        }
+        write_report(config, pipeline, run.images, progress, run.global_batch_size, sampled, run.accelerator)
+
+    try:
+        run.processes.only_first(write)
+    except (OSError, UsageError) as error:  # the latter of a file that somebody edits, with its own remedy
+        remedy = "" if isinstance(error, UsageError) else f". {FREE_SPACE}"
+        raise RunError(f"the report could not be written: {error}{remedy}; {FINISHES}") from error
+    return pipeline

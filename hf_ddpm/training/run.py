@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -78,3 +79,21 @@ def say(processes: Processes, text: str) -> None:
     """Once, above the progress bar."""
     if processes.rank == 0:
         tqdm.write(text, file=sys.stderr)
+
+
+def try_to_write(run: Run, write: Callable[[], None]) -> bool:
+    """Whether it could be written. Without it the run can go on, so it does where the disk is full."""
+    try:
+        write()
+        return True
+    except (OSError, SafetensorError) as error:
+        say(run.processes, f"a file could not be written, the run goes on: {error}. {FREE_SPACE}")
+        return False
+
+
+def try_to_track(run: Run, track: Callable[[], None]) -> None:
+    """Trackers raise what they like: nothing that happens in one may end a training."""
+    try:
+        track()
+    except Exception as error:
+        say(run.processes, f"a tracker failed, the run goes on: {error!r}")

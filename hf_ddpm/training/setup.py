@@ -16,7 +16,6 @@ from diffusers.optimization import get_scheduler
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.shards import ImageStream, open_stream
 from hf_ddpm.hub.background import Pusher
-from hf_ddpm.hub.upload import create_for_run, repository_of
 from hf_ddpm.network import compiled, make_unet
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError
@@ -25,12 +24,15 @@ from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import EMA, edm_decay, halflife_from_decay, ramped_decay
 from hf_ddpm.training.checkpoint import Progress, TrainingState, find_checkpoint, load_checkpoint, read_progress
-from hf_ddpm.training.config import TrainingConfig, check_same_run
+from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.finetuning import load_weights, network_of, take_over
+from hf_ddpm.training.folder import prepare_output
 from hf_ddpm.training.optimizer import make_optimizer
-from hf_ddpm.training.outputs import HALFLIFE, prepare_output
+from hf_ddpm.training.parsing import check_same_run
 from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
+from hf_ddpm.training.publishing import create_for_run, repository_of
 from hf_ddpm.training.run import FREE_SPACE, Run, say
+from hf_ddpm.training.saving import HALFLIFE
 from hf_ddpm.training.sharding import AUTOCAST
 from hf_ddpm.training.validation import check_course, open_monitor
 
@@ -101,7 +103,19 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
         network = checkpoint / "unet"
     elif config.init_from is not None:
         network = network_of(config.init_from)
-    new_unet = make_unet(config, images.channels, images.resolution, images.num_classes, network)
+    new_unet = make_unet(
+        images.channels,
+        images.resolution,
+        images.num_classes,
+        model_config=config.model_config_name_or_path if network is None else str(network),
+        variance_type=config.variance_type,
+        dropout=None if config.model_config_name_or_path or config.init_from else config.dropout,
+        seed=config.seed,
+    )
+    if config.gradient_checkpointing:
+        new_unet.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        new_unet.enable_xformers_memory_efficient_attention()
     if network is not None and checkpoint is None:
         load_weights(new_unet, network)
     optimizer = make_optimizer(new_unet, config)
@@ -125,7 +139,7 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
         say(
             processes,
             f"lr_warmup_steps should be less than the {num_steps} steps of the run, got {config.lr_warmup_steps}: "
-            f"the learning rate never reaches {config.learning_rate:g}",
+            f"the learning rate never reaches {config.peak_learning_rate:g}",
         )
     run = Run(
         config=config,
@@ -148,7 +162,7 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
         ),
         monitor=monitor,
         pusher=None,
-        schedule=lambda images_seen: config.learning_rate * lr_factor(images_seen / schedule_batch_size),
+        schedule=lambda images_seen: config.peak_learning_rate * lr_factor(images_seen / schedule_batch_size),
         decays=decays,
         total_images=total_images,
         global_batch_size=global_batch_size,
@@ -296,7 +310,7 @@ def _resolve(config: TrainingConfig, images: ImageCache | ImageStream, mixed_pre
 def _lr_factor(config: TrainingConfig, num_steps: int) -> Any:
     """diffusers' schedule as a function of the optimizer step: nothing steps it, so nothing can step it too often."""
     # `polynomial` ends at a rate of its own, which it divides by this one.
-    unused = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    unused = torch.optim.SGD([torch.zeros(1)], lr=config.peak_learning_rate)
     schedule = get_scheduler(
         config.lr_scheduler, unused, num_warmup_steps=config.lr_warmup_steps, num_training_steps=num_steps
     )
@@ -322,5 +336,6 @@ def _decays(config: TrainingConfig, schedule_batch_size: int) -> Callable[[int, 
 
 
 def _tracked(config: TrainingConfig) -> dict[str, Any]:
-    settings = {k: v for k, v in asdict(config).items() if k != "hub_token"}
+    settings = {**asdict(config), "learning_rate": config.peak_learning_rate}
+    del settings["hub_token"]
     return {k: v if isinstance(v, int | float | str) else "" if v is None else str(v) for k, v in settings.items()}

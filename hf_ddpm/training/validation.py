@@ -19,18 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.cache import ImageCache, epoch_order, to_x_0
+from hf_ddpm.data.batches import epoch_order, to_x_0
+from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
-from hf_ddpm.evaluation.statistics import open_split
 from hf_ddpm.figures import curve
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import read_metrics
 from hf_ddpm.runtime.seeds import image_generators
 from hf_ddpm.sampling.sampler import sample_images
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.metrics import read_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -18,7 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_ddpm.data import cache, decoding
-from hf_ddpm.data.cache import MicroBatches, epoch_order, load_images, open_dataset, to_x_0
+from hf_ddpm.data.batches import MicroBatches, epoch_order, to_x_0
+from hf_ddpm.data.cache import load_images, open_dataset
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
@@ -630,20 +631,20 @@ def test_sources_that_cannot_be_meant(settings: dict[str, Any], message: str) ->
 def test_folders_without_images(folder: Path) -> None:
     (folder / "a.txt").write_text("")
     with pytest.raises(UsageError, match=r"folder of images or parquet files, got .*photos"):
-        check_source(config_of(folder))
+        check_source(config_of(folder), config_of(folder).output_dir)
     (folder / "a.parquet").write_text("")
-    check_source(config_of(folder))
+    check_source(config_of(folder), config_of(folder).output_dir)
     with pytest.raises(UsageError, match=r"folder of images \(parquet files: --dataset_name\), got .*photos"):
         check_source(config_of(None, train_data_dir=str(folder)))
     save_grays(folder, 1)
     with pytest.raises(UsageError, match=r"got both in .*photos.*name a sub-folder"):
-        check_source(config_of(folder))
+        check_source(config_of(folder), config_of(folder).output_dir)
 
 
 def test_saved_dict_without_train(folder: Path) -> None:
     (folder / "dataset_dict.json").write_text('{"splits": ["dev"]}')
     with pytest.raises(UsageError, match=r"split `train`, got .*photos' with \['dev'\]"):
-        check_source(config_of(folder))
+        check_source(config_of(folder), config_of(folder).output_dir)
 
 
 def test_unknown_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

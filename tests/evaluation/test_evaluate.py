@@ -20,14 +20,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hf_ddpm.cli import app
-from hf_ddpm.data.cache import epoch_order, load_images
+from hf_ddpm.data.batches import center_pixels, epoch_order
+from hf_ddpm.data.cache import load_images
 from hf_ddpm.evaluation import evaluate as module
 from hf_ddpm.evaluation import results as results_module
 from hf_ddpm.evaluation.distances import frechet_distance_from_features, kernel_distance
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.features import NETWORKS, load_network
 from hf_ddpm.evaluation.job import _choose_classes
-from hf_ddpm.evaluation.measure import center_pixels, measure_distances
+from hf_ddpm.evaluation.measure import measure_distances
 from hf_ddpm.evaluation.results import write_evaluation
 from hf_ddpm.evaluation.statistics import collect, make_reference
 from hf_ddpm.hub import card as cards
@@ -35,7 +36,8 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import sha256, weights_sha256
 from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
-from hf_ddpm.training.config import TrainingConfig, save_config
+from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.parsing import save_config
 from tests.support.networks import tiny_unet_config
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarning")

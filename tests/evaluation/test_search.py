@@ -21,7 +21,8 @@ from hf_ddpm.evaluation.search import (
 )
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.image_set import write_samples
-from hf_ddpm.sampling.sampler import load_for_sampling, named_scheduler, sample_images
+from hf_ddpm.sampling.sampler import load_for_sampling, sample_images
+from hf_ddpm.sampling.schedulers import named_scheduler
 from hf_ddpm.timesteps import FILE, SearchedTimesteps, read_searched, solver_name, write_searched
 
 T = 100

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import frechet_distance, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.evaluation.statistics import (
@@ -23,7 +24,6 @@ from hf_ddpm.evaluation.statistics import (
     collect,
     load_reference,
     make_reference,
-    open_split,
     real_floor,
     warnings_of,
 )

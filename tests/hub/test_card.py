@@ -17,7 +17,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 
 from hf_ddpm.hub import card as cards
-from hf_ddpm.hub.card import own_text, write_card
+from hf_ddpm.hub.card import write_card
+from hf_ddpm.hub.readme import own_text
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.training.config import TrainingConfig

@@ -23,10 +23,11 @@ pytest.importorskip("gradio")
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app as cli
 from hf_ddpm.hub import space
-from hf_ddpm.hub.card import BEGIN, END
+from hf_ddpm.hub.readme import BEGIN, END
+from hf_ddpm.hub.space_app import app
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.sampling.sampler import SCHEDULERS, default_scheduler, named_scheduler, sample_images
-from hf_ddpm.space import app
+from hf_ddpm.sampling.sampler import sample_images
+from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, named_scheduler
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import tiny_unet_config
 
@@ -220,7 +221,7 @@ def test_a_space_is_pushed_in_one_commit_and_says_what_is_left_to_do(tmp_path):
         from huggingface_hub import HfApi
         from hf_ddpm.runtime.errors import UsageError
         from hf_ddpm.hub.space import push_space
-        from hf_ddpm.hub.upload import PushError
+        from hf_ddpm.runtime.errors import PushError
         HfApi().create_repo("alice/open", private=False)
         HfApi().create_repo("alice/photos", private=True)
         def push(*names, **settings):

@@ -39,12 +39,12 @@ from hf_ddpm.evaluation.features import NETWORKS
 from hf_ddpm.hub import background as background_module
 from hf_ddpm.hub import card, upload
 from hf_ddpm.hub.background import Pusher
-from hf_ddpm.hub.upload import KEPT_README, Pushed, PushError, push
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.hub.upload import KEPT_README, Pushed, push
+from hf_ddpm.runtime.errors import PushError, UsageError
 from hf_ddpm.runtime.files import sha256
 from hf_ddpm.runtime.run_files import run_files
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
-from hf_ddpm.training import outputs
+from hf_ddpm.training import publishing
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from tests.evaluation.test_evaluate import CallOfInception
@@ -725,7 +725,7 @@ def test_files_that_cannot_be_copied_leave_none(background: Background):
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background_module, "PAUSES_SECONDS", (0.01,))
-    monkeypatch.setattr(outputs, "LAST_PAUSES_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(publishing, "LAST_PAUSES_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture

@@ -7,13 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_ddpm.objective import (
-    VARIATIONAL_BOUND_WEIGHT,
-    Objective,
-    _discretized_log_likelihood,
-    posterior_means,
-    variational_bound,
-)
+from hf_ddpm.bound import _discretized_log_likelihood, variational_bound
+from hf_ddpm.objective import VARIATIONAL_BOUND_WEIGHT, Objective, posterior_means
 from hf_ddpm.scheduler import DDPMScheduler
 
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction", "previous_sample"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ddpm.objective import variational_bound
+from hf_ddpm.bound import variational_bound
 from hf_ddpm.scheduler import DDPMScheduler
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "support/gaussian_diffusion_reference.json").read_text())

@@ -21,18 +21,10 @@ from hf_ddpm.cli import app
 from hf_ddpm.runtime import launch
 from hf_ddpm.sampling import image_set, sampler
 from hf_ddpm.sampling.image_set import write_samples
-from hf_ddpm.sampling.sampler import (
-    SCHEDULERS,
-    default_scheduler,
-    default_steps,
-    iter_samples,
-    load_for_sampling,
-    named_scheduler,
-    sample_images,
-    share,
-)
+from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling, sample_images, share
+from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps
-from tests.runs import processes
+from tests.support.runs import processes
 
 
 @pytest.fixture(autouse=True)
@@ -507,12 +499,12 @@ def test_missing_processes_are_started_for_a_module_too(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.execv", lambda _, arguments: started.append(arguments))
     monkeypatch.setattr("sys.argv", ["sampling.py", "model"])
-    line = ["accelerate", "launch", "--cpu", "--num_processes", "3", "-m", "hf_ddpm.sampling.sampler", "model"]
+    line = ["accelerate", "launch", "--cpu", "--num_processes", "3", "-m", "hf_ddpm", "model"]
     parent = type("Parent", (), {"cmdline": lambda self: line})()
     monkeypatch.setattr(launch.psutil.Process, "parent", lambda self: parent)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", sampler.__spec__)
     launch.start_missing_processes()
-    assert started[0][-4:] == ["3", "-m", "hf_ddpm.sampling.sampler", "model"]
+    assert started[0][-4:] == ["3", "-m", "hf_ddpm", "model"]
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     launch.start_missing_processes()
     assert started[1][-3:] == ["3", "sampling.py", "model"]

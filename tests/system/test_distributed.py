@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from hf_ddpm.training.config import TrainingConfig, load_config, save_config
+from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.parsing import load_config, save_config
 from tests.support.networks import tiny_unet_config
 from tests.support.runs import differences, said, start, trace
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
 from hf_ddpm.runtime.files import write_atomically
-from hf_ddpm.training.config import parse_config
+from hf_ddpm.training.parsing import parse_config
 from hf_ddpm.training.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import tiny_unet_config
@@ -86,7 +86,7 @@ def test_sharing_and_loading_as_they_are_told(tmp_path):
     code = f"""
         import shlex
         from hf_ddpm.cli import app
-        from hf_ddpm.training.config import parse_config
+        from hf_ddpm.training.parsing import parse_config
         from hf_ddpm.training.loop import train
         for line in {lines!r}:
             words = shlex.split(line)

@@ -22,8 +22,9 @@ from hf_ddpm.runtime.files import lock
 from hf_ddpm.runtime.seeds import seed_step
 from hf_ddpm.runtime.signals import LAUNCHER_ENDED, StopRequest
 from hf_ddpm.training.checkpoint import verify
-from hf_ddpm.training.config import TrainingConfig, save_config
+from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.parsing import save_config
 from tests.support.networks import tiny_unet_config
 from tests.support.runs import TWICE, WORKER, differences, said, start, trace
 

@@ -22,8 +22,9 @@ from hf_ddpm.training.checkpoint import (
     save_checkpoint,
     verify,
 )
-from hf_ddpm.training.config import TrainingConfig, save_config
+from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.parsing import save_config
 from tests.support.runs import differences
 
 ROOT = Path(__file__).parents[2]

@@ -19,12 +19,14 @@ from safetensors.torch import load_file
 
 import hf_ddpm.network
 from hf_ddpm import DDPMPipeline, DDPMScheduler
-from hf_ddpm.data.cache import MicroBatches, load_images, to_x_0
+from hf_ddpm.data.batches import MicroBatches, to_x_0
+from hf_ddpm.data.cache import load_images
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.seeds import image_generators
-from hf_ddpm.training.config import TrainingConfig, load_config
+from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.parsing import load_config
 from hf_ddpm.training.setup import _lr_factor
 from tests.support.networks import tiny_unet_config
 from tests.support.runs import differences
@@ -191,7 +193,7 @@ def test_lr_reaches_its_peak_and_its_end_in_optimizer_steps():
 def test_a_peak_that_is_not_reached_is_said(tiny_settings, capsys, warmup, is_said):
     train(TrainingConfig(**{**tiny_settings, "max_train_steps": 6, "lr_warmup_steps": warmup}))
     assert (f"6 steps of the run, got {warmup}: the learning rate never" in capsys.readouterr().err) == is_said
-    reached = max(line["lr"] for line in metrics(tiny_settings["output_dir"])) == TrainingConfig().learning_rate
+    reached = max(line["lr"] for line in metrics(tiny_settings["output_dir"])) == TrainingConfig().peak_learning_rate
     assert reached != is_said
 
 

@@ -1,0 +1,106 @@
+"""DataConfig: the settings that decide which images there are, and of what shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from hf_ddpm.runtime.files import read_mapping
+from hf_ddpm.runtime.settings import GIVEN, check_values, setting, typed_values
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how each becomes x_0."""
+
+    dataset_name: str | None = setting(
+        None,
+        "`digits` (ships with the package), a Hub id, a folder of images or of parquet files, or a folder saved by "
+        "`datasets`. Training runs the recipe `digits` with neither this nor `train_data_dir`, `config` or `recipe`.",
+        group="data",
+        resume="free",
+    )
+    train_data_dir: str | None = setting(
+        None, "A folder of images; instead of `dataset_name`.", group="data", resume="free"
+    )
+    resolution: int | None = setting(
+        None,
+        "The side of x_0 in pixels; default: the data's, if it is square and uniform.",
+        group="data",
+        resume="fixed",
+        at_least=1,
+    )
+    channels: Literal[1, 3, 4] | None = setting(
+        None,
+        "The channels of x_0: 1 for gray, 3 for RGB, 4 for RGBA; default: the data's.",
+        group="data",
+        resume="fixed",
+    )
+    label_column: str | None = setting(
+        None, "A column of classes: the model is then conditioned on them.", group="data", resume="fixed"
+    )
+    random_flip: bool = setting(
+        False, "Mirror half of the images; each epoch draws them anew.", group="data", resume="fixed"
+    )
+    center_crop: bool = setting(
+        False,
+        "Crop the middle of an oblong image; without it, a new random part each epoch.",
+        group="data",
+        resume="fixed",
+    )
+    image_column: str | None = setting(
+        None, "The column of images; needed only where there are several.", group="data", resume="free"
+    )
+    dataset_config_name: str | None = setting(
+        None,
+        "The configuration of a Hub data set that has several.",
+        group="data",
+        resume="free",
+        only_with={"dataset_name": GIVEN},
+    )
+    preserve_input_precision: bool = setting(
+        True, "Keep 16-bit images in 16 bits; without it they become 8-bit.", group="data", resume="fixed"
+    )
+    on_bad_image: Literal["raise", "skip"] = setting(
+        "raise",
+        "What to do with an unreadable image: stop and name it, or leave it out and count it.",
+        group="data",
+        resume="free",
+    )
+    cache_dir: str | None = setting(
+        None,
+        "The folder for downloads and decoded images; default: Hugging Face's.",
+        group="data",
+        resume="free",
+    )
+    streaming: bool = setting(
+        False,
+        "Read the images as they are needed, for data that are too large to decode into a cache first.",
+        group="data",
+        resume="fixed",
+    )
+    shuffle_buffer_images: int = setting(
+        1000,
+        "How many neighbors in a stream are shuffled among themselves.",
+        group="data",
+        resume="fixed",
+        at_least=1,
+        only_with={"streaming": True},
+    )
+    dataloader_num_workers: int = setting(
+        0, "Processes that assemble batches; 0: the training process does.", group="data", resume="free", at_least=0
+    )
+
+
+def load_data_config(path: Path) -> DataConfig:
+    """Load the settings of the data from the config.yaml of a run; those of training are left out.
+
+    Raises:
+        UsageError: The file is damaged, or a value cannot work.
+    """
+    names = {each.name for each in fields(DataConfig)}
+    given = {name: value for name, value in read_mapping(path).items() if name in names}
+    config = DataConfig(**typed_values(DataConfig, given))
+    check_values(config)
+    return config
