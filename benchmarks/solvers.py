@@ -28,7 +28,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.sampler import FORWARD_BATCH, load_for_sampling, seeded_generators
 from hf_ddpm.sampling.schedulers import named_scheduler
-from hf_ddpm.scheduler import all_values
+from hf_ddpm.scheduler import complete_config
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 NUM_IMAGES, NUM_ANCESTRAL = 512, 256
@@ -78,7 +78,7 @@ def main() -> None:
         elif isinstance(spacing, float):
             timesteps = [*spaced_timesteps(own_scheduler.config.num_train_timesteps, steps, spacing)]
         named: Any = named_scheduler(solver, own_scheduler.config, steps)
-        pipeline.scheduler = type(named).from_config({**all_values(named.config), **changes})
+        pipeline.scheduler = type(named).from_config({**complete_config(named.config), **changes})
         images = sample(pipeline, NUM_ANCESTRAL if solver == "ddpm" else NUM_IMAGES, steps, timesteps)
         own = torch.cat([network(part) for part in images.split(64)])
         parts = [own[:count] for count in (NUM_ANCESTRAL, NUM_IMAGES) if count <= len(own)]

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.scheduler import DDPMScheduler, all_values, converted
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config
 from hf_ddpm.timesteps import SearchedTimesteps, read_searched, solver_name, write_searched
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class DDPMPipeline(DiffusionPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: Any):
         super().__init__()
         if type(scheduler) is diffusers.DDPMScheduler:
-            scheduler = converted(scheduler.config)
+            scheduler = as_our_scheduler(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.searched_timesteps: dict[tuple[str, int], SearchedTimesteps] = {}
         self._searched_weights: str | None = None
@@ -302,7 +302,11 @@ class DDPMPipeline(DiffusionPipeline):
 
     def _reference_scheduler(self) -> DDPMScheduler:
         """q of the same schedule and prediction type, for schedulers whose steps do not return x_0_hat."""
-        config = {**all_values(self.scheduler.config), "variance_type": "fixed_small", "timestep_spacing": "trailing"}
+        config = {
+            **complete_config(self.scheduler.config),
+            "variance_type": "fixed_small",
+            "timestep_spacing": "trailing",
+        }
         return DDPMScheduler.from_config(config)  # pyright: ignore[reportReturnType]
 
 

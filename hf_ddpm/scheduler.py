@@ -132,7 +132,7 @@ class DDPMScheduler(StockDDPMScheduler):
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
         if "_use_default_values" in self.config:
-            # See `all_values`.
+            # See `complete_config`.
             defaults = inspect.signature(StockDDPMScheduler.__init__).parameters
             named = self.config["_use_default_values"]
             self.register_to_config(
@@ -524,7 +524,7 @@ class DDPMScheduler(StockDDPMScheduler):
         return torch.where(posterior_variance > 0, posterior_variance, floor).log()
 
 
-def all_values(config: Any) -> dict[str, Any]:
+def complete_config(config: Any) -> dict[str, Any]:
     """A scheduler's config for `from_config`, without diffusers' list of the values that were defaults.
 
     `from_config` drops what the list names, and it names every argument that was given by position:
@@ -533,14 +533,16 @@ def all_values(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "_use_default_values"}
 
 
-def converted(config: Any) -> Any:
+def as_our_scheduler(config: Any) -> Any:
     """Our `DDPMScheduler` for the config of any scheduler of diffusers with a beta schedule.
 
     What such a config lacks has stock `DDPMScheduler`'s default, and so has a variance that is None, as that of
     solvers. Where no signal is left in x_T, the spacing `leading`, which starts at T-1 in all T steps alone, becomes
     `trailing`, which has the same list then.
     """
-    known = {name: value for name, value in all_values(config).items() if (name, value) != ("variance_type", None)}
+    known = {
+        name: value for name, value in complete_config(config).items() if (name, value) != ("variance_type", None)
+    }
     betas = known.get("trained_betas")
     has_no_signal = known.get("rescale_betas_zero_snr") or (betas is not None and betas[-1] == 1)
     if has_no_signal and known.get("timestep_spacing", "leading") == "leading":

@@ -30,7 +30,15 @@ import numpy as np
 from huggingface_hub.utils import tqdm
 
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.decoding import Form, NeedsSixteenBits, decode, find_form, is_passing, name_of, unreadable
+from hf_ddpm.data.decoding import (
+    ImageFormat,
+    NeedsSixteenBits,
+    decode,
+    infer_format,
+    is_transient,
+    name_of,
+    unreadable,
+)
 from hf_ddpm.data.sources import files_below, find_source, license_of, open_dataset
 from hf_ddpm.runtime.errors import UsageError
 
@@ -137,7 +145,7 @@ def load_images(config: DataConfig) -> ImageCache:
             try:
                 meta = _write_cache(part, dataset, form)
             except NeedsSixteenBits:
-                form = Form(config, form.resolution, form.channels, 65535)
+                form = ImageFormat(config, form.resolution, form.channels, 65535)
                 meta = _write_cache(part, dataset, form)
             meta["license"] = license_of(source, dataset)
             (part / "meta.json").write_text(json.dumps(meta))
@@ -187,12 +195,12 @@ def _read_cache(folder: Path, name: str) -> ImageCache:
     return ImageCache(pixels=pixels, index=index, labels=labels, name=name, **meta)
 
 
-def _find_form(dataset: Dataset, config: DataConfig) -> Form:
+def _find_form(dataset: Dataset, config: DataConfig) -> ImageFormat:
     cells = ((row, dataset[row][dataset.column_names[0]]) for row in range(len(dataset)))
-    return find_form(((name_of(cell, row), cell) for row, cell in cells), config)
+    return infer_format(((name_of(cell, row), cell) for row, cell in cells), config)
 
 
-def _write_cache(folder: Path, dataset: Dataset, form: Form) -> dict[str, Any]:
+def _write_cache(folder: Path, dataset: Dataset, form: ImageFormat) -> dict[str, Any]:
     labels, class_names = _find_classes(dataset)
     dtype = np.dtype("<u2" if form.max_value == 65535 else "u1")
     digest = hashlib.sha256(f"{form.channels} {form.max_value}".encode())
@@ -247,7 +255,7 @@ def _find_classes(dataset: Dataset) -> tuple[np.ndarray | None, list[str] | None
     return np.array(values, "<i8"), names
 
 
-def _decoded(dataset: Dataset, form: Form, rows_per_task: int = 16) -> Iterator[np.ndarray | None]:
+def _decoded(dataset: Dataset, form: ImageFormat, rows_per_task: int = 16) -> Iterator[np.ndarray | None]:
     num_threads = max(2, min(8, os.cpu_count() or 2))
     column, tasks = dataset.column_names[0], deque()
     with ThreadPoolExecutor(num_threads) as pool:
@@ -259,7 +267,7 @@ def _decoded(dataset: Dataset, form: Form, rows_per_task: int = 16) -> Iterator[
             yield from tasks.popleft().result()
 
 
-def _decode_rows(cells: list[Any], first_row: int, form: Form) -> list[np.ndarray | None]:
+def _decode_rows(cells: list[Any], first_row: int, form: ImageFormat) -> list[np.ndarray | None]:
     decoded: list[np.ndarray | None] = []
     for row, cell in enumerate(cells, first_row):
         try:
@@ -267,7 +275,7 @@ def _decode_rows(cells: list[Any], first_row: int, form: Form) -> list[np.ndarra
         except (UsageError, NeedsSixteenBits):
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-            if form.config.on_bad_image == "raise" or is_passing(error):
+            if form.config.on_bad_image == "raise" or is_transient(error):
                 raise unreadable(name_of(cell, row), error) from error
             decoded.append(None)
     return decoded

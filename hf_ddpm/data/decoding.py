@@ -20,7 +20,7 @@ GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B"
 
 
 @dataclass(frozen=True)
-class Form:
+class ImageFormat:
     """What each image is brought to: `config` with what it leaves open decided."""
 
     config: DataConfig
@@ -63,7 +63,7 @@ def open_image(cell: Any) -> Image.Image:
     return Image.open(io.BytesIO(cell["bytes"]))
 
 
-def decode(cell: Any, name: str, form: Form) -> np.ndarray:
+def decode(cell: Any, name: str, form: ImageFormat) -> np.ndarray:
     """(C, h, w) in [0, max_value].
 
     Raises:
@@ -73,11 +73,11 @@ def decode(cell: Any, name: str, form: Form) -> np.ndarray:
     """
     with open_image(cell) as image:
         image.load()
-        check_guesses(image, name, form)
+        check_matches_format(image, name, form)
         return to_planes(image, form)
 
 
-def is_passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether it says nothing of the image."""
     return isinstance(error, NotFetchedError | MemoryError)
 
@@ -90,7 +90,7 @@ def unreadable(name: str, error: Exception) -> UsageError:
     reason = " ".join(str(error).split()) or type(error).__name__
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that Pillow knows"
-    if is_passing(error):
+    if is_transient(error):
         return UsageError(f"every image must be readable, got {name}: {reason}; try again, or remove it")
     return UsageError(
         f"every image must be readable, got {name}: {reason}; "
@@ -98,7 +98,7 @@ def unreadable(name: str, error: Exception) -> UsageError:
     )
 
 
-def find_form(images: Iterable[tuple[str, Any]], config: DataConfig) -> Form:
+def infer_format(images: Iterable[tuple[str, Any]], config: DataConfig) -> ImageFormat:
     """What the headers of the first images decide.
 
     Args:
@@ -111,7 +111,7 @@ def find_form(images: Iterable[tuple[str, Any]], config: DataConfig) -> Form:
             with open_image(cell) as image:
                 headers.append((name, image.size, image.mode))
         except Exception as error:
-            if config.on_bad_image == "raise" or is_passing(error):
+            if config.on_bad_image == "raise" or is_transient(error):
                 raise unreadable(name, error) from error
             num_bad += 1
         if len(headers) == NUM_HEADERS:
@@ -126,10 +126,10 @@ def find_form(images: Iterable[tuple[str, Any]], config: DataConfig) -> Form:
             raise UsageError(f"resolution must be given unless all are one square size: {odd[-1]}; --resolution")
     channels = config.channels or (1 if all(mode in GRAY_MODES for _, _, mode in headers) else 3)
     is_deep = config.preserve_input_precision and any(mode.startswith("I") for _, _, mode in headers)
-    return Form(config, resolution, channels, 65535 if is_deep else 255)
+    return ImageFormat(config, resolution, channels, 65535 if is_deep else 255)
 
 
-def check_guesses(image: Image.Image, name: str, form: Form) -> None:
+def check_matches_format(image: Image.Image, name: str, form: ImageFormat) -> None:
     size, config = (form.resolution, form.resolution), form.config
     if config.resolution is None and image.size != size:
         got = f"{image.width}x{image.height}, others {form.resolution}x{form.resolution}"
@@ -140,7 +140,7 @@ def check_guesses(image: Image.Image, name: str, form: Form) -> None:
         )
 
 
-def to_planes(image: Image.Image, form: Form) -> np.ndarray:
+def to_planes(image: Image.Image, form: ImageFormat) -> np.ndarray:
     """(C, h, w) in [0, max_value]."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
@@ -182,7 +182,7 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _fit(image: Image.Image, form: Form) -> Image.Image:
+def _fit(image: Image.Image, form: ImageFormat) -> Image.Image:
     size, (width, height) = form.resolution, image.size
     short, long = min(width, height), max(width, height)
     if long > 100 * short:

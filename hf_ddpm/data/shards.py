@@ -23,7 +23,15 @@ import numpy as np
 
 from hf_ddpm.data import decoding
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.decoding import Form, NeedsSixteenBits, NotFetchedError, fetched, find_form, is_passing, unreadable
+from hf_ddpm.data.decoding import (
+    ImageFormat,
+    NeedsSixteenBits,
+    NotFetchedError,
+    fetched,
+    infer_format,
+    is_transient,
+    unreadable,
+)
 from hf_ddpm.data.sources import (
     IMAGE_NAME,
     Source,
@@ -78,7 +86,7 @@ class ImageStream:
     dataset: Any
     counts: np.ndarray
     files: tuple[str, ...]
-    form: Form
+    form: ImageFormat
     class_names: list[str] | None
     fingerprint: str
     name: str
@@ -168,7 +176,7 @@ class ImageStream:
         except UsageError:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-            if is_skipped and not is_passing(error):
+            if is_skipped and not is_transient(error):
                 return None
             raise unreadable(self.name_of(example), error) from error
         return np.ascontiguousarray(planes, np.uint16 if self.max_value > 255 else np.uint8)
@@ -233,7 +241,7 @@ def open_stream(config: DataConfig) -> ImageStream:
         dataset=dataset.with_format("arrow"),
         counts=counts,
         files=files,
-        form=Form(config, 0, 0, 0),
+        form=ImageFormat(config, 0, 0, 0),
         class_names=class_names,
         fingerprint="",
         name=source.name,
@@ -244,7 +252,7 @@ def open_stream(config: DataConfig) -> ImageStream:
     first = next(examples, None)
     if first is None:
         raise no_rows(source)
-    form = find_form(((stream.name_of(e), e.cell) for e in chain([first], examples)), config)
+    form = infer_format(((stream.name_of(e), e.cell) for e in chain([first], examples)), config)
     decisive = [STREAM_FORMAT, source.kind, identity, len(files), columns, config.dataset_config_name]
     decisive += [form.resolution, form.channels, form.max_value, config.center_crop, config.preserve_input_precision]
     fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()

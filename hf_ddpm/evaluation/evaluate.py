@@ -39,7 +39,7 @@ from hf_ddpm.evaluation.measure import (
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.statistics import Statistics, about_images, warnings_of
-from hf_ddpm.runtime.processes import joined_processes
+from hf_ddpm.runtime.processes import join_processes
 from hf_ddpm.sampling.sampler import iter_samples, speed_up
 from hf_ddpm.sampling.schedulers import named_scheduler
 
@@ -102,13 +102,13 @@ def evaluate(
     check_request(request)
     measured: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        job = prepare(request, stack.enter_context(joined_processes()), stack)
+        job = prepare(request, stack.enter_context(join_processes()), stack)
         versions = {"hf_ddpm": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
         about = {"command": _command(job), "versions": versions}
         for rows, pictures in _measure(job):
             rows = [row | about for row in rows]
             measured += rows
-            job.processes.only_first(
+            job.processes.on_main(
                 lambda: write_evaluation(job.out, job.weights, rows, pictures, job.repo_id)  # noqa: B023
             )
     return {"out": str(job.out), "weights_sha256": job.weights, "results": measured, "card": job.out / "README.md"}
@@ -154,7 +154,7 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
             "device": _device_name(job.pipeline.device),
         }
         if job.distances:
-            yield job.processes.only_first(lambda: _distance_rows(job, samples.statistics, sampling)), {}  # noqa: B023
+            yield job.processes.on_main(lambda: _distance_rows(job, samples.statistics, sampling)), {}  # noqa: B023
         if copies:
             yield _measure_copies(job, samples, sampling | {"num_images": kept})
             copies = False
@@ -254,7 +254,7 @@ def _measure_copies(
         sets = [(samples.images, pixels, others), features]
         return [memorization(*rows, quantile=MEMORIZATION_QUANTILE) for rows in sets]
 
-    rows, found = [], job.processes.only_first(compare)
+    rows, found = [], job.processes.on_main(compare)
     for space, one in zip(("pixels", "features"), found, strict=True):
         rows.append(
             {

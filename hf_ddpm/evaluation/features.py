@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ddpm.runtime.devices import checked_device
+from hf_ddpm.runtime.devices import require_device
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import sha256
 
@@ -191,7 +191,7 @@ def load_network(
     name: str, path: str | Path | None = None, device: str | torch.device | None = None
 ) -> FeatureNetwork:
     """The network `name` on `device`, by default the CPU; `path` and errors as of `check_network`."""
-    weights, place, published = check_network(name, path), checked_device(device or "cpu"), NETWORKS[name]
+    weights, place, published = check_network(name, path), require_device(device or "cpu"), NETWORKS[name]
     size, details = published.input_size, {}
     if name == "inception":
         net, values = _load_torchscript(weights), "in the network's file, from 0 to 255"

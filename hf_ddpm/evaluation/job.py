@@ -137,7 +137,7 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
         raise UsageError(f"out must be a folder for what is measured, got none for {repo_id!r} of the Hub: give --out")
     out = folder if request.out is None else Path(request.out).expanduser()
     weights = weights_sha256(folder)
-    processes.agree(weights, "weights")
+    processes.require_equal(weights, "weights")
     if weights is None:
         raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
     is_own = out.resolve() == folder.resolve()
@@ -167,7 +167,7 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
         if other is not None:
             floor_of = f"{other.about['data']['split']} against {reference.about['data']['split']}"
         real, others = real_floor(reference, other)
-        floors = processes.only_first(
+        floors = processes.on_main(
             lambda: measure_distances(first_images(others, request.num_images), real, distances)
         )
     class_labels, classes = _choose_classes(unet, splits, request.split, request.num_images, request.seed)

@@ -100,7 +100,7 @@ def sample_statistics(
     moments, features, images, total = None, [], [], 0.0
     hook = pipeline.unet.register_forward_hook(counted)
     try:
-        for found, kept, seconds in processes.rounds(mine(), count, label):
+        for found, kept, seconds in processes.in_rank_order(mine(), count, label):
             images.append(kept)
             total += seconds
             if found is None or processes.rank > 0:
@@ -110,7 +110,7 @@ def sample_statistics(
     finally:
         hook.remove()
     statistics = None if moments is None else Statistics(moments, torch.cat(features))
-    evaluations = processes.only_first(lambda: calls // num_passes)
+    evaluations = processes.on_main(lambda: calls // num_passes)
     return Samples(statistics, torch.cat(images), evaluations, total / len(seeds))
 
 
@@ -154,7 +154,7 @@ def pixel_features(processes: Processes, network: FeatureNetwork, pixels: np.nda
         for k in range(processes.rank, count, processes.size):
             yield network(torch.from_numpy(pixels[k * batch_size : (k + 1) * batch_size].copy()))
 
-    kept = [part for part in processes.rounds(mine(), count, "Features") if processes.rank == 0]
+    kept = [part for part in processes.in_rank_order(mine(), count, "Features") if processes.rank == 0]
     return torch.cat(kept) if kept else torch.empty(0, network.dimensions)
 
 
@@ -193,7 +193,7 @@ def measure_likelihood(
             yield sums
 
     total = None
-    for sums in processes.rounds(mine(), count, "Likelihood"):
+    for sums in processes.in_rank_order(mine(), count, "Likelihood"):
         total = sums if total is None else total + sums
     assert total is not None
     return bits_per_dimension(total)

@@ -72,7 +72,7 @@ class Splits:
         )
         recorded = read_run(self._folder).get("data", {}).get("fingerprint")
         if not self._given and recorded and not config.streaming:
-            found = self._processes.first(lambda: load_images(self.data or config)).fingerprint
+            found = self._processes.main_then_rest(lambda: load_images(self.data or config)).fingerprint
             if found != recorded:
                 raise UsageError(
                     "the data must be those that the model was trained on, got images with the fingerprint\n"
@@ -84,7 +84,7 @@ class Splits:
         """The images of a split, which `option` named; they stay until the end."""
         config = self.config if is_labeled else replace(self.config, label_column=None)
         if (split, is_labeled) not in self._opened:
-            self._opened[split, is_labeled] = self._processes.first(
+            self._opened[split, is_labeled] = self._processes.main_then_rest(
                 lambda: self._stack.enter_context(open_split(config, split, option))
             )
         return self._opened[split, is_labeled]
@@ -114,5 +114,5 @@ class Splits:
                 data = {**reference.about["data"], "name": source, "config": self.config.dataset_config_name}
                 return replace(reference, about={**reference.about, "data": data})
 
-            found.append(self._processes.first(find))
+            found.append(self._processes.main_then_rest(find))
         return found[0], found[1] if len(found) > 1 else None

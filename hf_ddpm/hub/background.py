@@ -79,14 +79,14 @@ class Pusher:
             except PushError as error:
                 failure = error
             except Exception as error:  # nothing that happens here may end a training
-                failure = PushError(f"{type(error).__name__}: {error}", is_passing=False)
+                failure = PushError(f"{type(error).__name__}: {error}", is_transient=False)
             if failure is None:
                 shutil.rmtree(files, ignore_errors=True)
                 continue
             pause = PAUSES_SECONDS[min(num_failures, len(PAUSES_SECONDS) - 1)]
             num_failures += 1
             with self._changed:
-                again = failure.is_passing and not self._is_over and self._newest is None
+                again = failure.is_transient and not self._is_over and self._newest is None
                 if again:
                     self._newest = files, message
                 self.say(

@@ -131,7 +131,7 @@ def create(api: HfApi, repo_id: str, public: bool) -> str:
             raise PushError(
                 f"{name} must be private unless you ask for a public one, but it exists and is public: push it "
                 "publicly (--public; in training --hub_private_repo False), or give another name",
-                is_passing=False,
+                is_transient=False,
             )
         return name
 
@@ -293,7 +293,7 @@ def _readme(api: HfApi, files: Path, name: str, revision: str, head: str | None)
         return merged(there, here), ours not in plain and ours not in theirs
     except (ValueError, yaml.YAMLError) as error:
         message = f"README.md of {name} cannot be read: {in_a_line(error)}: correct it on the Hub, or delete it there"
-        raise PushError(message, is_passing=False) from error
+        raise PushError(message, is_transient=False) from error
 
 
 def _text(path: Path) -> str | None:
@@ -314,24 +314,24 @@ def explained(api: HfApi, name: str) -> Iterator[None]:
     except (PushError, UsageError):
         raise
     except OfflineModeIsEnabled as error:
-        raise PushError("HF_HUB_OFFLINE is set: unset it, and push again", is_passing=False) from error
+        raise PushError("HF_HUB_OFFLINE is set: unset it, and push again", is_transient=False) from error
     except LocalTokenNotFoundError as error:
-        raise PushError(NO_TOKEN, is_passing=False) from error
+        raise PushError(NO_TOKEN, is_transient=False) from error
     except HFValidationError as error:
-        raise PushError(f"{name!r} cannot name a repository: {error}", is_passing=False) from error
+        raise PushError(f"{name!r} cannot name a repository: {error}", is_transient=False) from error
     except Exception as error:  # of the network, in many types, none of which huggingface_hub documents
         first = hub_error(error)
         token, status = _token_of(api), status_of(first)
         if status is not None:
             said = str(getattr(first, "server_message", None) or f"HTTP {status}")
-            text, is_passing = _said_of(status, name, said)
+            text, is_transient = _said_of(status, name, said)
             text = NO_TOKEN if status == 401 and not token else text
             cause = f"{text} ({said})"
         elif isinstance(first, LOCAL_ERRORS):
-            cause, is_passing = f"the files here cannot be pushed ({first!r})", False
+            cause, is_transient = f"the files here cannot be pushed ({first!r})", False
         else:
-            cause, is_passing = f"{api.endpoint} cannot be reached, or the connection broke ({first!r})", True
-    raise PushError(cause.replace(token, "hf_...") if token else cause, is_passing) from None
+            cause, is_transient = f"{api.endpoint} cannot be reached, or the connection broke ({first!r})", True
+    raise PushError(cause.replace(token, "hf_...") if token else cause, is_transient) from None
 
 
 def _token_of(api: HfApi) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 
-def checked_device(device: str | torch.device) -> torch.device:
+def require_device(device: str | torch.device) -> torch.device:
     """Raises: ValueError if torch has no such device here."""
     try:
         place = torch.device(device)
@@ -19,7 +19,7 @@ def checked_device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _best_device() -> str:
+def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -15,9 +15,9 @@ class PushError(OSError):
     """A push that failed; the message says what to do.
 
     Args:
-        is_passing: whether the same push may succeed later.
+        is_transient: whether the same push may succeed later.
     """
 
-    def __init__(self, message: str, is_passing: bool = False):
+    def __init__(self, message: str, is_transient: bool = False):
         super().__init__(message)
-        self.is_passing = is_passing
+        self.is_transient = is_transient

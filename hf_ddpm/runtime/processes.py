@@ -56,7 +56,7 @@ class Processes:
                 raise error
         return [value for value, _ in found]
 
-    def agree(self, value: object, what: str) -> None:
+    def require_equal(self, value: object, what: str) -> None:
         """Raises: UsageError on all of them if a process has another value than the first."""
         found = self.gather(lambda: value)
         if odd := [rank for rank, other in enumerate(found) if other != found[0]]:
@@ -65,24 +65,24 @@ class Processes:
                 "machines the same files, and start again"
             )
 
-    def first(self, compute: Callable[[], Value]) -> Value:
+    def main_then_rest(self, compute: Callable[[], Value]) -> Value:
         """Computed by the first process and then by the others, which find what it left on the disk."""
         done: list[Value] = []
         self.gather(lambda: done.append(compute()) if self.rank == 0 else None)
         return done[0] if done else compute()
 
-    def first_of_each_machine(self, compute: Callable[[], Value], is_first: bool) -> Value:
+    def local_main_then_rest(self, compute: Callable[[], Value], is_first: bool) -> Value:
         """Computed by the first process of each machine and then by its others, which find what it left there."""
         done: list[Value] = []
         self.gather(lambda: done.append(compute()) if is_first else None)
         self.gather(lambda: None if is_first else done.append(compute()))
         return done[0]
 
-    def only_first(self, compute: Callable[[], Value]) -> Value:
+    def on_main(self, compute: Callable[[], Value]) -> Value:
         """Computed by the first process, known to all."""
         return self.gather(lambda: compute() if self.rank == 0 else None)[0]  # pyright: ignore[reportReturnType]
 
-    def any_of(self, flags: list[bool]) -> list[bool]:
+    def any(self, flags: list[bool]) -> list[bool]:
         """Which of the flags are set on any process; cheap enough for each step."""
         if self.size == 1:
             return flags
@@ -90,7 +90,7 @@ class Processes:
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
         return [bool(vote) for vote in votes]
 
-    def rounds(self, mine: Iterator[Value], count: int, label: str) -> Iterator[Value]:
+    def in_rank_order(self, mine: Iterator[Value], count: int, label: str) -> Iterator[Value]:
         """Items 0, ..., count - 1 in order, of which `mine` makes rank, rank + size, ..."""
         with tqdm(desc=label, total=count, unit="batch", disable=self.rank > 0 or count < 20) as progress:
             for first in range(0, count, self.size):
@@ -109,7 +109,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 @contextmanager
-def joined_processes() -> Iterator[Processes]:
+def join_processes() -> Iterator[Processes]:
     """The processes that `accelerate launch` or torchrun started; those of a running process group; or this alone."""
     joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized()
     if joins:

@@ -116,8 +116,8 @@ def write_samples(
 
     # By one process, before any of them writes: an image without samples.json is of something else.
     processes = Processes()
-    processes.agree(settings, "model and settings")
-    processes.only_first(claim)
+    processes.require_equal(settings, "model and settings")
+    processes.on_main(claim)
     mine = share(num_images, state.process_index, state.num_processes, samples.block or forward_batch)
     missing = samples.missing(mine)
     batches = iter_samples(

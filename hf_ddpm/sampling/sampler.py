@@ -27,7 +27,7 @@ from torch import Tensor
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.network import compiled
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.runtime.devices import _best_device, checked_device
+from hf_ddpm.runtime.devices import best_device, require_device
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def load_for_sampling(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
-    place = checked_device(device or _best_device())
+    place = require_device(device or best_device())
     folder, _ = find_model(model)
     pipeline = DDPMPipeline.from_pretrained(folder).to(place)
     pipeline.set_progress_bar_config(disable=True)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from hf_ddpm.scheduler import SOLVABLE_SCHEDULES, DDPMScheduler, all_values, converted
+from hf_ddpm.scheduler import SOLVABLE_SCHEDULES, DDPMScheduler, as_our_scheduler, complete_config
 
 SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 
@@ -61,10 +61,10 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
     """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
-    ddpm = converted(config)
+    ddpm = as_our_scheduler(config)
     if name == "ddpm":
         return ddpm
-    config = all_values(ddpm.config)
+    config = complete_config(ddpm.config)
     if config["prediction_type"] == "previous_sample":
         raise ValueError(
             f"scheduler must be 'ddpm' for a step denoiser (prediction_type='previous_sample'), got {name!r}"

@@ -124,7 +124,7 @@ def measure(run: Run, progress: Progress, take_step: TakeStep) -> Measured:
         started = time.perf_counter()
         micro_batches, failure = fetch(batches, run.config.gradient_accumulation_steps)
         is_enough = number >= WARM_UP_STEPS + MIN_STEPS and sum(seconds[WARM_UP_STEPS:]) > ENOUGH_SECONDS
-        if any(processes.any_of([is_enough, failure is not None])):
+        if any(processes.any([is_enough, failure is not None])):
             break
         outcome = take_step(run, progress, micro_batches, meter)
         if device.type != "cpu":

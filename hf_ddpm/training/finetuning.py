@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.scheduler import DDPMScheduler, converted
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
 from hf_ddpm.training.parsing import load_config
@@ -72,7 +72,7 @@ def _settings_of(model: str) -> dict[str, Any]:
             raise UsageError(
                 f"init_from needs a model whose {theirs} is one of {', '.join(choices)}, got {stored[theirs]!r}"
             )
-    scheduler = converted(stored)
+    scheduler = as_our_scheduler(stored)
     known = {ours: scheduler.config[theirs] for ours, theirs in SCHEDULER_SETTINGS.items()}
     if known["ddpm_beta_schedule"] == "squaredcos_cap_v2":  # which has no ends to choose
         del known["ddpm_beta_start"], known["ddpm_beta_end"]

@@ -123,12 +123,12 @@ def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
         if now.stream is not None:
             now = gathered_stream(processes, now, first)
         problem = save_checkpoint(run.state, now, output_dir, config.checkpoints_total_limit, main)
-        return processes.only_first(lambda: problem)
+        return processes.on_main(lambda: problem)
 
     run.model.train()
     for number in range(num_steps):
         micro_batches, failure = fetch(batches, config.gradient_accumulation_steps)
-        is_stopped, is_failed = processes.any_of([stop.reason(number) is not None, failure is not None])
+        is_stopped, is_failed = processes.any([stop.reason(number) is not None, failure is not None])
         if outcome is not None:
             progress = _settle(run, progress, outcome, saved_step)
         if is_stopped or is_failed:
@@ -169,7 +169,7 @@ def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
                 say(processes, f"checkpoint-{done} could not be written, the run goes on: {problem}. {FREE_SPACE}")
     bar.close()
     if progress.images >= run.total_images:
-        problem = processes.only_first(lambda: metrics.write() or evaluations.write())
+        problem = processes.on_main(lambda: metrics.write() or evaluations.write())
         if problem is not None:
             raise RunError(f"the last lines of metrics could not be written: {problem}. {FREE_SPACE}; {FINISHES}")
         return progress if progress.stream is None else gathered_stream(processes, progress, first)
@@ -307,7 +307,7 @@ def _suspects(run: Run, outcome: _Outcome, limit: int = 8) -> str:
         found = sorted(everyone, key=lambda e: -e["loss"])[:1]
         heading = "every loss is finite, a gradient is not; the largest loss: "
     shown = found[:limit]
-    names = run.processes.only_first(lambda: image_names(run, [e["position"] for e in shown]))
+    names = run.processes.on_main(lambda: image_names(run, [e["position"] for e in shown]))
     texts = [f"{name} at t = {e['t']}, loss {e['loss']:g}" for name, e in zip(names, shown, strict=True)]
     return heading + "; ".join(texts) + (f"; and {len(found) - limit} more" if len(found) > limit else "")
 

@@ -46,9 +46,10 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
         parser.set_defaults(**_as_defaults(settings))
         config, _ = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
         check_config(config)
+        return config
     except UsageError as error:
         parser.error(str(error))
-    return config
+        raise
 
 
 def _parser(**options: Any) -> Any:

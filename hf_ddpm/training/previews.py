@@ -83,7 +83,7 @@ def write_measurement(run: Run, monitor: Monitor, progress: Progress, evaluation
         measured = measure(monitor, accelerator, pipeline, run.objective, _preview_steps(run))
         sharding.reshard(unet)
     unet.train()
-    lines = run.processes.only_first(lambda: [*read_metrics(path), *map(json.loads, evaluations.waiting)])
+    lines = run.processes.on_main(lambda: [*read_metrics(path), *map(json.loads, evaluations.waiting)])
     before = [line["kid"] for line in lines if line["kid"] is not None]
     record = {"step": progress.step, "images": progress.images, **measured}
     record |= {name: getattr(run.config, name) for name in OF_COURSE}

@@ -32,7 +32,7 @@ def create_for_run(config: TrainingConfig, say: Callable[[str], None]) -> None:
     try:
         create(HfApi(token=token), repo_id, public=not config.hub_private_repo)
     except PushError as error:
-        if not error.is_passing:
+        if not error.is_transient:
             raise UsageError(f"push_to_hub cannot work: {error}") from None
         say(f"nothing can be pushed to {repo_id} yet, training begins nonetheless: {error}")
 

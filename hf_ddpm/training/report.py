@@ -156,7 +156,7 @@ def finish(run: Run, progress: Progress) -> DDPMPipeline:
     for name, average in list(run.state.ema.averages.items() if run.state.ema is not None else ())[1:]:
         if name.startswith(HALFLIFE):
             saved.append(save_model(run, average, output_dir / "ema" / name))
-    if not run.processes.only_first(lambda: all(saved)):
+    if not run.processes.on_main(lambda: all(saved)):
         raise RunError(f"the model could not be written, its last checkpoint is whole. {FREE_SPACE}; {FINISHES}")
     samples = save_preview(run, progress.step)
     averaged: Any = _averaged_unet(run, run.average)
@@ -173,7 +173,7 @@ def finish(run: Run, progress: Progress) -> DDPMPipeline:
         write_report(config, pipeline, run.images, progress, run.global_batch_size, sampled, run.accelerator)
 
     try:
-        run.processes.only_first(write)
+        run.processes.on_main(write)
     except (OSError, UsageError) as error:  # the latter of a file that somebody edits, with its own remedy
         remedy = "" if isinstance(error, UsageError) else f". {FREE_SPACE}"
         raise RunError(f"the report could not be written: {error}{remedy}; {FINISHES}") from error

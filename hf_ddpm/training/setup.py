@@ -58,8 +58,8 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
         taken = take_over(asked)
         return taken, open_stream(taken) if taken.streaming else load_images(taken)
 
-    config, images = processes.first_of_each_machine(load, accelerator.is_local_main_process)
-    processes.agree(images.fingerprint, "images")
+    config, images = processes.local_main_then_rest(load, accelerator.is_local_main_process)
+    processes.require_equal(images.fingerprint, "images")
     config = _resolve(config, images, accelerator.mixed_precision)
     checkpoint, progress = _find_progress(config, processes, images)
     if progress is not None:
@@ -187,9 +187,9 @@ def claim(run: Run, progress: Progress, until_the_end: ExitStack) -> Run:
         gradient_accumulation_steps=progress.gradient_accumulation_steps,
     )
     if config.push_to_hub:
-        processes.only_first(lambda: create_for_run(config, partial(say, processes)))
+        processes.on_main(lambda: create_for_run(config, partial(say, processes)))
     try:
-        processes.only_first(lambda: prepare_output(asked, output_dir, progress, until_the_end))
+        processes.on_main(lambda: prepare_output(asked, output_dir, progress, until_the_end))
     except BlockingIOError as error:
         raise UsageError(f"output_dir must be of one run at a time, got {config.output_dir!r}: {error}") from error
     except OSError as error:
@@ -244,7 +244,7 @@ def _find_progress(
     if (output_dir / "config.yaml").is_file():
         check_same_run(config, output_dir / "config.yaml")
         check_course(config, output_dir / "eval.jsonl")
-    checkpoint, passed_over = processes.only_first(lambda: find_checkpoint(output_dir, name))
+    checkpoint, passed_over = processes.on_main(lambda: find_checkpoint(output_dir, name))
     for problem in passed_over:
         say(processes, problem)
     if checkpoint is None:

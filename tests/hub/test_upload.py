@@ -206,7 +206,7 @@ def test_nothing_goes_to_a_public_repository_unasked(server: HubServer, run: Pat
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(PushError, match=r"must be private unless you ask .*--public; .* another name") as error:
         push(run, NAME)
-    assert not error.value.is_passing
+    assert not error.value.is_transient
     assert len(server.repo(NAME).commits) == 2
     assert push(run, NAME, public=True).is_new
 
@@ -287,7 +287,7 @@ def test_a_readme_that_cannot_be_read_is_left_alone(server: HubServer, run: Path
     server.repo(NAME).add("main", "theirs", "", {**head.files, "README.md": text}, head.lfs)
     with pytest.raises(PushError, match=r"README.md of alice/digits .*correct it on the Hub") as error:
         push(run, NAME)
-    assert not error.value.is_passing
+    assert not error.value.is_transient
     assert server.repo(NAME).files["README.md"] == text
     (run / "README.md").write_bytes(text)
     with pytest.raises(UsageError, match=r"README\.md cannot be read: .*: correct it, or delete it"):
@@ -516,7 +516,7 @@ REFUSALS: dict[str, tuple[str, Callable[[HubServer], None], str, bool]] = {
 def test_a_refusal_says_what_to_do(
     server: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_given: bool
 ):
-    token, fault, text, is_passing = REFUSALS[name]
+    token, fault, text, is_transient = REFUSALS[name]
     if is_given:
         monkeypatch.delenv("HF_TOKEN")
     else:
@@ -528,7 +528,7 @@ def test_a_refusal_says_what_to_do(
         return
     with pytest.raises(PushError, match=text) as error:
         push(run, NAME, token=token or None if is_given else None)
-    assert error.value.is_passing is is_passing
+    assert error.value.is_transient is is_transient
     assert "secret" not in f"{error.value} {error.value!r}"
     assert contents(run) == before
     if name not in ("no token", "401", "403", "403 other", "503 at once", "newline"):
@@ -543,7 +543,7 @@ def test_a_refusal_says_what_to_do(
 def test_a_name_that_is_none(server: HubServer, run: Path, name: str, text: str):
     with pytest.raises(PushError, match=text) as error:
         push(run, name)
-    assert not error.value.is_passing
+    assert not error.value.is_transient
     assert not server.asked("POST", "")
 
 
@@ -555,7 +555,7 @@ def test_offline_and_unreachable(server: HubServer, run: Path, monkeypatch: pyte
     monkeypatch.setattr(constants, "ENDPOINT", nowhere())
     with pytest.raises(PushError, match=r"http://127.0.0.1:\d+ cannot be reached") as error:
         push(run, NAME)
-    assert error.value.is_passing
+    assert error.value.is_transient
     assert not server.requests
     assert not list(run.glob("partial-*"))
 
@@ -570,7 +570,7 @@ def test_a_push_whose_answer_was_lost_is_not_made_twice(server: HubServer, run: 
     server.cut(COMMIT)
     with pytest.raises(PushError, match="the connection broke") as error:
         push(run, NAME)
-    assert error.value.is_passing
+    assert error.value.is_transient
     assert len(server.repo(NAME).commits) == 2
     again = push(run, NAME)
     assert (again.is_new, len(server.repo(NAME).commits)) == (False, 2)
@@ -659,21 +659,21 @@ def test_the_newest_state_goes_and_nobody_waits(background: Background, server: 
 
 @pytest.mark.parametrize(("status", "is_passing"), [(503, True), (403, False)])
 def test_a_failure_is_said_and_what_can_arrive_later_does(
-    background: Background, server: HubServer, status: int, is_passing: bool
+    background: Background, server: HubServer, status: int, is_transient: bool
 ):
     server.fail(status, COMMIT)
     background.start(1)
     assert background.told.wait(60)
     (text,) = background.said
     assert text.startswith(f"the push of 'push 1' to {NAME} failed, training goes on: ")
-    assert text.endswith("It is tried again in 0.01 s") is is_passing
+    assert text.endswith("It is tried again in 0.01 s") is is_transient
     assert TOKEN not in text
-    if not is_passing:
+    if not is_transient:
         background.start(2)
     assert background.next.entered.wait(60)
     background.next.release()
     background.pusher.close(60)
-    assert background.titles == ["push 1" if is_passing else "push 2"]
+    assert background.titles == ["push 1" if is_transient else "push 2"]
 
 
 def test_an_end_that_does_not_wait(background: Background, server: HubServer):

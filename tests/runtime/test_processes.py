@@ -37,11 +37,11 @@ def tell(rank: int, size: int, folder: Path) -> None:
 
     raised = []
     for attempt in (
-        lambda: processes.only_first(refuse),
+        lambda: processes.on_main(refuse),
         lambda: processes.gather(refuse_in_last),
-        lambda: processes.agree(rank, "number"),
-        lambda: processes.agree("all", "word"),
-        lambda: processes.only_first(fail),
+        lambda: processes.require_equal(rank, "number"),
+        lambda: processes.require_equal("all", "word"),
+        lambda: processes.on_main(fail),
     ):
         try:
             attempt()
@@ -50,8 +50,8 @@ def tell(rank: int, size: int, folder: Path) -> None:
     told = {
         "rank": processes.rank,
         "gather": processes.gather(lambda: rank),
-        "only_first": processes.only_first(lambda: f"of {rank}"),
-        "any_of": [processes.any_of([False, rank == size - 1]), processes.any_of([False])],
+        "only_first": processes.on_main(lambda: f"of {rank}"),
+        "any_of": [processes.any([False, rank == size - 1]), processes.any([False])],
         "raised": raised,
     }
     (folder / f"{rank}.json").write_text(json.dumps(told))
@@ -112,8 +112,8 @@ def test_one_process_asks_no_other(tmp_path, monkeypatch):
         processes = Processes()
         assert (processes.rank, processes.size) == (0, 1)
         assert processes.gather(lambda: "mine") == ["mine"]
-        assert processes.only_first(lambda: "mine") == "mine"
-        assert processes.any_of([True, False]) == [True, False]
+        assert processes.on_main(lambda: "mine") == "mine"
+        assert processes.any([True, False]) == [True, False]
         with pytest.raises(ValueError, match="as it is"):
             processes.gather(lambda: (_ for _ in ()).throw(ValueError("as it is")))
     finally:

@@ -334,7 +334,7 @@ def test_help_names_each_setting(capsys):
         parse_config(["--help"])
     text = capsys.readouterr().out
     assert all(f"--{f.name}" in text for f in fields(TrainingConfig))
-    assert yaml.safe_load("1e-4") == "1e-4"  # why values of YAML files are converted as flags are
+    assert yaml.safe_load("1e-4") == "1e-4"  # why values of YAML files are as_our_scheduler as flags are
 
 
 def test_a_token_is_in_no_message(capsys):

@@ -210,7 +210,7 @@ class Model:
         return self._randn([torch.Generator().manual_seed(seed)]).cpu()
 
     def from_image(self, image: Image.Image) -> Tensor:
-        """x_0, (1, C, H, W) in [-1, 1]: an image cropped to the model's shape, resized and converted."""
+        """x_0, (1, C, H, W) in [-1, 1]: an image cropped to the model's shape, resized and as_our_scheduler."""
         fitted = ImageOps.fit(image.convert(MODES[self.channels]), (self.width, self.height))
         pixels = np.asarray(fitted, dtype=np.float32).reshape(self.height, self.width, self.channels)
         return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
