@@ -725,7 +725,7 @@ def test_files_that_cannot_be_copied_leave_none(background: Background):
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background_module, "PAUSES_SECONDS", (0.01,))
-    monkeypatch.setattr(publishing, "LAST_PAUSES_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(publishing, "FINAL_RETRY_PAUSES_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture
