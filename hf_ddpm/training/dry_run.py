@@ -154,7 +154,7 @@ def measure(run: Run, progress: Progress, take_step: TakeStep) -> Measured:
 def count_flops(unet: Any) -> tuple[int, int]:
     """FLOPs of one image in the network: forward; forward and backward.
 
-    Counted on a copy that has shapes and no numbers, so that they are the same on every device and engine: products of
+    Counted on a copy that has shapes and no numbers, so that they are the same on every device: products of
     matrices and convolutions, in which a multiplication and the addition after it are two.
     """
     config = unet.config
@@ -184,7 +184,7 @@ def _cost_rows(run: Run, measured: Measured) -> list[tuple[str, str, str]]:
     averaged = sum(local(tensor).nbytes for average in averages.values() for tensor in average)
     forward, whole = count_flops(run.state.unet)
     flops = f"{amount(forward, '')} forward, {amount(whole, '')} a training step"
-    held = sharding.held_bytes(run.parameters, run.state.optimizer)
+    held = sharding.bytes_held(run.parameters, run.state.optimizer)
     of_steps = "in the life of the process"
     if measured.added_bytes is not None:
         of_steps = f"{amount(measured.added_bytes, 'B')} of it since before the first step"

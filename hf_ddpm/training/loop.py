@@ -31,6 +31,7 @@ from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError
+from hf_ddpm.runtime.launch import reject_deepspeed
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import image_generators, seed_step
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
@@ -65,6 +66,7 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
         StoppedOnPurpose: a signal or `max_train_hours` ended the run; a checkpoint was written.
     """
     started = time.monotonic()
+    reject_deepspeed()
     check_config(config)
     check_source(config, config.output_dir)
     # A second run in one process, of a notebook, may ask for another precision.
@@ -74,7 +76,8 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
         mixed_precision=config.mixed_precision,
         log_with=config.logger,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=str(output_dir / config.logging_dir)),
-        kwargs_handlers=[InitProcessGroupKwargs(backend=sharding.backend(), timeout=LONGEST_WAIT)],
+        # Accelerate chooses the backend by the device when it is None.
+        kwargs_handlers=[InitProcessGroupKwargs(backend=None, timeout=LONGEST_WAIT)],
     )
     processes = Processes(LONGEST_WAIT)
     with ExitStack() as until_the_end:
@@ -232,7 +235,7 @@ def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], 
         slot = micro * accelerator.num_processes + accelerator.process_index
         seed_step(config.seed, progress.step, slot)
         is_last = micro == len(micro_batches) - 1
-        with sharding.accumulating(accelerator, run.model, is_last):
+        with sharding.gradient_sync(accelerator, run.model, is_last):
             loss, t = run.objective(
                 run.model,
                 to_x_0(pixels, run.images.max_value),
@@ -245,7 +248,7 @@ def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], 
             mean = loss.mean()
             # The gradients of a loss that is not finite are made NaN: by their norm every process learns of it.
             mark = torch.where(mean.detach().isfinite(), 1.0, math.nan)
-            sharding.backward(accelerator, run.model, mean * mark, len(micro_batches))
+            accelerator.backward(mean * mark / len(micro_batches))
         evaluated.append((loss.detach(), t, positions))
     lr = run.schedule(progress.images)
     norm, is_bad = sharding.step(accelerator, run.model, run.optimizer, lr, config.max_grad_norm)

@@ -46,7 +46,7 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
     Raises:
         UsageError: settings or data that cannot work.
     """
-    sharding.check(accelerator, config)
+    sharding.check(accelerator)
     asked = config
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu and accelerator.mixed_precision == "fp16":
@@ -119,7 +119,7 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
     if network is not None and checkpoint is None:
         load_weights(new_unet, network)
     optimizer = make_optimizer(new_unet, config)
-    model, prepared = sharding.prepare(accelerator, new_unet, optimizer, config, partial(say, processes))
+    model, prepared = accelerator.prepare(new_unet, optimizer)
     unet: Any = accelerator.unwrap_model(model)
     if config.compile:
         # Its config grows when diffusers first writes it, and would be compiled for once more after a checkpoint.

@@ -149,9 +149,7 @@ def start(
         if num_processes > 1:
             environment |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{num_processes}"}
             environment |= {"LOCAL_WORLD_SIZE": f"{num_processes}", "MASTER_ADDR": "127.0.0.1"}
-            environment |= {"MASTER_PORT": f"{port}"}
-            # Where it is set, Accelerate does without DeepSpeed.
-            environment |= {} if "ACCELERATE_USE_DEEPSPEED" in variables else {"ACCELERATE_USE_CPU": "true"}
+            environment |= {"MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "true"}
         is_victim = rank == victim
         own = last if last is not None and rank == num_processes - 1 else config
         arguments = (replace(own, local_rank=rank) if num_processes > 1 else own, event if is_victim else None)
