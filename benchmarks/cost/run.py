@@ -20,7 +20,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -114,7 +114,8 @@ def sampling_seconds(folder: Path, images: int, steps: int) -> float:
     model = folder / "model"
     if not model.exists():
         scheduler = diffusers.DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-        diffusers.DDPMPipeline(UNet2DModel.from_config(sized_config(28, 1, 1)), scheduler).save_pretrained(model)
+        unet: Any = UNet2DModel.from_config(sized_config(28, 1, 1))
+        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(model)
     pipeline, _ = load_for_sampling(str(model), "dpmsolver++", steps, "cpu", dtype="bf16")
     for count in (16, images):
         started = time.perf_counter()

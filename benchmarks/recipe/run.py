@@ -180,8 +180,9 @@ def learn(
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed + 1))
     losses: list[float] = []
+    started = time.process_time()
     for step in range(options.steps):
-        if step == 20:
+        if step == 20:  # compiled and warmed up
             started = time.process_time()
         x_0 = images[torch.randint(len(images), (options.batch,), generator=generator)].float() / 127.5 - 1
         t = draw_timesteps(options, scheduler, generator)

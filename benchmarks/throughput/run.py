@@ -218,7 +218,7 @@ def stock_loop(options: argparse.Namespace, after_step: Callable[[], None]) -> N
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
-    unet = UNet2DModel.from_config(net_config(options.way))
+    unet: Any = UNet2DModel.from_config(net_config(options.way))
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10**6)
@@ -227,7 +227,7 @@ def stock_loop(options: argparse.Namespace, after_step: Callable[[], None]) -> N
     while True:
         clean = images[torch.randint(len(images), (options.batch,))]
         noise = torch.randn_like(clean)
-        t = torch.randint(0, 1000, (options.batch,)).long()
+        t: Any = torch.randint(0, 1000, (options.batch,)).long()
         noisy = noise_scheduler.add_noise(clean, noise, t)
         loss = F.mse_loss(unet(noisy, t).sample.float(), noise.float())
         loss.backward()

@@ -17,6 +17,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class BareLoop:
 
     def __init__(self, settings: dict, pixels: torch.Tensor):
         torch.manual_seed(0)
-        self.unet = UNet2DModel.from_config(settings)
+        self.unet: Any = UNet2DModel.from_config(settings)
         self.average = [p.detach().clone() for p in self.unet.parameters()]
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-4)
         self.alpha_bar = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod

@@ -18,6 +18,7 @@ def test_benchmark_script_imports(name, monkeypatch):
     if name == "demo_page":
         pytest.importorskip("playwright", reason="playwright is in the extra dev, not in test")
     module = importlib.import_module(f"benchmarks.{name}.run")
+    assert module.__doc__ is not None
     assert f"python -m benchmarks.{name}.run" in module.__doc__
     assert callable(module.main)
 

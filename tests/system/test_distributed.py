@@ -108,14 +108,15 @@ def assert_same(*folders):
 @pytest.mark.parametrize(("before", "after"), [("2 by 2", 1), ("2 by 2", 4), ("4 by 1", 3), ("2 by 2, FSDP", 1)])
 def test_another_number_of_processes_goes_on(runs, before, after, tmp_path):
     """The same run as far as the global batch can be kept; else one whose schedule follows the images seen."""
-    resume_elsewhere(*runs, before, after, tmp_path)
+    resume_elsewhere(runs, before, after, tmp_path)
 
 
 def test_fsdp_goes_on_from_one_process(runs, tmp_path):
-    resume_elsewhere(*runs, "1 by 4", 2, tmp_path, **FSDP)
+    resume_elsewhere(runs, "1 by 4", 2, tmp_path, **FSDP)
 
 
-def resume_elsewhere(root, traces, before, after, tmp_path, **variables):
+def resume_elsewhere(runs, before, after, tmp_path, **variables):
+    root, traces = runs
     folder = tmp_path / "run"
     shutil.copytree(root / before, folder)
     shutil.rmtree(folder / "checkpoint-20")
