@@ -34,7 +34,7 @@ from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling
 ROOT = Path(__file__).parents[2]
 
 
-class Cell(NamedTuple):
+class Workload(NamedTuple):
     resolution: int
     channels: int
     batch: int
@@ -42,75 +42,78 @@ class Cell(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-LESS_MEMORY = ("--gradient_checkpointing",)
-CELLS = [
-    *(Cell(28, 1, batch) for batch in (8, 32, 128)),
-    Cell(28, 1, 128, flags=LESS_MEMORY),
-    Cell(28, 1, 16, processes=2),
-    Cell(28, 3, 32),
-    *(Cell(resolution, 3, 8) for resolution in (8, 16, 32, 64)),
-    Cell(64, 3, 8, flags=LESS_MEMORY),
-    Cell(128, 3, 2),
-    Cell(128, 3, 2, flags=LESS_MEMORY),
+CHECKPOINTING = ("--gradient_checkpointing",)
+WORKLOADS = [
+    *(Workload(28, 1, batch) for batch in (8, 32, 128)),
+    Workload(28, 1, 128, flags=CHECKPOINTING),
+    Workload(28, 1, 16, processes=2),
+    Workload(28, 3, 32),
+    *(Workload(resolution, 3, 8) for resolution in (8, 16, 32, 64)),
+    Workload(64, 3, 8, flags=CHECKPOINTING),
+    Workload(128, 3, 2),
+    Workload(128, 3, 2, flags=CHECKPOINTING),
 ]
-SAMPLED = [(images, steps) for images in (16, 64) for steps in (10, 20, 50)]
+SAMPLE_SETS = [(images, steps) for images in (16, 64) for steps in (10, 20, 50)]
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [dry_run(cell, Path(folder)) for cell in CELLS]
-        sampled = [sampling_seconds(Path(folder), *cell) for cell in SAMPLED]
+        rows = [dry_run(workload, Path(folder)) for workload in WORKLOADS]
+        sampling = [sampling_seconds(Path(folder), images, steps) for images, steps in SAMPLE_SETS]
     text = (
         f"torch {version('torch')}, diffusers {version('diffusers')}, {platform.machine()}, {os.cpu_count()} cores; "
         "bfloat16, not compiled; samples by DPM-Solver++. Fewer seconds, less memory and more images/s are better.\n\n"
         "| resolution | channels | batch per process | processes | flags | parameters | FLOP per image and step | "
         "s per step | images/s | memory of steps |\n|---|---|---|---|---|---|---|---|---|---|\n"
     )
-    for cell, row in zip(CELLS, rows, strict=True):
+    for workload, row in zip(WORKLOADS, rows, strict=True):
+        flags = " ".join(workload.flags)
         text += (
-            f"| {cell.resolution} | {cell.channels} | {cell.batch} | {cell.processes} | {' '.join(cell.flags)} | "
+            f"| {workload.resolution} | {workload.channels} | {workload.batch} | {workload.processes} | {flags} | "
             f"{row['parameters']} | {row['flops']} | {row['seconds']:.3g} | {row['speed']:.3g} | {row['memory']} |\n"
         )
-    last = rows[CELLS.index(Cell(128, 3, 2))]
+    last = rows[WORKLOADS.index(Workload(128, 3, 2))]
     text += (
         f"\nExtrapolated, not run: a batch of 32 at 128x128 takes 16 times the step of a batch of 2, "
         f"{16 * last['seconds']:.0f} s, and an epoch of 50,000 images {50_000 / last['speed'] / 3600:.0f} hours here."
         "\n\n| images of 28x28 | steps | seconds | images/s |\n|---|---|---|---|\n"
     )
-    for (images, steps), seconds in zip(SAMPLED, sampled, strict=True):
+    for (images, steps), seconds in zip(SAMPLE_SETS, sampling, strict=True):
         text += f"| {images} | {steps} | {seconds:.2f} | {images / seconds:.1f} |\n"
     Path(__file__).with_name("table.md").write_text(text)
     print(text)
 
 
-def dry_run(cell: Cell, folder: Path) -> dict:
-    images = folder / f"{cell.resolution}-{cell.channels}"
+def dry_run(workload: Workload, folder: Path) -> dict[str, Any]:
+    """Return what the dry run of a workload prints: parameters, FLOP, seconds per step, images per second, memory."""
+    images = folder / f"{workload.resolution}-{workload.channels}"
     if not images.exists():
         images.mkdir()
-        shape = (256, cell.resolution, cell.resolution, 3)[: 4 if cell.channels == 3 else 3]
+        shape = (256, workload.resolution, workload.resolution, 3)[: 4 if workload.channels == 3 else 3]
         for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)):
             Image.fromarray(pixels).save(images / f"{i:03d}.png")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(cell.processes)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(workload.processes)]
     launch += ["--mixed_precision", "bf16", str(ROOT / "train_accelerate.py"), "--train_data_dir", str(images)]
     launch += ["--cache_dir", str(folder / "cache"), "--output_dir", str(folder / "run"), "--dry_run"]
-    launch += ["--train_batch_size", str(cell.batch), *cell.flags]
-    said = subprocess.run(launch, check=True, capture_output=True, text=True).stdout
+    launch += ["--train_batch_size", str(workload.batch), *workload.flags]
+    output = subprocess.run(launch, check=True, capture_output=True, text=True).stdout
 
-    def found(pattern: str) -> str:
-        return re.search(pattern, said, re.M)[1]
+    def find(pattern: str) -> str:
+        return re.search(pattern, output, re.M)[1]
 
     return {
-        "parameters": found(r"^parameters .* ([\d,]+)$"),
-        "flops": found(r"forward, (.*?) a training step"),
-        "seconds": float(found(r"([\d.e+-]+) s per step")),
-        "speed": float(found(r"measured\s+([\d.,e+-]+) images/s").replace(",", "")),
-        "memory": found(r", ([\d.]+ \w+) of it since before the first step"),
+        "parameters": find(r"^parameters .* ([\d,]+)$"),
+        "flops": find(r"forward, (.*?) a training step"),
+        "seconds": float(find(r"([\d.e+-]+) s per step")),
+        "speed": float(find(r"measured\s+([\d.,e+-]+) images/s").replace(",", "")),
+        "memory": find(r", ([\d.]+ \w+) of it since before the first step"),
     }
 
 
 def sampling_seconds(folder: Path, images: int, steps: int) -> float:
+    """Return the seconds that `images` images take, after a turn of 16 that is not counted."""
     model = folder / "model"
     if not model.exists():
         scheduler = diffusers.DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")

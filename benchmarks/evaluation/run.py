@@ -62,7 +62,7 @@ def measure(
 
 
 def write(run: Path, folder: Path) -> None:
-    """The results in `run` as a table: a row for each solver and number of steps, and what does not depend on them."""
+    """Write the results of `run`: a row for each solver and number of steps, and what does not depend on them."""
     rows = json.loads((run / "evaluation.json").read_text("utf-8"))["results"]
     training, by_metric = read_run(run)["training"], {row["metric"]: row for row in rows}
     cells = {}

@@ -60,8 +60,8 @@ def main() -> None:
     lines = ["| run | kills | of them while a checkpoint was written | files that differ |", "|---|---|---|---|"]
     for name, (num_processes, changes) in CONFIGURATIONS.items():
         with tempfile.TemporaryDirectory() as folder:
-            kills, in_writing, found = kill_and_compare(Path(folder), num_processes, changes, num_kills, rng)
-        lines.append(f"| {name} | {kills} | {in_writing} | {', '.join(found) or 'none'} |")
+            kills, in_writing, differing = kill_and_compare(Path(folder), num_processes, changes, num_kills, rng)
+        lines.append(f"| {name} | {kills} | {in_writing} | {', '.join(differing) or 'none'} |")
         print(lines[-1], flush=True)
     lines += ["", f"{STEPS} steps each; torch {version('torch')}, accelerate {version('accelerate')}, CPU, gloo."]
     (Path(__file__).parent / "table.md").write_text("\n".join(lines) + "\n")
@@ -70,6 +70,7 @@ def main() -> None:
 def kill_and_compare(
     folder: Path, num_processes: int, changes: dict, num_kills: int, rng: random.Random
 ) -> tuple[int, int, list[str]]:
+    """Return the kills, those of them while a checkpoint was written, and the names of files that differ."""
     (folder / "unet.json").write_text(json.dumps(tiny_unet_config(1, out_channels=2, dropout=0.2)))
     settings = {**ALL, **changes, "dataset_name": "digits", "model_config_name_or_path": str(folder / "unet.json")}
     settings["cache_dir"] = str(folder / "cache")
@@ -108,7 +109,7 @@ def launch(folder: Path, num_processes: int, output_dir: Path) -> subprocess.Pop
 
 
 def wait_for_training(process: subprocess.Popen) -> bool:
-    """Until the first step is done; False if the process has ended before."""
+    """Wait until the first step is done; return False if the process ended before."""
     seen = b""
     while block := os.read(process.stderr.fileno(), 4096):
         seen = seen[-100:] + block
@@ -119,6 +120,7 @@ def wait_for_training(process: subprocess.Popen) -> bool:
 
 
 def wait_for_writing(output_dir: Path, process: subprocess.Popen) -> bool:
+    """Wait until a checkpoint is being written; return False if the process ended before."""
     os.set_blocking(process.stderr.fileno(), False)
     while process.poll() is None:
         process.stderr.read()  # or its pipe fills and it stops
@@ -136,9 +138,9 @@ def kill(process: subprocess.Popen) -> None:
 
 def finish(process: subprocess.Popen) -> None:
     os.set_blocking(process.stderr.fileno(), True)
-    said = process.stderr.read()
+    output = process.stderr.read()
     if process.wait() != 0:
-        raise SystemExit(said.decode())
+        raise SystemExit(output.decode())
 
 
 if __name__ == "__main__":

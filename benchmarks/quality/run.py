@@ -35,17 +35,18 @@ def main() -> None:
     parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
     with ROWS.open("a") as file:
-        file.write(json.dumps(measured(options)) + "\n")
+        file.write(json.dumps(measure(options)) + "\n")
     write_table()
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Train for the minutes, evaluate, and return the row."""
     folder = RUNS / f"{options.name}-{options.minutes:g}-{options.seed}".replace(" ", "-")
     command = [sys.executable, str(ROOT / "train_accelerate.py"), "--recipe", "fashion-mnist"]
     command += ["--dataset_name", options.data, "--output_dir", str(folder), "--seed", str(options.seed)]
     command += ["--mixed_precision", "bf16", "--compile", *options.flags]
-    said = subprocess.run([*command, "--dry_run"], check=True, capture_output=True, text=True).stdout
-    step, first = (float(n) for n in re.search(r"([\d.e+-]+) s per step.*the first in ([\d.e+-]+) s", said).groups())
+    output = subprocess.run([*command, "--dry_run"], check=True, capture_output=True, text=True).stdout
+    step, first = (float(n) for n in re.search(r"([\d.e+-]+) s per step.*the first in ([\d.e+-]+) s", output).groups())
     steps = int((60 * options.minutes - first) / step)
     started = time.monotonic()
     # No checkpoint on the way: they refresh previews, which are no part of training.
@@ -77,6 +78,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_table() -> None:
+    """Write table.md from rows.jsonl."""
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
     text = (
         "Fashion-MNIST, 28x28; distances of 5,000 samples, 20 steps of DPM-Solver++, to the training images "

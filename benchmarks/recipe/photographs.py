@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def cut(photograph: Image.Image, part: tuple[float, float], rng: np.random.Generator) -> Image.Image:
-    """A square of that part of the longer side, scaled to SIDE."""
+    """Cut a square out of that part of the longer side, and scale it to SIDE."""
     short = np.exp(rng.uniform(*np.log(SHORT_SIDES)))
     side = SIDE * min(photograph.size) / short
     x, y = rng.uniform(part[0], part[1] - side), rng.uniform(0, min(photograph.size) - side)

@@ -83,11 +83,12 @@ def main() -> None:
     if not options.table:
         torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
-        ROWS.open("a").write(json.dumps(measured(options)) + "\n")
+        ROWS.open("a").write(json.dumps(measure(options)) + "\n")
     write_table()
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Train, sample, compare, and return the row."""
     train, moments, features = load_data(options.data)
     scheduler = DDPMScheduler(
         T,
@@ -129,7 +130,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_data(name: str) -> tuple[Tensor, Moments, Tensor]:
-    """Training images, (N, C, H, W) uint8; moments and 4,000 features of the test images, made once."""
+    """Return the training images, (N, C, H, W) uint8; the moments and 4,000 features of the test images."""
     images = {}
     for split in ("train", "test"):
         loaded = datasets.load_dataset(name, split=split)
@@ -169,7 +170,7 @@ def make_unet(options: argparse.Namespace, channels: int, side: int) -> UNet2DMo
 def learn(
     options: argparse.Namespace, unet: UNet2DModel, scheduler: DDPMScheduler, images: Tensor
 ) -> tuple[dict[float, list[Tensor]], float, list[float]]:
-    """The averages by their lengths, seconds of all cores per step, and the mean loss of each tenth."""
+    """Train the network; return the averages by length, the CPU seconds per step, the mean loss of each tenth."""
     parameters = list(unet.parameters())
     config = TrainingConfig(
         optimizer=options.optimizer, learning_rate=options.lr, mixed_precision=options.mixed_precision
@@ -213,7 +214,7 @@ def learn(
 
 
 def draw_timesteps(options: argparse.Namespace, scheduler: DDPMScheduler, generator: torch.Generator) -> Tensor:
-    """Stratified over the batch; with a density, the t whose log(noise / signal) is next above a normal variable."""
+    """Draw t, stratified over the batch; with a density, the t next above a normal draw of log(noise / signal)."""
     B = options.batch
     u = (torch.arange(B) + torch.rand(B, generator=generator)) / B
     if options.density is None:
@@ -225,7 +226,7 @@ def draw_timesteps(options: argparse.Namespace, scheduler: DDPMScheduler, genera
 
 
 def factor(decay: str, step: int, steps: int, warm_up: int = 100) -> float:
-    """Of the learning rate: a shape over all steps, times the warm-up; diffusers' shapes begin after it."""
+    """Return the factor of the learning rate: a shape over all steps, times the warm-up."""
     done = step / steps
     shape = {
         "cosine": (1 + math.cos(math.pi * done)) / 2,
@@ -237,6 +238,7 @@ def factor(decay: str, step: int, steps: int, warm_up: int = 100) -> float:
 
 
 def write_table() -> None:
+    """Write table.md from rows.jsonl."""
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
     about = rows[-1]
     text = (
@@ -248,11 +250,11 @@ def write_table() -> None:
         "|---|---|---|---|---|---|---|---|---|---|\n"
     )
     for row in rows:
-        for found in row["distances"]:
+        for distances in row["distances"]:
             text += (
                 f"| {row['name']} | {row['data']} | `{' '.join(row['options'])}` | {row['steps']:,} | "
-                f"{row['parameters']:,} | {row['cpu_seconds_per_step']:.3f} | {found['std']:g} | {found['fd']:.1f} | "
-                f"{found['kid']:.3f} | {row['images']:,} |\n"
+                f"{row['parameters']:,} | {row['cpu_seconds_per_step']:.3f} | {distances['std']:g} | "
+                f"{distances['fd']:.1f} | {distances['kid']:.3f} | {row['images']:,} |\n"
             )
     Path(__file__).with_name("table.md").write_text(text)
 

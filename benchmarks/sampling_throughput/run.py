@@ -104,7 +104,7 @@ def as_it_comes(unet: Any, scheduler: Any, count: int) -> Callable[[], None]:
 
 
 def features(num_images: int) -> str:
-    """Images per second through the feature network, and the seconds of all cores per second."""
+    """Return a sentence: images per second through the feature network, and how many cores it keeps busy."""
     network = load_network("efficientnet-lite0", None, "cpu")
     pixels = torch.randint(0, 256, (FORWARD_BATCH, 1, 28, 28), dtype=torch.uint8)
     network(pixels)

@@ -34,7 +34,7 @@ ROWS = Path(__file__).with_name("rows.jsonl")
 NUM_IMAGES, NUM_ANCESTRAL = 512, 256
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 # Solver, what differs from ours of that name, spacing (a power; "searched"; None: the solver's own), steps.
-CELLS: list[tuple[str, dict[str, Any], float | str | None, int]] = [
+SETTINGS: list[tuple[str, dict[str, Any], float | str | None, int]] = [
     ("unipc", {}, None, 20),
     ("dpmsolver++", {}, None, 20),
     ("ddpm", {}, None, 1000),
@@ -63,18 +63,18 @@ def main() -> None:
     network = load_network("efficientnet-lite0", None, "cpu")
     pipeline, _ = load_for_sampling(options.model, "ddpm", dtype="bf16", compile=True, uniform=True)
     own_scheduler, trained = pipeline.scheduler, read_run(Path(options.model))["training"]["steps"]
-    there = {tuple(row["cell"]) for row in read_rows()}
-    for solver, changes, spacing, steps in CELLS:
+    measured = {tuple(row["cell"]) for row in read_rows()}
+    for solver, changes, spacing, steps in SETTINGS:
         differs = ", ".join(f"{name} {value}" for name, value in changes.items())
         how = {None: "its own", "searched": "searched"}.get(spacing, f"power {spacing}")
         cell = (solver, differs, how, steps)
-        if cell in there:
+        if cell in measured:
             continue
         pipeline.scheduler = own_scheduler
         timesteps = None
         if spacing == "searched":
-            (found,) = search_timesteps(pipeline, [steps], seed=NUM_IMAGES)
-            timesteps = [*found.timesteps]
+            (search,) = search_timesteps(pipeline, [steps], seed=NUM_IMAGES)
+            timesteps = [*search.timesteps]
         elif isinstance(spacing, float):
             timesteps = [*spaced_timesteps(own_scheduler.config.num_train_timesteps, steps, spacing)]
         named: Any = named_scheduler(solver, own_scheduler.config, steps)
@@ -99,6 +99,7 @@ def read_rows() -> list[dict[str, Any]]:
 
 
 def write_table() -> None:
+    """Write table.md from rows.jsonl."""
     rows = read_rows()
     text = (
         f"torch {version('torch')}, diffusers {version('diffusers')}; a model of {rows[0]['trained_steps']:,} steps; "
@@ -116,7 +117,7 @@ def write_table() -> None:
 
 
 def sample(pipeline: DDPMPipeline, count: int, steps: int, timesteps: list[int] | None) -> torch.Tensor:
-    """uint8."""
+    """Sample images from the seeds 0, 1, ... (count, C, H, W) uint8."""
     parts = []
     for first in range(0, count, FORWARD_BATCH):
         generators = seeded_generators(range(first, first + FORWARD_BATCH), pipeline.device)

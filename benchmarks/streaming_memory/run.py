@@ -40,7 +40,7 @@ SCHEMA = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string(
 
 
 def write_images(folder: Path, num_images: int) -> None:
-    """Image n says n in its first four pixels, so that no two are alike."""
+    """Write images of which no two are alike: the first four pixels of image n spell n."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for file in range(NUM_FILES):
@@ -59,7 +59,7 @@ def write_images(folder: Path, num_images: int) -> None:
 
 
 def used_mib() -> tuple[float, float]:
-    """PSS without files, and USS."""
+    """Return the memory in use: PSS without files, and USS, in MiB."""
     process, pss, uss = psutil.Process(), 0.0, 0.0
     for member in (process, *process.children()):
         lines = Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines()
@@ -70,7 +70,7 @@ def used_mib() -> tuple[float, float]:
 
 
 def stream_once(folder: Path, num_images: int) -> tuple[list[float], np.ndarray]:
-    """Percent of the images, and MiB in use by PSS and USS, (2, readings)."""
+    """Return the percent of the images at each reading, and the MiB in use by PSS and USS, (2, readings)."""
     config = TrainingConfig(
         dataset_name=str(folder),
         cache_dir=str(folder.parent / "cache"),

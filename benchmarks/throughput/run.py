@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.way is not None:
-        be_asked(options)
+        take_turns(options)
         return
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images", 256)
@@ -124,7 +124,7 @@ def table(options: argparse.Namespace, first: dict, taken: dict, peaks: dict[str
 
 
 def count(way: str) -> tuple[int, int]:
-    """Parameters, and FLOPs of a training step per image."""
+    """Return the number of parameters, and the FLOPs of a training step per image."""
     from diffusers import UNet2DModel
 
     from hf_ddpm.training.dry_run import count_flops
@@ -134,7 +134,7 @@ def count(way: str) -> tuple[int, int]:
 
 
 def matrix_product(dtype: torch.dtype, size: int = 2048) -> float:
-    """GFLOP/s."""
+    """Return the GFLOP/s of a product of two square matrices."""
     a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     torch.mm(a, b)
     started = time.perf_counter()
@@ -156,15 +156,15 @@ def start(way: str, options: argparse.Namespace) -> subprocess.Popen:
 
 
 def answer(child: subprocess.Popen) -> float:
-    """Seconds per step of a turn."""
+    """Return the seconds per step of a turn."""
     for line in child.stdout:
         if line.startswith("turn "):
             return float(line.split()[1])
     raise SystemExit("a process has ended")
 
 
-def be_asked(options: argparse.Namespace) -> None:
-    """Warms up, then takes a turn for each line of standard input."""
+def take_turns(options: argparse.Namespace) -> None:
+    """Warm up, then take a turn for each line of standard input."""
     state = {"steps": 0, "of_turn": WARM_UP_STEPS, "since": time.perf_counter()}
 
     def after_step() -> None:
@@ -212,7 +212,7 @@ def our_loop(options: argparse.Namespace, after_step: Callable[[], None]) -> Non
 
 
 def stock_loop(options: argparse.Namespace, after_step: Callable[[], None]) -> None:
-    """As diffusers' `train_unconditional.py` writes it, with the images in memory."""
+    """Train as diffusers' `train_unconditional.py` does, with the images in memory."""
     import torch.nn.functional as F
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_scheduler

@@ -33,7 +33,7 @@ BATCH, STEPS_PER_TURN, TURNS = 64, 4, 14
 
 
 class BareLoop:
-    """The step as one writes it by hand."""
+    """A training step as one writes it by hand."""
 
     def __init__(self, settings: dict, pixels: torch.Tensor):
         torch.manual_seed(0)
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def measure(bare: BareLoop, folder: str) -> tuple[list[float], list[float]]:
-    """Seconds per step of both, turn by turn; the first turn of each is left out."""
+    """Return the seconds per step of both, turn by turn, without the first turn."""
     ours: list[float] = []
     theirs: list[float] = []
     state = {"steps": 0, "since": time.perf_counter()}
