@@ -5,7 +5,7 @@
     forward chain  x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps_t, an image dissolving; Ho et al. 2020, Eq. 2
     reverse chain  x_{t-1} ~ p(x_{t-1} | x_t), an image emerging
 
-Pixels are enlarged by whole factors and nearest neighbour: what is seen is what the model made.
+Pixels are enlarged by whole factors and nearest neighbor: what is seen is what the model made.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def forward_chain(
 def chain_gif(frames: Images, path: str | Path, duration_ms: int = 60, hold_ms: int = 1500) -> None:
     """Write an animation that starts over after its last frame was held.
 
-    Gray stays exact; colors are reduced to 256 per frame, undithered. Equal neighbours become one, longer frame.
+    Gray stays exact; colors are reduced to 256 per frame, undithered. Equal neighbors become one, longer frame.
 
     Args:
         frames: at least one, of one size and of one mode.

@@ -17,7 +17,7 @@ from hf_ddpm.scheduler import SOLVABLE_SCHEDULES, DDPMScheduler, as_our_schedule
 SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 
 
-# Of the solvers, of which UniPC is the default: benchmarks/solvers.md.
+# Of the solvers, of which UniPC is the default: benchmarks/solvers/table.md.
 DEFAULT_STEPS = 20
 
 

@@ -33,7 +33,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import flush_folder, sha256, write_flushed
 from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.training.averages import EMA
-from hf_ddpm.training.sharding import gathered, gathered_moments, is_sharded, load, scatter
+from hf_ddpm.training.sharding import full_moments, full_tensors, is_sharded, load_into, load_moments
 
 FORMAT = 2
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -109,7 +109,7 @@ def save_checkpoint(
     target = output_dir / f"checkpoint-{progress.step}"
     partial = output_dir / f"partial-{target.name}"
     # All processes gather the shards, also when the writing has failed.
-    sharded = is_sharded(list(state.unet.parameters()), state.optimizer)
+    sharded = is_sharded(list(state.unet.parameters()))
     files = _files(state, progress) if is_main_process or sharded else iter(())
     if not is_main_process:
         for _ in files:
@@ -145,7 +145,7 @@ def checkpoint_bytes(state: TrainingState, progress: Progress, is_main_process: 
 
     All processes call it; the others get 0 or what they gathered.
     """
-    if not is_main_process and not is_sharded(list(state.unet.parameters()), state.optimizer):
+    if not is_main_process and not is_sharded(list(state.unet.parameters())):
         return 0
     return sum(len(content) for _, content in _files(state, progress))
 
@@ -212,7 +212,8 @@ def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:
     try:
         _check_network(json.loads(unet.to_json_string()), checkpoint)
         weights = load_file(checkpoint / "unet" / WEIGHTS)
-        load(weights, load_file(checkpoint / "optimizer.safetensors"), parameters, optimizer)
+        load_moments(load_file(checkpoint / "optimizer.safetensors"), parameters, optimizer)
+        load_into(weights, parameters)
         for name, buffer in unet.named_buffers():
             if name in weights:
                 buffer.copy_(weights[name])
@@ -220,7 +221,7 @@ def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:
             prefix, file = ("", f"unet_ema/{WEIGHTS}") if i == 0 else (f"{average}/", "averages.safetensors")
             tensors = load_file(checkpoint / file)
             whole = {name: tensors[f"{prefix}{name}"] for name in parameters}
-            scatter(whole, dict(zip(parameters, values, strict=True)))
+            load_into(whole, dict(zip(parameters, values, strict=True)))
     except (FileNotFoundError, KeyError) as error:
         raise UsageError(
             f"{checkpoint.name} does not hold {error}: resume with the settings of its config.yaml (its averages, "
@@ -251,17 +252,17 @@ def model_files(unet: Any, weights: Mapping[str, Tensor]) -> Iterator[tuple[str,
 def _files(state: TrainingState, progress: Progress) -> Iterator[tuple[str, bytes]]:
     unet, names = state.unet, [name for name, _ in state.unet.named_parameters()]
     parameters = list(unet.parameters())
-    for name, content in model_files(unet, gathered(names, parameters)):
+    for name, content in model_files(unet, full_tensors(names, parameters)):
         yield f"unet/{name}", content
     averages = dict(state.ema.averages) if state.ema is not None else {}
     if averages:
         first = averages.pop(next(iter(averages)))
-        for name, content in model_files(unet, gathered(names, first)):
+        for name, content in model_files(unet, full_tensors(names, first)):
             yield f"unet_ema/{name}", content
     if averages:
         keys = [f"{average}/{name}" for average in averages for name in names]
-        yield "averages.safetensors", to_safetensors(gathered(keys, [t for a in averages.values() for t in a]))
-    moments = gathered_moments(dict(unet.named_parameters()), state.optimizer)
+        yield "averages.safetensors", to_safetensors(full_tensors(keys, [t for a in averages.values() for t in a]))
+    moments = full_moments(dict(unet.named_parameters()), state.optimizer)
     yield "optimizer.safetensors", to_safetensors(moments)
     yield "progress.json", json.dumps(asdict(progress), indent=2).encode()
 

@@ -183,7 +183,7 @@ def _cost_rows(run: Run, cost: Cost) -> list[tuple[str, str, str]]:
     averaged = sum(local(tensor).nbytes for average in averages.values() for tensor in average)
     forward, whole = count_flops(run.state.unet)
     flops = f"{amount(forward, '')} forward, {amount(whole, '')} a training step"
-    held = sharding.held_bytes(run.parameters, run.state.optimizer)
+    held = sharding.bytes_held(run.parameters, run.state.optimizer)
     of_steps = "in the life of the process"
     if cost.added_bytes is not None:
         of_steps = f"{amount(cost.added_bytes, 'B')} of it since before the first step"

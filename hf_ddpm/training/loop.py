@@ -29,6 +29,7 @@ from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError
+from hf_ddpm.runtime.launch import reject_deepspeed
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import image_generators, seed_step
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
@@ -71,6 +72,7 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
         StoppedOnPurpose: A signal or `max_train_hours` ended the run; a checkpoint was written.
     """
     started = time.monotonic()
+    reject_deepspeed()
     check_config(config)
     check_source(config, config.output_dir)
     accelerator = make_accelerator(config)
@@ -210,7 +212,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor
         positions = batch["positions"].numpy()
         slot = micro * run.processes.size + run.processes.rank
         seed_step(config.seed, progress.step, slot)
-        with sharding.accumulating(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
+        with sharding.gradient_sync(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
             loss, t = run.objective(
                 run.model,
                 to_x_0(pixels, run.images.max_value),
@@ -223,7 +225,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor
             mean = loss.mean()
             # The gradients of a loss that is not finite are made NaN: by their norm every process learns of it.
             mark = torch.where(mean.detach().isfinite(), 1.0, math.nan)
-            sharding.backward(accelerator, run.model, mean * mark, len(micro_batches))
+            accelerator.backward(mean * mark / len(micro_batches))
         evaluated.append((loss.detach(), t, positions))
     learning_rate = run.learning_rate(progress.images)
     norm, is_bad = sharding.step(accelerator, run.model, run.optimizer, learning_rate, config.max_grad_norm)

@@ -16,7 +16,7 @@ from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
 from hf_ddpm.training.run import Run, try_to_write
-from hf_ddpm.training.sharding import gathered
+from hf_ddpm.training.sharding import full_tensors
 
 # The names of averages that are saved as models begin so; the other averages are for snapshots.
 HALFLIFE_PREFIX = "halflife-"
@@ -52,7 +52,7 @@ def save_snapshot(run: Run, progress: Progress) -> None:
     parts_done = count * progress.images // run.total_images
     if run.state.ema is None or parts_done == count * images_before_step // run.total_images:
         return
-    averages = {std: gathered(run.names, run.state.ema.averages[f"std-{std:g}"]) for std in TRACKED_STDS}
+    averages = {std: full_tensors(run.names, run.state.ema.averages[f"std-{std:g}"]) for std in TRACKED_STDS}
     path = snapshot_path(run.output_dir, progress.images)
     if run.is_main:
         try_to_write(run, lambda: write_atomically(path, snapshot_bytes(progress.images, averages)))
@@ -61,7 +61,7 @@ def save_snapshot(run: Run, progress: Progress) -> None:
 def averaged_unet(run: Run, average: list[Tensor] | None) -> UNet2DModel:
     """Return the network with averaged weights, or its own, on the CPU; all processes call it."""
     unet = run.state.unet
-    weights = gathered(run.names, run.parameters if average is None else average)
+    weights = full_tensors(run.names, run.parameters if average is None else average)
     buffers = {name: buffer.cpu() for name, buffer in unet.named_buffers() if name in unet.state_dict()}
     with torch.device("meta"):
         averaged: Any = UNet2DModel.from_config(unet.config)

@@ -73,7 +73,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         log_with=config.logger,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=logging_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(backend=sharding.backend(), timeout=LONGEST_WAIT)],
+        # Accelerate chooses the backend by the device when it is None.
+        kwargs_handlers=[InitProcessGroupKwargs(backend=None, timeout=LONGEST_WAIT)],
     )
 
 
@@ -83,7 +84,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, processes: Proce
     Raises:
         UsageError: Settings or data cannot work.
     """
-    sharding.check(accelerator, config)
+    sharding.check(accelerator)
     _check_device(config, accelerator)
     config, images = _load_images(config, accelerator, processes)
     start = _find_start(config, images, processes)
@@ -95,7 +96,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, processes: Proce
     scheduler = make_scheduler(config)
     new_unet = _make_unet(config, images, start.checkpoint)
     optimizer = make_optimizer(new_unet, config)
-    model, prepared = sharding.prepare(accelerator, new_unet, optimizer, config, partial(print_once, processes))
+    model, prepared = accelerator.prepare(new_unet, optimizer)
     unet: Any = accelerator.unwrap_model(model)
     if config.compile:
         # Its config grows when diffusers first writes it, and would be compiled for once more after a checkpoint.

@@ -129,7 +129,7 @@ def test_the_chain_is_one_trajectory_of_equation_2():
     scheduler = DDPMScheduler()
     noise = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(3))
     assert torch.equal(steps[1:2], scheduler.forward_step(steps[:1], noise, 0))
-    # Neighbours share their noise: with the closed form's independent draws, steps would differ by sqrt(2 (1 - abar)).
+    # Neighbors share their noise: with the closed form's independent draws, steps would differ by sqrt(2 (1 - abar)).
     assert (steps[30] - steps[29]).std() < 1.2 * scheduler.betas[29].sqrt()
 
 

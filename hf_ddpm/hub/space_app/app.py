@@ -242,7 +242,7 @@ CSS = """
 
 
 def picture(x: Tensor, text: str) -> str:
-    """x, (1, C, H, W), as an <img>, enlarged by a whole factor and nearest neighbour."""
+    """x, (1, C, H, W), as an <img>, enlarged by a whole factor and nearest neighbor."""
     (image,) = to_images(x)
     factor = max(1, math.ceil(MIN_SIDE / min(image.size)))
     content = io.BytesIO()
