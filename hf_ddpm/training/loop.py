@@ -233,14 +233,21 @@ def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], 
         seed_step(config.seed, progress.step, slot)
         is_last = micro == len(micro_batches) - 1
         with sharding.accumulating(accelerator, run.model, is_last):
-            loss, t = run.objective(
+            generators = image_generators(config.seed, positions, accelerator.device)
+            uniform = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
+            t = run.objective.timesteps_from_uniform(
+                uniform,
+                first_index=slot * config.train_batch_size,
+                global_batch_size=run.global_batch_size,
+            )
+            loss = run.objective(
                 run.model,
                 to_x_0(pixels, run.images.max_value),
-                image_generators(config.seed, positions, accelerator.device),
                 on_device(batch, "labels"),
-                stratum=(slot * config.train_batch_size, run.global_batch_size),
-                others=others,
-                other_labels=other_labels,
+                timesteps=t,
+                noise=torch.stack([torch.randn(pixels.shape[1:], generator=g, device=g.device) for g in generators]),
+                extra_images=others,
+                extra_labels=other_labels,
             )
             mean = loss.mean()
             # The gradients of a loss that is not finite are made NaN: by their norm every process learns of it.
