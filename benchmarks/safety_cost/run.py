@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DModel
-from diffusers.utils.torch_utils import randn_tensor
 
 from hf_ddpm import DDPMScheduler
 from hf_ddpm.network import sized_config
@@ -44,7 +43,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     ema = EMA(parameters, ["halflife-1000", "std-0.05", "std-0.1"])
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    objective, one = Objective(scheduler), torch.Generator().manual_seed(0)
+    objective = Objective(scheduler)
     x_0 = torch.rand(BATCH, 1, 28, 28) * 2 - 1
     times: dict[str, list[float]] = {}
 
@@ -54,16 +53,20 @@ def main() -> None:
         times.setdefault(name, []).append(time.perf_counter() - started)
 
     def step() -> None:
-        loss, _ = objective(unet, x_0, one)
-        loss.mean().backward()
+        objective(unet, x_0).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.update(parameters, {"halflife-1000": 0.99, "std-0.05": 0.9, "std-0.1": 0.9})
 
-    def draw(generator: torch.Generator | list[torch.Generator]) -> None:
-        objective.draw_timesteps(BATCH, generator, x_0.device)
-        randn_tensor(x_0.shape, generator=generator)
+    def draw() -> None:
+        objective.timesteps_from_uniform(torch.rand(BATCH))
+        torch.randn(x_0.shape)
+
+    def draw_per_image(positions: np.ndarray) -> None:
+        generators = image_generators(0, positions, x_0.device)
+        objective.timesteps_from_uniform(torch.cat([torch.rand(1, generator=g) for g in generators]))
+        torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators])
 
     def guard() -> None:
         mean = torch.ones((), requires_grad=True) * 2
@@ -76,8 +79,8 @@ def main() -> None:
         for number in range(STEPS):
             positions = np.arange(BATCH) + number * BATCH
             timed("step", step)
-            timed("one generator", lambda: draw(one))
-            timed("own generators", lambda at=positions: draw(image_generators(0, at, x_0.device)))
+            timed("one generator", draw)
+            timed("own generators", lambda at=positions: draw_per_image(at))
             timed("dropout seed", lambda at=number: seed_step(0, at, 0))
             timed("guard", guard)
             timed("signals", lambda at=number: stop.reason(at))

@@ -213,14 +213,20 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor
         slot = micro * run.processes.size + run.processes.rank
         seed_step(config.seed, progress.step, slot)
         with sharding.gradient_sync(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
-            loss, t = run.objective(
+            generators = image_generators(config.seed, positions, run.device)
+            uniform = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
+            noise = torch.stack([torch.randn(pixels.shape[1:], generator=g, device=g.device) for g in generators])
+            t = run.objective.timesteps_from_uniform(
+                uniform, first_index=slot * batch_size, global_batch_size=run.global_batch_size
+            )
+            loss = run.objective(
                 run.model,
                 to_x_0(pixels, run.images.max_value),
-                image_generators(config.seed, positions, run.device),
                 on_device(batch, "labels"),
-                stratum=(slot * batch_size, run.global_batch_size),
-                others=extra_images,
-                other_labels=extra_labels,
+                timesteps=t,
+                noise=noise,
+                extra_images=extra_images,
+                extra_labels=extra_labels,
             )
             mean = loss.mean()
             # The gradients of a loss that is not finite are made NaN: by their norm every process learns of it.

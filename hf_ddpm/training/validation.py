@@ -141,7 +141,10 @@ def _held_out_loss(
         x_0 = to_x_0(validation.images[part].to(device), validation.max_value)
         labels = None if validation.labels is None else validation.labels[part].to(device)
         generators = image_generators(0, part, device)
-        loss, t = fixed(pipeline.unet, x_0, generators, labels, stratum=(int(part[0]), count))
+        uniform = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
+        noise = torch.stack([torch.randn(x_0.shape[1:], generator=g, device=g.device) for g in generators])
+        t = fixed.timesteps_from_uniform(uniform, first_index=int(part[0]), global_batch_size=count)
+        loss = fixed(pipeline.unet, x_0, labels, timesteps=t, noise=noise)
         rows.append(torch.stack([loss, t.float()], dim=1))
     loss, t = processes.gather_rows(torch.cat(rows), count).double().unbind(dim=1)
     return loss, t
