@@ -27,8 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.batches import to_x_0
-from hf_ddpm.figures import strip, to_images
+from hf_ddpm.figures import strip, to_pil
 from hf_ddpm.runtime.errors import UsageError
 
 Rows: TypeAlias = np.ndarray | Tensor
@@ -182,7 +181,7 @@ def draw_pairs(samples: Rows, training_images: Rows, pairs: Sequence[Pair], path
     difference = (left.int() - right.int()).abs()
     if difference.shape[1] == 4:
         difference[:, 3] = 255  # opaque
-    rows = [to_images(to_x_0(pixels, 255)) for pixels in (left, right, difference)]
+    rows = [to_pil(pixels) for pixels in (left, right, difference.to(torch.uint8))]
     strip(rows, [f"{pair.distance:.4g}" for pair in pairs], ["sample", "training image", "difference"]).save(path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from functools import partial
@@ -22,7 +21,7 @@ from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.metrics import MetricsFile
 from hf_ddpm.training.run import FREE_SPACE, Run, say, try_to_track, try_to_write
 from hf_ddpm.training.saving import save_model
-from hf_ddpm.training.validation import OF_COURSE, Monitor, measure
+from hf_ddpm.training.validation import VALIDATION_SETTINGS, Monitor, measure
 
 
 def save_preview(run: Run, step: int) -> Image.Image:
@@ -45,13 +44,10 @@ def save_preview(run: Run, step: int) -> Image.Image:
         )
         sharding.reshard(unet)
     unet.train()
-    sheet = figures.grid(figures.to_images(2 * samples - 1))
+    sheet = figures.grid(figures.to_pil(samples))
     if accelerator.is_main_process:
-        content = io.BytesIO()
-        sheet.save(content, "png")
-        try_to_write(
-            run, lambda: write_atomically(run.output_dir / f"previews/step-{step:07d}.png", content.getvalue())
-        )
+        content = figures.png_bytes(sheet)
+        try_to_write(run, lambda: write_atomically(run.output_dir / f"previews/step-{step:07d}.png", content))
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -86,7 +82,7 @@ def write_measurement(run: Run, monitor: Monitor, progress: Progress, evaluation
     lines = run.processes.on_main(lambda: [*read_metrics(path), *map(json.loads, evaluations.waiting)])
     before = [line["kid"] for line in lines if line["kid"] is not None]
     record = {"step": progress.step, "images": progress.images, **measured}
-    record |= {name: getattr(run.config, name) for name in OF_COURSE}
+    record |= {name: getattr(run.config, name) for name in VALIDATION_SETTINGS}
     if accelerator.is_main_process:
         problem = evaluations.write(record)
         if problem is not None:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from hf_ddpm import figures
@@ -29,7 +30,7 @@ from hf_ddpm.training.previews import _preview_scheduler, _preview_steps, save_p
 from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run
 from hf_ddpm.training.saving import HALFLIFE, _averaged_unet, save_model
 from hf_ddpm.training.sharding import autocast
-from hf_ddpm.training.validation import draw_course
+from hf_ddpm.training.validation import draw_validation_curves
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,7 +55,7 @@ def write_report(
     """
     output_dir = Path(config.output_dir)
     _draw_loss(output_dir)
-    draw_course(read_metrics(output_dir / "eval.jsonl"), output_dir / "figures")
+    draw_validation_curves(read_metrics(output_dir / "eval.jsonl"), output_dir / "figures")
     _draw_forward_chain(pipeline, images, output_dir)
     with autocast(accelerator.device, config.mixed_precision):
         _draw_reverse_chain(pipeline, images, output_dir)
@@ -97,12 +98,25 @@ def write_report(
 
 
 def _draw_loss(output_dir: Path) -> None:
+    """Draw the logged losses and their centered geometric mean, which lies in their middle on a logarithmic axis."""
     records = [r for r in read_metrics(output_dir / "metrics.jsonl") if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    window = max(1, len(losses) // 20)
-    means = [sum(part) / len(part) for part in (losses[max(0, i - window) : i + 1] for i in range(len(losses)))]
-    series = {"loss": (steps, losses), f"mean of the last {window + 1}": (steps, means)}
-    figures.curve(output_dir / "figures" / "loss.png", series, "step", "loss", log_y=True)
+    curves = [figures.Curve("loss as logged", steps, losses, is_background=True)]
+    half = len(losses) // 40
+    window = 2 * half + 1
+    if half and min(losses) > 0:
+        means = np.exp(np.convolve(np.log(losses), np.full(window, 1 / window), mode="valid"))
+        curves.append(figures.Curve(f"geometric mean of {window} values, centered", steps[half:-half], means))
+    else:
+        curves[0] = figures.Curve("loss as logged", steps, losses)
+    figures.draw_curves(
+        output_dir / "figures" / "loss.png",
+        curves,
+        title="Training loss",
+        x_label="optimizer step",
+        y_label="loss\n(lower is better)",
+        log_y=True,
+    )
 
 
 def _draw_forward_chain(pipeline: DDPMPipeline, images: ImageCache | ImageStream, output_dir: Path) -> None:
@@ -112,7 +126,7 @@ def _draw_forward_chain(pipeline: DDPMPipeline, images: ImageCache | ImageStream
     timesteps = _spread(len(scheduler), NUM_STRIP_COLUMNS - 1)
     chain = figures.forward_chain(x_0, scheduler, [-1, *timesteps], torch.Generator().manual_seed(0))
     labels = ["x_0", *(f"t = {t}" for t in timesteps)]
-    figures.strip([figures.to_images(chain)], labels).save(output_dir / "figures" / "forward.png")
+    figures.strip([figures.to_pil(chain / 2 + 0.5)], labels).save(output_dir / "figures" / "forward.png")
 
 
 def _draw_reverse_chain(pipeline: DDPMPipeline, images: ImageCache | ImageStream, output_dir: Path) -> None:
@@ -134,12 +148,13 @@ def _draw_reverse_chain(pipeline: DDPMPipeline, images: ImageCache | ImageStream
     steps = dict(zip(frames, trajectory, strict=True))
     rows, names = [], []
     for i in range(2):
-        rows.append(figures.to_images(torch.stack([*(steps[k].x_t[i] for k in columns), final[i]])))
-        rows.append(figures.to_images(torch.stack([*(steps[k].x_0_hat[i] for k in columns), final[i]])))
+        for states in ([steps[k].x_t[i] for k in columns], [steps[k].x_0_hat[i] for k in columns]):
+            rows.append(figures.to_pil(torch.stack([*states, final[i]]) / 2 + 0.5))
         names += ["x_t", "x_0_hat"]
     column_labels = [*(f"t = {steps[k].timestep}" for k in columns), "image"]
     figures.strip(rows, column_labels, names).save(output_dir / "figures" / "reverse.png")
-    pictures = [figures.grid(figures.to_images(x), columns=2) for x in [*(s.x_t for s in steps.values()), final]]
+    states = [*(step.x_t for step in steps.values()), final]
+    pictures = [figures.grid(figures.to_pil(x / 2 + 0.5), columns=2) for x in states]
     figures.chain_gif(pictures, output_dir / "figures" / "reverse.gif")
 
 

@@ -24,7 +24,7 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
-from hf_ddpm.figures import curve
+from hf_ddpm.figures import Curve, draw_curves
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
@@ -36,8 +36,8 @@ from hf_ddpm.training.config import TrainingConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# In each line of eval.jsonl: of one network and one set of images alone is a course of distances one.
-OF_COURSE = ("eval_network", "eval_split", "eval_num_images")
+# Each line of eval.jsonl holds these settings: measurements compare only when all of them are equal.
+VALIDATION_SETTINGS = ("eval_network", "eval_split", "eval_num_images")
 NUM_LEVELS = 10
 BATCH_SIZE = 64
 
@@ -64,7 +64,7 @@ class Monitor:
 def check_course(config: TrainingConfig, measured: Path) -> None:
     """Raises: UsageError if the lines in `measured`, eval.jsonl of a run that goes on, are of other images."""
     for line in read_metrics(measured)[-1:] if config.eval_steps is not None else ():
-        for name in OF_COURSE:
+        for name in VALIDATION_SETTINGS:
             if (was := line.get(name, getattr(config, name))) != getattr(config, name):
                 raise UsageError(
                     f"{name} was {was} in this run, got {getattr(config, name)}: give that, or move {measured} away"
@@ -142,13 +142,35 @@ def measure(
     }
 
 
-def draw_course(records: list[dict[str, Any]], folder: Path) -> None:
-    """`kid.png` and `val_loss.png`: what was measured, against the images seen."""
-    for name, label in (("kid", "kernel distance"), ("val_loss", "held-out loss")):
-        known = [r for r in records if r[name] is not None]
-        points = [r["images"] for r in known], [r[name] for r in known]
-        if known:
-            curve(folder / f"{name}.png", {label: points}, "images seen", label)
+def draw_validation_curves(records: list[dict[str, Any]], folder: Path) -> None:
+    """Draw the kernel distance and the held-out loss over the images seen: `kid.png` and `val_loss.png` in `folder`.
+
+    Args:
+        records: The lines of eval.jsonl. A picture without a value is not drawn.
+    """
+    for name, title, y_label in (
+        ("kid", "Distance of samples to held-out images", "kernel distance"),
+        ("val_loss", "Loss on held-out images", "mean loss over all t"),
+    ):
+        measured = [record for record in records if record[name] is not None]
+        if not measured:
+            continue
+        errors = [record.get(f"{name}_standard_error") for record in measured]
+        draw_curves(
+            folder / f"{name}.png",
+            [
+                Curve(
+                    y_label,
+                    [record["images"] for record in measured],
+                    [record[name] for record in measured],
+                    [math.nan if error is None else error for error in errors],
+                )
+            ],
+            title=title,
+            x_label="training images seen",
+            y_label=f"{y_label}\n(lower is better)",
+            y_from_zero=name == "kid",
+        )
 
 
 def _copy(images: ImageCache, chosen: np.ndarray) -> tuple[Tensor, Tensor | None]:
