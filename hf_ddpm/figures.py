@@ -266,11 +266,13 @@ def draw_curves(
         axes.set_title(title)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        _set_axis(axes.xaxis, [x for x, _, _ in series], log_x, margin=0.02)
+        _set_axis(axes, "x", [x for x, _, _ in series], log_x, margin=0.02)
         heights = [values for _, y, error in series for values in (y, y + error)]
+        if not log_y:  # On a logarithmic axis, a band that comes near 0 would take all the room.
+            heights += [y - error for _, y, error in series]
         if level is not None:
             heights.append(np.array([level.value]))
-        _set_axis(axes.yaxis, heights, log_y, margin=0.05, with_zero=y_from_zero)
+        _set_axis(axes, "y", heights, log_y, margin=0.05, with_zero=y_from_zero)
         axes.grid(color="#E6E6E6")
         axes.set_axisbelow(True)
         for side in ("top", "right"):
@@ -298,7 +300,7 @@ def _drawable(curve: Curve, log_x: bool, log_y: bool) -> _Series:
     if log_y:
         is_shown &= y > 0
     if not is_shown.any():
-        return (np.empty(0),) * 3
+        return np.empty(0), np.empty(0), np.empty(0)
     has_position = np.isfinite(x) & (x > 0) if log_x else np.isfinite(x)
     return x[has_position], np.where(is_shown, y, math.nan)[has_position], error[has_position]
 
@@ -320,14 +322,20 @@ def _draw_lines(axes: Axes, curves: Sequence[Curve], series: Sequence[_Series], 
         if not curve.is_background:
             color = COLORS[(num_colors if curve.color is None else curve.color) % len(COLORS)]
             num_colors += 1
+        linestyle = "--" if curve.is_dashed else "-"
+        if np.isfinite(y).sum() == 1:
+            linestyle = "none"
+        linewidth = 1.8 if len(x) <= _MAX_THICK else 1.2
+        if curve.is_background:
+            linewidth = 0.8
         marked = _marked(y)
         axes.plot(
             x,
             y,
             color=color,
             label=curve.label,
-            linestyle="--" if curve.is_dashed else "-",
-            linewidth=0.8 if curve.is_background else 1.2 if len(x) > _MAX_THICK else 1.8,
+            linestyle=linestyle,
+            linewidth=linewidth,
             marker="o" if len(marked) else None,
             markersize=5,
             markerfacecolor="white" if curve.is_dashed else color,
@@ -369,24 +377,25 @@ def _marked(y: np.ndarray) -> np.ndarray:
     return shown if len(shown) <= _MAX_MARKERS else _lone(y)
 
 
-def _set_axis(axis: Axis, data: Sequence[np.ndarray], is_log: bool, margin: float, with_zero: bool = False) -> None:
-    """Set scale, limits and ticks; `margin` is the share of the data's range that is added on both sides."""
+def _set_axis(
+    axes: Axes, name: str, data: Sequence[np.ndarray], is_log: bool, margin: float, with_zero: bool = False
+) -> None:
+    """Set scale, limits and ticks of an axis.
+
+    Args:
+        name: x or y.
+        margin: The fraction of the data's range that is added on both sides.
+    """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     values = np.concatenate([np.empty(0), *data])
     values = values[np.isfinite(values) & (values > 0)] if is_log else values[np.isfinite(values)]
-    low, high = (float(values.min()), float(values.max())) if len(values) else (1.0, 10.0) if is_log else (0.0, 1.0)
-    if is_log:
-        low, high = _log_limits(low, high, margin)
-    else:
-        low, high = _linear_limits(low, high, margin, with_zero)
-    set_scale, set_limits = (
-        (axis.axes.set_xscale, axis.axes.set_xlim)
-        if axis.axis_name == "x"
-        else (axis.axes.set_yscale, axis.axes.set_ylim)
-    )
-    set_scale("log" if is_log else "linear")
-    set_limits(low, high)
+    if not len(values):
+        values = np.array([1.0, 10.0])
+    low, high = float(values.min()), float(values.max())
+    low, high = _log_limits(low, high, margin) if is_log else _linear_limits(low, high, margin, with_zero)
+    axes.set(**{f"{name}scale": "log" if is_log else "linear", f"{name}lim": (low, high)})
+    axis = axes.xaxis if name == "x" else axes.yaxis
     if is_log:
         _set_log_ticks(axis, low, high)
     else:
@@ -424,7 +433,7 @@ def _set_log_ticks(axis: Axis, low: float, high: float) -> None:
         axis.set_minor_locator(MaxNLocator(nbins=30, steps=[1, 2, 5, 10]))
     else:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if num_decades < 2.5 else (1,), numticks=10))
-        axis.set_minor_locator(LogLocator(subs=[*range(1, 10)], numticks=100))
+        axis.set_minor_locator(LogLocator(subs=[*range(1, 10)] if num_decades < 10 else (1,), numticks=100))
     is_plain = low >= 1e-4 and high < 1e6
     axis.set_major_formatter(FuncFormatter(_format_tick) if is_plain else LogFormatterMathtext())
     axis.set_minor_formatter(NullFormatter())
