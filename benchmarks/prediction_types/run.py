@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.figures import strip, to_images
+from hf_ddpm.figures import strip, to_pil
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import load_config
 
@@ -49,7 +49,7 @@ def main() -> None:
                 generator=[torch.Generator().manual_seed(i) for i in range(NUM_IMAGES)],
                 output_type="pt",
             ).images
-            rows.append(to_images(2 * images - 1))
+            rows.append(to_pil(images))
             run = json.loads(Path(output_dir, "run.json").read_text())
             losses = [json.loads(line)["loss"] for line in Path(output_dir, "metrics.jsonl").read_text().splitlines()]
             said = ", ".join(f"{k} {v}" for k, v in settings.items())

@@ -125,7 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         row["distances"].append({"std": std, "fd": fd, "kid": kernel_distance(own, features).distance})
         pictures = Path("recipe-samples")
         pictures.mkdir(exist_ok=True)
-        figures.grid(figures.to_images(images[:64] / 127.5 - 1)).save(pictures / f"{options.name}-{std}.png")
+        figures.grid(figures.to_pil(images[:64])).save(pictures / f"{options.name}-{std}.png")
     return row
 
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from hf_ddpm.data.shard_batches import NUM_PLACE_COLUMNS, StreamBatches
 from hf_ddpm.data.shards import open_stream
-from hf_ddpm.figures import curve
+from hf_ddpm.figures import Curve, draw_curves
 from hf_ddpm.training.config import TrainingConfig
 
 HERE = Path(__file__).parent
@@ -111,20 +111,27 @@ def stream_once(folder: Path, num_images: int) -> tuple[list[float], np.ndarray]
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     disable_progress_bars()
-    lines, series = [], {}
+    lines, curves = [], []
     with tempfile.TemporaryDirectory() as temporary:
         for num_images in SIZES:
             folder = Path(temporary, str(num_images))
             write_images(folder, num_images)
             percents, used = stream_once(folder, num_images)
             size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
-            series[f"{num_images:,} images"] = (percents, used[0])
+            curves.append(Curve(f"{num_images:,} images", percents, used[0]))
             tenth = used.shape[1] // 10
             for measure, mib in zip(("PSS", "USS"), used, strict=True):
                 medians = [float(np.median(part)) for part in (mib[:tenth], mib, mib[-tenth:])]
                 memory = " | ".join(f"{value:.0f}" for value in (*medians, mib.max()))
                 lines.append(f"| {num_images:,} | {size:.0f} | {measure} | {memory} |")
-    curve(HERE / "memory.png", series, "part of the images that was streamed, percent", "MiB in use (PSS)")
+    draw_curves(
+        HERE / "memory.png",
+        curves,
+        title="Memory while streaming",
+        x_label="images streamed, percent",
+        y_label="memory in use (PSS), MiB",
+        y_from_zero=True,
+    )
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "datasets", "pyarrow"))
     head = (
         f"{libraries}, Python {platform.python_version()}, {platform.machine()}. Gray PNG images of 8x8 pixels in "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -38,12 +37,10 @@ def save_preview(run: Run, step: int) -> Image.Image:
             num_inference_steps=preview_steps(run),
             class_labels=[i % num_classes for i in range(num_images)] if num_classes else None,
         )
-    sheet = figures.grid(figures.to_images(2 * samples - 1))
+    sheet = figures.grid(figures.to_pil(samples))
     if run.is_main:
-        content = io.BytesIO()
-        sheet.save(content, "png")
         path = run.output_dir / f"previews/step-{step:07d}.png"
-        try_to_write(run, lambda: write_atomically(path, content.getvalue()))
+        try_to_write(run, lambda: write_atomically(path, figures.png_bytes(sheet)))
         for tracker in run.trackers:
             try_to_track(run, lambda tracker=tracker: _track_sheet(tracker, sheet, step))
     return sheet

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -105,12 +106,25 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
 
 
 def _draw_loss(output_dir: Path) -> None:
+    """Draw the logged losses and their centered geometric mean, which lies in their middle on a logarithmic axis."""
     records = [r for r in read_metrics(output_dir / "metrics.jsonl") if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    window = max(1, len(losses) // 20)
-    means = [sum(part) / len(part) for part in (losses[max(0, i - window) : i + 1] for i in range(len(losses)))]
-    series = {"loss": (steps, losses), f"mean of the last {window + 1}": (steps, means)}
-    figures.curve(output_dir / "figures" / "loss.png", series, "step", "loss", log_y=True)
+    curves = [figures.Curve("loss as logged", steps, losses, is_background=True)]
+    half = len(losses) // 40
+    window = 2 * half + 1
+    if half and min(losses) > 0:
+        means = np.exp(np.convolve(np.log(losses), np.full(window, 1 / window), mode="valid"))
+        curves.append(figures.Curve(f"geometric mean of {window} values, centered", steps[half:-half], means))
+    else:
+        curves[0] = figures.Curve("loss as logged", steps, losses)
+    figures.draw_curves(
+        output_dir / "figures" / "loss.png",
+        curves,
+        title="Training loss",
+        x_label="optimizer step",
+        y_label="loss\n(lower is better)",
+        log_y=True,
+    )
 
 
 def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
@@ -121,7 +135,7 @@ def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
     timesteps = _spread(len(scheduler), NUM_STRIP_COLUMNS - 1)
     chain = figures.forward_chain(x_0, scheduler, [-1, *timesteps], torch.Generator().manual_seed(0))
     labels = ["x_0", *(f"t = {t}" for t in timesteps)]
-    figures.strip([figures.to_images(chain)], labels).save(run.output_dir / "figures" / "forward.png")
+    figures.strip([figures.to_pil(chain / 2 + 0.5)], labels).save(run.output_dir / "figures" / "forward.png")
 
 
 def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline) -> None:
@@ -144,12 +158,13 @@ def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline) -> None:
     steps = dict(zip(frames, trajectory, strict=True))
     rows, names = [], []
     for i in range(2):
-        rows.append(figures.to_images(torch.stack([*(steps[k].x_t[i] for k in columns), final[i]])))
-        rows.append(figures.to_images(torch.stack([*(steps[k].x_0_hat[i] for k in columns), final[i]])))
+        for states in ([steps[k].x_t[i] for k in columns], [steps[k].x_0_hat[i] for k in columns]):
+            rows.append(figures.to_pil(torch.stack([*states, final[i]]) / 2 + 0.5))
         names += ["x_t", "x_0_hat"]
     column_labels = [*(f"t = {steps[k].timestep}" for k in columns), "image"]
     figures.strip(rows, column_labels, names).save(run.output_dir / "figures" / "reverse.png")
-    pictures = [figures.grid(figures.to_images(x), columns=2) for x in [*(s.x_t for s in steps.values()), final]]
+    states = [*(step.x_t for step in steps.values()), final]
+    pictures = [figures.grid(figures.to_pil(x / 2 + 0.5), columns=2) for x in states]
     figures.chain_gif(pictures, run.output_dir / "figures" / "reverse.gif")
 
 

@@ -24,7 +24,7 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
-from hf_ddpm.figures import curve
+from hf_ddpm.figures import Curve, draw_curves
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
@@ -168,12 +168,34 @@ def _sample_features(
 
 
 def draw_validation_curves(records: list[dict[str, Any]], folder: Path) -> None:
-    """Draw `kid.png` and `val_loss.png`: what was measured, against the images seen."""
-    for name, label in (("kid", "kernel distance"), ("val_loss", "held-out loss")):
-        known = [r for r in records if r[name] is not None]
-        points = [r["images"] for r in known], [r[name] for r in known]
-        if known:
-            curve(folder / f"{name}.png", {label: points}, "images seen", label)
+    """Draw the kernel distance and the held-out loss over the images seen: `kid.png` and `val_loss.png` in `folder`.
+
+    Args:
+        records: The lines of eval.jsonl. A picture without a value is not drawn.
+    """
+    for name, title, y_label in (
+        ("kid", "Distance of samples to held-out images", "kernel distance"),
+        ("val_loss", "Loss on held-out images", "mean loss over all t"),
+    ):
+        measured = [record for record in records if record[name] is not None]
+        if not measured:
+            continue
+        errors = [record.get(f"{name}_standard_error") for record in measured]
+        draw_curves(
+            folder / f"{name}.png",
+            [
+                Curve(
+                    y_label,
+                    [record["images"] for record in measured],
+                    [record[name] for record in measured],
+                    [math.nan if error is None else error for error in errors],
+                )
+            ],
+            title=title,
+            x_label="training images seen",
+            y_label=f"{y_label}\n(lower is better)",
+            y_from_zero=name == "kid",
+        )
 
 
 def _copy(images: ImageCache, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
