@@ -60,7 +60,7 @@ class Progress:
         losses: of each process, sum and count since the last line of metrics.jsonl.
         waiting_lines: of metrics.jsonl and eval.jsonl, which were not written because the disk was full.
         scaler: state of fp16's loss scaler.
-        stream: num_lanes, chunk_size and places of `StreamBatches`.
+        stream: num_substreams, chunk_size and block_starts (each as a dict) of `StreamBatches`.
     """
 
     step: int

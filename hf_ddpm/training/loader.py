@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_ddpm.data.batches import MicroBatches, epoch_order
 from hf_ddpm.data.decoding import name_of
-from hf_ddpm.data.shard_batches import NUM_PLACE_COLUMNS, StreamBatches
+from hf_ddpm.data.shard_batches import BlockStart, StreamBatches, newest_block_starts
 from hf_ddpm.data.shards import ImageStream
 from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.runtime.processes import Processes
@@ -41,11 +40,16 @@ def open_batches(run: Run, progress: Progress, num_steps: int) -> tuple[Iterator
     }
     if isinstance(run.images, ImageStream):
         stream: Any = progress.stream
-        places = np.array(stream["places"], np.int64).reshape(-1, NUM_PLACE_COLUMNS)
-        lanes = {"num_lanes": stream["num_lanes"], "chunk_size": stream["chunk_size"], "places": places}
-        dataset: Any = StreamBatches(run.images, **cut, **lanes, shuffle_buffer_images=config.shuffle_buffer_images)
+        dataset: Any = StreamBatches(
+            run.images,
+            **cut,
+            num_substreams=stream["num_substreams"],
+            chunk_size=stream["chunk_size"],
+            shuffle_buffer_images=config.shuffle_buffer_images,
+            block_starts=tuple(BlockStart(**start) for start in stream["block_starts"]),
+        )
     else:
-        dataset = MicroBatches(run.images, **cut, num_others=config.stable_target_images)
+        dataset = MicroBatches(run.images, **cut, num_extra_images=config.stable_target_images)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -88,25 +92,24 @@ def why_none(error: Exception, workers: list[Any]) -> str:
     return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else type(error).__name__
 
 
-def read_on(progress: Progress, micro_batches: list[dict[str, Tensor]]) -> Progress:
-    """Where this process is in its lanes of a stream, and what it has met there."""
+def read_on(progress: Progress, micro_batches: list[dict[str, Any]]) -> Progress:
+    """Where this process is in its substreams, and what it has met there."""
     stream: Any = progress.stream
-    places = {place[0]: place for place in stream["places"]}
-    for batch in micro_batches:
-        for place in batch["places"].tolist():
-            places[place[0]] = max(place, places.get(place[0], place), key=lambda p: p[1])
+    starts = [BlockStart(**start) for start in stream["block_starts"]]
+    starts += [start for batch in micro_batches for start in batch["block_starts"]]
     num_bad = sum(int(batch["num_bad"]) for batch in micro_batches)
-    stream = {**stream, "places": list(places.values())}
+    stream = {**stream, "block_starts": [start._asdict() for start in newest_block_starts(starts)]}
     return replace(progress, stream=stream, num_bad_images=progress.num_bad_images + num_bad)
 
 
 def gathered_stream(processes: Processes, progress: Progress, first: Progress) -> Progress:
-    """Where all processes are, the furthest in each lane, and what they have met since `first`."""
+    """Where all processes are, the furthest in each substream, and what they have met since `first`."""
     stream: Any = progress.stream
-    found = processes.gather(lambda: (stream["places"], progress.num_bad_images - first.num_bad_images))
-    places = {place[0]: place for place in sorted(place for places, _ in found for place in places)}
+    found = processes.gather(lambda: (stream["block_starts"], progress.num_bad_images - first.num_bad_images))
+    starts = newest_block_starts(BlockStart(**start) for starts, _ in found for start in starts)
     num_bad = first.num_bad_images + sum(num_bad for _, num_bad in found)
-    return replace(progress, stream={**stream, "places": list(places.values())}, num_bad_images=num_bad)
+    stream = {**stream, "block_starts": [start._asdict() for start in starts]}
+    return replace(progress, stream=stream, num_bad_images=num_bad)
 
 
 def image_names(run: Run, positions: list[int]) -> list[str]:

@@ -222,10 +222,10 @@ def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], 
     def on_device(batch: dict[str, Tensor], name: str) -> Tensor | None:
         return batch[name].to(accelerator.device, non_blocking=True) if name in batch else None
 
-    others = on_device(micro_batches[0], "others")
+    others = on_device(micro_batches[0], "extra_images")
     if others is not None:
         others = to_x_0(others, run.images.max_value)
-    other_labels = on_device(micro_batches[0], "other_labels")
+    other_labels = on_device(micro_batches[0], "extra_labels")
     for micro, batch in enumerate(micro_batches):
         pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
         positions = batch["positions"].numpy()

@@ -71,8 +71,8 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
         asked_for = (config.train_batch_size, config.gradient_accumulation_steps)
         progress = Progress(0, 0, 0.0, 0, *of, *asked_for, num_bad_images=images.num_bad)
         if config.streaming:
-            lanes = num_processes * max(1, config.dataloader_num_workers)
-            stream = {"num_lanes": lanes, "chunk_size": config.train_batch_size, "places": []}
+            num_substreams = num_processes * max(1, config.dataloader_num_workers)
+            stream = {"num_substreams": num_substreams, "chunk_size": config.train_batch_size, "block_starts": []}
             progress = replace(progress, stream=stream)
     schedule_batch_size = progress.schedule_batch_size
     if images.num_images is None and (config.max_train_steps is None or config.save_images_epochs):
