@@ -28,7 +28,7 @@ from PIL import Image
 from pyarrow import parquet
 from torch.utils.data import DataLoader
 
-from hf_ddpm.data.shard_batches import NUM_PLACE_COLUMNS, StreamBatches
+from hf_ddpm.data.shard_batches import StreamBatches
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.figures import Curve, draw_curves
 from hf_ddpm.training.config import TrainingConfig
@@ -88,10 +88,9 @@ def stream_once(folder: Path, num_images: int) -> tuple[list[float], np.ndarray]
         num_processes=1,
         first_position=0,
         num_steps=num_steps,
-        num_lanes=NUM_WORKERS,
+        num_substreams=NUM_WORKERS,
         chunk_size=BATCH_SIZE,
         shuffle_buffer_images=BUFFER,
-        places=np.empty((0, NUM_PLACE_COLUMNS), np.int64),
     )
     percents, used, seen = [], [], np.zeros(num_images, bool)
     loader = DataLoader(batches, batch_size=None, num_workers=NUM_WORKERS)

@@ -61,7 +61,7 @@ class Progress:
         num_bad_images: The unreadable images that were left out; a stream counts one each time it meets it.
         losses: The sum and the count of losses since the last line of metrics.jsonl, for each process.
         scaler: The state of fp16's loss scaler.
-        stream: The layout of `StreamBatches` and the block start of each substream.
+        stream: num_substreams, chunk_size and block_starts (each as a dict) of `StreamBatches`.
     """
 
     step: int

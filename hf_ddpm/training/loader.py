@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_ddpm.data.batches import MicroBatches, epoch_order
 from hf_ddpm.data.decoding import name_of
-from hf_ddpm.data.shard_batches import NUM_PLACE_COLUMNS, StreamBatches
+from hf_ddpm.data.shard_batches import BlockStart, StreamBatches, newest_block_starts
 from hf_ddpm.data.shards import ImageStream
 from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.runtime.processes import Processes
@@ -49,11 +48,16 @@ def open_loader(run: Run, progress: Progress, num_steps: int) -> Loader:
     }
     if isinstance(run.images, ImageStream):
         stream: Any = progress.stream
-        places = np.array(stream["places"], np.int64).reshape(-1, NUM_PLACE_COLUMNS)
-        lanes = {"num_lanes": stream["num_lanes"], "chunk_size": stream["chunk_size"], "places": places}
-        dataset: Any = StreamBatches(run.images, **cut, **lanes, shuffle_buffer_images=config.shuffle_buffer_images)
+        dataset: Any = StreamBatches(
+            run.images,
+            **cut,
+            num_substreams=stream["num_substreams"],
+            chunk_size=stream["chunk_size"],
+            shuffle_buffer_images=config.shuffle_buffer_images,
+            block_starts=tuple(BlockStart(**start) for start in stream["block_starts"]),
+        )
     else:
-        dataset = MicroBatches(run.images, **cut, num_others=config.stable_target_images)
+        dataset = MicroBatches(run.images, **cut, num_extra_images=config.stable_target_images)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -102,22 +106,21 @@ def explain_loader_failure(error: Exception, workers: list[Any]) -> str:
 def advance_stream(progress: Progress, micro_batches: list[dict[str, Tensor]]) -> Progress:
     """Record the newest block start of each substream, and count the unreadable images."""
     stream: Any = progress.stream
-    places = {place[0]: place for place in stream["places"]}
-    for batch in micro_batches:
-        for place in batch["places"].tolist():
-            places[place[0]] = max(place, places.get(place[0], place), key=lambda p: p[1])
+    starts = [BlockStart(**start) for start in stream["block_starts"]]
+    starts += [start for batch in micro_batches for start in batch["block_starts"]]
     num_bad = sum(int(batch["num_bad"]) for batch in micro_batches)
-    stream = {**stream, "places": list(places.values())}
+    stream = {**stream, "block_starts": [start._asdict() for start in newest_block_starts(starts)]}
     return replace(progress, stream=stream, num_bad_images=progress.num_bad_images + num_bad)
 
 
-def merge_stream_places(processes: Processes, progress: Progress, first: Progress) -> Progress:
+def merge_block_starts(processes: Processes, progress: Progress, first: Progress) -> Progress:
     """Merge what all processes read of a stream: the newest block starts, and the unreadable images since `first`."""
     stream: Any = progress.stream
-    everyones = processes.gather(lambda: (stream["places"], progress.num_bad_images - first.num_bad_images))
-    places = {place[0]: place for place in sorted(place for places, _ in everyones for place in places)}
+    everyones = processes.gather(lambda: (stream["block_starts"], progress.num_bad_images - first.num_bad_images))
+    starts = newest_block_starts(BlockStart(**start) for starts, _ in everyones for start in starts)
     num_bad = first.num_bad_images + sum(num_bad for _, num_bad in everyones)
-    return replace(progress, stream={**stream, "places": list(places.values())}, num_bad_images=num_bad)
+    stream = {**stream, "block_starts": [start._asdict() for start in starts]}
+    return replace(progress, stream=stream, num_bad_images=num_bad)
 
 
 def image_names(run: Run, positions: list[int]) -> list[str]:

@@ -43,7 +43,7 @@ from hf_ddpm.training.loader import (
     advance_stream,
     explain_loader_failure,
     image_names,
-    merge_stream_places,
+    merge_block_starts,
     next_batches,
     open_loader,
 )
@@ -193,7 +193,7 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
         if due.checkpoint and (due.is_last or progress.bad_steps_in_a_row == 0):
             checkpoint(run, progress, state, due)
     state.bar.close()
-    return progress if progress.stream is None else merge_stream_places(run.processes, progress, state.first)
+    return progress if progress.stream is None else merge_block_starts(run.processes, progress, state.first)
 
 
 def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]]) -> StepResult:
@@ -204,9 +204,9 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor
     def on_device(batch: dict[str, Tensor], name: str) -> Tensor | None:
         return batch[name].to(run.device, non_blocking=True) if name in batch else None
 
-    extra_pixels = on_device(micro_batches[0], "others")
+    extra_pixels = on_device(micro_batches[0], "extra_images")
     extra_images = None if extra_pixels is None else to_x_0(extra_pixels, run.images.max_value)
-    extra_labels = on_device(micro_batches[0], "other_labels")
+    extra_labels = on_device(micro_batches[0], "extra_labels")
     for micro, batch in enumerate(micro_batches):
         pixels = batch["pixels"].to(run.device, non_blocking=True)
         positions = batch["positions"].numpy()
@@ -373,7 +373,7 @@ def write_state(run: Run, progress: Progress, state: LoopState) -> str | None:
     scaler = run.accelerator.scaler
     progress = replace(progress, losses=state.meter.state(), scaler=None if scaler is None else scaler.state_dict())
     if progress.stream is not None:
-        progress = merge_stream_places(run.processes, progress, state.first)
+        progress = merge_block_starts(run.processes, progress, state.first)
     problem = save_checkpoint(run.state, progress, run.output_dir, run.config.checkpoints_total_limit, run.is_main)
     return run.processes.on_main(lambda: problem)
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from hf_ddpm import figures
 from hf_ddpm.data.batches import to_x_0
+from hf_ddpm.data.decoding import center_crop
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import device_name
@@ -131,7 +132,7 @@ def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
     """Draw a training image that is carried through the Markov chain."""
     images = run.images
     scheduler, side = pipeline.scheduler, images.resolution
-    x_0 = to_x_0(torch.as_tensor(images.image(0)[:, :side, :side].astype("int32")), images.max_value)
+    x_0 = to_x_0(torch.as_tensor(center_crop(images.image(0), side).astype("int32")), images.max_value)
     timesteps = _spread(len(scheduler), NUM_STRIP_COLUMNS - 1)
     chain = figures.forward_chain(x_0, scheduler, [-1, *timesteps], torch.Generator().manual_seed(0))
     labels = ["x_0", *(f"t = {t}" for t in timesteps)]

@@ -244,7 +244,7 @@ def _new_progress(config: TrainingConfig, images: Images, global_batch_size: int
     stream = None
     if config.streaming:
         num_substreams = processes.size * max(1, config.dataloader_num_workers)
-        stream = {"num_lanes": num_substreams, "chunk_size": config.train_batch_size, "places": []}
+        stream = {"num_substreams": num_substreams, "chunk_size": config.train_batch_size, "block_starts": []}
     return Progress(
         step=0,
         images=0,
