@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from hf_ddpm.hub.upload import KEPT_README, create, push
+from hf_ddpm.hub.upload import KEPT_README, create_repository, push
 from hf_ddpm.runtime.errors import PushError, UsageError
 from hf_ddpm.runtime.run_files import previews
 from hf_ddpm.training.checkpoint import Progress
@@ -30,7 +30,7 @@ def create_for_run(config: TrainingConfig, say: Callable[[str], None]) -> None:
     """
     repo_id, token, _ = repository_of(config)
     try:
-        create(HfApi(token=token), repo_id, public=not config.hub_private_repo)
+        create_repository(HfApi(token=token), repo_id, public=not config.hub_private_repo)
     except PushError as error:
         if not error.is_transient:
             raise UsageError(f"push_to_hub cannot work: {error}") from None
@@ -68,7 +68,7 @@ def push_finished(run: Run) -> None:
                 averages=run.config.hub_averages,
             )
         except Exception as error:  # the model is safe
-            if pause is not None and getattr(error, "is_passing", False):
+            if pause is not None and getattr(error, "is_transient", False):
                 time.sleep(pause)
                 continue
             command = ["hf-ddpm", "push", str(run.output_dir), repo_id]

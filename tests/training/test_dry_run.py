@@ -14,9 +14,10 @@ import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm.runtime.errors import RunError, UsageError
+from hf_ddpm.runtime.format import format_amount, format_duration
 from hf_ddpm.training import dry_run, loop
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.dry_run import Measured, amount, count_flops, duration
+from hf_ddpm.training.dry_run import Measured, count_flops
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import parse_config, save_config
@@ -61,13 +62,13 @@ def test_the_table_says_what_is_known_otherwise(tiny_settings, tmp_path, capsys)
     unet = UNet2DModel(**tiny_unet_config(channels=1))
     count = sum(p.numel() for p in unet.parameters())
     assert rows["parameters"] == ("counted", f"{count:,}")
-    assert rows["weights"] == rows["gradients"] == ("counted", amount(4 * count, "B"))
+    assert rows["weights"] == rows["gradients"] == ("counted", format_amount(4 * count, "B"))
     # One of the same size for each of Muon's matrices, two and a step number for each of all others.
     of_muon, others = (group["params"] for group in make_optimizer(unet, config).param_groups)
     moments = sum(4 * p.numel() for p in of_muon) + sum(8 * p.numel() + 4 for p in others)
-    assert rows["moments"] == ("counted", amount(moments, "B"))
-    assert rows["averages"] == ("counted", f"{amount(12 * count, 'B')}, copies 3")  # of previews, and for snapshots
-    forward, whole = (amount(flops, "") for flops in count_flops(unet))
+    assert rows["moments"] == ("counted", format_amount(moments, "B"))
+    assert rows["averages"] == ("counted", f"{format_amount(12 * count, 'B')}, copies 3")
+    forward, whole = (format_amount(flops, "") for flops in count_flops(unet))
     assert rows["FLOPs per image"][1].startswith(f"{forward} forward, {whole} a training step")
     assert rows["to do"] == ("computed", "6 steps of 4 images, 24 images, 1.0 epochs")
     assert rows["resolution"][1] == "a multiple of 2 (halvings of this network: 1); next to 8: 6 and 10"
@@ -204,7 +205,7 @@ def test_a_disk_that_is_too_small_is_noted(tiny_settings, capsys, monkeypatch):
 
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage)
     rows, notes = dry(TrainingConfig(**tiny_settings, ema_snapshots=0, checkpoints_total_limit=None), capsys)
-    needed = amount(2 * number(rows["checkpoint"][1]), "B")
+    needed = format_amount(2 * number(rows["checkpoint"][1]), "B")
     assert rows["disk"][1] == f"{needed} for 2 checkpoints at once; 1 MB are free"
     assert notes == [f"output_dir needs {needed} on its disk, which has 1 MB"]
 
@@ -316,12 +317,12 @@ def test_two_processes_say_what_both_do(tiny_settings, tmp_path):
     ],
 )
 def test_durations_are_said_in_days_hours_and_minutes(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0 B"), (999.4, "999 B"), (999.6, "1 kB"), (1_234_567, "1.23 MB"), (5e18, "5e+03 PB")]
 )
 def test_amounts_have_three_digits(value, text):
-    assert amount(value, "B") == text
-    assert amount(value, "") == text.removesuffix("B").rstrip()
+    assert format_amount(value, "B") == text
+    assert format_amount(value, "") == text.removesuffix("B").rstrip()
