@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm.runtime.errors import RunError, UsageError
-from hf_ddpm.runtime.format import format_amount, format_duration
+from hf_ddpm.runtime.format import format_amount
 from hf_ddpm.training import dry_run, loop
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.dry_run import Measured, count_flops
@@ -302,27 +302,3 @@ def test_two_processes_say_what_both_do(tiny_settings, tmp_path):
     speed, seconds = re.match(r"([\d.,]+) images/s of all processes, ([\d.]+) s", rows["speed"][1]).groups()
     assert float(speed.replace(",", "")) * float(seconds) == pytest.approx(8, rel=0.02)
     assert rows["to do"][1] == "6 steps of 8 images, 48 images, 2.0 epochs"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (0.312, "0.31 s"),
-        (59.7, "1 min"),
-        (125, "2 min 5 s"),
-        (3605, "1 h"),
-        (93784, "1 d 2 h 3 min"),
-        (100 * 86400, "100 d"),
-    ],
-)
-def test_durations_are_said_in_days_hours_and_minutes(seconds, text):
-    assert format_duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0 B"), (999.4, "999 B"), (999.6, "1 kB"), (1_234_567, "1.23 MB"), (5e18, "5e+03 PB")]
-)
-def test_amounts_have_three_digits(value, text):
-    assert format_amount(value, "B") == text
-    assert format_amount(value, "") == text.removesuffix("B").rstrip()

@@ -221,8 +221,8 @@ def about(model: Model) -> str:
         "x<sub>t</sub> = √ᾱ<sub>t</sub> x<sub>0</sub> + √(1 - ᾱ<sub>t</sub>) ε.\n\n"
         "**Reverse process.** The model goes the same way back, from pure noise to an image. At each step, its "
         "network estimates the clean image, x̂<sub>0</sub>, from the noisy one, x<sub>t</sub>, and a sampler takes a "
-        "step towards it. *ddpm* draws new noise at each step and is at its best with all steps. *ddim*, *dpmsolver++* and "
-        "*unipc* draw none, and need 10 to 50 steps.\n\n"
+        "step towards it. *ddpm* draws new noise at each step, and is at its best with all steps. *ddim*, "
+        "*dpmsolver++* and *unipc* draw none, and need 10 to 50 steps.\n\n"
         f"Image *i* depends on seed + *i* alone.{card}"
     )
 
