@@ -20,7 +20,7 @@ from hf_ddpm.evaluation.measure import DISTANCES, NEIGHBORS
 from hf_ddpm.figures import Curve, Level, draw_curves
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import write_atomically
+from hf_ddpm.runtime.files import naming_damage, read_mapping, write_atomically
 from hf_ddpm.runtime.run_files import EVALUATION_PICTURES
 from hf_ddpm.sampling.schedulers import SCHEDULERS
 
@@ -78,18 +78,16 @@ def stored_results(out: Path, weights: str) -> list[dict[str, Any]]:
         UsageError: When evaluation.json is damaged or of another format.
     """
     path = out / "evaluation.json"
-    if not path.is_file():
+    content = read_mapping(path, "move it away")
+    if not content:
         return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with naming_damage(f"{path} cannot be read", "move it away"):
         if content["format"] != FORMAT:
             raise UsageError(f"{path} must have the format {FORMAT}, got {content['format']}: move it away")
         results: list[dict[str, Any]] = content["results"] if content["weights_sha256"] == weights else []
         for row in results:
             _key(row)
         return results
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path} must be whole, got a damaged file ({error!r}): move it away") from error
 
 
 def _key(row: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import Moments
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import flush_folder, write_flushed
+from hf_ddpm.runtime.files import flush_folder, in_one_line, naming_damage, read_mapping, write_flushed
 
 FORMAT = 1
 NUM_FEATURES = 10_000  # rows that are stored, for distances that need the features themselves
@@ -186,23 +186,22 @@ def load_reference(path: str | Path) -> Reference:
             f"reference must be a folder with reference.json, got {str(path)!r}: make one with `hf-ddpm reference`"
         )
     try:
-        metadata = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
-        if metadata["format"] != FORMAT:
-            raise UsageError(f"reference must have the format {FORMAT}, got {metadata['format']}: make it again")
-        content = (folder / "reference.safetensors").read_bytes()
-        expected, actual = metadata.pop("sha256"), hashlib.sha256(content).hexdigest()
-        if actual != expected:
-            raise UsageError(
-                f"reference must be as it was written, got {str(path)!r} with the sha256\n  {actual} instead of\n"
-                f"  {expected}: make it again with `hf-ddpm reference`"
-            )
-        tensors = load(content)
-        features = tensors.pop("features")
-        return Reference(Moments(**tensors), features, metadata)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
-        raise UsageError(
-            f"reference must be complete, got a damaged {str(path)!r} ({error!r}): make it again"
-        ) from error
+        with naming_damage(f"{folder / 'reference.json'} cannot be read", "make it anew"):
+            metadata = read_mapping(folder / "reference.json", "make it anew")
+            if metadata["format"] != FORMAT:
+                raise UsageError(f"reference must have the format {FORMAT}, got {metadata['format']}: make it anew")
+            content = (folder / "reference.safetensors").read_bytes()
+            expected, actual = metadata.pop("sha256"), hashlib.sha256(content).hexdigest()
+            if actual != expected:
+                raise UsageError(
+                    f"reference must be as it was written, got {str(path)!r} with the sha256\n  {actual} instead of\n"
+                    f"  {expected}: make it anew with `hf-ddpm reference`"
+                )
+            tensors = load(content)
+            features = tensors.pop("features")
+            return Reference(Moments(**tensors), features, metadata)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{folder} cannot be read: {in_one_line(error)}: make it anew") from error
 
 
 def check_comparable(reference: Reference, network: FeatureNetwork, resolution: int, channels: int) -> None:

@@ -22,13 +22,13 @@ from typing import Any
 import psutil
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_ddpm.network import size_unit
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import RunError, UsageError
+from hf_ddpm.runtime.format import format_amount, format_duration
 from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.scheduler import MAX_TERMINAL_ALPHA_BAR
 from hf_ddpm.training import sharding
@@ -46,7 +46,7 @@ MIN_STEPS = 3
 MAX_STEPS = 50
 ENOUGH_SECONDS = 10.0
 
-TakeStep = Callable[[Run, Progress, list[dict[str, Tensor]]], Any]
+TakeStep = Callable[[Run, Progress, list[dict[str, Any]]], Any]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def print_cost(run: Run, progress: Progress, cost: Cost) -> None:
     rows = [
         *_cost_rows(run, cost),
         *_time_rows(run, progress, cost),
-        ("checkpoint", "measured", amount(cost.checkpoint_bytes, "B")),
+        ("checkpoint", "measured", format_amount(cost.checkpoint_bytes, "B")),
         ("disk", "computed", _disk(run, progress, cost.checkpoint_bytes, notes)),
         ("resolution", "computed", _sizes(run)),
         ("alpha_bar_T", "computed", _signal_left(run, notes)),
@@ -182,17 +182,17 @@ def _cost_rows(run: Run, cost: Cost) -> list[tuple[str, str, str]]:
     averages = run.state.ema.averages if run.state.ema is not None else {}
     averaged = sum(local(tensor).nbytes for average in averages.values() for tensor in average)
     forward, whole = count_flops(run.state.unet)
-    flops = f"{amount(forward, '')} forward, {amount(whole, '')} a training step"
+    flops = f"{format_amount(forward, '')} forward, {format_amount(whole, '')} a training step"
     held = sharding.bytes_held(run.parameters, run.state.optimizer)
     of_steps = "in the life of the process"
     if cost.added_bytes is not None:
-        of_steps = f"{amount(cost.added_bytes, 'B')} of it since before the first step"
-    peak = f"{amount(cost.peak_bytes, 'B')} of {cost.memory}, {of_steps}"
+        of_steps = f"{format_amount(cost.added_bytes, 'B')} of it since before the first step"
+    peak = f"{format_amount(cost.peak_bytes, 'B')} of {cost.memory}, {of_steps}"
     return [
         ("parameters", "counted", f"{sum(p.numel() for p in run.parameters):,}"),
         ("FLOPs per image", "counted", f"{flops} (a multiply-add is 2)"),
-        *((name, "counted", amount(size, "B")) for name, size in held.items()),
-        ("averages", "counted", f"{amount(averaged, 'B')}, copies {len(averages)}"),
+        *((name, "counted", format_amount(size, "B")) for name, size in held.items()),
+        ("averages", "counted", f"{format_amount(averaged, 'B')}, copies {len(averages)}"),
         ("peak of a step", "measured", f"{peak}; train_batch_size {run.config.train_batch_size}"),
     ]
 
@@ -210,7 +210,7 @@ def _time_rows(run: Run, progress: Progress, cost: Cost) -> list[tuple[str, str,
     return [
         ("speed", "measured", f"{speed}; {how}, the first in {cost.first_seconds:.3g} s"),
         ("to do", "computed", to_do),
-        ("time", "computed", f"{duration(num_steps * median)}, without checkpoints, previews and measurements"),
+        ("time", "computed", f"{format_duration(num_steps * median)}, without checkpoints, previews and measurements"),
     ]
 
 
@@ -225,17 +225,18 @@ def _disk(run: Run, progress: Progress, checkpoint_size: int, notes: list[str]) 
     num_kept = min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints)
     max_at_once = num_kept + (num_checkpoints > num_kept)  # the oldest goes when the newest is whole
     needed = max_at_once * checkpoint_size
-    text = f"{amount(needed, 'B')} for {max_at_once:,} checkpoints at once"
+    text = f"{format_amount(needed, 'B')} for {max_at_once:,} checkpoints at once"
     if config.use_ema and config.ema_snapshots:
         left = min(num_steps, config.ema_snapshots - config.ema_snapshots * progress.images // run.total_images)
         snapshots = left * len(TRACKED_STDS) * sum(p.numel() * p.element_size() for p in run.parameters)
         needed += snapshots
-        text += f", {amount(snapshots, 'B')} for {left} snapshots of averages"
+        text += f", {format_amount(snapshots, 'B')} for {left} snapshots of averages"
     free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
     room = free + _replaced_bytes(config, progress)
     if needed > room:
-        notes.append(f"output_dir needs {amount(needed, 'B')} on its disk, which has {amount(room, 'B')}")
-    return f"{text}; {amount(free, 'B')} are free"
+        size, free_size = format_amount(needed, "B"), format_amount(room, "B")
+        notes.append(f"output_dir needs {size} on its disk, which has {free_size}")
+    return f"{text}; {format_amount(free, 'B')} are free"
 
 
 def _replaced_bytes(config: TrainingConfig, progress: Progress) -> int:
@@ -262,23 +263,6 @@ def _signal_left(run: Run, notes: list[str]) -> str:
             "image, but sampling starts from N(0, I); --ddpm_beta_schedule squaredcos_cap_v2 leaves less"
         )
     return f"{alpha_bar_T:.3g} of the signal's power is left in x_T"
-
-
-def amount(value: float, unit: str) -> str:
-    """Format an amount: 1234567, "B" -> 1.23 MB; prefixes are powers of 1000."""
-    prefixes = ["", "k", "M", "G", "T", "P"]
-    while value >= 999.5 and len(prefixes) > 1:
-        value, prefixes = value / 1000, prefixes[1:]
-    return f"{value:.3g} {prefixes[0]}{unit}".rstrip()
-
-
-def duration(seconds: float) -> str:
-    """Format a duration: 93784 -> 1 d 2 h 3 min; seconds are shown within the first hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (0 if days or hours else rest, "s")]
-    return " ".join(f"{count:,} {unit}" for count, unit in parts if count) or f"{seconds:.2g} s"
 
 
 def _watch_memory(device: torch.device) -> tuple[str, int | None, Callable[[], int]]:

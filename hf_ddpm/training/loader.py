@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_ddpm.data.batches import MicroBatches, epoch_order
@@ -29,7 +28,7 @@ from hf_ddpm.training.run import Run
 class Loader:
     """The micro-batches of this process, in order, and the worker processes that load them."""
 
-    batches: Iterator[dict[str, Tensor]]
+    batches: Iterator[dict[str, Any]]
     workers: list[Any]
 
 
@@ -79,7 +78,7 @@ def open_loader(run: Run, progress: Progress, num_steps: int) -> Loader:
     return Loader(batches, [child for child in multiprocessing.active_children() if child not in other_children])
 
 
-def next_batches(loader: Loader, count: int) -> tuple[list[dict[str, Tensor]], Exception | None]:
+def next_batches(loader: Loader, count: int) -> tuple[list[dict[str, Any]], Exception | None]:
     """Return the micro-batches of a step, or the error that kept them from coming.
 
     The error is returned so that all processes can end together.
@@ -103,7 +102,7 @@ def explain_loader_failure(error: Exception, workers: list[Any]) -> str:
     return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else type(error).__name__
 
 
-def advance_stream(progress: Progress, micro_batches: list[dict[str, Tensor]]) -> Progress:
+def advance_stream(progress: Progress, micro_batches: list[dict[str, Any]]) -> Progress:
     """Record the newest block start of each substream, and count the unreadable images."""
     stream: Any = progress.stream
     starts = [BlockStart(**start) for start in stream["block_starts"]]

@@ -196,12 +196,12 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
     return progress if progress.stream is None else merge_block_starts(run.processes, progress, state.first)
 
 
-def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]]) -> StepResult:
+def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]]) -> StepResult:
     """Take one optimizer step. Without finite loss and gradients, weights and optimizer stay as they are."""
     config, accelerator, batch_size = run.config, run.accelerator, run.config.train_batch_size
     evaluated = []
 
-    def on_device(batch: dict[str, Tensor], name: str) -> Tensor | None:
+    def on_device(batch: dict[str, Any], name: str) -> Tensor | None:
         return batch[name].to(run.device, non_blocking=True) if name in batch else None
 
     extra_pixels = on_device(micro_batches[0], "extra_images")

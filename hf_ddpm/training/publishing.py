@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from hf_ddpm.hub.upload import KEPT_README, create, push
+from hf_ddpm.hub.upload import KEPT_README, create_repository, push
 from hf_ddpm.runtime.errors import PushError, UsageError
 from hf_ddpm.runtime.run_files import previews
 from hf_ddpm.training.checkpoint import Progress
@@ -26,7 +26,7 @@ def repository_of(config: TrainingConfig) -> tuple[str, str | None, str]:
     return config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_token, config.hub_revision
 
 
-def create_repository(config: TrainingConfig, print_line: Callable[[str], None]) -> None:
+def create_run_repository(config: TrainingConfig, print_line: Callable[[str], None]) -> None:
     """Create the repository before a run begins; if the Hub cannot be reached now, only print that.
 
     Raises:
@@ -34,7 +34,7 @@ def create_repository(config: TrainingConfig, print_line: Callable[[str], None])
     """
     repo_id, token, _ = repository_of(config)
     try:
-        create(HfApi(token=token), repo_id, public=not config.hub_private_repo)
+        create_repository(HfApi(token=token), repo_id, public=not config.hub_private_repo)
     except PushError as error:
         if not error.is_transient:
             raise UsageError(f"push_to_hub cannot work: {error}") from None

@@ -36,7 +36,7 @@ from hf_ddpm.training.folder import delete_run, prepare_folder
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import check_same_run
 from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
-from hf_ddpm.training.publishing import create_repository, repository_of
+from hf_ddpm.training.publishing import create_run_repository, repository_of
 from hf_ddpm.training.run import FREE_SPACE, Run, print_once, try_to_track
 from hf_ddpm.training.saving import HALFLIFE_PREFIX
 from hf_ddpm.training.validation import check_validation_settings, open_validation
@@ -138,7 +138,7 @@ def open_run(run: Run, progress: Progress) -> Iterator[Run]:
     config, processes, output_dir = run.config, run.processes, run.output_dir
     with ExitStack() as cleanup:
         if config.push_to_hub:
-            processes.on_main(lambda: create_repository(config, partial(print_once, processes)))
+            processes.on_main(lambda: create_run_repository(config, partial(print_once, processes)))
         try:
             processes.on_main(lambda: _take_folder(run, progress, cleanup))
         except BlockingIOError as error:

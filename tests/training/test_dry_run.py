@@ -14,10 +14,11 @@ from diffusers import UNet2DModel
 
 from hf_ddpm.data.batches import MicroBatches
 from hf_ddpm.runtime.errors import RunError, UsageError
+from hf_ddpm.runtime.format import format_amount
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.training import dry_run, loop
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.dry_run import Cost, amount, count_flops, duration, print_cost
+from hf_ddpm.training.dry_run import Cost, count_flops, print_cost
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import parse_config, save_config
@@ -62,13 +63,13 @@ def test_table_agrees_with_the_run_itself(tiny_settings, tmp_path, capsys):
     unet = UNet2DModel(**tiny_unet_config(channels=1))
     count = sum(p.numel() for p in unet.parameters())
     assert rows["parameters"] == ("counted", f"{count:,}")
-    assert rows["weights"] == rows["gradients"] == ("counted", amount(4 * count, "B"))
+    assert rows["weights"] == rows["gradients"] == ("counted", format_amount(4 * count, "B"))
     # One of the same size for each of Muon's matrices, two and a step number for each of all others.
     of_muon, others = (group["params"] for group in make_optimizer(unet, config).param_groups)
     moments = sum(4 * p.numel() for p in of_muon) + sum(8 * p.numel() + 4 for p in others)
-    assert rows["moments"] == ("counted", amount(moments, "B"))
-    assert rows["averages"] == ("counted", f"{amount(12 * count, 'B')}, copies 3")  # of previews, and for snapshots
-    forward, whole = (amount(flops, "") for flops in count_flops(unet))
+    assert rows["moments"] == ("counted", format_amount(moments, "B"))
+    assert rows["averages"] == ("counted", f"{format_amount(12 * count, 'B')}, copies 3")
+    forward, whole = (format_amount(flops, "") for flops in count_flops(unet))
     assert rows["FLOPs per image"][1].startswith(f"{forward} forward, {whole} a training step")
     assert rows["to do"] == ("computed", "6 steps of 4 images, 24 images, 1.0 epochs")
     assert rows["resolution"][1] == "a multiple of 2 (halvings of this network: 1); next to 8: 6 and 10"
@@ -94,7 +95,9 @@ def test_table_agrees_with_the_run_itself(tiny_settings, tmp_path, capsys):
 
 def test_dry_run_writes_nothing(tiny_settings, tmp_path, capsys, monkeypatch):
     dry(TrainingConfig(**tiny_settings), capsys)  # the images are in their cache
-    monkeypatch.setattr("hf_ddpm.training.setup.create_repository", lambda *_: pytest.fail("a repository was made"))
+    monkeypatch.setattr(
+        "hf_ddpm.training.setup.create_run_repository", lambda *_: pytest.fail("a repository was made")
+    )
     before = listing(tmp_path), listing(tiny_settings["train_data_dir"]), listing(tiny_settings["cache_dir"])
     hub = {"push_to_hub": True, "hub_token": "hf_of_nobody", "hub_model_id": "me/mine"}
     dry(TrainingConfig(**tiny_settings, **hub, logger="tensorboard"), capsys)
@@ -194,7 +197,7 @@ def test_too_small_a_disk_is_noted(tiny_settings, capsys, monkeypatch):
 
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage)
     rows, notes = dry(TrainingConfig(**tiny_settings, ema_snapshots=0, checkpoints_total_limit=None), capsys)
-    needed = amount(2 * number(rows["checkpoint"][1]), "B")
+    needed = format_amount(2 * number(rows["checkpoint"][1]), "B")
     assert rows["disk"][1] == f"{needed} for 2 checkpoints at once; 1 MB are free"
     assert notes == [f"output_dir needs {needed} on its disk, which has 1 MB"]
 
@@ -294,27 +297,3 @@ def test_dry_run_of_two_processes_prints_one_table(tiny_settings, tmp_path):
     speed, seconds = re.match(r"([\d.,]+) images/s of all processes, ([\d.]+) s", rows["speed"][1]).groups()
     assert float(speed.replace(",", "")) * float(seconds) == pytest.approx(8, rel=0.02)
     assert rows["to do"][1] == "6 steps of 8 images, 48 images, 2.0 epochs"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (0.312, "0.31 s"),
-        (59.7, "1 min"),
-        (125, "2 min 5 s"),
-        (3605, "1 h"),
-        (93784, "1 d 2 h 3 min"),
-        (100 * 86400, "100 d"),
-    ],
-)
-def test_duration_is_in_days_hours_and_minutes(seconds, text):
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0 B"), (999.4, "999 B"), (999.6, "1 kB"), (1_234_567, "1.23 MB"), (5e18, "5e+03 PB")]
-)
-def test_amount_has_three_digits(value, text):
-    assert amount(value, "B") == text
-    assert amount(value, "") == text.removesuffix("B").rstrip()
