@@ -100,7 +100,7 @@ import json, sys
 from pathlib import Path
 folder = Path(sys.argv[1]).resolve()
 sys.path.insert(0, str(folder))
-for name in ("accelerate", "datasets", "transformers", "matplotlib", "typer"):
+for name in ("accelerate", "datasets", "transformers", "matplotlib"):
     sys.modules[name] = None
 import numpy, torch
 torch.set_num_threads(1)

@@ -10,7 +10,6 @@ from itertools import count
 from pathlib import Path
 
 import diffusers
-import psutil
 import pytest
 from accelerate.tracking import TensorBoardTracker
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -57,18 +56,6 @@ def test_a_tracker_that_fails_ends_no_run(config, monkeypatch, capsys):
     train(replace(config, logger="tensorboard"))
     assert "a tracker failed, the run goes on: RuntimeError('its server is gone')" in capsys.readouterr().err
     assert Path(config.output_dir, "run.json").exists()
-
-
-def test_a_push_is_not_spared_for_a_process_that_came_after_it(config):
-    """Containers give each start the same number."""
-    left, living = (Path(config.output_dir, f"partial-push-{os.getpid()}-{name}") for name in ("left", "living"))
-    for folder in (left, living):
-        folder.mkdir(parents=True)
-    before = psutil.Process().create_time() - 1
-    os.utime(left, (before, before))
-    train(config)
-    assert living.is_dir()
-    assert not left.exists()
 
 
 def test_lines_are_appended_whole_or_not_at_all(tmp_path):
