@@ -14,7 +14,7 @@ from PIL import Image
 from hf_ddpm import figures
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import read_metrics, write_atomically
-from hf_ddpm.sampling.sampler import sample_shared
+from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
 from hf_ddpm.sampling.schedulers import default_scheduler, default_steps, named_scheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import swapped
@@ -31,21 +31,21 @@ def save_preview(run: Run, step: int) -> Image.Image:
     pipeline = DDPMPipeline(unet, _preview_scheduler(run))
     pipeline.set_progress_bar_config(disable=True)
     num_images = config.eval_batch_size
-    labels = [i % images.num_classes for i in range(num_images)] if images.num_classes else None
+    labels = classes_in_turn(images.num_classes, range(num_images))
     unet.eval()
     precision = sharding.autocast(accelerator.device, config.mixed_precision)
     with swapped(run.parameters, run.average or run.parameters), precision:
-        samples = sample_shared(
-            accelerator,
+        samples = sample_all(
             pipeline,
             range(num_images),
+            run.processes,
             batch_size=-(-num_images // accelerator.num_processes),
             num_inference_steps=_preview_steps(run),
             class_labels=labels,
         )
         sharding.reshard(unet)
     unet.train()
-    sheet = figures.grid(figures.to_images(2 * samples - 1))
+    sheet = figures.grid(figures.to_images(samples / 127.5 - 1))
     if accelerator.is_main_process:
         content = io.BytesIO()
         sheet.save(content, "png")
@@ -80,7 +80,7 @@ def write_measurement(run: Run, monitor: Monitor, progress: Progress, evaluation
     unet.eval()
     precision = sharding.autocast(accelerator.device, run.config.mixed_precision)
     with swapped(run.parameters, run.average or run.parameters), precision:
-        measured = measure(monitor, accelerator, pipeline, run.objective, _preview_steps(run))
+        measured = measure(monitor, run.processes, pipeline, run.objective, _preview_steps(run))
         sharding.reshard(unet)
     unet.train()
     lines = run.processes.on_main(lambda: [*read_metrics(path), *map(json.loads, evaluations.waiting)])

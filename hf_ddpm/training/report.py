@@ -21,7 +21,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.files import read_metrics, write_atomically
-from hf_ddpm.sampling.sampler import seeded_generators
+from hf_ddpm.sampling.sampler import classes_in_turn, seeded_generators
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.config import TrainingConfig
@@ -121,12 +121,11 @@ def _draw_reverse_chain(pipeline: DDPMPipeline, images: ImageCache | ImageStream
     columns = [total - 1 - t for t in reversed(_spread(total, NUM_STRIP_COLUMNS - 1))]
     frames = sorted({*_spread(total, NUM_GIF_FRAMES), *columns})
     pipeline.set_progress_bar_config(desc="reverse chain", leave=False)
-    labels = [0, 1 % images.num_classes] if images.num_classes else None
     final, trajectory = pipeline(
         batch_size=2,
         generator=seeded_generators(range(2), pipeline.device),
         output_type="pt",
-        class_labels=labels,
+        class_labels=classes_in_turn(images.num_classes, range(2)),
         trajectory=frames,
         return_dict=False,
     )

@@ -95,7 +95,7 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
             f"{images.num_images} images, of which a step takes {global_batch_size}; 0 turns it off"
         )
 
-    monitor = open_monitor(config, images, accelerator) if config.eval_steps is not None else None
+    monitor = open_monitor(config, images, accelerator.device, processes) if config.eval_steps is not None else None
     scheduler = make_scheduler(config)
     network = None
     if checkpoint is not None and config.model_config_name_or_path is None:

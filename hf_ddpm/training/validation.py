@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +29,10 @@ from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_metrics
+from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import image_generators
-from hf_ddpm.sampling.sampler import sample_images
+from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
 from hf_ddpm.training.config import TrainingConfig
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 # In each line of eval.jsonl: of one network and one set of images alone is a course of distances one.
 OF_COURSE = ("eval_network", "eval_split", "eval_num_images")
@@ -71,7 +69,7 @@ def check_course(config: TrainingConfig, measured: Path) -> None:
                 )
 
 
-def open_monitor(config: TrainingConfig, images: Any, accelerator: Accelerator) -> Monitor:
+def open_monitor(config: TrainingConfig, images: Any, device: torch.device, processes: Processes) -> Monitor:
     """The held-out images of `config` and their features, which the processes share.
 
     Args:
@@ -80,7 +78,7 @@ def open_monitor(config: TrainingConfig, images: Any, accelerator: Accelerator) 
     Raises:
         UsageError: no such split or network, or images of another form.
     """
-    network = load_network(config.eval_network, config.eval_network_path, accelerator.device)
+    network = load_network(config.eval_network, config.eval_network_path, device)
     with open_split(config, config.eval_split, "eval_split") as held_out:
         form = (held_out.channels, held_out.resolution, held_out.max_value)
         if form != (images.channels, images.resolution, images.max_value) or not held_out.is_uniform:
@@ -92,15 +90,14 @@ def open_monitor(config: TrainingConfig, images: Any, accelerator: Accelerator) 
             raise UsageError(f"eval_split must hold at least 4 images, got {len(held_out)} of {config.eval_split!r}")
         chosen = epoch_order(0, 0, len(held_out))[: config.eval_num_images]
         pixels, labels = _copy(held_out, chosen)
-    mine = _share(len(pixels), accelerator)
-    parts = [network(_to_uint8(pixels[part], images.max_value)) for part in _batches(mine)]
-    features = _gather(accelerator, torch.cat(parts), len(pixels))
+    parts = [network(_to_uint8(pixels[part], images.max_value)) for part in _batches(processes, len(pixels))]
+    features = processes.gather_rows(torch.cat(parts), len(pixels))
     return Monitor(network, pixels, images.max_value, labels, features, config.eval_num_images)
 
 
 @torch.no_grad()
 def measure(
-    monitor: Monitor, accelerator: Accelerator, pipeline: DDPMPipeline, objective: Objective, num_inference_steps: int
+    monitor: Monitor, processes: Processes, pipeline: DDPMPipeline, objective: Objective, num_inference_steps: int
 ) -> dict[str, Any]:
     """`kid`, its `kid_standard_error`, `val_loss` and `levels` of the pipeline's network, the same on all processes.
 
@@ -109,31 +106,30 @@ def measure(
         objective: of training; weight and density of t are those of this measure.
     """
     fixed = replace(objective, density="stratified", weighting="constant")
-    n = len(monitor.images)
+    n, device = len(monitor.images), pipeline.device
     parts = []
-    for part in _batches(_share(n, accelerator)):
-        x_0 = to_x_0(monitor.images[part].to(accelerator.device), monitor.max_value)
-        labels = None if monitor.labels is None else monitor.labels[part].to(accelerator.device)
-        generators = image_generators(0, part, accelerator.device)
+    for part in _batches(processes, n):
+        x_0 = to_x_0(monitor.images[part].to(device), monitor.max_value)
+        labels = None if monitor.labels is None else monitor.labels[part].to(device)
+        generators = image_generators(0, part, device)
         loss, t = fixed(pipeline.unet, x_0, generators, labels, stratum=(int(part[0]), n))
         parts.append(torch.stack([loss, t.float()], dim=1))
-    loss, t = _gather(accelerator, torch.cat(parts), n).double().unbind(dim=1)
+    loss, t = processes.gather_rows(torch.cat(parts), n).double().unbind(dim=1)
     level = (t * NUM_LEVELS / len(objective.scheduler)).long()
     levels = [float(loss[level == k].mean()) if (level == k).any() else None for k in range(NUM_LEVELS)]
 
-    classes, parts = pipeline.unet.config.num_class_embeds, []
-    for part in _batches(_share(monitor.num_samples, accelerator)):
-        samples = sample_images(
-            pipeline,
-            part.tolist(),
-            batch_size=len(part),
-            num_inference_steps=num_inference_steps,
-            class_labels=None if classes is None else (part % classes).tolist(),
-        )
-        parts.append(monitor.network((samples * 255).round().to(torch.uint8)))
-    kid, standard_error = kernel_distance(
-        _gather(accelerator, torch.cat(parts), monitor.num_samples), monitor.features
+    seeds = range(monitor.num_samples)
+    samples = sample_all(
+        pipeline,
+        seeds,
+        processes,
+        batch_size=BATCH_SIZE,
+        num_inference_steps=num_inference_steps,
+        class_labels=classes_in_turn(pipeline.unet.config.num_class_embeds, seeds),
     )
+    parts = [monitor.network(samples[part]) for part in _batches(processes, len(samples))]
+    features = processes.gather_rows(torch.cat(parts), len(samples))
+    kid, standard_error = kernel_distance(features, monitor.features)
     return {
         "kid": _finite(kid),
         "kid_standard_error": _finite(standard_error),
@@ -161,19 +157,10 @@ def _to_uint8(pixels: Tensor, max_value: int) -> Tensor:
     return pixels if max_value == 255 else (pixels / 257).round().to(torch.uint8)
 
 
-def _share(count: int, accelerator: Accelerator) -> np.ndarray:
-    """The numbers of this process, as many as of each other; those that are too many repeat the last."""
-    size = -(-count // accelerator.num_processes)
-    return np.minimum(accelerator.process_index * size + np.arange(size), count - 1)
-
-
-def _batches(numbers: np.ndarray) -> list[np.ndarray]:
+def _batches(processes: Processes, count: int) -> list[np.ndarray]:
+    """Return the numbers of this process' share of `count` images, in batches."""
+    numbers = np.array(processes.split_evenly(count))
     return [numbers[first : first + BATCH_SIZE] for first in range(0, len(numbers), BATCH_SIZE)]
-
-
-def _gather(accelerator: Accelerator, rows: Tensor, count: int) -> Tensor:
-    gathered: Any = accelerator.gather(rows.to(accelerator.device))
-    return gathered.cpu()[:count]
 
 
 def _finite(value: float) -> float | None:

@@ -26,7 +26,7 @@ from hf_ddpm.hub import space
 from hf_ddpm.hub.readme import BEGIN, END
 from hf_ddpm.hub.space_app import app
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.sampling.sampler import sample_images
+from hf_ddpm.sampling.sampler import seeded_generators
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, named_scheduler
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import tiny_unet_config
@@ -70,7 +70,8 @@ def ours(folder: Path, sampler: str, steps: int, **arguments) -> torch.Tensor:
     pipeline = DDPMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = named_scheduler(sampler, pipeline.scheduler.config, steps)
-    images = sample_images(pipeline, SEEDS, batch_size=3, num_inference_steps=steps, **arguments)
+    generators = seeded_generators(SEEDS, pipeline.device)
+    images = pipeline(3, generators, num_inference_steps=steps, output_type="pt", **arguments).images
     return (images * 255).round()
 
 
