@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from hf_ddpm.figures import grid
+from hf_ddpm.figures import grid, png_bytes, to_pil
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
@@ -159,7 +159,7 @@ def _write_set(
     def finish() -> None:
         first_images = image_set.finish()
         if first_images[0].shape[2] in (1, 3, 4):
-            write_atomically(out / "grid.png", _png(grid([_image(pixels) for pixels in first_images])))
+            write_atomically(out / "grid.png", png_bytes(grid(_pictures(np.stack(first_images)))))
 
     processes.gather(write_share)
     processes.on_main(finish)
@@ -194,8 +194,8 @@ class PngSet:
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
         """Write the images with these numbers, (B, H, W, C) uint8."""
-        for i, pixels in zip(indices, images, strict=True):
-            write_atomically(self.out / self.names[i], _png(_image(pixels)))
+        for i, picture in zip(indices, _pictures(images), strict=True):
+            write_atomically(self.out / self.names[i], png_bytes(picture))
 
     def finish(self) -> list[np.ndarray]:
         """Return the first GRID_IMAGES images of the set, when all are written."""
@@ -266,7 +266,8 @@ class PartFiles:
         import pyarrow.parquet as pq
 
         seeds = [self.seed + i for i in members]
-        images = [{"bytes": _png(_image(p)), "path": f"{s:06d}.png"} for s, p in zip(seeds, pixels, strict=True)]
+        pictures = _pictures(pixels)
+        images = [{"bytes": png_bytes(p), "path": f"{s:06d}.png"} for s, p in zip(seeds, pictures, strict=True)]
         kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
         columns = {"image": pa.array(images, kind), "seed": pa.array(seeds, pa.int64())}
         integer = {"dtype": "int64", "_type": "Value"}
@@ -329,15 +330,10 @@ def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path])
         raise ValueError(f"{out} holds samples with {was}, got {now}: choose another folder, or those settings")
 
 
-def _image(pixels: np.ndarray) -> Image.Image:
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+def _pictures(pixels: np.ndarray) -> list[Image.Image]:
+    """Return (B, H, W, C) uint8 as pictures."""
+    return to_pil(pixels.transpose(0, 3, 1, 2))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).reshape(image.height, image.width, -1)
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "png")
-    return content.getvalue()

@@ -22,7 +22,6 @@ PACKAGE = ROOT / "hf_ddpm"
 ONLY_IN = {
     "accelerate": {"training"},
     "datasets": {"data", "evaluation"},
-    "deepspeed": {"training"},
     "gradio": {"hub"},
     "transformers": {"training", "evaluation"},  # for HfArgumentParser, and for feature networks
     "typer": {"cli"},
@@ -147,9 +146,7 @@ def test_what_is_imported_is_declared_and_the_minimums_are_tested():
     runtime = {(r := Requirement(line)).name.lower(): r for line in project["dependencies"]}
     imported = {DISTRIBUTION_OF.get(name, name) for path in SOURCES for name in third_party(path)}
     extras = project["optional-dependencies"]
-    optional = {
-        Requirement(line).name.lower() for name in ("deepspeed", "demo", "evaluation") for line in extras[name]
-    }
+    optional = {Requirement(line).name.lower() for name in ("demo", "evaluation") for line in extras[name]}
     assert imported - {name.replace("-", "_") for name in optional} <= runtime.keys()
 
     declared = runtime | {(r := Requirement(line)).name.lower(): r for line in extras["test"]}

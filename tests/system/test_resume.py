@@ -159,6 +159,7 @@ def test_a_fused_optimizer_leaves_all_as_it_is():
     for found in (0.0, 1.0):
         weight = torch.nn.Parameter(torch.ones(3))
         optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5, fused=True)
+        before = []
         for _ in range(2):
             weight.grad = torch.ones(3)
             before = [t.clone() for t in (weight.detach(), *optimizer.state[weight].values())]

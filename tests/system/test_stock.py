@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -34,7 +35,7 @@ for folder in map(Path, sys.argv[1:]):
             (folder / "error.txt").write_text(str(error))
 pipeline.save_pretrained(folder.parent / "saved_by_stock")
 """
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "previous_sample": {"prediction_type": "previous_sample"},
     "learned_range": {"variance_type": "learned_range"},
     "v_prediction": {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},

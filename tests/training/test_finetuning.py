@@ -189,7 +189,7 @@ def nothing(base: Path) -> None:
         ({}, reschedule(variance_type="fixed_small_log"), "variance_type is one of .*, got 'fixed_small_log'"),
         ({}, as_another_scheduler, "a noise schedule by name, got '.*' with KarrasVeScheduler and none"),
         ({}, shutil.rmtree, "model must be a folder"),
-        ({"init_from": "/nowhere"}, nothing, "model must be a folder with model_index.json, got '/nowhere'"),
+        ({"init_from": "/nowhere"}, nothing, "model must be a folder with model_index.json or .*, got '/nowhere'"),
         ({"init_from": "someone/offline"}, nothing, "model must be a folder or on the Hub, got 'someone/offline'"),
     ],
 )

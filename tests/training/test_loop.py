@@ -337,21 +337,25 @@ def test_the_loss_is_of_the_stable_target(tiny_settings, tmp_path, labels):
         num_processes=1,
         first_position=0,
         num_steps=1,
-        num_others=17,
+        num_extra_images=17,
     )[0]
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     wanted = {}
-    for num_others in (0, 17):
-        others = to_x_0(batch["others"], 255) if num_others else None
-        loss, _ = Objective(scheduler, density="lognormal")(
+    for num_extra_images in (0, 17):
+        extra_images = to_x_0(batch["extra_images"], 255) if num_extra_images else None
+        objective = Objective(scheduler, density="lognormal")
+        generators = image_generators(0, np.arange(4), torch.device("cpu"))
+        uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
+        loss = objective(
             lambda x_t, t, **_: SimpleNamespace(sample=torch.zeros_like(x_t)),
             to_x_0(batch["pixels"], 255),
-            image_generators(0, np.arange(4), torch.device("cpu")),
             batch.get("labels"),
-            others=others,
-            other_labels=batch.get("other_labels") if num_others else None,
+            timesteps=objective.timesteps_from_uniform(uniform),
+            noise=torch.stack([torch.randn(1, 8, 8, generator=g) for g in generators]),
+            extra_images=extra_images,
+            extra_labels=batch.get("extra_labels") if num_extra_images else None,
         )
-        wanted[num_others] = loss.mean().item()
+        wanted[num_extra_images] = loss.mean().item()
     line = json.loads((Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()[0])
     assert line["loss"] == pytest.approx(wanted[17], rel=1e-5)
     assert abs(wanted[17] - wanted[0]) > 1e-3

@@ -104,7 +104,7 @@ def test_a_tracked_average_is_its_snapshot(std):
         c, error = mixture(even(count), 64.0 * count, std)
         assert c == pytest.approx(np.eye(2 * count)[-2 + TRACKED_STDS.index(std)], abs=1e-8)
         assert error == 0
-    # Nor is it a special case: a neighbouring std has almost the same coefficients.
+    # Nor is it a special case: a neighboring std has almost the same coefficients.
     assert c == pytest.approx(mixture(even(64), 64.0 * 64, std * (1 + 1e-7))[0], abs=1e-4)
 
 

@@ -1,0 +1,38 @@
+"""The variational bound: the KL of two Gaussians and the decoder of 8-bit values."""
+
+import math
+
+import pytest
+import torch
+
+from hf_ddpm.bound import _discretized_log_likelihood, variational_bound
+from hf_ddpm.scheduler import DDPMScheduler
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("mean", "log_variance"), [(0.1, -3.0), (-0.97, -9.0), (2.0, 0.5)])
+def test_decoder_is_a_distribution_over_256_values(dtype, mean, log_variance):
+    x_0 = (torch.arange(256, dtype=dtype) / 127.5 - 1).view(1, 1, 16, 16)
+    log_mass = _discretized_log_likelihood(x_0, torch.full_like(x_0, mean), torch.full_like(x_0, log_variance))
+    assert log_mass.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_bound_is_zero_for_the_true_posterior():
+    scheduler = DDPMScheduler(prediction_type="sample", clip_sample=False)
+    x_0 = torch.rand(4, 1, 4, 4) * 2 - 1
+    t = torch.tensor([1, 10, 500, 999])
+    x_t = scheduler.add_noise(x_0, torch.randn(x_0.shape), t)
+    assert variational_bound(scheduler, x_0, x_0, x_t, t).abs().max() < 1e-6
+
+
+def test_bound_is_the_kl_of_two_gaussians():
+    """With x_0 = x_t = 0 and x_0_hat = 1/2, q has mean 0 and p half of x_0's coefficient in Ho et al. Eq. 7."""
+    scheduler = DDPMScheduler(prediction_type="sample", clip_sample=False, variance_type="fixed_large")
+    t, zeros = 300, torch.zeros(1, 1, 1, 1)
+    beta, alpha_bar = scheduler.beta[t].item(), scheduler.alpha_bar[t].item()
+    alpha_bar_prev = scheduler.alpha_bar[t - 1].item()
+    mean = 0.5 * math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar)
+    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
+    nats = (math.log(beta / variance) - 1 + (variance + mean**2) / beta) / 2
+    bound = variational_bound(scheduler, torch.full_like(zeros, 0.5), zeros, zeros, t)
+    assert bound.item() == pytest.approx(nats / math.log(2), rel=1e-3)
