@@ -136,7 +136,7 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
             None if job.class_labels is None else job.class_labels[:num_images],
             num_inference_steps=cell.num_inference_steps,
             batch_size=job.request.batch_size,
-            num_kept=kept,
+            num_images_to_keep=kept,
             label=f"{cell.scheduler}, {cell.num_inference_steps} steps",
         )
         sampling = {

@@ -37,7 +37,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.sampling.sampler import DTYPES, forward_batch_of, load_for_sampling
+from hf_ddpm.sampling.sampler import DTYPES, classes_in_turn, forward_batch_of, load_for_sampling
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
 
@@ -142,7 +142,7 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
         raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
     is_own = out.resolve() == folder.resolve()
     _check_out(out, weights, is_own)
-    pipeline = _load(folder, request, processes)
+    pipeline = _load(folder, request)
     request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
     chain, unet = pipeline.scheduler, pipeline.unet.config
     cells = _grid(pipeline, request.schedulers, request.num_inference_steps)
@@ -225,14 +225,9 @@ def _check_out(out: Path, weights: str, is_own: bool) -> None:
         raise UsageError(f"out must not hold what was measured of other weights, got {str(out)!r}: name a new folder")
 
 
-def _load(folder: Path, request: Request, processes: Processes) -> DDPMPipeline:
+def _load(folder: Path, request: Request) -> DDPMPipeline:
     """The model with the scheduler of all T steps."""
-    device = request.device
-    if device is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        device = "cpu"
-    if device is None and torch.cuda.is_available() and processes.size > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    pipeline, _ = load_for_sampling(str(folder), "ddpm", device=device, uniform=request.uniform)
+    pipeline, _ = load_for_sampling(str(folder), "ddpm", device=request.device, uniform=request.uniform)
     bad = [name for name, value in pipeline.unet.named_parameters() if not value.isfinite().all()]
     if bad:
         raise UsageError(f"weights must be finite, got NaN or infinity in {len(bad)} of them, first {bad[0]}")
@@ -294,7 +289,7 @@ def _choose_classes(
     if not splits.has_labels:
         if num_images < num_classes:
             raise UsageError(f"num_images must be at least {num_classes}, as many as classes, got {num_images}")
-        return [(seed + i) % num_classes for i in range(num_images)], "each in turn"
+        return classes_in_turn(num_classes, range(seed, seed + num_images)), "each in turn"
     images = splits.open(split, is_labeled=True)
     assert images.labels is not None
     names = images.class_names or [str(i) for i in range(num_classes)]

@@ -1,15 +1,14 @@
-"""What `evaluate` measures, each by one function, shared among the processes that torch.distributed knows of.
+"""The measurements of `evaluate`, each by one function, shared among processes.
 
-batch       the images of B seeds; batch k is made by process k % P, the same for any number P of processes
-order       what is summed is summed in the order of batches, by the first process: P changes no digit
-samples     uint8, as they would be saved
+The unit of work is a batch. Batch k holds the same images for any number of processes, and results are summed in the
+order of batches: the number of processes changes no digit. Samples are uint8, as they would be saved.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,19 +43,25 @@ NEIGHBORS = 5  # k of precision, recall, density and coverage
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """What is kept of the samples of one scheduler.
+    """The samples of one scheduler.
 
-    Args:
-        statistics: of their features; only on the first process.
-        images: the first of them, (n, C, H, W) uint8.
-        network_evaluations: per image.
-        seconds_per_image: of one process, without features.
+    Attributes:
+        statistics: The statistics of their features. None on all processes but the main one, or without a network.
+        images: The first of them, (n, C, H, W) uint8.
+        network_evaluations: The number of network evaluations per image.
+        seconds_per_image: The time that one process takes to sample an image, without its features.
     """
 
     statistics: Statistics | None
     images: Tensor
     network_evaluations: int
     seconds_per_image: float
+
+
+class _SampledBatch(NamedTuple):
+    features: Tensor | None
+    images: Tensor
+    seconds: float
 
 
 def sample_statistics(
@@ -68,54 +73,77 @@ def sample_statistics(
     *,
     num_inference_steps: int,
     batch_size: int,
-    num_kept: int = 0,
+    num_images_to_keep: int = 0,
     label: str = "Sampling",
 ) -> Samples:
-    """Samples one image per seed. Raises: ValueError for images that are not finite."""
-    count = -(-len(seeds) // batch_size)
-    calls = num_passes = 0
+    """Sample one image per seed, and collect the statistics of their features.
 
-    def counted(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
+    Args:
+        network: None: no features are computed.
+        class_labels: One for each seed, if the model has classes.
+        batch_size: Images per network evaluation.
+        num_images_to_keep: The number of images to return.
+        label: What the progress bar is called.
 
-    def mine() -> Iterator[tuple[Tensor | None, Tensor, float]]:
-        nonlocal num_passes
-        for k in range(processes.rank, count, processes.size):
-            part = slice(k * batch_size, (k + 1) * batch_size)
-            started = time.perf_counter()
-            passes = iter_samples(
+    Raises:
+        ValueError: When an image is not finite.
+    """
+    num_calls = num_forward_batches = 0
+
+    def count_call(*_: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    def sample_batch(k: int) -> _SampledBatch:
+        nonlocal num_forward_batches
+        batch = slice(k * batch_size, (k + 1) * batch_size)
+        started = time.perf_counter()
+        forward_batches = [
+            images
+            for _, images in iter_samples(
                 pipeline,
-                seeds[part],
+                seeds[batch],
                 batch_size=batch_size,
                 num_inference_steps=num_inference_steps,
-                class_labels=None if class_labels is None else class_labels[part],
+                class_labels=None if class_labels is None else class_labels[batch],
             )
-            parts = [images for _, images in passes]
-            seconds, images = time.perf_counter() - started, torch.cat(parts)
-            num_passes += len(parts)
-            kept = images[: max(0, num_kept - k * batch_size)].clone()  # of a view all would be sent
-            yield None if network is None else network(images), kept, seconds
+        ]
+        seconds = time.perf_counter() - started
+        num_forward_batches += len(forward_batches)
+        images = torch.cat(forward_batches)
+        features = None if network is None else network(images)
+        # A view would be sent with all that it is a view of.
+        kept = images[: max(0, num_images_to_keep - k * batch_size)].clone()
+        return _SampledBatch(features, kept, seconds)
 
-    moments, features, images, total = None, [], [], 0.0
-    hook = pipeline.unet.register_forward_hook(counted)
+    hook = pipeline.unet.register_forward_hook(count_call)
     try:
-        for found, kept, seconds in processes.in_rank_order(mine(), count, label):
-            images.append(kept)
-            total += seconds
-            if found is None or processes.rank > 0:
-                continue
-            moments = (moments or Moments.empty(found.shape[1])).update(found)
-            features.append(found[: max(0, NUM_FEATURES - int(moments.count) + len(found))].clone())
+        batches = processes.map(sample_batch, math.ceil(len(seeds) / batch_size), label)
     finally:
         hook.remove()
-    statistics = None if moments is None else Statistics(moments, torch.cat(features))
-    evaluations = processes.on_main(lambda: calls // num_passes)
-    return Samples(statistics, torch.cat(images), evaluations, total / len(seeds))
+    return Samples(
+        statistics=_statistics([b.features for b in batches if b.features is not None])
+        if processes.rank == 0
+        else None,
+        images=torch.cat([b.images for b in batches]),
+        network_evaluations=processes.on_main(lambda: num_calls // num_forward_batches),
+        seconds_per_image=sum(b.seconds for b in batches) / len(seeds),
+    )
+
+
+def _statistics(batches: Sequence[Tensor]) -> Statistics | None:
+    """Return the statistics of features that are given in batches, the first NUM_FEATURES of them included."""
+    if not batches:
+        return None
+    moments = Moments.empty(batches[0].shape[1])
+    for features in batches:
+        moments = moments.update(features)
+    num_kept_batches = math.ceil(NUM_FEATURES / len(batches[0]))
+    return Statistics(moments, torch.cat([*batches[:num_kept_batches]])[:NUM_FEATURES])
 
 
 class Measured(NamedTuple):
-    """A value, its standard error if there is one, and how many images of each side it compares."""
+    """A value, its standard error if there is one, and the number of images of each side that it compares."""
 
     value: float
     standard_error: float | None
@@ -123,23 +151,32 @@ class Measured(NamedTuple):
 
 
 def measure_distances(X: Statistics, Y: Statistics, metrics: Iterable[str]) -> dict[str, Measured]:
-    """The distances named in `metrics`, keys of `DISTANCES`, of X, samples or what stands in for them, from Y."""
-    found: dict[str, Measured] = {}
-    kept = [len(X.features), len(Y.features)]
+    """Measure how far X is from Y.
+
+    Args:
+        X: The statistics of samples, or of real images in their place.
+        Y: The statistics of the reference.
+        metrics: Keys of DISTANCES.
+
+    Returns:
+        The names of results, as DISTANCES has them, with what was measured.
+    """
+    measured: dict[str, Measured] = {}
+    num_features = [len(X.features), len(Y.features)]
     for metric in metrics:
         if metric == "fd":
-            found["fd"] = Measured(frechet_distance(X.moments, Y.moments), None, [X.count, Y.count])
+            measured["fd"] = Measured(frechet_distance(X.moments, Y.moments), None, [X.count, Y.count])
         elif metric == "precision":
-            shares = precision_recall_density_coverage(X.features, Y.features, NEIGHBORS)
-            found |= {name: Measured(value, None, kept) for name, value in shares._asdict().items()}
+            fractions = precision_recall_density_coverage(X.features, Y.features, NEIGHBORS)
+            measured |= {name: Measured(value, None, num_features) for name, value in fractions._asdict().items()}
         else:
             distance = (kernel_distance if metric == "kid" else cmmd)(X.features, Y.features)
-            found[metric] = Measured(distance.distance, distance.standard_error, kept)
-    return found
+            measured[metric] = Measured(distance.distance, distance.standard_error, num_features)
+    return measured
 
 
 def first_images(statistics: Statistics, count: int) -> Statistics:
-    """Of `count` images only, as far as their features were kept."""
+    """Return the statistics of the first `count` images, or of all if their features were not kept."""
     if count >= statistics.count or count > len(statistics.features):
         return statistics
     features = statistics.features[:count].contiguous()
@@ -147,15 +184,16 @@ def first_images(statistics: Statistics, count: int) -> Statistics:
 
 
 def pixel_features(processes: Processes, network: FeatureNetwork, pixels: np.ndarray, batch_size: int) -> Tensor:
-    """The features of all images, (n, d): on the first process; of the others each has its own batches."""
-    count = -(-len(pixels) // batch_size)
+    """Return the features of all images, (n, d).
 
-    def mine() -> Iterator[Tensor]:
-        for k in range(processes.rank, count, processes.size):
-            yield network(torch.from_numpy(pixels[k * batch_size : (k + 1) * batch_size].copy()))
+    Args:
+        pixels: (n, C, H, W) uint8.
+    """
 
-    kept = [part for part in processes.in_rank_order(mine(), count, "Features") if processes.rank == 0]
-    return torch.cat(kept) if kept else torch.empty(0, network.dimensions)
+    def compute(k: int) -> Tensor:
+        return network(torch.from_numpy(pixels[k * batch_size : (k + 1) * batch_size].copy()))
+
+    return torch.cat(processes.map(compute, math.ceil(len(pixels) / batch_size), "Features"))
 
 
 def measure_likelihood(
@@ -170,30 +208,34 @@ def measure_likelihood(
     batch_size: int,
     device: torch.device,
 ) -> Likelihood:
-    """The variational bound on `pixels`, (N, C, H, W) uint8."""
-    count = math.ceil(len(pixels) / batch_size)
+    """Measure the variational bound of a model.
 
-    def mine() -> Iterator[Tensor]:
-        for share in range(processes.rank, count, processes.size):
-            # A share of at most `batch_size` images: the same batches, whoever works on them. TF32 would round a
-            # GPU's convolutions to 10 bits.
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                sums = sum_bound_terms(
-                    unet,
-                    scheduler,
-                    pixels,
-                    seed=seed,
-                    batch_size=batch_size,
-                    timesteps_per_image=timesteps_per_image,
-                    class_labels=class_labels,
-                    rank=share,
-                    num_processes=count,
-                    device=device,
-                )
-            yield sums
+    Args:
+        unet: The network, in float32 and not compiled.
+        pixels: (N, C, H, W) uint8.
+        class_labels: (N,) int64, if the model has classes.
+        timesteps_per_image: K, as of `sum_bound_terms`.
+        batch_size: Images per network evaluation.
+    """
+    num_batches = math.ceil(len(pixels) / batch_size)
 
-    total = None
-    for sums in processes.in_rank_order(mine(), count, "Likelihood"):
-        total = sums if total is None else total + sums
-    assert total is not None
+    def sum_batch(k: int) -> Tensor:
+        # TF32 would round a GPU's convolutions to 10 bits.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return sum_bound_terms(
+                unet,
+                scheduler,
+                pixels,
+                range(k, len(pixels), num_batches),  # batches of a length, up to one image
+                seed=seed,
+                batch_size=batch_size,
+                timesteps_per_image=timesteps_per_image,
+                class_labels=class_labels,
+                device=device,
+            )
+
+    sums = processes.map(sum_batch, num_batches, "Likelihood")
+    total = sums[0]
+    for batch_sums in sums[1:]:
+        total = total + batch_sums
     return bits_per_dimension(total)

@@ -24,7 +24,7 @@ from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.sampling.sampler import load_for_sampling, seeded_generators
+from hf_ddpm.sampling.sampler import classes_in_turn, load_for_sampling, seeded_generators
 from hf_ddpm.sampling.schedulers import named_scheduler
 from hf_ddpm.timesteps import FILE, SearchedTimesteps, read_searched, write_searched
 
@@ -169,9 +169,8 @@ def search_timesteps(
     num_train = pipeline.scheduler.config.num_train_timesteps
     reference_steps = min(reference_steps, num_train)
     _check(pipeline, num_steps, scheduler, num_images, reference_steps)
-    classes = pipeline.unet.config.num_class_embeds
     many = uniform_timesteps(pipeline.scheduler.config, scheduler, reference_steps)
-    labels = None if classes is None else [i % classes for i in range(num_images)]
+    labels = classes_in_turn(pipeline.unet.config.num_class_embeds, range(num_images))
     seen, unseen = (
         Trajectories(pipeline, scheduler, range(first, first + num_images), batch_size, labels)
         for first in (seed, seed + num_images)

@@ -1,39 +1,64 @@
-"""Devices: which one to use, whether it is there, what it is called."""
+"""Devices: which one a process computes on, whether torch has it, and what it is called."""
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
 import torch
 
 
+def process_device(device: str | torch.device | None = None) -> torch.device:
+    """Return the device that this process computes on.
+
+    Args:
+        device: None: the CPU if `accelerate launch --cpu` says so, else the best there is. Of several CUDA devices,
+            "cuda" and None are the one with the number of this process on its machine.
+
+    Raises:
+        ValueError: When torch does not find this device.
+    """
+    if device is None:
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        device = "cpu" if on_cpu else best_device()
+    device = require_device(device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return device
+
+
 def require_device(device: str | torch.device) -> torch.device:
-    """Raises: ValueError if torch has no such device here."""
+    """Return the device of this name.
+
+    Raises:
+        ValueError: When torch does not find this device.
+    """
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without it
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter if it was built without the device
         reason = " ".join(str(error).split())
         raise ValueError(f"device must be one that torch finds here, as cpu, got {str(device)!r}: {reason}") from error
-    return place
+    return checked
 
 
 def best_device() -> str:
+    """Return cuda or mps if torch finds one, else cpu."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def device_name(device: torch.device) -> str:
-    """The processor that trained, as its maker calls it."""
+    """Return the name that its maker gave the device; of a CPU also the number of threads per process."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
+    if device.type != "cpu":
+        return f"{device.type} {name}"
     cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpuinfo.is_file():
+    if cpuinfo.is_file():
         models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
-    return (
-        f"{name}, {torch.get_num_threads()} threads per process" if device.type == "cpu" else f"{device.type} {name}"
-    )
+    return f"{name}, {torch.get_num_threads()} threads per process"

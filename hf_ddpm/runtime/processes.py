@@ -1,7 +1,14 @@
-"""The processes of a run: what each computes of a whole, and what all of them know.
+"""The processes of a run: how they share work, and how all of them learn what one of them computed.
 
-Objects travel over gloo, in main memory, whatever backend carries the gradients. A launcher gives a process one thread
-unless told otherwise, which `share_cores` mends.
+share  a contiguous range of the items 0, ..., count - 1; the shares of all processes, by rank, are all items in order
+rank   the number of a process, from 0; the process of rank 0 is the main one, which prints and writes
+
+There is one way to share work. Each process computes the items of its own share, and `gather` brings the results
+together in the order of ranks, which is the order of items. A result is therefore the same for any number of processes
+if each item is computed in the same way whoever computes it. Items whose last bits depend on what they are computed
+with, as images in a forward pass, are shared by whole batches.
+
+Objects travel over gloo, in main memory, whatever backend carries the gradients: no device waits for them.
 """
 
 from __future__ import annotations
@@ -15,18 +22,26 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.runtime.errors import UsageError
 
 Value = TypeVar("Value")
 
+# Work of fewer items than this shows no progress bar.
+_MIN_ITEMS_OF_PROGRESS_BAR = 20
+
 
 class Processes:
-    """The processes that share the work.
+    """The processes that share the work: those of torch.distributed's process group, or this one alone.
+
+    Attributes:
+        rank: The number of this process, in [0, size).
+        size: The number of processes.
 
     Args:
-        timeout: the longest that one of them may work alone.
+        timeout: The longest time for which one process may work while the others wait for it.
     """
 
     def __init__(self, timeout: timedelta = timedelta(days=7)) -> None:
@@ -34,7 +49,6 @@ class Processes:
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size > 1:
-            # Whatever carries gradients, this carries objects in main memory: nothing waits for a device.
             self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def split(self, count: int) -> range:
@@ -55,7 +69,48 @@ class Processes:
         longest = -(-count // self.size)
         return share + share[-1:] * (longest - len(share))
 
-    def gather_rows(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+    def gather(self, compute: Callable[[], Value]) -> list[Value]:
+        """Return what each process computed, by rank.
+
+        Raises:
+            Exception: On all processes, what `compute` raised on one of them.
+        """
+        outcome: tuple[Any, Exception | None]
+        try:
+            outcome = compute(), None
+        except Exception as error:
+            if self.size == 1:
+                raise
+            outcome = None, _sendable(error)
+        outcomes: list[Any] = [outcome]
+        if self.size > 1:
+            outcomes = [None] * self.size
+            dist.all_gather_object(outcomes, outcome, group=self._group)
+            outcomes[self.rank] = outcome  # an error with its traceback, which a copy has lost
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [value for value, _ in outcomes]
+
+    def map(self, compute: Callable[[int], Value], count: int, label: str) -> list[Value]:
+        """Return compute(0), ..., compute(count - 1), each computed by one process and known to all.
+
+        Args:
+            compute: A function of an item's number.
+            label: What the progress bar of the main process is called. The bar counts the items of its own share.
+
+        Raises:
+            Exception: On all processes, what `compute` raised on one of them.
+        """
+        is_quiet = self.rank > 0 or count < _MIN_ITEMS_OF_PROGRESS_BAR
+
+        def compute_share() -> list[Value]:
+            share = self.split(count)
+            return [compute(item) for item in tqdm(share, self.label(label), unit="batch", disable=is_quiet)]
+
+        return [value for share in self.gather(compute_share) for value in share]
+
+    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
         """Return the rows of all processes in order, on the CPU.
 
         Args:
@@ -69,70 +124,59 @@ class Processes:
         # A view would be sent with all that it is a view of.
         return torch.cat(self.gather(own.clone))
 
-    def gather(self, compute: Callable[[], Value]) -> list[Value]:
-        """What all processes computed, by rank. Raises: on all of them what one of them raised."""
-        mine: tuple[Any, Exception | None]
-        try:
-            mine = compute(), None
-        except Exception as error:
-            if self.size == 1:
-                raise
-            mine = None, _sendable(error)
-        found: list[Any] = [mine]
-        if self.size > 1:
-            found = [None] * self.size
-            dist.all_gather_object(found, mine, group=self._group)
-            found[self.rank] = mine  # an error with its traceback, which a copy has lost
-        for _, error in found:
-            if error is not None:
-                raise error
-        return [value for value, _ in found]
+    def label(self, text: str) -> str:
+        """Return the label of a progress bar, which says that there are more processes."""
+        return text if self.size == 1 else f"{text} (process {self.rank + 1} of {self.size})"
 
     def require_equal(self, value: object, what: str) -> None:
-        """Raises: UsageError on all of them if a process has another value than the first."""
-        found = self.gather(lambda: value)
-        if odd := [rank for rank, other in enumerate(found) if other != found[0]]:
+        """Check that all processes have the same value.
+
+        Args:
+            what: The value's name, for the message.
+
+        Raises:
+            UsageError: On all processes, when one has another value than the main one.
+        """
+        values = self.gather(lambda: value)
+        differing_ranks = [rank for rank, other in enumerate(values) if other != values[0]]
+        if differing_ranks:
             raise UsageError(
-                f"all processes must have the same {what}, but process {odd[0]} has other than process 0: give all "
-                "machines the same files, and start again"
+                f"all processes must have the same {what}, but process {differing_ranks[0]} has other than process 0: "
+                "give all machines the same files, and start again"
             )
 
     def main_then_rest(self, compute: Callable[[], Value]) -> Value:
-        """Computed by the first process and then by the others, which find what it left on the disk."""
+        """Compute a value on the main process, then on the others, which find what the main one left on the disk."""
         done: list[Value] = []
         self.gather(lambda: done.append(compute()) if self.rank == 0 else None)
         return done[0] if done else compute()
 
-    def local_main_then_rest(self, compute: Callable[[], Value], is_first: bool) -> Value:
-        """Computed by the first process of each machine and then by its others, which find what it left there."""
+    def local_main_then_rest(self, compute: Callable[[], Value], is_local_main: bool) -> Value:
+        """Compute a value on one process of each machine, then on its others, which find what that one left there.
+
+        Args:
+            is_local_main: Whether this process is the one of its machine.
+        """
         done: list[Value] = []
-        self.gather(lambda: done.append(compute()) if is_first else None)
-        self.gather(lambda: None if is_first else done.append(compute()))
+        self.gather(lambda: done.append(compute()) if is_local_main else None)
+        self.gather(lambda: None if is_local_main else done.append(compute()))
         return done[0]
 
     def on_main(self, compute: Callable[[], Value]) -> Value:
-        """Computed by the first process, known to all."""
+        """Compute a value on the main process alone, and return it on all processes."""
         return self.gather(lambda: compute() if self.rank == 0 else None)[0]  # pyright: ignore[reportReturnType]
 
     def any(self, flags: list[bool]) -> list[bool]:
-        """Which of the flags are set on any process; cheap enough for each step."""
+        """Return for each flag whether it is set on any process; this is cheap enough for each training step."""
         if self.size == 1:
             return flags
         votes = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
         return [bool(vote) for vote in votes]
 
-    def in_rank_order(self, mine: Iterator[Value], count: int, label: str) -> Iterator[Value]:
-        """Items 0, ..., count - 1 in order, of which `mine` makes rank, rank + size, ..."""
-        with tqdm(desc=label, total=count, unit="batch", disable=self.rank > 0 or count < 20) as progress:
-            for first in range(0, count, self.size):
-                found: list[Any] = self.gather(lambda: next(mine, None))
-                yield from found[: count - first]
-                progress.update(min(self.size, count - first))
-
 
 def _sendable(error: Exception) -> Exception:
-    """The error, or one with its text if another process could not make it out."""
+    """Return the error, or one with its text if another process could not unpickle it."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -142,19 +186,31 @@ def _sendable(error: Exception) -> Exception:
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """The processes that `accelerate launch` or torchrun started; those of a running process group; or this alone."""
-    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized()
-    if joins:
+    """Join the processes that `accelerate launch` or torchrun started, for the duration of a `with` block.
+
+    A process group that exists already is used, and left as it is. Without either, this process works alone.
+    """
+    is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    must_join = is_launched and dist.is_available() and not dist.is_initialized()
+    if must_join:
         dist.init_process_group("gloo")
     try:
         yield Processes()
     finally:
-        if joins:
+        if must_join:
             dist.destroy_process_group()
 
 
 def share_cores(num_processes: int = 1, num_threads: int | None = None) -> None:
-    """Gives this process its part of the cores, or `num_threads`, unless OMP_NUM_THREADS asks for more than one."""
+    """Give this process its part of the machine's cores.
+
+    A launcher sets OMP_NUM_THREADS to 1 unless it is told otherwise, so that most cores would be idle.
+
+    Args:
+        num_processes: The processes of this machine, unless the launcher says how many there are.
+        num_threads: The number of threads. None: the cores divided by the processes, unless OMP_NUM_THREADS asks for
+            more than one.
+    """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", str(num_processes)))
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_threads is not None:

@@ -1,9 +1,9 @@
-"""A set of images of a model, in a folder: what any number of processes write, and an interrupted run goes on with.
+"""A set of images of a model in a folder, which any number of processes write, and an interrupted run resumes.
 
-set           an image for each seed from the first on
-samples.json  all that decides the images of a set; a folder holds one set
+set           one image for each seed from the first one on
+samples.json  the settings that decide the images of a set; a folder holds one set
 grid.png      the first GRID_IMAGES of them
-part          a file of many images, which one process writes; of PNG files, each is of one image
+group         the images that one process writes together: one PNG file, or a part file of many images
 """
 
 from __future__ import annotations
@@ -13,23 +13,29 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hf_ddpm.figures import grid, png_bytes, to_pil
+from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import weights_sha256, write_atomically
-from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.sampling.sampler import FORWARD_BATCH, forward_batch_of, iter_samples, load_for_sampling, share
+from hf_ddpm.runtime.processes import Processes, join_processes
+from hf_ddpm.sampling.sampler import (
+    FORWARD_BATCH,
+    classes_in_turn,
+    forward_batch_of,
+    iter_samples,
+    load_for_sampling,
+)
 from hf_ddpm.sampling.schedulers import default_scheduler
 
 FORMATS = ("png", "parquet", "npz")
 GRID_IMAGES = 64
-# A set is written in at most so many parts, unless that makes them large.
+# A set is written in at most MAX_PARTS part files, unless they would then hold more than MAX_PART_IMAGES each.
 MAX_PARTS, MAX_PART_IMAGES = 64, 1024
 
 
@@ -50,9 +56,9 @@ def write_samples(
     uniform: bool = False,
     format: str = "png",
 ) -> None:
-    """Samples a model into `out`: an image for each seed from `seed` on, and the first 64 of them as grid.png.
+    """Sample a model into the folder `out`: one image for each seed from `seed` on, and the first 64 as grid.png.
 
-    Each process that was launched writes its share; what `out` holds of the same set is kept.
+    Each process that was launched writes its share. Images of the same set that `out` holds already are kept.
 
         format    files                                      lost when a process is killed
         png       000000.png, named by seed                  the images of a forward pass
@@ -60,142 +66,188 @@ def write_samples(
         npz       samples.npz: arr_0 (N,H,W,C), seeds        a 64th of the set, of at most 1024 images
 
     Args:
-        model, num_inference_steps, scheduler, device, dtype, compile, uniform: as of `load_for_sampling`.
-        class_label: default: each class in turn.
-        deterministic, batch_size: as of `iter_samples`.
-        format: a name in FORMATS.
+        model: A folder that holds a pipeline, or a Hub id, as of `load_for_sampling`.
+        out: A new folder, or one that holds a part of this set.
+        num_images: The number of images in the set.
+        seed: The seed of the first image.
+        num_inference_steps: As of `load_for_sampling`.
+        scheduler: As of `load_for_sampling`.
+        class_label: The class of all images. None: each class in turn, if the model has classes.
+        deterministic: As of `iter_samples`.
+        batch_size: As of `iter_samples`.
+        device: As of `load_for_sampling`.
+        dtype: As of `load_for_sampling`.
+        compile: As of `load_for_sampling`.
+        uniform: As of `load_for_sampling`.
+        format: A name in FORMATS.
 
     Raises:
-        ValueError, OSError: before sampling, no such model, a setting that cannot work, or a folder of something else.
+        ValueError: Before sampling, when there is no such model, a setting cannot work, or `out` holds something else.
+        OSError: When the model cannot be read, or `out` cannot be written.
     """
-    from accelerate import PartialState
-
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
-    on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    # A process that is ready waits for the slowest.
-    state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
-    own: Any = state.device  # of this process, if there are several
-    place = own if device in (None, own.type) else device
-    pipeline, steps = load_for_sampling(model, scheduler, num_inference_steps, place, dtype, compile, uniform)
-    unet = pipeline.unet
-    if format != "npz" and unet.config.in_channels not in (1, 3, 4):
-        raise ValueError(f"format must be 'npz' for images of {unet.config.in_channels} channels, got {format!r}")
-    classes, labels = unet.config.num_class_embeds, None
-    if classes is not None or class_label is not None:
-        labels = [(seed + i) % (classes or 1) if class_label is None else class_label for i in range(num_images)]
-    pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)
-    pipeline._conditions(labels and labels[:1], 1, pipeline.device)
-    forward_batch = forward_batch_of(pipeline.device, batch_size)
-    found = pipeline.searched(steps)
-    settings = {
-        "model": str(model),
-        "weights_sha256": weights_sha256(Path(unet.config["_name_or_path"])),
-        "scheduler": scheduler or default_scheduler(pipeline.scheduler.config, pipeline.searched_timesteps, steps),
-        "num_inference_steps": steps,
-        "timesteps": None if found is None else [*found.timesteps],
-        "seed": seed,
-        "num_images": num_images,
-        "class_label": class_label,
-        "deterministic": deterministic,
-        "dtype": dtype or "fp32",
-        "compile": compile,
-        "format": format,
-        "device": pipeline.device.type,
-        "forward_batch": forward_batch,
-    }
-    samples = (
-        _Pngs(out, seed, labels, num_images) if format == "png" else _Parts(out, seed, labels, num_images, format)
-    )
+    with join_processes() as processes:
+        pipeline, steps = load_for_sampling(model, scheduler, num_inference_steps, device, dtype, compile, uniform)
+        unet = pipeline.unet
+        if format != "npz" and unet.config.in_channels not in (1, 3, 4):
+            raise ValueError(f"format must be 'npz' for images of {unet.config.in_channels} channels, got {format!r}")
+        labels = classes_in_turn(unet.config.num_class_embeds, range(seed, seed + num_images))
+        if class_label is not None:
+            labels = [class_label] * num_images
+        pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)
+        pipeline._conditions(labels and labels[:1], 1, pipeline.device)
+        searched = pipeline.searched(steps)
+        settings = {
+            "model": str(model),
+            "weights_sha256": weights_sha256(Path(unet.config["_name_or_path"])),
+            "scheduler": scheduler or default_scheduler(pipeline.scheduler.config, pipeline.searched_timesteps, steps),
+            "num_inference_steps": steps,
+            "timesteps": None if searched is None else [*searched.timesteps],
+            "seed": seed,
+            "num_images": num_images,
+            "class_label": class_label,
+            "deterministic": deterministic,
+            "dtype": dtype or "fp32",
+            "compile": compile,
+            "format": format,
+            "device": pipeline.device.type,
+            "forward_batch": forward_batch_of(pipeline.device, batch_size),
+        }
+        _write_set(processes, pipeline, out, settings, labels, batch_size)
 
-    def claim() -> None:
-        _check_folder(out, settings, samples.existing())
+
+def _write_set(
+    processes: Processes,
+    pipeline: DDPMPipeline,
+    out: Path,
+    settings: dict[str, Any],
+    labels: Sequence[int] | None,
+    batch_size: int,
+) -> None:
+    """Write the missing images of the set that `settings` describe, and the grid."""
+    seed, num_images, format = settings["seed"], settings["num_images"], settings["format"]
+    image_set = PngSet(out, seed, num_images) if format == "png" else PartFiles(out, seed, labels, num_images, format)
+
+    def check_and_record() -> list[int]:
+        _check_folder(out, settings, image_set.existing())
         write_atomically(out / "samples.json", json.dumps(settings, indent=2) + "\n")
+        return image_set.missing_groups()
 
-    # By one process, before any of them writes: an image without samples.json is of something else.
-    processes = Processes()
     processes.require_equal(settings, "model and settings")
-    processes.on_main(claim)
-    mine = share(num_images, state.process_index, state.num_processes, samples.block or forward_batch)
-    missing = samples.missing(mine)
-    batches = iter_samples(
-        pipeline,
-        [seed + i for i in missing],
-        batch_size=batch_size,
-        num_inference_steps=steps,
-        class_labels=None if labels is None else [labels[i] for i in missing],
-        deterministic=deterministic,
-    )
-    of_all = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
-    done = len(mine) - len(missing)
-    with tqdm(
-        total=len(mine), initial=done, unit="image", desc=f"Sampling{of_all}", disable=not state.is_main_process
-    ) as bar:
-        for seeds, images in batches:
-            samples.add([s - seed for s in seeds], images.permute(0, 2, 3, 1).numpy())
-            bar.update(len(seeds))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        first = samples.finish()
-        if unet.config.in_channels in (1, 3, 4):
-            write_atomically(out / "grid.png", png_bytes(grid(to_pil(np.stack(first).transpose(0, 3, 1, 2)))))
-    state.destroy_process_group()
+    # The main process records the settings before any process writes: images without samples.json are not of this set.
+    groups = processes.on_main(check_and_record)
+    indices = [i for k in processes.split(len(groups)) for i in image_set.members(groups[k])]
+
+    def write_share() -> None:
+        batches = iter_samples(
+            pipeline,
+            [seed + i for i in indices],
+            batch_size=batch_size,
+            num_inference_steps=settings["num_inference_steps"],
+            class_labels=None if labels is None else [labels[i] for i in indices],
+            deterministic=settings["deterministic"],
+        )
+        label, is_quiet = processes.label("Sampling"), processes.rank > 0
+        with tqdm(total=len(indices), unit="image", desc=label, disable=is_quiet) as progress:
+            for seeds, images in batches:
+                image_set.add([s - seed for s in seeds], images.permute(0, 2, 3, 1).numpy())
+                progress.update(len(seeds))
+
+    def finish() -> None:
+        first_images = image_set.finish()
+        if first_images[0].shape[2] in (1, 3, 4):
+            write_atomically(out / "grid.png", png_bytes(grid(_pictures(np.stack(first_images)))))
+
+    processes.gather(write_share)
+    processes.on_main(finish)
 
 
-class _Pngs:
-    """A set as one PNG file per image."""
+class PngSet:
+    """A set as one PNG file per image.
 
-    block = None
+    Args:
+        out: The folder of the set.
+        seed: The seed of the first image.
+        num_images: The number of images in the set.
+    """
 
-    def __init__(self, out: Path, seed: int, labels: Sequence[int] | None, count: int):
-        self.out, self.count = out, count
-        self.names = [f"{seed + i:06d}.png" for i in range(count)]
+    def __init__(self, out: Path, seed: int, num_images: int):
+        self.out = out
+        self.names = [f"{seed + i:06d}.png" for i in range(num_images)]
 
     def existing(self) -> list[Path]:
-        there = set(os.listdir(self.out)) if self.out.is_dir() else set()
-        return [self.out / name for name in ["grid.png", *self.names] if name in there]
+        """Return the files of the set that exist."""
+        names = set(os.listdir(self.out)) if self.out.is_dir() else set()
+        return [self.out / name for name in ["grid.png", *self.names] if name in names]
 
-    def missing(self, indices: Sequence[int]) -> list[int]:
-        there = set(self.existing())
-        return [i for i in indices if self.out / self.names[i] not in there]
+    def missing_groups(self) -> list[int]:
+        """Return the numbers of the images that have no file; an image is a group of its own."""
+        existing = set(self.existing())
+        return [i for i, name in enumerate(self.names) if self.out / name not in existing]
+
+    def members(self, group: int) -> range:
+        """Return the numbers of the images in a group."""
+        return range(group, group + 1)
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
-        for i, image in zip(indices, to_pil(images.transpose(0, 3, 1, 2)), strict=True):
-            write_atomically(self.out / self.names[i], png_bytes(image))
+        """Write the images with these numbers, (B, H, W, C) uint8."""
+        for i, picture in zip(indices, _pictures(images), strict=True):
+            write_atomically(self.out / self.names[i], png_bytes(picture))
 
     def finish(self) -> list[np.ndarray]:
-        found = []
+        """Return the first GRID_IMAGES images of the set, when all are written."""
+        images = []
         for name in self.names[:GRID_IMAGES]:
             with Image.open(self.out / name) as image:
-                found.append(np.asarray(image).reshape(image.height, image.width, -1))
-        return found
+                images.append(_pixels(image))
+        return images
 
 
-class _Parts:
-    """A set as files of many images: Parquet, or NumPy files that become one."""
+class PartFiles:
+    """A set as files of many images: Parquet files, or NumPy files that `finish` makes into one.
 
-    def __init__(self, out: Path, seed: int, labels: Sequence[int] | None, count: int, format: str):
-        self.out, self.seed, self.labels, self.count, self.format = out, seed, labels, count, format
-        self.block = min(MAX_PART_IMAGES, FORWARD_BATCH * -(-count // (MAX_PARTS * FORWARD_BATCH)))
-        num = -(-count // self.block)
+    Args:
+        out: The folder of the set.
+        seed: The seed of the first image.
+        labels: The class of each image, if the model has classes.
+        num_images: The number of images in the set.
+        format: "parquet" or "npz".
+    """
+
+    def __init__(self, out: Path, seed: int, labels: Sequence[int] | None, num_images: int, format: str):
+        self.out, self.seed, self.labels, self.num_images, self.format = out, seed, labels, num_images, format
+        # Whole forward passes, so that none is filled up.
+        forward_passes_per_part = -(-num_images // (MAX_PARTS * FORWARD_BATCH))
+        self.part_images = min(MAX_PART_IMAGES, FORWARD_BATCH * forward_passes_per_part)
+        num_parts = -(-num_images // self.part_images)
         stem = "data/train" if format == "parquet" else "parts/part"
-        self.files = [out / f"{stem}-{k:05d}-of-{num:05d}.{format}" for k in range(num)]
-        self.whole = out / "samples.npz"
+        self.files = [out / f"{stem}-{k:05d}-of-{num_parts:05d}.{format}" for k in range(num_parts)]
+        self.whole_file = out / "samples.npz"
         self.unwritten: dict[int, np.ndarray] = {}
 
     def existing(self) -> list[Path]:
-        return [path for path in [self.out / "grid.png", self.whole, *self.files] if path.exists()]
+        """Return the files of the set that exist."""
+        return [path for path in [self.out / "grid.png", self.whole_file, *self.files] if path.exists()]
 
-    def missing(self, indices: Sequence[int]) -> list[int]:
-        there = set(self.existing())
-        return [] if self.whole in there else [i for i in indices if self.files[i // self.block] not in there]
+    def missing_groups(self) -> list[int]:
+        """Return the numbers of the parts that have no file."""
+        existing = set(self.existing())
+        if self.whole_file in existing:
+            return []
+        return [k for k, path in enumerate(self.files) if path not in existing]
+
+    def members(self, group: int) -> range:
+        """Return the numbers of the images in a part."""
+        return range(group * self.part_images, min((group + 1) * self.part_images, self.num_images))
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
+        """Take the images with these numbers, (B, H, W, C) uint8, and write each part that has all of its images."""
         self.unwritten.update(zip(indices, images, strict=True))
-        for part in sorted({i // self.block for i in self.unwritten}):
-            members = range(part * self.block, min((part + 1) * self.block, self.count))
+        for part in sorted({i // self.part_images for i in self.unwritten}):
+            members = self.members(part)
             if all(i in self.unwritten for i in members):
                 pixels = np.stack([self.unwritten.pop(i) for i in members])
                 encode = self._parquet if self.format == "parquet" else self._npz
@@ -214,7 +266,7 @@ class _Parts:
         import pyarrow.parquet as pq
 
         seeds = [self.seed + i for i in members]
-        pictures = to_pil(pixels.transpose(0, 3, 1, 2))
+        pictures = _pictures(pixels)
         images = [{"bytes": png_bytes(p), "path": f"{s:06d}.png"} for s, p in zip(seeds, pictures, strict=True)]
         kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
         columns = {"image": pa.array(images, kind), "seed": pa.array(seeds, pa.int64())}
@@ -223,43 +275,65 @@ class _Parts:
         if self.labels is not None:
             columns["label"] = pa.array([self.labels[i] for i in members], pa.int64())
             features["label"] = integer
-        # As `datasets` writes it, which takes the column for an image by this alone.
+        # `datasets` writes this metadata, too, and takes a column for images by it alone.
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
         content = io.BytesIO()
         pq.write_table(pa.table(columns).replace_schema_metadata(metadata), content)
         return content.getvalue()
 
     def finish(self) -> list[np.ndarray]:
+        """Return the first GRID_IMAGES images of the set, when all parts are written; make NumPy parts into one."""
         if self.format == "parquet":
-            import pyarrow.parquet as pq
-
-            found: list[np.ndarray] = []
-            for path in self.files[: -(-GRID_IMAGES // self.block)]:
-                for image in pq.read_table(path, columns=["image"])["image"].to_pylist():
-                    with Image.open(io.BytesIO(image["bytes"])) as opened:
-                        found.append(np.asarray(opened).reshape(opened.height, opened.width, -1))
-            return found[:GRID_IMAGES]
-        if not self.whole.exists():
+            return self._first_of_parquet()
+        if not self.whole_file.exists():
             parts = [np.load(path)["arr_0"] for path in self.files]
-            write_atomically(self.whole, self._npz(range(self.count), np.concatenate(parts)))
+            write_atomically(self.whole_file, self._npz(range(self.num_images), np.concatenate(parts)))
         shutil.rmtree(self.out / "parts", ignore_errors=True)
-        return [*np.load(self.whole)["arr_0"][:GRID_IMAGES]]
+        return [*np.load(self.whole_file)["arr_0"][:GRID_IMAGES]]
+
+    def _first_of_parquet(self) -> list[np.ndarray]:
+        import pyarrow.parquet as pq
+
+        images: list[np.ndarray] = []
+        for path in self.files[: -(-GRID_IMAGES // self.part_images)]:
+            for row in pq.read_table(path, columns=["image"])["image"].to_pylist():
+                with Image.open(io.BytesIO(row["bytes"])) as image:
+                    images.append(_pixels(image))
+        return images[:GRID_IMAGES]
 
 
 def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path]) -> None:
-    """Raises: ValueError if `out` holds another set, or `existing` files that are of none."""
+    """Check that the folder may hold this set.
+
+    Args:
+        existing: The files of the set's names that the folder holds.
+
+    Raises:
+        ValueError: When `out` holds another set, or files that belong to none.
+    """
     try:
-        before = json.loads((out / "samples.json").read_text(encoding="utf-8"))
+        recorded = json.loads((out / "samples.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         if existing:
             raise ValueError(
                 f"{existing[0]} would be overwritten: choose another folder than {str(out)!r} or another seed"
             ) from None
         return
-    # A set of PNG files may grow, and what a model is called changes nothing.
-    grows = settings["format"] == "png" and before.get("num_images", 0) <= settings["num_images"]
-    free = {"model", "num_images"} if grows else {"model"}
-    if differing := [key for key in settings if key not in free and before.get(key) != settings[key]]:
-        was = ", ".join(f"{key}={before.get(key)!r}" for key in differing)
+    # The model may have another name now, and a set of PNG files may become larger.
+    may_differ = {"model"}
+    if settings["format"] == "png" and recorded.get("num_images", 0) <= settings["num_images"]:
+        may_differ.add("num_images")
+    differing = [key for key in settings if key not in may_differ and recorded.get(key) != settings[key]]
+    if differing:
+        was = ", ".join(f"{key}={recorded.get(key)!r}" for key in differing)
         now = ", ".join(f"{key}={settings[key]!r}" for key in differing)
         raise ValueError(f"{out} holds samples with {was}, got {now}: choose another folder, or those settings")
+
+
+def _pictures(pixels: np.ndarray) -> list[Image.Image]:
+    """Return (B, H, W, C) uint8 as pictures."""
+    return to_pil(pixels.transpose(0, 3, 1, 2))
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).reshape(image.height, image.width, -1)

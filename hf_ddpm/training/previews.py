@@ -14,7 +14,7 @@ from PIL import Image
 from hf_ddpm import figures
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import read_metrics, write_atomically
-from hf_ddpm.sampling.sampler import sample_shared
+from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
 from hf_ddpm.sampling.schedulers import default_scheduler, default_steps, named_scheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import swapped
@@ -29,13 +29,13 @@ def save_preview(run: Run, step: int) -> Image.Image:
     """Sample seeds 0, 1, ... into one sheet: the same seeds at each step and for any number of processes."""
     num_images, num_classes = run.config.eval_batch_size, run.images.num_classes
     with averaged_pipeline(run) as pipeline:
-        samples = sample_shared(
-            run.accelerator,
+        samples = sample_all(
             pipeline,
             range(num_images),
+            run.processes,
             batch_size=-(-num_images // run.processes.size),
             num_inference_steps=preview_steps(run),
-            class_labels=[i % num_classes for i in range(num_images)] if num_classes else None,
+            class_labels=classes_in_turn(num_classes, range(num_images)),
         )
     sheet = figures.grid(figures.to_pil(samples))
     if run.is_main:

@@ -22,7 +22,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.files import read_metrics, write_atomically
-from hf_ddpm.sampling.sampler import seeded_generators
+from hf_ddpm.sampling.sampler import classes_in_turn, seeded_generators
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress
@@ -141,17 +141,15 @@ def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
 
 def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline) -> None:
     """Draw two samples that emerge over all T steps: x_t and x_0_hat as a strip, x_t as an animation."""
-    num_classes = run.images.num_classes
     total = len(pipeline.scheduler)
     columns = [total - 1 - t for t in reversed(_spread(total, NUM_STRIP_COLUMNS - 1))]
     frames = sorted({*_spread(total, NUM_GIF_FRAMES), *columns})
     pipeline.set_progress_bar_config(desc="reverse chain", leave=False)
-    labels = [0, 1 % num_classes] if num_classes else None
     final, trajectory = pipeline(
         batch_size=2,
         generator=seeded_generators(range(2), pipeline.device),
         output_type="pt",
-        class_labels=labels,
+        class_labels=classes_in_turn(run.images.num_classes, range(2)),
         trajectory=frames,
         return_dict=False,
     )

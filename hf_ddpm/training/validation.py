@@ -31,7 +31,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_metrics
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import image_generators
-from hf_ddpm.sampling.sampler import sample_images
+from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
 from hf_ddpm.training.config import TrainingConfig
 
 # They stand in each line of eval.jsonl: only distances by one network and to one set of images make a curve.
@@ -154,17 +154,17 @@ def _sample_features(
     validation: Validation, processes: Processes, pipeline: DDPMPipeline, num_inference_steps: int
 ) -> Tensor:
     """Return the features of the samples of seeds 0, 1, ..., (num_samples, d)."""
-    num_classes, rows = pipeline.unet.config.num_class_embeds, []
-    for part in _batches(processes, validation.num_samples):
-        samples = sample_images(
-            pipeline,
-            part.tolist(),
-            batch_size=len(part),
-            num_inference_steps=num_inference_steps,
-            class_labels=None if num_classes is None else (part % num_classes).tolist(),
-        )
-        rows.append(validation.network((samples * 255).round().to(torch.uint8)))
-    return processes.gather_rows(torch.cat(rows), validation.num_samples)
+    seeds = range(validation.num_samples)
+    samples = sample_all(
+        pipeline,
+        seeds,
+        processes,
+        batch_size=BATCH_SIZE,
+        num_inference_steps=num_inference_steps,
+        class_labels=classes_in_turn(pipeline.unet.config.num_class_embeds, seeds),
+    )
+    rows = [validation.network(samples[part]) for part in _batches(processes, len(seeds))]
+    return processes.gather_rows(torch.cat(rows), len(seeds))
 
 
 def draw_validation_curves(records: list[dict[str, Any]], folder: Path) -> None:

@@ -21,7 +21,7 @@ from hf_ddpm.evaluation.search import (
 )
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.image_set import write_samples
-from hf_ddpm.sampling.sampler import load_for_sampling, sample_images
+from hf_ddpm.sampling.sampler import load_for_sampling, seeded_generators
 from hf_ddpm.sampling.schedulers import named_scheduler
 from hf_ddpm.timesteps import FILE, SearchedTimesteps, read_searched, solver_name, write_searched
 
@@ -123,7 +123,8 @@ def test_stored_timesteps_are_used_when_their_number_is_asked_for(model):
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.scheduler.config
     pipeline.scheduler = named_scheduler("dpmsolver++", config)
-    images = sample_images(pipeline, [0], batch_size=1, num_inference_steps=3)
+    generators = seeded_generators([0], pipeline.device)
+    images = pipeline(1, generators, num_inference_steps=3, output_type="pt").images
     assert pipeline.scheduler.timesteps.tolist() == [99, 70, 20]
     stock = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     stock.set_timesteps(timesteps=[99, 70, 20])

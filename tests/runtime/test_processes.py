@@ -1,4 +1,4 @@
-"""What the processes of a run know of each other."""
+"""Processes: how they share work, and how all of them learn what one of them computed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,42 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from hf_ddpm.runtime.processes import Processes
+from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.training.config import TrainingConfig
 from tests.support.runs import said, start
 
 
-def tell(rank: int, size: int, folder: Path) -> None:
-    """Writes what one of the processes gets to know."""
+def of_size(rank: int, size: int) -> Processes:
+    """Return processes that only share work."""
+    processes = Processes()
+    processes.rank, processes.size = rank, size
+    return processes
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (7, 3), (64, 4), (3, 4), (0, 2)])
+def test_shares_are_all_items_in_order_and_of_almost_one_length(count, size):
+    shares = [of_size(rank, size).split(count) for rank in range(size)]
+    assert [item for share in shares for item in share] == [*range(count)]
+    lengths = [len(share) for share in shares]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] - lengths[-1] <= 1
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (7, 3), (64, 4), (3, 4), (1, 4)])
+def test_even_shares_begin_with_the_share_and_have_one_length(count, size):
+    for rank in range(size):
+        processes = of_size(rank, size)
+        share = processes.split_evenly(count)
+        assert share[: len(processes.split(count))] == [*processes.split(count)]
+        assert len(share) == -(-count // size)
+        assert set(share) <= {*range(count)}
+
+
+def write_what_one_learns(rank: int, size: int, folder: Path) -> None:
+    """Write what the process of this rank learns from the others."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     processes = Processes(timedelta(minutes=1))
 
@@ -35,6 +62,11 @@ def tell(rank: int, size: int, folder: Path) -> None:
     def fail() -> None:
         raise Unsendable("of a class that others do not have")
 
+    def refuse_item(item: int) -> int:
+        if item == 3:
+            raise ValueError(f"refused item {item}")
+        return item
+
     raised = []
     for attempt in (
         lambda: processes.on_main(refuse),
@@ -42,25 +74,29 @@ def tell(rank: int, size: int, folder: Path) -> None:
         lambda: processes.require_equal(rank, "number"),
         lambda: processes.require_equal("all", "word"),
         lambda: processes.on_main(fail),
+        lambda: processes.map(refuse_item, 5, "Items"),
     ):
         try:
             attempt()
         except (ValueError, RuntimeError) as error:
             raised.append(str(error))
-    told = {
+    items = torch.tensor(processes.split_evenly(5))
+    learned = {
         "rank": processes.rank,
         "gather": processes.gather(lambda: rank),
-        "only_first": processes.on_main(lambda: f"of {rank}"),
-        "any_of": [processes.any([False, rank == size - 1]), processes.any([False])],
+        "map": [processes.map(lambda item: f"{item} by {rank}", count, "Items") for count in (3, 1)],
+        "gather_rows": processes.gather_rows(torch.stack([items, items**2], dim=1), 5).tolist(),
+        "on_main": processes.on_main(lambda: f"of {rank}"),
+        "any": [processes.any([False, rank == size - 1]), processes.any([False])],
         "raised": raised,
     }
-    (folder / f"{rank}.json").write_text(json.dumps(told))
+    (folder / f"{rank}.json").write_text(json.dumps(learned))
     dist.destroy_process_group()
 
 
-def test_all_processes_know_the_same(tmp_path):
+def test_all_processes_learn_the_same(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    children = [context.Process(target=tell, args=(rank, 2, tmp_path)) for rank in range(2)]
+    children = [context.Process(target=write_what_one_learns, args=(rank, 2, tmp_path)) for rank in range(2)]
     for child in children:
         child.start()
     for child in children:
@@ -69,8 +105,10 @@ def test_all_processes_know_the_same(tmp_path):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
             "rank": rank,
             "gather": [0, 1],
-            "only_first": "of 0",
-            "any_of": [[False, True], [False]],
+            "map": [["0 by 0", "1 by 0", "2 by 1"], ["0 by 0"]],
+            "gather_rows": [[i, i**2] for i in range(5)],
+            "on_main": "of 0",
+            "any": [[False, True], [False]],
             "raised": [
                 "refused by 0",
                 "refused by 1",
@@ -79,11 +117,12 @@ def test_all_processes_know_the_same(tmp_path):
                     "machines the same files, and start again"
                 ),
                 "Unsendable: of a class that others do not have",
+                "refused item 3",
             ],
         }
 
 
-def test_processes_that_have_other_images_do_not_train(tiny_settings, tmp_path):
+def test_training_rejects_processes_with_different_images(tiny_settings, tmp_path):
     config = TrainingConfig(**{**tiny_settings, "train_batch_size": 4})
     shutil.copytree(config.train_data_dir, tmp_path / "fewer")
     next((tmp_path / "fewer").glob("*.png")).unlink()
@@ -92,7 +131,7 @@ def test_processes_that_have_other_images_do_not_train(tiny_settings, tmp_path):
     assert not Path(config.output_dir).exists()
 
 
-def test_all_processes_know_why_one_of_them_cannot_load(tiny_settings, tmp_path):
+def test_all_processes_report_why_one_of_them_cannot_load(tiny_settings, tmp_path):
     config = TrainingConfig(**{**tiny_settings, "train_batch_size": 4})
     shutil.copytree(config.train_data_dir, tmp_path / "damaged")
     next((tmp_path / "damaged").glob("*.png")).write_bytes(b"no image")
@@ -101,7 +140,7 @@ def test_all_processes_know_why_one_of_them_cannot_load(tiny_settings, tmp_path)
     assert said(damaged).count("not an image that Pillow knows; repair or remove it") == 2
 
 
-def test_one_process_asks_no_other(tmp_path, monkeypatch):
+def test_one_process_communicates_with_no_other(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("one process has no other")
 
@@ -113,8 +152,21 @@ def test_one_process_asks_no_other(tmp_path, monkeypatch):
         assert (processes.rank, processes.size) == (0, 1)
         assert processes.gather(lambda: "mine") == ["mine"]
         assert processes.on_main(lambda: "mine") == "mine"
+        assert processes.map(lambda item: item**2, 3, "Items") == [0, 1, 4]
+        rows = torch.arange(6).view(3, 2)
+        assert torch.equal(processes.gather_rows(rows, 3), rows)
         assert processes.any([True, False]) == [True, False]
         with pytest.raises(ValueError, match="as it is"):
             processes.gather(lambda: (_ for _ in ()).throw(ValueError("as it is")))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_join_processes_leaves_a_process_group_as_it_is(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with join_processes() as processes:
+            assert (processes.rank, processes.size) == (0, 1)
+        assert dist.is_initialized()
     finally:
         dist.destroy_process_group()

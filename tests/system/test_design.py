@@ -20,7 +20,7 @@ PACKAGE = ROOT / "hf_ddpm"
 
 # Package -> the only modules that may import it.
 ONLY_IN = {
-    "accelerate": {"training", "sampling"},
+    "accelerate": {"training"},
     "datasets": {"data", "evaluation"},
     "gradio": {"hub"},
     "transformers": {"training", "evaluation"},  # for HfArgumentParser, and for feature networks
