@@ -32,7 +32,7 @@ from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.runtime.seeds import image_generators, seed_step
+from hf_ddpm.runtime.seeds import image_draws, seed_step
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress, save_checkpoint
@@ -233,8 +233,7 @@ def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], 
         seed_step(config.seed, progress.step, slot)
         is_last = micro == len(micro_batches) - 1
         with sharding.accumulating(accelerator, run.model, is_last):
-            generators = image_generators(config.seed, positions, accelerator.device)
-            uniform = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
+            uniform, noise = image_draws(config.seed, batch["positions"], pixels.shape[1:], accelerator.device)
             t = run.objective.timesteps_from_uniform(
                 uniform,
                 first_index=slot * config.train_batch_size,
@@ -245,7 +244,7 @@ def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], 
                 to_x_0(pixels, run.images.max_value),
                 on_device(batch, "labels"),
                 timesteps=t,
-                noise=torch.stack([torch.randn(pixels.shape[1:], generator=g, device=g.device) for g in generators]),
+                noise=noise,
                 extra_images=others,
                 extra_labels=other_labels,
             )

@@ -5,7 +5,7 @@
                  learned variance, plus 0.001 T L_t, as in training
     levels       its means over tenths of [0, T), from little noise to much
 
-Generators are private, seeded by the image's number, so that training does not change by one bit.
+Draws are functions of the image's number, so that training does not change by one bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_metrics
-from hf_ddpm.runtime.seeds import image_generators
+from hf_ddpm.runtime.seeds import image_draws
 from hf_ddpm.sampling.sampler import sample_images
 from hf_ddpm.training.config import TrainingConfig
 
@@ -114,9 +114,7 @@ def measure(
     for part in _batches(_share(n, accelerator)):
         x_0 = to_x_0(monitor.images[part].to(accelerator.device), monitor.max_value)
         labels = None if monitor.labels is None else monitor.labels[part].to(accelerator.device)
-        generators = image_generators(0, part, accelerator.device)
-        uniform = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
-        noise = torch.stack([torch.randn(x_0.shape[1:], generator=g, device=g.device) for g in generators])
+        uniform, noise = image_draws(0, torch.from_numpy(part), x_0.shape[1:], accelerator.device)
         t = fixed.timesteps_from_uniform(uniform, first_index=int(part[0]), global_batch_size=n)
         loss = fixed(pipeline.unet, x_0, labels, timesteps=t, noise=noise)
         parts.append(torch.stack([loss, t.float()], dim=1))

@@ -23,7 +23,7 @@ from hf_ddpm.data.batches import MicroBatches, to_x_0
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.seeds import image_generators
+from hf_ddpm.runtime.seeds import image_draws
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import load_config
@@ -197,20 +197,6 @@ def test_a_peak_that_is_not_reached_is_said(tiny_settings, capsys, warmup, is_sa
     assert reached != is_said
 
 
-def test_randomness_is_a_function_of_seed_and_position():
-    def draws(seed, positions):
-        generators = image_generators(seed, np.array(positions), torch.device("cpu"))
-        return [torch.randn(4, generator=g).tolist() for g in generators]
-
-    assert draws(0, [3, 4]) == [draws(0, [3])[0], draws(0, [4])[0]]
-    assert draws(0, [3]) != draws(1, [3])
-    many = image_generators(0, np.arange(20_000), torch.device("cpu"))
-    normals = torch.stack([torch.randn(1, generator=g) for g in many]).flatten()
-    assert abs(normals.mean().item()) < 4 / 20_000**0.5
-    neighbors = (normals[1:] * normals[:-1]).mean().item()
-    assert abs(neighbors) < 4 / 20_000**0.5
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -344,14 +330,13 @@ def test_the_loss_is_of_the_stable_target(tiny_settings, tmp_path, labels):
     for num_others in (0, 17):
         others = to_x_0(batch["others"], 255) if num_others else None
         objective = Objective(scheduler, density="lognormal")
-        generators = image_generators(0, np.arange(4), torch.device("cpu"))
-        uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
+        uniform, noise = image_draws(0, torch.arange(4), (1, 8, 8), "cpu")
         loss = objective(
             lambda x_t, t, **_: SimpleNamespace(sample=torch.zeros_like(x_t)),
             to_x_0(batch["pixels"], 255),
             batch.get("labels"),
             timesteps=objective.timesteps_from_uniform(uniform),
-            noise=torch.stack([torch.randn(1, 8, 8, generator=g) for g in generators]),
+            noise=noise,
             extra_images=others,
             extra_labels=batch.get("other_labels") if num_others else None,
         )
