@@ -22,7 +22,7 @@ from hf_ddpm.data.batches import MicroBatches, to_x_0
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.seeds import image_generators
+from hf_ddpm.runtime.seeds import image_draws
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.setup import _lr_factor
@@ -109,20 +109,6 @@ def test_too_long_a_warmup_is_reported(tiny_settings, capsys, warmup, is_said):
     assert (f"6 steps of the run, got {warmup}: the learning rate never" in capsys.readouterr().err) == is_said
     reached = max(line["lr"] for line in metrics(tiny_settings["output_dir"])) == TrainingConfig().peak_learning_rate
     assert reached != is_said
-
-
-def test_draws_are_a_function_of_seed_and_position():
-    def draws(seed, positions):
-        generators = image_generators(seed, np.array(positions), torch.device("cpu"))
-        return [torch.randn(4, generator=g).tolist() for g in generators]
-
-    assert draws(0, [3, 4]) == [draws(0, [3])[0], draws(0, [4])[0]]
-    assert draws(0, [3]) != draws(1, [3])
-    many = image_generators(0, np.arange(20_000), torch.device("cpu"))
-    normals = torch.stack([torch.randn(1, generator=g) for g in many]).flatten()
-    assert abs(normals.mean().item()) < 4 / 20_000**0.5
-    neighbors = (normals[1:] * normals[:-1]).mean().item()
-    assert abs(neighbors) < 4 / 20_000**0.5
 
 
 @pytest.mark.parametrize(
@@ -234,14 +220,13 @@ def test_loss_uses_the_stable_target(tiny_settings, tmp_path, labels):
     for num_extra_images in (0, 17):
         extra_images = to_x_0(batch["extra_images"], 255) if num_extra_images else None
         objective = Objective(scheduler, density="lognormal")
-        generators = image_generators(0, np.arange(4), torch.device("cpu"))
-        uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
+        uniform, noise = image_draws(0, torch.arange(4), (1, 8, 8), "cpu")
         loss = objective(
             lambda x_t, t, **_: SimpleNamespace(sample=torch.zeros_like(x_t)),
             to_x_0(batch["pixels"], 255),
             batch.get("labels"),
             timesteps=objective.timesteps_from_uniform(uniform),
-            noise=torch.stack([torch.randn(1, 8, 8, generator=g) for g in generators]),
+            noise=noise,
             extra_images=extra_images,
             extra_labels=batch.get("extra_labels") if num_extra_images else None,
         )
