@@ -253,7 +253,7 @@ def test_what_cannot_be_shown_is_refused_first(folders, tmp_path):
     (tmp_path / "config.yaml").touch()
     (tmp_path / "app.py").write_text("mine\n")
     result = CliRunner().invoke(cli, ["demo", str(tmp_path)])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "model_index.json" in result.output
     assert "has not saved its model yet" in result.output
     with pytest.raises(UsageError, match="a folder or a Hub id, got 'nothing'"):

@@ -491,25 +491,6 @@ def test_a_folder_of_something_else_is_refused(arguments, tmp_path):
     assert [path.name for path in other.iterdir()] == ["000008.png"]
 
 
-def test_missing_processes_are_started_for_a_module_too(monkeypatch):
-    started = []
-    for name, value in (("ACCELERATE_USE_CPU", "true"), ("MASTER_ADDR", "127.0.0.1")):
-        monkeypatch.setenv(name, value)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("os.execv", lambda _, arguments: started.append(arguments))
-    monkeypatch.setattr("sys.argv", ["sampling.py", "model"])
-    line = ["accelerate", "launch", "--cpu", "--num_processes", "3", "-m", "hf_ddpm", "model"]
-    parent = type("Parent", (), {"cmdline": lambda self: line})()
-    monkeypatch.setattr(launch.psutil.Process, "parent", lambda self: parent)
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", sampler.__spec__)
-    launch.start_missing_processes()
-    assert started[0][-4:] == ["3", "-m", "hf_ddpm", "model"]
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    launch.start_missing_processes()
-    assert started[1][-3:] == ["3", "sampling.py", "model"]
-
-
 def hf_ddpm(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
@@ -530,7 +511,7 @@ def test_command_line_samples(pipeline, tmp_path):
     torch.testing.assert_close(got, expected[0], rtol=0, atol=1.01 / 255)
 
     again = hf_ddpm("sample", model, "--num_images", 3, "--seed", 7, "--out", out)
-    assert again.exit_code == 1
+    assert again.exit_code == 2
     assert "samples with num_inference_steps=5, got num_inference_steps=20: choose another folder" in again.output
 
 

@@ -177,7 +177,7 @@ def test_a_number_of_processes_that_cannot_be_known_is_refused(tmp_path):
         check=False,
         env=environment,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "torchrun --nproc_per_node N" in done.stderr
     assert not (tmp_path / "run").exists()
 
