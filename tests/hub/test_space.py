@@ -266,7 +266,7 @@ def test_what_cannot_be_shown_is_refused_first(folders, tmp_path):
         f"from hf_ddpm.cli import app; app(['demo', {str(folders['epsilon'])!r}])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert 'pip install "hf_ddpm[demo]"' in result.stderr
 
 

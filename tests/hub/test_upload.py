@@ -885,7 +885,7 @@ def test_a_private_repository_is_for_those_who_may_see_it(server: HubServer, run
         with pytest.raises(OSError, match="digits"):
             DDPMPipeline.from_pretrained(NAME)
         done = CliRunner().invoke(app, ["sample", NAME, "--out", str(tmp_path / "images")])
-        assert done.exit_code == 1
+        assert done.exit_code == 2
         assert "it is not on the Hub, or private, which needs hf auth login" in done.stderr
         assert not (tmp_path / "images").exists()
 

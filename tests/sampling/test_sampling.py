@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import sys
 from pathlib import Path
 
 import diffusers
@@ -18,8 +17,7 @@ from typer.testing import CliRunner
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
-from hf_ddpm.runtime import launch
-from hf_ddpm.sampling import image_set, sampler
+from hf_ddpm.sampling import image_set
 from hf_ddpm.sampling.image_set import write_samples
 from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling, sample_images, share
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler

@@ -21,8 +21,8 @@ from hf_ddpm.training.loop import train
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import save_config
 from hf_ddpm.training.setup import make_scheduler
-from tests.support.networks import tiny_unet_config
 from tests.support.command_line import parse_config
+from tests.support.networks import tiny_unet_config
 from tests.support.runs import said, start
 
 
