@@ -213,7 +213,7 @@ def test_the_card_gives_its_results_back(run: Path, measure: Any):
 @pytest.mark.parametrize("steps", ["5,many", "2.5", "-5"])
 def test_steps_that_are_no_numbers_are_said_with_their_option(run: Path, steps: str):
     done = CliRunner().invoke(app, ["evaluate", str(run), "--metrics", "kid", "--num_inference_steps", steps])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert f"num_inference_steps must be whole numbers, got {steps!r}" in done.output
 
 

@@ -315,7 +315,7 @@ def test_demo_and_space_refuse_what_cannot_be_shown(folders: dict[str, Path], tm
     (tmp_path / "config.yaml").touch()
     (tmp_path / "app.py").write_text("mine\n")
     result = CliRunner().invoke(cli, ["demo", str(tmp_path)])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "model_index.json" in result.output
     assert "has not saved its model yet" in result.output
     with pytest.raises(UsageError, match="or a Hub id, which is NAMESPACE/NAME, got 'nothing'"):
@@ -328,7 +328,7 @@ def test_demo_and_space_refuse_what_cannot_be_shown(folders: dict[str, Path], tm
         f"from hf_ddpm.cli import app; app(['demo', {str(folders['epsilon'])!r}])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert 'pip install "hf_ddpm[demo]"' in result.stderr
 
 

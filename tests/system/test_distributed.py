@@ -171,7 +171,7 @@ def test_launcher_of_unknown_process_count_is_refused(tmp_path):
         check=False,
         env=environment,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "torchrun --nproc_per_node N" in done.stderr
     assert not (tmp_path / "run").exists()
 

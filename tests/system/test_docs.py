@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
 from hf_ddpm.runtime.files import write_atomically
-from hf_ddpm.training.parsing import parse_config
 from hf_ddpm.training.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
+from tests.support.command_line import parse_config
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import tiny_unet_config
 
@@ -61,7 +61,7 @@ def test_readme_training_commands_parse(command, tmp_path):
 
 @pytest.mark.parametrize("command", commands("hf-ddpm"), ids=" ".join)
 def test_readme_commands_run(command):
-    if command[1] in ("sample", "ema") and command[2] == "ddpm-model":
+    if command[1] in ("sample", "average") and command[2] == "ddpm-model":
         result = CliRunner().invoke(app, ["4" if word in ("64", "50000") else word for word in command[1:]])
         assert result.exit_code == 0, result.output
     else:  # they need data and a feature network
@@ -86,15 +86,13 @@ def test_readme_sharing_and_loading_work(tmp_path):
     code = f"""
         import shlex
         from hf_ddpm.cli import app
-        from hf_ddpm.training.parsing import parse_config
-        from hf_ddpm.training.loop import train
         for line in {lines!r}:
             words = shlex.split(line)
             if words[0] == "accelerate":
                 words = words[3:] + ["--max_train_steps=2", "--eval_batch_size=2", "--cache_dir=cache"]
                 if "--init_from" not in words:
                     words += ["--model_config_name_or_path=unet.json", "--ddpm_num_steps=10"]
-                train(parse_config(words))
+                app(["train", *words], standalone_mode=False)
             else:
                 app(words[1:], standalone_mode=False)
         example = {re.findall("```python(.*?)```", section, re.DOTALL)[0].strip()!r}
