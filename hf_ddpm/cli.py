@@ -173,12 +173,12 @@ def reference(
     with _errors_said():
         loaded = load_network(network, network_path, device)
         made = make_reference(config, split, loaded, out, num_features=num_features, batch_size=batch_size)
-    data = made.about["data"]
+    data = made.metadata["data"]
     typer.echo(
         f"{out}: {made.count:,} images of {data['name']}, split {split}, {data['resolution']} x {data['resolution']}, "
         f"{data['channels']} channels; {loaded.frechet_name}, {loaded.dimensions:,} dimensions"
     )
-    for warning in made.about["warnings"]:
+    for warning in made.metadata["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
 
 

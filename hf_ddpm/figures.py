@@ -1,20 +1,21 @@
-"""Pictures of a run: contact sheets, the Markov chains as strips and animations, and curves.
+"""Pictures of images and of numbers: contact sheets, the Markov chains as strips and animations, line plots.
 
-    x              images as the network sees them, (B, C, H, W) in [-1, 1]
-    image          a PIL image, 8 bits per channel: mode L (C = 1), RGB (3) or RGBA (4)
+    image          a PIL image with 8 bits per channel: mode L (C = 1), RGB (C = 3) or RGBA (C = 4)
     forward chain  x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps_t, an image dissolving; Ho et al. 2020, Eq. 2
     reverse chain  x_{t-1} ~ p(x_{t-1} | x_t), an image emerging
 
-Pixels are enlarged by whole factors and nearest neighbour: what is seen is what the model made.
+Small images are enlarged by whole factors without interpolation, so that a picture shows the model's own pixels.
+Line plots are matplotlib's, which is imported when the first of them is drawn. The same data give the same bytes.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,97 +23,125 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
     from hf_ddpm.scheduler import DDPMScheduler
 
 Images: TypeAlias = Sequence[Image.Image]
-Series: TypeAlias = tuple[Sequence[float], Sequence[float]]
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+MIN_SIDE = 64  # pixels; smaller images are enlarged
+GRID_PADDING, STRIP_PADDING = 2, 6  # pixels
+STRIP_FONT_SIZE = 14  # pixels
+FRAME_MS, LAST_FRAME_MS = 60, 1500  # browsers slow down what is faster than 20 ms
+
+_PIL_CHANNELS = (1, 3, 4)
 _WHITE = {"L": 255, "RGB": (255, 255, 255), "RGBA": (255, 255, 255, 255)}
-_INK, _AXIS, _LIGHT = (40, 40, 40), (120, 120, 120), (230, 230, 230)
-# Of several series the first is light, the second its dark shade: a noisy curve and its mean.
-_COLORS = [(158, 202, 225), (8, 81, 156), (230, 111, 20), (35, 139, 69), (203, 24, 29), (106, 81, 163)]
-_CURVE_SIZE, _SUPERSAMPLING = (900, 450), 4
+_INK = (40, 40, 40)
+
+PLOT_SIZE, PLOT_DPI = (7.5, 3.75), 120  # inches, pixels per inch: 900 by 450 pixels
+_LEGEND_ROW_HEIGHT = 0.225  # inches
+# Okabe and Ito's colors, which color-blind readers can tell apart; the last one is darker than theirs.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#56B4E9", "#806000")
+_BACKGROUND_COLOR, _LEVEL_COLOR = "#9ECAE1", "#555555"
+# Up to so many values are drawn as dots on their line.
+_MAX_MARKERS = 30
+# More values make a thinner line, which shows them one by one.
+_MAX_THICK = 500
 
 
-def to_images(x: Tensor) -> list[Image.Image]:
-    """x in [-1, 1] as images: round(255 clamp(x / 2 + 1/2, 0, 1)), which is what `DDPMPipeline` gives.
+def to_pil(images: Tensor | np.ndarray) -> list[Image.Image]:
+    """Return images as PIL images: uint8 values as they are, others as round(255 clamp(value, 0, 1)).
 
     Args:
-        x: (B, C, H, W) with C 1, 3 or 4; of any floating type, on any device.
+        images: (N, C, H, W) with C 1, 3 or 4; uint8, or of a floating type in [0, 1]. NaN becomes 0.
 
-    Returns: B images of mode L, RGB or RGBA. Raises: ValueError for another shape.
+    Returns:
+        N images of mode L, RGB or RGBA.
+
+    Raises:
+        ValueError: When the shape or the type is another.
     """
-    if x.ndim != 4 or x.shape[1] not in _MODES:
-        raise ValueError(f"x must be (B, C, H, W) with C in {sorted(_MODES)}, got shape {tuple(x.shape)}")
-    pixels = ((x.detach().float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = torch.from_numpy(np.array(images)) if isinstance(images, np.ndarray) else images.detach()
+    if pixels.ndim != 4 or pixels.shape[1] not in _PIL_CHANNELS:
+        raise ValueError(f"images must be (N, C, H, W) with C in {[*_PIL_CHANNELS]}, got shape {tuple(pixels.shape)}")
+    if pixels.is_floating_point():
+        values = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+        pixels = (values.nan_to_num(nan=0).clamp(0, 1) * 255).round().to(torch.uint8)
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8 or floating-point, got {pixels.dtype}: convert them")
     array = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image) for image in array]
 
 
-def grid(images: Images, columns: int | None = None, min_side: int = 64, padding: int = 2) -> Image.Image:
-    """A contact sheet: image i stands in row i // columns and column i % columns.
+def png_bytes(image: Image.Image) -> bytes:
+    """Return the content of a PNG file of the image."""
+    content = io.BytesIO()
+    image.save(content, "png")
+    return content.getvalue()
+
+
+def grid(images: Images, columns: int | None = None) -> Image.Image:
+    """Return a contact sheet: image i stands in row i // columns and column i % columns.
 
     Args:
-        images: at least one; of one size and of one mode, which the sheet keeps.
-        columns: default: the least for which there are no more rows than columns.
-        min_side: pixels; smaller images are enlarged by the least whole factor that gives it to both sides.
-        padding: pixels of white between images.
+        images: At least one; all of one size and one mode, which the sheet keeps.
+        columns: Default: the smallest number for which there are no more rows than columns.
 
-    Raises: ValueError for no images, images that differ, a mode that is not L, RGB or RGBA, `columns` below 1.
+    Raises:
+        ValueError: When there are no images, they differ, their mode is not L, RGB or RGBA, or `columns` is below 1.
     """
     _check_alike(images)
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
-    tiles = [_enlarge(image, min_side) for image in images]
-    width, height = tiles[0].size
-    size = (columns * (width + padding) - padding, -(-len(tiles) // columns) * (height + padding) - padding)
-    sheet = Image.new(tiles[0].mode, size, _WHITE[tiles[0].mode])
+    tiles = [_enlarge(image) for image in images]
+    width, height = (side + GRID_PADDING for side in tiles[0].size)
+    num_rows = -(-len(tiles) // columns)
+    mode = tiles[0].mode
+    sheet = Image.new(mode, (columns * width - GRID_PADDING, num_rows * height - GRID_PADDING), _WHITE[mode])
     for i, tile in enumerate(tiles):
-        sheet.paste(tile, (i % columns * (width + padding), i // columns * (height + padding)))
+        sheet.paste(tile, (i % columns * width, i // columns * height))
     return sheet
 
 
 def strip(
-    rows: Sequence[Images],
-    column_labels: Sequence[str],
-    row_labels: Sequence[str] | None = None,
-    min_side: int = 64,
-    padding: int = 6,
-    font_size: int = 14,
+    rows: Sequence[Images], column_labels: Sequence[str], row_labels: Sequence[str] | None = None
 ) -> Image.Image:
-    """Rows of images under one line of labels, such as "t = 999"; columns are as wide as the labels need.
+    """Return rows of images under one line of labels, such as "t = 999"; columns are as wide as the labels need.
 
     Args:
-        rows: each as long as `column_labels`; images of one size and of one mode.
-        row_labels: one per row, to its left.
-        min_side, padding, font_size: pixels; as of `grid`.
+        rows: Each as long as `column_labels`; all images of one size and one mode.
+        row_labels: One per row, drawn to its left.
 
-    Returns: an RGB image on white. Raises: ValueError for labels that do not match the images, and as `grid`.
+    Returns:
+        An RGB image on white.
+
+    Raises:
+        ValueError: When the labels do not match the images, or `grid` would refuse the images.
     """
-    lengths = [len(row) for row in rows]
-    if not column_labels or set(lengths) != {len(column_labels)}:
-        raise ValueError(f"each row must hold an image per column label, {len(column_labels)}, got rows of {lengths}")
-    if row_labels is not None and len(row_labels) != len(rows):
-        raise ValueError(f"row_labels must hold one label per row, got {len(row_labels)} for {len(rows)} rows")
-    _check_alike([image for row in rows for image in row])
-    font = ImageFont.load_default(font_size)
-    tiles = [[_enlarge(_on_white(image).convert("RGB"), min_side) for image in row] for row in rows]
+    _check_strip(rows, column_labels, row_labels)
+    font = ImageFont.load_default(STRIP_FONT_SIZE)
+    tiles = [[_enlarge(_on_white(image).convert("RGB")) for image in row] for row in rows]
     width, height = tiles[0][0].size
-    cell = max(width, *(math.ceil(font.getlength(label)) + padding for label in column_labels)) + padding
-    left = padding
+    widest_label = max(math.ceil(font.getlength(label)) for label in column_labels)
+    column_width = max(width, widest_label + STRIP_PADDING) + STRIP_PADDING
+    row_height = height + STRIP_PADDING
+    left = STRIP_PADDING
     if row_labels is not None:
-        left += max(math.ceil(font.getlength(label)) for label in row_labels) + 2 * padding
-    top = padding + math.ceil(1.5 * font_size)
-    size = (left + len(column_labels) * cell, top + len(rows) * (height + padding))
-    draw = ImageDraw.Draw(sheet := Image.new("RGB", size, _WHITE["RGB"]))
+        left += max(math.ceil(font.getlength(label)) for label in row_labels) + 2 * STRIP_PADDING
+    top = STRIP_PADDING + math.ceil(1.5 * STRIP_FONT_SIZE)
+    sheet = Image.new("RGB", (left + len(column_labels) * column_width, top + len(rows) * row_height), _WHITE["RGB"])
+    draw = ImageDraw.Draw(sheet)
     for j, label in enumerate(column_labels):
-        x = left + j * cell
-        draw.text((x + (cell - padding) / 2, padding + font_size / 2), label, _INK, font, anchor="mm")
+        x = left + j * column_width
+        center = x + (column_width - STRIP_PADDING) / 2
+        draw.text((center, STRIP_PADDING + STRIP_FONT_SIZE / 2), label, _INK, font, anchor="mm")
         for i, row in enumerate(tiles):
-            sheet.paste(row[j], (x + (cell - padding - width) // 2, top + i * (height + padding)))
+            sheet.paste(row[j], (x + (column_width - STRIP_PADDING - width) // 2, top + i * row_height))
     for i, label in enumerate(row_labels or ()):
-        draw.text((left - 2 * padding, top + i * (height + padding) + height / 2), label, _INK, font, anchor="rm")
+        draw.text((left - 2 * STRIP_PADDING, top + i * row_height + height / 2), label, _INK, font, anchor="rm")
     return sheet
 
 
@@ -120,131 +149,298 @@ def strip(
 def forward_chain(
     x_0: Tensor, scheduler: DDPMScheduler, timesteps: Sequence[int], generator: torch.Generator | None
 ) -> Tensor:
-    """Chosen states of one trajectory of the forward chain, Ho et al. 2020, Eq. 2.
+    """Return chosen states of one trajectory of the forward chain, Ho et al. 2020, Eq. 2.
 
-    Every step up to the last chosen one is taken; which states are chosen does not change the trajectory.
+    Every step up to the last chosen one is taken, so that the choice does not change the trajectory.
 
     Args:
         x_0: (C, H, W) in [-1, 1].
-        timesteps: each in [-1, T), in any order; -1 is x_0 itself.
-        generator: draws eps_t, on its own device.
+        timesteps: Each in [-1, T), in any order; -1 is x_0 itself.
+        generator: Draws eps_t, on its own device.
 
-    Returns: (len(timesteps), C, H, W), in their order. Raises: ValueError for none, or for one out of range.
+    Returns:
+        The states in the order of `timesteps`, (len(timesteps), C, H, W).
+
+    Raises:
+        ValueError: When `timesteps` is empty or one of them is out of range.
     """
     end: int = scheduler.config["num_train_timesteps"]
     if not timesteps or min(timesteps) < -1 or max(timesteps) >= end:
         raise ValueError(f"timesteps must be in [-1, {end}), -1 for x_0, got {list(timesteps)}")
     device = x_0.device if generator is None else generator.device
-    kept = {-1: (x_t := x_0.unsqueeze(0))}
+    x_t = x_0.unsqueeze(0)
+    states = {-1: x_t}
     for t in range(max(timesteps) + 1):
         eps = torch.randn(x_t.shape, generator=generator, device=device, dtype=x_t.dtype).to(x_t.device)
         x_t = scheduler.forward_step(x_t, eps, t)
         if t in timesteps:
-            kept[t] = x_t
-    return torch.cat([kept[t] for t in timesteps])
+            states[t] = x_t
+    return torch.cat([states[t] for t in timesteps])
 
 
-def chain_gif(frames: Images, path: str | Path, duration_ms: int = 60, hold_ms: int = 1500) -> None:
-    """Write an animation that starts over after its last frame was held.
+def chain_gif(frames: Images, path: str | Path) -> None:
+    """Write an animation that shows its last frame longer than the others and then starts over.
 
-    Gray stays exact; colors are reduced to 256 per frame, undithered. Equal neighbours become one, longer frame.
+    Gray values stay exact; colors are reduced to 256 per frame, without dithering. Equal neighbors become one frame
+    that is shown as long as both.
 
     Args:
-        frames: at least one, of one size and of one mode.
-        duration_ms, hold_ms: of a frame, of the last one; multiples of 10 from 20 on, as browsers slow what is faster.
+        frames: At least one; all of one size and one mode.
 
-    Raises: ValueError for a duration that cannot take effect, and as `grid`.
+    Raises:
+        ValueError: When `grid` would refuse the frames.
     """
     _check_alike(frames)
-    for name, value in (("duration_ms", duration_ms), ("hold_ms", hold_ms)):
-        if value < 20 or value % 10:
-            raise ValueError(f"{name} must be a multiple of 10 and at least 20, got {value}: a GIF counts in 10 ms")
     flat = [_on_white(frame) for frame in frames]
     if flat[0].mode == "RGB":
         flat = [frame.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) for frame in flat]
-    durations = [duration_ms] * (len(flat) - 1) + [hold_ms]
+    durations = [FRAME_MS] * (len(flat) - 1) + [LAST_FRAME_MS]
     flat[0].save(path, "GIF", save_all=True, append_images=flat[1:], duration=durations, loop=0)
 
 
-def curve(
-    path: str | Path,
-    series: Mapping[str, Series],
-    x_label: str,
-    y_label: str,
-    log_y: bool = False,
-    log_x: bool = False,
-) -> None:
-    """Write a line plot as a PNG of 900 by 450 pixels.
-
-    Of several series the first is drawn thin and light, the second dark: a noisy curve goes before its running mean.
-    A value that is not finite, or not positive on a logarithmic axis, leaves a gap in its line.
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A series of values in a line plot.
 
     Args:
-        series: name -> (x, y), equally long, else a ValueError; several names make a legend.
-        log_y, log_x: a logarithmic axis.
+        label: The name in the legend.
+        x: Positions, (n,).
+        y: Values, (n,). One that its axis cannot show (NaN; 0 on a logarithmic axis) leaves a gap.
+        error: Standard errors of `y`, (n,), drawn as a band of one standard error to each side; NaN: none there.
+        color: A position in COLORS; default: the next color.
+        is_dashed: Whether the line is dashed and its dots are hollow.
+        is_background: Whether the line is thin, light and behind the others, as single values are behind their mean.
     """
-    lines = {name: _segments(name, x, y, log_y, log_x) for name, (x, y) in series.items()}
-    every = [*chain.from_iterable(lines.values())]
-    points = np.concatenate(every) if every else np.array([[0.0, 1.0], [1.0, 10.0]])
-    (x_lo, x_hi), (y_lo, y_hi) = _limits(points[:, 0], log=log_x), _limits(points[:, 1], margin=0.04, log=log_y)
-    x_lo = 0.0 if 0 < x_lo < 0.05 * x_hi and not log_x else x_lo
-    x_ticks = _log_ticks(x_lo, x_hi) if log_x else _linear_ticks(x_lo, x_hi, 8)
-    y_ticks = _log_ticks(y_lo, y_hi) if log_y else _linear_ticks(y_lo, y_hi, 6)
 
-    small, font = ImageFont.load_default(13), ImageFont.load_default(15)
-    width, height = _CURVE_SIZE
-    left = 46 + math.ceil(max(small.getlength(label) for label in y_ticks.values()))
-    right = width - 18 - math.ceil(small.getlength(list(x_ticks.values())[-1]) / 2)
-    legend, u, v = [], left, 18
-    for name in series if len(series) > 1 else ():
-        needed = 29 + math.ceil(small.getlength(name))
-        u, v = (left, v + 22) if u > left and u + needed > right else (u, v)
-        legend.append((u, v))
-        u += needed + 24
-    top, bottom = (v + 20 if legend else 20), height - 62
-    colors = [_COLORS[i % len(_COLORS)] for i in range(len(series))] if legend else _COLORS[1:]
+    label: str
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
+    error: Sequence[float] | np.ndarray | None = None
+    color: int | None = None
+    is_dashed: bool = False
+    is_background: bool = False
 
-    def place(x: np.ndarray | float, y: np.ndarray | float) -> np.ndarray:
-        scale = np.log10 if log_x else np.asarray
-        u = left + (scale(x) - scale(x_lo)) / (scale(x_hi) - scale(x_lo)) * (right - left)
-        scale = np.log10 if log_y else np.asarray
-        v = bottom - (scale(y) - scale(y_lo)) / (scale(y_hi) - scale(y_lo)) * (bottom - top)
-        return np.stack([u, v], axis=-1)
 
-    x_at = {label: place(tick, y_lo)[0] for tick, label in x_ticks.items()}
-    y_at = {label: place(x_lo, tick)[1] for tick, label in y_ticks.items()}
-    strokes = [([(u, top), (u, bottom)], _LIGHT, 1.0) for u in x_at.values()]
-    strokes += [([(left, v), (right, v)], _LIGHT, 1.0) for v in y_at.values()]
-    strokes += [([(left, top), (left, bottom), (right, bottom)], _AXIS, 1.0)]
-    for i, segments in enumerate(lines.values()):
-        thickness = 1.2 if legend and i == 0 else 2.0
-        strokes += [(place(segment[:, 0], segment[:, 1]), colors[i], thickness) for segment in segments]
-    strokes += [([(u, v), (u + 22, v)], color, 3.0) for (u, v), color in zip(legend, colors, strict=False)]
-    canvas = Image.new("RGB", (width * _SUPERSAMPLING, height * _SUPERSAMPLING), _WHITE["RGB"])
-    draw = ImageDraw.Draw(canvas)
-    for stroke, color, thickness in strokes:
-        pixels, pen = [tuple(point) for point in np.asarray(stroke) * _SUPERSAMPLING], thickness * _SUPERSAMPLING
-        draw.line(pixels, color, round(pen), joint="curve" if len(pixels) < 5000 else None)
-        if len(pixels) == 1:
-            (u, v), r = pixels[0], 2 * pen
-            draw.ellipse((u - r, v - r, u + r, v + r), color)
+class Level(NamedTuple):
+    """A value to compare curves with, drawn as a horizontal line, with its standard error as a band."""
 
-    # Letters are sharper when they are drawn at their own size.
-    canvas = canvas.reduce(_SUPERSAMPLING)
-    draw, middle = ImageDraw.Draw(canvas), (top + bottom) / 2
-    upright = Image.new("RGB", (math.ceil(font.getlength(y_label)) + 2, 22), _WHITE["RGB"])
-    ImageDraw.Draw(upright).text((1, 11), y_label, _INK, font, anchor="lm")
-    canvas.paste(upright.rotate(90, expand=True), (8, max(0, round(middle - upright.width / 2))))
-    draw.text(((left + right) / 2, height - 12), x_label, _INK, font, anchor="md")
-    for label, u in x_at.items():
-        draw.text((u, bottom + 7), label, _INK, small, anchor="ma")
-    for label, v in y_at.items():
-        draw.text((left - 8, v), label, _INK, small, anchor="rm")
-    for name, (u, v) in zip(series, legend, strict=False):
-        draw.text((u + 29, v), name, _INK, small, anchor="lm")
-    if not every:
-        draw.text(((left + right) / 2, middle), "no finite values", _AXIS, font, anchor="mm")
-    canvas.save(path, "PNG")
+    label: str
+    value: float
+    error: float | None = None
+
+
+def draw_curves(
+    path: str | Path,
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    y_from_zero: bool = False,
+    level: Level | None = None,
+) -> None:
+    """Write a line plot as a PNG file, 900 pixels wide.
+
+    Two or more labels, or a band, make a legend below the plot.
+
+    Args:
+        x_label: The quantity and its unit.
+        y_label: The quantity and its unit.
+        log_x: Whether the horizontal axis is logarithmic.
+        log_y: Whether the vertical axis is logarithmic.
+        y_from_zero: Whether a linear vertical axis includes 0, as amounts need to be compared by their heights.
+
+    Raises:
+        ValueError: When a curve has not as many x as y.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    series = [_drawable(curve, log_x, log_y) for curve in curves]
+    # What the user's own matplotlibrc says would change the picture from machine to machine.
+    with style.context("default"):
+        figure = Figure(PLOT_SIZE, PLOT_DPI, layout="constrained")
+        axes: Axes = figure.subplots()
+        axes.set_title(title)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        _set_axis(axes, "x", [x for x, _, _ in series], log_x, margin=0.02)
+        heights = [values for _, y, error in series for values in (y, y + error)]
+        if not log_y:  # On a logarithmic axis, a band that comes near 0 would take all the room.
+            heights += [y - error for _, y, error in series]
+        if level is not None:
+            heights.append(np.array([level.value]))
+        _set_axis(axes, "y", heights, log_y, margin=0.05, with_zero=y_from_zero)
+        axes.grid(color="#E6E6E6")
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        has_band = _draw_lines(axes, curves, series, level)
+        if len(axes.get_legend_handles_labels()[1]) > 1 or has_band:
+            _add_legend(figure, axes)
+        if not any(len(x) for x, _, _ in series):
+            axes.text(0.5, 0.5, "no finite values", ha="center", va="center", transform=axes.transAxes)
+        figure.savefig(path, format="png", metadata={"Software": None})
+
+
+_Series: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _drawable(curve: Curve, log_x: bool, log_y: bool) -> _Series:
+    """Return x, y and error; y is NaN where nothing can be drawn, and all are empty if that is everywhere."""
+    if len(curve.x) != len(curve.y):
+        raise ValueError(f"curve {curve.label!r} must have as many x as y, got {len(curve.x)} and {len(curve.y)}")
+    x, y = (np.asarray(values, dtype=np.float64) for values in (curve.x, curve.y))
+    error = np.full(len(y), math.nan) if curve.error is None else np.asarray(curve.error, dtype=np.float64)
+    is_shown = np.isfinite(x) & np.isfinite(y)
+    if log_x:
+        is_shown &= x > 0
+    if log_y:
+        is_shown &= y > 0
+    if not is_shown.any():
+        return np.empty(0), np.empty(0), np.empty(0)
+    has_position = np.isfinite(x) & (x > 0) if log_x else np.isfinite(x)
+    return x[has_position], np.where(is_shown, y, math.nan)[has_position], error[has_position]
+
+
+def _draw_lines(axes: Axes, curves: Sequence[Curve], series: Sequence[_Series], level: Level | None) -> bool:
+    """Draw all lines and bands. Return whether there is a band, which one entry of the legend explains."""
+    band: dict[str, Any] = {"linewidth": 0, "alpha": 0.25}
+    has_band = False
+    if level is not None:
+        axes.axhline(level.value, color=_LEVEL_COLOR, linestyle=(0, (1, 1)), label=level.label)
+        if level.error is not None:
+            axes.axhspan(level.value - level.error, level.value + level.error, color=_LEVEL_COLOR, **band)
+            has_band = True
+    num_colors = 0
+    for curve, (x, y, error) in zip(curves, series, strict=True):
+        if not len(x):
+            continue
+        color = _BACKGROUND_COLOR
+        if not curve.is_background:
+            color = COLORS[(num_colors if curve.color is None else curve.color) % len(COLORS)]
+            num_colors += 1
+        linestyle = "--" if curve.is_dashed else "-"
+        if np.isfinite(y).sum() == 1:
+            linestyle = "none"
+        linewidth = 1.8 if len(x) <= _MAX_THICK else 1.2
+        if curve.is_background:
+            linewidth = 0.8
+        marked = _marked(y)
+        axes.plot(
+            x,
+            y,
+            color=color,
+            label=curve.label,
+            linestyle=linestyle,
+            linewidth=linewidth,
+            marker="o" if len(marked) else None,
+            markersize=5,
+            markerfacecolor="white" if curve.is_dashed else color,
+            markevery=marked.tolist(),
+            zorder=1.5 if curve.is_background else 2.5,
+        )
+        if np.isfinite(error).any():
+            axes.fill_between(x, y - error, y + error, color=color, **band)
+            lone = _lone(y)
+            axes.errorbar(x[lone], y[lone], error[lone], color=color, linestyle="none", capsize=3)
+            has_band = True
+    if has_band:
+        axes.fill_between([], [], [], color=_LEVEL_COLOR, label="± 1 standard error", **band)
+    return has_band
+
+
+def _add_legend(figure: Figure, axes: Axes) -> None:
+    """Add a legend below the plot, in as many columns as the picture is wide enough for.
+
+    The picture grows with each row after the first, so that the plot keeps its size.
+    """
+    handles, labels = axes.get_legend_handles_labels()
+    entry_width = 0.6 + 0.075 * max(map(len, labels))  # inches
+    num_columns = max(1, min(4, len(labels), int(PLOT_SIZE[0] / entry_width)))
+    num_rows = -(-len(labels) // num_columns)
+    figure.set_figheight(PLOT_SIZE[1] + _LEGEND_ROW_HEIGHT * (num_rows - 1))
+    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False)
+
+
+def _lone(y: np.ndarray) -> np.ndarray:
+    """Return the indices of values without a neighbor, which a line does not show."""
+    is_shown = np.concatenate([[False], np.isfinite(y), [False]])
+    return np.flatnonzero(is_shown[1:-1] & ~is_shown[:-2] & ~is_shown[2:])
+
+
+def _marked(y: np.ndarray) -> np.ndarray:
+    """Return the indices of values that get a dot."""
+    shown = np.flatnonzero(np.isfinite(y))
+    return shown if len(shown) <= _MAX_MARKERS else _lone(y)
+
+
+def _set_axis(
+    axes: Axes, name: str, data: Sequence[np.ndarray], is_log: bool, margin: float, with_zero: bool = False
+) -> None:
+    """Set scale, limits and ticks of an axis.
+
+    Args:
+        name: x or y.
+        margin: The fraction of the data's range that is added on both sides.
+    """
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    values = np.concatenate([np.empty(0), *data])
+    values = values[np.isfinite(values) & (values > 0)] if is_log else values[np.isfinite(values)]
+    if not len(values):
+        values = np.array([1.0, 10.0])
+    low, high = float(values.min()), float(values.max())
+    low, high = _log_limits(low, high, margin) if is_log else _linear_limits(low, high, margin, with_zero)
+    axes.set(**{f"{name}scale": "log" if is_log else "linear", f"{name}lim": (low, high)})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    if is_log:
+        _set_log_ticks(axis, low, high)
+    else:
+        axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(_format_tick))
+
+
+def _log_limits(low: float, high: float, margin: float) -> tuple[float, float]:
+    factor = 10**0.5 if high <= low * (1 + 1e-9) else (high / low) ** margin
+    return low / factor, high * factor
+
+
+def _linear_limits(low: float, high: float, margin: float, with_zero: bool) -> tuple[float, float]:
+    """Return limits that are wider than one value even if the data is not."""
+    if with_zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        room = 0.5 * abs(low) or 1.0
+        return low - room, high + room
+    room = (high - low) * margin
+    # Values that are not negative get no negative axis, and those that begin near 0 an axis from 0.
+    starts_at_zero = 0 <= low < (high - low) * 0.05
+    return (0.0 if starts_at_zero else low - room), high + room
+
+
+def _set_log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Label 1, 2, 5, 10, ... or, over a wider range, powers of ten; minor ticks stand between them."""
+    from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, MaxNLocator, NullFormatter
+
+    num_decades = math.log10(high / low)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    num_ticks = sum(low <= multiple * 10.0**power <= high for power in powers for multiple in (1, 2, 5))
+    if num_ticks < 3:
+        axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_minor_locator(MaxNLocator(nbins=30, steps=[1, 2, 5, 10]))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if num_decades < 2.5 else (1,), numticks=10))
+        axis.set_minor_locator(LogLocator(subs=[*range(1, 10)] if num_decades < 10 else (1,), numticks=100))
+    is_plain = low >= 1e-4 and high < 1e6
+    axis.set_major_formatter(FuncFormatter(_format_tick) if is_plain else LogFormatterMathtext())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _format_tick(value: float, position: int | None = None) -> str:
+    return f"{value:,.10g}"
 
 
 def _check_alike(images: Images) -> None:
@@ -253,8 +449,18 @@ def _check_alike(images: Images) -> None:
         raise ValueError(f"images must be of one size and of one mode out of {[*_WHITE]}, got {kinds}: convert them")
 
 
-def _enlarge(image: Image.Image, min_side: int) -> Image.Image:
-    factor = max(1, math.ceil(min_side / min(image.size)))
+def _check_strip(rows: Sequence[Images], column_labels: Sequence[str], row_labels: Sequence[str] | None) -> None:
+    lengths = [len(row) for row in rows]
+    if not column_labels or set(lengths) != {len(column_labels)}:
+        raise ValueError(f"each row must hold an image per column label, {len(column_labels)}, got rows of {lengths}")
+    if row_labels is not None and len(row_labels) != len(rows):
+        raise ValueError(f"row_labels must hold one label per row, got {len(row_labels)} for {len(rows)} rows")
+    _check_alike([image for row in rows for image in row])
+
+
+def _enlarge(image: Image.Image) -> Image.Image:
+    """Enlarge by the smallest whole factor that makes both sides at least MIN_SIDE long."""
+    factor = max(1, math.ceil(MIN_SIDE / min(image.size)))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
@@ -262,48 +468,3 @@ def _on_white(image: Image.Image) -> Image.Image:
     if image.mode == "RGBA":
         return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE["RGBA"]), image).convert("RGB")
     return image
-
-
-def _segments(name: str, x: Sequence[float], y: Sequence[float], log_y: bool, log_x: bool = False) -> list[np.ndarray]:
-    """The line as (N, 2) arrays, parted where a value cannot be drawn."""
-    if len(x) != len(y):
-        raise ValueError(f"series {name!r} must have as many x as y, got {len(x)} and {len(y)}")
-    points = np.stack([np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)], axis=1)
-    allowed = np.where([log_x, log_y], points > 0, True)
-    drawn = np.asarray(np.isfinite(points).all(axis=1) & allowed.all(axis=1))
-    parts = np.split(np.arange(len(points)), np.flatnonzero(np.diff(drawn)) + 1)
-    return [points[part] for part in parts if drawn[part].any()]
-
-
-def _limits(values: np.ndarray, margin: float = 0.0, log: bool = False) -> tuple[float, float]:
-    """The range of an axis, wider than one value even if the data is not."""
-    lo, hi = float(values.min()), float(values.max())
-    if log:
-        room = math.log10(hi / lo) * margin or (0.5 if hi == lo or margin else 0.0)
-        return lo / 10**room, hi * 10**room
-    if hi - lo <= 1e-9 * max(abs(lo), abs(hi)):
-        room = 0.5 * abs(lo) or 1.0
-        return lo - room, hi + room
-    room = (hi - lo) * margin
-    return (max(lo - room, 0.0) if lo >= 0 else lo - room), hi + room
-
-
-def _linear_ticks(lo: float, hi: float, count: int) -> dict[float, str]:
-    """Round values in [lo, hi], at most `count` + 1, and how they are written: steps of 1, 2 or 5 times 10^n."""
-    raw = (hi - lo) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    ticks = [k * step for k in range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1)]
-    plain = decimals <= 5 and max(abs(lo), abs(hi)) < 1e10
-    return {tick: f"{tick:,.{decimals}f}" if plain else f"{tick:.4g}" for tick in ticks}
-
-
-def _log_ticks(lo: float, hi: float) -> dict[float, str]:
-    decades = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
-    every = max(1, len(decades) // 8)
-    for multiples in ((1,), (1, 3), (1, 2, 5)):
-        ticks = [m * 10.0**n for n in decades if n % every == 0 for m in multiples]
-        if sum(lo <= tick <= hi for tick in ticks) >= 4:
-            return {tick: f"{tick:g}" for tick in ticks if lo <= tick <= hi}
-    return _linear_ticks(lo, hi, 6)

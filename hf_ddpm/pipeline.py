@@ -27,6 +27,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from hf_ddpm.figures import to_pil
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config
 from hf_ddpm.timesteps import SearchedTimesteps, read_searched, solver_name, write_searched
@@ -222,10 +223,14 @@ class DDPMPipeline(DiffusionPipeline):
                 x_t = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", x_t)
 
         images = (x_t / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
+        if output_type == "pil":
+            if not bool(images.isfinite().all()):
+                raise ValueError(
+                    "images must be finite for output_type='pil', got NaN: the weights are damaged or overflow"
+                )
+            images = to_pil(images)
+        elif output_type == "np":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
-            if output_type == "pil":
-                images = _to_pil(images)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,) if trajectory is False else (images, recorded)
@@ -323,10 +328,3 @@ def _chosen_steps(trajectory: bool | Sequence[int], count: int) -> set[int]:
     if not all(0 <= i < count for i in indices):
         raise ValueError(f"trajectory must hold indices of the {count} steps, got {list(trajectory)}")
     return indices
-
-
-def _to_pil(images: np.ndarray) -> list[Image.Image]:
-    if not np.isfinite(images).all():
-        raise ValueError("images must be finite for output_type='pil', got NaN: the weights are damaged or overflow")
-    pixels = (images * 255).round().astype("uint8")
-    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

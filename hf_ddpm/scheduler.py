@@ -605,3 +605,20 @@ def _spaced_timesteps(spacing: str, n: int, num_train: int, offset: int) -> list
 
 
 SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+def is_solvable(config: Any) -> bool:
+    """Return whether DDIM, DPM-Solver++ and UniPC can sample a model whose scheduler has this config.
+
+    They need a prediction of eps, x_0 or v, which a step denoiser does not make, and one of the noise schedules that
+    diffusers' solvers know. Tables of one's own (`trained_betas`) must leave signal in x_T.
+
+    Args:
+        config: The scheduler's config. A value that it lacks makes the answer False.
+    """
+    betas = config.get("trained_betas")
+    return (
+        config.get("prediction_type") in ("epsilon", "sample", "v_prediction")
+        and config.get("beta_schedule") in SOLVABLE_SCHEDULES
+        and (betas is None or betas[-1] < 1)
+    )

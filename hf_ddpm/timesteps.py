@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import weights_sha256, write_atomically
+from hf_ddpm.runtime.files import naming_damage, read_mapping, weights_sha256, write_atomically
 
 FILE = Path("scheduler", "searched_timesteps.json")
 
@@ -63,14 +62,12 @@ def read_searched(folder: Path) -> dict[tuple[str, int], SearchedTimesteps]:
     Raises: UsageError for a damaged file.
     """
     path = folder / FILE
-    if not path.is_file():
+    content = read_mapping(path, "remove it")
+    if not content:
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with naming_damage(f"{path} cannot be read", "remove it"):
         rows = [SearchedTimesteps(**{**row, "timesteps": tuple(row["timesteps"])}) for row in content["searched"]]
         weights = content["weights_sha256"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path} must be whole, got a damaged file ({error!r}): remove it") from error
     if weights != weights_sha256(folder):
         logger.warning("%s is of other weights and not used: run `hf-ddpm schedule` again", path)
         return {}

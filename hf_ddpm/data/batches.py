@@ -1,4 +1,14 @@
-"""The order of the stream of images, cut into micro-batches; pixels as x_0."""
+"""The order of the images of a cache, cut into micro-batches; pixels as x_0.
+
+stream        the N images without end, epoch after epoch: position p holds image epoch_order(seed, p // N, N)[p % N]
+position      the number of images in the stream before this one
+micro-batch   B consecutive positions, which one process passes through the network at once
+step          A * P micro-batches, A (accumulation steps) on each of P processes: A * P * B consecutive positions
+x_0           a batch of clean images, (B, C, R, R) float32 in [-1, 1], where R is the resolution
+
+Order, crops and flips are functions of (seed, position), so batch size, workers and processes change only how the
+stream is cut.
+"""
 
 from __future__ import annotations
 
@@ -9,45 +19,60 @@ import numpy as np
 import torch
 
 from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.decoding import center_crop, random_crop
+
+_DRAWS = ("order", "flip", "crop")
 
 
-@lru_cache(maxsize=6)  # order, flips and crops of two epochs
-def _draw(what: str, seed: int, epoch: int, num_images: int) -> np.ndarray:
-    rng = np.random.default_rng((seed, ("order", "flip", "crop").index(what), epoch))
-    return rng.permutation(num_images) if what == "order" else rng.random((num_images, 2 if what == "crop" else 1))
+@lru_cache(maxsize=6)  # all three draws of two epochs
+def _draw_epoch(draw: str, seed: int, epoch: int, num_images: int) -> np.ndarray:
+    rng = np.random.default_rng((seed, _DRAWS.index(draw), epoch))
+    if draw == "order":
+        return rng.permutation(num_images)
+    return rng.random((num_images, 2 if draw == "crop" else 1))
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The order of an epoch, a function of these arguments only.
+    """Return the order of an epoch, which is a function of these arguments only.
 
     Args:
-        seed: at least 0.
-        epoch: at least 0.
+        seed: At least 0.
+        epoch: At least 0.
+        num_images: N, the number of images in an epoch.
+
     Returns:
-        A permutation of [0, num_images): (num_images,) int64.
+        A permutation of [0, N): (N,) int64.
     """
-    return _draw("order", seed, epoch, num_images).copy()
+    return _draw_epoch("order", seed, epoch, num_images).copy()
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """The micro-batches of one process for the next `num_steps` steps, for `DataLoader(..., batch_size=None)`.
 
-    Item k belongs to step k // A, counted from the first of them, and holds `pixels` (B, C, R, R), uint8, or int32 of
-    16-bit images; `positions` (B,) int64 in the stream of images; `labels` (B,) int64, if the images have labels; and
-    in the first of a step, if asked for, `others` (num_others, C, R, R) and `other_labels`: the images that follow
-    those of the step in its epoch, whose end its beginning follows, so that none is there twice; an image of a step
-    that spans two epochs can be among them. Crops and flips are functions of (seed, position), so batch size, workers
-    and processes change only how the stream is cut up.
+    Item k belongs to step k // A, counted from the first of these steps. It is a dict of tensors:
+
+    - `pixels` (B, C, R, R), uint8, or int32 where the images have 16 bits;
+    - `positions` (B,) int64, positions in the stream;
+    - `labels` (B,) int64, if the images have classes;
+    - `extra_images` (num_extra_images, C, R, R) and, with classes, `extra_labels` (num_extra_images,): only if
+      `num_extra_images` is above 0, and only in the first item of each step.
+
+    The extra images are those that follow the images of the step in the order of its epoch. At the end of the epoch
+    they go on with its beginning, so no image is there twice. They are the same on all processes. If a step spans two
+    epochs, its images of the second epoch can be among its extra images.
 
     Args:
-        random_flip: mirror each image with probability 1/2, drawn anew each epoch.
-        batch_size: B, images per micro-batch.
-        accumulation_steps: A, micro-batches per step and process.
-        rank: this process, in [0, num_processes).
-        first_position: images already seen; the stream continues after them.
-        num_steps: steps until it ends.
-        num_others: 0 for none; with the images of a step at most those of an epoch.
+        images: The images.
+        seed: The seed of order, crops and flips.
+        random_flip: True to mirror each image with probability 1/2, drawn anew each epoch.
+        batch_size: B, the images per micro-batch.
+        accumulation_steps: A, the micro-batches per step and process.
+        rank: The number of this process, in [0, num_processes).
+        num_processes: P.
+        first_position: The number of images already seen; the stream continues after them.
+        num_steps: The number of steps.
+        num_extra_images: The number of extra images; together with those of a step at most N.
     """
 
     images: ImageCache
@@ -60,7 +85,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     num_processes: int
     first_position: int
     num_steps: int
-    num_others: int = 0
+    num_extra_images: int = 0
 
     def __len__(self) -> int:
         return self.num_steps * self.accumulation_steps
@@ -74,59 +99,72 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         batch = {"pixels": pixels, "positions": torch.from_numpy(positions)}
         if labels is not None:
             batch["labels"] = labels
-        if self.num_others and k % self.accumulation_steps == 0:
-            step_images = self.batch_size * self.accumulation_steps * self.num_processes
-            epoch, place = divmod(self.first_position + k * self.batch_size * self.num_processes, len(self.images))
-            places = (place + step_images + np.arange(self.num_others)) % len(self.images)
-            batch["others"], labels = self._read(epoch * len(self.images) + places)
+        if self.num_extra_images and k % self.accumulation_steps == 0:
+            batch["extra_images"], labels = self._read(self._extra_positions(k))
             if labels is not None:
-                batch["other_labels"] = labels
+                batch["extra_labels"] = labels
         return batch
 
+    def _extra_positions(self, k: int) -> np.ndarray:
+        """Return the positions that follow those of the step of item k, in a circle through its epoch."""
+        num_images = len(self.images)
+        step_images = self.batch_size * self.accumulation_steps * self.num_processes
+        step_position = self.first_position + k * self.batch_size * self.num_processes
+        epoch, offset = divmod(step_position, num_images)
+        extra_offsets = (offset + step_images + np.arange(self.num_extra_images)) % num_images
+        return epoch * num_images + extra_offsets
+
     def _read(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ids = self._drawn("order", positions)
-        pixels = self._crop(ids, positions)
+        indices = self._draw_for("order", positions)
+        pixels = self._cropped(indices, positions)
         if self.random_flip:
-            flipped = self._drawn("flip", positions)[:, 0] < 0.5
-            pixels[flipped] = pixels[flipped, :, :, ::-1]
+            is_flipped = self._draw_for("flip", positions)[:, 0] < 0.5
+            pixels[is_flipped] = pixels[is_flipped, :, :, ::-1]
         if pixels.dtype == np.uint16:
             pixels = pixels.astype(np.int32)
-        labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[ids])
+        labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[indices])
         return torch.from_numpy(pixels), labels
 
-    def _drawn(self, what: str, positions: np.ndarray) -> np.ndarray:
-        epochs, places = np.divmod(positions, len(self.images))
-        present = range(int(epochs[0]), int(epochs[-1]) + 1)
-        draws = [_draw(what, self.seed, epoch, len(self.images))[places[epochs == epoch]] for epoch in present]
+    def _draw_for(self, draw: str, positions: np.ndarray) -> np.ndarray:
+        """Return what each position drew in its epoch; consecutive positions lie in few epochs."""
+        epochs, offsets = np.divmod(positions, len(self.images))
+        draws = [
+            _draw_epoch(draw, self.seed, epoch, len(self.images))[offsets[epochs == epoch]]
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+        ]
         return np.concatenate(draws)
 
-    def _crop(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def _cropped(self, indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
         size, channels = self.images.resolution, self.images.channels
         if self.images.is_uniform:
-            return np.asarray(self.images.pixels).reshape(-1, channels, size, size)[ids]
-        pixels = np.empty((len(ids), channels, size, size), self.images.pixels.dtype)
-        for target, i, (u, v) in zip(pixels, ids, self._drawn("crop", positions), strict=True):
-            image = self.images.image(i)
-            top, left = int(u * (image.shape[1] - size + 1)), int(v * (image.shape[2] - size + 1))
-            target[:] = image[:, top : top + size, left : left + size]
+            return np.asarray(self.images.pixels).reshape(-1, channels, size, size)[indices]
+        pixels = np.empty((len(indices), channels, size, size), self.images.pixels.dtype)
+        for target, i, (u, v) in zip(pixels, indices, self._draw_for("crop", positions), strict=True):
+            target[:] = random_crop(self.images.image(i), size, u, v)
         return pixels
 
 
 def to_x_0(pixels: torch.Tensor, max_value: int) -> torch.Tensor:
-    """x_0 = pixels * (2 / max_value) - 1: float32 in [-1, 1], exact at 0 and at `max_value`, where `pixels` are."""
+    """Return x_0 = pixels * (2 / max_value) - 1, float32 in [-1, 1], exact where `pixels` are 0 or `max_value`."""
     return pixels.to(torch.float32) * (2 / max_value) - 1
 
 
 def center_pixels(images: ImageCache, indices: np.ndarray | None = None) -> np.ndarray:
-    """(n, C, R, R): the chosen images or all, the middle of oblong ones."""
+    """Return the pixels of some images, the central square of oblong ones.
+
+    Args:
+        images: The images.
+        indices: (n,) which of the images; None for all.
+
+    Returns:
+        The pixels, (n, C, R, R), uint8 or uint16.
+    """
     size = images.resolution
     if images.is_uniform:
-        every = np.asarray(images.pixels).reshape(-1, images.channels, size, size)
-        return every if indices is None else every[indices]
+        pixels = np.asarray(images.pixels).reshape(-1, images.channels, size, size)
+        return pixels if indices is None else pixels[indices]
     indices = np.arange(len(images)) if indices is None else indices
     pixels = np.empty((len(indices), images.channels, size, size), images.pixels.dtype)
     for target, i in zip(pixels, indices.tolist(), strict=True):
-        image = images.image(i)
-        top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-        target[:] = image[:, top : top + size, left : left + size]
+        target[:] = center_crop(images.image(i), size)
     return pixels

@@ -1,10 +1,11 @@
-"""A data set -> batches of x_0, in an order that is a function of (seed, images seen).
+"""The cache: all images of a data set, decoded and resized once, back to back in one file that is mapped into memory.
 
-source       `digits`, a folder of images or of parquet files, a folder saved by `datasets`, or a Hub id
-cache        each image decoded and resized once: C*h*w values of uint8 or uint16, all back to back in one mapped file
-stream       the N images without end: position p is image epoch_order(seed, p // N, N)[p % N]
-micro-batch  B positions of the stream for one process; a step is A * P of them (A: accumulation steps, P: processes)
-x_0          (B, C, R, R) float32 in [-1, 1], R being the resolution
+cache folder   <cache_dir>/hf_ddpm/<key>; the key is a hash of the images' files and of the settings that shape them
+pixels.bin     the planes of all images, uint8 or uint16, one image after the other
+index.npy      for each image, where it begins in pixels.bin, its height and its width
+labels.npy     the class of each image, if there are classes
+meta.json      everything else that `ImageCache` holds
+fingerprint    a hash of pixels, shapes and labels: what a resumed run compares
 """
 
 from __future__ import annotations
@@ -37,29 +38,45 @@ from hf_ddpm.data.decoding import (
     infer_format,
     is_transient,
     name_of,
-    unreadable,
+    unreadable_image_error,
 )
-from hf_ddpm.data.sources import files_below, find_source, license_of, open_dataset
+from hf_ddpm.data.sources import Source, files_below, find_source, license_of, open_dataset
 from hf_ddpm.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 1  # Increase it when the content of a cache changes, so that no older cache is read.
+ROWS_PER_TASK = 16
+# The settings that decide what a cache holds.
+CACHED_SETTINGS = (
+    "dataset_config_name",
+    "image_column",
+    "label_column",
+    "resolution",
+    "channels",
+    "center_crop",
+    "preserve_input_precision",
+    "on_bad_image",
+)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageCache:
-    """N images of `channels` planes, their shorter side equal to `resolution`; all square if they were cropped.
+    """N decoded images, the shorter side of each equal to `resolution`; all are square if they were cropped.
 
     Args:
-        pixels: all values back to back, uint8 or uint16, mapped from the file.
-        index: (N, 3) int64, for each image the offset of its first value, its height and its width.
+        pixels: All values back to back, uint8 or uint16, mapped from the file.
+        index: (N, 3) int64; for each image the offset of its first value, its height and its width.
+        channels: The number of planes of each image: 1, 3 or 4.
         max_value: 255, or 65535 where 16-bit images keep their precision.
-        labels: (N,) int64 in [0, num_classes), or None.
-        class_names: what the labels stand for, where the data say it.
-        num_bad: unreadable images that were left out.
-        fingerprint: sha256 of pixels, shapes and labels, the same wherever the images lie.
+        resolution: The shorter side in pixels.
+        labels: (N,) int64 in [0, num_classes); None without classes.
+        class_names: The names of the classes; None where the data do not tell them.
+        num_bad: The number of unreadable images that were left out.
+        fingerprint: The sha256 of pixels, shapes and labels; it is the same wherever the images lie.
+        name: The name of the source.
+        license: The license of the data; None if unknown.
     """
 
     pixels: np.ndarray
@@ -79,29 +96,30 @@ class ImageCache:
 
     @property
     def num_images(self) -> int:
+        """The number of images, N."""
         return len(self)
 
     @property
     def num_classes(self) -> int | None:
-        """Labels are in [0, num_classes); None without labels."""
+        """The number of classes; None without labels."""
         if self.labels is None:
             return None
         return len(self.class_names) if self.class_names else int(self.labels.max()) + 1
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether all images are resolution x resolution."""
+        """True if all images are squares of side `resolution`."""
         return bool((self.index[:, 1:] == self.resolution).all())
 
     def image(self, i: int) -> np.ndarray:
-        """Image i: (C, h, w), a read-only view of the file."""
+        """Return the planes of image i, (C, h, w), as a read-only view of the file."""
         offset, height, width = self.index[i].tolist()
         shape = (self.channels, height, width)
         return np.asarray(self.pixels[offset : offset + self.channels * height * width]).reshape(shape)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        if isinstance(self.pixels, np.memmap):  # it would be pickled with all its values
+        if isinstance(self.pixels, np.memmap):  # Otherwise it would be pickled with all its values.
             state["pixels"] = (str(self.pixels.filename), self.pixels.dtype)
         return state
 
@@ -113,15 +131,19 @@ class ImageCache:
 
 
 def load_images(config: DataConfig) -> ImageCache:
-    """The images of `config`, decoded and resized on the first call and mapped into memory on all later ones.
+    """Return the images of the split `train`; the first call decodes and resizes them, later ones map the file.
 
-    Gray data have 1 channel, others 3; transparency is composited over white unless `channels` is 4. Images of 16 bits
-    per channel keep them if they are gray and `preserve_input_precision`; Pillow reads 16-bit color as 8-bit. Of an
-    animation the first frame counts. The shorter side becomes `resolution`; `center_crop` cuts the rest off.
+    If `channels` is left open, gray images have 1 channel and others 3. Transparency is composited over white unless
+    there are 4 channels. Gray images of 16 bits keep them with `preserve_input_precision`; Pillow reads 16-bit color
+    as 8-bit. Of an animation the first frame is taken. The shorter side becomes `resolution`; with `center_crop` the
+    longer one, too.
+
+    Args:
+        config: The settings of the data.
 
     Raises:
-        UsageError: as `open_dataset`; an image is unreadable and `on_bad_image` is "raise", or none is readable;
-            `resolution` or `channels` is left open and the images do not decide it.
+        UsageError: When `open_dataset` raises it, an image is unreadable and `on_bad_image` is "raise", no image is
+            readable, or `resolution` or `channels` is left open and the images do not decide it.
     """
     source = find_source(config)
     if source.folder is None:
@@ -129,58 +151,71 @@ def load_images(config: DataConfig) -> ImageCache:
         identity: Any = dataset._fingerprint
     else:
         dataset = None
-        stats = ((path, path.stat() if path.exists() else path.lstat()) for path in files_below(source.folder))
-        identity = [(str(path.absolute()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        identity = _names_sizes_times(source.folder)
     root = Path(config.cache_dir or huggingface_hub.constants.HF_HOME).expanduser() / "hf_ddpm"
-    folder = root / _cache_key(config, source.kind, identity)
+    folder = root / _cache_key(config, source, identity)
     if not folder.is_dir():
-        dataset = open_dataset(config) if dataset is None else dataset
-        part = root / f"{folder.name}.{uuid.uuid4().hex}.part"
-        try:
-            part.mkdir(parents=True)
-        except OSError as error:
-            raise UsageError(f"cache_dir must be a folder to write to, got {str(root.parent)!r}: {error}") from error
-        try:
-            form = _find_form(dataset, config)
-            try:
-                meta = _write_cache(part, dataset, form)
-            except NeedsSixteenBits:
-                form = ImageFormat(config, form.resolution, form.channels, 65535)
-                meta = _write_cache(part, dataset, form)
-            meta["license"] = license_of(source, dataset)
-            (part / "meta.json").write_text(json.dumps(meta))
-            try:
-                if folder.is_symlink():  # to a folder that somebody has deleted
-                    folder.unlink()
-                part.rename(folder)
-            except OSError:  # another process was first, and wrote the same
-                if not folder.is_dir():
-                    raise
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UsageError(
-                f"the decoded images do not fit on the disk of {str(root)!r}: {error}; free space, or give another "
-                "--cache_dir, a smaller --resolution, or --streaming, which keeps none"
-            ) from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        _create_cache(folder, open_dataset(config) if dataset is None else dataset, source, config)
     images = _read_cache(folder, source.name)
-    # A run writes what was decided here into its config: with that, too, nothing is decoded again.
+    # A run writes the resolution and channels that were decided here into its config.yaml. Those settings have another
+    # key, which only a link can lead to this folder: to hash what is decided, each call would have to open the images.
     decided = replace(config, resolution=images.resolution, channels=images.channels)
-    alias = root / _cache_key(decided, source.kind, identity)
-    if not alias.exists():
-        with contextlib.suppress(OSError):  # a file system without links
-            alias.symlink_to(folder.name, target_is_directory=True)
+    link = root / _cache_key(decided, source, identity)
+    if not link.exists():
+        with contextlib.suppress(OSError):  # Some file systems have no links.
+            link.symlink_to(folder.name, target_is_directory=True)
     return images
 
 
-def _cache_key(config: DataConfig, kind: str, identity: Any) -> str:
-    """A hash of all that decides what a cache holds."""
-    settings = ("dataset_config_name", "image_column", "label_column", "resolution", "channels", "center_crop")
-    settings += ("preserve_input_precision", "on_bad_image")
-    decisive = [CACHE_FORMAT, kind, identity, *(getattr(config, name) for name in settings)]
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
+def _names_sizes_times(folder: Path) -> list[tuple[str, int, int]]:
+    """Return path, size and time of change of each file in a folder: if all are equal, the images are taken to be."""
+    # A link whose target is missing has no size of its own.
+    stats = ((path, path.stat() if path.exists() else path.lstat()) for path in files_below(folder))
+    return [(str(path.absolute()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def _cache_key(config: DataConfig, source: Source, identity: Any) -> str:
+    settings = [getattr(config, name) for name in CACHED_SETTINGS]
+    content = json.dumps([CACHE_FORMAT, source.kind, identity, *settings])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _create_cache(folder: Path, dataset: Dataset, source: Source, config: DataConfig) -> None:
+    """Decode all images into a new folder, which gets its name when it is whole."""
+    root = folder.parent
+    part = root / f"{folder.name}.{uuid.uuid4().hex}.part"
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"cache_dir must be a folder to write to, got {str(root.parent)!r}: {error}") from error
+    try:
+        image_format = _infer_format(dataset, config)
+        try:
+            meta = _write_images(part, dataset, image_format)
+        except NeedsSixteenBits:
+            meta = _write_images(part, dataset, replace(image_format, max_value=65535))
+        meta["license"] = license_of(source, dataset)
+        (part / "meta.json").write_text(json.dumps(meta))
+        _rename_unless_present(part, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UsageError(
+            f"the decoded images do not fit on the disk of {str(root)!r}: {error}; free space, or give another "
+            "--cache_dir, a smaller --resolution, or --streaming, which keeps none"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _rename_unless_present(part: Path, folder: Path) -> None:
+    try:
+        if folder.is_symlink():  # It leads to a cache that has been deleted.
+            folder.unlink()
+        part.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # Otherwise another process was faster, and wrote the same.
+            raise
 
 
 def _read_cache(folder: Path, name: str) -> ImageCache:
@@ -195,29 +230,35 @@ def _read_cache(folder: Path, name: str) -> ImageCache:
     return ImageCache(pixels=pixels, index=index, labels=labels, name=name, **meta)
 
 
-def _find_form(dataset: Dataset, config: DataConfig) -> ImageFormat:
-    cells = ((row, dataset[row][dataset.column_names[0]]) for row in range(len(dataset)))
-    return infer_format(((name_of(cell, row), cell) for row, cell in cells), config)
+def _infer_format(dataset: Dataset, config: DataConfig) -> ImageFormat:
+    encoded_images = ((row, dataset[row][dataset.column_names[0]]) for row in range(len(dataset)))
+    return infer_format(((name_of(encoded, row), encoded) for row, encoded in encoded_images), config)
 
 
-def _write_cache(folder: Path, dataset: Dataset, form: ImageFormat) -> dict[str, Any]:
+def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> dict[str, Any]:
+    """Write pixels, index and labels, and return the content of meta.json but for the license."""
     labels, class_names = _find_classes(dataset)
-    dtype = np.dtype("<u2" if form.max_value == 65535 else "u1")
-    digest = hashlib.sha256(f"{form.channels} {form.max_value}".encode())
+    dtype = np.dtype("<u2" if image_format.max_value == 65535 else "u1")
+    digest = hashlib.sha256(f"{image_format.channels} {image_format.max_value}".encode())
     entries, rows, size = array("q"), array("q"), 0
+    decoded = tqdm(
+        _decode_all(dataset, image_format), "Decoding", len(dataset), unit="image", disable=len(dataset) < 2000
+    )
     with open(folder / "pixels.bin", "wb") as file:
-        progress = tqdm(_decoded(dataset, form), "Decoding", len(dataset), unit="image", disable=len(dataset) < 2000)
-        for row, pixels in enumerate(progress):
-            if pixels is None:
+        for row, planes in enumerate(decoded):
+            if planes is None:
                 continue
-            content = np.ascontiguousarray(pixels, dtype).tobytes()
+            content = np.ascontiguousarray(planes, dtype).tobytes()
             file.write(content)
             digest.update(content)
-            entries.extend((size, pixels.shape[1], pixels.shape[2]))
+            entries.extend((size, planes.shape[1], planes.shape[2]))
             rows.append(row)
-            size += pixels.size
+            size += planes.size
     if not rows:
-        raise UsageError(f"on_bad_image='skip' must leave some images, got {len(dataset)} unreadable ones only")
+        raise UsageError(
+            f"on_bad_image='skip' must leave some images, got {len(dataset)} unreadable ones only: "
+            "repair or replace them"
+        )
     index = np.array(entries, "<i8").reshape(-1, 3)
     np.save(folder / "index.npy", index)
     digest.update(index.tobytes())
@@ -226,9 +267,9 @@ def _write_cache(folder: Path, dataset: Dataset, form: ImageFormat) -> dict[str,
         np.save(folder / "labels.npy", labels)
         digest.update(labels.tobytes())
     return {
-        "channels": form.channels,
-        "max_value": form.max_value,
-        "resolution": form.resolution,
+        "channels": image_format.channels,
+        "max_value": image_format.max_value,
+        "resolution": image_format.resolution,
         "class_names": class_names,
         "num_bad": len(dataset) - len(rows),
         "fingerprint": digest.hexdigest(),
@@ -238,6 +279,10 @@ def _write_cache(folder: Path, dataset: Dataset, form: ImageFormat) -> dict[str,
 
 
 def _find_classes(dataset: Dataset) -> tuple[np.ndarray | None, list[str] | None]:
+    """Return the class of each row, (N,) int64, and the names of the classes; None where there are none.
+
+    Integers that are not exactly 0, 1, ..., and strings, are numbered in their sorted order.
+    """
     if len(dataset.column_names) == 1:
         return None, None
     column = dataset.column_names[1]
@@ -246,36 +291,41 @@ def _find_classes(dataset: Dataset) -> tuple[np.ndarray | None, list[str] | None
     allowed = set(range(len(names))) if names is not None else set(values) - {None}
     for row, value in enumerate(values):
         if value not in allowed:
-            raise UsageError(f"label_column must give each image a class, got {value} in row {row} of {column!r}")
-    if names is None:
-        distinct = sorted(allowed)
-        if distinct != list(range(len(distinct))):
-            names, number = [str(value) for value in distinct], {value: i for i, value in enumerate(distinct)}
-            values = [number[value] for value in values]
+            raise UsageError(
+                f"label_column must give each image a class, got {value} in row {row} of {column!r}: "
+                "give it one, or leave the row out"
+            )
+    distinct = sorted(allowed)
+    if names is None and distinct != list(range(len(distinct))):
+        names = [str(value) for value in distinct]
+        number_of = {value: number for number, value in enumerate(distinct)}
+        values = [number_of[value] for value in values]
     return np.array(values, "<i8"), names
 
 
-def _decoded(dataset: Dataset, form: ImageFormat, rows_per_task: int = 16) -> Iterator[np.ndarray | None]:
+def _decode_all(dataset: Dataset, image_format: ImageFormat) -> Iterator[np.ndarray | None]:
+    """Yield the planes of each row in order, decoded by several threads; None for an image that is left out."""
     num_threads = max(2, min(8, os.cpu_count() or 2))
     column, tasks = dataset.column_names[0], deque()
     with ThreadPoolExecutor(num_threads) as pool:
-        for row in range(0, len(dataset), rows_per_task):
-            tasks.append(pool.submit(_decode_rows, dataset[row : row + rows_per_task][column], row, form))
+        for row in range(0, len(dataset), ROWS_PER_TASK):
+            encoded_images = dataset[row : row + ROWS_PER_TASK][column]
+            tasks.append(pool.submit(_decode_rows, encoded_images, row, image_format))
             if len(tasks) > 2 * num_threads:
                 yield from tasks.popleft().result()
         while tasks:
             yield from tasks.popleft().result()
 
 
-def _decode_rows(cells: list[Any], first_row: int, form: ImageFormat) -> list[np.ndarray | None]:
+def _decode_rows(encoded_images: list[Any], first_row: int, image_format: ImageFormat) -> list[np.ndarray | None]:
     decoded: list[np.ndarray | None] = []
-    for row, cell in enumerate(cells, first_row):
+    for row, encoded in enumerate(encoded_images, first_row):
         try:
-            decoded.append(decode(cell, name_of(cell, row), form))
+            decoded.append(decode(encoded, name_of(encoded, row), image_format))
         except (UsageError, NeedsSixteenBits):
             raise
-        except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-            if form.config.on_bad_image == "raise" or is_transient(error):
-                raise unreadable(name_of(cell, row), error) from error
+        except Exception as error:  # Pillow's decoders raise nearly any class for broken files.
+            if image_format.config.on_bad_image == "raise" or is_transient(error):
+                raise unreadable_image_error(name_of(encoded, row), error) from error
             decoded.append(None)
     return decoded

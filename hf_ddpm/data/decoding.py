@@ -1,4 +1,11 @@
-"""An encoded image -> an array (C, h, w): every mode that Pillow reads, and nothing lost by accident."""
+"""Decoding of one image: from the bytes of a file to an array of planes.
+
+encoded image   what a row of a data set holds: {"bytes": ..., "path": ...}, either of which may be None
+header          the beginning of an image file, which tells its size and mode without decoding its pixels
+mode            Pillow's name of what a pixel is: "L" is 8-bit gray, "I;16" 16-bit gray, "RGB" color, ...
+image format    the resolution, the channels and the largest value that all images of a data set are brought to
+planes          a decoded image, (C, h, w) in [0, max_value], of which the shorter side is the resolution
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -15,13 +22,21 @@ from PIL import Image, ImageOps
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.runtime.errors import UsageError
 
-NUM_HEADERS = 64  # images whose headers decide what resolution=None and channels=None mean
+NUM_HEADERS = 64  # The first so many headers decide what resolution=None and channels=None mean.
+MAX_ASPECT_RATIO = 100
 GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"))
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What each image is brought to: `config` with what it leaves open decided."""
+    """What each image is brought to: the settings of the data, with those that were left open decided.
+
+    Args:
+        config: The settings as the user gave them.
+        resolution: The shorter side in pixels.
+        channels: 1, 3 or 4.
+        max_value: 255, or 65535 for 16-bit images.
+    """
 
     config: DataConfig
     resolution: int
@@ -30,63 +45,87 @@ class ImageFormat:
 
 
 class NeedsSixteenBits(Exception):
-    """A 16-bit image came after the first headers had promised 8 bits."""
+    """The signal that a 16-bit image came after the first headers had promised 8 bits."""
 
 
 class NotFetchedError(Exception):
-    """A disk or a network did not give a file that it may give later."""
+    """The failure of a disk or a network to give a file that it may give later."""
 
 
-def fetched(cell: Any) -> Any:
-    """A cell of a column of images with the bytes of the file that it names: here, in an archive or on the Hub.
+class _Header(NamedTuple):
+    name: str
+    size: tuple[int, int]  # width, height
+    mode: str
 
-    Raises: FileNotFoundError if it is not there, and NotFetchedError for whatever else fails.
+
+def with_bytes(encoded: Any) -> Any:
+    """Return an encoded image with the bytes of the file that its path names, on a disk, in an archive or on the Hub.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        NotFetchedError: When reading the file fails for any other reason.
     """
-    if cell is None or cell["bytes"] is not None or cell["path"] is None:
-        return cell
-    path: str = cell["path"]
+    if encoded is None or encoded["bytes"] is not None or encoded["path"] is None:
+        return encoded
+    path: str = encoded["path"]
     try:
         if "://" not in path:
             return {"bytes": Path(path).read_bytes(), "path": path}
-        with fsspec.open(path, "rb") as file:  # zip://a.png::b.zip
+        with fsspec.open(path, "rb") as file:  # A path in an archive reads zip://a.png::b.zip.
             return {"bytes": file.read(), "path": path}  # pyright: ignore[reportAttributeAccessIssue]
     except FileNotFoundError:
         raise
-    except Exception as error:  # file systems and clients have no common type
+    except Exception as error:  # File systems and clients share no base class of errors.
         raise NotFetchedError(f"{type(error).__name__}: {error}") from error
 
 
-def open_image(cell: Any) -> Image.Image:
-    cell = fetched(cell)
-    if cell is None or cell["bytes"] is None:
-        raise ValueError("the row is empty")
-    return Image.open(io.BytesIO(cell["bytes"]))
-
-
-def decode(cell: Any, name: str, form: ImageFormat) -> np.ndarray:
-    """(C, h, w) in [0, max_value].
+def open_image(encoded: Any) -> Image.Image:
+    """Open an encoded image and read its header.
 
     Raises:
-        UsageError: an image unlike the first ones, by which `form` was decided.
-        NeedsSixteenBits: the same of its bits.
-        Exception: nearly any, of Pillow's decoders for broken files.
+        ValueError: When the row holds neither bytes nor a path.
+        Exception: When the file cannot be read or is no image; Pillow raises nearly any class.
     """
-    with open_image(cell) as image:
+    encoded = with_bytes(encoded)
+    if encoded is None or encoded["bytes"] is None:
+        raise ValueError("the row is empty")
+    return Image.open(io.BytesIO(encoded["bytes"]))
+
+
+def decode(encoded: Any, name: str, image_format: ImageFormat) -> np.ndarray:
+    """Decode an image, convert it to the given format and resize it.
+
+    Args:
+        encoded: The encoded image.
+        name: What error messages call the image.
+        image_format: The format to bring it to.
+
+    Returns:
+        The planes, (C, h, w) in [0, max_value].
+
+    Raises:
+        UsageError: When the image differs from the first images, which decided the format.
+        NeedsSixteenBits: When the image has 16 bits and the format has 8.
+        Exception: When the file is broken; Pillow's decoders raise nearly any class.
+    """
+    with open_image(encoded) as image:
         image.load()
-        check_matches_format(image, name, form)
-        return to_planes(image, form)
+        check_matches_format(image, name, image_format)
+        return to_planes(image, image_format)
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether it says nothing of the image."""
+    """Return whether an error tells nothing about the image itself, so that a later try may succeed."""
     return isinstance(error, NotFetchedError | MemoryError)
 
 
-def name_of(cell: Any, row: int) -> str:
-    return f"row {row}" if cell is None or cell["path"] is None else f"row {row} ({cell['path']})"
+def name_of(encoded: Any, row: int) -> str:
+    """Return what error messages call an image: its row, and its path if it has one."""
+    return f"row {row}" if encoded is None or encoded["path"] is None else f"row {row} ({encoded['path']})"
 
 
-def unreadable(name: str, error: Exception) -> UsageError:
+def unreadable_image_error(name: str, error: Exception) -> UsageError:
+    """Return the error that names an unreadable image, the reason and the remedy."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that Pillow knows"
@@ -99,70 +138,143 @@ def unreadable(name: str, error: Exception) -> UsageError:
 
 
 def infer_format(images: Iterable[tuple[str, Any]], config: DataConfig) -> ImageFormat:
-    """What the headers of the first images decide.
+    """Decide what the settings leave open by the headers of the first images.
 
     Args:
-        images: the name of each, for messages, and its cell; at least one.
+        images: The name of each image, for messages, and its encoded form; at least one.
+        config: The settings of the data.
+
+    Raises:
+        UsageError: When an image is unreadable and `on_bad_image` is "raise", when none is readable, or when
+            `resolution` is left open and the images are not all squares of one size.
     """
-    headers: list[tuple[str, tuple[int, int], str]] = []
-    num_bad = 0
-    for name, cell in images:
+    headers = _read_headers(images, config)
+    resolution = config.resolution
+    if resolution is None:
+        resolution = headers[0].size[0]
+        unequal = [header for header in headers if header.size != (resolution, resolution)]
+        if unequal:
+            name, (width, height), _ = unequal[-1]
+            raise UsageError(
+                f"resolution must be given unless all images are squares of one size: {name} is {width}x{height}; "
+                "give --resolution"
+            )
+    is_gray = all(header.mode in GRAY_MODES for header in headers)
+    is_deep = any(header.mode.startswith("I") for header in headers) and config.preserve_input_precision
+    return ImageFormat(config, resolution, config.channels or (1 if is_gray else 3), 65535 if is_deep else 255)
+
+
+def _read_headers(images: Iterable[tuple[str, Any]], config: DataConfig) -> list[_Header]:
+    headers: list[_Header] = []
+    num_unreadable = 0
+    for name, encoded in images:
         try:
-            with open_image(cell) as image:
-                headers.append((name, image.size, image.mode))
+            with open_image(encoded) as image:
+                headers.append(_Header(name, image.size, image.mode))
         except Exception as error:
             if config.on_bad_image == "raise" or is_transient(error):
-                raise unreadable(name, error) from error
-            num_bad += 1
+                raise unreadable_image_error(name, error) from error
+            num_unreadable += 1
         if len(headers) == NUM_HEADERS:
             break
     if not headers:
-        raise UsageError(f"on_bad_image='skip' must leave some images, got {num_bad} unreadable ones only")
-    resolution = config.resolution
-    if resolution is None:
-        resolution = headers[0][1][0]
-        odd = [f"{name} is {w}x{h}" for name, (w, h), _ in headers if (w, h) != (resolution, resolution)]
-        if odd:
-            raise UsageError(f"resolution must be given unless all are one square size: {odd[-1]}; --resolution")
-    channels = config.channels or (1 if all(mode in GRAY_MODES for _, _, mode in headers) else 3)
-    is_deep = config.preserve_input_precision and any(mode.startswith("I") for _, _, mode in headers)
-    return ImageFormat(config, resolution, channels, 65535 if is_deep else 255)
+        raise UsageError(
+            f"on_bad_image='skip' must leave some images, got {num_unreadable} unreadable ones only: "
+            "repair or replace them"
+        )
+    return headers
 
 
-def check_matches_format(image: Image.Image, name: str, form: ImageFormat) -> None:
-    size, config = (form.resolution, form.resolution), form.config
-    if config.resolution is None and image.size != size:
-        got = f"{image.width}x{image.height}, others {form.resolution}x{form.resolution}"
-        raise UsageError(f"resolution must be given unless all are one square size: {name} is {got}; --resolution")
-    if config.channels is None and form.channels == 1 and image.mode not in GRAY_MODES:
+def check_matches_format(image: Image.Image, name: str, image_format: ImageFormat) -> None:
+    """Check that an image has the size and the colors that the first images promised.
+
+    Raises:
+        UsageError: When `resolution` was left open and the size differs, or `channels` was and a color image follows
+            gray ones.
+    """
+    side, config = image_format.resolution, image_format.config
+    if config.resolution is None and image.size != (side, side):
+        raise UsageError(
+            f"resolution must be given unless all images are squares of one size: {name} is "
+            f"{image.width}x{image.height}, others are {side}x{side}; give --resolution"
+        )
+    if config.channels is None and image_format.channels == 1 and image.mode not in GRAY_MODES:
         raise UsageError(
             f"channels must be given: the first images are gray, {name} has colors; --channels 3, or 1 for luma"
         )
 
 
-def to_planes(image: Image.Image, form: ImageFormat) -> np.ndarray:
-    """(C, h, w) in [0, max_value]."""
+def to_planes(image: Image.Image, image_format: ImageFormat) -> np.ndarray:
+    """Convert a loaded image to planes.
+
+    The EXIF orientation is applied. Transparency is composited over white unless there are 4 channels. Values of 8
+    bits become 16 bits by v * 257, and those of 16 bits become 8 by round(v * 255 / 65535).
+
+    Returns:
+        The planes, (C, h, w) in [0, max_value]; (C, R, R) with `center_crop`.
+
+    Raises:
+        ValueError: When the range of the pixels is unknown, or the image is too oblong.
+        NeedsSixteenBits: When the image has 16 bits and the format has 8, though the settings would preserve 16.
+    """
+    max_value, config = image_format.max_value, image_format.config
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("pixels are 32-bit floats, whose range is unknown")
     is_deep = image.mode.startswith("I")
-    image = _deep_to_float(image) if is_deep else _to_mode(image, form.channels)
-    if is_deep and form.config.preserve_input_precision and form.max_value == 255:
+    image = _deep_to_float(image) if is_deep else _to_mode(image, image_format.channels)
+    if is_deep and config.preserve_input_precision and max_value == 255:
         raise NeedsSixteenBits
-    values = np.asarray(_fit(image, form))
+    values = np.asarray(_resized(image, image_format.resolution))
     if is_deep:
-        values = np.clip(np.rint(values if form.max_value == 65535 else values * 255 / 65535), 0, form.max_value)
-    elif form.max_value == 65535:
+        values = np.clip(np.rint(values if max_value == 65535 else values * 255 / 65535), 0, max_value)
+    elif max_value == 65535:
         values = values.astype(np.uint16) * 257
-    if values.ndim == 3:
-        return values.transpose(2, 0, 1)
-    planes = np.repeat(values[None], form.channels, axis=0)
-    if form.channels == 4:
-        planes[3] = form.max_value
+    planes = _gray_to_channels(values, image_format) if values.ndim == 2 else values.transpose(2, 0, 1)
+    return center_crop(planes, image_format.resolution) if config.center_crop else planes
+
+
+def random_crop(planes: np.ndarray, size: int, u: float, v: float) -> np.ndarray:
+    """Return the square of `planes` that two random numbers choose; every possible square is equally likely.
+
+    Args:
+        planes: (C, h, w).
+        size: The side of the square, at most min(h, w).
+        u: A number in [0, 1); the square's top is floor(u (h - size + 1)).
+        v: A number in [0, 1); the square's left is floor(v (w - size + 1)).
+
+    Returns:
+        A view of `planes`, (C, size, size).
+    """
+    height, width = planes.shape[1:]
+    top, left = int(u * (height - size + 1)), int(v * (width - size + 1))
+    return planes[:, top : top + size, left : left + size]
+
+
+def center_crop(planes: np.ndarray, size: int) -> np.ndarray:
+    """Return the central square of `planes`, which begins at round((h - size) / 2), as torchvision's does.
+
+    Args:
+        planes: (C, h, w).
+        size: The side of the square, at most min(h, w).
+
+    Returns:
+        A view of `planes`, (C, size, size).
+    """
+    height, width = planes.shape[1:]
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return planes[:, top : top + size, left : left + size]
+
+
+def _gray_to_channels(values: np.ndarray, image_format: ImageFormat) -> np.ndarray:
+    planes = np.repeat(values[None], image_format.channels, axis=0)
+    if image_format.channels == 4:
+        planes[3] = image_format.max_value  # opaque
     return planes
 
 
 def _deep_to_float(image: Image.Image) -> Image.Image:
+    """Convert a 16-bit or 32-bit integer image to mode "F", whose pixels Pillow resizes without rounding them."""
     values = np.asarray(image).astype(np.float64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"pixels are 32-bit integers in [{values.min():.0f}, {values.max():.0f}], not in [0, 65535]")
@@ -182,15 +294,12 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _fit(image: Image.Image, form: ImageFormat) -> Image.Image:
-    size, (width, height) = form.resolution, image.size
+def _resized(image: Image.Image, resolution: int) -> Image.Image:
+    width, height = image.size
     short, long = min(width, height), max(width, height)
-    if long > 100 * short:
-        raise ValueError(f"{width}x{height} pixels is too oblong: more than 100 to 1")
-    if short != size:
-        width, height = size * width // short, size * height // short
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    if form.config.center_crop and width != height:
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.crop((left, top, left + size, top + size))
-    return image
+    if long > MAX_ASPECT_RATIO * short:
+        raise ValueError(f"{width}x{height} pixels is too oblong: more than {MAX_ASPECT_RATIO} to 1")
+    if short == resolution:
+        return image
+    size = (resolution * width // short, resolution * height // short)
+    return image.resize(size, Image.Resampling.BILINEAR)

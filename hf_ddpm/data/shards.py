@@ -1,10 +1,13 @@
-"""A data set too large to decode beforehand: opened, not read, and of each image decoded only what is asked for.
+"""Streaming: a data set that is too large to decode beforehand; an image is read and decoded when it is needed.
 
-shard      a file of images, or a part of a file; the unit that is opened
-row        number of an image in its shard, in the order of the file
-fingerprint  what a run that goes on compares: names, sizes and settings, for the images themselves are not read
+shard         a file of examples, or a part of a file: the unit that is opened
+row           the number of an example in its shard, in the order of the file
+row group     the part of a parquet file that can be read without the rest
+table         some consecutive rows of a shard, as an Arrow table
+example       a row that is read, and not decoded
+fingerprint   a hash of file names, sizes and settings, which a resumed run compares, as the images are not read
 
-In which order a run reads, and how it finds its place again, is in lanes.py.
+In which order a run reads the examples, and where a resumed run continues, is the subject of shard_batches.py.
 """
 
 from __future__ import annotations
@@ -27,66 +30,85 @@ from hf_ddpm.data.decoding import (
     ImageFormat,
     NeedsSixteenBits,
     NotFetchedError,
-    fetched,
     infer_format,
     is_transient,
-    unreadable,
+    unreadable_image_error,
+    with_bytes,
 )
 from hf_ddpm.data.sources import (
     IMAGE_NAME,
     Source,
+    as_usage_errors,
     choose_columns,
     files_below,
     find_source,
     license_of,
-    loading,
-    no_rows,
+    no_images_error,
     open_dataset,
 )
 from hf_ddpm.runtime.errors import RunError, UsageError
 
-STREAM_FORMAT = 1  # a change of the order of the stream is a change of this number
+STREAM_FORMAT = 1  # Increase it when the order of the stream changes, so that no older run is resumed.
 ROWS_PER_TABLE = 256
-# Local files that `datasets` maps into memory have no shards of their own; a shard costs about a millisecond.
+# Local files that `datasets` maps into memory have no shards of their own. To open a shard takes about a millisecond.
 ROWS_PER_SHARD = 64
+UNKNOWN = -1  # the number of rows of a shard that has not been read to its end
 
 
 class Example(NamedTuple):
-    """A row that is read, and not decoded."""
+    """A row that is read, and not decoded.
 
-    cell: Any
+    Args:
+        encoded: The encoded image (decoding.py).
+        label: The class; None without classes, or where the row has none.
+        shard: The number of its shard.
+        row: The number of the row in the shard.
+    """
+
+    encoded: Any
     label: Any
     shard: int
     row: int
 
 
 def examples_in(table: Any, shard: int, first_row: int, rows: Iterable[int]) -> Iterator[Example]:
-    """Some rows of a shard, in an Arrow table of it that begins with its row `first_row`."""
+    """Yield some rows of a table.
+
+    Args:
+        table: An Arrow table of one or two columns, images and classes.
+        shard: The number of the shard that it belongs to.
+        first_row: The row of the shard with which the table begins.
+        rows: Which rows of the shard to yield, all of them in the table.
+    """
     columns = table.columns
     for row in rows:
-        cell, *label = (column[row - first_row].as_py() for column in columns)
-        yield Example(cell, label[0] if label else None, shard, row)
+        encoded, *label = (column[row - first_row].as_py() for column in columns)
+        yield Example(encoded, label[0] if label else None, shard, row)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageStream:
-    """Images that are decoded when they are taken; as `data.ImageCache`, but without a length.
+    """Images that are decoded when they are needed; as `ImageCache`, but without a length.
 
     Args:
-        dataset: the column of images, not decoded, and perhaps that of labels, as Arrow tables; of `datasets`, mapped
-            from a file or iterable.
-        counts: (num_shards,) int64, the rows of each shard, -1 where only reading would tell.
-        files: (num_shards,) the file that is a shard, "" where shards are parts of files.
-        num_bad: 0; unreadable images are counted as they come, in the batches.
-        fingerprint: sha256 of file names, sizes and settings, the same wherever the folder lies; of a data set on the
-            Hub, of file names with their commit.
-        num_images: None where only reading would tell.
+        dataset: The column of encoded images, and perhaps that of classes, as Arrow tables: a data set of `datasets`,
+            either mapped from a file or iterable.
+        rows_per_shard: (num_shards,) int64, the number of rows of each shard; -1 where only reading would tell.
+        files: (num_shards,) the file of each shard; "" where shards are parts of files.
+        image_format: What each image is brought to.
+        class_names: The names of the classes; None without classes.
+        fingerprint: The sha256 of file names, sizes and settings, the same wherever the folder lies; for a data set
+            on the Hub, of file names with their commit, and settings.
+        name: The name of the source.
+        license: The license of the data; None if unknown.
+        num_images: The number of images; None where only reading would tell.
+        num_bad: 0. Unreadable images are counted as they come, in the batches.
     """
 
     dataset: Any
-    counts: np.ndarray
+    rows_per_shard: np.ndarray
     files: tuple[str, ...]
-    form: ImageFormat
+    image_format: ImageFormat
     class_names: list[str] | None
     fingerprint: str
     name: str
@@ -96,33 +118,42 @@ class ImageStream:
 
     @property
     def channels(self) -> int:
-        return self.form.channels
+        """The number of planes of each image."""
+        return self.image_format.channels
 
     @property
     def max_value(self) -> int:
-        return self.form.max_value
+        """The largest value of a pixel: 255, or 65535."""
+        return self.image_format.max_value
 
     @property
     def resolution(self) -> int:
-        return self.form.resolution
+        """The shorter side of each image in pixels."""
+        return self.image_format.resolution
 
     @property
     def num_classes(self) -> int | None:
-        """Labels are in [0, num_classes); None without labels."""
+        """The number of classes; None without labels."""
         return None if self.class_names is None else len(self.class_names)
 
     def image(self, i: int) -> np.ndarray:
-        """Readable image i in the order of the files: (C, h, w). The images before it are read, too."""
+        """Return readable image i in the order of the files, (C, h, w). The images before it are read, too.
+
+        Raises:
+            UsageError: When there are not so many readable images, or as `decode` raises it.
+        """
         for example in self.examples():
             planes = self.decode(example)
             if planes is not None:
                 if i == 0:
                     return planes
                 i -= 1
-        raise UsageError("on_bad_image='skip' must leave some images, got unreadable ones only")
+        raise UsageError(
+            "on_bad_image='skip' must leave some images, got unreadable ones only: repair or replace them"
+        )
 
     def examples(self) -> Iterator[Example]:
-        """All of them, in the order of the files."""
+        """Yield all examples in the order of the files."""
         for shard in range(len(self.files)):
             first_row = 0
             for table in self.tables(shard, 0):
@@ -130,44 +161,45 @@ class ImageStream:
                 first_row += len(table)
 
     def tables(self, shard: int, first_row: int) -> Iterator[Any]:
-        """The rows of a shard from `first_row` on, as Arrow tables; raises RunError for whatever goes wrong."""
+        """Yield the rows of a shard from `first_row` on, as Arrow tables.
+
+        Raises:
+            RunError: When the shard cannot be read.
+        """
         try:
             part = self.dataset.shard(len(self.files), shard)
             if hasattr(part, "to_iterable_dataset"):
                 part = part.to_iterable_dataset()
             parts = [part]
             if first_row and self.files[shard].endswith(".parquet") and hasattr(part, "reshard"):
-                # `skip` would read all that it skips; row groups that are left out are not read.
-                groups, part = _row_groups(self.files[shard]), part.reshard()
-                group = 0
-                while group < len(groups) and first_row >= groups[group]:
-                    first_row -= groups[group]
-                    group += 1
-                parts = [part.shard(len(groups), g) for g in range(group, len(groups))]
+                parts, first_row = _row_groups_from(part, self.files[shard], first_row)
             for part in parts:
                 yield from (part.skip(first_row) if first_row else part).iter(ROWS_PER_TABLE)
                 first_row = 0
-        except Exception as error:  # datasets, pyarrow and file systems raise nearly anything
-            raise self._lost(self._name_of_shard(shard), error) from error
+        except Exception as error:  # datasets, pyarrow and file systems raise nearly any class.
+            raise self._reading_error(self._name_of_shard(shard), error) from error
 
     def decode(self, example: Example) -> np.ndarray | None:
-        """(C, h, w), uint8 or uint16; None for an unreadable image with `on_bad_image` "skip".
+        """Decode an example.
+
+        Returns:
+            The planes, (C, h, w), uint8 or uint16; None for an unreadable image if `on_bad_image` is "skip".
 
         Raises:
-            UsageError: the image is unreadable, or not of the form that the first images have.
-            RunError: its file cannot be read.
+            UsageError: When the image is unreadable, or differs from the first images, which decided the format.
+            RunError: When the file of the image cannot be read.
         """
-        is_skipped = self.form.config.on_bad_image == "skip"
+        is_skipped = self.image_format.config.on_bad_image == "skip"
         try:
-            cell = fetched(example.cell)
+            encoded = with_bytes(example.encoded)
         except (FileNotFoundError, NotFetchedError) as error:
-            # What a network or a disk fails to give now it may give later: another image in its place would be chance.
+            # A network or disk that fails now may succeed later: it must not decide which images are trained on.
             if is_skipped and isinstance(error, FileNotFoundError):
                 return None
-            remedy = "; with --on_bad_image skip a run passes over images that vanish while it goes on"
-            raise self._lost(self.name_of(example), error, "" if is_skipped else remedy) from error
+            remedy = "" if is_skipped else "; with --on_bad_image skip a run continues without images that vanish"
+            raise self._reading_error(self.name_of(example), error, remedy) from error
         try:
-            planes = decoding.decode(cell, self.name_of(example), self.form)
+            planes = decoding.decode(encoded, self.name_of(example), self.image_format)
         except NeedsSixteenBits:
             raise UsageError(
                 "preserve_input_precision must be off: the first images have 8 bits, "
@@ -175,148 +207,226 @@ class ImageStream:
             ) from None
         except UsageError:
             raise
-        except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+        except Exception as error:  # Pillow's decoders raise nearly any class for broken files.
             if is_skipped and not is_transient(error):
                 return None
-            raise unreadable(self.name_of(example), error) from error
+            raise unreadable_image_error(self.name_of(example), error) from error
         return np.ascontiguousarray(planes, np.uint16 if self.max_value > 255 else np.uint8)
 
-    def check_count(self, shard: int, expected: int, found: int) -> None:
-        if expected not in (-1, found):
-            error = EOFError(f"it has {found} rows and had {expected}")
-            raise self._lost(self._name_of_shard(shard), error)
+    def check_row_count(self, shard: int, expected: int, actual: int) -> None:
+        """Check that a shard has as many rows as it had before.
+
+        Raises:
+            RunError: When it has not; `expected` may be -1, unknown.
+        """
+        if expected not in (UNKNOWN, actual):
+            error = EOFError(f"it has {actual} rows and had {expected}")
+            raise self._reading_error(self._name_of_shard(shard), error)
 
     def label(self, example: Example) -> int | None:
-        """Its class; raises UsageError if it has none."""
+        """Return the class of an example; None if there are no classes.
+
+        Raises:
+            UsageError: When there are classes and the example has none.
+        """
         if self.class_names is None:
             return None
         if example.label is None or not 0 <= example.label < len(self.class_names):
             raise UsageError(
                 f"label_column must give each image a class, got {example.label} in {self.name_of(example)} of "
-                f"{self.form.config.label_column!r}"
+                f"{self.image_format.config.label_column!r}: give it one, or leave the row out"
             )
         return int(example.label)
 
     def name_of(self, example: Example) -> str:
-        """For messages: the row in its file, or in all data, the path in the cell and the file."""
-        path, file = example.cell and example.cell["path"], self.files[example.shard]
-        row = example.row if file else example.row + int(self.counts[: example.shard].clip(0).sum())
-        where = " in ".join(part for part in (path, file) if part)
-        return decoding.name_of({"path": where or None}, row)
+        """Return what error messages call an example: its row in its file, its path and the file.
+
+        Where shards are parts of files, the row is the number of the row in the whole data set.
+        """
+        path, file = example.encoded and example.encoded["path"], self.files[example.shard]
+        row = example.row
+        if not file:
+            row += int(self.rows_per_shard[: example.shard].clip(0).sum())
+        location = " in ".join(part for part in (path, file) if part)
+        return decoding.name_of({"path": location or None}, row)
 
     def _name_of_shard(self, shard: int) -> str:
         return self.files[shard] or f"shard {shard} of {self.name!r}"
 
-    def _lost(self, what: str, error: Exception, remedy: str = "") -> RunError:
+    def _reading_error(self, name: str, error: Exception, remedy: str = "") -> RunError:
         if isinstance(error, RunError):
             return error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return RunError(f"{what} cannot be read any more: {reason}; put it back as it was{remedy}")
+        return RunError(f"{name} cannot be read any more: {reason}; put it back as it was{remedy}")
 
 
 def open_stream(config: DataConfig) -> ImageStream:
-    """The images of `config`, of which only the first are looked at; settings mean what they do for `load_images`.
+    """Open the split `train`, of which only the first images are read; the settings mean what they do for a cache.
+
+    Args:
+        config: The settings of the data.
 
     Raises:
-        UsageError: as `load_images`, as far as the first images show; labels are not a column of named classes.
+        UsageError: When `load_images` would raise it, as far as the first images show, or when the column of classes
+            does not name its classes.
     """
     source = find_source(config)
-    if source.kind in ("hub", "parquet"):
-        dataset, counts, files, identity, num_images = _open_iterable(source, config)
-    else:
-        # `datasets` keeps only the names of an image folder, and streams them as one shard in the order of the names.
-        dataset = open_dataset(config)
-        num_images = len(dataset)
-        num_shards = max(1, num_images // ROWS_PER_SHARD)
-        counts = np.array([num_images // num_shards + (i < num_images % num_shards) for i in range(num_shards)])
-        files, identity = ("",) * num_shards, _identity(source)
-    columns: list[str] = list(dataset.column_names)
-    class_names = getattr(dataset.features[columns[1]], "names", None) if len(columns) > 1 else None
-    if len(columns) > 1 and class_names is None:
-        raise UsageError(
-            f"label_column must be a ClassLabel of `datasets` to be streamed, got {columns[1]!r} of "
-            f"{dataset.features[columns[1]]}: cast it with cast_column, or leave out --streaming"
-        )
+    shards = _open_iterable(source, config) if source.kind in ("hub", "parquet") else _open_mapped(source, config)
+    columns: list[str] = list(shards.dataset.column_names)
     stream = ImageStream(
-        dataset=dataset.with_format("arrow"),
-        counts=counts,
-        files=files,
-        form=ImageFormat(config, 0, 0, 0),
-        class_names=class_names,
+        dataset=shards.dataset.with_format("arrow"),
+        rows_per_shard=shards.rows_per_shard,
+        files=shards.files,
+        image_format=ImageFormat(config, 0, 0, 0),
+        class_names=_class_names(shards.dataset, columns[1]) if len(columns) > 1 else None,
         fingerprint="",
         name=source.name,
-        license=license_of(source, dataset),
-        num_images=num_images,
+        license=license_of(source, shards.dataset),
+        num_images=shards.num_images,
     )
     examples = stream.examples()
     first = next(examples, None)
     if first is None:
-        raise no_rows(source)
-    form = infer_format(((stream.name_of(e), e.cell) for e in chain([first], examples)), config)
-    decisive = [STREAM_FORMAT, source.kind, identity, len(files), columns, config.dataset_config_name]
-    decisive += [form.resolution, form.channels, form.max_value, config.center_crop, config.preserve_input_precision]
-    fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-    return replace(stream, form=form, fingerprint=fingerprint)
+        raise no_images_error(source)
+    named_images = ((stream.name_of(example), example.encoded) for example in chain([first], examples))
+    image_format = infer_format(named_images, config)
+    content = [
+        STREAM_FORMAT,
+        source.kind,
+        shards.identity,
+        len(shards.files),
+        columns,
+        config.dataset_config_name,
+        image_format.resolution,
+        image_format.channels,
+        image_format.max_value,
+        config.center_crop,
+        config.preserve_input_precision,
+    ]
+    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return replace(stream, image_format=image_format, fingerprint=fingerprint)
 
 
-def _open_iterable(source: Source, config: DataConfig) -> tuple[Any, np.ndarray, tuple[str, ...], Any, int | None]:
-    """The data set, its rows per shard, the files that are its shards, what identifies it, and its rows."""
+def _class_names(dataset: Any, column: str) -> list[str]:
+    names = getattr(dataset.features[column], "names", None)
+    if names is None:
+        raise UsageError(
+            f"label_column must be a ClassLabel of `datasets` to be streamed, got {column!r} of "
+            f"{dataset.features[column]}: cast it with cast_column, or leave out --streaming"
+        )
+    return names
+
+
+class _Shards(NamedTuple):
+    """An opened source.
+
+    Args:
+        dataset: The columns of images and classes, not decoded.
+        rows_per_shard: As in `ImageStream`.
+        files: As in `ImageStream`.
+        identity: What identifies the data for the fingerprint: names and sizes of files, or names with their commit.
+        num_images: The number of rows; None if unknown.
+    """
+
+    dataset: Any
+    rows_per_shard: np.ndarray
+    files: tuple[str, ...]
+    identity: Any
+    num_images: int | None
+
+
+def _open_mapped(source: Source, config: DataConfig) -> _Shards:
+    """Open a source that `datasets` maps into memory, and divide it into shards of nearly equal size.
+
+    `datasets` keeps only the names of the files of an image folder, in the order of the names.
+    """
+    dataset = open_dataset(config)
+    num_images = len(dataset)
+    num_shards = max(1, num_images // ROWS_PER_SHARD)
+    smaller, num_larger = divmod(num_images, num_shards)
+    rows_per_shard = np.array([smaller + (shard < num_larger) for shard in range(num_shards)])
+    return _Shards(dataset, rows_per_shard, ("",) * num_shards, _names_and_sizes(source), num_images)
+
+
+def _open_iterable(source: Source, config: DataConfig) -> _Shards:
+    """Open a source whose files are read in passing; each file is a shard where `datasets` can do so."""
     import datasets
     from pyarrow.dataset import ParquetFragmentScanOptions
 
     path = str(source.folder or source.name)
-    with loading(source, config):
+    with as_usage_errors(source, config):
         builder = datasets.load_dataset_builder(path, config.dataset_config_name, cache_dir=config.cache_dir)
         if hasattr(builder.config, "decode_num_threads"):
             builder.config.decode_num_threads = 0  # pyright: ignore[reportAttributeAccessIssue]
         if hasattr(builder.config, "fragment_scan_options"):
-            # Else pyarrow keeps all that it has read of a file until the end of the file (apache/arrow#39808).
+            # Otherwise pyarrow keeps all that it has read of a file until the end of the file (apache/arrow#39808).
             options = ParquetFragmentScanOptions(pre_buffer=False)
             builder.config.fragment_scan_options = options  # pyright: ignore[reportAttributeAccessIssue]
         dataset: Any = builder.as_streaming_dataset(split="train")
     if dataset.features is None:
         raise UsageError(
-            "dataset_name must name data whose columns are declared, to be streamed: leave out --streaming"
+            f"dataset_name must name data whose columns are declared, to be streamed, got {source.name!r}: "
+            "leave out --streaming"
         )
-    names = [str(file) for file in (builder.config.data_files or {}).get("train", [])]
-    files = tuple(names) if len(names) == dataset.num_shards else ("",) * dataset.num_shards
-    counts = np.full(len(files), -1)
+    paths = [str(file) for file in (builder.config.data_files or {}).get("train", [])]
+    files = tuple(paths) if len(paths) == dataset.num_shards else ("",) * dataset.num_shards
+    rows_per_shard = np.full(len(files), UNKNOWN)
     split = (builder.info.splits or {}).get("train")
     num_images = split.num_examples if split else None
-    identity: Any = names or builder.hash
+    identity: Any = paths or builder.hash
     if source.folder is not None:
-        folder = os.path.realpath(source.folder)
-        within = [os.path.relpath(os.path.realpath(Path(name).parent), folder) for name in names]
-        identity = [(f"{w}/{Path(n).name}", Path(n).stat().st_size) for w, n in zip(within, names, strict=True)]
-        if all(name.endswith(".parquet") for name in files):
-            counts = np.array([_count_rows(source, name) for name in files])
-            num_images = int(counts.sum())
-    return choose_columns(dataset, config), counts, files, identity, num_images
+        identity = [(_relative_name(path, source.folder), Path(path).stat().st_size) for path in paths]
+        if all(path.endswith(".parquet") for path in files):
+            rows_per_shard = np.array([_count_rows(source, path) for path in files])
+            num_images = int(rows_per_shard.sum())
+    return _Shards(choose_columns(dataset, config), rows_per_shard, files, identity, num_images)
 
 
-def _identity(source: Source) -> list[tuple[str, int]]:
-    """Names and sizes of the files that hold the data, of a folder with other files beside them."""
+def _relative_name(path: str, folder: Path) -> str:
+    """Return the path of a file as seen from a folder; the file itself may be a link to elsewhere."""
+    parent = os.path.relpath(os.path.realpath(Path(path).parent), os.path.realpath(folder))
+    return f"{parent}/{Path(path).name}"
+
+
+def _names_and_sizes(source: Source) -> list[tuple[str, int]]:
+    """Return path and size of each file that holds data, in a folder that may hold other files, too."""
     assert source.folder is not None
-    wanted = {
+    holds_data = {
         "digits": lambda name: name.endswith(".parquet"),
         "images": lambda name: IMAGE_NAME.fullmatch(name) or name.startswith("metadata.") or name.endswith(".zip"),
         "saved": lambda name: name.endswith((".arrow", "state.json")),
     }[source.kind]
-    paths = [path for path in files_below(source.folder) if wanted(path.name)]
+    paths = [path for path in files_below(source.folder) if holds_data(path.name)]
     return [(path.relative_to(source.folder).as_posix(), path.stat().st_size) for path in paths if path.exists()]
+
+
+def _row_groups_from(dataset: Any, file: str, first_row: int) -> tuple[list[Any], int]:
+    """Divide a parquet file into its row groups, and leave out those before `first_row`.
+
+    `skip` alone would read all rows that it skips.
+
+    Returns:
+        A data set for each row group that is left, and the row of the first of them that `first_row` is.
+    """
+    group, group_sizes = 0, _row_group_sizes(file)
+    while group < len(group_sizes) and first_row >= group_sizes[group]:
+        first_row -= group_sizes[group]
+        group += 1
+    resharded = dataset.reshard()
+    return [resharded.shard(len(group_sizes), i) for i in range(group, len(group_sizes))], first_row
 
 
 def _count_rows(source: Source, file: str) -> int:
     try:
-        return sum(_row_groups(file))
+        return sum(_row_group_sizes(file))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{source.option} must hold whole parquet files, got {file!r}: {type(error).__name__}: {error}; replace it"
         ) from error
 
 
-def _row_groups(file: str) -> list[int]:
-    """Rows of each row group of a parquet file, here or on the Hub; only its footer is read."""
+def _row_group_sizes(file: str) -> list[int]:
+    """Return the number of rows of each row group of a parquet file, here or on the Hub; only its footer is read."""
     from pyarrow import parquet
 
     with fsspec.open(file, "rb") as opened:

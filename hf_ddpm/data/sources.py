@@ -1,4 +1,9 @@
-"""Where images come from: `digits`, a folder of images or of parquet files, a folder saved by `datasets`, a Hub id."""
+"""The sources of images: which of them a user means, and how `datasets` loads it.
+
+source     `digits`, a folder of images, a folder of parquet files, a folder saved by `datasets`, or a Hub id
+split      a named part of a source, `train` unless something else is said
+column     the images of a source stand in one column of its table, and perhaps their classes in another
+"""
 
 from __future__ import annotations
 
@@ -20,25 +25,36 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 IMAGE_NAME = re.compile(r".*\.(a?png|jpe?g|jpe|jfif|webp|bmp|dib|gif|tiff?|jp2|p[bgnp]m|tga|ico)", re.IGNORECASE)
-SPLIT_NAMES = ("test", "validation", "valid", "val", "eval", "dev")
+# A folder with `train` and one of these in it has splits, as `datasets` understands it.
+HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
 
 
 @dataclass(frozen=True)
 class Source:
-    option: str  # the setting that names it
-    kind: str  # digits | images | parquet | saved | hub
+    """Where images come from.
+
+    Args:
+        option: The setting by which the user named the source: "dataset_name" or "train_data_dir".
+        kind: "digits", "images" (a folder of them), "parquet" (a folder), "saved" (by `datasets`) or "hub".
+        name: The name of the folder without the folders above it, or the Hub id.
+        folder: The folder; None for the Hub.
+    """
+
+    option: str
+    kind: str
     name: str
     folder: Path | None
 
 
 def check_source(config: DataConfig, output_dir: str | None = None) -> None:
-    """Check that the images can have such a source, from file names alone and without a network.
+    """Check by file names alone, without a network, that the settings name a possible source.
 
     Args:
+        config: The settings of the data.
         output_dir: The folder that a run would write to; None if nothing is written.
 
     Raises:
-        UsageError: They cannot, or `output_dir` lies in the folder of images.
+        UsageError: When no source can be meant, or `output_dir` lies in the folder of images.
     """
     source = find_source(config)
     if source.folder is None or output_dir is None:
@@ -51,6 +67,11 @@ def check_source(config: DataConfig, output_dir: str | None = None) -> None:
 
 
 def find_source(config: DataConfig) -> Source:
+    """Find the source that the settings name.
+
+    Raises:
+        UsageError: When there is no such folder, it holds no images, or two settings contradict each other.
+    """
     name, train_data_dir = config.dataset_name, config.train_data_dir
     if name and train_data_dir:
         raise UsageError(
@@ -60,17 +81,15 @@ def find_source(config: DataConfig) -> Source:
         name = "digits"
     given = name or train_data_dir
     if not given:
-        raise UsageError("dataset_name must be a name, a folder or a Hub id, got '': say, --dataset_name digits")
+        raise UsageError(
+            "dataset_name must be a name, a folder or a Hub id, got '': leave it out, or give --dataset_name digits"
+        )
     option = "dataset_name" if name else "train_data_dir"
     folder = Path(given).expanduser()
     if name == "digits":
         source = Source(option, "digits", name, Path(str(resources.files("hf_ddpm.data") / "digits")))
     elif folder.is_dir():
-        kind = _folder_kind(option, folder)
-        has_splits = (folder / "train").is_dir() and any((folder / split).is_dir() for split in SPLIT_NAMES)
-        label = folder.resolve().name
-        # Of a folder with splits `train` is meant, as `datasets` loads it.
-        source = Source(option, kind, label, folder / "train" if kind == "images" and has_splits else folder)
+        source = _folder_source(option, folder)
     elif train_data_dir or folder.exists() or given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise UsageError(f"{option} must be a folder, got {given!r}: there is no folder {str(folder.absolute())!r}")
     else:
@@ -82,7 +101,16 @@ def find_source(config: DataConfig) -> Source:
     return source
 
 
+def _folder_source(option: str, folder: Path) -> Source:
+    kind, name = _folder_kind(option, folder), folder.resolve().name
+    has_splits = (folder / "train").is_dir() and any((folder / split).is_dir() for split in HELD_OUT_SPLITS)
+    if kind == "images" and has_splits:
+        folder = folder / "train"  # `datasets` loads this folder as the split `train`, too.
+    return Source(option, kind, name, folder)
+
+
 def _folder_kind(option: str, folder: Path) -> str:
+    """Return "saved", "images" or "parquet"; only `dataset_name` may name a folder that is not of images."""
     if option == "dataset_name" and (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         if "train" not in splits:
@@ -104,30 +132,37 @@ def _folder_kind(option: str, folder: Path) -> str:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its sub-folders, sorted in each; hidden ones are left out, as by `datasets`."""
     for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
 
 
-def open_dataset(config: DataConfig) -> Dataset:
-    """The split `train`: the column of images, not decoded, and after it that of labels if `label_column` is given.
+def open_dataset(config: DataConfig, split: str = "train", split_option: str = "split") -> Dataset:
+    """Open a split: the column of encoded images, and after it the column of classes if `label_column` is given.
+
+    Args:
+        config: The settings of the data.
+        split: The name of the split; only a parquet folder and a data set on the Hub have others than `train`.
+        split_option: The setting by which the user named the split, for error messages.
 
     Raises:
-        UsageError: the source cannot be loaded or is empty, or its columns are not what the settings say.
+        UsageError: When the source cannot be loaded, has no such split, is empty, or lacks the columns that the
+            settings name.
     """
     source = find_source(config)
-    with loading(source, config):
-        loaded = _load(source, config)
+    with as_usage_errors(source, config, split, split_option):
+        loaded = _load_split(source, config, split)
     dataset: Any = choose_columns(loaded, config)
     if len(dataset) == 0:
-        raise no_rows(source)
+        raise no_images_error(source)
     return dataset
 
 
-def _load(source: Source, config: DataConfig) -> Any:
+def _load_split(source: Source, config: DataConfig, split: str) -> Any:
     import datasets
 
-    options: dict[str, Any] = {"split": "train", "cache_dir": config.cache_dir}
+    options: dict[str, Any] = {"split": split, "cache_dir": config.cache_dir}
     folder = source.folder
     if folder is None:
         return datasets.load_dataset(source.name, config.dataset_config_name, **options)
@@ -139,25 +174,34 @@ def _load(source: Source, config: DataConfig) -> Any:
     if source.kind == "parquet":
         return datasets.load_dataset(str(folder), config.dataset_config_name, **options)
     saved = datasets.load_from_disk(str(folder))
-    return saved["train"] if isinstance(saved, datasets.DatasetDict) else saved
+    return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
 
 
 @contextlib.contextmanager
-def loading(source: Source, config: DataConfig) -> Iterator[None]:
-    """Within it, what `datasets` raises for a source becomes a UsageError, and a local folder needs no network."""
+def as_usage_errors(
+    source: Source, config: DataConfig, split: str = "train", split_option: str = "split"
+) -> Iterator[None]:
+    """Turn what `datasets` raises for a source into a UsageError for the duration of a `with` block.
+
+    In the block, `datasets` uses no network for a local folder.
+    """
     from datasets import config as hf_config
     from datasets.exceptions import DatasetsError
 
-    counts = hf_config.HF_UPDATE_DOWNLOAD_COUNTS
+    updates_counts = hf_config.HF_UPDATE_DOWNLOAD_COUNTS
     try:
         if source.folder is not None:
-            # else `datasets` reports local folders over the network too, and without one waits seconds for it
+            # Otherwise `datasets` reports local folders over the network too, and waits for seconds without one.
             hf_config.HF_UPDATE_DOWNLOAD_COUNTS = False
         yield
-    except IndexError as error:  # what `datasets` raises for a folder that it saved without rows
-        raise no_rows(source) from error
+    except IndexError as error:  # `datasets` raises it for a folder that it saved without rows.
+        raise no_images_error(source) from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = f"{type(error).__name__}: {error}"
+        if split != "train":
+            raise UsageError(
+                f"{split_option} must be a split of {source.option} {source.name!r}, got {split!r}: {reason}"
+            ) from error
         if source.folder is None and isinstance(error, OSError):
             raise UsageError(
                 f"dataset_name must be `digits`, a folder or a data set on the Hub, got {source.name!r}: it is "
@@ -168,44 +212,50 @@ def loading(source: Source, config: DataConfig) -> Iterator[None]:
             f"several configurations, got {source.name!r} with {config.dataset_config_name!r}: {reason}"
         ) from error
     finally:
-        hf_config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        hf_config.HF_UPDATE_DOWNLOAD_COUNTS = updates_counts
 
 
 def choose_columns(dataset: Any, config: DataConfig) -> Any:
-    """The column of images, not decoded, and after it that of labels if `label_column` is given."""
+    """Select the column of images, not decoded, and after it the column of classes if `label_column` is given.
+
+    Raises:
+        UsageError: When a column does not exist or holds something else, or when the column of images must be named.
+    """
     import datasets
 
-    features, column, label = dataset.features, config.image_column, config.label_column
-    images = [name for name, feature in features.items() if _holds_images(feature)]
-    if column is None:
-        if len(images) != 1:
-            found = f"several columns of images, {images}" if images else f"no column of images among {list(features)}"
-            raise UsageError(f"image_column must name the images, got None: there are {found}; give --image_column")
-        column = images[0]
-    elif column not in features:
-        raise UsageError(f"image_column must be one of {images or list(features)}, got {column!r}: --image_column")
-    elif column not in images and getattr(features[column], "dtype", None) not in ("binary", "large_binary"):
-        raise UsageError(f"image_column must hold images, got {column!r} of {features[column]}: --image_column")
-    if label is not None and label not in features:
-        raise UsageError(f"label_column must be one of {list(features)}, got {label!r}: --label_column")
-    if label is not None and not _holds_classes(features[label]):
+    column, label = _image_column(dataset.features, config.image_column), config.label_column
+    if label is not None and label not in dataset.features:
+        raise UsageError(f"label_column must be one of {list(dataset.features)}, got {label!r}: --label_column")
+    if label is not None and not _holds_classes(dataset.features[label]):
         raise UsageError(
-            f"label_column must hold integers, classes or strings, got {label!r} of {features[label]}: --label_column"
+            "label_column must hold integers, classes or strings, "
+            f"got {label!r} of {dataset.features[label]}: --label_column"
         )
     columns = [column] if label is None else [column, label]
     return dataset.select_columns(columns).cast_column(column, datasets.Image(decode=False))
 
 
-def no_rows(source: Source) -> UsageError:
-    return UsageError(f"{source.option} must hold images, got {source.name!r} with 0 rows: name another")
-
-
-def license_of(source: Source, dataset: Any) -> str | None:
-    return "cc-by-4.0" if source.kind == "digits" else dataset.info.license or None
+def _image_column(features: Any, column: str | None) -> str:
+    image_columns = [name for name, feature in features.items() if _holds_images(feature)]
+    if column is None:
+        if len(image_columns) == 1:
+            return image_columns[0]
+        problem = f"there is no column of images among {list(features)}"
+        if image_columns:
+            problem = f"there are several columns of images, {image_columns}"
+        raise UsageError(f"image_column must name the images, got None: {problem}; give --image_column")
+    if column not in features:
+        raise UsageError(
+            f"image_column must be one of {image_columns or list(features)}, got {column!r}: --image_column"
+        )
+    holds_bytes = getattr(features[column], "dtype", None) in ("binary", "large_binary")
+    if column not in image_columns and not holds_bytes:
+        raise UsageError(f"image_column must hold images, got {column!r} of {features[column]}: --image_column")
+    return column
 
 
 def _holds_images(feature: Any) -> bool:
-    if isinstance(feature, dict):  # what an Image is in parquet files without `datasets`' metadata
+    if isinstance(feature, dict):  # In parquet files that other tools wrote, an image is a struct of these two.
         return set(feature) == {"bytes", "path"}
     return type(feature).__name__ == "Image"
 
@@ -213,3 +263,13 @@ def _holds_images(feature: Any) -> bool:
 def _holds_classes(feature: Any) -> bool:
     dtype = str(getattr(feature, "dtype", ""))
     return dtype in ("string", "large_string", "bool") or dtype.startswith(("int", "uint"))
+
+
+def no_images_error(source: Source) -> UsageError:
+    """Return the error for a source without rows."""
+    return UsageError(f"{source.option} must hold images, got {source.name!r} with 0 rows: name another")
+
+
+def license_of(source: Source, dataset: Any) -> str | None:
+    """Return the license of a data set as its metadata state it; None if they state none."""
+    return "cc-by-4.0" if source.kind == "digits" else dataset.info.license or None

@@ -1,4 +1,4 @@
-"""Any split of any source of images."""
+"""Any split of any source of images, decoded into a cache as the split `train` is."""
 
 from __future__ import annotations
 
@@ -8,60 +8,52 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.sources import Source, find_source
+from hf_ddpm.data.sources import Source, find_source, open_dataset
 from hf_ddpm.runtime.errors import UsageError
 
 
 @contextlib.contextmanager
 def open_split(config: DataConfig, split: str, option: str = "split") -> Iterator[ImageCache]:
-    """The images of a split, as `load_images` gives those of `train`; they may be gone afterwards.
+    """Provide the images of a split for the duration of a `with` block; afterwards their files may be deleted.
 
     Args:
-        option: what the user named the split by, for errors.
+        config: The settings of the data.
+        split: The name of the split.
+        option: The setting by which the user named the split, for error messages.
 
-    Raises: UsageError as `load_images`, or if there is no such split.
+    Raises:
+        UsageError: When there is no such split, or as `load_images` raises it.
     """
     if not re.fullmatch(r"\w+([.-]\w+)*", split):
         raise UsageError(f"{option} must be a name such as train or test, got {split!r}")
     source = find_source(config)
     if split == "train":
         yield load_images(config)
-    elif source.kind in ("images", "saved"):
-        # Both keep a split in a folder of its name.
-        root = Path(config.dataset_name or config.train_data_dir or "").expanduser()
-        folder = root / split
-        if not folder.is_dir():
-            raise UsageError(f"{option} must be in {source.option} as a folder, got {split!r} of {source.name!r}")
-        if option != "split" and source.kind == "images" and source.folder == root:
-            raise UsageError(
-                f"{option} must be held out, got {split!r} of {source.name!r}, all of which is trained on: put the "
-                "others in a folder `train` beside it"
-            )
-        kind = "train_data_dir" if source.kind == "images" else "dataset_name"
-        folders = {"dataset_name": None, "train_data_dir": None, kind: str(folder)}
-        yield load_images(replace(config, **folders))
     elif source.kind == "digits":
         raise UsageError(f"{option} must be train, which is all that digits has, got {split!r}")
+    elif source.kind in ("images", "saved"):
+        yield load_images(_config_of_split_folder(source, config, split, option))
     else:
         with tempfile.TemporaryDirectory(prefix="hf_ddpm-", ignore_cleanup_errors=True) as temporary:
             saved = Path(temporary) / "split"
-            _load_split(source, config, split, option).save_to_disk(saved)
-            settings = {"dataset_name": str(saved), "dataset_config_name": None, "cache_dir": temporary}
-            yield load_images(replace(config, **settings))
+            open_dataset(config, split, option).save_to_disk(saved)
+            yield load_images(replace(config, dataset_name=str(saved), dataset_config_name=None, cache_dir=temporary))
 
 
-def _load_split(source: Source, config: DataConfig, split: str, option: str) -> Any:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    path = source.name if source.folder is None else str(source.folder)
-    try:
-        return datasets.load_dataset(path, config.dataset_config_name, split=split, cache_dir=config.cache_dir)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+def _config_of_split_folder(source: Source, config: DataConfig, split: str, option: str) -> DataConfig:
+    """Return the settings that name the folder of a split: images and saved data sets keep each split in its own."""
+    root = Path(config.dataset_name or config.train_data_dir or "").expanduser()
+    folder = root / split
+    if not folder.is_dir():
+        raise UsageError(f"{option} must be in {source.option} as a folder, got {split!r} of {source.name!r}")
+    if option != "split" and source.kind == "images" and source.folder == root:
         raise UsageError(
-            f"{option} must be one of {source.option} {source.name!r}, got {split!r}: {type(error).__name__}: {error}"
-        ) from error
+            f"{option} must be held out, got {split!r} of {source.name!r}, all of which is trained on: put the "
+            "others in a folder `train` beside it"
+        )
+    if source.kind == "images":
+        return replace(config, dataset_name=None, train_data_dir=str(folder))
+    return replace(config, dataset_name=str(folder), train_data_dir=None)

@@ -8,12 +8,12 @@
       KID     k(x, y) = (x.y / d + 1)^3, i != j within a set                        Binkowski et al. 2018
       CMMD    1000 MMD^2, k(x, y) = exp(-|x - y|^2 / 200), |x| = |y| = 1, all i, j  Jayasumana et al. 2024
     B(y_j) = open ball around y_j; its radius: the distance to the k-th nearest other row of Y. B(x_i) likewise in X
-      precision = share of X in any B(y_j)         recall   = share of Y in any B(x_i)    Kynkäänniemi et al. 2019
+      precision = fraction of X in any B(y_j)      recall   = fraction of Y in any B(x_i) Kynkäänniemi et al. 2019
       density   = mean over X of #{j: x in B(y_j)} / k                                    Naeem et al. 2020
-      coverage  = share of j with any of X in B(y_j)                                      Naeem et al. 2020
+      coverage  = fraction of j with any of X in B(y_j)                                   Naeem et al. 2020
 
-Features may have any real type and device; what is computed from them is float64, there. Nothing here is random, and
-no n x m matrix is made: work goes by blocks, whose size changes rounding only.
+Features may have any real type and device; everything is computed there in float64. Nothing here is random. No n x m
+matrix is made: pairs of rows are taken in blocks, whose size changes only the rounding.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from torch import Tensor
 
 from hf_ddpm.runtime.errors import UsageError
 
-BLOCK_SIZE = 1024  # rows; a block of pairs has 8 MB
+BLOCK_SIZE = 1024  # rows; a block of pairs takes 8 MB
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean and scatter of rows that are seen in parts, by one process or several, in any order.
+    """The count, mean and scatter of rows, which may be added in parts, by several processes and in any order.
 
     The fields are plain tensors: `save_file(vars(moments), path)`, `Moments(**load_file(path))`.
 
     Args:
-        count: () int64.
-        mean: (d,) float64.
-        scatter: S, (d, d) float64; means are taken off before products are summed: a large one costs no digits.
+        count: Number of rows, () int64.
+        mean: Their mean, (d,) float64.
+        scatter: S, (d, d) float64. The mean is subtracted before products are summed, so that a large mean costs no
+            digits.
     """
 
     count: Tensor
@@ -50,81 +51,67 @@ class Moments:
 
     @classmethod
     def empty(cls, num_features: int, device: torch.device | str = "cpu") -> Moments:
-        """Of no rows."""
+        """Return the moments of zero rows."""
         mean = torch.zeros(num_features, dtype=torch.float64, device=device)
         return cls(torch.zeros((), dtype=torch.int64, device=device), mean, torch.outer(mean, mean))
 
     @classmethod
-    def of(cls, features: Tensor, block_size: int = BLOCK_SIZE) -> Moments:
-        """Of the rows of one matrix."""
+    def of(cls, features: Tensor) -> Moments:
+        """Return the moments of the rows of one matrix, (n, d)."""
         moments = cls.empty(_check(features, "features", min_rows=0).shape[1], features.device)
-        for block in features.split(block_size):
+        for block in features.split(BLOCK_SIZE):
             moments = moments.update(block)
         return moments
 
     def update(self, features: Tensor) -> Moments:
-        """Of the rows seen and those of `features`, (B, d). Returns new moments."""
+        """Add the rows of `features`, (B, d), and return new moments."""
         _check(features, "features", min_rows=0)
         _check_same_width(features.shape[1], len(self.mean))
         if len(features) == 0:
             return self
-        count, mean = self.count.new_tensor(len(features)), features.double().mean(dim=0)
-        shift, share = self._shift(count, mean)
-        # `merge` in one matrix product: the shift is a row among the others.
-        rows = torch.cat([features.double() - mean, (shift * (self.count * share).sqrt())[None]])
-        return Moments(self.count + count, self.mean + shift * share, self.scatter.addmm(rows.T, rows))
+        count = self.count.new_tensor(len(features))
+        mean = features.double().mean(dim=0)
+        shift, fraction = self._shift(count, mean)
+        # This is `merge` in one matrix product, with the shift as one more row.
+        rows = torch.cat([features.double() - mean, (shift * (self.count * fraction).sqrt())[None]])
+        return Moments(self.count + count, self.mean + shift * fraction, self.scatter.addmm(rows.T, rows))
 
     def merge(self, other: Moments) -> Moments:
-        """Of both sets together, Chan et al. 1979: mu_a + shift n_b / n, S_a + S_b + shift shift^T n_a n_b / n."""
+        """Return the moments of both sets together.
+
+        mu = mu_a + shift n_b / n,  S = S_a + S_b + shift shift^T n_a n_b / n;  Chan et al. 1979.
+        """
         _check_same_width(len(other.mean), len(self.mean))
-        shift, share = self._shift(other.count, other.mean)
-        scatter = self.scatter + other.scatter + torch.outer(shift, shift) * (self.count * share)
-        return Moments(self.count + other.count, self.mean + shift * share, scatter)
+        shift, fraction = self._shift(other.count, other.mean)
+        scatter = self.scatter + other.scatter + torch.outer(shift, shift) * (self.count * fraction)
+        return Moments(self.count + other.count, self.mean + shift * fraction, scatter)
 
     def _shift(self, count: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """mu_b - mu_a and n_b / n."""
+        """Return mu_b - mu_a and n_b / n."""
         return mean - self.mean, count.double() / (self.count + count).clamp(min=1)
 
 
 def frechet_distance(moments_x: Moments, moments_y: Moments) -> float:
-    """Frechet distance of the Gaussians with these moments, at least 0.
+    """Return the Fréchet distance of the Gaussians with these moments, at least 0.
 
-    With n or m of about d or fewer it is biased upwards by far more than the differences of interest: the caller has
-    to refuse or to warn. The bias falls with n, so that distances compare at equal n and m only.
+    It is biased upwards. With n or m of about d or fewer, the bias is far larger than the differences of interest, so
+    that the caller has to refuse or to warn. The bias falls with n and m: only distances of equal n and m compare.
 
-    Raises: UsageError if a set has fewer than 2 rows or d differs.
+    Raises:
+        UsageError: When a set has fewer than 2 rows, or the sets differ in d.
     """
     _check_same_width(len(moments_x.mean), len(moments_y.mean))
-    return _frechet(moments_x.mean, _root(moments_x), moments_y.mean, _root(moments_y))
-
-
-def frechet_distance_from_features(X: Tensor, Y: Tensor, block_size: int = BLOCK_SIZE) -> float:
-    """`frechet_distance` of two matrices; one with no more rows than columns is its own root, which is cheaper."""
-    _check_pair(X, Y)
-    parts: list[Tensor] = []
-    for features in (X, Y):
-        if len(features) > features.shape[1]:
-            moments = Moments.of(features, block_size)
-            parts += [moments.mean, _root(moments)]
-        else:
-            mean = features.double().mean(dim=0)
-            parts += [mean, (features.double() - mean) / math.sqrt(len(features) - 1)]
-    return _frechet(*parts)
-
-
-def _frechet(mean_x: Tensor, root_x: Tensor, mean_y: Tensor, root_y: Tensor) -> float:
-    """From roots, R^T R = C: Tr (C_X C_Y)^(1/2) is the nuclear norm of R_X R_Y^T.
-
-    Its singular values are the roots of the eigenvalues of C_X^(1/2) C_Y C_X^(1/2). Those err by 1e-16, so that a zero
-    among them would count as 1e-8.
-    """
+    root_x, root_y = _root(moments_x), _root(moments_y)
+    # Tr (C_X C_Y)^(1/2) is the sum of the singular values of R_X R_Y^T. They are the square roots of the eigenvalues
+    # of C_X^(1/2) C_Y C_X^(1/2), which err by 1e-16: an eigenvalue of 0 would count as 1e-8.
     trace = torch.linalg.svdvals(root_x @ root_y.T).sum()
-    distance = (mean_x - mean_y).square().sum() + root_x.square().sum() + root_y.square().sum() - 2 * trace
+    shift = (moments_x.mean - moments_y.mean).square().sum()
+    distance = shift + root_x.square().sum() + root_y.square().sum() - 2 * trace
     return max(0.0, distance.item())
 
 
 def _root(moments: Moments) -> Tensor:
-    """R with R^T R = C, (r, d): r = min(n - 1, d), as no more eigenvalues can be above 0."""
+    """Return R with R^T R = C, (r, d), where r = min(n - 1, d): no more eigenvalues of C can be above 0."""
     count = int(moments.count)
     if count < 2:
         raise UsageError(f"a covariance needs at least 2 rows, got {count}: give more images")
@@ -133,39 +120,41 @@ def _root(moments: Moments) -> Tensor:
 
 
 class KernelDistance(NamedTuple):
-    """An MMD^2 and its standard error over draws of both sets."""
+    """An MMD^2 and its standard error, the spread that new draws of both sets would give."""
 
     distance: float
     standard_error: float
 
 
-def kernel_distance(X: Tensor, Y: Tensor, block_size: int = BLOCK_SIZE) -> KernelDistance:
-    """KID: the unbiased MMD^2 over all pairs. Its mean is 0 for equal distributions, so that it can be negative.
+def kernel_distance(X: Tensor, Y: Tensor) -> KernelDistance:
+    """Return KID, the unbiased MMD^2 over all pairs: its mean is 0 for equal distributions, so it can be negative.
 
-    Means over random subsets, in most papers 100 of 1,000 rows, have the same expectation and a larger variance, and
-    the spread of subsets, which overlap, is no standard error. The one here is of all pairs; see `_mmd`. Takes
-    d (n + m)^2 / 2 multiplications.
+    Most papers average over random subsets, 100 of 1,000 rows each. That has the same expectation and a larger
+    variance, and the spread of overlapping subsets is no standard error. `_mmd` says what the standard error is here.
+    The computation takes d (n + m)^2 / 2 multiplications.
 
-    Raises: UsageError if a set has fewer than 4 rows.
+    Raises:
+        UsageError: When a set has fewer than 4 rows.
     """
     _check_pair(X, Y, min_rows=4)
-    within_x, within_y, between, standard_error = _mmd(X, Y, _polynomial_kernel, block_size)
+    within_x, within_y, between, standard_error = _mmd(X, Y, _polynomial_kernel)
     return KernelDistance(within_x + within_y - 2 * between, standard_error)
 
 
-def cmmd(X: Tensor, Y: Tensor, block_size: int = BLOCK_SIZE) -> KernelDistance:
-    """CMMD of CLIP embeddings, which are divided by their lengths here.
+def cmmd(X: Tensor, Y: Tensor) -> KernelDistance:
+    """Return CMMD of CLIP embeddings, which this function divides by their lengths.
 
-    As published, its means include k(x_i, x_i) = 1: for equal distributions the expectation is not 0 but
-    1000 (1 - E k(x, x')) (1/n + 1/m), so that distances compare at equal n and m only.
+    As published, its means include k(x_i, x_i) = 1. For equal distributions the expectation is therefore not 0 but
+    1000 (1 - E k(x, x')) (1/n + 1/m): only distances of equal n and m compare.
 
-    Raises: UsageError if a set has fewer than 4 rows or a row is zero.
+    Raises:
+        UsageError: When a set has fewer than 4 rows, or a row is zero.
     """
     _check_pair(X, Y, min_rows=4)
     if not (X.any(dim=1).all() and Y.any(dim=1).all()):
         raise UsageError("an embedding must not be zero, as it has no direction: check the network")
     # These are means of k - 1, which is 0 for i = j.
-    within_x, within_y, between, standard_error = _mmd(X, Y, _gaussian_kernel_minus_one, block_size)
+    within_x, within_y, between, standard_error = _mmd(X, Y, _gaussian_kernel_minus_one)
     distance = within_x * (1 - 1 / len(X)) + within_y * (1 - 1 / len(Y)) - 2 * between
     return KernelDistance(CMMD_SCALE * distance, CMMD_SCALE * standard_error)
 
@@ -180,58 +169,67 @@ def _gaussian_kernel_minus_one(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T).sub_(1).div_(CMMD_SIGMA**2).expm1_()  # |x - y|^2 = 2 - 2 x.y
 
 
-def _mmd(
-    X: Tensor, Y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], block_size: int
-) -> tuple[float, float, float, float]:
-    """Means of k over i != j in X, in Y, and between them; the standard error of the unbiased MMD^2.
+def _mmd(X: Tensor, Y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float, float, float]:
+    """Return the means of k over i != j in X, in Y, and between them, and the standard error of the unbiased MMD^2.
 
-    Its variance, by Hoeffding's decomposition, is exactly
+    By Hoeffding's decomposition, the variance of the MMD^2 is exactly
 
         4 V_x / n + 4 V_y / m + 2 V_xx / (n (n-1)) + 2 V_yy / (m (m-1)) + 4 V_xy / (n m)
 
-    V_x = Var(E k(x, x') - E k(x, y)) over x, V_y likewise; V_xx, V_yy, V_xy: variance of k less its conditional means
-    given either argument. Each has an unbiased estimate in row sums and sums of squares of the three kernel matrices.
-    The first two terms are 0 for equal distributions, where the variance of row means alone (the jackknife) is twice
-    the true one; their estimate is cut at 0, so that what errs is on the large side.
+    V_x = Var(E k(x, x') - E k(x, y)) over x, and V_y likewise. V_xx, V_yy and V_xy are the variance of k minus its
+    conditional means given either argument. Row sums and sums of squares of the three kernel matrices give an
+    unbiased estimate of each. For equal distributions the first two terms are 0, and the variance of row means alone
+    (the jackknife) is twice the true one. Their estimate is cut off at 0: the standard error is rather too large.
     """
     n, m = len(X), len(Y)
-    rows_x, _, squares_x = _kernel_sums(X, None, kernel, block_size)
-    rows_y, _, squares_y = _kernel_sums(Y, None, kernel, block_size)
-    rows_xy, columns_xy, squares_xy = _kernel_sums(X, Y, kernel, block_size)
-    # Sums of squares of the matrices, doubly centered without their diagonals, over degrees of freedom.
+    rows_x, _, squares_x = _kernel_sums(X, None, kernel)
+    rows_y, _, squares_y = _kernel_sums(Y, None, kernel)
+    rows_xy, columns_xy, squares_xy = _kernel_sums(X, Y, kernel)
+    # Sums of squares of the matrices, doubly centered without their diagonals, divided by their degrees of freedom.
     v_xx = squares_x - 2 * rows_x.square().sum() / (n - 2) + rows_x.sum().square() / ((n - 1) * (n - 2))
     v_yy = squares_y - 2 * rows_y.square().sum() / (m - 2) + rows_y.sum().square() / ((m - 1) * (m - 2))
     v_xy = squares_xy - rows_xy.square().sum() / m - columns_xy.square().sum() / n + rows_xy.sum().square() / (n * m)
     v_xx, v_yy = v_xx.clamp(min=0) / (n * (n - 3)), v_yy.clamp(min=0) / (m * (m - 3))
     v_xy = v_xy.clamp(min=0) / ((n - 1) * (m - 1))
-    # n - 2 where a mean has n - 1: a row's own effect is also in the mean over rows.
+    # The divisor is n - 2 where a mean has n - 1, because a row's own effect is also in the mean over rows.
     v_x = (rows_x / (n - 2) - rows_xy / m).var() - v_xx / (n - 2) - v_xy / m
     v_y = (rows_y / (m - 2) - columns_xy / n).var() - v_yy / (m - 2) - v_xy / n
     variance = (4 * v_x / n + 4 * v_y / m).clamp(min=0)
     variance = variance + 2 * v_xx / (n * (n - 1)) + 2 * v_yy / (m * (m - 1)) + 4 * v_xy / (n * m)
-    within_x, within_y, between = rows_x.sum() / (n * (n - 1)), rows_y.sum() / (m * (m - 1)), rows_xy.sum() / (n * m)
+    within_x = rows_x.sum() / (n * (n - 1))
+    within_y = rows_y.sum() / (m * (m - 1))
+    between = rows_xy.sum() / (n * m)
     return within_x.item(), within_y.item(), between.item(), variance.sqrt().item()
 
 
 def _kernel_sums(
-    X: Tensor, Y: Tensor | None, kernel: Callable[[Tensor, Tensor], Tensor], block_size: int
+    X: Tensor, Y: Tensor | None, kernel: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row sums, column sums and sum of squares of a kernel matrix; without Y of X with itself, less its diagonal."""
+    """Return row sums, column sums and the sum of squares of a kernel matrix.
+
+    Args:
+        Y: None: X with itself, without the diagonal of the matrix.
+    """
     rows = torch.zeros(len(X), dtype=torch.float64, device=X.device)
-    columns, squares = rows if Y is None else rows.new_zeros(len(Y)), rows.new_zeros(())
-    for i, j, x, y in _blocks(X, Y, block_size):
-        k, on_diagonal = kernel(x, y), Y is None and i == j
+    columns = rows if Y is None else rows.new_zeros(len(Y))
+    squares = rows.new_zeros(())
+    for i, j, x, y in _blocks(X, Y):
+        k = kernel(x, y)
+        on_diagonal = Y is None and i == j
         if on_diagonal:
             k.fill_diagonal_(0)
         rows[i] += k.sum(dim=1)
         if not on_diagonal:
-            columns[j] += k.sum(dim=0)  # without Y, of the mirrored block
+            columns[j] += k.sum(dim=0)  # Without Y, these are the row sums of the mirrored block.
         squares += k.flatten().dot(k.flatten()) * (2 if Y is None and not on_diagonal else 1)
     return rows, columns, squares
 
 
 class PRDC(NamedTuple):
-    """Fidelity: precision, density. Diversity: recall, coverage. Density can be above 1."""
+    """Precision and density, which tell fidelity, and recall and coverage, which tell diversity.
+
+    Density can exceed 1.
+    """
 
     precision: float
     recall: float
@@ -239,43 +237,53 @@ class PRDC(NamedTuple):
     coverage: float
 
 
-def precision_recall_density_coverage(X: Tensor, Y: Tensor, k: int = 5, block_size: int = BLOCK_SIZE) -> PRDC:
-    """Precision, recall, density and coverage. A point just at a ball's radius is outside, as in Naeem et al.'s code.
+def precision_recall_density_coverage(X: Tensor, Y: Tensor, k: int = 5) -> PRDC:
+    """Return precision, recall, density and coverage.
 
-    All four depend on n, m and k.
+    A point exactly at a ball's radius is outside, as in Naeem et al.'s code. All four values depend on n, m and k.
 
-    Raises: UsageError if k is not in [1, min(n, m) - 1].
+    Args:
+        k: The neighbor whose distance is a ball's radius.
+
+    Raises:
+        UsageError: When k is not in [1, min(n, m) - 1].
     """
     _check_pair(X, Y)
     if not 1 <= k < min(len(X), len(Y)):
         raise UsageError(f"k must be in [1, {min(len(X), len(Y)) - 1}], got {k}: each row needs k others in its set")
-    # |x|^2 + |y|^2 - 2 x.y loses the digits that a mean takes; that of some rows is near enough.
-    center = Y[:block_size].double().mean(dim=0)
-    radii_x, radii_y = _squared_radii(X, center, k, block_size), _squared_radii(Y, center, k, block_size)
+    # |x|^2 + |y|^2 - 2 x.y loses digits when the mean is large. Subtracting the mean of some rows prevents that.
+    center = Y[:BLOCK_SIZE].double().mean(dim=0)
+    radii_x, radii_y = _squared_radii(X, center, k), _squared_radii(Y, center, k)
     num_balls = torch.zeros(len(X), dtype=torch.float64, device=X.device)  # #{j: x_i in B(y_j)}
     is_covered = torch.zeros(len(Y), dtype=torch.bool, device=X.device)
     is_recalled = torch.zeros_like(is_covered)
-    for i, j, x, y in _blocks(X, Y, block_size):
-        # More than rounding, which depends on a row's place in its block: who is at the radius is outside.
+    for i, j, x, y in _blocks(X, Y):
+        # The margin is larger than the rounding, which depends on a row's position in its block. So a row exactly at
+        # the radius is always outside.
         distances = _squared_distances(x - center, y - center, margin=1e-12)
         inside = distances < radii_y[j]
         num_balls[i] += inside.sum(dim=1)
         is_covered[j] |= inside.any(dim=0)
         is_recalled[j] |= (distances < radii_x[i, None]).any(dim=0)
-    shares = [part.double().mean().item() for part in (num_balls > 0, is_recalled, num_balls / k, is_covered)]
-    return PRDC(*shares)
+    means = [values.double().mean().item() for values in (num_balls > 0, is_recalled, num_balls / k, is_covered)]
+    return PRDC(*means)
 
 
-def _squared_radii(X: Tensor, center: Tensor, k: int, block_size: int) -> Tensor:
-    """Squared distance of each row to its k-th nearest other row, (n,)."""
+def _squared_radii(X: Tensor, center: Tensor, k: int) -> Tensor:
+    """Return the squared distance of each row to its k-th nearest other row, (n,)."""
     nearest = torch.full((len(X), k), math.inf, dtype=torch.float64, device=X.device)
-    for i, j, x, y in _blocks(X, None, block_size):
+
+    def update(rows: slice, distances: Tensor) -> None:
+        closest = distances.topk(min(k, distances.shape[1]), largest=False).values
+        nearest[rows] = torch.cat([nearest[rows], closest], dim=1).topk(k, largest=False).values
+
+    for i, j, x, y in _blocks(X, None):
         distances = _squared_distances(x - center, y - center)
         if i == j:
             distances.fill_diagonal_(math.inf)
-        for rows, others in [(i, distances), (j, distances.T)][: 1 if i == j else 2]:
-            closest = others.topk(min(k, others.shape[1]), largest=False).values
-            nearest[rows] = torch.cat([nearest[rows], closest], dim=1).topk(k, largest=False).values
+        update(i, distances)
+        if i != j:
+            update(j, distances.T)
     return nearest.amax(dim=1)
 
 
@@ -284,12 +292,17 @@ def _squared_distances(x: Tensor, y: Tensor, margin: float = 0.0) -> Tensor:
     return squares.mul_(1 + margin).addmm_(x, y.T, alpha=-2)
 
 
-def _blocks(X: Tensor, Y: Tensor | None, size: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Blocks of pairs: rows, columns and their features in float64; without Y of X with itself, i <= j."""
-    for i in range(0, len(X), size):
-        x, others = X[i : i + size].double(), X if Y is None else Y
-        for j in range(i if Y is None else 0, len(others), size):
-            yield slice(i, i + size), slice(j, j + size), x, others[j : j + size].double()
+def _blocks(X: Tensor, Y: Tensor | None) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Yield blocks of pairs: rows, columns, and the features of both in float64.
+
+    Args:
+        Y: None: pairs within X; blocks below the diagonal are left out.
+    """
+    second = X if Y is None else Y
+    for i in range(0, len(X), BLOCK_SIZE):
+        x = X[i : i + BLOCK_SIZE].double()
+        for j in range(i if Y is None else 0, len(second), BLOCK_SIZE):
+            yield slice(i, i + BLOCK_SIZE), slice(j, j + BLOCK_SIZE), x, second[j : j + BLOCK_SIZE].double()
 
 
 def _check_pair(X: Tensor, Y: Tensor, min_rows: int = 2) -> None:

@@ -38,7 +38,7 @@ from hf_ddpm.evaluation.measure import (
 )
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
 from hf_ddpm.evaluation.results import Draw, write_evaluation
-from hf_ddpm.evaluation.statistics import Statistics, about_images, warnings_of
+from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
 from hf_ddpm.runtime.processes import join_processes
 from hf_ddpm.sampling.sampler import iter_samples, speed_up
 from hf_ddpm.sampling.schedulers import named_scheduler
@@ -179,11 +179,11 @@ def _distance_rows(job: Job, samples: Statistics | None, sampling: dict[str, Any
             **found._asdict(),
             "floor": {**floor._asdict(), "of": job.floor_of},
             "network": job.network.identity,
-            "reference": job.reference.about["data"],
+            "reference": job.reference.metadata["data"],
             "sampling": sampling,
             **({"neighbors": NEIGHBORS} if metric in DISTANCES["precision"] else {}),
         }
-        biased = warnings_of(min(floor.num_compared), job.network) if metric == "fd" else []
+        biased = frechet_warnings(min(floor.num_compared), job.network) if metric == "fd" else []
         rows.append(row | ({"remark": f"of the real images, {biased[0]}"} if biased else {}))
     return rows
 
@@ -222,7 +222,7 @@ def _measure_likelihood(job: Job) -> tuple[list[dict[str, Any]], dict[str, Draw]
         "value": bits if math.isfinite(bits) else None,
         "standard_error": error if math.isfinite(error) else None,
         "num_compared": [likelihood.num_images],
-        "reference": about_images(held_out, job.data, request.test_split),
+        "reference": describe_images(held_out, job.data, request.test_split),
         "likelihood": {
             "num_images": likelihood.num_images,
             "timesteps_per_image": steps,
@@ -270,8 +270,8 @@ def _measure_copies(
                     "of": f"{job.request.test_split} against {job.request.split}",
                 },
                 **({"network": network.identity} if space == "features" else {}),
-                "reference": about_images(training, job.data, job.request.split),
-                "held_out": about_images(held_out, job.data, job.request.test_split),
+                "reference": describe_images(training, job.data, job.request.split),
+                "held_out": describe_images(held_out, job.data, job.request.test_split),
                 "sampling": sampling,
                 "memorization": {
                     **{name: value for name, value in asdict(one).items() if name != "pairs"},

@@ -1,10 +1,10 @@
-"""Feature networks: an image -> a vector, in whose space sets of images are compared.
+"""Feature networks, which turn an image into a vector; sets of images are compared by their vectors.
 
-image       (B, C, H, W) uint8, C being 1 or 3; gray is repeated to 3 channels
-input       the image in float32, resized to the network's published size, bicubic with antialiasing, neither rounded
-            nor clipped afterwards; then (x / unit - mean) / std. Inception's file does both by itself, in its own way.
-feature     (B, d) float32, what the network says of each image
-identity    all that decides a feature's value; only distances between features of one identity compare
+image       (B, C, H, W) uint8 with C 1 or 3; gray images are repeated to 3 channels
+input       the image in float32, resized to the network's published size (bicubic with antialiasing, neither rounded
+            nor clipped afterwards), then (x / unit - mean) / std. Inception's file does both itself, in its own way.
+feature     the network's vector for each image, (B, d) float32
+identity    everything that determines a feature's value; only distances between features of one identity compare
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import urllib.request
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -33,16 +33,28 @@ from hf_ddpm.runtime.devices import require_device
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import sha256
 
-# Of a repository or folder nothing else is read: no code, no pickle.
+# Only these files of a repository or folder are read: no code, no pickle.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 
 
 @dataclass(frozen=True)
 class Published:
-    """How a network was published to be used; `sha256` is that of the file of its weights, if there is one only."""
+    """A published network and its published preprocessing.
+
+    Args:
+        frechet_name: The name of the Fréchet distance between its features.
+        source: The address of its weights, a Hub id, or the package that holds them.
+        sha256: The checksum of its weights file; None if the weights may stand in several files.
+        features: The layer whose output is taken.
+        input_size: Pixels.
+        resize: The method of resizing, in words.
+        unit: The divisor of pixel values before the mean is subtracted.
+        mean: One value per channel.
+        std: One value per channel.
+    """
 
     frechet_name: str
-    source: str  # an address, a Hub id, or the package that holds the weights
+    source: str
     sha256: str | None
     features: str
     input_size: int
@@ -98,13 +110,13 @@ NETWORKS = {
 
 @dataclass(frozen=True, eq=False)
 class FeatureNetwork:
-    """A loaded network: images -> features.
+    """A loaded network, which turns images into features.
 
     Args:
-        name: its key in `NETWORKS`.
-        dimensions: d.
-        identity: JSON; what is under its key `information` is of interest, all else decides a feature's value.
-        compute: (B, 3, H, W) uint8 on `device` -> (B, d).
+        name: The key in `NETWORKS`.
+        dimensions: d, the length of a feature.
+        identity: Values that JSON can hold. Those under the key `information` do not change features; all others do.
+        compute: The function from (B, 3, H, W) uint8 on `device` to (B, d).
     """
 
     name: str
@@ -115,25 +127,29 @@ class FeatureNetwork:
 
     @property
     def frechet_name(self) -> str:
-        """What the Fréchet distance between its features is called; "FID" of `inception` only."""
+        """The name of the Fréchet distance between its features; only that of `inception` is "FID"."""
         return NETWORKS[self.name].frechet_name
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The features of images: the same, to rounding, however they are cut into batches.
+        """Return the features of images; how images are divided into batches changes only the rounding.
 
         Args:
-            images: (B, C, H, W) uint8, C being 1 or 3, on any device.
-        Returns: (B, d) float32 on the CPU.
-        Raises: UsageError if the images are of another kind, or a feature is not finite.
+            images: (B, C, H, W) uint8 with C 1 or 3, on any device.
+
+        Returns:
+            The features, (B, d) float32 on the CPU.
+
+        Raises:
+            UsageError: When the images have another type or shape, or a feature is not finite.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
             raise UsageError(f"images must be (B, C, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
         if images.shape[1] not in (1, 3):
             remedy = " composite them over white, a reference's by --channels 3" if images.shape[1] == 4 else ""
             raise UsageError(f"images must have 1 or 3 channels, as networks do, got {images.shape[1]}:{remedy}")
-        # Large batches are cut up; on a CPU, 16 images a pass are twice as fast as 64, which leave its caches.
+        # On a CPU, passes of 16 images are twice as fast as passes of 64, which do not fit into its caches.
         size = 16 if self.device.type == "cpu" else 64
-        # Else a GPU's convolutions round to 10 bits, and differ from run to run.
+        # By default, a GPU's convolutions round to 10 bits, and their results differ from run to run.
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             passes = (part.to(self.device).expand(-1, 3, -1, -1) for part in images.split(size))
             features = torch.cat([self.compute(part).to("cpu", torch.float32) for part in passes])
@@ -146,20 +162,19 @@ class FeatureNetwork:
         return features
 
 
-def features_of(network: FeatureNetwork, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The features of each batch of images, one batch at a time."""
-    return map(network, batches)
-
-
 def check_network(name: str, path: str | Path | None = None) -> Path:
-    """Makes sure, before anything is sampled for it, that a network's weights are on this machine.
+    """Return the weights of a network, downloaded if they are missing on this machine.
 
     Args:
-        name: a key of `NETWORKS`.
-        path: its weights file or, of `dinov2` and `clip`, a folder or a Hub id. Default: what was published, which is
-            downloaded where it is missing.
-    Returns: the weights: a file of `inception` and `efficientnet-lite0`, a folder of the others.
-    Raises: UsageError if they cannot be had, and how to get them; or if they are not what was published.
+        name: A key of `NETWORKS`.
+        path: Its weights file or, for `dinov2` and `clip`, a folder or a Hub id. Default: the published weights.
+
+    Returns:
+        A file for `inception` and `efficientnet-lite0`, a folder for the others.
+
+    Raises:
+        UsageError: When the weights cannot be obtained (the message says how to get them), or are not the published
+            ones.
     """
     if name not in NETWORKS:
         raise UsageError(f"network must be one of {', '.join(NETWORKS)}, got {name!r}")
@@ -190,9 +205,21 @@ def check_network(name: str, path: str | Path | None = None) -> Path:
 def load_network(
     name: str, path: str | Path | None = None, device: str | torch.device | None = None
 ) -> FeatureNetwork:
-    """The network `name` on `device`, by default the CPU; `path` and errors as of `check_network`."""
-    weights, place, published = check_network(name, path), require_device(device or "cpu"), NETWORKS[name]
-    size, details = published.input_size, {}
+    """Load a network onto a device.
+
+    Args:
+        name: A key of `NETWORKS`.
+        path: The weights, as `check_network` takes them.
+        device: Default: the CPU.
+
+    Raises:
+        UsageError: When `check_network` raises it, the weights are incomplete, or there is no such device.
+    """
+    weights = check_network(name, path)
+    torch_device = require_device(device or "cpu")
+    published = NETWORKS[name]
+    size = published.input_size
+    details = {}
     if name == "inception":
         net, values = _load_torchscript(weights), "in the network's file, from 0 to 255"
     else:
@@ -202,7 +229,7 @@ def load_network(
             _load_efficientnet(weights) if name == "efficientnet-lite0" else _load_transformer(name, weights)
         )
         size = details.pop("image_size", size)
-    net = net.to(place).eval()
+    net = net.to(torch_device).eval()
 
     def compute(images: Tensor) -> Tensor:
         if name == "inception":
@@ -213,7 +240,8 @@ def load_network(
         output = net(pixel_values=x)
         return F.normalize(output.image_embeds, dim=-1) if name == "clip" else output.pooler_output
 
-    dimensions = FeatureNetwork(name, 0, {}, place, compute)(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
+    black_image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    dimensions = FeatureNetwork(name, 0, {}, torch_device, compute)(black_image).shape[1]
     identity = {
         "network": name,
         "weights_sha256": details.pop("weights_sha256", published.sha256),
@@ -224,18 +252,18 @@ def load_network(
         "values": values,
         **details,
         "information": {
-            # Of a local path its name only: what else is in it says where, not what.
+            # Only the last component of a local path: the rest says where the weights are, not what they are.
             "source": published.source if path is None else Path(path).name if Path(path).exists() else str(path),
-            "device": place.type,
+            "device": torch_device.type,
             "torch": torch.__version__,
             **({"transformers": version("transformers")} if name in ("dinov2", "clip") else {}),
         },
     }
-    return FeatureNetwork(name, dimensions, identity, place, compute)
+    return FeatureNetwork(name, dimensions, identity, torch_device, compute)
 
 
 def to_input(images: Tensor, published: Published, size: int) -> Tensor:
-    """(B, 3, H, W) uint8 -> what the network takes, (B, 3, size, size) float32."""
+    """Return the network's input, (B, 3, size, size) float32, for images, (B, 3, H, W) uint8."""
     x = F.interpolate(images.to(torch.float32), size=(size, size), mode="bicubic", antialias=True)
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (published.mean, published.std))
     return (x / published.unit - mean) / std
@@ -243,7 +271,7 @@ def to_input(images: Tensor, published: Published, size: int) -> Tensor:
 
 def _load_torchscript(path: Path) -> Any:
     with warnings.catch_warnings():
-        # The published network is TorchScript, which torch goes on reading, though it advises against writing it.
+        # The published network is TorchScript. torch still reads it, but warns against writing it.
         warnings.filterwarnings("ignore", r"`torch\.jit\.load`", DeprecationWarning)
         return torch.jit.load(str(path), map_location="cpu")
 
@@ -253,19 +281,23 @@ def _load_efficientnet(path: Path) -> tuple[Any, dict[str, Any]]:
 
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return net.to(memory_format=torch.channels_last), {}  # pyright: ignore[reportCallIssue]; twice as fast on a CPU
+    # This memory format is twice as fast on a CPU.
+    return net.to(memory_format=torch.channels_last), {}  # pyright: ignore[reportCallIssue]
 
 
 def _load_transformer(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     import transformers
 
-    known = {"dinov2": ("dinov2",), "clip": ("clip", "clip_vision_model")}[name]
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind not in known:
-        raise UsageError(f"network_path must hold a model of the type {known[0]!r} for {name}, got {kind!r}")
+    model_types = {"dinov2": ("dinov2",), "clip": ("clip", "clip_vision_model")}[name]
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type not in model_types:
+        raise UsageError(
+            f"network_path must hold a model of the type {model_types[0]!r} for {name}, got {model_type!r}"
+        )
     cls: Any = transformers.Dinov2Model if name == "dinov2" else transformers.CLIPVisionModelWithProjection
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it lists each weight of CLIP's text model, which is not needed
+    # Otherwise transformers lists each weight of CLIP's text model, which is not needed.
+    transformers.logging.set_verbosity_error()
     try:
         net, report = cls.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -274,20 +306,22 @@ def _load_transformer(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
         raise UsageError(f"network_path must hold whole weights of {name}, got {str(folder)!r}: {error}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    lacking = sorted(report["missing_keys"])
-    if lacking:  # transformers makes them up
-        raise UsageError(f"network_path must hold all weights of {name}, got {str(folder)!r} without {lacking[:3]}")
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers fills them with random values
+        raise UsageError(f"network_path must hold all weights of {name}, got {str(folder)!r} without {missing[:3]}")
     names = ("num_hidden_layers", "num_attention_heads", "patch_size", "hidden_act", "layer_norm_eps")
     architecture = {key: getattr(net.config, key) for key in names}
     details = {"weights_sha256": _sha256_of_parameters(net.float()), "architecture": architecture}
-    # DINOv2 takes images of any size, CLIP of one.
+    # DINOv2 takes images of any size; CLIP takes one size.
     return net, details | ({"image_size": net.config.image_size} if name == "clip" else {})
 
 
 def _find_folder(name: str, source: str) -> Path:
-    folder, published = Path(source).expanduser(), NETWORKS[name].source
+    """Return the folder of a transformers model, downloaded if `source` is a Hub id."""
+    folder = Path(source).expanduser()
+    published = NETWORKS[name].source
     cls = "Dinov2Model" if name == "dinov2" else "CLIPVisionModelWithProjection"
-    # OpenAI's repositories hold pickles, of which transformers reads the tensors only.
+    # OpenAI's repositories hold pickles; transformers reads only their tensors.
     code = f"from transformers import {cls} as M; M.from_pretrained('{published}').save_pretrained('{name}')"
     convert = f'python -c "{code}"'
     if not folder.is_dir():
@@ -310,7 +344,8 @@ def _find_folder(name: str, source: str) -> Path:
 
 
 def _download(name: str, file: Path) -> None:
-    url, part = NETWORKS[name].source, file.with_name(f".{file.name}.{uuid.uuid4().hex}.part")
+    url = NETWORKS[name].source
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}.part")
     try:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
@@ -332,15 +367,15 @@ def _download(name: str, file: Path) -> None:
 
 
 def _check_sha256(name: str, file: Path) -> None:
-    expected, found = NETWORKS[name].sha256, sha256(file)
-    if found != expected:
+    expected, actual = NETWORKS[name].sha256, sha256(file)
+    if actual != expected:
         raise UsageError(
-            f"{name} must be the published file, or its features compare with nobody's, got {file}\n"
-            f"  with the sha256 {found}\n  instead of       {expected}: delete it, and get {NETWORKS[name].source}"
+            f"{name} must be the published file, or its distances compare with no others, got {file}\n"
+            f"  with the sha256 {actual}\n  instead of       {expected}: delete it, and get {NETWORKS[name].source}"
         )
 
 
 def _sha256_of_parameters(net: torch.nn.Module) -> str:
-    """Of the sorted checksums of all parameters: the same for equal weights, however files hold and name them."""
+    """Return a checksum that is the same for equal weights, however files divide and name them."""
     digests = sorted(hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for p in net.parameters())
     return hashlib.sha256("".join(digests).encode()).hexdigest()

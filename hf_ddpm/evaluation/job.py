@@ -30,7 +30,7 @@ from hf_ddpm.evaluation.measure import DISTANCES, NEIGHBORS, Measured, first_ima
 from hf_ddpm.evaluation.memorization import MIN_SAMPLES
 from hf_ddpm.evaluation.model_data import Splits
 from hf_ddpm.evaluation.results import stored_results
-from hf_ddpm.evaluation.statistics import Reference, check_comparable, load_reference, real_floor, warnings_of
+from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_warnings, load_reference, real_vs_real
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.hub.readme import named_repository
 from hf_ddpm.pipeline import DDPMPipeline
@@ -163,10 +163,10 @@ def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
         else:
             reference, other = splits.references(network, request.split, request.test_split)
         _check_counts(distances, network, reference, request.num_images)
-        floor_of = f"halves of {reference.about['data']['split']}"
+        floor_of = f"halves of {reference.metadata['data']['split']}"
         if other is not None:
-            floor_of = f"{other.about['data']['split']} against {reference.about['data']['split']}"
-        real, others = real_floor(reference, other)
+            floor_of = f"{other.metadata['data']['split']} against {reference.metadata['data']['split']}"
+        real, others = real_vs_real(reference, other)
         floors = processes.on_main(
             lambda: measure_distances(first_images(others, request.num_images), real, distances)
         )
@@ -260,7 +260,7 @@ def _grid(pipeline: DDPMPipeline, schedulers: Sequence[str], num_inference_steps
 def _load_network(
     request: Request, reference: Reference | None, channels: int, device: torch.device
 ) -> FeatureNetwork:
-    name = request.network or (reference.about["network"]["network"] if reference else "inception")
+    name = request.network or (reference.metadata["network"]["network"] if reference else "inception")
     if "cmmd" in request.metrics and name != "clip":
         raise UsageError(f"cmmd is of CLIP's embeddings, got the network {name!r}: --network clip")
     if channels not in (1, 3):
@@ -272,7 +272,7 @@ def _load_network(
 
 def _check_counts(metrics: list[str], network: FeatureNetwork, reference: Reference, num_images: int) -> None:
     for count, what in ((num_images, "num_images"), (reference.count, "the reference")):
-        if "fd" in metrics and (warnings := warnings_of(count, network)):
+        if "fd" in metrics and (warnings := frechet_warnings(count, network)):
             raise UsageError(f"{what} must be more for fd, got {count:,}: {warnings[0]}")
     least = max({"fd": 2, "kid": 4, "cmmd": 4, "precision": NEIGHBORS + 1}[metric] for metric in metrics)
     for count, what in ((num_images, "num_images"), (len(reference.features), "the reference's features")):

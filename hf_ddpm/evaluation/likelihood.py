@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hf_ddpm.bound import variational_bound
 from hf_ddpm.data.batches import to_x_0
-from hf_ddpm.figures import curve
+from hf_ddpm.figures import Curve, draw_curves
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.seeds import hashed
 from hf_ddpm.scheduler import DDPMScheduler
@@ -224,10 +224,19 @@ def inclusion_probabilities(scheduler: DDPMScheduler, num_timesteps: int | None)
 
 
 def draw_bound(likelihood: Likelihood, path: str | Path) -> None:
-    """Write L_t over t as a PNG with a logarithmic axis; a value that is not finite leaves a gap."""
-    drawn = likelihood.term_counts > 0
-    points = drawn.nonzero().flatten().tolist(), likelihood.terms[drawn].tolist()
-    curve(path, {"L_t": points}, "t", "L_t, bits per dimension", log_y=True)
+    """Write L_t over t as a PNG file with a logarithmic axis; a value that is not finite leaves a gap."""
+    is_measured = likelihood.term_counts > 0
+    timesteps = is_measured.nonzero().flatten().tolist()
+    terms = likelihood.terms[is_measured].tolist()
+    errors = likelihood.term_standard_errors[is_measured].tolist()
+    draw_curves(
+        path,
+        [Curve("mean over the images", timesteps, terms, errors)],
+        title="Terms of the variational bound",
+        x_label="timestep t",
+        y_label="$L_t$ in bits per dimension\n(lower is better)",
+        log_y=True,
+    )
 
 
 def _chosen_timesteps(probability: Tensor, seed: int, images: np.ndarray) -> Tensor:

@@ -1,18 +1,19 @@
-"""Whether samples are copies: do they come nearer to the training images than images that were not trained on?
+"""Memorization: tests whether samples are nearer to the training images than held-out images are.
 
-    training, held-out, samples     images as rows: pixels, or features of any network, the same for all three
-    distance                        L2, from a sample or a held-out image to the nearest training image
+    training, held-out, samples     images as rows: pixels, or features of one network for all three
+    distance                        L2 distance of a sample or a held-out image to the nearest training image
     near                            at a distance below the k-th smallest of the n held-out ones, k/(n + 1) = 1 %
 
-Were the model to draw what the held-out images are drawn from, then samples and held-out images would be exchangeable,
-and so would be their distances, whatever the training images and the distance. Hence both null distributions:
+If the model drew its samples from the distribution of the held-out images, samples and held-out images would be
+exchangeable, and so would their distances, for any training images and any distance. This gives both null hypotheses:
 
     number of near samples          beta-binomial: each is near with one unknown probability ~ Beta(k, n + 1 - k)
     Z                               N(0, 1): the Mann-Whitney statistic of all distances, Meehan et al. 2020, Sec. 3
 
-The first sees a few copies among many samples that are none, or that are far from all images. The second, the paper's
-test of data-copying over one cell, sees that samples are a little too near on the whole. Both say something of the
-model only if held-out images were chosen at random; a model that favors images with close neighbors passes for near.
+The number of near samples reveals a few copies among many samples that are not, or that are far from all images. Z,
+the paper's test of data copying over a single cell, reveals that samples as a whole are slightly too near. Both are
+valid only if the held-out images were chosen at random. A model that prefers images with close neighbors is taken for
+one that copies.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.batches import to_x_0
-from hf_ddpm.figures import strip, to_images
+from hf_ddpm.figures import strip, to_pil
 from hf_ddpm.runtime.errors import UsageError
 
 Rows: TypeAlias = np.ndarray | Tensor
 
-MIN_SAMPLES = 20  # from which on Z is nearly normal
+MIN_SAMPLES = 20  # With fewer of them, Z is not close to normal.
+NUM_PAIRS = 8
+BLOCK_SIZE = 1024  # rows of queries and of database that are in memory in float64 at a time
 _NUM_CANDIDATES = 4
 
 
@@ -47,18 +49,21 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Memorization:
-    """How much nearer samples come to training images than held-out images do.
+    """A comparison of the distances of samples and of held-out images to training images.
 
     Args:
-        near_fraction: the share of samples that are near.
-        expected_near_fraction: its mean for a model that does not copy, k/(n + 1).
-        near_p_value: the probability that such a model has as many near samples or more.
-        z: Meehan et al.'s Z with its sign turned: above 3, samples are too near; below -3, too far.
-        z_p_value: the probability of such a z or a greater one.
-        near_distance: below it a sample is near.
-        median_distance, median_held_out_distance: of samples, of held-out images.
-        num_samples, num_held_out, num_training: images compared.
-        pairs: the samples nearest to a training image, nearest first.
+        near_fraction: The fraction of samples that are near.
+        expected_near_fraction: Its mean for a model that does not copy, k/(n + 1).
+        near_p_value: The probability that such a model has at least as many near samples.
+        z: Meehan et al.'s Z with the opposite sign: above 3, samples are too near; below -3, they are too far.
+        z_p_value: The probability that such a model has at least this z.
+        near_distance: The distance below which a sample is near.
+        median_distance: The median over samples.
+        median_held_out_distance: The median over held-out images.
+        num_samples: The number of samples.
+        num_held_out: The number of held-out images, n.
+        num_training: The number of training images.
+        pairs: The NUM_PAIRS samples that are nearest to a training image, the nearest first.
     """
 
     near_fraction: float
@@ -75,20 +80,18 @@ class Memorization:
     pairs: list[Pair]
 
 
-def memorization(
-    samples: Rows, training: Rows, held_out: Rows, *, quantile: float = 0.01, num_pairs: int = 8, block: int = 1024
-) -> Memorization:
-    """Compares the distances of samples to training images with those of held-out images.
+def memorization(samples: Rows, training: Rows, held_out: Rows, *, quantile: float = 0.01) -> Memorization:
+    """Compare the distances of samples to training images with those of held-out images.
 
     Args:
-        samples, training, held_out: (m, ...), (N, ...) and (n, ...), pixels or features; samples rounded as they are
-            saved, held-out images prepared as the training images were.
-        quantile: of the held-out distances, about which samples are near; in (0, 1).
-        num_pairs: how many pairs to return.
-        block: as of `nearest`.
+        samples: (m, ...), pixels or features; rounded as they are saved.
+        training: (N, ...).
+        held_out: (n, ...), prepared as the training images are.
+        quantile: k/(n + 1), the quantile of held-out distances that is the limit of near; in (0, 1).
 
     Raises:
-        UsageError: too few samples or held-out images, held-out images that are training images, and as `nearest`.
+        UsageError: When there are too few samples or held-out images, held-out images are training images, or
+            `nearest` raises it.
     """
     num_samples, num_held_out = len(samples), len(held_out)
     if num_samples < MIN_SAMPLES:
@@ -102,8 +105,8 @@ def memorization(
             f"held_out must be at least {least} images for a quantile of {quantile:g}, got {num_held_out}: keep more "
             "images out of training; without them nothing says how near is too near"
         )
-    distances, indices = nearest(samples, training, block)
-    expected = nearest(held_out, training, block)[0].sort().values
+    distances, indices = nearest(samples, training)
+    expected = nearest(held_out, training)[0].sort().values
     near_distance = float(expected[rank - 1])
     if near_distance == 0:
         raise UsageError(
@@ -112,7 +115,7 @@ def memorization(
         )
     num_near = int((distances < near_distance).sum())
     z = _mann_whitney_z(distances, expected)
-    order = distances.argsort(stable=True)[:num_pairs].tolist()
+    order = distances.argsort(stable=True)[:NUM_PAIRS].tolist()
     return Memorization(
         near_fraction=num_near / num_samples,
         expected_near_fraction=rank / (num_held_out + 1),
@@ -129,19 +132,21 @@ def memorization(
     )
 
 
-def nearest(queries: Rows, database: Rows, block: int = 1024) -> tuple[Tensor, Tensor]:
-    """The nearest row of `database` to each row of `queries`, by L2 distance, in float64.
+def nearest(queries: Rows, database: Rows) -> tuple[Tensor, Tensor]:
+    """Find the nearest row of `database` to each row of `queries`, by L2 distance in float64.
 
-    |q|^2 + |x|^2 - 2 q.x chooses four candidates, of which |q - x| is then computed as it stands: a copy is at 0.
+    |q|^2 + |x|^2 - 2 q.x selects four candidates. |q - x| is then computed directly for each of them, so that a copy
+    has the distance 0. This takes about 8 b (4 d + b) bytes, where b is BLOCK_SIZE.
 
     Args:
-        queries, database: (n, ...) and (m, ...), m > 0, of any numeric type; rows are flattened to d values.
-        block: rows of each that are in memory in float64 at a time: about 8 block (4 d + block) bytes.
+        queries: (n, ...) of any numeric type; rows are flattened to d values.
+        database: (m, ...) with m > 0. Of equal rows the first is found.
 
-    Returns: distances (n,) float64 and indices (n,) int64, on the CPU.
+    Returns:
+        Distances, (n,) float64, and indices, (n,) int64, on the CPU.
 
     Raises:
-        UsageError: no rows in `database`, rows of different lengths, values that are not finite.
+        UsageError: When `database` has no rows, rows have different lengths, or values are not finite.
     """
     lengths = [math.prod(x.shape[1:]) for x in (queries, database)]
     if not len(database) or lengths[0] != lengths[1]:
@@ -149,55 +154,72 @@ def nearest(queries: Rows, database: Rows, block: int = 1024) -> tuple[Tensor, T
             f"images must be compared with some, of as many values, got {tuple(queries.shape)} against "
             f"{tuple(database.shape)}: take pixels of one size, or features of one network, for all of them"
         )
-    parts: list[tuple[Tensor, Tensor]] = []
-    for first in range(0, len(queries), block):
-        q = _float_rows(queries, slice(first, first + block))
-        q_square = q.square().sum(dim=1, keepdim=True)
-        squares, indices = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64)
-        for start in range(0, len(database), block):
-            x = _float_rows(database, slice(start, start + block))
-            found = torch.addmm(q_square + x.square().sum(dim=1), q, x.T, alpha=-2)
-            squares = torch.cat([squares, found], dim=1)
-            indices = torch.cat([indices, torch.arange(start, start + len(x)).expand(len(q), -1)], dim=1)
-            squares, kept = squares.topk(min(_NUM_CANDIDATES, squares.shape[1]), dim=1, largest=False)
-            indices = indices.gather(1, kept)
-        indices = indices.sort(dim=1).values  # of equal ones the first
-        exact = torch.stack([(q - _float_rows(database, i)).square().sum(dim=1) for i in indices.T.numpy()], dim=1)
-        least = exact.argmin(dim=1, keepdim=True)
-        parts.append((exact.gather(1, least)[:, 0].sqrt(), indices.gather(1, least)[:, 0]))
-    if not parts:
-        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    distances, indices = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
+    for first in range(0, len(queries), BLOCK_SIZE):
+        q = _float_rows(queries, slice(first, first + BLOCK_SIZE))
+        # Sorted, so that argmin takes the first of equal rows.
+        candidates = _candidates(q, database).sort(dim=1).values
+        columns = [(q - _float_rows(database, i)).square().sum(dim=1) for i in candidates.T.numpy()]
+        squares = torch.stack(columns, dim=1)
+        least = squares.argmin(dim=1, keepdim=True)
+        distances.append(squares.gather(1, least)[:, 0].sqrt())
+        indices.append(candidates.gather(1, least)[:, 0])
+    return torch.cat(distances), torch.cat(indices)
+
+
+def _candidates(q: Tensor, database: Rows) -> Tensor:
+    """Return the indices of the rows nearest to each row of q up to rounding, (b, 4), or (b, m) if m is less."""
+    q_square = q.square().sum(dim=1, keepdim=True)
+    squares, indices = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64)
+    for start in range(0, len(database), BLOCK_SIZE):
+        x = _float_rows(database, slice(start, start + BLOCK_SIZE))
+        block_squares = torch.addmm(q_square + x.square().sum(dim=1), q, x.T, alpha=-2)
+        squares = torch.cat([squares, block_squares], dim=1)
+        indices = torch.cat([indices, torch.arange(start, start + len(x)).expand(len(q), -1)], dim=1)
+        squares, selected = squares.topk(min(_NUM_CANDIDATES, squares.shape[1]), dim=1, largest=False)
+        indices = indices.gather(1, selected)
+    return indices
 
 
 def draw_pairs(samples: Rows, training_images: Rows, pairs: Sequence[Pair], path: str | Path) -> None:
-    """Write the pairs as a PNG, one below the other: sample, training image, and the size of their difference.
+    """Write the pairs as a PNG file: in each column a sample, its training image and their absolute difference.
+
+    The number above a column is the pair's distance, which is one of features if the pairs were found by features; the
+    difference is always one of pixels.
 
     Args:
-        samples, training_images: (m, C, H, W) and (N, C, H, W) uint8, C being 1, 3 or 4.
-        pairs: of `Memorization`, whatever they were found with; at least one.
+        samples: (m, C, H, W) uint8 with C 1, 3 or 4.
+        training_images: (N, C, H, W) uint8.
+        pairs: At least one pair of a `Memorization`, found in pixels or in features.
     """
     left = torch.stack([torch.as_tensor(np.array(samples[pair.sample])) for pair in pairs])
     right = torch.stack([torch.as_tensor(np.array(training_images[pair.training])) for pair in pairs])
     difference = (left.int() - right.int()).abs()
     if difference.shape[1] == 4:
         difference[:, 3] = 255  # opaque
-    rows = [to_images(to_x_0(pixels, 255)) for pixels in (left, right, difference)]
-    strip(rows, [f"{pair.distance:.4g}" for pair in pairs], ["sample", "training image", "difference"]).save(path)
+    rows = [to_pil(pixels) for pixels in (left, right, difference.to(torch.uint8))]
+    strip(rows, [f"{pair.distance:.4g}" for pair in pairs], ["sample", "training image", "pixel difference"]).save(
+        path
+    )
 
 
 def _float_rows(rows: Rows, which: slice | np.ndarray) -> Tensor:
-    """The chosen rows, (b, d) float64 on the CPU."""
-    # A copy, as a file that is mapped into memory may not be written to.
-    part = rows[which].cpu() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows[which]))
-    part = part.flatten(1).double()
-    if not part.isfinite().all():
-        raise UsageError("images must have finite values, got NaN or infinite ones: look for the network's overflow")
-    return part
+    """Return the selected rows, (b, d) float64 on the CPU."""
+    # np.array copies: torch warns about arrays that cannot be written to, such as files mapped into memory.
+    selected = rows[which].cpu() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows[which]))
+    values = selected.flatten(1).double()
+    if not values.isfinite().all():
+        raise UsageError("images must have finite values, got NaN or infinite ones: the network overflowed somewhere")
+    return values
 
 
 def _mann_whitney_z(distances: Tensor, expected: Tensor) -> float:
-    """(U - m n / 2) / std, U the number of pairs whose sample is nearer, halves for equal ones; `expected` sorted."""
+    """Return (U - m n / 2) / std, where U counts the pairs whose sample is nearer, and ties as halves.
+
+    Args:
+        distances: Of the samples, (m,).
+        expected: Of the held-out images, (n,), sorted.
+    """
     m, n = len(distances), len(expected)
     farther = n - torch.searchsorted(expected, distances, right=True)
     equal = n - torch.searchsorted(expected, distances) - farther
@@ -209,7 +231,7 @@ def _mann_whitney_z(distances: Tensor, expected: Tensor) -> float:
 
 
 def _beta_binomial_tail(count: int, num: int, a: float, b: float) -> float:
-    """P(X >= count) for X ~ Binomial(num, p), p ~ Beta(a, b)."""
+    """Return P(X >= count) for X ~ Binomial(num, p), p ~ Beta(a, b)."""
     x = torch.arange(count, num + 1, dtype=torch.float64)
 
     def log_beta(u: Tensor, v: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ class Splits:
                 if not folder.is_dir():
                     make_reference(self.config, name, network, folder)
                 reference = load_reference(folder)  # of these images, by whatever name they had when it was made
-                data = {**reference.about["data"], "name": source, "config": self.config.dataset_config_name}
-                return replace(reference, about={**reference.about, "data": data})
+                data = {**reference.metadata["data"], "name": source, "config": self.config.dataset_config_name}
+                return replace(reference, metadata={**reference.metadata, "data": data})
 
             found.append(self._processes.main_then_rest(find))
         return found[0], found[1] if len(found) > 1 else None

@@ -1,9 +1,9 @@
-"""What `hf-ddpm evaluate` found, written down.
+"""The results of `hf-ddpm evaluate` on disk: evaluation.json, pictures and the card.
 
-result           a value, its standard error, the floor, and all that decides them
+result           a value, its standard error, what real images get in the samples' place, and the settings behind it
 evaluation.json  {format, weights_sha256, results}: results of one network's weights only
-key              all that decides a result beside the weights; a result replaces the one of the same key
-grid             results whose keys differ in scheduler and steps only
+key              all that determines a result besides the weights; a new result replaces the stored one of equal key
+grid             results whose keys differ only in the sampler: scheduler, number of steps and timesteps
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from hf_ddpm.evaluation.measure import DISTANCES, NEIGHBORS
-from hf_ddpm.figures import curve
+from hf_ddpm.figures import Curve, Level, draw_curves
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import write_atomically
+from hf_ddpm.runtime.files import naming_damage, read_mapping, write_atomically
 from hf_ddpm.runtime.run_files import EVALUATION_PICTURES
 from hf_ddpm.sampling.schedulers import SCHEDULERS
 
 FORMAT = 1
-OF_CELL = ("scheduler", "num_inference_steps", "timesteps")
+SAMPLER_KEYS = ("scheduler", "num_inference_steps", "timesteps")
+# Seconds compare only between results for which these are equal.
+TIMING_KEYS = ("device", "batch_size", "num_processes")
+LOWER_IS_BETTER = ("fd", "kid", "cmmd")
 
 Draw: TypeAlias = Callable[[Path], None]
 
@@ -37,16 +40,17 @@ def write_evaluation(
     pictures: dict[str, Draw] | None = None,
     repo_id: str | None = None,
 ) -> Path:
-    """Adds results to `out`: to evaluation.json, and to the card.
+    """Add results to evaluation.json and to the card in `out`.
 
     Args:
-        out: made if it does not exist.
-        weights: `weights_sha256` of the model; results of other weights, and their pictures, go.
-        rows: results, of which each replaces the one that was measured in the same way.
-        pictures: names in `figures` -> what draws them into a path.
-        repo_id: for the examples of the card, if it is known.
+        out: A folder; it is made if it does not exist.
+        weights: The `weights_sha256` of the model; results of other weights are removed, and their pictures.
+        rows: Results, each of which replaces the one that was measured in the same way.
+        pictures: For each name in `figures`, the function that draws it into a path.
+        repo_id: The model's repository in the card's examples, if it is known.
 
-    Returns: the card's path.
+    Returns:
+        The card's path.
     """
     before = stored_results(out, weights)
     if not before:
@@ -62,81 +66,120 @@ def write_evaluation(
             draw(Path(folder) / name)
             write_atomically(out / "figures" / name, (Path(folder) / name).read_bytes())
     content = {"format": FORMAT, "weights_sha256": weights, "results": results}
-    write_atomically(
-        out / "evaluation.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(out / "evaluation.json", text)
     return write_card(out, repo_id)
 
 
 def stored_results(out: Path, weights: str) -> list[dict[str, Any]]:
-    """The results in `out` of these weights."""
+    """Return the results of these weights that are stored in `out`.
+
+    Raises:
+        UsageError: When evaluation.json is damaged or of another format.
+    """
     path = out / "evaluation.json"
-    if not path.is_file():
+    content = read_mapping(path, "move it away")
+    if not content:
         return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with naming_damage(f"{path} cannot be read", "move it away"):
         if content["format"] != FORMAT:
             raise UsageError(f"{path} must have the format {FORMAT}, got {content['format']}: move it away")
         results: list[dict[str, Any]] = content["results"] if content["weights_sha256"] == weights else []
         for row in results:
             _key(row)
         return results
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path} must be whole, got a damaged file ({error!r}): move it away") from error
 
 
 def _key(row: dict[str, Any]) -> str:
-    """All that decides a result, beside the weights."""
+    """Return all that determines a result besides the weights, as text."""
 
-    def chosen(part: str, *names: str) -> dict[str, Any]:
-        values = {"dtype": "fp32", "compile": False, **(row.get(part) or {})}  # what older rows do not say
+    def select(part: str, *names: str) -> dict[str, Any]:
+        # Results of older versions do not state these two.
+        values = {"dtype": "fp32", "compile": False, **(row.get(part) or {})}
         return {name: values.get(name) for name in names}
 
     network = {key: value for key, value in (row.get("network") or {}).items() if key != "information"}
-    decisive = [
+    key = [
         row["metric"],
         network,
-        chosen("reference", "fingerprint", "split", "count"),
-        chosen("held_out", "fingerprint", "split", "count"),
-        chosen("sampling", *OF_CELL, "seed", "num_images", "classes", "dtype", "compile"),
+        select("reference", "fingerprint", "split", "count"),
+        select("held_out", "fingerprint", "split", "count"),
+        select("sampling", *SAMPLER_KEYS, "seed", "num_images", "classes", "dtype", "compile"),
         row.get("neighbors", NEIGHBORS if row["metric"] in DISTANCES["precision"] else None),
-        chosen("likelihood", "num_images", "timesteps_per_image", "seed"),
+        select("likelihood", "num_images", "timesteps_per_image", "seed"),
     ]
-    return json.dumps(decisive, sort_keys=True)
+    return json.dumps(key, sort_keys=True)
 
 
 def _grid_pictures(results: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Draw | None]:
-    """Quality against cost, of the grid to which the new rows belong, in its first metric; None for what goes."""
+    """Return what draws quality against cost for the grid of the new rows; None for a picture to be removed.
+
+    The pictures show the first metric of DISTANCES that the new rows contain.
+    """
     names = [name for metric in DISTANCES.values() for name in metric]
-    for new in sorted((row for row in rows if row["metric"] in names), key=lambda row: names.index(row["metric"]))[:1]:
-        grid = [row for row in results if _key(_one_cell(row)) == _key(_one_cell(new))]
-        if len(grid) > 1:
-            alike = [row for row in grid if _place(row) == _place(new)]  # else times do not compare
-            costs = {"steps.png": ("network_evaluations", grid), "seconds.png": ("seconds_per_image", alike)}
-            return {name: partial(_draw_grid, of, cost) if len(of) > 1 else None for name, (cost, of) in costs.items()}
-    return {}
+    distances = [row for row in rows if row["metric"] in names]
+    if not distances:
+        return {}
+    new = min(distances, key=lambda row: names.index(row["metric"]))
+    grid = [row for row in results if _key(_without_sampler(row)) == _key(_without_sampler(new))]
+    if len(grid) < 2:
+        return {}
+    timed = [row for row in grid if _timing_environment(row) == _timing_environment(new)]
+    return {
+        "steps.png": partial(_draw_grid, grid, "network_evaluations"),
+        "seconds.png": partial(_draw_grid, timed, "seconds_per_image") if len(timed) > 1 else None,
+    }
 
 
-def _place(row: dict[str, Any]) -> list[Any]:
-    return [row["sampling"].get(name) for name in ("device", "batch_size", "num_processes")]
+def _timing_environment(row: dict[str, Any]) -> list[Any]:
+    return [row["sampling"].get(name) for name in TIMING_KEYS]
 
 
-def _one_cell(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "sampling": {**(row.get("sampling") or {}), **dict.fromkeys(OF_CELL)}}
+def _without_sampler(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "sampling": {**(row.get("sampling") or {}), **dict.fromkeys(SAMPLER_KEYS)}}
 
 
 def _draw_grid(grid: list[dict[str, Any]], cost: str, path: Path) -> None:
-    every = [row["sampling"][cost] for row in grid]
-    floor = grid[-1]["floor"]["value"]
-    series: dict[str, tuple[list[float], list[float]]] = {
-        "real images": ([min(every), max(every)], [floor, floor]),
-    }
-    for name, is_searched in product(SCHEDULERS, (False, True)):
-        of = [r for r in grid if r["sampling"]["scheduler"] == name]
-        points = sorted(
-            (r["sampling"][cost], r["value"]) for r in of if bool(r["sampling"].get("timesteps")) == is_searched
+    """Draw one metric over the cost of sampling, a curve for each scheduler with and without searched timesteps."""
+    curves = []
+    for (color, name), is_searched in product(enumerate(SCHEDULERS), (False, True)):
+        rows = [
+            row
+            for row in grid
+            if row["sampling"]["scheduler"] == name and bool(row["sampling"].get("timesteps")) == is_searched
+        ]
+        rows.sort(key=lambda row: (row["sampling"][cost], row["value"]))
+        if not rows:
+            continue
+        label = f"{name}, searched" if is_searched else name
+        if len(rows) == 1:
+            label += f", only {rows[0]['sampling']['num_inference_steps']} steps"
+        costs = [row["sampling"][cost] for row in rows]
+        errors = [row.get("standard_error") for row in rows]
+        curves.append(
+            Curve(
+                label,
+                costs,
+                [row["value"] for row in rows],
+                [float("nan") if error is None else error for error in errors],
+                color=color,
+                is_dashed=is_searched,
+            )
         )
-        if points:
-            series[f"{name}, searched" if is_searched else name] = [x for x, _ in points], [y for _, y in points]
-    label = {"network_evaluations": "network evaluations per image", "seconds_per_image": "seconds per image"}[cost]
-    curve(path, series, label, grid[0]["name"], log_y=grid[0]["metric"] == "fd", log_x=True)
+    metric, real = grid[-1]["metric"], grid[-1]["floor"]
+    better = "lower" if metric in LOWER_IS_BETTER else "higher"
+    title, x_label = "Quality against the cost of sampling", "network evaluations per image"
+    if cost == "seconds_per_image":
+        title = f"Quality against the time of sampling on {grid[-1]['sampling'].get('device', 'one device')}"
+        x_label = "seconds per image"
+    draw_curves(
+        path,
+        curves,
+        title=title,
+        x_label=x_label,
+        y_label=f"{grid[-1]['name']}\n({better} is better)",
+        log_x=True,
+        log_y=metric == "fd",
+        y_from_zero=metric != "fd",
+        level=Level(f"real images ({real['of']})", real["value"], real.get("standard_error")),
+    )

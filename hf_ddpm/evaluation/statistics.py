@@ -1,10 +1,10 @@
-"""Statistics of real images, computed once and kept on the disk: what samples are compared with.
+"""Statistics of real images, which samples are compared with; they are computed once and stored.
 
-statistics  moments of the features of all images, and the features of the first of them in a fixed random order
-reference   statistics of one split of a data set, with all that decides their value; a folder of two files:
-              reference.safetensors   count, mean and scatter, float64; features (n, d) float32
-              reference.json          the data, the network, versions, warnings, and the sha256 of the other file
-floor       the distance between two sets of real images: what a model would get that is as good as the data
+statistics    moments of the features of all images, and the features of the first n images in a fixed random order
+reference     the statistics of one split of a data set, with everything that determines them; a folder of two files:
+                reference.safetensors   count, mean and scatter, float64; features (n, d) float32
+                reference.json          the data, the network, versions, warnings, and the sha256 of the other file
+real vs real  the distance between two sets of real images, which a model as good as the data would get
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import Moments
-from hf_ddpm.evaluation.features import FeatureNetwork, features_of
+from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import flush_folder, write_flushed
+from hf_ddpm.runtime.files import flush_folder, in_one_line, naming_damage, read_mapping, write_flushed
 
 FORMAT = 1
-NUM_FEATURES = 10_000  # rows kept for distances that need the features themselves
+NUM_FEATURES = 10_000  # rows that are stored, for distances that need the features themselves
 TOO_FEW_IMAGES = (
     "{count:,} images are not more than the {dimensions:,} dimensions of {network}: a Fréchet distance is then mostly "
     "bias; take 5,000 images or more, or the kernel distance (KID), which has no bias"
@@ -46,11 +46,11 @@ TOO_FEW_IMAGES = (
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What distances need to know of a set of images.
+    """The statistics of a set of images, from which distances are computed.
 
     Args:
-        moments: of the features of all images.
-        features: (n, d) float32 of the first n images.
+        moments: The moments of the features of all images.
+        features: The features of the first n images, (n, d) float32.
     """
 
     moments: Moments
@@ -58,36 +58,46 @@ class Statistics:
 
     @property
     def count(self) -> int:
+        """The number of images."""
         return int(self.moments.count)
 
 
 @dataclass(frozen=True, eq=False)
 class Reference(Statistics):
-    """Statistics of a split of a data set; `about` is reference.json, without the checksum."""
+    """The statistics of one split of a data set.
 
-    about: dict[str, Any]
+    Args:
+        metadata: The content of reference.json without the checksum.
+    """
+
+    metadata: dict[str, Any]
 
 
 def collect(network: FeatureNetwork, batches: Iterable[Tensor], num_features: int = NUM_FEATURES) -> Statistics:
-    """The statistics of images.
+    """Compute the statistics of images.
 
     Args:
-        batches: each (B, C, H, W) uint8.
-        num_features: the first images whose features are kept.
-    Raises: UsageError if there are no images, or as `FeatureNetwork` does.
+        batches: Each (B, C, H, W) uint8.
+        num_features: The number of images whose features are returned, at most; the first ones are.
+
+    Raises:
+        UsageError: When there are no images, or the network refuses them.
     """
-    moments, kept, left = Moments.empty(network.dimensions), [], num_features
-    for features in features_of(network, batches):
+    moments = Moments.empty(network.dimensions)
+    first_features: list[Tensor] = []
+    num_missing = num_features
+    for features in map(network, batches):
         moments = moments.update(features)
-        kept.append(features[:left].clone())  # a view would keep the rest in memory
-        left -= len(kept[-1])
-    if not kept:
+        # A view would keep the whole batch in memory.
+        first_features.append(features[:num_missing].clone())
+        num_missing -= len(first_features[-1])
+    if not first_features:
         raise UsageError("batches must hold images, got none: give a data set or samples")
-    return Statistics(moments, torch.cat(kept))
+    return Statistics(moments, torch.cat(first_features))
 
 
-def warnings_of(count: int, network: FeatureNetwork) -> list[str]:
-    """What has to be said beside a Fréchet distance of so many images."""
+def frechet_warnings(count: int, network: FeatureNetwork) -> list[str]:
+    """Return the warnings that belong to a Fréchet distance of so many images."""
     if count > network.dimensions:
         return []
     return [TOO_FEW_IMAGES.format(count=count, dimensions=network.dimensions, network=network.name)]
@@ -102,47 +112,55 @@ def make_reference(
     num_features: int = NUM_FEATURES,
     batch_size: int = 64,
 ) -> Reference:
-    """Computes the reference of a split and writes it to the new folder `out`, all of it or nothing.
+    """Compute the reference of a split and write it to the new folder `out`, completely or not at all.
 
-    Images are decoded, resized and, with `center_crop`, cropped as for training, in 8 bits. Without it, oblong images
-    are cropped at random once, as in the first epoch of seed 0, whose order is also that of the features.
+    Images are decoded and resized as for training, with 8 bits. With `center_crop` they are also cropped as for
+    training. Without it, oblong images are cropped at random once, as in the first epoch of seed 0. The features stand
+    in the order of that epoch.
 
     Args:
-        config: of it the settings of the data: dataset_name or train_data_dir, dataset_config_name, image_column,
-            resolution, channels, center_crop, on_bad_image, cache_dir.
+        config: The settings of the data. Its labels and `preserve_input_precision` are ignored.
         split: train, test, ...
-        num_features: the images whose features are kept, at most.
-    Raises: UsageError, before an image is read if `out` exists or `channels` is not 1 or 3; and as `load_images`.
+        num_features: The number of images whose features are stored, at most.
+        batch_size: Images per network evaluation.
+
+    Raises:
+        UsageError: When `out` exists or `channels` is not 1 or 3, both before an image is read, or when the images
+            cannot be loaded.
     """
     out = Path(out).expanduser()
     if out.exists():
         raise UsageError(f"out must be a new folder, got {str(out)!r}, which exists: delete it or name another")
     if config.channels not in (None, 1, 3):
         raise UsageError(f"channels must be 1 or 3, as networks take, got {config.channels}: --channels 3, or 1")
-    # The networks take 8 bits; labels would count in the fingerprint.
+    # The networks take 8 bits. Labels would change the fingerprint.
     config = replace(config, preserve_input_precision=False, label_column=None)
     with open_split(config, split) as images:
         statistics = collect(network, _batches(images, batch_size), num_features)
-        data = about_images(images, config, split, oblong="random, seed 0")
+        data = describe_images(images, config, split, oblong_crop="random, seed 0")
         data["resize"] = f"bilinear by Pillow, the shorter side to {images.resolution}"
         if config.center_crop:
             data["crop"] = "center"
     packages = ("torch", "datasets", "Pillow", "numpy")
-    about = {
+    metadata = {
         "format": FORMAT,
         "data": data,
         "network": network.identity,
         "num_features": len(statistics.features),
-        "warnings": warnings_of(statistics.count, network),
+        "warnings": frechet_warnings(statistics.count, network),
         "versions": {"hf_ddpm": __version__, **{name: version(name) for name in packages}},
     }
-    reference = Reference(statistics.moments, statistics.features, about)
+    reference = Reference(statistics.moments, statistics.features, metadata)
     _write(reference, out)
     return reference
 
 
-def about_images(images: ImageCache, config: DataConfig, split: str, oblong: str = "center") -> dict[str, Any]:
-    """What decides the images of a split; `oblong` says how those that are not square are cropped."""
+def describe_images(images: ImageCache, config: DataConfig, split: str, oblong_crop: str = "center") -> dict[str, Any]:
+    """Return everything that determines the images of a split.
+
+    Args:
+        oblong_crop: How images that are not square are cropped, in words.
+    """
     return {
         "name": find_source(config).name,
         "config": config.dataset_config_name,
@@ -152,52 +170,68 @@ def about_images(images: ImageCache, config: DataConfig, split: str, oblong: str
         "fingerprint": images.fingerprint,
         "resolution": images.resolution,
         "channels": images.channels,
-        "crop": "none" if images.is_uniform else oblong,
+        "crop": "none" if images.is_uniform else oblong_crop,
     }
 
 
 def load_reference(path: str | Path) -> Reference:
-    """The reference in the folder `path`. Raises: UsageError if there is none, or if it is damaged."""
+    """Read the reference in the folder `path`.
+
+    Raises:
+        UsageError: When there is none, or it is damaged.
+    """
     folder = Path(path).expanduser()
     if not (folder / "reference.json").is_file():
         raise UsageError(
             f"reference must be a folder with reference.json, got {str(path)!r}: make one with `hf-ddpm reference`"
         )
     try:
-        about = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise UsageError(f"reference must have the format {FORMAT}, got {about['format']}: make it anew")
-        content = (folder / "reference.safetensors").read_bytes()
-        expected, found = about.pop("sha256"), hashlib.sha256(content).hexdigest()
-        if found != expected:
-            raise UsageError(
-                f"reference must be as it was written, got {str(path)!r} with the sha256\n  {found} instead of\n"
-                f"  {expected}: make it anew with `hf-ddpm reference`"
-            )
-        tensors = load(content)
-        features = tensors.pop("features")
-        return Reference(Moments(**tensors), features, about)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
-        raise UsageError(f"reference must be whole, got a damaged {str(path)!r} ({error!r}): make it anew") from error
+        with naming_damage(f"{folder / 'reference.json'} cannot be read", "make it anew"):
+            metadata = read_mapping(folder / "reference.json", "make it anew")
+            if metadata["format"] != FORMAT:
+                raise UsageError(f"reference must have the format {FORMAT}, got {metadata['format']}: make it anew")
+            content = (folder / "reference.safetensors").read_bytes()
+            expected, actual = metadata.pop("sha256"), hashlib.sha256(content).hexdigest()
+            if actual != expected:
+                raise UsageError(
+                    f"reference must be as it was written, got {str(path)!r} with the sha256\n  {actual} instead of\n"
+                    f"  {expected}: make it anew with `hf-ddpm reference`"
+                )
+            tensors = load(content)
+            features = tensors.pop("features")
+            return Reference(Moments(**tensors), features, metadata)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{folder} cannot be read: {in_one_line(error)}: make it anew") from error
 
 
 def check_comparable(reference: Reference, network: FeatureNetwork, resolution: int, channels: int) -> None:
-    """Raises UsageError, with both sides, unless samples of this kind compare with the reference."""
-    samples = _kind(network.identity, resolution, channels)
-    _refuse_unlike("the reference", _kind_of(reference), "the samples", samples)
-
-
-def real_floor(reference: Reference, other: Reference | None = None) -> tuple[Statistics, Statistics]:
-    """Two sets of real images, the distance between which is the floor for a model's.
+    """Check that samples can be compared with the reference.
 
     Args:
-        other: another split, to be compared with all of the reference. Default: two halves of the features kept, with
-            fewer images and thus more bias, in a Fréchet distance, than the reference as a whole has.
-    Raises: UsageError if the two are not alike, or are the same images; or there are less than 4 features.
+        network: The network that computes the samples' features.
+        resolution: The samples' resolution in pixels.
+        channels: The samples' channels.
+
+    Raises:
+        UsageError: When they cannot; the message lists what differs.
+    """
+    samples = _comparable_settings(network.identity, resolution, channels)
+    _require_equal("the reference", _settings_of(reference), "the samples", samples)
+
+
+def real_vs_real(reference: Reference, other: Reference | None = None) -> tuple[Statistics, Statistics]:
+    """Return two sets of real images; their distance is what a model as good as the data would get.
+
+    Args:
+        other: Another split, which is compared with the whole reference. Default: the stored features are divided into
+            halves. They are fewer images than the reference holds, and so have a larger bias in a Fréchet distance.
+
+    Raises:
+        UsageError: When the two cannot be compared or are the same images, or there are less than 4 features.
     """
     if other is not None:
-        _refuse_unlike("one reference", _kind_of(reference), "the other", _kind_of(other))
-        if reference.about["data"]["fingerprint"] == other.about["data"]["fingerprint"]:
+        _require_equal("one reference", _settings_of(reference), "the other", _settings_of(other))
+        if reference.metadata["data"]["fingerprint"] == other.metadata["data"]["fingerprint"]:
             raise UsageError("the references must be of different images, got the same twice: give another split")
         return reference, other
     if len(reference.features) < 4:
@@ -207,7 +241,7 @@ def real_floor(reference: Reference, other: Reference | None = None) -> tuple[St
 
 
 def _batches(images: ImageCache, batch_size: int) -> Iterator[Tensor]:
-    """Each image once, in the order and with the crops of the first epoch of seed 0."""
+    """Yield each image once, in the order and with the crops of the first epoch of seed 0."""
     num_batches = -(-len(images) // batch_size)
     stream = MicroBatches(
         images,
@@ -221,17 +255,18 @@ def _batches(images: ImageCache, batch_size: int) -> Iterator[Tensor]:
         num_steps=num_batches,
     )
     for k in tqdm(range(num_batches), "Features", unit="batch", disable=len(images) < 2000):
-        yield stream[k]["pixels"][: len(images) - k * batch_size]  # the stream has no end
+        # The stream has no end: the last batch goes on with images of the next epoch.
+        yield stream[k]["pixels"][: len(images) - k * batch_size]
 
 
 def _write(reference: Reference, out: Path) -> None:
     content = save({**vars(reference.moments), "features": reference.features})
-    about = {**reference.about, "sha256": hashlib.sha256(content).hexdigest()}
+    metadata = {**reference.metadata, "sha256": hashlib.sha256(content).hexdigest()}
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
     try:
         part.mkdir(parents=True)
         write_flushed(part / "reference.safetensors", content)
-        write_flushed(part / "reference.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        write_flushed(part / "reference.json", json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
         part.rename(out)
         flush_folder(out.parent)
     except OSError as error:
@@ -240,26 +275,28 @@ def _write(reference: Reference, out: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _kind_of(reference: Reference) -> dict[str, Any]:
-    data = reference.about["data"]
-    return _kind(reference.about["network"], data["resolution"], data["channels"])
+def _settings_of(reference: Reference) -> dict[str, str]:
+    data = reference.metadata["data"]
+    return _comparable_settings(reference.metadata["network"], data["resolution"], data["channels"])
 
 
-def _kind(identity: dict[str, Any], resolution: int, channels: int) -> dict[str, Any]:
-    """All in which two sets of features must agree."""
-    kind = {"resolution": resolution, "channels": channels, **identity}
-    del kind["information"]
-    return {key: str(value) for key, value in kind.items()}
+def _comparable_settings(identity: dict[str, Any], resolution: int, channels: int) -> dict[str, str]:
+    """Return all settings that must be equal for two sets of features to compare."""
+    settings = {"resolution": resolution, "channels": channels, **identity}
+    del settings["information"]
+    return {key: str(value) for key, value in settings.items()}
 
 
-def _refuse_unlike(left: str, left_kind: dict[str, Any], right: str, right_kind: dict[str, Any]) -> None:
-    keys = [key for key in {**left_kind, **right_kind} if left_kind.get(key) != right_kind.get(key)]
+def _require_equal(left: str, left_settings: dict[str, str], right: str, right_settings: dict[str, str]) -> None:
+    """Raise a UsageError with a table of the settings that differ, if there are any."""
+    keys = [key for key in {**left_settings, **right_settings} if left_settings.get(key) != right_settings.get(key)]
     if not keys:
         return
-    rows = [("", left, right), *((key, left_kind.get(key, "-"), right_kind.get(key, "-")) for key in keys)]
+    rows = [("", left, right)]
+    rows += [(key, left_settings.get(key, "-"), right_settings.get(key, "-")) for key in keys]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     table = "\n".join(f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)
     raise UsageError(
-        f"{left} and {right} must be of one kind, or their distance means nothing; they differ in\n{table}\n"
-        "make a reference of the other kind with `hf-ddpm reference`"
+        f"{left} and {right} must have equal settings, or their distance means nothing; they differ in\n{table}\n"
+        "make a reference with the other settings with `hf-ddpm reference`"
     )

@@ -1,4 +1,4 @@
-"""Pushing a run while it trains: in the background, which no failure stops or delays."""
+"""Pushing a run while it trains: in the background, so that no failure stops or delays the training."""
 
 from __future__ import annotations
 
@@ -9,90 +9,124 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from hf_ddpm.hub.upload import commit, create, stage
+from hf_ddpm.hub.upload import commit, copy_for_upload, create_repository
 from hf_ddpm.runtime.errors import PushError, UsageError
 
-PAUSES_SECONDS = (15.0, 60.0, 240.0, 900.0)  # between the attempts of one push
+RETRY_PAUSES_SECONDS = (15.0, 60.0, 240.0, 900.0)  # after the first failure, the second, ...; the last stays
 
 
 class Pusher:
-    """Pushes a run while it trains, from a thread that is not waited for.
+    """A thread that pushes a run while it trains, and that nobody waits for.
 
-    The newest state goes; one that has not left when a newer is there does not go any more. A failure is said and
-    tried again, each time after a longer pause. `HfApi.run_as_future` would hold up the end of a process that was
-    asked to stop: Python waits for its thread.
+    It pushes the newest state. A state that has not left when a newer one arrives is dropped. A failure is reported
+    and tried again, each time after a longer pause. `HfApi.run_as_future` would not do: at the end of a process,
+    Python waits for its thread.
 
     Args:
-        say: shows a line to the user.
+        folder: The output folder of the run, which holds its lock. The copies of what is pushed stand in it: there
+            they are hard links, and the next start deletes what a killed run left.
+        repo_id: The repository.
+        token: Default: the token of `hf auth login` or HF_TOKEN.
+        revision: The branch.
+        public: Create the repository public.
+        print_line: Shows a line to the user.
     """
 
     def __init__(
-        self, folder: Path, repo_id: str, token: str | None, revision: str, public: bool, say: Callable[[str], None]
+        self,
+        folder: Path,
+        repo_id: str,
+        token: str | None,
+        revision: str,
+        public: bool,
+        print_line: Callable[[str], None],
     ):
-        self.folder, self.repo_id, self.revision, self.public, self.say = folder, repo_id, revision, public, say
+        self.folder = folder
+        self.repo_id = repo_id
+        self.revision = revision
+        self.public = public
+        self.print_line = print_line
         self._api = HfApi(token=token)
         self._changed = threading.Condition()
-        self._newest: tuple[Path, str] | None = None
-        self._is_over = self._is_abandoned = False
+        self._pending: tuple[Path, str] | None = None  # the copied files, and the message of their commit
+        self._is_closed = False
+        self._is_abandoned = False
         self._thread = threading.Thread(target=self._work, name="push", daemon=True)
         self._thread.start()
 
     def start(self, message: str, preview: Path | None = None) -> None:
-        """Takes the run's files as they are, and returns before anything is sent. Raises: OSError."""
+        """Copy the run's files as they are, and return before anything is sent.
+
+        Args:
+            message: The commit's message.
+            preview: A picture of samples of these weights.
+
+        Raises:
+            OSError: When a file cannot be copied, or is damaged.
+        """
         try:
-            files = stage(self.folder, preview=preview)
-        except UsageError as error:  # a file that somebody edits
+            files = copy_for_upload(self.folder, preview=preview, parent=self.folder)
+        except UsageError as error:  # somebody is editing a file
             raise OSError(str(error)) from error
         with self._changed:
-            self._drop()
-            self._newest = files, message
-            if self._is_over:
-                self._drop()
+            self._discard_pending()
+            self._pending = files, message
+            if self._is_closed:
+                self._discard_pending()
             self._changed.notify_all()
 
     def close(self, seconds: float) -> None:
-        """Starts nothing more; what is on its way has `seconds` to arrive."""
+        """Start no further push, and give the one that is on its way `seconds` to arrive."""
         with self._changed:
-            self._is_over = True
-            self._drop()
+            self._is_closed = True
+            self._discard_pending()
             self._changed.notify_all()
         self._thread.join(seconds)
         self._is_abandoned = True  # it must not replace what is pushed after this
 
-    def _drop(self) -> None:
-        if self._newest is not None:
-            shutil.rmtree(self._newest[0], ignore_errors=True)
-        self._newest = None
+    def _discard_pending(self) -> None:
+        if self._pending is not None:
+            shutil.rmtree(self._pending[0], ignore_errors=True)
+        self._pending = None
 
     def _work(self) -> None:
         num_failures = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._newest is not None or self._is_over)
-                if self._newest is None:
+                self._changed.wait_for(lambda: self._pending is not None or self._is_closed)
+                if self._pending is None:
                     return
-                (files, message), self._newest = self._newest, None
-            try:
-                name = create(self._api, self.repo_id, self.public)
-                commit(self._api, files, name, self.revision, message, lambda: not self._is_abandoned)
-                num_failures, failure = 0, None
-            except PushError as error:
-                failure = error
-            except Exception as error:  # nothing that happens here may end a training
-                failure = PushError(f"{type(error).__name__}: {error}", is_transient=False)
+                (files, message), self._pending = self._pending, None
+            failure = self._push(files, message)
             if failure is None:
+                num_failures = 0
                 shutil.rmtree(files, ignore_errors=True)
                 continue
-            pause = PAUSES_SECONDS[min(num_failures, len(PAUSES_SECONDS) - 1)]
+            pause_seconds = RETRY_PAUSES_SECONDS[min(num_failures, len(RETRY_PAUSES_SECONDS) - 1)]
             num_failures += 1
             with self._changed:
-                again = failure.is_transient and not self._is_over and self._newest is None
-                if again:
-                    self._newest = files, message
-                self.say(
-                    f"the push of {message!r} to {self.repo_id} failed, training goes on: {failure}"
-                    + (f". It is tried again in {pause:g} s" if again else "")
-                )
-                if not again:
-                    shutil.rmtree(files, ignore_errors=True)
-                self._changed.wait_for(lambda: self._is_over, pause)
+                self._handle(failure, files, message, pause_seconds)
+                self._changed.wait_for(lambda: self._is_closed, pause_seconds)
+
+    def _push(self, files: Path, message: str) -> PushError | None:
+        """Push the copied files, and return the error if that fails."""
+        try:
+            name = create_repository(self._api, self.repo_id, self.public)
+            commit(self._api, files, name, self.revision, message, lambda: not self._is_abandoned)
+        except PushError as error:
+            return error
+        except Exception as error:  # nothing that happens here may end a training
+            return PushError(f"{type(error).__name__}: {error}", is_transient=False)
+        return None
+
+    def _handle(self, failure: PushError, files: Path, message: str, pause_seconds: float) -> None:
+        """Report a failed push, and put it back unless it can never succeed or a newer state has arrived."""
+        is_tried_again = failure.is_transient and not self._is_closed and self._pending is None
+        if is_tried_again:
+            self._pending = files, message
+        else:
+            shutil.rmtree(files, ignore_errors=True)
+        self.print_line(
+            f"the push of {message!r} to {self.repo_id} failed, training goes on: {failure}"
+            + (f". It is tried again in {pause_seconds:g} s" if is_tried_again else "")
+        )

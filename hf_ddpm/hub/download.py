@@ -1,63 +1,83 @@
-"""A trained model, in a folder or on the Hub: where it is, and what it is."""
+"""A trained model, in a folder or on the Hub: where it is, and whether it is one."""
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
+from hf_ddpm.hub.errors import hub_error, status_of
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import read_mapping
 
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+def is_hub_id(name: str) -> bool:
+    """Return whether `name` has the form NAMESPACE/NAME of a repository on the Hub, and is not a path that exists."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and name.isascii() and not Path(name).exists()
 
 
-def find_model(model: str | Path) -> tuple[Path, str | None]:
-    """The folder of a pipeline, downloaded if need be, and its name if it is on the Hub.
+def local_folder(model: str | Path) -> Path | None:
+    """Return the folder of a saved pipeline, or None for the name of a repository on the Hub.
 
     Raises:
-        UsageError: there is none, or of something else than a UNet2DModel and a scheduler.
+        UsageError: When `model` is neither, or a folder without a pipeline.
     """
-    folder, repo_id = Path(model).expanduser(), None
-    if not folder.exists() and HUB_ID.fullmatch(str(model)):
-        repo_id = str(model)
-        try:
-            folder = Path(str(DiffusionPipeline.download(repo_id)))
-            snapshot_download(repo_id, allow_patterns=["config.yaml", "run.json"])
-        except Exception as error:  # a broken connection has no type that huggingface_hub documents
-            raise UsageError(
-                f"model must be a folder or on the Hub, got {repo_id!r}, which is neither here nor {_why(error)}"
-            ) from error
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        if is_hub_id(str(model)):
+            return None
+        raise UsageError(
+            "model must be a folder with model_index.json or a Hub id, which is NAMESPACE/NAME, "
+            f"got {str(model)!r}, which is neither"
+        )
     if not (folder / "model_index.json").is_file():
         hint = ": the run has not saved its model yet" if (folder / "config.yaml").is_file() else ""
         raise UsageError(f"model must be a folder with model_index.json, got {str(model)!r}, which has none{hint}")
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    parts = {name for name, part in index.items() if isinstance(part, list) and part[1] is not None}
-    if index.get("unet", ["", ""])[1] != "UNet2DModel" or parts != {"unet", "scheduler"}:
+    return folder
+
+
+def find_model(model: str | Path) -> tuple[Path, str | None]:
+    """Return the folder of a saved pipeline, downloaded if need be, and its Hub id if it came from there.
+
+    Raises:
+        UsageError: When there is no such model, or it is not a pipeline of a UNet2DModel and a scheduler.
+    """
+    folder = local_folder(model)
+    repo_id = None
+    if folder is None:
+        repo_id = str(model)
+        folder = _download(repo_id)
+    index = read_mapping(folder / "model_index.json", "save or download the model again")
+    components = {name for name, value in index.items() if isinstance(value, list) and value[1] is not None}
+    if index.get("unet", ["", ""])[1] != "UNet2DModel" or components != {"unet", "scheduler"}:
         raise UsageError(
             f"model must be a DDPMPipeline of a UNet2DModel and a scheduler, got {str(model)!r}, a "
-            f"{index.get('_class_name')} of {', '.join(sorted(parts))}"
+            f"{index.get('_class_name')} of {', '.join(sorted(components))}"
         )
     return folder, repo_id
 
 
-def hub_error(error: BaseException) -> BaseException:
-    """The error of the Hub's client from which another one was raised; or else the first of all."""
-    while not isinstance(error, HfHubHTTPError) and (before := error.__cause__ or error.__context__) is not None:
-        error = before
-    return error
+def _download(repo_id: str) -> Path:
+    """Return the folder in the Hub's cache that holds a pipeline, with the settings and facts of its run."""
+    try:
+        folder = Path(str(DiffusionPipeline.download(repo_id)))
+        snapshot_download(repo_id, allow_patterns=["config.yaml", "run.json"])
+    except Exception as error:  # a broken connection has no type that huggingface_hub documents
+        raise UsageError(
+            f"model must be a folder or on the Hub, got {repo_id!r}, which is neither here nor "
+            f"{_explain_failed_download(error)}"
+        ) from error
+    return folder
 
 
-def status_of(error: BaseException) -> int | None:
-    """What the Hub has answered; None if it has not."""
-    response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
-    return None if response is None else int(response.status_code)
-
-
-def _why(error: BaseException) -> str:
+def _explain_failed_download(error: BaseException) -> str:
     status = status_of(hub_error(error))
     if status in (401, 403, 404):
         return f"shown to you: it is not on the Hub, or private, which needs hf auth login (HTTP {status})"

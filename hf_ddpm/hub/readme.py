@@ -1,4 +1,4 @@
-"""The README of a repository: the part between two marks is ours, all else is its author's."""
+"""The README of a repository: the part between two marks is our card, and all else is its author's."""
 
 from __future__ import annotations
 
@@ -9,54 +9,76 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 BEGIN = "<!-- hf_ddpm: from here to its end, this is written anew with each measurement and each upload -->"
-
-
 END = "<!-- hf_ddpm: end -->"
+# Each result of ours has this key among its `metric_args`; by it our results are told from the author's.
+REFERENCE_KEY = "reference_sha256"
 
 
-def merged(before: str, card: str) -> str:
-    """The README `before` with the part between BEGIN and END, and the results, of `card`.
+def merge_readme(readme: str, card: str) -> str:
+    """Return a README with our card brought up to date and everything else as its author wrote it.
 
-    Its other metadata stay, and are completed; a README without the two lines gets them at its end.
+    The part between BEGIN and END is replaced; a README without it gets it at its end. In the metadata, the author's
+    values win, but for the data, the base model and our results, which a run knows better; tags are added up.
+
+    Args:
+        readme: The README as it is; may be empty.
+        card: Our card, with its metadata.
+
+    Raises:
+        ValueError: When the metadata of `readme` cannot be read.
     """
-    if not before.strip():
+    if not readme.strip():
         return card
-    theirs: Any = ModelCard(before, ignore_metadata_errors=True)
-    ours: Any = ModelCard(card)
-    part = _marked(ours.text)
-    assert part is not None
-    known = _marked(theirs.text)
-    rest = theirs.text.replace(BEGIN, "").replace(END, "")  # one of them alone
-    text = theirs.text.replace(known, part) if known else f"{rest.rstrip()}\n\n{part}\n"
-    old, new = theirs.data.to_dict(), ours.data.to_dict()
-    tags = list(dict.fromkeys([*(old.get("tags") or []), *(new.get("tags") or [])]))
-    foreign = [r for r in theirs.data.eval_results or [] if REFERENCE not in (r.metric_args or {})]
-    results = foreign + (ours.data.eval_results or [])
-    measured = {key: new[key] for key in ("datasets", "base_model") if key in new}
-    data = {**new, **old, **measured, "tags": tags}
-    data = {key: value for key, value in data.items() if key not in ("model-index", "model_name")}
-    name = getattr(theirs.data, "model_name", None) or getattr(ours.data, "model_name", None)
-    theirs.data = ModelCardData(**data, eval_results=results or None, model_name=name if results else None)
-    theirs.text = text
-    return str(theirs)
+    author_readme: Any = ModelCard(readme, ignore_metadata_errors=True)
+    our_card: Any = ModelCard(card)
+    author_readme.text = _merge_text(author_readme.text, our_card.text)
+    author_readme.data = _merge_metadata(author_readme.data, our_card.data)
+    return str(author_readme)
 
 
-def own_text(readme: str) -> str:
-    """What of a README is its author's: neither metadata nor ours."""
+def _merge_text(author_text: str, our_text: str) -> str:
+    new_part = _marked_part(our_text)
+    assert new_part is not None
+    old_part = _marked_part(author_text)
+    if old_part is not None:
+        return author_text.replace(old_part, new_part)
+    # Somebody may have deleted one of the two marks.
+    without_marks = author_text.replace(BEGIN, "").replace(END, "")
+    return f"{without_marks.rstrip()}\n\n{new_part}\n"
+
+
+def _merge_metadata(author_data: Any, our_data: Any) -> ModelCardData:
+    author_values, our_values = author_data.to_dict(), our_data.to_dict()
+    tags = [*(author_values.get("tags") or []), *(our_values.get("tags") or [])]
+    values = {
+        **our_values,
+        **author_values,
+        **{key: our_values[key] for key in ("datasets", "base_model") if key in our_values},
+        "tags": list(dict.fromkeys(tags)),
+    }
+    # The results have a model's name beside them, and stand under this key together.
+    for key in ("model-index", "model_name"):
+        values.pop(key, None)
+    author_results = [r for r in author_data.eval_results or [] if REFERENCE_KEY not in (r.metric_args or {})]
+    results = author_results + (our_data.eval_results or [])
+    model_name = getattr(author_data, "model_name", None) or getattr(our_data, "model_name", None)
+    return ModelCardData(**values, eval_results=results or None, model_name=model_name if results else None)
+
+
+def author_text(readme: str) -> str:
+    """Return the part of a README that its author wrote: neither metadata nor our card."""
     text = ModelCard(readme, ignore_metadata_errors=True).text if readme.strip() else ""
-    return text.replace(_marked(text) or "", "").strip()
-
-
-def _marked(text: str) -> str | None:
-    first = text.find(BEGIN)
-    last = text.find(END, first + 1)
-    return text[first : last + len(END)] if 0 <= first < last else None
+    return text.replace(_marked_part(text) or "", "").strip()
 
 
 def named_repository(readme: str) -> str | None:
-    """What the examples of a card load; None if it has none of ours."""
-    found = re.search(r'from_pretrained\((".+?")', _marked(readme) or "")
-    return json.loads(found[1]) if found else None
+    """Return the repository that the examples of our card load, or None if the README has no card of ours."""
+    example = re.search(r'from_pretrained\((".+?")', _marked_part(readme) or "")
+    return json.loads(example[1]) if example else None
 
 
-REFERENCE = "reference_sha256"  # in the arguments of each metric of ours
+def _marked_part(text: str) -> str | None:
+    """Return the text from BEGIN to END, both included, or None if one of them is missing."""
+    first = text.find(BEGIN)
+    last = text.find(END, first + 1)
+    return text[first : last + len(END)] if 0 <= first < last else None

@@ -1,10 +1,8 @@
-"""A run on its way to the Hub.
+"""Pushing a model to the Hub: the files of a run that `runtime/run_files.py` marks as uploaded, and no others.
 
-    push      the files named in UPLOADED, and no others, as one commit; none if nothing has changed
-    stage     a copy of them, which training cannot change any more
-
-Visibility is decided when a repository is made: private unless `public` is asked for. A README that was edited on the
-Hub keeps what its author wrote. Tokens go to the client of huggingface_hub and nowhere else.
+A push is one commit, or none if nothing has changed. It is made from a copy of the files, since training may replace
+them meanwhile. A new repository is private unless a public one is asked for. A README that was edited on the Hub keeps
+what its author wrote. Tokens go to the client of huggingface_hub and nowhere else.
 """
 
 from __future__ import annotations
@@ -13,48 +11,34 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 
 from hf_ddpm.hub.card import write_card
-from hf_ddpm.hub.download import hub_error, status_of
-from hf_ddpm.hub.readme import merged, own_text
+from hf_ddpm.hub.errors import as_push_errors, status_of
+from hf_ddpm.hub.readme import author_text, merge_readme
 from hf_ddpm.runtime.errors import PushError, UsageError
-from hf_ddpm.runtime.files import in_a_line, read_mapping, read_metrics, weights_sha256, write_atomically
-from hf_ddpm.runtime.run_files import EVALUATION_PICTURES
-from hf_ddpm.timesteps import FILE as SEARCHED
+from hf_ddpm.runtime.files import (
+    in_one_line,
+    parse_mapping,
+    read_mapping,
+    read_metrics,
+    weights_sha256,
+    write_atomically,
+)
+from hf_ddpm.runtime.run_files import OF_WEIGHTS, REPLACED, UPLOADED, VALID_WITH
 
-# Patterns of `glob`, anchored at the run's folder: no checkpoint, log, optimizer state or pickle has such a name.
-UPLOADED = (
-    *("README.md", "config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "evaluation.json", "average.json"),
-    *("figures/*.png", "figures/*.gif"),
-    *("model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"),
-)
-OF_EVALUATION = ("evaluation.json", *(f"figures/{name}" for name in EVALUATION_PICTURES))
-# Of an earlier push, these would contradict what is pushed.
-REPLACED = (
-    *("average.json", "run.json", "eval.jsonl", "figures/kid.png", "figures/val_loss.png"),
-    *(*OF_EVALUATION, "scheduler/searched_timesteps.json"),
-    *("unet/*.safetensors", "unet/*.bin", "unet/*.index.json", "diffusion_pytorch_model.*"),
-)
-# Where something is on this machine, which is of no use elsewhere.
-PLACES = ("cache_dir", "output_dir", "eval_network_path")
-MAX_CONFLICTS = 3
-LOCAL_ERRORS = (LookupError, TypeError, AttributeError, FileNotFoundError, PermissionError, IsADirectoryError)
-NO_TOKEN = "there is no token: hf auth login, or HF_TOKEN in the environment"
+# Settings that say where something is on this machine, which is of no use elsewhere.
+LOCAL_SETTINGS = ("cache_dir", "output_dir", "eval_network_path")
+MAX_ATTEMPTS = 3  # at a commit, while others commit to the same branch
 KEPT_README = "README.md was edited on the Hub, too: it keeps the text that was written there"
 
 
@@ -63,8 +47,11 @@ class Pushed:
     """Where a push went.
 
     Args:
-        commit: the head of the branch; `is_new` if this push made it.
-        kept_readme: the README on the Hub was edited there and here, and keeps the text that was written there.
+        repo_id: The repository, with its namespace.
+        url: The repository's address.
+        commit: The head of the branch.
+        is_new: The push made that commit; otherwise nothing had changed.
+        kept_readme: The README was edited both on the Hub and here, and keeps the text that was written there.
     """
 
     repo_id: str
@@ -84,38 +71,44 @@ def push(
     message: str | None = None,
     averages: bool = False,
 ) -> Pushed:
-    """Uploads a run or any folder with a pipeline; the repository is made if need be.
+    """Upload a run, or any folder that holds a pipeline, into a repository that is created if need be.
 
     Args:
+        folder: The folder of the run.
         repo_id: `name`, which goes to the token's owner, or `namespace/name`.
-        public: make the repository public. One that exists keeps its visibility; without `public` it must be private.
-        revision: a branch, made from `main` if need be.
-        token: default: that of `hf auth login` or HF_TOKEN.
-        message: of the commit; default: the run's step and images.
-        averages: also push each average in `ema` of the run as a branch with its name.
+        public: Create the repository public. One that exists keeps its visibility; without `public` it must be
+            private.
+        revision: The branch, which is created from `main` if need be.
+        token: Default: the token of `hf auth login` or HF_TOKEN.
+        message: The commit's message. Default: the run's step and images.
+        averages: Also push each average in the run's folder `ema`, as a branch with its name.
+
+    Returns:
+        Where the push of the run itself went.
 
     Raises:
-        UsageError: `folder` holds no model that may be published.
-        PushError: the Hub refused, or could not be reached.
+        UsageError: When `folder` holds no model that may be published.
+        PushError: When the Hub refuses, or cannot be reached.
     """
     folder = Path(folder).expanduser()
-    _check_folder(folder)
+    _check_publishable(folder)
     api = HfApi(token=token)
-    name = create(api, repo_id, public)
-    message = message or progress_of(folder)
-    files = stage(folder)
+    name = create_repository(api, repo_id, public)
+    message = message or describe_progress(folder)
+    files = copy_for_upload(folder)
     try:
-        before = _text(files / "README.md")
+        readme_before = _read_text(files / "README.md")
         pushed = commit(api, files, name, revision, message)
-        with suppress(OSError):  # a folder that cannot be written, from which all has arrived
-            if pushed.kept_readme or _text(folder / "README.md") != before:  # what was written here is nowhere else
-                write_card(folder, name, _branch(revision))
+        with suppress(OSError):  # the folder cannot be written, but everything in it has arrived
+            if pushed.kept_readme or _read_text(folder / "README.md") != readme_before:
+                # What was written into the README here is nowhere else.
+                write_card(folder, name, _branch_on_card(revision))
             else:
                 write_atomically(folder / "README.md", (files / "README.md").read_bytes())
     finally:
         shutil.rmtree(files)
     for average in _averages(folder) if averages else ():
-        files = stage(folder, model=average)
+        files = copy_for_upload(folder, model=average)
         try:
             commit(api, files, name, average.name, f"{message}, the average {average.name}")
         finally:
@@ -123,9 +116,13 @@ def push(
     return pushed
 
 
-def create(api: HfApi, repo_id: str, public: bool) -> str:
-    """Makes a model repository unless it is there. Returns: its full name. Raises: PushError."""
-    with explained(api, repo_id):
+def create_repository(api: HfApi, repo_id: str, public: bool) -> str:
+    """Create a model repository unless it exists, and return its name with the namespace.
+
+    Raises:
+        PushError: When the repository cannot be created, or is public and must not be.
+    """
+    with as_push_errors(api, repo_id):
         name = api.create_repo(repo_id, private=not public, exist_ok=True).repo_id
         if not public and not api.model_info(name).private:
             raise PushError(
@@ -136,96 +133,124 @@ def create(api: HfApi, repo_id: str, public: bool) -> str:
         return name
 
 
-def progress_of(folder: Path) -> str:
-    """What a commit says of the run in `folder`: "Step 1,200, 76,800 images"."""
-    progress = read_mapping(folder / "run.json").get("training")
-    if progress is None and (folder / "metrics.jsonl").is_file():
-        progress = next(
-            ({**line, "steps": line["step"]} for line in read_metrics(folder / "metrics.jsonl")[-1:]), None
-        )
-    return f"Step {progress['steps']:,}, {progress['images']:,} images" if progress else "Upload a model"
+def describe_progress(folder: Path) -> str:
+    """Return how far a run is, for the message of a commit: "Step 1,200, 76,800 images"."""
+    training = read_mapping(folder / "run.json").get("training")
+    if training is not None:
+        return f"Step {training['steps']:,}, {training['images']:,} images"
+    lines = read_metrics(folder / "metrics.jsonl")
+    if lines:
+        return f"Step {lines[-1]['step']:,}, {lines[-1]['images']:,} images"
+    return "Upload a model"
 
 
-def stage(folder: Path, model: Path | None = None, preview: Path | None = None) -> Path:
-    """A new folder with what is uploaded of a run, as it is now: training goes on and replaces its files.
+def copy_for_upload(
+    folder: Path, model: Path | None = None, preview: Path | None = None, parent: Path | None = None
+) -> Path:
+    """Return a new folder with what is uploaded of a run as it is now; training may go on and replace its files.
+
+    Paths on this machine are left out of the copies. Weights are hard links where the file system allows it.
 
     Args:
-        model: an average in the place of the run's own pipeline, without what was measured and drawn with that.
-        preview: the picture of samples, if there is none.
+        folder: The folder of the run.
+        model: The folder of an average, to upload it in the place of the run's own model. What was measured and
+            drawn with that is then left out.
+        preview: A picture of samples, to upload in the place of the finished run's.
+        parent: Where the new folder is made. Default: the system's folder for temporary files.
+
+    Raises:
+        UsageError: When a file of the run is damaged.
+        OSError: When a file cannot be read, or not be copied.
     """
-    place = folder if os.access(folder, os.W_OK) else None
-    files = Path(tempfile.mkdtemp(prefix=f"partial-push-{os.getpid()}-", dir=place))
+    copies = Path(tempfile.mkdtemp(prefix="partial-push-", dir=parent))
     try:
-        chosen = {name: folder / name for name in _uploaded(folder)}
-        if model is not None:
-            of_own_model = ("unet/*", "model_index.json", "scheduler/*", "evaluation.json", "figures/*")
-            chosen = {n: path for n, path in chosen.items() if not any(fnmatch(n, p) for p in of_own_model)}
-            chosen |= {name: model / name for name in _uploaded(model) if name != "README.md"}
-        if preview is not None:
-            chosen["figures/samples.png"] = preview
-        weights = weights_sha256(model or folder)
-        searched = SEARCHED.as_posix()
-        for name, of_weights in (("evaluation.json", OF_EVALUATION), (searched, (searched,))):
-            if read_mapping(chosen.get(name, folder / name)).get("weights_sha256") != weights:
-                chosen = {n: path for n, path in chosen.items() if n not in of_weights}
-        for name, source in chosen.items():
-            (files / name).parent.mkdir(exist_ok=True)
-            _link_or_copy(source, files / name)
-            if name.endswith((".json", ".yaml")):
-                content = read_mapping(files / name)
-                known = _without_places(content)
-                if known != content:
-                    is_json = name.endswith(".json")
-                    text = json.dumps(known, indent=2) if is_json else yaml.safe_dump(known, sort_keys=False)
-                    write_atomically(files / name, text)
+        for name, source in _files_to_upload(folder, model, preview).items():
+            (copies / name).parent.mkdir(exist_ok=True)
+            _copy_file(source, copies / name)
         for halflife in read_mapping(folder / "config.yaml").get("ema_halflife_images") or ():
             if model is not None and model.name == f"halflife-{halflife:g}":
-                write_atomically(files / "average.json", json.dumps({"halflife_images": halflife}) + "\n")
+                write_atomically(copies / "average.json", json.dumps({"halflife_images": halflife}) + "\n")
     except BaseException:
-        shutil.rmtree(files, ignore_errors=True)
+        shutil.rmtree(copies, ignore_errors=True)
         raise
-    return files
+    return copies
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        if source.suffix != ".safetensors":  # which are replaced, never written into
-            raise OSError
-        os.link(source.resolve(), target)  # the Hub's cache is of symbolic links
-    except OSError:
-        shutil.copyfile(source, target)
+def _files_to_upload(folder: Path, model: Path | None, preview: Path | None) -> dict[str, Path]:
+    """Return name in the repository -> file, without what was measured or searched with other weights."""
+    sources = {name: folder / name for name in _uploaded_names(folder)}
+    if model is not None:
+        sources = {name: path for name, path in sources.items() if not _matches(name, OF_WEIGHTS)}
+        sources |= {name: model / name for name in _uploaded_names(model) if name != "README.md"}
+    if preview is not None:
+        sources["figures/samples.png"] = preview
+    weights = weights_sha256(model or folder)
+    for naming_file, patterns in VALID_WITH.items():
+        named_weights = None
+        if naming_file in sources:
+            named_weights = read_mapping(sources[naming_file]).get("weights_sha256")
+        if named_weights != weights:
+            sources = {name: path for name, path in sources.items() if not _matches(name, patterns)}
+    return sources
 
 
-def _without_places(value: Any) -> Any:
-    """Of paths of this machine only the last names: the others say where something is, and not what."""
+def _copy_file(source: Path, target: Path) -> None:
+    if source.suffix in (".json", ".yaml"):
+        content = source.read_bytes()
+        recorded = parse_mapping(content, source)
+        public = _without_local_paths(recorded)
+        if public == recorded:
+            target.write_bytes(content)
+        elif source.suffix == ".json":
+            target.write_text(json.dumps(public, indent=2), encoding="utf-8")
+        else:
+            target.write_text(yaml.safe_dump(public, sort_keys=False), encoding="utf-8")
+        return
+    if source.suffix == ".safetensors":  # weights are replaced and never written into, so that a link keeps them
+        with suppress(OSError):
+            os.link(source.resolve(), target)  # the Hub's cache consists of symbolic links
+            return
+    shutil.copyfile(source, target)
+
+
+def _without_local_paths(value: Any) -> Any:
+    """Replace paths by their last component, so that nothing about this machine is uploaded."""
     if isinstance(value, dict):
-        return {key: _without_places(item) for key, item in value.items() if key not in PLACES}
+        return {key: _without_local_paths(item) for key, item in value.items() if key not in LOCAL_SETTINGS}
     if isinstance(value, list):
-        return [_without_places(item) for item in value]
+        return [_without_local_paths(item) for item in value]
     if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "."))):
         return Path(value).name
     return value
 
 
-def _check_folder(folder: Path) -> None:
+def _check_publishable(folder: Path) -> None:
+    """Raise UsageError unless a folder holds a model that stock diffusers loads, and no token."""
     if not (folder / "model_index.json").is_file():
         raise UsageError(f"output_dir must hold a saved model, got {str(folder)!r} without model_index.json")
-    if not any(name.endswith(".safetensors") for name in _uploaded(folder)):
+    if not any(name.endswith(".safetensors") for name in _uploaded_names(folder)):
         raise UsageError(f"output_dir must hold weights as safetensors, got {str(folder)!r} without")
-    for name, part in read_mapping(folder / "model_index.json").items():
-        if isinstance(part, list) and str(part[0]).split(".")[0] == "hf_ddpm":
+    for name, component in read_mapping(folder / "model_index.json").items():
+        if isinstance(component, list) and str(component[0]).split(".")[0] == "hf_ddpm":
             raise UsageError(
-                f"model_index.json must name classes of diffusers, got a {name} of {part[0]}, which diffusers does "
-                "not load: save the model with hf_ddpm.DDPMPipeline"
+                f"model_index.json must name classes of diffusers, got a {name} of {component[0]}, which diffusers "
+                "does not load: save the model with hf_ddpm.DDPMPipeline"
             )
     if read_mapping(folder / "config.yaml").get("hub_token"):
         raise UsageError(f"hub_token must not be published, but is set in {folder / 'config.yaml'}: delete that line")
 
 
-def _uploaded(folder: Path) -> list[str]:
-    """Lists no folder but those in UPLOADED: others, as of checkpoints and pushes, can go while they are listed."""
-    found = (path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+def _uploaded_names(folder: Path) -> list[str]:
+    """Return the names of the files that are uploaded.
+
+    Only the folders in UPLOADED are listed: others, such as checkpoints, may vanish while they are listed.
+    """
+    paths = {path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _averages(folder: Path) -> list[Path]:
@@ -238,122 +263,87 @@ def commit(
     name: str,
     revision: str,
     message: str,
-    is_wanted: Callable[[], bool] = lambda: True,
+    still_wanted: Callable[[], bool] = lambda: True,
 ) -> Pushed:
-    """One commit of a staged folder on a branch, whose README is left in `files`.
+    """Commit what `copy_for_upload` copied to a branch, and leave the README of the commit in `files`.
 
     Args:
-        is_wanted: asked before the commit is made, which may be long after the upload began.
+        api: The client.
+        files: The folder of the copies.
+        name: The repository, with its namespace.
+        revision: The branch, which is created from `main` if need be.
+        message: The commit's message.
+        still_wanted: Asked just before the commit is made, which may be long after the upload began. No commit is
+            made if it returns False.
+
+    Raises:
+        PushError: When the Hub refuses, or cannot be reached, or the commit is not wanted any more.
     """
-    with explained(api, name):
+    with as_push_errors(api, name):
         if revision != "main":
             api.create_branch(name, branch=revision, exist_ok=True)
-        for attempt in range(MAX_CONFLICTS):
-            head = str(api.model_info(name, revision=revision).sha)
-            there = api.list_repo_files(name, revision=head)
-            readme, kept = _readme(api, files, name, revision, head if "README.md" in there else None)
-            names = [n for n in _uploaded(files) if n != "README.md"]
-            operations: list[Any] = [CommitOperationAdd(n, files / n) for n in names]
-            operations.append(CommitOperationAdd("README.md", readme.encode()))
-            stale = [n for n in there if n not in names and any(fnmatch(n, pattern) for pattern in REPLACED)]
-            for operation in operations:
-                if fnmatch(operation.path_in_repo, "*.safetensors") or operation.path_in_repo.startswith("figures/"):
-                    # One by one: for several the client starts threads, for which Python waits before it ends.
-                    api.preupload_lfs_files(name, [operation], revision=revision)
-            operations += [CommitOperationDelete(n) for n in stale]
-            if not is_wanted():
-                raise PushError("a newer state goes in its place")
+        for _ in range(MAX_ATTEMPTS - 1):
             try:
-                made = api.create_commit(
-                    name, operations, commit_message=message, revision=revision, parent_commit=head
-                )
-            except HfHubHTTPError as error:  # somebody committed in between
-                if status_of(error) != 412 or attempt == MAX_CONFLICTS - 1:
+                return _commit_onto_head(api, files, name, revision, message, still_wanted)
+            except HfHubHTTPError as error:
+                if status_of(error) != 412:  # 412: somebody else committed in between
                     raise
-                continue
-            write_atomically(files / "README.md", readme)
-            return Pushed(name, made.repo_url.url, made.oid, made.oid != head, kept)
-    raise AssertionError
+        return _commit_onto_head(api, files, name, revision, message, still_wanted)
 
 
-def _readme(api: HfApi, files: Path, name: str, revision: str, head: str | None) -> tuple[str, bool]:
-    """The README of the next commit, and whether a text of the Hub was kept in the place of another here."""
-    here = write_card(files, name, _branch(revision)).read_text("utf-8")
+def _commit_onto_head(
+    api: HfApi, files: Path, name: str, revision: str, message: str, still_wanted: Callable[[], bool]
+) -> Pushed:
+    head = str(api.model_info(name, revision=revision).sha)
+    names_on_hub = api.list_repo_files(name, revision=head)
+    readme, keeps_their_text = _next_readme(api, files, name, revision, head if "README.md" in names_on_hub else None)
+    names = [file for file in _uploaded_names(files) if file != "README.md"]
+    operations: list[Any] = [CommitOperationAdd(file, files / file) for file in names]
+    operations.append(CommitOperationAdd("README.md", readme.encode()))
+    for operation in operations:
+        if fnmatch(operation.path_in_repo, "*.safetensors") or operation.path_in_repo.startswith("figures/"):
+            # One by one: for several, the client starts threads, and Python waits for threads before it ends.
+            api.preupload_lfs_files(name, [operation], revision=revision)
+    outdated = [file for file in names_on_hub if file not in names and _matches(file, REPLACED)]
+    operations += [CommitOperationDelete(file) for file in outdated]
+    if not still_wanted():
+        raise PushError("a newer state goes in its place")
+    made = api.create_commit(name, operations, commit_message=message, revision=revision, parent_commit=head)
+    write_atomically(files / "README.md", readme)
+    return Pushed(name, made.repo_url.url, made.oid, made.oid != head, keeps_their_text)
+
+
+def _next_readme(api: HfApi, files: Path, name: str, revision: str, head: str | None) -> tuple[str, bool]:
+    """Return the README of the next commit, and whether it keeps a text of the Hub in the place of another text here.
+
+    Args:
+        head: The commit that has the README on the Hub, or None if there is no README.
+    """
+    our_readme = write_card(files, name, _branch_on_card(revision)).read_text("utf-8")
     if head is None:
-        return here, False
+        return our_readme, False
     path = Path(api.hf_hub_download(name, "README.md", revision=head))
-    plain = {"", f"# {name.split('/')[-1]}"}
+    no_texts = {"", f"# {name.split('/')[-1]}"}  # a title is not a text
     try:
-        there = path.read_text("utf-8")
-        ours, theirs = own_text(here), own_text(there)
-        if theirs in plain or ("\n" not in theirs and ours.startswith(theirs)):  # a title at most
-            card: Any = ModelCard(there, ignore_metadata_errors=True)
-            card.text = ModelCard(here).text
-            return merged(str(card), here), False
-        return merged(there, here), ours not in plain and ours not in theirs
+        hub_readme = path.read_text("utf-8")
+        our_text, hub_text = author_text(our_readme), author_text(hub_readme)
+        is_only_title = "\n" not in hub_text and our_text.startswith(hub_text)
+        if hub_text in no_texts or is_only_title:
+            card: Any = ModelCard(hub_readme, ignore_metadata_errors=True)
+            card.text = ModelCard(our_readme).text
+            return merge_readme(str(card), our_readme), False
+        return merge_readme(hub_readme, our_readme), our_text not in no_texts and our_text not in hub_text
     except (ValueError, yaml.YAMLError) as error:
-        message = f"README.md of {name} cannot be read: {in_a_line(error)}: correct it on the Hub, or delete it there"
-        raise PushError(message, is_transient=False) from error
+        raise PushError(
+            f"README.md of {name} cannot be read: {in_one_line(error)}: correct it on the Hub, or delete it there",
+            is_transient=False,
+        ) from error
 
 
-def _text(path: Path) -> str | None:
+def _read_text(path: Path) -> str | None:
     return path.read_text("utf-8", errors="replace") if path.is_file() else None
 
 
-def _branch(revision: str) -> str | None:
-    """As a card names it: `main` is not named."""
+def _branch_on_card(revision: str) -> str | None:
+    """Return the branch as a card names it: `main` is not named."""
     return None if revision == "main" else revision
-
-
-@contextmanager
-def explained(api: HfApi, name: str) -> Iterator[None]:
-    """What the client raises as a PushError, which says what to do; without the token."""
-    try:
-        yield
-        return
-    except (PushError, UsageError):
-        raise
-    except OfflineModeIsEnabled as error:
-        raise PushError("HF_HUB_OFFLINE is set: unset it, and push again", is_transient=False) from error
-    except LocalTokenNotFoundError as error:
-        raise PushError(NO_TOKEN, is_transient=False) from error
-    except HFValidationError as error:
-        raise PushError(f"{name!r} cannot name a repository: {error}", is_transient=False) from error
-    except Exception as error:  # of the network, in many types, none of which huggingface_hub documents
-        first = hub_error(error)
-        token, status = _token_of(api), status_of(first)
-        if status is not None:
-            said = str(getattr(first, "server_message", None) or f"HTTP {status}")
-            text, is_transient = _said_of(status, name, said)
-            text = NO_TOKEN if status == 401 and not token else text
-            cause = f"{text} ({said})"
-        elif isinstance(first, LOCAL_ERRORS):
-            cause, is_transient = f"the files here cannot be pushed ({first!r})", False
-        else:
-            cause, is_transient = f"{api.endpoint} cannot be reached, or the connection broke ({first!r})", True
-    raise PushError(cause.replace(token, "hf_...") if token else cause, is_transient) from None
-
-
-def _token_of(api: HfApi) -> str:
-    """The one that is sent, without the ends that an error may show in other characters; "" if there is none."""
-    return str(api.token or get_token() or "").strip()
-
-
-def _said_of(status: int, name: str, said: str) -> tuple[str, bool]:
-    if status in (402, 413, 507) or (status == 403 and "storage" in said.lower()):
-        return f"{name} would be larger than the Hub's limits for it", False
-    if status == 401:
-        return "the Hub does not accept the token: it is wrong or expired, hf auth login makes a new one", False
-    if status == 403:
-        return f"the token may not write to {name}: give one with write access, or another name", False
-    if status == 404:
-        return f"{name} is not there, or the token may not see it", False
-    if status == 409:
-        return f"the name {name} is taken by something else: give another", False
-    if status == 412:
-        return f"others are committing to {name} at the same time", True
-    if status == 429:
-        return "the Hub asks for fewer requests", True
-    if status >= 500:
-        return "the Hub has an error of its own", True
-    return f"the Hub refuses what was sent to {name}", False

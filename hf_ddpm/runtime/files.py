@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written; and what says that they are."""
+"""Files that are whole or absent, whatever happens while they are written, and readers that name what is damaged."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ from hf_ddpm.runtime.errors import UsageError
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes `path` under another name in its folder, which is made if need be, and renames it: a reader finds the old
-    content or the new one, also after a loss of power.
+    """Write a file so that a reader finds the old content or the new one, also after a loss of power.
 
-    Raises: OSError; what `path` held is then still there.
+    The content is written under another name in the same folder, which is made if need be, and then renamed.
+
+    Args:
+        path: The file to write.
+        content: Bytes, or text that is encoded as UTF-8.
+
+    Raises:
+        OSError: When the file cannot be written; the old content is then still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -35,7 +41,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def write_flushed(path: Path, content: bytes | str) -> None:
-    """Writes a file that is on the disk when this returns."""
+    """Write a file that is on the disk when this returns."""
     with open(path, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -43,26 +49,27 @@ def write_flushed(path: Path, content: bytes | str) -> None:
 
 
 def append_lines(path: Path, lines: list[str]) -> None:
-    """Appends all lines or, if that raises OSError, none."""
+    """Append all lines to a file, or none of them if that raises OSError."""
     content = "".join(f"{line}\n" for line in lines).encode()
     with open(path, "ab", buffering=0) as file:  # a buffer would be written again before the file is cut
-        before = file.tell()
+        size_before = file.tell()
         try:
             while content:
                 content = content[file.write(content) :]
             os.fsync(file.fileno())
         except OSError:
-            file.truncate(before)
+            file.truncate(size_before)
             raise
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable; Windows cannot, and does so itself."""
+    """Make the names in a folder durable; Windows has no call for it and needs none."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-        except OSError as error:  # a file system that has no such thing
+        except OSError as error:
+            # Some file systems cannot flush a folder.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
@@ -71,9 +78,12 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Within it, no other process is within it; a killed process leaves no lock behind.
+    """Hold the lock of a folder for the duration of a `with` block; a killed process leaves no lock behind.
 
-    Raises: BlockingIOError if another process is.
+    Windows and file systems without locks do not lock: there, two processes can be in the block at once.
+
+    Raises:
+        BlockingIOError: When another process holds the lock.
     """
     try:
         import fcntl
@@ -82,36 +92,38 @@ def lock(folder: Path) -> Iterator[None]:
         return
     with open(folder / ".lock", "a") as file:
         try:
-            # Of this process alone: a process that it forks does not hold it.
+            # This lock belongs to the process alone: a process that it forks does not hold it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise BlockingIOError(error.errno, "another process has locked it", str(folder)) from error
-            # else a file system without locks
         yield
 
 
 def sha256(*paths: Path) -> str:
-    """Of the contents of the files, one after the other."""
+    """Return the checksum of the contents of files, one after the other, as 64 hex digits."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
 def weights_sha256(folder: Path) -> str | None:
-    """Of the weights of a diffusers pipeline's network, in the order of their files' names; None without any."""
-    for place in (folder / "unet", folder):  # repositories of early diffusers have all files in one folder
+    """Return the checksum of the weights of a diffusers pipeline's network, or None if there are no weights.
+
+    Weights in several files are read in the order of the files' names.
+    """
+    for subfolder in (folder / "unet", folder):  # repositories of early diffusers have all files in one folder
         for pattern in ("*.safetensors", "*.bin"):
-            if files := sorted(place.glob(f"diffusion_pytorch_model{pattern}")):
+            if files := sorted(subfolder.glob(f"diffusion_pytorch_model{pattern}")):
                 return sha256(*files)
     return None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of the file; one that a killed run left unfinished is no line."""
+    """Return the lines of a file of JSON lines, without lines that a killed run left unfinished."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -120,24 +132,55 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
-    """Leaves the lines up to `last_step`; those after it are written again."""
-    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+    """Delete the lines after `last_step`, which a resumed run writes again."""
+    records = [record for record in read_metrics(path) if record["step"] <= last_step]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A mapping in YAML or JSON; empty if the run did not write it. Raises: UsageError if it is damaged."""
-    if not path.is_file():
-        return {}
+def read_mapping(path: Path, remedy: str = "correct it") -> dict[str, Any]:
+    """Return the mapping in a JSON or YAML file, or an empty one if there is no such file.
+
+    Args:
+        path: A file whose name ends in `.json`, or else a YAML file.
+        remedy: What the user can do about a damaged file; the error message ends with it.
+
+    Raises:
+        UsageError: When the file is damaged, or holds something else than a mapping.
+    """
+    return parse_mapping(path.read_bytes(), path, remedy) if path.is_file() else {}
+
+
+def parse_mapping(content: bytes, path: Path, remedy: str = "correct it") -> dict[str, Any]:
+    """Return the mapping that `content`, which was read from `path`, holds; see `read_mapping`."""
+    with naming_damage(f"{path} cannot be read", remedy):
+        text = content.decode("utf-8")
+        mapping = (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
+        if not isinstance(mapping, dict):
+            raise ValueError(f"it must be a mapping, got {mapping!r}")
+        return mapping
+
+
+@contextmanager
+def naming_damage(failure: str, remedy: str) -> Iterator[None]:
+    """Turn the errors that a damaged file causes in a `with` block into a UsageError: failure, cause, remedy.
+
+    Args:
+        failure: What could not be done, for example "config.yaml cannot be read".
+        remedy: What the user can do about it, for example "correct it".
+
+    Raises:
+        UsageError: When the block raises one, or an error that a missing or mistyped value causes.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-        content = (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
+        yield
+    except UsageError:
+        raise
     except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{path.name} cannot be read: {in_a_line(error)}: correct it") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path.name} cannot be read: it must be a mapping, got {content!r}: correct it")
-    return content
+        raise UsageError(f"{failure}: {in_one_line(error)}: {remedy}") from error
+    except (LookupError, TypeError, AttributeError) as error:  # without the type, their messages say too little
+        raise UsageError(f"{failure}: {error!r}: {remedy}") from error
 
 
-def in_a_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """Return an error's message without line breaks."""
     return " ".join(str(error).split())

@@ -27,12 +27,27 @@ def follow_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_ENDED)
 
 
+def reject_deepspeed() -> None:
+    """Reject a launch that asks for DeepSpeed, before Accelerate imports it.
+
+    Raises:
+        UsageError: When `accelerate launch` or the environment asks for DeepSpeed.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UsageError(
+            "distributed_type must not be DEEPSPEED, which hf_ddpm does not support: use FSDP 2 for a model that is "
+            "too large for one GPU (launch_configs/fsdp.yaml), and else DDP (launch_configs/ddp.yaml)"
+        )
+
+
 def start_missing_processes() -> None:
     """Replaces this process by torchrun if `accelerate launch --cpu` was asked for several and started one.
 
     Raises:
-        UsageError: how many were asked for cannot be found out, or they are on several machines.
+        UsageError: how many were asked for cannot be found out, or they are on several machines; DeepSpeed is
+            asked for.
     """
+    reject_deepspeed()
     # For more than one process Accelerate names their meeting point, even though it starts one; a launcher that starts
     # them all also gives each its rank.
     alone = "RANK" not in os.environ and "WORLD_SIZE" not in os.environ

@@ -37,6 +37,38 @@ class Processes:
             # Whatever carries gradients, this carries objects in main memory: nothing waits for a device.
             self._group = dist.new_group(backend="gloo", timeout=timeout)
 
+    def split(self, count: int) -> range:
+        """Return the share of this process of `count` items.
+
+        Shares differ in length by one at most; the first ones are the longer ones, and one of no items is possible.
+        """
+        first, end = (-(-count * rank // self.size) for rank in (self.rank, self.rank + 1))
+        return range(first, end)
+
+    def split_evenly(self, count: int) -> list[int]:
+        """Return the share of this process of `count` items, at least one, made as long as the longest share.
+
+        The last item is repeated for it. A network whose weights are divided among the processes needs this: each
+        forward pass is one of all processes.
+        """
+        share = [*self.split(count)] or [count - 1]
+        longest = -(-count // self.size)
+        return share + share[-1:] * (longest - len(share))
+
+    def gather_rows(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the rows of all processes in order, on the CPU.
+
+        Args:
+            rows: One row for each item of this process' share of `count` items; rows after those, which
+                `split_evenly` asks for, are dropped.
+
+        Returns:
+            A tensor of `count` rows.
+        """
+        own = rows[: len(self.split(count))].cpu()
+        # A view would be sent with all that it is a view of.
+        return torch.cat(self.gather(own.clone))
+
     def gather(self, compute: Callable[[], Value]) -> list[Value]:
         """What all processes computed, by rank. Raises: on all of them what one of them raised."""
         mine: tuple[Any, Exception | None]

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from hf_ddpm.figures import grid
+from hf_ddpm.figures import grid, png_bytes, to_pil
 from hf_ddpm.runtime.files import weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.sampler import FORWARD_BATCH, forward_batch_of, iter_samples, load_for_sampling, share
@@ -140,7 +140,7 @@ def write_samples(
     if state.is_main_process:
         first = samples.finish()
         if unet.config.in_channels in (1, 3, 4):
-            write_atomically(out / "grid.png", _png(grid([_image(pixels) for pixels in first])))
+            write_atomically(out / "grid.png", png_bytes(grid(to_pil(np.stack(first).transpose(0, 3, 1, 2)))))
     state.destroy_process_group()
 
 
@@ -162,8 +162,8 @@ class _Pngs:
         return [i for i in indices if self.out / self.names[i] not in there]
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
-        for i, pixels in zip(indices, images, strict=True):
-            write_atomically(self.out / self.names[i], _png(_image(pixels)))
+        for i, image in zip(indices, to_pil(images.transpose(0, 3, 1, 2)), strict=True):
+            write_atomically(self.out / self.names[i], png_bytes(image))
 
     def finish(self) -> list[np.ndarray]:
         found = []
@@ -214,7 +214,8 @@ class _Parts:
         import pyarrow.parquet as pq
 
         seeds = [self.seed + i for i in members]
-        images = [{"bytes": _png(_image(p)), "path": f"{s:06d}.png"} for s, p in zip(seeds, pixels, strict=True)]
+        pictures = to_pil(pixels.transpose(0, 3, 1, 2))
+        images = [{"bytes": png_bytes(p), "path": f"{s:06d}.png"} for s, p in zip(seeds, pictures, strict=True)]
         kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
         columns = {"image": pa.array(images, kind), "seed": pa.array(seeds, pa.int64())}
         integer = {"dtype": "int64", "_type": "Value"}
@@ -262,13 +263,3 @@ def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path])
         was = ", ".join(f"{key}={before.get(key)!r}" for key in differing)
         now = ", ".join(f"{key}={settings[key]!r}" for key in differing)
         raise ValueError(f"{out} holds samples with {was}, got {now}: choose another folder, or those settings")
-
-
-def _image(pixels: np.ndarray) -> Image.Image:
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "png")
-    return content.getvalue()

@@ -12,12 +12,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from hf_ddpm.scheduler import SOLVABLE_SCHEDULES, DDPMScheduler, as_our_scheduler, complete_config
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, is_solvable
 
 SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 
 
-# Of the solvers, of which UniPC is the default: benchmarks/solvers.md.
+# Of the solvers, of which UniPC is the default: benchmarks/solvers/table.md.
 DEFAULT_STEPS = 20
 
 
@@ -34,15 +34,10 @@ def default_scheduler(
             of DPM-Solver++ whose images are nearer to those of many steps than its own.
         num_inference_steps: default: DEFAULT_STEPS.
     """
-    if config["prediction_type"] == "previous_sample" or not _is_solvable(config):
+    if not is_solvable(config):
         return "ddpm"
     found = (searched or {}).get(("dpmsolver++", num_inference_steps or DEFAULT_STEPS))
     return "dpmsolver++" if found is not None and found.is_nearer_than_unipc else "unipc"
-
-
-def _is_solvable(config: Any) -> bool:
-    betas = config.get("trained_betas")
-    return config["beta_schedule"] in SOLVABLE_SCHEDULES and (betas is None or betas[-1] < 1)
 
 
 def default_steps(scheduler: str, num_train: int) -> int:
@@ -71,7 +66,7 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
         )
     # The solvers' linspace is exact for each n < T and repeats timesteps for n = T, where trailing is exact. They
     # slice a learned variance off as if images had three channels; the pipeline has already dropped it.
-    if not _is_solvable(config):
+    if not is_solvable(config):
         ends = "" if config["trained_betas"] is None else " with trained_betas that end in 1"
         raise ValueError(
             f"scheduler must be 'ddpm' for the noise schedule {config['beta_schedule']!r}{ends}, got {name!r}"

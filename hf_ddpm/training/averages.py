@@ -1,4 +1,4 @@
-"""Averaged weights, their length counted in images (Ho et al. 2020, App. B, "EMA on model parameters").
+"""Averaged weights, whose length is counted in images (Ho et al. 2020, App. B, "EMA on model parameters").
 
     average <- decay average + (1 - decay) weights        after each step of G images (G the global batch)
     decay = 2^(-G / length)
@@ -18,7 +18,9 @@ from torch import Tensor
 
 
 def halflife_from_decay(decay: float, global_batch_size: int) -> float:
-    """Images after which a weight counts half, if each step of `global_batch_size` images multiplies it by `decay`."""
+    """Return the images after which a weight counts half, if each step of `global_batch_size` images multiplies it by
+    `decay`.
+    """
     return global_batch_size * math.log(0.5) / math.log(decay)
 
 
@@ -30,11 +32,14 @@ def ramped_decay(
     power: float = 3 / 4,
     ramp_batch_size: int | None = None,
 ) -> float:
-    """min(2^(-G / halflife), (1 - (1 + k / inv_gamma)^(-power))^(G / R)), k = images_seen / R; in [0, 1).
+    """Return the decay of a step under diffusers' ramp, in [0, 1).
+
+        min(2^(-G / halflife), (1 - (1 + k / inv_gamma)^(-power))^(G / R)),  k = images_seen / R
 
     Args:
-        images_seen: before the step.
-        ramp_batch_size: R, images per step of the ramp, which counts steps in diffusers; default: G.
+        images_seen: The images seen before the step.
+        global_batch_size: G, the images of the step.
+        ramp_batch_size: R, the images per step of the ramp, which counts steps in diffusers; None: G.
     """
     ramp_batch_size = ramp_batch_size or global_batch_size
     ramp = 1 - (1 + images_seen / ramp_batch_size / inv_gamma) ** -power
@@ -42,7 +47,10 @@ def ramped_decay(
 
 
 def edm_decay(images_seen: int, global_batch_size: int, halflife_images: float, rampup_ratio: float) -> float:
-    """2^(-G / min(halflife, rampup_ratio images_seen)), Karras et al. 2022, as in the code published with it."""
+    """Return the decay of a step under EDM's ramp, 2^(-G / min(halflife, rampup_ratio images_seen)), in [0, 1).
+
+    It is that of the code published with Karras et al. 2022; 0 before the first image.
+    """
     length = min(halflife_images, rampup_ratio * images_seen)
     return 0.5 ** (global_batch_size / length) if length > 0 else 0.0
 
@@ -51,7 +59,7 @@ class EMA:
     """Running averages of the same parameters, of several lengths.
 
     Attributes:
-        averages: name of each -> one float32 tensor for each parameter, or for this process' part of it.
+        averages: The name of each average -> one float32 tensor per parameter, or per shard of this process.
     """
 
     def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]):
@@ -59,7 +67,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self, parameters: Sequence[Tensor], decays: Mapping[str, float]) -> None:
-        """average <- decay average + (1 - decay) parameters, with the decay of each average by its name."""
+        """Update each average: average <- decay average + (1 - decay) parameters.
+
+        Args:
+            decays: The decay of each average, by its name.
+        """
         current = [local(p.detach()).float() for p in parameters]
         for name, average in self.averages.items():
             torch._foreach_lerp_([local(a) for a in average], current, 1 - decays[name])
@@ -67,22 +79,22 @@ class EMA:
 
 @contextmanager
 def swapped(parameters: Sequence[Tensor], average: Sequence[Tensor]) -> Iterator[None]:
-    """Within it, the parameters hold the average."""
-    kept = [p.detach().clone() for p in parameters]
+    """Swap the averaged weights into the parameters for the duration of a `with` block."""
+    own_values = [p.detach().clone() for p in parameters]
     assign(parameters, average)
     try:
         yield
     finally:
-        assign(parameters, kept)
+        assign(parameters, own_values)
 
 
 @torch.no_grad()
 def assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """parameters <- values, in place."""
+    """Copy the values into the parameters, in place."""
     for parameter, value in zip(parameters, values, strict=True):
         local(parameter).copy_(local(value))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this process holds, sharing its memory; another tensor as it is."""
+    """Return the shard of a tensor that this process holds, sharing its memory; an unsharded tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]

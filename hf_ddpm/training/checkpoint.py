@@ -1,14 +1,14 @@
-"""Training state on disk: `output_dir/checkpoint-N` after optimizer step N, whole or absent.
+"""The training state on disk: `output_dir/checkpoint-N` after optimizer step N, whole or absent.
 
     unet/                    the weights, as diffusers saves a model
     unet_ema/                the averaged weights, likewise
     averages.safetensors     further averages, "name/parameter"
-    optimizer.safetensors    its tensors, "parameter/name"
+    optimizer.safetensors    the optimizer's tensors, "parameter/name"
     progress.json            Progress
     manifest.json            size and sha256 of each file above
 
-No file is of a process: what a run depends on besides these, the order of images and all randomness, is a function of
-(seed, images seen), so that a resumed run is the run that was not stopped, on any number of processes.
+No file belongs to one process. All else that a run depends on, the order of images and all randomness, is a function
+of (seed, images seen). A resumed run is therefore the run that was not stopped, on any number of processes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import flush_folder, sha256, write_flushed
 from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.training.averages import EMA
-from hf_ddpm.training.sharding import gathered, gathered_moments, is_sharded, load, scatter
+from hf_ddpm.training.sharding import full_moments, full_tensors, is_sharded, load_into, load_moments
 
 FORMAT = 2
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -44,23 +44,24 @@ class Progress:
     """How far a run is.
 
     Args:
-        step: optimizer steps done.
-        images: seen in them, which is where the stream of images goes on.
-        seconds: spent in them, over all starts.
-        num_resumes: starts after the first.
-        global_batch_size: images per step.
-        schedule_batch_size: images per step at the first start; `max_train_steps`, `lr_warmup_steps` and the ramp of
-            the average count steps of so many images.
-        num_images: of the data; None where a stream does not say.
-        data_fingerprint: of the images.
-        num_bad_steps: skipped, because the loss or a gradient was not finite.
-        train_batch_size, gradient_accumulation_steps: that were asked for.
-        bad_steps_in_a_row: up to the last step; and how the first of them came about.
-        num_bad_images: unreadable ones that were left out; those of a stream are counted each time they come.
-        losses: of each process, sum and count since the last line of metrics.jsonl.
-        waiting_lines: of metrics.jsonl and eval.jsonl, which were not written because the disk was full.
-        scaler: state of fp16's loss scaler.
-        stream: num_lanes, chunk_size and places of `StreamBatches`.
+        step: The optimizer steps done.
+        images: The images seen in them, which is the position in the stream of images.
+        seconds: The seconds spent in them, over all starts.
+        num_resumes: The starts after the first one.
+        global_batch_size: The images per step.
+        schedule_batch_size: The images per step at the first start; `max_train_steps`, `lr_warmup_steps` and the ramp
+            of the average count steps of so many images.
+        num_images: The images of the data; None where a stream does not say.
+        data_fingerprint: A hash of the images.
+        train_batch_size: The requested images per process and forward pass.
+        gradient_accumulation_steps: The requested forward passes per step.
+        num_bad_steps: The steps that were skipped, because the loss or a gradient was not finite.
+        bad_steps_in_a_row: How many of the last steps were skipped, one after the other.
+        bad_steps_began: The step and the images with which those began.
+        num_bad_images: The unreadable images that were left out; a stream counts one each time it meets it.
+        losses: The sum and the count of losses since the last line of metrics.jsonl, for each process.
+        scaler: The state of fp16's loss scaler.
+        stream: num_substreams, chunk_size and block_starts (each as a dict) of `StreamBatches`.
     """
 
     step: int
@@ -78,7 +79,6 @@ class Progress:
     bad_steps_began: str = ""
     num_bad_images: int = 0
     losses: list[list[float]] = field(default_factory=list)
-    waiting_lines: dict[str, list[str]] = field(default_factory=dict)
     scaler: dict[str, Any] | None = None
     stream: dict[str, Any] | None = None
 
@@ -87,7 +87,7 @@ class Progress:
 class TrainingState:
     """What training changes: a `UNet2DModel`, its optimizer, its averages.
 
-    An engine may have sharded all of it (FSDP) or the optimizer (ZeRO); the files hold it whole.
+    FSDP may have sharded all of it; the files hold it whole.
     """
 
     unet: Any
@@ -98,17 +98,18 @@ class TrainingState:
 def save_checkpoint(
     state: TrainingState, progress: Progress, output_dir: Path, total_limit: int | None, is_main_process: bool
 ) -> str | None:
-    """Writes and verifies `checkpoint-N` under a temporary name, renames it, deletes the oldest above `total_limit`.
+    """Write and verify `checkpoint-N` under a temporary name, rename it, and delete the oldest above `total_limit`.
 
-    Each process calls it; one writes. On a full disk what pruning would delete goes first, but never the newest whole
-    checkpoint, and the writing is tried again.
+    All processes call it; the main one writes. On a full disk, checkpoints that pruning would delete go first, but
+    never the newest whole one, and the writing is tried again.
 
-    Returns: on the process that writes, why it could not be written; what was there before is then still there.
+    Returns:
+        On the main process, why it could not be written; older checkpoints are then still there.
     """
     target = output_dir / f"checkpoint-{progress.step}"
     partial = output_dir / f"partial-{target.name}"
-    # Gathering the shards is for all processes, also when the writing has failed.
-    sharded = is_sharded(list(state.unet.parameters()), state.optimizer)
+    # All processes gather the shards, also when the writing has failed.
+    sharded = is_sharded(list(state.unet.parameters()))
     files = _files(state, progress) if is_main_process or sharded else iter(())
     if not is_main_process:
         for _ in files:
@@ -123,7 +124,7 @@ def save_checkpoint(
             if not (can_try_again and total_limit and _prune(output_dir, max(1, total_limit - 1), progress.step)):
                 raise
             _write(partial, _files(state, progress))
-        # One that is there failed its verification, or the run would have gone on from it.
+        # A checkpoint of this step is damaged: else the run would have resumed from it.
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
@@ -140,19 +141,23 @@ def save_checkpoint(
 
 
 def checkpoint_bytes(state: TrainingState, progress: Progress, is_main_process: bool) -> int:
-    """What `save_checkpoint` would write, but for its manifest; as there, each process calls it, and one learns it."""
-    if not is_main_process and not is_sharded(list(state.unet.parameters()), state.optimizer):
+    """Return the bytes that `save_checkpoint` would write, without its manifest, on the main process.
+
+    All processes call it; the others get 0 or what they gathered.
+    """
+    if not is_main_process and not is_sharded(list(state.unet.parameters())):
         return 0
     return sum(len(content) for _, content in _files(state, progress))
 
 
 def find_checkpoint(output_dir: Path, name: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint `name`, or for `latest` the newest that verifies, and why others were passed over.
+    """Find the checkpoint `name`, or for `latest` the newest that verifies.
 
-    Returns: None for `latest` if there is no checkpoint at all.
+    Returns:
+        The checkpoint, None for `latest` if there is none at all; and why newer ones were passed over.
 
     Raises:
-        UsageError: those that are there are damaged.
+        UsageError: There are checkpoints, and all of them are damaged.
     """
     if name == "latest":
         candidates = [output_dir / n for n in reversed(checkpoint_names(output_dir))]
@@ -173,7 +178,7 @@ def find_checkpoint(output_dir: Path, name: str) -> tuple[Path | None, list[str]
 
 
 def verify(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: each file of its manifest is read and its sha256 compared."""
+    """Read each file of a checkpoint's manifest and compare its sha256; return what is wrong, or None."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -192,21 +197,23 @@ def verify(checkpoint: Path) -> str | None:
 
 
 def read_progress(checkpoint: Path) -> Progress:
+    """Read how far the run was at a checkpoint."""
     return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
 
 
 def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:
-    """Restores weights, optimizer and averages in place, from safetensors alone.
+    """Restore weights, optimizer and averages in place, from safetensors alone.
 
     Raises:
-        UsageError: the checkpoint is without an average that is wanted, or of another network.
+        UsageError: The checkpoint lacks an average that the run needs, or is of another network.
     """
     unet, optimizer, ema = state.unet, state.optimizer, state.ema
     parameters = dict(unet.named_parameters())
     try:
         _check_network(json.loads(unet.to_json_string()), checkpoint)
         weights = load_file(checkpoint / "unet" / WEIGHTS)
-        load(weights, load_file(checkpoint / "optimizer.safetensors"), parameters, optimizer)
+        load_moments(load_file(checkpoint / "optimizer.safetensors"), parameters, optimizer)
+        load_into(weights, parameters)
         for name, buffer in unet.named_buffers():
             if name in weights:
                 buffer.copy_(weights[name])
@@ -214,7 +221,7 @@ def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:
             prefix, file = ("", f"unet_ema/{WEIGHTS}") if i == 0 else (f"{average}/", "averages.safetensors")
             tensors = load_file(checkpoint / file)
             whole = {name: tensors[f"{prefix}{name}"] for name in parameters}
-            scatter(whole, dict(zip(parameters, values, strict=True)))
+            load_into(whole, dict(zip(parameters, values, strict=True)))
     except (FileNotFoundError, KeyError) as error:
         raise UsageError(
             f"{checkpoint.name} does not hold {error}: resume with the settings of its config.yaml (its averages, "
@@ -225,18 +232,18 @@ def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:
 
 
 def _check_network(settings: dict[str, Any], checkpoint: Path) -> None:
-    """By the settings: weights of the same shapes may be of other groups, heads or activations."""
-    before = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))
-    for name in sorted(before.keys() & settings.keys() - {"dropout"}):
-        if not name.startswith("_") and settings[name] != before[name]:
+    """Compare the configs: weights of the same shapes may belong to other groups, heads or activations."""
+    saved = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))
+    for name in sorted(saved.keys() & settings.keys() - {"dropout"}):
+        if not name.startswith("_") and settings[name] != saved[name]:
             raise UsageError(
-                f"{checkpoint.name} is of another network: {name} was {before[name]}, got {settings[name]}: give "
+                f"{checkpoint.name} is of another network: {name} was {saved[name]}, got {settings[name]}: give "
                 f"the model config its settings again, those of {checkpoint / 'unet' / 'config.json'}"
             )
 
 
 def model_files(unet: Any, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, bytes]]:
-    """The files of a folder that `UNet2DModel.from_pretrained` loads."""
+    """Yield name and content of the files that `UNet2DModel.from_pretrained` loads."""
     yield "config.json", unet.to_json_string().encode()
     buffers = {name: b.cpu() for name, b in unet.named_buffers() if name in unet.state_dict()}
     yield WEIGHTS, to_safetensors({**buffers, **weights}, metadata={"format": "pt"})
@@ -245,17 +252,17 @@ def model_files(unet: Any, weights: Mapping[str, Tensor]) -> Iterator[tuple[str,
 def _files(state: TrainingState, progress: Progress) -> Iterator[tuple[str, bytes]]:
     unet, names = state.unet, [name for name, _ in state.unet.named_parameters()]
     parameters = list(unet.parameters())
-    for name, content in model_files(unet, gathered(names, parameters)):
+    for name, content in model_files(unet, full_tensors(names, parameters)):
         yield f"unet/{name}", content
     averages = dict(state.ema.averages) if state.ema is not None else {}
     if averages:
         first = averages.pop(next(iter(averages)))
-        for name, content in model_files(unet, gathered(names, first)):
+        for name, content in model_files(unet, full_tensors(names, first)):
             yield f"unet_ema/{name}", content
     if averages:
         keys = [f"{average}/{name}" for average in averages for name in names]
-        yield "averages.safetensors", to_safetensors(gathered(keys, [t for a in averages.values() for t in a]))
-    moments = gathered_moments(dict(unet.named_parameters()), state.optimizer)
+        yield "averages.safetensors", to_safetensors(full_tensors(keys, [t for a in averages.values() for t in a]))
+    moments = full_moments(dict(unet.named_parameters()), state.optimizer)
     yield "optimizer.safetensors", to_safetensors(moments)
     yield "progress.json", json.dumps(asdict(progress), indent=2).encode()
 
@@ -277,9 +284,9 @@ def _write(partial: Path, files: Iterator[tuple[str, bytes]]) -> None:
 
 
 def _prune(output_dir: Path, keep: int, step: int) -> bool:
-    """Deletes all but the `keep` newest whole checkpoints up to `step`; whether there were any to delete.
+    """Delete all but the `keep` newest whole checkpoints up to `step`; return whether there were any to delete.
 
-    Those of later steps, which the run has passed over, are not whole, whatever their size.
+    A checkpoint of a later step is damaged, since the run has passed it over.
     """
     checkpoints = [output_dir / name for name in reversed(checkpoint_names(output_dir))]
     checkpoints = [c for c in checkpoints if int(c.name.rpartition("-")[2]) <= step]
@@ -288,7 +295,7 @@ def _prune(output_dir: Path, keep: int, step: int) -> bool:
         return False
     oldest_kept = checkpoints.index(whole[keep - 1])
     for old in checkpoints[oldest_kept + 1 :]:
-        # First out of the way of `latest`, so that one deleted in part is not taken for a damaged one.
+        # Renamed first, so that `latest` does not find one that is deleted in part.
         doomed = old.with_name(f"partial-{old.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         old.rename(doomed)
@@ -299,6 +306,6 @@ def _prune(output_dir: Path, keep: int, step: int) -> bool:
 def _has_its_files(checkpoint: Path) -> bool:
     try:
         files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
-        return all((checkpoint / name).stat().st_size == known["size"] for name, known in files.items())
+        return all((checkpoint / name).stat().st_size == entry["size"] for name, entry in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

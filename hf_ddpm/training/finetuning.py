@@ -1,7 +1,7 @@
 """A run that begins with the weights of another model (`init_from`).
 
-It keeps that model's network, what the network predicts, its variance and its noise schedule: with others its weights
-would have to unlearn what they know. Size and channels of the images are the model's unless they are given.
+The run keeps that model's network, prediction type, variance and noise schedule, which its weights were trained for.
+Size and channels of the images are the model's, too.
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ from hf_ddpm.training.parsing import load_config
 
 
 def take_over(config: TrainingConfig) -> TrainingConfig:
-    """The config with what the model of `init_from` decides; a run that is resumed has it in its config.yaml.
+    """Return the config with what the model of `init_from` decides; a resumed run has it in its config.yaml.
 
     Raises:
-        UsageError: there is no such model, this package cannot train it, or a setting is at odds with it.
+        UsageError: There is no such model, this package cannot train it, or a setting contradicts it.
     """
     if config.init_from is None:
         return config
     saved = Path(config.output_dir) / "config.yaml"
     if config.resume_from_checkpoint is not None and saved.is_file():
-        before = load_config(str(saved))
-        known = {name: getattr(before, name) for name in (*SCHEDULER_SETTINGS, "resolution", "channels")}
+        saved_config = load_config(str(saved))
+        decided = {name: getattr(saved_config, name) for name in (*SCHEDULER_SETTINGS, "resolution", "channels")}
     else:
-        known = _settings_of(config.init_from)
+        decided = _settings_of(config.init_from)
     default = TrainingConfig()
-    for name, value in known.items():
-        asked = getattr(config, name)
-        if asked != getattr(default, name) and asked != value:
-            raise UsageError(f"{name} must be {value}, that of the model {config.init_from!r}, got {asked}")
-    taken = replace(config, **known)
-    check_config(taken)
-    return taken
+    for name, value in decided.items():
+        requested = getattr(config, name)
+        if requested != getattr(default, name) and requested != value:
+            raise UsageError(f"{name} must be {value}, that of the model {config.init_from!r}, got {requested}")
+    config = replace(config, **decided)
+    check_config(config)
+    return config
 
 
 def load_weights(unet: UNet2DModel, network: Path) -> None:
-    """Puts the weights of `network_of` a model into a network of the same shape."""
+    """Load the weights in the folder `network` into a network of the same shape."""
     trained: Any = UNet2DModel.from_pretrained(network)
     unet.load_state_dict(trained.state_dict())
 
 
 def network_of(model: str) -> Path:
-    """The folder of a model's network: config.json and weights."""
+    """Return the folder of a model's network, with config.json and weights."""
     folder, _ = find_model(model)
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
 def _settings_of(model: str) -> dict[str, Any]:
+    """Return the settings that a model decides, by their names in TrainingConfig."""
     folder, _ = find_model(model)
     subfolder = "scheduler" if (folder / "scheduler").is_dir() else None
     stored: Any = DDPMScheduler.load_config(folder, subfolder=subfolder)

@@ -1,4 +1,4 @@
-"""The micro-batches of this process: who loads them, where a stream of them is, and what it means that none come."""
+"""The micro-batches of this process: who loads them, how far their stream is, and why none came."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_ddpm.data.batches import MicroBatches, epoch_order
 from hf_ddpm.data.decoding import name_of
-from hf_ddpm.data.shard_batches import NUM_PLACE_COLUMNS, StreamBatches
+from hf_ddpm.data.shard_batches import BlockStart, StreamBatches, newest_block_starts
 from hf_ddpm.data.shards import ImageStream
 from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.runtime.processes import Processes
@@ -26,35 +24,48 @@ from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.run import Run
 
 
-def open_batches(run: Run, progress: Progress, num_steps: int) -> tuple[Iterator[dict[str, Tensor]], list[Any]]:
-    """The micro-batches of this process, and the processes that load them."""
-    config, accelerator = run.config, run.accelerator
+@dataclass(frozen=True)
+class Loader:
+    """The micro-batches of this process, in order, and the worker processes that load them."""
+
+    batches: Iterator[dict[str, Any]]
+    workers: list[Any]
+
+
+def open_loader(run: Run, progress: Progress, num_steps: int) -> Loader:
+    """Open the micro-batches of `num_steps` steps from `progress` on."""
+    config = run.config
     cut: dict[str, Any] = {
         "seed": config.seed,
         "random_flip": config.random_flip,
         "batch_size": config.train_batch_size,
         "accumulation_steps": config.gradient_accumulation_steps,
-        "rank": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
+        "rank": run.processes.rank,
+        "num_processes": run.processes.size,
         "first_position": progress.images,
         "num_steps": num_steps,
     }
     if isinstance(run.images, ImageStream):
         stream: Any = progress.stream
-        places = np.array(stream["places"], np.int64).reshape(-1, NUM_PLACE_COLUMNS)
-        lanes = {"num_lanes": stream["num_lanes"], "chunk_size": stream["chunk_size"], "places": places}
-        dataset: Any = StreamBatches(run.images, **cut, **lanes, shuffle_buffer_images=config.shuffle_buffer_images)
+        dataset: Any = StreamBatches(
+            run.images,
+            **cut,
+            num_substreams=stream["num_substreams"],
+            chunk_size=stream["chunk_size"],
+            shuffle_buffer_images=config.shuffle_buffer_images,
+            block_starts=tuple(BlockStart(**start) for start in stream["block_starts"]),
+        )
     else:
-        dataset = MicroBatches(run.images, **cut, num_others=config.stable_target_images)
+        dataset = MicroBatches(run.images, **cut, num_extra_images=config.stable_target_images)
     loader = DataLoader(
         dataset,
         batch_size=None,
         shuffle=False,
         num_workers=config.dataloader_num_workers,
         worker_init_fn=leave_signals_to_parent,
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=run.device.type == "cuda",
     )
-    others = multiprocessing.active_children()
+    other_children = multiprocessing.active_children()
     # Garbage collection in the workers would write to every object that they inherit, and so copy its page of memory.
     gc.freeze()
     batches = iter(loader)
@@ -64,19 +75,22 @@ def open_batches(run: Run, progress: Progress, num_steps: int) -> tuple[Iterator
     in_main_thread = threading.current_thread() is threading.main_thread()
     if hasattr(signal, "SIGCHLD") and config.dataloader_num_workers and in_main_thread:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return batches, [child for child in multiprocessing.active_children() if child not in others]
+    return Loader(batches, [child for child in multiprocessing.active_children() if child not in other_children])
 
 
-def fetch(batches: Iterator[Any], count: int) -> tuple[list[Any], Exception | None]:
-    """The micro-batches of a step, or why there are none."""
+def next_batches(loader: Loader, count: int) -> tuple[list[dict[str, Any]], Exception | None]:
+    """Return the micro-batches of a step, or the error that kept them from coming.
+
+    The error is returned so that all processes can end together.
+    """
     try:
-        return [next(batches) for _ in range(count)], None
-    except Exception as error:  # whatever a file system or a process that loads data comes to
+        return [next(loader.batches) for _ in range(count)], None
+    except Exception as error:  # a file system and a worker process raise errors of any type
         return [], error
 
 
-def why_none(error: Exception, workers: list[Any]) -> str:
-    """Why there is no data: a process that loads them has died, or what it says, of which a traceback is left out."""
+def explain_loader_failure(error: Exception, workers: list[Any]) -> str:
+    """Explain why no batch came: a worker process died, or its error message without the traceback."""
     for worker in workers:
         worker.join(timeout=1)
         if worker.exitcode:
@@ -84,43 +98,42 @@ def why_none(error: Exception, workers: list[Any]) -> str:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             return f"process {worker.pid}, which loads data, {how}: is there memory for all dataloader_num_workers?"
     lines = [line for line in str(error).splitlines() if line.strip()]
-    # Errors that a worker passes on begin with their class.
+    # A worker's error begins with its class.
     return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else type(error).__name__
 
 
-def read_on(progress: Progress, micro_batches: list[dict[str, Tensor]]) -> Progress:
-    """Where this process is in its lanes of a stream, and what it has met there."""
+def advance_stream(progress: Progress, micro_batches: list[dict[str, Any]]) -> Progress:
+    """Record the newest block start of each substream, and count the unreadable images."""
     stream: Any = progress.stream
-    places = {place[0]: place for place in stream["places"]}
-    for batch in micro_batches:
-        for place in batch["places"].tolist():
-            places[place[0]] = max(place, places.get(place[0], place), key=lambda p: p[1])
+    starts = [BlockStart(**start) for start in stream["block_starts"]]
+    starts += [start for batch in micro_batches for start in batch["block_starts"]]
     num_bad = sum(int(batch["num_bad"]) for batch in micro_batches)
-    stream = {**stream, "places": list(places.values())}
+    stream = {**stream, "block_starts": [start._asdict() for start in newest_block_starts(starts)]}
     return replace(progress, stream=stream, num_bad_images=progress.num_bad_images + num_bad)
 
 
-def gathered_stream(processes: Processes, progress: Progress, first: Progress) -> Progress:
-    """Where all processes are, the furthest in each lane, and what they have met since `first`."""
+def merge_block_starts(processes: Processes, progress: Progress, first: Progress) -> Progress:
+    """Merge what all processes read of a stream: the newest block starts, and the unreadable images since `first`."""
     stream: Any = progress.stream
-    found = processes.gather(lambda: (stream["places"], progress.num_bad_images - first.num_bad_images))
-    places = {place[0]: place for place in sorted(place for places, _ in found for place in places)}
-    num_bad = first.num_bad_images + sum(num_bad for _, num_bad in found)
-    return replace(progress, stream={**stream, "places": list(places.values())}, num_bad_images=num_bad)
+    everyones = processes.gather(lambda: (stream["block_starts"], progress.num_bad_images - first.num_bad_images))
+    starts = newest_block_starts(BlockStart(**start) for starts, _ in everyones for start in starts)
+    num_bad = first.num_bad_images + sum(num_bad for _, num_bad in everyones)
+    stream = {**stream, "block_starts": [start._asdict() for start in starts]}
+    return replace(progress, stream=stream, num_bad_images=num_bad)
 
 
 def image_names(run: Run, positions: list[int]) -> list[str]:
-    """What a user finds the images by that are at these positions of the endless stream."""
+    """Return what a user finds the images by that are at these positions of the endless stream."""
     if isinstance(run.images, ImageStream):
         return [f"image {position} of the stream" for position in positions]
-    numbers = []
+    rows = []
     for position in positions:
-        epoch, place = divmod(position, len(run.images))
-        numbers.append(int(epoch_order(run.config.seed, epoch, len(run.images))[place]))
+        epoch, index = divmod(position, len(run.images))
+        rows.append(int(epoch_order(run.config.seed, epoch, len(run.images))[index]))
     if run.images.num_bad:
-        return [f"readable image {number}" for number in numbers]
+        return [f"readable image {row}" for row in rows]
     try:
         dataset = open_dataset(run.config)
-        return [name_of(dataset[number][dataset.column_names[0]], number) for number in numbers]
+        return [name_of(dataset[row][dataset.column_names[0]], row) for row in rows]
     except Exception:  # the images are in the cache, their files may be gone
-        return [f"row {number}" for number in numbers]
+        return [f"row {row}" for row in rows]

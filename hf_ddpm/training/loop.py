@@ -6,24 +6,22 @@ that follow the G. The order of the stream, crops and flips, t and eps are funct
 learning rate and averages of the images seen, so neither a run's process count nor its accumulation changes what it
 computes beyond rounding, and resuming replays nothing. Only dropout, which draws for whole tensors, is a function of
 (seed, step, slot) and differs with them.
+
+Nothing in a step waits for the device. Steps without finite loss and gradients are skipped there; they are counted
+here when a line is logged. A checkpoint that the schedule writes is a logged step, so that it holds no partial sums;
+one that a stop writes logs nothing and keeps them. Either way the lines of a resumed run are those of a run that was
+never stopped.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -31,6 +29,7 @@ from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError
+from hf_ddpm.runtime.launch import reject_deepspeed
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import image_draws, seed_step
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
@@ -38,206 +37,185 @@ from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress, save_checkpoint
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.dry_run import show_dry_run
-from hf_ddpm.training.loader import fetch, gathered_stream, image_names, open_batches, read_on, why_none
-from hf_ddpm.training.metrics import Meter, MetricsFile
-from hf_ddpm.training.previews import save_preview, write_measurement
+from hf_ddpm.training.dry_run import estimate_cost, print_cost
+from hf_ddpm.training.loader import (
+    Loader,
+    advance_stream,
+    explain_loader_failure,
+    image_names,
+    merge_block_starts,
+    next_batches,
+    open_loader,
+)
+from hf_ddpm.training.metrics import LinesFile, Meter
+from hf_ddpm.training.previews import save_preview, validate
 from hf_ddpm.training.publishing import push_finished, start_push
-from hf_ddpm.training.report import finish
-from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, say, try_to_track
+from hf_ddpm.training.report import finish_run
+from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, print_once, track_values
 from hf_ddpm.training.saving import save_model, save_snapshot
-from hf_ddpm.training.setup import claim, set_up
+from hf_ddpm.training.setup import LONGEST_WAIT, build_run, end_processes, make_accelerator, open_run
 
-# The others wait while one process decodes the images, or writes the report.
-LONGEST_WAIT = timedelta(hours=2)
+MAX_NAMED_IMAGES = 8
 
 
 def train(config: TrainingConfig) -> DDPMPipeline | None:
-    """Trains a model; `output_dir` then holds a diffusers pipeline, its card, figures and checkpoints.
+    """Train a model; `output_dir` then holds a diffusers pipeline, its card, figures and checkpoints.
 
     Each process of a distributed run calls it with the same config.
 
-    Returns: the pipeline with the averaged weights; None of a `dry_run`, which prints what the run would cost.
+    Returns:
+        The pipeline with the averaged weights; None for a `dry_run`, which prints what the run would cost.
 
     Raises:
-        UsageError: before anything is written, settings or data that cannot work.
-        RunError: data or numbers went wrong, or the disk is full; the message says how the run goes on.
-        StoppedOnPurpose: a signal or `max_train_hours` ended the run; a checkpoint was written.
+        UsageError: Settings or data cannot work; nothing was written.
+        RunError: Data or numbers went wrong, or the disk is full; the message says how to resume.
+        StoppedOnPurpose: A signal or `max_train_hours` ended the run; a checkpoint was written.
     """
     started = time.monotonic()
+    reject_deepspeed()
     check_config(config)
     check_source(config, config.output_dir)
-    # A second run in one process, of a notebook, may ask for another precision.
-    AcceleratorState._reset_state()
-    output_dir = Path(config.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.logger,
-        project_config=ProjectConfiguration(config.output_dir, logging_dir=str(output_dir / config.logging_dir)),
-        kwargs_handlers=[InitProcessGroupKwargs(backend=sharding.backend(), timeout=LONGEST_WAIT)],
-    )
-    processes = Processes(LONGEST_WAIT)
-    with ExitStack() as until_the_end:
-        run, progress = set_up(config, accelerator, processes)
-        pipeline = None
-        if config.dry_run:
-            show_dry_run(run, progress, _step)
-        else:
-            run = claim(run, progress, until_the_end)
-            with StopRequest(config.max_train_hours, started) as stop:
-                progress = _take_steps(run, progress, stop)
-            pipeline = finish(run, progress)
-        # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
-        accelerator.wait_for_everyone()
-        try_to_track(run, accelerator.end_training)
-        accelerator.state.destroy_process_group()  # which a tracker that fails leaves undone
+    accelerator = make_accelerator(config)
+    run, progress = build_run(config, accelerator, Processes(LONGEST_WAIT))
+    if config.dry_run:
+        print_cost(run, progress, estimate_cost(run, progress, take_step))
+        end_processes(run)
+        return None
+    with open_run(run, progress) as run:
+        with StopRequest(config.max_train_hours, started) as stop:
+            progress = run_loop(run, progress, stop)
+        pipeline = finish_run(run, progress)
+        end_processes(run)
         push_finished(run)
     return pipeline
 
 
-def _take_steps(run: Run, progress: Progress, stop: StopRequest) -> Progress:
-    """Trains to the end of the run; returns where it is then.
-
-    Raises: StoppedOnPurpose or RunError, after a checkpoint where there is something new to keep.
-    """
-    config, accelerator, processes, output_dir = run.config, run.accelerator, run.processes, run.output_dir
-    main, started, seconds_before = accelerator.is_main_process, time.perf_counter(), progress.seconds
-    image_steps, model_steps = (
-        _interval(epochs, (run.images.num_images or 0) / run.global_batch_size, config.checkpointing_steps)
-        for epochs in (config.save_images_epochs, config.save_model_epochs)
-    )
-    num_steps = math.ceil((run.total_images - progress.images) / run.global_batch_size)
-    meter, metrics = Meter(accelerator, progress.losses, progress.seconds), MetricsFile(output_dir / "metrics.jsonl")
-    evaluations = MetricsFile(output_dir / "eval.jsonl")
-    for file in (metrics, evaluations) if main else ():
-        file.take_up(progress.waiting_lines.get(file.path.name, ()))
-    batches, workers = open_batches(run, progress, num_steps)
-    bar = tqdm(initial=progress.step, total=progress.step + num_steps, disable=not accelerator.is_local_main_process)
-    first, saved_step, outcome, failure, is_due = progress, progress.step, None, None, False
-
-    def save() -> str | None:
-        for file in (metrics, evaluations):
-            file.write()
-        waiting = {"metrics.jsonl": metrics.waiting, "eval.jsonl": evaluations.waiting}
-        now = replace(progress, losses=meter.state(), scaler=_scaler_state(accelerator), waiting_lines=waiting)
-        if now.stream is not None:
-            now = gathered_stream(processes, now, first)
-        problem = save_checkpoint(run.state, now, output_dir, config.checkpoints_total_limit, main)
-        return processes.on_main(lambda: problem)
-
-    run.model.train()
-    for number in range(num_steps):
-        micro_batches, failure = fetch(batches, config.gradient_accumulation_steps)
-        is_stopped, is_failed = processes.any([stop.reason(number) is not None, failure is not None])
-        if outcome is not None:
-            progress = _settle(run, progress, outcome, saved_step)
-        if is_stopped or is_failed:
-            break
-        if progress.stream is not None:
-            progress = read_on(progress, micro_batches)
-        outcome = _step(run, progress, micro_batches, meter)
-        seconds = seconds_before + time.perf_counter() - started
-        progress = replace(
-            progress, step=progress.step + 1, images=progress.images + run.global_batch_size, seconds=seconds
-        )
-        bar.update()
-        done, is_last = progress.step, progress.images >= run.total_images
-        is_logged = done % config.logging_steps == 0 or is_last
-        is_saved = done % config.checkpointing_steps == 0 or is_last or is_due
-        if is_logged or is_saved:
-            settled, outcome = outcome, None
-            progress = _settle(run, progress, settled, saved_step)
-            if is_logged:
-                _log(run, metrics, _record(run, progress, settled, meter), bar)
-        save_snapshot(run, progress)
-        if run.monitor is not None and (done % (config.eval_steps or 1) == 0 or is_last):
-            write_measurement(run, run.monitor, progress, evaluations)
-        if done % image_steps == 0 and not is_last:
-            save_preview(run, done)
-        if done % model_steps == 0 and not is_last and save_model(run, run.average, output_dir):
-            start_push(run, progress)
-        # Within steps that are skipped the last good checkpoint stays, and the next good step writes one.
-        is_due = is_due or is_saved
-        if is_due and (is_last or (outcome is None and progress.bad_steps_in_a_row == 0)):
-            is_due = False
-            problem = save()
-            if problem is None:
-                saved_step = done
-            elif is_last:
-                raise RunError(f"the last checkpoint could not be written: {problem}. {FREE_SPACE}")
-            else:
-                say(processes, f"checkpoint-{done} could not be written, the run goes on: {problem}. {FREE_SPACE}")
-    bar.close()
-    if progress.images >= run.total_images:
-        problem = processes.on_main(lambda: metrics.write() or evaluations.write())
-        if problem is not None:
-            raise RunError(f"the last lines of metrics could not be written: {problem}. {FREE_SPACE}; {FINISHES}")
-        return progress if progress.stream is None else gathered_stream(processes, progress, first)
-
-    problem = save() if progress.step > saved_step else None
-    saved_step = progress.step if problem is None else saved_step
-    again = f"the same command with --resume_from_checkpoint latest goes on from step {saved_step}"
-    if problem is not None:
-        again = f"checkpoint-{progress.step} could not be written: {problem}. {FREE_SPACE}; {again}"
-    reasons = [r for r in processes.gather(lambda: None if failure is None else why_none(failure, workers)) if r]
-    if reasons:
-        raise RunError(f"{reasons[0]}. The run ends after step {progress.step}; {again}") from failure
-    reasons = [r for r in processes.gather(lambda: stop.reason(1)) if r]
-    if problem is not None:
-        raise RunError(f"{reasons[0]}, but {again}")
-    say(processes, f"{reasons[0]}: the run ends after step {progress.step}; {again}")
-    accelerator.wait_for_everyone()
-    raise StoppedOnPurpose
-
-
-def _scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
-    return accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-
-
-def _interval(epochs: int | None, steps_per_epoch: float, default_steps: int) -> int:
-    return default_steps if epochs is None else max(1, round(epochs * steps_per_epoch))
-
-
 @dataclass(frozen=True)
-class _Outcome:
-    """What a step was.
+class StepResult:
+    """What a step was; tensors stay on the device.
 
     Args:
-        is_bad: whether it was skipped; waits for the value if that is still on its way from the device.
-        evaluated: loss, t and positions of each forward pass of this process.
+        step: The number of optimizer steps done after it.
+        is_bad: Whether it was skipped, bool ().
+        grad_norm: The norm of the gradients before clipping, ().
+        learning_rate: The learning rate of the step.
+        decays: The decay of each average, by its name.
+        evaluated: Loss, t and positions of each forward pass of this process, each (B,).
     """
 
-    is_bad: Callable[[], bool]
+    step: int
+    is_bad: Tensor
     grad_norm: Tensor
-    lr: float
+    learning_rate: float
     decays: dict[str, float]
     evaluated: list[tuple[Tensor, Tensor, np.ndarray]]
 
 
-def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], meter: Meter) -> _Outcome:
-    """One optimizer step. Without finite loss and gradients, weights and optimizer stay as they are."""
-    config, accelerator = run.config, run.accelerator
+@dataclass(frozen=True)
+class Due:
+    """What is to be done after a step. The last step is finished by `finish_run`."""
+
+    is_last: bool
+    log: bool
+    checkpoint: bool
+    preview: bool
+    model: bool
+    validation: bool
+
+
+class LoopState:
+    """What the loop holds besides `Progress`: sums and files of metrics, unread steps, the progress bar.
+
+    Attributes:
+        first: The progress at the start of this process.
+        unread: The results of the steps since the last logged one.
+        saved_step: The step of the newest checkpoint; 0 without any.
+    """
+
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self.first = progress
+        self.started = time.perf_counter()
+        self.meter = Meter(run.processes, run.device, progress.losses, progress.seconds)
+        self.metrics = LinesFile(run.output_dir / "metrics.jsonl")
+        self.evaluations = LinesFile(run.output_dir / "eval.jsonl")
+        self.unread: list[StepResult] = []
+        self.saved_step = progress.step
+        self.bar = tqdm(
+            initial=progress.step,
+            total=progress.step + num_steps_left(run, progress),
+            disable=not run.accelerator.is_local_main_process,
+        )
+
+    def seconds(self) -> float:
+        """Return the seconds spent in the run's steps, over all starts."""
+        return self.first.seconds + time.perf_counter() - self.started
+
+
+def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
+    """Train to the end of the run, and return the progress there.
+
+    Raises:
+        StoppedOnPurpose: The run was asked to end; a checkpoint was written if there were new steps.
+        RunError: No images came, or no finite numbers; or the last checkpoint could not be written.
+    """
+    state = LoopState(run, progress)
+    loader = open_loader(run, progress, num_steps_left(run, progress))
+    run.model.train()
+    while progress.images < run.total_images:
+        micro_batches, failure = next_batches(loader, run.config.gradient_accumulation_steps)
+        is_stopped = stop.reason(progress.step - state.first.step) is not None
+        if any(run.processes.any([is_stopped, failure is not None])):
+            end_early(run, progress, state, stop, loader, failure)
+        if progress.stream is not None:
+            progress = advance_stream(progress, micro_batches)
+        result = take_step(run, progress, micro_batches)
+        state.meter.add([loss for loss, _, _ in result.evaluated], result.is_bad)
+        state.unread.append(result)
+        state.bar.update()
+        progress = replace(
+            progress,
+            step=progress.step + 1,
+            images=progress.images + run.global_batch_size,
+            seconds=state.seconds(),
+        )
+        due = due_after(run, progress)
+        if due.log:
+            progress = count_skipped_steps(run, progress, state)
+            log(run, progress, state, result)
+        save_snapshot(run, progress)
+        if due.validation:
+            validate(run, progress, state.evaluations)
+        if due.preview:
+            save_preview(run, progress.step)
+        if due.model and save_model(run, run.average, run.output_dir):
+            start_push(run, progress)
+        # While steps are skipped, the last good checkpoint stays the newest.
+        if due.checkpoint and (due.is_last or progress.bad_steps_in_a_row == 0):
+            checkpoint(run, progress, state, due)
+    state.bar.close()
+    return progress if progress.stream is None else merge_block_starts(run.processes, progress, state.first)
+
+
+def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]]) -> StepResult:
+    """Take one optimizer step. Without finite loss and gradients, weights and optimizer stay as they are."""
+    config, accelerator, batch_size = run.config, run.accelerator, run.config.train_batch_size
     evaluated = []
 
-    def on_device(batch: dict[str, Tensor], name: str) -> Tensor | None:
-        return batch[name].to(accelerator.device, non_blocking=True) if name in batch else None
+    def on_device(batch: dict[str, Any], name: str) -> Tensor | None:
+        return batch[name].to(run.device, non_blocking=True) if name in batch else None
 
-    others = on_device(micro_batches[0], "others")
-    if others is not None:
-        others = to_x_0(others, run.images.max_value)
-    other_labels = on_device(micro_batches[0], "other_labels")
+    extra_pixels = on_device(micro_batches[0], "extra_images")
+    extra_images = None if extra_pixels is None else to_x_0(extra_pixels, run.images.max_value)
+    extra_labels = on_device(micro_batches[0], "extra_labels")
     for micro, batch in enumerate(micro_batches):
-        pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
+        pixels = batch["pixels"].to(run.device, non_blocking=True)
         positions = batch["positions"].numpy()
-        slot = micro * accelerator.num_processes + accelerator.process_index
+        slot = micro * run.processes.size + run.processes.rank
         seed_step(config.seed, progress.step, slot)
-        is_last = micro == len(micro_batches) - 1
-        with sharding.accumulating(accelerator, run.model, is_last):
-            uniform, noise = image_draws(config.seed, batch["positions"], pixels.shape[1:], accelerator.device)
+        with sharding.gradient_sync(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
+            uniform, noise = image_draws(config.seed, batch["positions"], pixels.shape[1:], run.device)
             t = run.objective.timesteps_from_uniform(
-                uniform,
-                first_index=slot * config.train_batch_size,
-                global_batch_size=run.global_batch_size,
+                uniform, first_index=slot * batch_size, global_batch_size=run.global_batch_size
             )
             loss = run.objective(
                 run.model,
@@ -245,97 +223,189 @@ def _step(run: Run, progress: Progress, micro_batches: list[dict[str, Tensor]], 
                 on_device(batch, "labels"),
                 timesteps=t,
                 noise=noise,
-                extra_images=others,
-                extra_labels=other_labels,
+                extra_images=extra_images,
+                extra_labels=extra_labels,
             )
             mean = loss.mean()
             # The gradients of a loss that is not finite are made NaN: by their norm every process learns of it.
             mark = torch.where(mean.detach().isfinite(), 1.0, math.nan)
-            sharding.backward(accelerator, run.model, mean * mark, len(micro_batches))
+            accelerator.backward(mean * mark / len(micro_batches))
         evaluated.append((loss.detach(), t, positions))
-    lr = run.schedule(progress.images)
-    norm, is_bad = sharding.step(accelerator, run.model, run.optimizer, lr, config.max_grad_norm)
+    learning_rate = run.learning_rate(progress.images)
+    norm, is_bad = sharding.step(accelerator, run.model, run.optimizer, learning_rate, config.max_grad_norm)
     decays = run.decays(progress.images, run.global_batch_size)
     if run.state.ema is not None:
         run.state.ema.update(run.parameters, decays)
-    meter.add([loss for loss, _, _ in evaluated], is_bad)
-    return _Outcome(_on_its_way(is_bad), norm, lr, decays, evaluated)
+    return StepResult(progress.step + 1, is_bad, norm, learning_rate, decays, evaluated)
 
 
-def _on_its_way(value: Tensor) -> Callable[[], bool]:
-    """Starts to copy a value from the device, which goes on working, and returns how to get it."""
-    if value.device.type != "cuda":
-        return lambda: bool(value)
-    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-
-    def read() -> bool:
-        event.synchronize()
-        return bool(copy)
-
-    return read
+def num_steps_left(run: Run, progress: Progress) -> int:
+    """Return the number of steps from `progress` to the end of the run."""
+    return math.ceil((run.total_images - progress.images) / run.global_batch_size)
 
 
-def _settle(run: Run, progress: Progress, outcome: _Outcome, saved_step: int) -> Progress:
-    """Counts the step that was the last, if it was skipped.
+def due_after(run: Run, progress: Progress) -> Due:
+    """Return what is due after the step that brought the run to `progress`."""
+    config, done = run.config, progress.step
+    steps_per_epoch = (run.images.num_images or 0) / run.global_batch_size
+
+    def is_due(epochs: int | None) -> bool:
+        interval = config.checkpointing_steps if epochs is None else max(1, round(epochs * steps_per_epoch))
+        return done % interval == 0 and not is_last
+
+    is_last = progress.images >= run.total_images
+    is_checkpoint = done % config.checkpointing_steps == 0 or is_last
+    return Due(
+        is_last=is_last,
+        log=done % config.logging_steps == 0 or is_checkpoint,
+        checkpoint=is_checkpoint,
+        preview=is_due(config.save_images_epochs),
+        model=is_due(config.save_model_epochs),
+        validation=run.validation is not None and (done % (config.eval_steps or 1) == 0 or is_last),
+    )
+
+
+def count_skipped_steps(run: Run, progress: Progress, state: LoopState) -> Progress:
+    """Count the skipped ones of the steps that were not read yet. This waits for the device.
 
     Raises:
-        RunError: it was the last of `max_bad_steps` in a row.
+        RunError: `max_bad_steps` in a row were skipped.
     """
-    if not outcome.is_bad():
-        return replace(progress, bad_steps_in_a_row=0, bad_steps_began="")
-    in_a_row, began = progress.bad_steps_in_a_row + 1, progress.bad_steps_began
-    if in_a_row == 1:
-        began = f"step {progress.step}: {_suspects(run, outcome)}"
-        say(run.processes, f"a step is skipped, its loss or gradients are not finite: {began}")
-    if in_a_row >= run.config.max_bad_steps:
-        raise RunError(
-            f"{in_a_row} steps in a row had no finite loss and gradients (max_bad_steps). They began at {began}. "
-            + (f"The last checkpoint is checkpoint-{saved_step}. " if saved_step else "There is no checkpoint yet. ")
-            + "Look at these images, or change a setting in config.yaml: a lower learning_rate, mixed_precision no"
+    unread, state.unread = state.unread, []
+    flags = torch.stack([result.is_bad for result in unread]).tolist() if unread else []
+    for result, is_bad in zip(unread, flags, strict=True):
+        if not is_bad:
+            progress = replace(progress, bad_steps_in_a_row=0, bad_steps_began="")
+            continue
+        in_a_row, began = progress.bad_steps_in_a_row + 1, progress.bad_steps_began
+        if in_a_row == 1:
+            began = f"step {result.step}: {describe_bad_images(run, result)}"
+            print_once(run.processes, f"a step is skipped, its loss or gradients are not finite: {began}")
+        if in_a_row >= run.config.max_bad_steps:
+            saved = f"The last checkpoint is checkpoint-{state.saved_step}"
+            raise RunError(
+                f"{in_a_row} steps in a row had no finite loss and gradients (max_bad_steps). They began at {began}. "
+                f"{saved if state.saved_step else 'There is no checkpoint yet'}. "
+                "Look at these images, or change a setting in config.yaml: a lower learning_rate, mixed_precision no"
+            )
+        progress = replace(
+            progress,
+            num_bad_steps=progress.num_bad_steps + 1,
+            bad_steps_in_a_row=in_a_row,
+            bad_steps_began=began,
         )
-    num_bad_steps = progress.num_bad_steps + 1
-    return replace(progress, num_bad_steps=num_bad_steps, bad_steps_in_a_row=in_a_row, bad_steps_began=began)
+    return progress
 
 
-def _suspects(run: Run, outcome: _Outcome, limit: int = 8) -> str:
-    """The images of a step whose loss is not finite, each with its noise level; for all processes to call."""
-    mine = [
+def describe_bad_images(run: Run, result: StepResult) -> str:
+    """Name the images of a step whose loss is not finite, each with its noise level; all processes call it."""
+    own_images = [
         {"loss": loss, "t": t, "position": position}
-        for losses, timesteps, positions in outcome.evaluated
+        for losses, timesteps, positions in result.evaluated
         for loss, t, position in zip(losses.tolist(), timesteps.tolist(), positions.tolist(), strict=True)
     ]
-    everyone = [image for images in run.processes.gather(lambda: mine) for image in images]
-    found = [e for e in everyone if not math.isfinite(e["loss"])]
+    images = [image for part in run.processes.gather(lambda: own_images) for image in part]
+    suspects = [image for image in images if not math.isfinite(image["loss"])]
     heading = ""
-    if not found:
-        found = sorted(everyone, key=lambda e: -e["loss"])[:1]
+    if not suspects:
+        suspects = sorted(images, key=lambda image: -image["loss"])[:1]
         heading = "every loss is finite, a gradient is not; the largest loss: "
-    shown = found[:limit]
-    names = run.processes.on_main(lambda: image_names(run, [e["position"] for e in shown]))
-    texts = [f"{name} at t = {e['t']}, loss {e['loss']:g}" for name, e in zip(names, shown, strict=True)]
-    return heading + "; ".join(texts) + (f"; and {len(found) - limit} more" if len(found) > limit else "")
+    named = suspects[:MAX_NAMED_IMAGES]
+    names = run.processes.on_main(lambda: image_names(run, [image["position"] for image in named]))
+    texts = [f"{name} at t = {image['t']}, loss {image['loss']:g}" for name, image in zip(names, named, strict=True)]
+    num_more = len(suspects) - len(named)
+    return heading + "; ".join(texts) + (f"; and {num_more} more" if num_more else "")
 
 
-def _record(run: Run, progress: Progress, outcome: _Outcome, meter: Meter) -> dict[str, Any]:
-    norm = float(outcome.grad_norm)
+def log(run: Run, progress: Progress, state: LoopState, result: StepResult) -> None:
+    """Append a line to metrics.jsonl, and give it to the trackers and to the progress bar."""
+    record = metrics_line(run, progress, state, result)
+    loss = record["loss"]
+    state.bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_s=f"{record['images_per_second']:.0f}")
+    problem = state.metrics.write(record) if run.is_main else None
+    if problem is not None:
+        print_once(run.processes, f"metrics.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
+    track_values(run, {name: value for name, value in record.items() if name != "step"}, progress.step)
+
+
+def metrics_line(run: Run, progress: Progress, state: LoopState, result: StepResult) -> dict[str, Any]:
+    """Return a line of metrics.jsonl, and start new sums; all processes call it."""
+    norm = float(result.grad_norm)
     return {
         "step": progress.step,
         "images": progress.images,
-        **meter.read(progress.seconds),
-        "lr": outcome.lr,
+        **state.meter.read(progress.seconds),
+        "lr": result.learning_rate,
         "grad_norm": norm if math.isfinite(norm) else None,
-        "ema_decay": next(iter(outcome.decays.values())) if run.config.use_ema else None,
+        "ema_decay": next(iter(result.decays.values())) if run.config.use_ema else None,
         "bad_steps": progress.num_bad_steps,
     }
 
 
-def _log(run: Run, metrics: MetricsFile, record: dict[str, Any], bar: Any) -> None:
-    loss, accelerator = record["loss"], run.accelerator
-    bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_s=f"{record['images_per_second']:.0f}")
-    problem = metrics.write(record) if accelerator.is_main_process else None
+def checkpoint(run: Run, progress: Progress, state: LoopState, due: Due) -> None:
+    """Write a checkpoint that the schedule asks for. If the disk is full, the run goes on without it.
+
+    Raises:
+        RunError: It was the last one.
+    """
+    problem = write_state(run, progress, state)
+    if problem is None:
+        state.saved_step = progress.step
+    elif due.is_last:
+        raise RunError(f"the last checkpoint could not be written: {problem}. {FREE_SPACE}; {FINISHES}")
+    else:
+        print_once(
+            run.processes,
+            f"checkpoint-{progress.step} could not be written, the run goes on: {problem}. {FREE_SPACE}",
+        )
+
+
+def write_state(run: Run, progress: Progress, state: LoopState) -> str | None:
+    """Write a checkpoint; return on all processes why that failed, or None. All processes call it.
+
+    The lines of metrics are written first, so that a resumed run lacks none that its checkpoint counts as logged.
+    """
+    problem = run.processes.on_main(lambda: state.metrics.write() or state.evaluations.write())
     if problem is not None:
-        say(run.processes, f"metrics.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
-    tracked = {k: v for k, v in record.items() if k != "step" and v is not None}
-    try_to_track(run, lambda: accelerator.log(tracked, step=record["step"]))
+        return problem
+    scaler = run.accelerator.scaler
+    progress = replace(progress, losses=state.meter.state(), scaler=None if scaler is None else scaler.state_dict())
+    if progress.stream is not None:
+        progress = merge_block_starts(run.processes, progress, state.first)
+    problem = save_checkpoint(run.state, progress, run.output_dir, run.config.checkpoints_total_limit, run.is_main)
+    return run.processes.on_main(lambda: problem)
+
+
+def end_early(
+    run: Run,
+    progress: Progress,
+    state: LoopState,
+    stop: StopRequest,
+    loader: Loader,
+    failure: Exception | None,
+) -> NoReturn:
+    """End a run before its last step, with a checkpoint if there are new steps; all processes call it.
+
+    Raises:
+        StoppedOnPurpose: The run was asked to end.
+        RunError: No images came, or the checkpoint could not be written.
+    """
+    state.bar.close()
+    progress = count_skipped_steps(run, progress, state)
+    problem = write_state(run, progress, state) if progress.step > state.saved_step else None
+    saved_step = progress.step if problem is None else state.saved_step
+    how_to_resume = f"the same command with --resume_from_checkpoint latest goes on from step {saved_step}"
+    if problem is not None:
+        how_to_resume = f"checkpoint-{progress.step} could not be written: {problem}. {FREE_SPACE}; {how_to_resume}"
+    explanations = run.processes.gather(
+        lambda: None if failure is None else explain_loader_failure(failure, loader.workers)
+    )
+    failures = [text for text in explanations if text]
+    if failures:
+        raise RunError(f"{failures[0]}. The run ends after step {progress.step}; {how_to_resume}") from failure
+    reason = next(text for text in run.processes.gather(lambda: stop.reason(1)) if text)
+    if problem is not None:
+        raise RunError(f"{reason}, but {how_to_resume}")
+    print_once(run.processes, f"{reason}: the run ends after step {progress.step}; {how_to_resume}")
+    run.accelerator.wait_for_everyone()
+    raise StoppedOnPurpose

@@ -1,78 +1,72 @@
-"""metrics.jsonl, a line for each logged step, and eval.jsonl, one for each measurement; written by one process."""
+"""metrics.jsonl, with a line for each logged step, and eval.jsonl, with one for each validation."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_ddpm.runtime.files import append_lines, read_metrics
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from hf_ddpm.runtime.files import append_lines
+from hf_ddpm.runtime.processes import Processes
 
 
 class Meter:
-    """Mean loss and speed since the last reading; nothing leaves the device until then.
+    """The mean loss and the speed since the last reading; nothing leaves the device until then.
 
     Args:
-        losses: `state()` of a run that goes on.
-        seconds: of the run at the last reading.
+        losses: What `state()` returned for the checkpoint that the run resumes from.
+        seconds: The seconds of the run at the last reading.
     """
 
-    def __init__(self, accelerator: Accelerator, losses: list[list[float]], seconds: float):
-        self.accelerator = accelerator
-        rank, num_processes = accelerator.process_index, accelerator.num_processes
-        if len(losses) != num_processes:  # another number of processes went before
+    def __init__(self, processes: Processes, device: torch.device, losses: list[list[float]], seconds: float) -> None:
+        self.processes = processes
+        if len(losses) != processes.size:  # the checkpoint is of another number of processes
             losses = [[sum(column) for column in zip(*losses, strict=True)] or [0.0, 0.0]]
-        mine = losses[rank] if rank < len(losses) else [0.0, 0.0]
-        self.totals = torch.tensor(mine, dtype=torch.float32, device=accelerator.device)
+        own = losses[processes.rank] if processes.rank < len(losses) else [0.0, 0.0]
+        self.totals = torch.tensor(own, dtype=torch.float32, device=device)
         self.images, self.seconds = 0, seconds
 
     def add(self, losses: list[Tensor], is_bad: Tensor) -> None:
-        """Losses of a step on this process; those of one that is skipped do not count."""
-        step = torch.stack([sum(loss.sum() for loss in losses), self.totals.new_tensor(sum(map(len, losses)))])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        """Add the losses of a step on this process, unless the step was skipped."""
+        count = sum(len(loss) for loss in losses)
+        total = sum((loss.sum() for loss in losses[1:]), losses[0].sum())
+        step = torch.stack([total, torch.full_like(total, count)])
         self.totals = torch.where(is_bad, self.totals, self.totals + step)
-        self.images += sum(map(len, losses))
+        self.images += count
 
     def state(self) -> list[list[float]]:
-        """What a checkpoint keeps: sum and count of each process."""
-        gathered: Any = self.accelerator.gather(self.totals[None])
-        return gathered.tolist()
+        """Return the sum and the count of each process, for a checkpoint."""
+        return self.processes.gather(lambda: self.totals.tolist())
 
     def read(self, seconds: float) -> dict[str, float | None]:
-        """Mean loss over all processes (None if every step was skipped), the run's seconds, its images per second."""
-        total, count = self._sum().tolist()
-        speed = self.images * self.accelerator.num_processes / max(seconds - self.seconds, 1e-9)
+        """Return the mean loss over all processes, the run's seconds and its images per second, and start anew.
+
+        The loss is None if every step was skipped.
+        """
+        total, count = torch.tensor(self.state(), dtype=torch.float32).sum(dim=0).tolist()
+        speed = self.images * self.processes.size / max(seconds - self.seconds, 1e-9)
         self.totals.zero_()
         self.images, self.seconds = 0, seconds
         loss = total / count if count else None
         return {"loss": loss, "seconds": round(seconds, 3), "images_per_second": round(speed, 3)}
 
-    def _sum(self) -> Tensor:
-        total: Any = self.accelerator.reduce(self.totals, reduction="sum")
-        return total
 
+class LinesFile:
+    """A file of JSON lines that keep their order; while the disk is full they wait in memory."""
 
-class MetricsFile:
-    """Lines that reach the file in their order, later if the disk is full now."""
-
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.waiting: list[str] = []
 
-    def take_up(self, lines: Iterable[str]) -> None:
-        """Those that waited when a checkpoint was written; some may have reached the file after that."""
-        there = {record["step"] for record in read_metrics(self.path)}
-        self.waiting = [line for line in lines if json.loads(line)["step"] not in there]
-        self.write()
-
     def write(self, record: dict[str, Any] | None = None) -> str | None:
-        """Appends a record after those that wait; returns why it has to wait too."""
+        """Append the lines that wait and then a record.
+
+        Returns:
+            Why they could not be written, and wait; None if they were.
+        """
         if record is not None:
             self.waiting.append(json.dumps(record))
         if not self.waiting:

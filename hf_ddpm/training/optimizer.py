@@ -2,13 +2,17 @@
 
 A convolution's weight of shape (O, I, h, w) is the matrix (O, I h w). Muon (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon/) replaces the momentum M of a matrix by the nearest one whose singular
-values are equal; so does `torch.optim.Muon`, but of parameters that are matrices, one after the other.
+values are equal.
 
     M <- mu M + (1 - mu) G
     W <- W - lr (0.2 sqrt(max(rows, columns)) orthogonal(mu M + (1 - mu) G) + weight_decay W)
 
-The factor gives the update the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, Eq. 4), so that both take rates of
-one scale.
+The factor gives the update the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, Eq. 4), so that both take learning
+rates of one scale.
+
+Why not `torch.optim.Muon`: it refuses parameters that are not matrices, and so convolutions. It always computes in
+bfloat16, and one matrix after the other. It knows no `found_inf`, so that a skipped step would wait for the device. It
+does not gather sharded matrices.
 """
 
 from __future__ import annotations
@@ -22,15 +26,17 @@ from torch.optim.adamw import adamw
 
 from hf_ddpm.training.config import TrainingConfig
 
-# Their matrices are Muon's; those that read images, timesteps and classes, and the one that writes images, are not.
+# Muon takes the matrices of these. It does not take those that read images, timesteps and classes, nor the one that
+# writes images.
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 MOMENTUM = 0.95
-# Of the quintic a x + b x^3 + c x^5, which five times over brings singular values in (0, 1] near 1 (Jordan et al.).
+# The coefficients of a x + b x^3 + c x^5, which applied five times brings singular values in (0, 1] near 1 (Jordan et
+# al.).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def make_optimizer(unet: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimizer of a run: fused AdamW, of all or of what is not Muon's."""
+    """Make the optimizer of a run: fused AdamW for all parameters, or Muon with AdamW beside it."""
     adam: dict[str, Any] = {
         "lr": config.peak_learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -39,24 +45,26 @@ def make_optimizer(unet: nn.Module, config: TrainingConfig) -> torch.optim.Optim
     }
     if config.optimizer == "adamw":
         return torch.optim.AdamW(unet.parameters(), **adam, fused=True)
-    matrices, others = [], []
+    matrices, rest = [], []
     for name, parameter in unet.named_parameters():
         is_matrix = parameter.ndim >= 2 and name.startswith(BLOCKS) and "time_emb_proj" not in name
-        (matrices if is_matrix else others).append(parameter)
-    # Float32 where bfloat16 is not what the run was asked to compute in.
+        (matrices if is_matrix else rest).append(parameter)
+    # bfloat16 only where the run computes in it.
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    return Muon(matrices, others, dtype=dtype, **adam)
+    return Muon(matrices, rest, dtype=dtype, **adam)
 
 
 class Muon(torch.optim.Optimizer):
     """Muon with AdamW beside it; both leave weights and state as they are when `found_inf`, a tensor, is 1.
 
     Args:
-        matrices: of 2 dimensions or more.
-        others: for AdamW, fused.
-        lr, weight_decay: of both.
-        betas, eps: of AdamW.
-        dtype: of the products that make a matrix orthogonal.
+        matrices: The parameters for Muon, of 2 dimensions or more.
+        rest: The parameters for AdamW, fused.
+        lr: The learning rate of both.
+        betas: The betas of AdamW.
+        weight_decay: The weight decay of both.
+        eps: The epsilon of AdamW.
+        dtype: The type of the products that make a matrix orthogonal.
     """
 
     found_inf: Tensor | None = None
@@ -64,7 +72,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         matrices: list[nn.Parameter],
-        others: list[nn.Parameter],
+        rest: list[nn.Parameter],
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -74,18 +82,18 @@ class Muon(torch.optim.Optimizer):
     ):
         self.dtype = dtype
         settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps}
-        # By this word torch puts the step numbers of a state that it loads where their parameters are.
-        super().__init__([{"params": matrices}, {"params": others, "fused": True}], settings)
+        # "fused" makes torch put the step numbers of a loaded state on the parameters' device.
+        super().__init__([{"params": matrices}, {"params": rest, "fused": True}], settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of all parameters that have a gradient."""
-        matrices, others = self.param_groups
-        self._step_of_matrices(matrices)
-        self._step_of_others(others)
+        """Take one step with all parameters that have a gradient."""
+        matrices, rest = self.param_groups
+        self._step_muon(matrices)
+        self._step_adamw(rest)
 
-    def _step_of_matrices(self, group: dict[str, Any]) -> None:
-        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    def _step_muon(self, group: dict[str, Any]) -> None:
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -99,17 +107,17 @@ class Muon(torch.optim.Optimizer):
             nesterov = torch.lerp(p.grad, momentum, MOMENTUM)
             whole = nesterov.full_tensor() if hasattr(nesterov, "full_tensor") else nesterov  # pyright: ignore[reportAttributeAccessIssue]
             matrix = whole.reshape(len(whole), -1)
-            alike.setdefault((matrix.shape[0], matrix.shape[1]), []).append((p, matrix))
-        for (rows, columns), found in alike.items():
-            directions = orthogonal(torch.stack([matrix for _, matrix in found]), self.dtype)
-            for (p, _), direction in zip(found, directions, strict=True):
+            by_shape.setdefault((matrix.shape[0], matrix.shape[1]), []).append((p, matrix))
+        for (rows, columns), pairs in by_shape.items():
+            directions = orthogonal(torch.stack([matrix for _, matrix in pairs]), self.dtype)
+            for (p, _), direction in zip(pairs, directions, strict=True):
                 whole = (0.2 * max(rows, columns) ** 0.5 * direction).view(p.shape).to(p.dtype)
                 update = _sharded_as(whole, p).add(p, alpha=group["weight_decay"])
                 if self.found_inf is not None:
                     update = torch.where(self.found_inf.bool(), 0.0, update)
                 p.add_(update, alpha=-group["lr"])
 
-    def _step_of_others(self, group: dict[str, Any]) -> None:
+    def _step_adamw(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
         for p in parameters:
             if not self.state[p]:
@@ -118,14 +126,14 @@ class Muon(torch.optim.Optimizer):
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
-        held = {kind: [self.state[p][kind] for p in parameters] for kind in ("step", "exp_avg", "exp_avg_sq")}
+        state = {kind: [self.state[p][kind] for p in parameters] for kind in ("step", "exp_avg", "exp_avg_sq")}
         adamw(
             parameters,
             [p.grad for p in parameters],
-            held["exp_avg"],
-            held["exp_avg_sq"],
+            state["exp_avg"],
+            state["exp_avg_sq"],
             [],
-            held["step"],
+            state["step"],
             fused=True,
             found_inf=self.found_inf,
             amsgrad=False,
@@ -139,14 +147,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """U V^T of each matrix U S V^T, roughly, by five Newton-Schulz iterations: singular values are between 0.6 and
-    1.2 but for those that were near 0.
+    """Approximate U V^T of each matrix U S V^T by five Newton-Schulz iterations.
+
+    The singular values of the result lie between 0.6 and 1.2, except those that were near 0.
 
     Args:
         matrices: (N, rows, columns).
-        dtype: of the products.
+        dtype: The type of the products.
 
-    Returns: (N, rows, columns) of `dtype`.
+    Returns:
+        (N, rows, columns) of `dtype`.
     """
     X = matrices.to(dtype)
     is_tall = X.shape[1] > X.shape[2]

@@ -7,7 +7,7 @@
     decay           (1 - G / n)^(gamma + 1), of the step of G images that brings the images seen to n
     survival        S(tau) = int_tau^n p = 1 - (tau / n)^(gamma + 1) on [0, n]; 0 after n
     snapshot        averages of a few stds at one n, tracked and saved while training
-    profile error   rms over [0, n] of the survival of a combination of snapshots minus that of the average wanted
+    profile error   rms over [0, n] of the survival of a combination of snapshots minus that of the requested average
 
 The survival is fitted, not the profile. Weights move by steps dw, average = w(0) + int S dw, so that for a combination
 whose coefficients sum to 1 the error of the average is int (error of S) dw: its expected square is the integral of
@@ -40,16 +40,19 @@ MAX_PROFILE_ERROR = 1e-3
 
 _WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 _COPIED = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
-_ABOUT = "average.json"
+_DESCRIPTION = "average.json"
 
 
 def std_from_gamma(gamma: float) -> float:
-    """std = (gamma + 1)^(1/2) (gamma + 2)^(-1) (gamma + 3)^(-1/2), relative to n (Karras et al. 2024, sec. 3.1)."""
+    """Return the std of a profile, relative to n (Karras et al. 2024, sec. 3.1).
+
+    std = (gamma + 1)^(1/2) (gamma + 2)^(-1) (gamma + 3)^(-1/2)
+    """
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
 def gamma_from_std(std: float) -> float:
-    """The gamma >= 0 whose profile has this std; it falls as std rises.
+    """Return the gamma >= 0 whose profile has this std; it falls as std rises.
 
     Raises:
         UsageError: `std` is not in (0, 12^(-1/2)].
@@ -67,16 +70,17 @@ def gamma_from_std(std: float) -> float:
 
 
 def power_decay(images_seen: int, global_batch_size: int, std: float) -> float:
-    """The decay of the step that starts after `images_seen` images, in [0, 1); 0 at the first step.
+    """Return the decay of the step that starts after `images_seen` images, in [0, 1); 0 at the first step.
 
-    decay = ((n - G) / n)^(gamma + 1) with n - G = images_seen (Karras et al. 2024, sec. 3.1), the integral's own for
-    weights that are constant within a step, whatever the sizes of the steps.
+        decay = ((n - G) / n)^(gamma + 1),  n - G = images_seen      (Karras et al. 2024, sec. 3.1)
+
+    It is exact for weights that are constant within a step, whatever the sizes of the steps.
     """
     return (images_seen / (images_seen + global_batch_size)) ** (gamma_from_std(std) + 1)
 
 
 def inner_product(n_1: Any, gamma_1: Any, n_2: Any, gamma_2: Any) -> Any:
-    """int S_1 S_2 dtau of two survivals; broadcasts.
+    """Return int S_1 S_2 dtau of two survivals; arguments are broadcast.
 
     With m = n_1 <= n_2, a = gamma + 1 and r = (m / n_2)^a_2 it is m (1 - 1/(a_1+1) - r/(a_2+1) + r/(a_1+a_2+1)).
     """
@@ -87,20 +91,21 @@ def inner_product(n_1: Any, gamma_1: Any, n_2: Any, gamma_2: Any) -> Any:
 
 
 def mixture(snapshots: Sequence[tuple[float, float]], images: float, std: float) -> tuple[np.ndarray, float]:
-    """The combination of averages that comes nearest to the one of `std` at `images`: its least profile error.
+    """Find the combination of averages with the least profile error to the average of `std` at `images`.
 
     The coefficients sum to 1: an error of their sum would multiply the weights themselves, not only their movement.
 
     Args:
         snapshots: (images, std) of each average.
 
-    Returns: coefficients (len(snapshots),) float64, and the profile error; a snapshot that is the one wanted has
-    coefficient 1 and error 0.
+    Returns:
+        The coefficients, (len(snapshots),) float64, and the profile error. A snapshot that is the requested average
+        has coefficient 1 and error 0.
     """
     n, stds = np.array(snapshots, dtype=np.float64).T
-    wanted = np.flatnonzero((n == images) & (stds == std))
-    if len(wanted):
-        return np.eye(len(n))[wanted[0]], 0.0
+    matches = np.flatnonzero((n == images) & (stds == std))
+    if len(matches):
+        return np.eye(len(n))[matches[0]], 0.0
     # In units of `images`, the profile error squared is c A c - 2 b c + d.
     n, gammas, gamma = n / images, np.array([gamma_from_std(s) for s in stds]), gamma_from_std(std)
     A = inner_product(n[:, None], gammas[:, None], n, gammas)
@@ -115,7 +120,7 @@ def mixture(snapshots: Sequence[tuple[float, float]], images: float, std: float)
 
 
 def snapshot_bytes(images: int, averages: Mapping[float, Mapping[str, Tensor]]) -> bytes:
-    """The content of `snapshot_path`: float32, keys "{std:g}/{name of the parameter}".
+    """Return the content of a snapshot file: float32 tensors with keys "{std:g}/{name of the parameter}".
 
     Args:
         averages: std -> name -> average; the same stds and names in every snapshot of a run.
@@ -129,25 +134,30 @@ def snapshot_bytes(images: int, averages: Mapping[float, Mapping[str, Tensor]]) 
 
 
 def snapshot_path(run: Path, images: int) -> Path:
+    """Return the path of the snapshot of a run at `images` images."""
     return run / "ema" / f"snapshot-{images:012d}.safetensors"
 
 
 def snapshots(run: Path) -> list[tuple[int, Path]]:
-    """(images, file) of each snapshot of a run, images rising; other names are not a snapshot's."""
-    found = [(re.fullmatch(r"snapshot-(\d{12,})\.safetensors", p.name), p) for p in (run / "ema").glob("snapshot-*")]
-    return sorted((int(match[1]), path) for match, path in found if match)
+    """Return (images, file) of each snapshot of a run, images rising."""
+    paths = (run / "ema").glob("snapshot-*")
+    matches = [(re.fullmatch(r"snapshot-(\d{12,})\.safetensors", path.name), path) for path in paths]
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def reconstruct(run: Path, std: float, images: int | None = None) -> tuple[dict[str, Tensor], int, float]:
-    """The average of `std` at `images`, from the snapshots up to then; later ones add nothing.
+    """Reconstruct the average of `std` at `images` from the snapshots up to then; later ones add nothing.
 
     Args:
-        images: of one of the snapshots; default: of the last. Between snapshots the weights are not known well enough.
+        images: The images at one of the snapshots; None: at the last. Between snapshots the weights are not known
+            well enough.
 
-    Returns: name -> float32 average, summed in float64 over one file after the other; images; the profile error.
+    Returns:
+        Name -> float32 average, summed in float64, one file after the other; the images; the profile error.
 
     Raises:
-        UsageError: no snapshots, none at `images`, unlike or broken ones, or a profile error above MAX_PROFILE_ERROR.
+        UsageError: There are no snapshots, none at `images`, unlike or broken ones, or the profile error is above
+            MAX_PROFILE_ERROR.
     """
     gamma_from_std(std)
     files = snapshots(run)
@@ -187,24 +197,24 @@ def reconstruct(run: Path, std: float, images: int | None = None) -> tuple[dict[
 
 
 def write_average(run: Path, std: float, out: Path | None = None, images: int | None = None) -> Path:
-    """Writes the average of `std` as a stock diffusers pipeline: the run's own, with other weights of its unet.
+    """Write the average of `std` as a stock diffusers pipeline: the run's own, with other weights of its network.
 
     Tensors keep the run's dtype; those that snapshots lack, such as buffers, are the run's. `average.json` beside
-    `model_index.json` says std, images and profile error.
+    `model_index.json` holds std, images and profile error.
 
     Args:
-        out: default: RUN/ema/std-{std:g}; an earlier average there is replaced.
-        images: as of `reconstruct`.
+        out: The folder; None: RUN/ema/std-{std:g}. An earlier average there is replaced.
+        images: The images at one of the snapshots; None: at the last.
 
     Raises:
-        UsageError: as `reconstruct`; `run` is no pipeline, or another's; `out` holds anything else.
+        UsageError: Nothing can be reconstructed, `run` is no pipeline or another run's, or `out` holds anything else.
     """
     out = run / "ema" / f"std-{std:g}" if out is None else out
     for name in (*_COPIED, _WEIGHTS):
         if not (run / name).is_file():
             raise UsageError(f"{run} must be a run that has saved its pipeline: {name} is not there")
-    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir()}
-    foreign = found - {_ABOUT, _WEIGHTS, *_COPIED} if _ABOUT in found else found
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir()}
+    foreign = files - {_DESCRIPTION, _WEIGHTS, *_COPIED} if _DESCRIPTION in files else files
     if foreign or out.is_file():
         raise UsageError(f"{out} must be new, empty or an earlier average: {min(foreign, default='it')} would be lost")
 
@@ -215,7 +225,7 @@ def write_average(run: Path, std: float, out: Path | None = None, images: int | 
             raise UsageError(f"the snapshots must be of the network in {run / 'unet'}, which has no such {name}")
         tensors[name] = tensor.to(tensors[name].dtype)
 
-    # Made beside `out` and renamed: what is there is whole, and the old one stays until the new one is.
+    # Made beside `out` and renamed, so that `out` is always whole, and the old average stays until the new one is.
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix="partial-") as partial:
         new = Path(partial) / "new"
@@ -223,8 +233,8 @@ def write_average(run: Path, std: float, out: Path | None = None, images: int | 
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run / name, new / name)
         save_file(tensors, new / _WEIGHTS, {"format": "pt"})
-        about = {"std": std, "images": images, "profile_error": error}
-        (new / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        description = {"std": std, "images": images, "profile_error": error}
+        (new / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         if out.exists():
             out.rename(Path(partial) / "old")
         new.rename(out)
@@ -232,16 +242,24 @@ def write_average(run: Path, std: float, out: Path | None = None, images: int | 
 
 
 def _shapes(images: int, path: Path) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a snapshot, which must be the one that its name says, with the same tensors for each std."""
+    """Return key -> shape of a snapshot, after checking that it holds the same tensors for each std.
+
+    Raises:
+        UsageError: It cannot be read, or is not the snapshot that its name says.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            keys, said = file.keys(), (file.metadata() or {}).get("images")
+            keys, stored_images = file.keys(), (file.metadata() or {}).get("images")
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} must be a whole safetensors file, or be deleted: {error}") from error
     prefixes = {key.partition("/")[0] for key in shapes}
     tensors = {(key.partition("/")[2], shape) for key, shape in shapes.items()}
     whole = shapes and len(shapes) == len(prefixes) * len(tensors)
-    if said != str(images) or not whole or not all(re.fullmatch(r"0\.\d+|\de-\d+", prefix) for prefix in prefixes):
+    if (
+        stored_images != str(images)
+        or not whole
+        or not all(re.fullmatch(r"0\.\d+|\de-\d+", prefix) for prefix in prefixes)
+    ):
         raise UsageError(f"{path} must hold the averages after {images} images under std/name: it is no snapshot")
     return shapes

@@ -1,11 +1,11 @@
-"""Pictures and measurements while a model trains, of the weights that would be saved."""
+"""Pictures and validations while a model trains, of the weights that would be saved."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,86 +19,103 @@ from hf_ddpm.sampling.schedulers import default_scheduler, default_steps, named_
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import swapped
 from hf_ddpm.training.checkpoint import Progress
-from hf_ddpm.training.metrics import MetricsFile
-from hf_ddpm.training.run import FREE_SPACE, Run, say, try_to_track, try_to_write
+from hf_ddpm.training.metrics import LinesFile
+from hf_ddpm.training.run import FREE_SPACE, Run, print_once, track_values, try_to_track, try_to_write
 from hf_ddpm.training.saving import save_model
-from hf_ddpm.training.validation import OF_COURSE, Monitor, measure
+from hf_ddpm.training.validation import VALIDATION_SETTINGS, measure_validation
 
 
 def save_preview(run: Run, step: int) -> Image.Image:
-    """Samples from seeds 0, 1, ..., the same at each step and for any number of processes, as one sheet."""
-    config, accelerator, unet, images = run.config, run.accelerator, run.state.unet, run.images
-    pipeline = DDPMPipeline(unet, _preview_scheduler(run))
-    pipeline.set_progress_bar_config(disable=True)
-    num_images = config.eval_batch_size
-    labels = [i % images.num_classes for i in range(num_images)] if images.num_classes else None
-    unet.eval()
-    precision = sharding.autocast(accelerator.device, config.mixed_precision)
-    with swapped(run.parameters, run.average or run.parameters), precision:
+    """Sample seeds 0, 1, ... into one sheet: the same seeds at each step and for any number of processes."""
+    num_images, num_classes = run.config.eval_batch_size, run.images.num_classes
+    with averaged_pipeline(run) as pipeline:
         samples = sample_shared(
-            accelerator,
+            run.accelerator,
             pipeline,
             range(num_images),
-            batch_size=-(-num_images // accelerator.num_processes),
-            num_inference_steps=_preview_steps(run),
-            class_labels=labels,
+            batch_size=-(-num_images // run.processes.size),
+            num_inference_steps=preview_steps(run),
+            class_labels=[i % num_classes for i in range(num_images)] if num_classes else None,
         )
-        sharding.reshard(unet)
-    unet.train()
-    sheet = figures.grid(figures.to_images(2 * samples - 1))
-    if accelerator.is_main_process:
-        content = io.BytesIO()
-        sheet.save(content, "png")
-        try_to_write(
-            run, lambda: write_atomically(run.output_dir / f"previews/step-{step:07d}.png", content.getvalue())
-        )
-        for tracker in accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                pixels = {"samples": np.asarray(sheet.convert("RGB"))[None]}
-                try_to_track(run, partial(tracker.log_images, pixels, step=step, **layout))
+    sheet = figures.grid(figures.to_pil(samples))
+    if run.is_main:
+        path = run.output_dir / f"previews/step-{step:07d}.png"
+        try_to_write(run, lambda: write_atomically(path, figures.png_bytes(sheet)))
+        for tracker in run.trackers:
+            try_to_track(run, lambda tracker=tracker: _track_sheet(tracker, sheet, step))
     return sheet
 
 
-def _preview_scheduler(run: Run) -> Any:
-    config = run.scheduler.config
-    return named_scheduler(default_scheduler(config), config, _preview_steps(run))
+def validate(run: Run, progress: Progress, evaluations: LinesFile) -> None:
+    """Append a line to eval.jsonl, and keep the model of the least kernel distance so far in `best`."""
+    assert run.validation is not None
+    with averaged_pipeline(run) as pipeline:
+        measured = measure_validation(
+            run.validation, run.processes, pipeline, run.objective, preview_steps(run), run.device
+        )
+    path = evaluations.path
+    earlier = run.processes.on_main(lambda: [*read_metrics(path), *map(json.loads, evaluations.waiting)])
+    earlier_distances = [line["kid"] for line in earlier if line["kid"] is not None]
+    settings = {name: getattr(run.config, name) for name in VALIDATION_SETTINGS}
+    record = {"step": progress.step, "images": progress.images, **measured, **settings}
+    if run.is_main:
+        problem = evaluations.write(record)
+        if problem is not None:
+            print_once(run.processes, f"eval.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
+    track_values(run, {name: measured[name] for name in ("kid", "val_loss")}, progress.step)
+    if measured["kid"] is not None and measured["kid"] <= min(earlier_distances, default=math.inf):
+        _save_best(run, record)
 
 
-def _preview_steps(run: Run) -> int:
+@contextmanager
+def averaged_pipeline(run: Run) -> Iterator[DDPMPipeline]:
+    """Give the pipeline that previews sample, with the averaged weights, for the duration of a `with` block."""
+    unet = run.state.unet
+    pipeline = DDPMPipeline(unet, _preview_scheduler(run))
+    pipeline.set_progress_bar_config(disable=True)
+    unet.eval()
+    precision = sharding.autocast(run.device, run.config.mixed_precision)
+    with swapped(run.parameters, run.average or run.parameters), precision:
+        yield pipeline
+        sharding.reshard(unet)
+    unet.train()
+
+
+def preview_settings(run: Run) -> dict[str, Any]:
+    """Return how previews are sampled, for the card."""
+    return {
+        "scheduler": type(_preview_scheduler(run)).__name__,
+        "num_inference_steps": preview_steps(run),
+        "seed": 0,
+        "ema": run.config.use_ema,
+    }
+
+
+def preview_steps(run: Run) -> int:
+    """Return the number of sampling steps of a preview."""
     config = run.scheduler.config
     return run.config.ddpm_num_inference_steps or default_steps(
         default_scheduler(config), config["num_train_timesteps"]
     )
 
 
-def write_measurement(run: Run, monitor: Monitor, progress: Progress, evaluations: MetricsFile) -> None:
-    """A line of eval.jsonl; the model of the least kernel distance so far is kept in `best`."""
-    unet, accelerator, path = run.state.unet, run.accelerator, evaluations.path
-    pipeline = DDPMPipeline(unet, _preview_scheduler(run))
-    pipeline.set_progress_bar_config(disable=True)
-    unet.eval()
-    precision = sharding.autocast(accelerator.device, run.config.mixed_precision)
-    with swapped(run.parameters, run.average or run.parameters), precision:
-        measured = measure(monitor, accelerator, pipeline, run.objective, _preview_steps(run))
-        sharding.reshard(unet)
-    unet.train()
-    lines = run.processes.on_main(lambda: [*read_metrics(path), *map(json.loads, evaluations.waiting)])
-    before = [line["kid"] for line in lines if line["kid"] is not None]
-    record = {"step": progress.step, "images": progress.images, **measured}
-    record |= {name: getattr(run.config, name) for name in OF_COURSE}
-    if accelerator.is_main_process:
-        problem = evaluations.write(record)
-        if problem is not None:
-            say(run.processes, f"eval.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
-    tracked = {k: measured[k] for k in ("kid", "val_loss") if measured[k] is not None}
-    try_to_track(run, lambda: accelerator.log(tracked, step=progress.step))
-    if measured["kid"] is not None and measured["kid"] <= min(before, default=math.inf):
-        of_best = run.output_dir / "best/best.json"
+def _preview_scheduler(run: Run) -> Any:
+    config = run.scheduler.config
+    return named_scheduler(default_scheduler(config), config, preview_steps(run))
 
-        def describe() -> None:
-            of_best.unlink(missing_ok=True)  # it is of the model that was there before
-            write_atomically(of_best, json.dumps(record, indent=2) + "\n")
 
-        if save_model(run, run.average, of_best.parent):
-            try_to_write(run, describe)
+def _save_best(run: Run, record: dict[str, Any]) -> None:
+    description = run.output_dir / "best/best.json"
+
+    def describe() -> None:
+        description.unlink(missing_ok=True)  # it describes the model that was there before
+        write_atomically(description, json.dumps(record, indent=2) + "\n")
+
+    if save_model(run, run.average, description.parent):
+        try_to_write(run, describe)
+
+
+def _track_sheet(tracker: Any, sheet: Image.Image, step: int) -> None:
+    if hasattr(tracker, "log_images"):
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": np.asarray(sheet.convert("RGB"))[None]}, step=step, **layout)

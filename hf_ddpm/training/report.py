@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from hf_ddpm import figures
 from hf_ddpm.data.batches import to_x_0
-from hf_ddpm.data.cache import ImageCache
-from hf_ddpm.data.shards import ImageStream
+from hf_ddpm.data.decoding import center_crop
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import device_name
@@ -23,43 +24,58 @@ from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.files import read_metrics, write_atomically
 from hf_ddpm.sampling.sampler import seeded_generators
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress
-from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.previews import _preview_scheduler, _preview_steps, save_preview
+from hf_ddpm.training.previews import preview_settings, save_preview
 from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run
-from hf_ddpm.training.saving import HALFLIFE, _averaged_unet, save_model
-from hf_ddpm.training.sharding import autocast
-from hf_ddpm.training.validation import draw_course
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from hf_ddpm.training.saving import averaged_unet, save_models
+from hf_ddpm.training.validation import draw_validation_curves
 
 NUM_STRIP_COLUMNS = 11
 NUM_GIF_FRAMES = 60
 
 
-def write_report(
-    config: TrainingConfig,
-    pipeline: DDPMPipeline,
-    images: ImageCache | ImageStream,
-    progress: Progress,
-    global_batch_size: int,
-    sampled: dict[str, Any],
-    accelerator: Accelerator,
-) -> None:
-    """Writes `figures/`, `run.json` and `README.md` of a finished run; for one process to call.
+def finish_run(run: Run, progress: Progress) -> DDPMPipeline:
+    """Write what a finished run leaves, and return its pipeline; a run that is finished writes the same again.
 
-    Args:
-        sampled: how `figures/samples.png` was made.
+    Raises:
+        RunError: The model or the report could not be written; the message says how to finish the run.
     """
-    output_dir = Path(config.output_dir)
+    if not save_models(run):
+        raise RunError(f"the model could not be written, its last checkpoint is whole. {FREE_SPACE}; {FINISHES}")
+    samples = save_preview(run, progress.step)
+    averaged: Any = averaged_unet(run, run.average)
+    pipeline = DDPMPipeline(averaged.to(run.device), DDPMScheduler.from_config(run.scheduler.config))
+    try:
+        run.processes.on_main(lambda: write_report(run, progress, pipeline, samples))
+    except (OSError, UsageError) as error:  # a UsageError is of a file that somebody edits, and has a remedy
+        remedy = "" if isinstance(error, UsageError) else f". {FREE_SPACE}"
+        raise RunError(f"the report could not be written: {error}{remedy}; {FINISHES}") from error
+    return pipeline
+
+
+def write_report(run: Run, progress: Progress, pipeline: DDPMPipeline, samples: Image.Image) -> None:
+    """Write `figures/`, `run.json` and `README.md` of a finished run; one process calls it."""
+    output_dir = run.output_dir
+    samples.save(output_dir / "figures" / "samples.png")
     _draw_loss(output_dir)
-    draw_course(read_metrics(output_dir / "eval.jsonl"), output_dir / "figures")
-    _draw_forward_chain(pipeline, images, output_dir)
-    with autocast(accelerator.device, config.mixed_precision):
-        _draw_reverse_chain(pipeline, images, output_dir)
-    unet, scheduler = pipeline.unet, pipeline.scheduler
-    facts = {
+    draw_validation_curves(read_metrics(output_dir / "eval.jsonl"), output_dir / "figures")
+    _draw_forward_chain(run, pipeline)
+    with sharding.autocast(run.device, run.config.mixed_precision):
+        _draw_reverse_chain(run, pipeline)
+    facts = run_facts(run, progress, pipeline)
+    write_atomically(output_dir / "run.json", json.dumps(facts, indent=2) + "\n")
+    try:
+        write_card(output_dir)
+    except BaseException:
+        (output_dir / "run.json").unlink()  # run.json says that the run is finished
+        raise
+
+
+def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str, Any]:
+    """Return the content of run.json: what was trained, on which data, by what."""
+    images = run.images
+    return {
         "versions": {name: version(name) for name in ("hf_ddpm", "torch", "diffusers", "accelerate")},
         "data": {
             "name": images.name,
@@ -72,8 +88,8 @@ def write_report(
             "license": images.license,
         },
         "model": {
-            "num_parameters": sum(p.numel() for p in unet.parameters()),
-            "abar_T": float(scheduler.alpha_bar[-1]),
+            "num_parameters": sum(p.numel() for p in pipeline.unet.parameters()),
+            "abar_T": float(pipeline.scheduler.alpha_bar[-1]),
         },
         "training": {
             "steps": progress.step,
@@ -81,47 +97,56 @@ def write_report(
             "seconds": round(progress.seconds, 1),
             "num_resumes": progress.num_resumes,
             "num_bad_steps": progress.num_bad_steps,
-            "global_batch_size": global_batch_size,
-            "num_processes": accelerator.num_processes,
-            "mixed_precision": config.mixed_precision,
-            "device": device_name(accelerator.device),
+            "global_batch_size": run.global_batch_size,
+            "num_processes": run.processes.size,
+            "mixed_precision": run.config.mixed_precision,
+            "device": device_name(run.device),
         },
-        "samples": sampled,
+        "samples": preview_settings(run),
     }
-    write_atomically(output_dir / "run.json", json.dumps(facts, indent=2) + "\n")
-    try:
-        write_card(output_dir)
-    except BaseException:
-        (output_dir / "run.json").unlink()  # a run that has it is finished
-        raise
 
 
 def _draw_loss(output_dir: Path) -> None:
+    """Draw the logged losses and their centered geometric mean, which lies in their middle on a logarithmic axis."""
     records = [r for r in read_metrics(output_dir / "metrics.jsonl") if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    window = max(1, len(losses) // 20)
-    means = [sum(part) / len(part) for part in (losses[max(0, i - window) : i + 1] for i in range(len(losses)))]
-    series = {"loss": (steps, losses), f"mean of the last {window + 1}": (steps, means)}
-    figures.curve(output_dir / "figures" / "loss.png", series, "step", "loss", log_y=True)
+    curves = [figures.Curve("loss as logged", steps, losses, is_background=True)]
+    half = len(losses) // 40
+    window = 2 * half + 1
+    if half and min(losses) > 0:
+        means = np.exp(np.convolve(np.log(losses), np.full(window, 1 / window), mode="valid"))
+        curves.append(figures.Curve(f"geometric mean of {window} values, centered", steps[half:-half], means))
+    else:
+        curves[0] = figures.Curve("loss as logged", steps, losses)
+    figures.draw_curves(
+        output_dir / "figures" / "loss.png",
+        curves,
+        title="Training loss",
+        x_label="optimizer step",
+        y_label="loss\n(lower is better)",
+        log_y=True,
+    )
 
 
-def _draw_forward_chain(pipeline: DDPMPipeline, images: ImageCache | ImageStream, output_dir: Path) -> None:
-    """A training image carried through the Markov chain."""
+def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
+    """Draw a training image that is carried through the Markov chain."""
+    images = run.images
     scheduler, side = pipeline.scheduler, images.resolution
-    x_0 = to_x_0(torch.as_tensor(images.image(0)[:, :side, :side].astype("int32")), images.max_value)
+    x_0 = to_x_0(torch.as_tensor(center_crop(images.image(0), side).astype("int32")), images.max_value)
     timesteps = _spread(len(scheduler), NUM_STRIP_COLUMNS - 1)
     chain = figures.forward_chain(x_0, scheduler, [-1, *timesteps], torch.Generator().manual_seed(0))
     labels = ["x_0", *(f"t = {t}" for t in timesteps)]
-    figures.strip([figures.to_images(chain)], labels).save(output_dir / "figures" / "forward.png")
+    figures.strip([figures.to_pil(chain / 2 + 0.5)], labels).save(run.output_dir / "figures" / "forward.png")
 
 
-def _draw_reverse_chain(pipeline: DDPMPipeline, images: ImageCache | ImageStream, output_dir: Path) -> None:
-    """Two samples emerging over all T steps: x_t and x_0_hat as a strip, x_t as an animation."""
+def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline) -> None:
+    """Draw two samples that emerge over all T steps: x_t and x_0_hat as a strip, x_t as an animation."""
+    num_classes = run.images.num_classes
     total = len(pipeline.scheduler)
     columns = [total - 1 - t for t in reversed(_spread(total, NUM_STRIP_COLUMNS - 1))]
     frames = sorted({*_spread(total, NUM_GIF_FRAMES), *columns})
     pipeline.set_progress_bar_config(desc="reverse chain", leave=False)
-    labels = [0, 1 % images.num_classes] if images.num_classes else None
+    labels = [0, 1 % num_classes] if num_classes else None
     final, trajectory = pipeline(
         batch_size=2,
         generator=seeded_generators(range(2), pipeline.device),
@@ -134,47 +159,17 @@ def _draw_reverse_chain(pipeline: DDPMPipeline, images: ImageCache | ImageStream
     steps = dict(zip(frames, trajectory, strict=True))
     rows, names = [], []
     for i in range(2):
-        rows.append(figures.to_images(torch.stack([*(steps[k].x_t[i] for k in columns), final[i]])))
-        rows.append(figures.to_images(torch.stack([*(steps[k].x_0_hat[i] for k in columns), final[i]])))
+        for states in ([steps[k].x_t[i] for k in columns], [steps[k].x_0_hat[i] for k in columns]):
+            rows.append(figures.to_pil(torch.stack([*states, final[i]]) / 2 + 0.5))
         names += ["x_t", "x_0_hat"]
     column_labels = [*(f"t = {steps[k].timestep}" for k in columns), "image"]
-    figures.strip(rows, column_labels, names).save(output_dir / "figures" / "reverse.png")
-    pictures = [figures.grid(figures.to_images(x), columns=2) for x in [*(s.x_t for s in steps.values()), final]]
-    figures.chain_gif(pictures, output_dir / "figures" / "reverse.gif")
+    figures.strip(rows, column_labels, names).save(run.output_dir / "figures" / "reverse.png")
+    states = [*(step.x_t for step in steps.values()), final]
+    pictures = [figures.grid(figures.to_pil(x / 2 + 0.5), columns=2) for x in states]
+    figures.chain_gif(pictures, run.output_dir / "figures" / "reverse.gif")
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """At most `count` whole numbers from 0 to total - 1, evenly."""
+    """Return at most `count` whole numbers from 0 to total - 1, evenly spaced."""
     count = min(count, total)
     return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
-
-
-def finish(run: Run, progress: Progress) -> DDPMPipeline:
-    """Writes what a finished run leaves; a run that is finished already writes the same again."""
-    config, output_dir = run.config, run.output_dir
-    saved = [save_model(run, run.average, output_dir)]
-    for name, average in list(run.state.ema.averages.items() if run.state.ema is not None else ())[1:]:
-        if name.startswith(HALFLIFE):
-            saved.append(save_model(run, average, output_dir / "ema" / name))
-    if not run.processes.on_main(lambda: all(saved)):
-        raise RunError(f"the model could not be written, its last checkpoint is whole. {FREE_SPACE}; {FINISHES}")
-    samples = save_preview(run, progress.step)
-    averaged: Any = _averaged_unet(run, run.average)
-    pipeline = DDPMPipeline(averaged.to(run.accelerator.device), DDPMScheduler.from_config(run.scheduler.config))
-
-    def write() -> None:
-        samples.save(output_dir / "figures" / "samples.png")
-        sampled = {
-            "scheduler": type(_preview_scheduler(run)).__name__,
-            "num_inference_steps": _preview_steps(run),
-            "seed": 0,
-            "ema": config.use_ema,
-        }
-        write_report(config, pipeline, run.images, progress, run.global_batch_size, sampled, run.accelerator)
-
-    try:
-        run.processes.on_main(write)
-    except (OSError, UsageError) as error:  # the latter of a file that somebody edits, with its own remedy
-        remedy = "" if isinstance(error, UsageError) else f". {FREE_SPACE}"
-        raise RunError(f"the report could not be written: {error}{remedy}; {FINISHES}") from error
-    return pipeline

@@ -1,4 +1,4 @@
-"""What the modules of training share: the run, and how it speaks to whoever started it."""
+"""Run: what the modules of training share; and how a run speaks to whoever started it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,7 +21,7 @@ from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.checkpoint import TrainingState
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.validation import Monitor
+from hf_ddpm.training.validation import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,14 +35,17 @@ class Run:
     """What the loop works with.
 
     Args:
-        config: with what data and launcher decided; `train_batch_size` and `gradient_accumulation_steps` are those of
-            this start.
-        pusher: of the first process, if the run goes to the Hub.
-        model, optimizer: as Accelerate prepared them; `state` holds those within.
-        schedule: images seen -> learning rate.
-        decays: (images seen, images of the step) -> decay of each average.
-        total_images: where the run ends.
-        global_batch_size: images per step of this start.
+        config: The settings, with what data and launcher decided; `train_batch_size` and
+            `gradient_accumulation_steps` are those of this start.
+        model: The network as Accelerate prepared it; `state` holds the network itself.
+        optimizer: The optimizer as Accelerate prepared it; `state` holds the optimizer itself.
+        validation: The held-out images; None if the run validates nothing.
+        pusher: The background upload, on the first process of a run that goes to the Hub.
+        trackers: Accelerate's trackers, on the first process.
+        learning_rate: A function from the images seen to the learning rate.
+        decays: A function from (images seen, images of the step) to the decay of each average, by its name.
+        total_images: The number of images after which the run ends.
+        global_batch_size: The images per step of this start.
     """
 
     config: TrainingConfig
@@ -54,46 +58,66 @@ class Run:
     optimizer: Any
     state: TrainingState
     objective: Objective
-    monitor: Monitor | None
-    pusher: Pusher | None
-    schedule: Callable[[int], float]
+    validation: Validation | None
+    learning_rate: Callable[[int], float]
     decays: Callable[[int, int], dict[str, float]]
     total_images: int
     global_batch_size: int
+    pusher: Pusher | None = None
+    trackers: tuple[Any, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.processes.rank == 0
 
     @property
     def average(self) -> list[Tensor] | None:
-        """The one of previews and of the saved model."""
+        """The average that previews and the saved model use; None without averages."""
         return next(iter(self.state.ema.averages.values())) if self.state.ema is not None else None
 
     @property
     def names(self) -> list[str]:
+        """The names of the network's parameters."""
         return [name for name, _ in self.state.unet.named_parameters()]
 
     @property
     def parameters(self) -> list[Tensor]:
+        """The network's parameters, in the order of `names`."""
         return list(self.state.unet.parameters())
 
 
-def say(processes: Processes, text: str) -> None:
-    """Once, above the progress bar."""
+def print_once(processes: Processes, text: str) -> None:
+    """Print a line above the progress bar, on the first process."""
     if processes.rank == 0:
         tqdm.write(text, file=sys.stderr)
 
 
 def try_to_write(run: Run, write: Callable[[], None]) -> bool:
-    """Whether it could be written. Without it the run can go on, so it does where the disk is full."""
+    """Write a file that a run can go on without, and return whether that succeeded."""
     try:
         write()
         return True
     except (OSError, SafetensorError) as error:
-        say(run.processes, f"a file could not be written, the run goes on: {error}. {FREE_SPACE}")
+        print_once(run.processes, f"a file could not be written, the run goes on: {error}. {FREE_SPACE}")
         return False
 
 
 def try_to_track(run: Run, track: Callable[[], None]) -> None:
-    """Trackers raise what they like: nothing that happens in one may end a training."""
+    """Call a tracker; whatever it raises is printed and does not end the training."""
     try:
         track()
     except Exception as error:
-        say(run.processes, f"a tracker failed, the run goes on: {error!r}")
+        print_once(run.processes, f"a tracker failed, the run goes on: {error!r}")
+
+
+def track_values(run: Run, values: dict[str, Any], step: int) -> None:
+    """Give the values that are known to all trackers."""
+    known_values = {name: value for name, value in values.items() if value is not None}
+    for tracker in run.trackers:
+        try_to_track(run, lambda tracker=tracker: tracker.log(known_values, step=step))

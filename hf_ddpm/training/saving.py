@@ -16,51 +16,69 @@ from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
 from hf_ddpm.training.run import Run, try_to_write
-from hf_ddpm.training.sharding import gathered
+from hf_ddpm.training.sharding import full_tensors
 
-# How the names of the averages begin that are saved as models; the others are for snapshots.
-HALFLIFE = "halflife-"
+# The names of averages that are saved as models begin so; the other averages are for snapshots.
+HALFLIFE_PREFIX = "halflife-"
 
 
 def save_model(run: Run, average: list[Tensor] | None, folder: Path) -> bool:
-    """The pipeline with one of the averages, each of its files whole; for all processes to call.
+    """Save the pipeline with one of the averages, each of its files whole; all processes call it.
 
-    Returns: whether it could be written, on the first process.
+    Returns:
+        On the first process, whether it could be written.
     """
-    unet, partial = _averaged_unet(run, average), folder / "partial-model"
+    unet = averaged_unet(run, average)
+    return run.is_main and try_to_write(run, lambda: _write_pipeline(run, unet, folder))
 
-    def write() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            DDPMPipeline(unet, DDPMScheduler.from_config(run.scheduler.config)).save_pretrained(partial)
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted((p for p in partial.rglob("*") if p.is_file()), key=lambda p: p.parent == partial):
-                target = folder / path.relative_to(partial)
-                target.parent.mkdir(exist_ok=True)
-                path.replace(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
-    return run.accelerator.is_main_process and try_to_write(run, write)
+def save_models(run: Run) -> bool:
+    """Save the finished model, and the model of each further half-life; all processes call it.
+
+    Returns:
+        On all processes, whether all of them could be written.
+    """
+    are_saved = [save_model(run, run.average, run.output_dir)]
+    averages = run.state.ema.averages if run.state.ema is not None else {}
+    for name, average in list(averages.items())[1:]:
+        if name.startswith(HALFLIFE_PREFIX):
+            are_saved.append(save_model(run, average, run.output_dir / "ema" / name))
+    return run.processes.on_main(lambda: all(are_saved))
 
 
 def save_snapshot(run: Run, progress: Progress) -> None:
-    """Once in each `ema_snapshots`-th part of the run, the power-function averages; for all processes to call."""
-    count, before = run.config.ema_snapshots, progress.images - run.global_batch_size
-    if run.state.ema is None or count * progress.images // run.total_images == count * before // run.total_images:
+    """Save the power-function averages, once in each `ema_snapshots`-th part of the run; all processes call it."""
+    count, images_before_step = run.config.ema_snapshots, progress.images - run.global_batch_size
+    parts_done = count * progress.images // run.total_images
+    if run.state.ema is None or parts_done == count * images_before_step // run.total_images:
         return
-    averages = {std: gathered(run.names, run.state.ema.averages[f"std-{std:g}"]) for std in TRACKED_STDS}
+    averages = {std: full_tensors(run.names, run.state.ema.averages[f"std-{std:g}"]) for std in TRACKED_STDS}
     path = snapshot_path(run.output_dir, progress.images)
-    if run.accelerator.is_main_process:
+    if run.is_main:
         try_to_write(run, lambda: write_atomically(path, snapshot_bytes(progress.images, averages)))
 
 
-def _averaged_unet(run: Run, average: list[Tensor] | None) -> UNet2DModel:
-    """The network with averaged weights, or its own, on the CPU; for all processes to call."""
+def averaged_unet(run: Run, average: list[Tensor] | None) -> UNet2DModel:
+    """Return the network with averaged weights, or its own, on the CPU; all processes call it."""
     unet = run.state.unet
-    weights = gathered(run.names, run.parameters if average is None else average)
+    weights = full_tensors(run.names, run.parameters if average is None else average)
     buffers = {name: buffer.cpu() for name, buffer in unet.named_buffers() if name in unet.state_dict()}
     with torch.device("meta"):
         averaged: Any = UNet2DModel.from_config(unet.config)
     averaged.load_state_dict({**buffers, **weights}, assign=True)
     return averaged.eval()
+
+
+def _write_pipeline(run: Run, unet: UNet2DModel, folder: Path) -> None:
+    """Write the pipeline under a temporary name, then move its files into `folder`, model_index.json last."""
+    partial = folder / "partial-model"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        DDPMPipeline(unet, DDPMScheduler.from_config(run.scheduler.config)).save_pretrained(partial)
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.parent == partial):
+            target = folder / path.relative_to(partial)
+            target.parent.mkdir(exist_ok=True, parents=True)
+            path.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

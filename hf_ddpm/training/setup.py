@@ -1,16 +1,21 @@
-"""What a run needs before its first step: the data, the state to go on from, and all that is decided once."""
+"""What a run needs before its first step: data, resumed state, network, optimizer, and all that is decided once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 
 from hf_ddpm.data.cache import ImageCache, load_images
@@ -19,6 +24,7 @@ from hf_ddpm.hub.background import Pusher
 from hf_ddpm.network import compiled, make_unet
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import lock
 from hf_ddpm.runtime.processes import Processes, share_cores
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
@@ -26,121 +32,82 @@ from hf_ddpm.training.averages import EMA, edm_decay, halflife_from_decay, rampe
 from hf_ddpm.training.checkpoint import Progress, TrainingState, find_checkpoint, load_checkpoint, read_progress
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.finetuning import load_weights, network_of, take_over
-from hf_ddpm.training.folder import prepare_output
+from hf_ddpm.training.folder import delete_run, prepare_folder
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import check_same_run
 from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
-from hf_ddpm.training.publishing import create_for_run, repository_of
-from hf_ddpm.training.run import FREE_SPACE, Run, say
-from hf_ddpm.training.saving import HALFLIFE
-from hf_ddpm.training.sharding import AUTOCAST
-from hf_ddpm.training.validation import check_course, open_monitor
+from hf_ddpm.training.publishing import create_run_repository, repository_of
+from hf_ddpm.training.run import FREE_SPACE, Run, print_once, try_to_track
+from hf_ddpm.training.saving import HALFLIFE_PREFIX
+from hf_ddpm.training.validation import check_validation_settings, open_validation
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+# The longest that processes wait while one of them decodes the images, or writes the report.
+LONGEST_WAIT = timedelta(hours=2)
+
+Images = ImageCache | ImageStream
 
 
-def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processes) -> tuple[Run, Progress]:
-    """The run and where it goes on; nothing of it is written before `claim`.
+@dataclass(frozen=True)
+class _Start:
+    """Where a run starts: at step 0, or at a checkpoint.
+
+    Args:
+        config: The settings, with what data, launcher and checkpoint decided.
+        checkpoint: The checkpoint that the run resumes from; None for a new run.
+        num_steps: The steps of the whole run, of `schedule_batch_size` images each.
+    """
+
+    config: TrainingConfig
+    progress: Progress
+    checkpoint: Path | None
+    global_batch_size: int
+    num_steps: int
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Make Accelerate's view of this process; it writes nothing."""
+    # A second run in one process, of a notebook, may ask for another precision.
+    AcceleratorState._reset_state()
+    logging_dir = str(Path(config.output_dir) / config.logging_dir)
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.logger,
+        project_config=ProjectConfiguration(config.output_dir, logging_dir=logging_dir),
+        # Accelerate chooses the backend by the device when it is None.
+        kwargs_handlers=[InitProcessGroupKwargs(backend=None, timeout=LONGEST_WAIT)],
+    )
+
+
+def build_run(config: TrainingConfig, accelerator: Accelerator, processes: Processes) -> tuple[Run, Progress]:
+    """Build the run and return it with the progress that it starts from; nothing is written before `open_run`.
 
     Raises:
-        UsageError: settings or data that cannot work.
+        UsageError: Settings or data cannot work.
     """
-    sharding.check(accelerator, config)
-    asked = config
-    on_cpu = accelerator.device.type == "cpu"
-    if on_cpu and accelerator.mixed_precision == "fp16":
-        raise UsageError("mixed_precision fp16 needs a GPU: its gradients are scaled there only; use bf16 or no")
-    if on_cpu:
-        share_cores(accelerator.num_processes, config.cpu_threads_per_process)
-
-    def load() -> tuple[TrainingConfig, ImageCache | ImageStream]:
-        taken = take_over(asked)
-        return taken, open_stream(taken) if taken.streaming else load_images(taken)
-
-    config, images = processes.local_main_then_rest(load, accelerator.is_local_main_process)
-    processes.require_equal(images.fingerprint, "images")
-    config = _resolve(config, images, accelerator.mixed_precision)
-    checkpoint, progress = _find_progress(config, processes, images)
-    if progress is not None:
-        config = _divide(config, progress.global_batch_size, processes)
-    num_processes = processes.size
-    global_batch_size = config.train_batch_size * config.gradient_accumulation_steps * num_processes
-    if progress is None:
-        of = (global_batch_size, global_batch_size, images.num_images, images.fingerprint)
-        asked_for = (config.train_batch_size, config.gradient_accumulation_steps)
-        progress = Progress(0, 0, 0.0, 0, *of, *asked_for, num_bad_images=images.num_bad)
-        if config.streaming:
-            lanes = num_processes * max(1, config.dataloader_num_workers)
-            stream = {"num_lanes": lanes, "chunk_size": config.train_batch_size, "places": []}
-            progress = replace(progress, stream=stream)
-    schedule_batch_size = progress.schedule_batch_size
-    if images.num_images is None and (config.max_train_steps is None or config.save_images_epochs):
-        raise UsageError(
-            f"max_train_steps must be given, and nothing by epochs: {images.name!r} says no number of images"
-        )
-    num_steps = config.max_train_steps or math.ceil(config.num_epochs * (images.num_images or 0) / schedule_batch_size)
-    total_images = num_steps * schedule_batch_size
-    if progress.images - progress.global_batch_size >= total_images:
-        raise UsageError(
-            f"checkpoint-{progress.step} has seen {progress.images} images, more than the {total_images} of "
-            f"{num_steps} steps of {schedule_batch_size}: give max_train_steps of at least "
-            f"{math.ceil(progress.images / schedule_batch_size)}"
-        )
-
-    most = (images.num_images or 0) - global_batch_size
-    if config.stable_target_images > max(0, most):
-        raise UsageError(
-            f"stable_target_images must be at most {max(0, most)}, got {config.stable_target_images}: the data are "
-            f"{images.num_images} images, of which a step takes {global_batch_size}; 0 turns it off"
-        )
-
-    monitor = open_monitor(config, images, accelerator) if config.eval_steps is not None else None
+    sharding.check(accelerator)
+    _check_device(config, accelerator)
+    config, images = _load_images(config, accelerator, processes)
+    start = _find_start(config, images, processes)
+    config, progress = start.config, start.progress
+    _check_extra_images(config, images, start.global_batch_size)
+    validation = None
+    if config.eval_steps is not None:
+        validation = open_validation(config, images, processes, accelerator.device)
     scheduler = make_scheduler(config)
-    network = None
-    if checkpoint is not None and config.model_config_name_or_path is None:
-        # Where this version makes another network for the data, or the model lies elsewhere, the run keeps its own.
-        network = checkpoint / "unet"
-    elif config.init_from is not None:
-        network = network_of(config.init_from)
-    new_unet = make_unet(
-        images.channels,
-        images.resolution,
-        images.num_classes,
-        model_config=config.model_config_name_or_path if network is None else str(network),
-        variance_type=config.variance_type,
-        dropout=None if config.model_config_name_or_path or config.init_from else config.dropout,
-        seed=config.seed,
-    )
-    if config.gradient_checkpointing:
-        new_unet.enable_gradient_checkpointing()
-    if config.enable_xformers_memory_efficient_attention:
-        new_unet.enable_xformers_memory_efficient_attention()
-    if network is not None and checkpoint is None:
-        load_weights(new_unet, network)
+    new_unet = _make_unet(config, images, start.checkpoint)
     optimizer = make_optimizer(new_unet, config)
-    model, prepared = sharding.prepare(accelerator, new_unet, optimizer, config, partial(say, processes))
+    model, prepared = accelerator.prepare(new_unet, optimizer)
     unet: Any = accelerator.unwrap_model(model)
     if config.compile:
         # Its config grows when diffusers first writes it, and would be compiled for once more after a checkpoint.
         unet.to_json_string()
         # Beside the network, whose own forward pass is not compiled: previews have another shape.
         model = compiled(model, unet, accelerator.device)
-    decays = _decays(config, schedule_batch_size)
-    ema = EMA(list(unet.parameters()), list(decays(0, global_batch_size))) if config.use_ema else None
-    state = TrainingState(unet, prepared.optimizer, ema)
-    if checkpoint is not None:
-        load_checkpoint(state, checkpoint)
-        progress = replace(progress, num_resumes=progress.num_resumes + 1)
-        if accelerator.scaler is not None and progress.scaler is not None:
-            accelerator.scaler.load_state_dict(progress.scaler)
-    lr_factor = _lr_factor(config, num_steps)
-    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= num_steps:
-        say(
-            processes,
-            f"lr_warmup_steps should be less than the {num_steps} steps of the run, got {config.lr_warmup_steps}: "
-            f"the learning rate never reaches {config.peak_learning_rate:g}",
-        )
+    decays = _decays(config, progress.schedule_batch_size)
+    averages = list(decays(0, start.global_batch_size))
+    state = TrainingState(unet, prepared.optimizer, EMA(list(unet.parameters()), averages) if config.use_ema else None)
+    if start.checkpoint is not None:
+        progress = _restore(state, progress, start.checkpoint, accelerator)
     run = Run(
         config=config,
         output_dir=Path(config.output_dir),
@@ -151,68 +118,54 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, processes: Processe
         model=model,
         optimizer=prepared,
         state=state,
-        objective=Objective(
-            scheduler=scheduler,
-            weighting=config.loss_weighting,
-            min_snr_gamma=config.min_snr_gamma,
-            density=config.timestep_density,
-            noise_level_mean=config.noise_level_mean,
-            noise_level_std=config.noise_level_std,
-            autocast_dtype=AUTOCAST[config.mixed_precision or "no"],
-        ),
-        monitor=monitor,
-        pusher=None,
-        schedule=lambda images_seen: config.peak_learning_rate * lr_factor(images_seen / schedule_batch_size),
+        objective=_make_objective(config, scheduler),
+        validation=validation,
+        learning_rate=_learning_rate(config, start.num_steps, progress.schedule_batch_size, processes),
         decays=decays,
-        total_images=total_images,
-        global_batch_size=global_batch_size,
+        total_images=start.num_steps * progress.schedule_batch_size,
+        global_batch_size=start.global_batch_size,
     )
     return run, progress
 
 
-def claim(run: Run, progress: Progress, until_the_end: ExitStack) -> Run:
-    """The run with an output folder, trackers and a repository of its own: the first things that it writes.
-
-    Args:
-        until_the_end: what has to be undone when the run is over.
+@contextmanager
+def open_run(run: Run, progress: Progress) -> Iterator[Run]:
+    """Give the run a repository, an output folder of its own and trackers: the first things that it writes.
 
     Raises:
-        UsageError: it cannot have them.
+        UsageError: It cannot have them.
     """
     config, processes, output_dir = run.config, run.processes, run.output_dir
-    # config.yaml has the batch that was asked for, not how these processes divide it.
-    asked = replace(
-        config,
-        train_batch_size=progress.train_batch_size,
-        gradient_accumulation_steps=progress.gradient_accumulation_steps,
-    )
-    if config.push_to_hub:
-        processes.on_main(lambda: create_for_run(config, partial(say, processes)))
-    try:
-        processes.on_main(lambda: prepare_output(asked, output_dir, progress, until_the_end))
-    except BlockingIOError as error:
-        raise UsageError(f"output_dir must be of one run at a time, got {config.output_dir!r}: {error}") from error
-    except OSError as error:
-        message = f"output_dir must be writable, got {config.output_dir!r}: {error}. {FREE_SPACE}"
-        raise UsageError(message) from error
-    if config.push_to_hub and processes.rank == 0:
-        public = not config.hub_private_repo
-        pusher = Pusher(output_dir, *repository_of(config), public, partial(say, processes))
-        until_the_end.callback(pusher.close, seconds=0)
-        run = replace(run, pusher=pusher)
-    if config.logger is not None:
+    with ExitStack() as cleanup:
+        if config.push_to_hub:
+            processes.on_main(lambda: create_run_repository(config, partial(print_once, processes)))
         try:
-            processes.gather(lambda: run.accelerator.init_trackers(output_dir.name, config=_tracked(config)))
-        except Exception as error:  # without a login, a network, a folder; none has a common type
-            if progress.step == 0 and processes.rank == 0:
-                (output_dir / "config.yaml").unlink()  # so that the same command may begin again
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UsageError(f"logger must be able to start, got {config.logger!r}: {reason}") from error
-    return run
+            processes.on_main(lambda: _take_folder(run, progress, cleanup))
+        except BlockingIOError as error:
+            raise UsageError(f"output_dir must be of one run at a time, got {config.output_dir!r}: {error}") from error
+        except OSError as error:
+            message = f"output_dir must be writable, got {config.output_dir!r}: {error}. {FREE_SPACE}"
+            raise UsageError(message) from error
+        if config.push_to_hub and run.is_main:
+            public = not config.hub_private_repo
+            pusher = Pusher(output_dir, *repository_of(config), public, partial(print_once, processes))
+            cleanup.callback(pusher.close, seconds=0)
+            run = replace(run, pusher=pusher)
+        if config.logger is not None:
+            run = _start_trackers(run, progress)
+        yield run
+
+
+def end_processes(run: Run) -> None:
+    """Wait for all processes, then end the trackers and the process group."""
+    # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
+    run.accelerator.wait_for_everyone()
+    try_to_track(run, run.accelerator.end_training)
+    run.accelerator.state.destroy_process_group()  # a tracker that fails leaves it undone
 
 
 def make_scheduler(config: TrainingConfig) -> DDPMScheduler:
-    """The scheduler of training, which sampling never touches; saved with the model.
+    """Make the scheduler of training, which sampling never touches; it is saved with the model.
 
     Stock samples it well in fewer steps than T: `trailing` starts at T-1 for any number of them, but stock adds noise
     in its last step, which is seen unless the variance is `fixed_small`; `leading` has no such step.
@@ -230,25 +183,103 @@ def make_scheduler(config: TrainingConfig) -> DDPMScheduler:
     )
 
 
-def _find_progress(
-    config: TrainingConfig, processes: Processes, images: ImageCache | ImageStream
-) -> tuple[Path | None, Progress | None]:
-    """The checkpoint to go on from and where it is; None for a new run.
+def _check_device(config: TrainingConfig, accelerator: Accelerator) -> None:
+    if accelerator.device.type != "cpu":
+        return
+    if accelerator.mixed_precision == "fp16":
+        raise UsageError("mixed_precision fp16 needs a GPU: its gradients are scaled there only; use bf16 or no")
+    share_cores(accelerator.num_processes, config.cpu_threads_per_process)
+
+
+def _load_images(
+    requested: TrainingConfig, accelerator: Accelerator, processes: Processes
+) -> tuple[TrainingConfig, Images]:
+    """Load the images on each machine once; return them, and the config with what they and the launcher decide."""
+
+    def load() -> tuple[TrainingConfig, Images]:
+        config = take_over(requested)
+        return config, open_stream(config) if config.streaming else load_images(config)
+
+    config, images = processes.local_main_then_rest(load, accelerator.is_local_main_process)
+    processes.require_equal(images.fingerprint, "images")
+    config = replace(
+        config,
+        dataset_name=config.dataset_name or (None if config.train_data_dir else "digits"),
+        resolution=images.resolution,
+        channels=images.channels,
+        mixed_precision=accelerator.mixed_precision,
+    )
+    return config, images
+
+
+def _find_start(config: TrainingConfig, images: Images, processes: Processes) -> _Start:
+    """Find where the run starts, and how long it is.
 
     Raises:
-        UsageError: it is of other settings or other images.
+        UsageError: The checkpoint is of other settings or images, or has seen more images than the run is to see.
+    """
+    checkpoint, progress = _find_checkpoint(config, processes, images)
+    if progress is not None:
+        config = _split_global_batch(config, progress.global_batch_size, processes)
+    global_batch_size = config.train_batch_size * config.gradient_accumulation_steps * processes.size
+    if progress is None:
+        progress = _new_progress(config, images, global_batch_size, processes)
+    if images.num_images is None and (config.max_train_steps is None or config.save_images_epochs):
+        raise UsageError(
+            f"max_train_steps must be given, and nothing by epochs: {images.name!r} says no number of images"
+        )
+    batch_size = progress.schedule_batch_size
+    num_steps = config.max_train_steps or math.ceil(config.num_epochs * (images.num_images or 0) / batch_size)
+    total_images = num_steps * batch_size
+    if progress.images - progress.global_batch_size >= total_images:
+        raise UsageError(
+            f"checkpoint-{progress.step} has seen {progress.images} images, more than the {total_images} of "
+            f"{num_steps} steps of {batch_size}: give max_train_steps of at least "
+            f"{math.ceil(progress.images / batch_size)}"
+        )
+    return _Start(config, progress, checkpoint, global_batch_size, num_steps)
+
+
+def _new_progress(config: TrainingConfig, images: Images, global_batch_size: int, processes: Processes) -> Progress:
+    stream = None
+    if config.streaming:
+        num_substreams = processes.size * max(1, config.dataloader_num_workers)
+        stream = {"num_substreams": num_substreams, "chunk_size": config.train_batch_size, "block_starts": []}
+    return Progress(
+        step=0,
+        images=0,
+        seconds=0.0,
+        num_resumes=0,
+        global_batch_size=global_batch_size,
+        schedule_batch_size=global_batch_size,
+        num_images=images.num_images,
+        data_fingerprint=images.fingerprint,
+        train_batch_size=config.train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        num_bad_images=images.num_bad,
+        stream=stream,
+    )
+
+
+def _find_checkpoint(
+    config: TrainingConfig, processes: Processes, images: Images
+) -> tuple[Path | None, Progress | None]:
+    """Find the checkpoint to resume from and its progress; None for a new run.
+
+    Raises:
+        UsageError: It is of other settings or other images.
     """
     if config.resume_from_checkpoint is None:
         return None, None
     output_dir, name = Path(config.output_dir), config.resume_from_checkpoint
     if (output_dir / "config.yaml").is_file():
         check_same_run(config, output_dir / "config.yaml")
-        check_course(config, output_dir / "eval.jsonl")
-    checkpoint, passed_over = processes.on_main(lambda: find_checkpoint(output_dir, name))
-    for problem in passed_over:
-        say(processes, problem)
+        check_validation_settings(config, output_dir / "eval.jsonl")
+    checkpoint, problems = processes.on_main(lambda: find_checkpoint(output_dir, name))
+    for problem in problems:
+        print_once(processes, problem)
     if checkpoint is None:
-        say(processes, f"{config.output_dir} holds no checkpoint: the run begins at step 0")
+        print_once(processes, f"{config.output_dir} holds no checkpoint: the run begins at step 0")
         return None, None
     progress = read_progress(checkpoint)
     if progress.data_fingerprint != images.fingerprint:
@@ -257,68 +288,126 @@ def _find_progress(
             f"{progress.data_fingerprint[:12]}, here {images.num_images} with {images.fingerprint[:12]}): "
             "give the data set and settings of its config.yaml"
         )
-    say(processes, f"the run goes on from {checkpoint.name}, after {progress.images} images")
-    asked = {name: getattr(config, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
-    if any(value != getattr(progress, name) for name, value in asked.items()):  # changed on purpose
-        wanted = config.train_batch_size * config.gradient_accumulation_steps * processes.size
-        if wanted != progress.global_batch_size:
-            _say_new_batch(processes, progress.global_batch_size, wanted)
-        progress = replace(progress, global_batch_size=wanted, **asked)
+    print_once(processes, f"the run goes on from {checkpoint.name}, after {progress.images} images")
+    requested = {name: getattr(config, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
+    if any(value != getattr(progress, name) for name, value in requested.items()):  # changed on purpose
+        requested_batch = config.train_batch_size * config.gradient_accumulation_steps * processes.size
+        if requested_batch != progress.global_batch_size:
+            _print_new_batch(processes, progress.global_batch_size, requested_batch)
+        progress = replace(progress, global_batch_size=requested_batch, **requested)
     return checkpoint, progress
 
 
-def _divide(config: TrainingConfig, global_batch_size: int, processes: Processes) -> TrainingConfig:
-    """The config with the batch and accumulation by which these processes keep the global batch, if they can."""
+def _split_global_batch(config: TrainingConfig, global_batch_size: int, processes: Processes) -> TrainingConfig:
+    """Return the config with a batch and accumulation by which these processes keep the global batch, if any do."""
     batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     num_processes = processes.size
     if batch_size * accumulation * num_processes == global_batch_size:
         return config
-    share, rest = divmod(global_batch_size, num_processes)
+    per_process, rest = divmod(global_batch_size, num_processes)
     if rest == 0:
-        batch_size = next(size for size in range(min(batch_size, share), 0, -1) if share % size == 0)
-        accumulation = share // batch_size
-        say(
+        sizes = range(min(batch_size, per_process), 0, -1)
+        batch_size = next(size for size in sizes if per_process % size == 0)
+        accumulation = per_process // batch_size
+        print_once(
             processes,
             f"{num_processes} processes keep {global_batch_size} images per step by train_batch_size {batch_size} "
             f"and gradient_accumulation_steps {accumulation}",
         )
     else:
         accumulation = max(1, round(global_batch_size / (batch_size * num_processes)))
-        _say_new_batch(processes, global_batch_size, batch_size * accumulation * num_processes)
+        _print_new_batch(processes, global_batch_size, batch_size * accumulation * num_processes)
     return replace(config, train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
 
 
-def _say_new_batch(processes: Processes, before: int, now: int) -> None:
-    say(
+def _print_new_batch(processes: Processes, old: int, new: int) -> None:
+    print_once(
         processes,
-        f"the global batch changes from {before} to {now} images; learning rate, averages and the end of the run "
+        f"the global batch changes from {old} to {new} images; learning rate, averages and the end of the run "
         "stay functions of the images seen",
     )
 
 
-def _resolve(config: TrainingConfig, images: ImageCache | ImageStream, mixed_precision: str) -> TrainingConfig:
-    """The config with what the data and the launcher decided."""
-    return replace(
-        config,
-        dataset_name=config.dataset_name or (None if config.train_data_dir else "digits"),
-        resolution=images.resolution,
-        channels=images.channels,
-        mixed_precision=mixed_precision,
+def _check_extra_images(config: TrainingConfig, images: Images, global_batch_size: int) -> None:
+    max_extra_images = max(0, (images.num_images or 0) - global_batch_size)
+    if config.stable_target_images > max_extra_images:
+        raise UsageError(
+            f"stable_target_images must be at most {max_extra_images}, got {config.stable_target_images}: the data "
+            f"are {images.num_images} images, of which a step takes {global_batch_size}; 0 turns it off"
+        )
+
+
+def _make_unet(config: TrainingConfig, images: Images, checkpoint: Path | None) -> UNet2DModel:
+    """Make the network of the run: that of the checkpoint or of `init_from`, one from a config, or a new one."""
+    network = None
+    if checkpoint is not None and config.model_config_name_or_path is None:
+        # Where this version makes another network for the data, or the model lies elsewhere, the run keeps its own.
+        network = checkpoint / "unet"
+    elif config.init_from is not None:
+        network = network_of(config.init_from)
+    unet = make_unet(
+        images.channels,
+        images.resolution,
+        images.num_classes,
+        model_config=config.model_config_name_or_path if network is None else str(network),
+        variance_type=config.variance_type,
+        dropout=None if config.model_config_name_or_path or config.init_from else config.dropout,
+        seed=config.seed,
+    )
+    if network is not None and checkpoint is None:
+        load_weights(unet, network)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    return unet
+
+
+def _make_objective(config: TrainingConfig, scheduler: DDPMScheduler) -> Objective:
+    return Objective(
+        scheduler=scheduler,
+        weighting=config.loss_weighting,
+        min_snr_gamma=config.min_snr_gamma,
+        density=config.timestep_density,
+        noise_level_mean=config.noise_level_mean,
+        noise_level_std=config.noise_level_std,
+        autocast_dtype=sharding.AUTOCAST[config.mixed_precision or "no"],
     )
 
 
-def _lr_factor(config: TrainingConfig, num_steps: int) -> Any:
-    """diffusers' schedule as a function of the optimizer step: nothing steps it, so nothing can step it too often."""
+def _restore(state: TrainingState, progress: Progress, checkpoint: Path, accelerator: Accelerator) -> Progress:
+    """Load a checkpoint into the state and into the loss scaler of fp16; return the progress, one resume later."""
+    load_checkpoint(state, checkpoint)
+    if accelerator.scaler is not None and progress.scaler is not None:
+        accelerator.scaler.load_state_dict(progress.scaler)
+    return replace(progress, num_resumes=progress.num_resumes + 1)
+
+
+def _learning_rate(
+    config: TrainingConfig, num_steps: int, schedule_batch_size: int, processes: Processes
+) -> Callable[[int], float]:
+    """Return the learning rate as a function of the images seen.
+
+    It is diffusers' schedule; nothing steps it, so nothing can step it too often.
+    """
+    peak = config.peak_learning_rate
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= num_steps:
+        print_once(
+            processes,
+            f"lr_warmup_steps should be less than the {num_steps} steps of the run, got {config.lr_warmup_steps}: "
+            f"the learning rate never reaches {peak:g}",
+        )
     # `polynomial` ends at a rate of its own, which it divides by this one.
-    unused = torch.optim.SGD([torch.zeros(1)], lr=config.peak_learning_rate)
+    unused = torch.optim.SGD([torch.zeros(1)], lr=peak)
     schedule = get_scheduler(
         config.lr_scheduler, unused, num_warmup_steps=config.lr_warmup_steps, num_training_steps=num_steps
     )
-    return schedule.lr_lambdas[0]
+    factor: Any = schedule.lr_lambdas[0]
+    return lambda images_seen: peak * factor(images_seen / schedule_batch_size)
 
 
 def _decays(config: TrainingConfig, schedule_batch_size: int) -> Callable[[int, int], dict[str, float]]:
-    """(images seen, images of the step) -> the decay of each average, by its name."""
+    """Return a function from (images seen, images of the step) to the decay of each average, by its name."""
     halflives = config.ema_halflife_images or [halflife_from_decay(config.ema_max_decay, schedule_batch_size)]
     stds = TRACKED_STDS if config.ema_snapshots else ()
     ratio, ramp = config.ema_rampup_ratio, (config.ema_inv_gamma, config.ema_power, schedule_batch_size)
@@ -329,13 +418,46 @@ def _decays(config: TrainingConfig, schedule_batch_size: int) -> Callable[[int, 
         return ramped_decay(images_seen, batch_size, halflife, *ramp)
 
     def decays(images_seen: int, batch_size: int) -> dict[str, float]:
-        exponential = {f"{HALFLIFE}{h:g}": decay(images_seen, batch_size, h) for h in halflives}
+        exponential = {f"{HALFLIFE_PREFIX}{h:g}": decay(images_seen, batch_size, h) for h in halflives}
         return exponential | {f"std-{std:g}": power_decay(images_seen, batch_size, std) for std in stds}
 
     return decays
 
 
-def _tracked(config: TrainingConfig) -> dict[str, Any]:
+def _take_folder(run: Run, progress: Progress, cleanup: ExitStack) -> None:
+    """Lock the output folder for this run alone, and prepare it."""
+    existed = run.output_dir.exists()
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    cleanup.enter_context(lock(run.output_dir))
+    if run.config.overwrite_output_dir and existed:
+        delete_run(run.output_dir)
+    # config.yaml has the batch that was requested, not how these processes split it.
+    requested = replace(
+        run.config,
+        train_batch_size=progress.train_batch_size,
+        gradient_accumulation_steps=progress.gradient_accumulation_steps,
+    )
+    prepare_folder(requested, run.output_dir, progress)
+
+
+def _start_trackers(run: Run, progress: Progress) -> Run:
+    """Start the trackers, and return the run with them.
+
+    Raises:
+        UsageError: A tracker cannot start: it has no login, no network or no folder.
+    """
+    config, accelerator = run.config, run.accelerator
+    try:
+        run.processes.gather(lambda: accelerator.init_trackers(run.output_dir.name, config=_tracked_settings(config)))
+    except Exception as error:  # trackers have no common type of error
+        if progress.step == 0 and run.is_main:
+            (run.output_dir / "config.yaml").unlink()  # so that the same command may begin again
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"logger must be able to start, got {config.logger!r}: {reason}") from error
+    return replace(run, trackers=tuple(accelerator.trackers) if run.is_main else ())
+
+
+def _tracked_settings(config: TrainingConfig) -> dict[str, Any]:
     settings = {**asdict(config), "learning_rate": config.peak_learning_rate}
     del settings["hub_token"]
     return {k: v if isinstance(v, int | float | str) else "" if v is None else str(v) for k, v in settings.items()}

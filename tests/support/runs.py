@@ -25,7 +25,7 @@ from hf_ddpm.training.loop import train
 OWN = ("run.json", "README.md", "config.yaml", "manifest.json", ".lock")
 
 
-def trace(folder: Path) -> list[dict]:
+def trace(folder: Path | str) -> list[dict]:
     """metrics.jsonl without times."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
@@ -128,9 +128,9 @@ def said(config: TrainingConfig) -> str:
 def start(
     config: TrainingConfig,
     num_processes: int = 1,
-    event=None,
-    count=0,
-    action=signal.SIGKILL,
+    event: str | None = None,
+    count: int = 0,
+    action: int = signal.SIGKILL,
     last: TrainingConfig | None = None,
     **variables: str,
 ) -> list[int]:
@@ -149,9 +149,7 @@ def start(
         if num_processes > 1:
             environment |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{num_processes}"}
             environment |= {"LOCAL_WORLD_SIZE": f"{num_processes}", "MASTER_ADDR": "127.0.0.1"}
-            environment |= {"MASTER_PORT": f"{port}"}
-            # Where it is set, Accelerate does without DeepSpeed.
-            environment |= {} if "ACCELERATE_USE_DEEPSPEED" in variables else {"ACCELERATE_USE_CPU": "true"}
+            environment |= {"MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "true"}
         is_victim = rank == victim
         own = last if last is not None and rank == num_processes - 1 else config
         arguments = (replace(own, local_rank=rank) if num_processes > 1 else own, event if is_victim else None)

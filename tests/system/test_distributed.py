@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -16,7 +14,9 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import load_config, save_config
 from tests.support.networks import tiny_unet_config
 from tests.support.runs import differences, said, start, trace
@@ -28,18 +28,11 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
 }
-ZERO_2 = str(ROOT / "launch_configs/deepspeed.yaml")
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-def zero(stage):
-    variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
-    return {**variables, "DS_ACCELERATOR": "cpu"}
-
-
-def launch(processes, output_dir, *arguments, options=("--cpu",)):
+def launch(processes, output_dir, *arguments):
     command = [
-        *(sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", *options),
+        *(sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--cpu"),
         *("--num_processes", str(processes)),
         *(str(ROOT / "train_accelerate.py"), "--output_dir", str(output_dir), *map(str, arguments)),
     ]
@@ -92,7 +85,7 @@ def train_divided(root: Path, divisions: dict, **settings) -> TrainingConfig:
 
 
 @pytest.mark.parametrize("name", ["1 by 4", "2 by 2", "4 by 1", "2 by 2, FSDP"])
-def test_every_way_to_divide_a_step_is_the_same_run(runs, name):
+def test_every_division_of_the_global_batch_trains_the_same_model(runs, name):
     root, traces = runs
     assert_same(root / "whole", root / name)
     assert len(traces["whole"]) == 20
@@ -113,16 +106,17 @@ def assert_same(*folders):
 
 
 @pytest.mark.parametrize(("before", "after"), [("2 by 2", 1), ("2 by 2", 4), ("4 by 1", 3), ("2 by 2, FSDP", 1)])
-def test_another_number_of_processes_goes_on(runs, before, after, tmp_path):
+def test_resume_with_another_number_of_processes(runs, before, after, tmp_path):
     """The same run as far as the global batch can be kept; else one whose schedule follows the images seen."""
-    resume_elsewhere(*runs, before, after, tmp_path)
+    resume_elsewhere(runs, before, after, tmp_path)
 
 
-def test_fsdp_goes_on_from_one_process(runs, tmp_path):
-    resume_elsewhere(*runs, "1 by 4", 2, tmp_path, **FSDP)
+def test_fsdp_resumes_a_run_of_one_process(runs, tmp_path):
+    resume_elsewhere(runs, "1 by 4", 2, tmp_path, **FSDP)
 
 
-def resume_elsewhere(root, traces, before, after, tmp_path, **variables):
+def resume_elsewhere(runs, before, after, tmp_path, **variables):
+    root, traces = runs
     folder = tmp_path / "run"
     shutil.copytree(root / before, folder)
     shutil.rmtree(folder / "checkpoint-20")
@@ -145,7 +139,7 @@ def resume_elsewhere(root, traces, before, after, tmp_path, **variables):
     assert now[14]["ema_decay"] ** (8 / 6) == pytest.approx(whole[13]["ema_decay"])
 
 
-def test_a_worker_that_dies_is_restarted(runs, tmp_path):
+def test_torchrun_restarts_a_process_that_died(runs, tmp_path):
     """torchrun's elastic restart, of all processes; the run is the one in which none died."""
     root, _ = runs
     config = load_config(str(root / "2 by 2" / "config.yaml"), output_dir=str(tmp_path / "run"))
@@ -166,7 +160,7 @@ def test_a_worker_that_dies_is_restarted(runs, tmp_path):
     assert not differences(tmp_path / "run", root / "2 by 2")
 
 
-def test_a_number_of_processes_that_cannot_be_known_is_refused(tmp_path):
+def test_launcher_of_unknown_process_count_is_refused(tmp_path):
     """What `accelerate launch` on the CPU leaves of several processes asked for in its config file."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment |= {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -182,138 +176,51 @@ def test_a_number_of_processes_that_cannot_be_known_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_are_recorded(runs):
+def test_run_json_records_two_processes(runs):
     root, _ = runs
     training = json.loads((root / "2 by 2/run.json").read_text())["training"]
     assert (training["num_processes"], training["global_batch_size"]) == (2, 8)
 
 
-def test_fsdp_that_would_be_left_out_is_refused(runs, tmp_path):
+def test_fsdp_on_a_cpu_is_refused(runs, tmp_path):
     root, _ = runs
     config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"))
     assert start(config, 1, ACCELERATE_USE_FSDP="true") == [1]
-    assert "FSDP was asked for, but Accelerate does not use it on cpu" in said(config)
+    assert "FSDP must run on an accelerator, got cpu" in said(config)
 
 
-@pytest.fixture(scope="module")
-def zero_runs(tmp_path_factory):
-    """The 20 steps of AdamW, and so by two processes with ZeRO-1, ZeRO-2 as `launch_configs` has it, ZeRO-2 in bf16
-    and DDP in bf16."""
-    root = tmp_path_factory.mktemp("zero")
-    divisions = {"whole": (1, 8, 1, {}), "1 by 4": (1, 2, 4, {})}
-    config = train_divided(root, divisions, optimizer="adamw")
-    launch(2, root / "ZeRO-2", "--config", root / "config.yaml", options=("--config_file", ZERO_2))
-    for name, precision, variables in [
-        ("ZeRO-1", "no", zero(1)),
-        ("ZeRO-2, bf16", "bf16", zero(2)),
-        ("2 by 2, bf16", "bf16", {}),
-    ]:
-        of_name = replace(config, output_dir=str(root / name), mixed_precision=precision)
-        assert start(of_name, 2, **variables) == [0, 0], said(of_name)
-    return root, {path.name: trace(path) for path in root.iterdir() if (path / "metrics.jsonl").exists()}
+@pytest.mark.parametrize("script", [["train_accelerate.py"], ["-m", "hf_ddpm", "sample", "model", "--out", "samples"]])
+def test_launch_with_deepspeed_is_refused_in_one_line(script, tmp_path):
+    """Whoever has an Accelerate config with DeepSpeed, whose launcher sets this variable in each process."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        *(str(ROOT / word) if word.endswith(".py") else word for word in script),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+        },
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: distributed_type must not be DEEPSPEED")
+    assert "use FSDP 2" in line
+    assert not list(tmp_path.iterdir())
 
 
-@needs_deepspeed
-@pytest.mark.parametrize(
-    ("name", "like"), [("ZeRO-1", "whole"), ("ZeRO-2", "whole"), ("ZeRO-2, bf16", "2 by 2, bf16")]
-)
-def test_zero_is_the_same_run(zero_runs, name, like):
-    root, _ = zero_runs
-    assert_same(root / like, root / name)
-    before, after = (load_file(root / run / "checkpoint-20/optimizer.safetensors") for run in (like, name))
-    assert before.keys() == after.keys()
-    for key in before:
-        torch.testing.assert_close(before[key], after[key], rtol=0, atol=1e-4)
-
-
-@needs_deepspeed
-def test_averages_of_zero_are_not_of_rounded_weights(zero_runs):
-    root, _ = zero_runs
-    for file in ("unet/diffusion_pytorch_model.safetensors", "checkpoint-20/unet/diffusion_pytorch_model.safetensors"):
-        weights = load_file(root / "ZeRO-2, bf16" / file)
-        assert all((w != w.bfloat16()).float().mean() > 0.9 for name, w in weights.items() if "conv" in name)
-
-
-@needs_deepspeed
-@pytest.mark.parametrize(
-    ("before", "after", "stage"), [("ZeRO-1", 1, 0), ("ZeRO-2", 1, 0), ("1 by 4", 2, 1), ("1 by 4", 2, 2)]
-)
-def test_zero_and_others_go_on_from_each_other(zero_runs, before, after, stage, tmp_path):
-    resume_elsewhere(*zero_runs, before, after, tmp_path, **(zero(stage) if stage else {}))
-
-
-@needs_deepspeed
-@pytest.mark.parametrize("stage", [1, 2])
-def test_zero_that_is_killed_goes_on_to_the_last_bit(zero_runs, stage, tmp_path):
-    root, _ = zero_runs
-    config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"), resume_from_checkpoint="latest")
-    assert start(config, 2, "step", 14, **zero(stage))[1] == -signal.SIGKILL
-    assert start(config, 2, **zero(stage)) == [0, 0], said(config)
-    assert "the run goes on from checkpoint-10" in said(config)
-    assert not differences(tmp_path / "run", root / f"ZeRO-{stage}")
-
-
-@needs_deepspeed
-@pytest.mark.parametrize(("stage", "forward"), [(1, 5), (2, 5), (1, 2), (2, 2)])
-def test_zero_skips_a_step_without_finite_loss(zero_runs, stage, forward, tmp_path):
-    """On every process, though one saw it: the third step, or the first, when the optimizer has no state yet."""
-    root, _ = zero_runs
-    config = load_config(str(root / "config.yaml"), max_train_steps=6, checkpointing_steps=6)
-    ddp, by_zero = (replace(config, output_dir=str(tmp_path / name)) for name in ("DDP", "ZeRO"))
-    assert start(ddp, 2, "forward", forward, 1) == [0, 0], said(ddp)
-    assert start(by_zero, 2, "forward", forward, 1, **zero(stage)) == [0, 0], said(by_zero)
-    assert "a step is skipped" in said(by_zero)
-    expected, found = trace(Path(ddp.output_dir)), trace(Path(by_zero.output_dir))
-    skipped = (forward - 1) // 2
-    assert [m["loss"] is None for m in found] == [step == skipped for step in range(6)]
-    for key in ("bad_steps", "lr", "ema_decay"):
-        assert [m[key] for m in found] == [m[key] for m in expected]
-    for key in ("loss", "grad_norm"):
-        assert [m[key] or 0 for m in found] == pytest.approx([m[key] or 0 for m in expected], abs=1e-5)
-    file = "checkpoint-6/optimizer.safetensors"
-    assert load_file(Path(by_zero.output_dir) / file)["conv_in.weight/step"] == 5
-
-
-@needs_deepspeed
-@pytest.mark.parametrize(
-    ("variables", "precision", "message"),
-    [
-        (zero(0), "no", "zero_stage must be 1 or 2, got 0: use FSDP"),
-        (zero(3), "no", "zero_stage must be 1 or 2, got 3: use FSDP"),
-        (zero(2), "fp16", "mixed_precision must be bf16 or no with DeepSpeed, got fp16"),
-        (
-            {**zero(2), "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
-            "no",
-            "offload_optimizer_device must be",
-        ),
-        ({**zero(2), "ACCELERATE_USE_CPU": "true"}, "no", "DEEPSPEED was asked for, but Accelerate does not use it"),
-    ],
-)
-def test_what_zero_cannot_is_refused(zero_runs, variables, precision, message, tmp_path):
-    root, _ = zero_runs
-    changes = {"output_dir": str(tmp_path / "run"), "mixed_precision": precision}
-    config = load_config(str(root / "config.yaml"), **changes)
-    assert start(config, 2, **variables) == [1, 1]
-    assert message in said(config)
-    assert start(config, 1, **variables) == [1]
-    assert "start it by `accelerate launch`" in said(config)
+def test_train_with_deepspeed_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match="distributed_type must not be DEEPSPEED"):
+        train(TrainingConfig(output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
-
-
-@needs_deepspeed
-def test_muon_is_not_for_zero(zero_runs, tmp_path):
-    root, _ = zero_runs
-    config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"), optimizer="muon")
-    assert start(config, 2, **zero(2)) == [1, 1]
-    assert "optimizer must be adamw with DeepSpeed" in said(config)
-
-
-@needs_deepspeed
-def test_settings_of_deepspeed_give_way_to_those_of_the_run(zero_runs, tmp_path):
-    root, _ = zero_runs
-    config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"))
-    variables = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_GRADIENT_CLIPPING": "0.01"}
-    assert start(config, 2, **zero(2), **variables) == [0, 0], said(config)
-    assert "gradient_accumulation_steps is 2, as the run says, not 1" in said(config)
-    assert "gradient_clipping is 1.0, as the run says, not 0.01" in said(config)
-    assert not differences(tmp_path / "run", root / "ZeRO-2")

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,6 @@ SAID = {
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     },
-    "deepspeed": {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
-    },
 }
 # What would decide over the settings of the run.
 LEFT_OUT = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING", "ACCELERATE_USE_CPU")
@@ -35,14 +29,12 @@ from pathlib import Path
 """
 
 
-def test_every_launch_config_is_tried():
+def test_every_launch_config_has_a_test():
     assert {path.stem for path in (ROOT / "launch_configs").iterdir()} == SAID.keys()
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_launch_config(name, tmp_path):
-    if name == "deepspeed" and find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
+def test_launch_config_trains(name, tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)
     out.mkdir()

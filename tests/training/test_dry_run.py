@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +12,17 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from hf_ddpm.data.batches import MicroBatches
 from hf_ddpm.runtime.errors import RunError, UsageError
+from hf_ddpm.runtime.format import format_amount
+from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.training import dry_run, loop
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.dry_run import Measured, amount, count_flops, duration
+from hf_ddpm.training.dry_run import Cost, count_flops, print_cost
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import parse_config, save_config
-from hf_ddpm.training.setup import make_scheduler
+from hf_ddpm.training.setup import build_run, make_accelerator, make_scheduler
 from tests.support.networks import tiny_unet_config
 from tests.support.runs import said, start
 
@@ -55,19 +57,19 @@ def dry(config, capsys):
     return table(capsys.readouterr().out)
 
 
-def test_the_table_says_what_is_known_otherwise(tiny_settings, tmp_path, capsys):
+def test_table_agrees_with_the_run_itself(tiny_settings, tmp_path, capsys):
     config = TrainingConfig(**tiny_settings)
     rows, notes = dry(config, capsys)
     unet = UNet2DModel(**tiny_unet_config(channels=1))
     count = sum(p.numel() for p in unet.parameters())
     assert rows["parameters"] == ("counted", f"{count:,}")
-    assert rows["weights"] == rows["gradients"] == ("counted", amount(4 * count, "B"))
+    assert rows["weights"] == rows["gradients"] == ("counted", format_amount(4 * count, "B"))
     # One of the same size for each of Muon's matrices, two and a step number for each of all others.
     of_muon, others = (group["params"] for group in make_optimizer(unet, config).param_groups)
     moments = sum(4 * p.numel() for p in of_muon) + sum(8 * p.numel() + 4 for p in others)
-    assert rows["moments"] == ("counted", amount(moments, "B"))
-    assert rows["averages"] == ("counted", f"{amount(12 * count, 'B')}, copies 3")  # of previews, and for snapshots
-    forward, whole = (amount(flops, "") for flops in count_flops(unet))
+    assert rows["moments"] == ("counted", format_amount(moments, "B"))
+    assert rows["averages"] == ("counted", f"{format_amount(12 * count, 'B')}, copies 3")
+    forward, whole = (format_amount(flops, "") for flops in count_flops(unet))
     assert rows["FLOPs per image"][1].startswith(f"{forward} forward, {whole} a training step")
     assert rows["to do"] == ("computed", "6 steps of 4 images, 24 images, 1.0 epochs")
     assert rows["resolution"][1] == "a multiple of 2 (halvings of this network: 1); next to 8: 6 and 10"
@@ -91,10 +93,11 @@ def test_the_table_says_what_is_known_otherwise(tiny_settings, tmp_path, capsys)
     assert number(snapshots) == pytest.approx(sum(written), rel=0.1)  # names take space beside so small a network
 
 
-def test_nothing_is_written(tiny_settings, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("tensorboard")
+def test_dry_run_writes_nothing(tiny_settings, tmp_path, capsys, monkeypatch):
     dry(TrainingConfig(**tiny_settings), capsys)  # the images are in their cache
-    monkeypatch.setattr("hf_ddpm.training.setup.create_for_run", lambda *_: pytest.fail("a repository was made"))
+    monkeypatch.setattr(
+        "hf_ddpm.training.setup.create_run_repository", lambda *_: pytest.fail("a repository was made")
+    )
     before = listing(tmp_path), listing(tiny_settings["train_data_dir"]), listing(tiny_settings["cache_dir"])
     hub = {"push_to_hub": True, "hub_token": "hf_of_nobody", "hub_model_id": "me/mine"}
     dry(TrainingConfig(**tiny_settings, **hub, logger="tensorboard"), capsys)
@@ -102,7 +105,7 @@ def test_nothing_is_written(tiny_settings, tmp_path, capsys, monkeypatch):
     assert not Path(tiny_settings["output_dir"]).exists()
 
 
-def test_a_run_that_is_there_is_left_as_it_is(tiny_settings, tmp_path, capsys):
+def test_dry_run_leaves_an_existing_run_as_it_is(tiny_settings, tmp_path, capsys):
     config = TrainingConfig(**tiny_settings)
     train(config)
     before = listing(tmp_path)
@@ -120,10 +123,10 @@ def test_a_run_that_is_there_is_left_as_it_is(tiny_settings, tmp_path, capsys):
     assert listing(tmp_path) == before
     # A dry run changes nothing of what comes after it.
     train(replace(config, resume_from_checkpoint="latest", max_train_steps=9))
-    assert "dry_run" not in Path(config.output_dir, "config.yaml").read_text()
+    assert "dry_run:" not in Path(config.output_dir, "config.yaml").read_text()
 
 
-def test_it_is_of_one_start_only(tmp_path):
+def test_dry_run_is_not_written_into_the_config(tmp_path):
     config = parse_config(["--dry_run"])
     assert config.dry_run
     save_config(config, tmp_path / "config.yaml")
@@ -143,68 +146,58 @@ def test_it_is_of_one_start_only(tmp_path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_cannot_work_is_still_refused(tiny_settings, tmp_path, changes, message):
+def test_dry_run_refuses_what_cannot_work(tiny_settings, tmp_path, changes, message):
     before = listing(tmp_path)
     with pytest.raises(UsageError, match=message):
         train(TrainingConfig(**{**tiny_settings, **changes}, dry_run=True))
     assert listing(tmp_path) == before
 
 
-def test_what_is_timed_are_steps_of_training(tiny_settings, capsys, monkeypatch):
-    taken, real = [], loop._step
+def test_dry_run_takes_steps_of_training(tiny_settings, capsys, monkeypatch):
+    steps, take_step = [], loop.take_step
 
-    def step(run, progress, micro_batches, meter):
-        taken.append((progress.step, progress.images, len(micro_batches), len(micro_batches[0]["pixels"])))
-        time.sleep(0.5 if progress.step < dry_run.WARM_UP_STEPS else 0.1)
-        return real(run, progress, micro_batches, meter)
+    def counted_step(run, progress, micro_batches):
+        steps.append((progress.step, progress.images, len(micro_batches), len(micro_batches[0]["pixels"])))
+        return take_step(run, progress, micro_batches)
 
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(loop, "take_step", counted_step)
     config = TrainingConfig(**tiny_settings, gradient_accumulation_steps=2)
     rows, _ = dry(config, capsys)
-    assert taken == [(n, 8 * n, 2, 4) for n in range(2 + 5)]
-    how, text = rows["speed"]
-    speed, seconds, count, first = map(
-        float,
-        re.fullmatch(
-            r"([\d.]+) images/s of all processes, ([\d.]+) s per step; median of (\d+) steps after 2 to warm up, "
-            r"the first in ([\d.]+) s",
-            text,
-        ).groups(),
-    )
-    assert (how, count) == ("measured", 5)
-    assert seconds >= 0.1
-    assert first >= 0.5
-    assert speed == pytest.approx(8 / seconds, rel=0.02)
+    assert steps == [(n, 8 * n, 2, 4) for n in range(2 + 5)]
+    assert rows["speed"][0] == "measured"
+    assert "median of 5 steps after 2 to warm up" in rows["speed"][1]
 
-    taken.clear()
+    steps.clear()
     monkeypatch.setattr(dry_run, "ENOUGH_SECONDS", 0.0)
     rows, _ = dry(config, capsys)
     assert "median of 3 steps" in rows["speed"][1]
-    assert len(taken) == 2 + 3
+    assert len(steps) == 2 + 3
 
 
-def test_time_is_steps_times_their_median(tiny_settings, capsys, monkeypatch):
-    fixed = Measured(1.0, [2.0, 9.0, 4.0], "main memory", 3_000_000, 2_000_000, 1)
-    monkeypatch.setattr(dry_run, "measure", lambda *_: fixed)
+def test_print_cost_multiplies_steps_by_their_median(tiny_settings, capsys):
     config = TrainingConfig(**{**tiny_settings, "max_train_steps": 23_446})
-    rows, notes = dry(config, capsys)
+    run, progress = build_run(config, make_accelerator(config), Processes())
+    cost = Cost(1.0, [2.0, 9.0, 4.0], "main memory", 3_000_000, 2_000_000, 1, 5_000_000)
+    print_cost(run, progress, cost)
+    rows, notes = table(capsys.readouterr().out)
     assert rows["speed"][1].startswith("1 images/s of all processes, 4 s per step; median of 3 steps")
     assert rows["time"][1].startswith("1 d 2 h 3 min, ")
     assert rows["peak of a step"][1].startswith("3 MB of main memory, 2 MB of it since before the first step")
+    assert rows["checkpoint"][1] == "5 MB"
     assert notes == ["1 of 5 steps had no finite loss and gradients"]
-    monkeypatch.setattr(dry_run, "measure", lambda *_: replace(fixed, added_bytes=None, num_bad_steps=0))
-    rows, notes = dry(config, capsys)
+    print_cost(run, progress, replace(cost, added_bytes=None, num_bad_steps=0))
+    rows, notes = table(capsys.readouterr().out)
     assert rows["peak of a step"][1].startswith("3 MB of main memory, in the life of the process")
     assert notes == []
 
 
-def test_a_disk_that_is_too_small_is_noted(tiny_settings, capsys, monkeypatch):
+def test_too_small_a_disk_is_noted(tiny_settings, capsys, monkeypatch):
     class Usage:
         free = 1_000_000
 
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage)
     rows, notes = dry(TrainingConfig(**tiny_settings, ema_snapshots=0, checkpoints_total_limit=None), capsys)
-    needed = amount(2 * number(rows["checkpoint"][1]), "B")
+    needed = format_amount(2 * number(rows["checkpoint"][1]), "B")
     assert rows["disk"][1] == f"{needed} for 2 checkpoints at once; 1 MB are free"
     assert notes == [f"output_dir needs {needed} on its disk, which has 1 MB"]
 
@@ -220,7 +213,7 @@ def test_signal_left_in_x_T_is_noted(tiny_settings, capsys):
 
 @pytest.mark.parametrize("size", [8, 16])
 @pytest.mark.parametrize("classes", [None, 10])
-def test_flops_are_those_of_the_formulas(size, classes):
+def test_count_flops_agrees_with_the_formulas(size, classes):
     """2 FLOPs of each weight of a convolution or a product where it is used, 4 s^2 c of attention to s pixels."""
     unet = UNet2DModel(**tiny_unet_config(size=size, num_class_embeds=classes))
     found = {}
@@ -255,7 +248,7 @@ def test_flops_are_those_of_the_formulas(size, classes):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_settings_of_a_run_are_those_of_its_dry_run(tiny_settings, tmp_path, changes, capsys):
+def test_dry_run_takes_the_settings_of_the_run(tiny_settings, tmp_path, changes, capsys):
     model = tmp_path / "other.json"
     model.write_text(json.dumps(tiny_unet_config(channels=1, out_channels=2 if "variance_type" in changes else 1)))
     rows, notes = dry(TrainingConfig(**{**tiny_settings, **changes, "model_config_name_or_path": str(model)}), capsys)
@@ -264,13 +257,16 @@ def test_settings_of_a_run_are_those_of_its_dry_run(tiny_settings, tmp_path, cha
     assert notes == []
 
 
-def test_images_that_do_not_come_end_it(tiny_settings, monkeypatch):
-    monkeypatch.setattr(dry_run, "fetch", lambda *_: ([], OSError("the disk is gone")))
+def test_dry_run_ends_when_images_cannot_be_read(tiny_settings, monkeypatch):
+    def fail(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(MicroBatches, "__getitem__", fail)
     with pytest.raises(RunError, match="the disk is gone"):
         train(TrainingConfig(**tiny_settings, dry_run=True))
 
 
-def test_the_peak_of_memory_is_that_of_what_was_held():
+def test_peak_memory_counts_what_was_held():
     # In a process of its own: here, what other tests held may be freed meanwhile, and its place be used.
     code = """
 import torch
@@ -289,7 +285,7 @@ print(-1 if before is None else highest() - before, dry_run._highest_resident())
     assert 95_000_000 < added < 150_000_000
 
 
-def test_two_processes_say_what_both_do(tiny_settings, tmp_path):
+def test_dry_run_of_two_processes_prints_one_table(tiny_settings, tmp_path):
     config = TrainingConfig(**tiny_settings, dry_run=True)
     before = listing(tmp_path)
     assert start(config, 2) == [0, 0], said(config)
@@ -301,27 +297,3 @@ def test_two_processes_say_what_both_do(tiny_settings, tmp_path):
     speed, seconds = re.match(r"([\d.,]+) images/s of all processes, ([\d.]+) s", rows["speed"][1]).groups()
     assert float(speed.replace(",", "")) * float(seconds) == pytest.approx(8, rel=0.02)
     assert rows["to do"][1] == "6 steps of 8 images, 48 images, 2.0 epochs"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (0.312, "0.31 s"),
-        (59.7, "1 min"),
-        (125, "2 min 5 s"),
-        (3605, "1 h"),
-        (93784, "1 d 2 h 3 min"),
-        (100 * 86400, "100 d"),
-    ],
-)
-def test_durations_are_said_in_days_hours_and_minutes(seconds, text):
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0 B"), (999.4, "999 B"), (999.6, "1 kB"), (1_234_567, "1.23 MB"), (5e18, "5e+03 PB")]
-)
-def test_amounts_have_three_digits(value, text):
-    assert amount(value, "B") == text
-    assert amount(value, "") == text.removesuffix("B").rstrip()

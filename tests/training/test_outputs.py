@@ -33,7 +33,7 @@ def logged_steps(config):
 
 
 @pytest.mark.parametrize("name", ["unet", "ema/halflife-100"])
-def test_a_run_without_its_model_is_not_finished(config, tmp_path, name):
+def test_run_without_its_model_is_not_finished(config, tmp_path, name):
     """A file stands where a folder is to be: permissions and disks stop no test that runs as root."""
     whole = replace(config, output_dir=str(tmp_path / "whole"))
     train(whole)
@@ -48,7 +48,7 @@ def test_a_run_without_its_model_is_not_finished(config, tmp_path, name):
     assert not differences(folder, Path(whole.output_dir))
 
 
-def test_a_tracker_that_fails_ends_no_run(config, monkeypatch, capsys):
+def test_failing_tracker_does_not_end_the_run(config, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("its server is gone")
 
@@ -59,7 +59,7 @@ def test_a_tracker_that_fails_ends_no_run(config, monkeypatch, capsys):
     assert Path(config.output_dir, "run.json").exists()
 
 
-def test_a_push_is_not_spared_for_a_process_that_came_after_it(config):
+def test_partial_push_of_a_process_that_is_gone_is_deleted(config):
     """Containers give each start the same number."""
     left, living = (Path(config.output_dir, f"partial-push-{os.getpid()}-{name}") for name in ("left", "living"))
     for folder in (left, living):
@@ -71,7 +71,7 @@ def test_a_push_is_not_spared_for_a_process_that_came_after_it(config):
     assert not left.exists()
 
 
-def test_lines_are_appended_whole_or_not_at_all(tmp_path):
+def test_append_lines_appends_all_or_nothing(tmp_path):
     path = tmp_path / "lines"
     path.write_text("before\n")
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -87,8 +87,8 @@ def test_lines_are_appended_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(("blocked", "mended", "killed"), [(2, 4, 5), (2, 5, 5), (6, None, None)])
-def test_each_line_of_metrics_arrives_once(config, blocked, mended, killed):
-    """Lines that wait at checkpoint 3 reach the file after it, or only when the run goes on."""
+def test_metrics_lines_arrive_once_though_the_file_was_blocked(config, blocked, mended, killed):
+    """No checkpoint is written while lines wait for the file, so a resumed run writes those that a kill lost."""
     config = replace(config, optimizer="adamw")
     file = Path(config.output_dir, "metrics.jsonl")
     aside, steps = file.with_name("aside"), count(1)
@@ -117,7 +117,7 @@ def test_each_line_of_metrics_arrives_once(config, blocked, mended, killed):
     assert logged_steps(config) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_without_its_last_lines_is_not_finished(config, monkeypatch):
+def test_run_without_its_last_metrics_lines_is_not_finished(config, monkeypatch):
     fsync, file = os.fsync, Path(config.output_dir, "metrics.jsonl")
 
     def full(descriptor):
@@ -128,14 +128,14 @@ def test_a_run_without_its_last_lines_is_not_finished(config, monkeypatch):
 
     with monkeypatch.context() as disk:
         disk.setattr(os, "fsync", full)
-        with pytest.raises(RunError, match=r"the last lines of metrics could not be written: .*finishes the run"):
+        with pytest.raises(RunError, match=r"the last checkpoint could not be written: .*finishes the run"):
             train(config)
     assert not Path(config.output_dir, "run.json").exists()
     train(replace(config, resume_from_checkpoint="latest"))
     assert logged_steps(config) == [1, 2, 3, 4, 5, 6]
 
 
-def test_going_on_replaces_no_model_of_others(config):
+def test_resuming_does_not_replace_a_model_of_no_run(config):
     folder = Path(config.output_dir)
     diffusers.DDPMPipeline(
         diffusers.UNet2DModel(**tiny_unet_config(channels=1)), diffusers.DDPMScheduler()
@@ -147,7 +147,7 @@ def test_going_on_replaces_no_model_of_others(config):
     assert not (folder / "config.yaml").exists()
 
 
-def test_pictures_of_others_among_the_previews(config):
+def test_overwriting_keeps_foreign_pictures_among_the_previews(config):
     train(config)
     previews = Path(config.output_dir, "previews")
     shutil.copyfile(previews / "step-0000006.png", previews / "step-0000006 (1).png")
@@ -156,7 +156,7 @@ def test_pictures_of_others_among_the_previews(config):
     assert (previews / "step-0000006 (1).png").exists()
 
 
-def test_a_readme_that_cannot_be_read_ends_a_run_with_a_remedy(config):
+def test_unreadable_readme_ends_the_run_with_a_remedy(config):
     train(config)
     readme = Path(config.output_dir, "README.md")
     readme.write_text("---\nlicense: [\n---\n")
@@ -169,8 +169,7 @@ def test_a_readme_that_cannot_be_read_ends_a_run_with_a_remedy(config):
     assert readme.exists()
 
 
-def test_a_tracker_that_cannot_start_is_said_and_leaves_no_run(config, tmp_path):
-    pytest.importorskip("tensorboard")
+def test_tracker_that_cannot_start_is_refused_and_leaves_no_run(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="logger must be able to start, got 'tensorboard': "):
         train(replace(config, logger="tensorboard", logging_dir=str(tmp_path / "file")))

@@ -1,26 +1,20 @@
 """A page that shows a diffusion model: its samples, its reverse process and its forward process.
 
-It needs torch, diffusers and gradio, and runs where the files beside it are all there is.
+On a Space, the modules of `hf_ddpm` that the page imports lie beside this file, as they are in the package.
+requirements.txt lists what those modules need.
 
-    x_T ~ N(0, I), of image i from Generator(seed + i);  for t in timesteps: x_t <- step(unet(x_t, t), t, x_t)
+    x_T ~ N(0, I), for image i from Generator(seed + i);  for t in timesteps: x_t <- step(unet(x_t, t), t, x_t)
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, the forward process
-
-    sampler       step
-    ddpm          Ho et al. 2020, Algorithm 2, here in `ddpm_step`; "without noise": its mean
-    ddim          first-order DPM-Solver++, the same as Song et al. 2021, Eq. 12 with sigma = 0
-    dpmsolver++   second order, Lu et al. 2022
-    unipc         second order, Zhao et al. 2023
 """
 
 from __future__ import annotations
 
 import base64
 import html
-import inspect
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,202 +22,132 @@ from typing import Any, NamedTuple
 import gradio as gr
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from hf_ddpm.figures import to_pil
+from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
+
 MODEL = os.environ.get("MODEL", "")  # a Hub id, or a folder
 
-STEP_DENOISER, NOISELESS = "previous_sample", "ddpm without noise"
-SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-SHOWN_STEPS = 9
+STEP_DENOISER = "previous_sample"
+NOISELESS = "ddpm without noise"  # the mean of each step of a step denoiser
+NUM_SHOWN_STEPS = 9
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-MIN_SIDE = 224  # pixels that an image is enlarged to at least, so that the browser only makes it smaller
+MIN_SIDE = 224  # pixels to which an image is enlarged at least, so that the browser only makes it smaller
 
 
-class State(NamedTuple):
-    """A step of sampling: t, and of the first image x_t before the step and the x_0_hat seen from it, (1, C, H, W)."""
+class Samples(NamedTuple):
+    """Images, and the way of the first one.
 
-    timestep: int
-    x_t: Tensor
-    x_0_hat: Tensor
+    Args:
+        images: One image per seed.
+        states: NUM_SHOWN_STEPS of the steps as (t, x_t, x_0_hat) of the first image, tensors (1, C, H, W).
+    """
+
+    images: list[Image.Image]
+    states: list[tuple[int, Tensor, Tensor]]
 
 
 class Model:
-    """A network with the noise schedule that it learned; `name` is a Hub id or a folder."""
+    """A model on the Hub or in a folder, and what the page does with it.
+
+    Args:
+        name: A Hub id, or a folder.
+    """
 
     def __init__(self, name: str):
-        pipeline = DDPMPipeline.from_pretrained(name)
-        self.name, self.device = name, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.unet: Any = pipeline.unet.to(self.device).eval()
-        # `from_config` drops what diffusers' list of defaults names, which is not always a default.
-        self.scheduler: Any = DDPMScheduler.from_config(_all_values(pipeline.scheduler.config))
-        self.config = _all_values(self.scheduler.config)
-        self.prediction_type = self.config["prediction_type"]
-        betas = self.scheduler.betas.double()
-        # alpha_bar_{t-1} is alpha_bar[t], and that of the clean image alpha_bar[0] = 1.
-        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, dim=0)])
-        self.num_timesteps, self.channels = len(betas), self.unet.config.in_channels
-        size = self.unet.config.sample_size
+        self.name = name
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.pipeline: DDPMPipeline = DDPMPipeline.from_pretrained(name).to(device)
+        # The model may have been saved with a solver; the forward process is that of its noise schedule.
+        self.scheduler: DDPMScheduler = as_our_scheduler(self.pipeline.scheduler.config)
+        unet_config: Any = self.pipeline.unet.config
+        self.channels: int = unet_config.in_channels
+        self.num_classes: int | None = unet_config.num_class_embeds
+        size = unet_config.sample_size
         self.height, self.width = (size, size) if isinstance(size, int) else size
-        self.num_classes: int | None = self.unet.config.num_class_embeds
         if self.channels not in MODES:
             raise ValueError(f"the model must make images of 1, 3 or 4 channels, got {self.channels}")
 
     @property
+    def num_timesteps(self) -> int:
+        """The length T of the chain."""
+        return len(self.scheduler)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network predicts, in diffusers' words."""
+        return self.scheduler.config["prediction_type"]
+
+    @property
     def samplers(self) -> list[str]:
-        """Names of those that can sample this model, the best in few steps first."""
+        """The names of the samplers that can sample this model, the best in few steps first."""
         if self.prediction_type == STEP_DENOISER:
             return ["ddpm", NOISELESS]
-        solvers = ["unipc", "dpmsolver++", "ddim"] if self.config["beta_schedule"] in SOLVABLE_SCHEDULES else []
-        return [*solvers, "ddpm"]
+        if not is_solvable(self.scheduler.config):
+            return ["ddpm"]
+        best = default_scheduler(self.scheduler.config, self.pipeline.searched_timesteps)
+        return [best, *(name for name in reversed(SCHEDULERS) if name != best)]
 
-    def add_noise(self, x_0: Tensor, eps: Tensor, t: int) -> Tensor:
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, Ho et al. 2020, Eq. 4; t in [0, T)."""
-        alpha_bar = float(self.alpha_bar[t + 1])
-        return math.sqrt(alpha_bar) * x_0 + math.sqrt(1 - alpha_bar) * eps
+    @property
+    def default_steps(self) -> int:
+        """The number of steps with which the page begins."""
+        return default_steps(self.samplers[0], self.num_timesteps)
 
-    def predict_original(self, prediction: Tensor, x_t: Tensor, t: int) -> Tensor:
-        """x_0_hat, unclipped, from the network's output at x_t; a step denoiser's is Eq. 7's mean."""
-        alpha_bar = self.alpha_bar[t + 1].item()
-        signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-        match self.prediction_type:
-            case "sample":
-                return prediction
-            case "epsilon":
-                return (x_t - noise * prediction) / signal
-            case "v_prediction":
-                return signal * x_t - noise * prediction
-            case _:
-                of_x_0, of_x_t, _ = self.posterior(t, t - 1)
-                return (prediction - of_x_t * x_t) / of_x_0
-
-    def posterior(self, t: int, s: int) -> tuple[float, float, float]:
-        """Of q(x_s | x_t, x_0), s < t, Ho et al. 2020, Eq. 7: the mean's factors of x_0 and x_t, and the variance."""
-        now, then = self.alpha_bar[t + 1].item(), self.alpha_bar[s + 1].item()
-        beta = 1 - now / then
-        return (
-            math.sqrt(then) * beta / (1 - now),
-            math.sqrt(now / then) * (1 - then) / (1 - now),
-            beta * (1 - then) / (1 - now),
-        )
-
-    def ddpm_step(self, output: Tensor, x_t: Tensor, t: int, s: int, generators: Sequence[torch.Generator]) -> Tensor:
-        """x_s ~ p(x_s | x_t), s the next timestep of the list; no noise for s = -1, or without generators."""
-        prediction, learned = output[:, : self.channels], output[:, self.channels :]
-        x_0_hat = self.predict_original(prediction, x_t, t)
-        if self.config["thresholding"]:
-            x_0_hat = self.scheduler._threshold_sample(x_0_hat)
-        elif self.config["clip_sample"]:
-            x_0_hat = x_0_hat.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
-        of_x_0, of_x_t, variance = self.posterior(t, s)
-        mean = prediction if self.prediction_type == STEP_DENOISER else of_x_0 * x_0_hat + of_x_t * x_t
-        if s < 0 or not generators:
-            return mean
-        smallest, largest = math.log(variance), math.log(1 - (self.alpha_bar[t + 1] / self.alpha_bar[s + 1]).item())
-        match self.config["variance_type"]:
-            case "learned":
-                log_variance = learned
-            case "learned_range":  # Nichol & Dhariwal 2021, Eq. 15
-                log_variance = (learned + 1) / 2 * largest + (1 - learned) / 2 * smallest
-            case "fixed_large" | "fixed_large_log":
-                log_variance = torch.tensor(largest)
-            case _:
-                log_variance = torch.tensor(smallest)
-        return mean + (log_variance / 2).exp() * self._randn(generators)
-
-    def timesteps(self, steps: int) -> list[int]:
-        """Of ddpm: `steps` timesteps, strictly falling in [0, T), spaced as the scheduler's config says."""
-        T, spacing = self.num_timesteps, self.config["timestep_spacing"]
-        if spacing == "leading":
-            rising = [i * T // steps + self.config["steps_offset"] for i in range(steps)]
-        elif spacing == "linspace":
-            rising = np.linspace(0, T - 1, steps).round().astype(int).tolist() if steps > 1 else [T - 1]
-        else:
-            rising = (np.arange(T, 0, -T / steps)[:steps].round().astype(int) - 1).tolist()[::-1]
-        return rising[::-1]
-
-    def solver(self, sampler: str, steps: int) -> Any:
-        """diffusers' scheduler for `sampler`, with an exact list of timesteps."""
-        # linspace is exact for each number of steps below T and repeats timesteps for T, where trailing is exact.
-        spacing = "trailing" if steps == self.num_timesteps else "linspace"
-        # A model that was saved with a solver has settings of its own there.
-        known = inspect.signature(DDPMScheduler.__init__).parameters
-        config = {key: self.config[key] for key in known if key in self.config}
-        config |= {"timestep_spacing": spacing, "variance_type": None}
-        # They do not know clip_sample; where they threshold, it is done in their place.
-        limit, clips = self.config["clip_sample_range"], self.config["clip_sample"] and not self.config["thresholding"]
-        if clips:
-            config["thresholding"] = True
-        if sampler == "unipc":
-            scheduler: Any = UniPCMultistepScheduler.from_config(config)
-        else:
-            config |= {"algorithm_type": "dpmsolver++", "solver_order": 1 if sampler == "ddim" else 2}
-            scheduler = DPMSolverMultistepScheduler.from_config(config)
-        if clips:
-            scheduler._threshold_sample = lambda x_0_hat: x_0_hat.clamp(-limit, limit)
-        scheduler.set_timesteps(steps)
-        return scheduler
-
-    @torch.no_grad()
     def sample(
         self,
         sampler: str,
-        steps: int,
+        num_steps: int,
         seeds: Sequence[int],
         labels: Sequence[int] | None = None,
-        progress: Any = iter,
-    ) -> tuple[Tensor, list[State]]:
-        """Samples one image per seed: x_0, (B, C, H, W), and SHOWN_STEPS of the states on the way.
+        on_step: Callable[[int, int], None] = lambda step, num_steps: None,
+    ) -> Samples:
+        """Sample one image per seed.
 
         Args:
-            sampler: one of `samplers`. steps: in [1, T]; a step denoiser always takes all T.
-            seeds: of the images' generators. labels: classes, one per image. progress: of an iterable, like `tqdm`.
+            sampler: One of `samplers`.
+            num_steps: In [1, T]; a step denoiser always takes all T.
+            seeds: Seeds of the images' generators.
+            labels: The classes of the images, for a model that is conditioned on them.
+            on_step: Called after each step with the number of steps taken and that of all steps.
         """
         if self.prediction_type == STEP_DENOISER:
-            steps = self.num_timesteps
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        is_ddpm = sampler in ("ddpm", NOISELESS)
-        scheduler = None if is_ddpm else self.solver(sampler, steps)
-        timesteps = [int(t) for t in (self.timesteps(steps) if scheduler is None else scheduler.timesteps)]
-        conditions = {} if labels is None else {"class_labels": torch.tensor(labels, device=self.device)}
-        shown = set(np.linspace(0, steps - 1, SHOWN_STEPS).round().astype(int).tolist())
-        x_t, states = self._randn(generators), []
-        for i in progress(range(steps)):
-            t, s = timesteps[i], timesteps[i + 1] if i + 1 < steps else -1
-            output = self.unet(x_t, t, **conditions).sample
-            prediction = output[:, : self.channels]  # what is left is a learned variance
-            if i in shown:
-                states.append(State(t, x_t[:1].cpu(), self.predict_original(prediction[:1], x_t[:1], t).cpu()))
-            if scheduler is None:
-                x_t = self.ddpm_step(output, x_t, t, s, [] if sampler == NOISELESS else generators)
-            else:
-                x_t = scheduler.step(prediction, scheduler.timesteps[i], x_t).prev_sample
-        return x_t.cpu(), states
+            num_steps = self.num_timesteps
+        is_deterministic = sampler == NOISELESS
+        scheduler = named_scheduler("ddpm" if is_deterministic else sampler, self.scheduler.config, num_steps)
+        # A pipeline of its own, since several visitors may sample at once, with different schedulers.
+        pipeline = DDPMPipeline(self.pipeline.unet, scheduler)
+        pipeline.searched_timesteps = self.pipeline.searched_timesteps
+        pipeline.set_progress_bar_config(disable=True)
 
-    def _randn(self, generators: Sequence[torch.Generator]) -> Tensor:
-        shape = (1, self.channels, self.height, self.width)
-        return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+        def report(_: DDPMPipeline, index: int, __: Tensor, ___: dict[str, Any]) -> None:
+            on_step(index + 1, num_steps)
 
-    def noise(self, seed: int) -> Tensor:
-        """eps, (1, C, H, W), a function of its seed."""
-        return self._randn([torch.Generator().manual_seed(seed)]).cpu()
+        output: Any = pipeline(
+            batch_size=len(seeds),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=num_steps,
+            class_labels=None if labels is None else [*labels],
+            callback_on_step_end=report,
+            trajectory=np.linspace(0, num_steps - 1, NUM_SHOWN_STEPS).round().astype(int).tolist(),
+            deterministic=is_deterministic,
+        )
+        states = [(state.timestep, state.x_t[:1], state.x_0_hat[:1]) for state in output.trajectory]
+        return Samples(output.images, states)
+
+    def add_noise(self, x_0: Tensor, seed: int, t: int) -> Tensor:
+        """Return x_t for x_0, (1, C, H, W), and the noise of a seed; t in [0, T)."""
+        eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
+        return self.scheduler.add_noise(x_0, eps, t)
 
     def from_image(self, image: Image.Image) -> Tensor:
-        """x_0, (1, C, H, W) in [-1, 1]: an image cropped to the model's shape, resized and as_our_scheduler."""
+        """Return an image as x_0, (1, C, H, W) in [-1, 1], cropped and resized to the model's shape."""
         fitted = ImageOps.fit(image.convert(MODES[self.channels]), (self.width, self.height))
         pixels = np.asarray(fitted, dtype=np.float32).reshape(self.height, self.width, self.channels)
         return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
-
-
-def _all_values(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name != "_use_default_values"}
-
-
-def to_images(x: Tensor) -> list[Image.Image]:
-    """x in [-1, 1], (B, C, H, W), as images of 8 bits."""
-    pixels = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image) for image in pixels]
 
 
 # The page: images stand in it as data, in a grid of CSS, so that nothing else is fetched.
@@ -241,9 +165,8 @@ CSS = """
 """
 
 
-def picture(x: Tensor, text: str) -> str:
-    """x, (1, C, H, W), as an <img>, enlarged by a whole factor and nearest neighbour."""
-    (image,) = to_images(x)
+def picture(image: Image.Image, text: str) -> str:
+    """Return an image as an <img>, enlarged by a whole factor so that its pixels stay squares."""
     factor = max(1, math.ceil(MIN_SIDE / min(image.size)))
     content = io.BytesIO()
     image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(content, "png")
@@ -252,98 +175,149 @@ def picture(x: Tensor, text: str) -> str:
 
 
 def pictures(cells: Iterable[str], columns: str) -> str:
+    """Return pictures and words in a grid; `columns` is CSS."""
     return f'<div class="pictures" style="grid-template-columns: {columns}">{"".join(cells)}</div>'
 
 
-def grid(x: Tensor, seeds: Sequence[int]) -> str:
-    """Images (B, C, H, W) in rows of at most eight."""
-    cells = [picture(image[None], f"seed {seed}") for image, seed in zip(x, seeds, strict=True)]
+def grid(images: Sequence[Image.Image], seeds: Sequence[int]) -> str:
+    """Return images in rows of at most eight."""
+    cells = [picture(image, f"seed {seed}") for image, seed in zip(images, seeds, strict=True)]
     return pictures(cells, f"repeat({min(8, max(4, len(cells)))}, minmax(0, 1fr))")
 
 
-def strip(states: Sequence[State], x_0: Tensor) -> str:
-    """The way to x_0, (1, C, H, W): a row of x_t, and below it one of x_0_hat; under each step its t."""
-    shown = [*((f"t = {t}", x_t, x_0_hat) for t, x_t, x_0_hat in states), ("image", x_0, x_0)]
-    cells = ["<span>x<sub>t</sub></span>", *(picture(x_t, f"x_t, {text}") for text, x_t, _ in shown)]
-    cells += ["<span>x̂<sub>0</sub></span>", *(picture(x_0_hat, f"x_0_hat, {text}") for text, _, x_0_hat in shown)]
-    cells += ["<span></span>", *(f"<span>{text}</span>" for text, _, _ in shown)]
-    return pictures(cells, f"auto repeat({len(shown)}, minmax(0, 1fr))")
+def strip(samples: Samples) -> str:
+    """Return how the first image emerges: a row of x_t, below it a row of x_0_hat, and below each step its t."""
+    texts = [*(f"t = {t}" for t, _, _ in samples.states), "image"]
+    rows = {
+        ("x_t", "x<sub>t</sub>"): [to_pil(x_t / 2 + 0.5)[0] for _, x_t, _ in samples.states],
+        ("x_0_hat", "x̂<sub>0</sub>"): [to_pil(x_0_hat / 2 + 0.5)[0] for _, _, x_0_hat in samples.states],
+    }
+    cells = []
+    for (name, symbol), images in rows.items():
+        cells.append(f"<span>{symbol}</span>")
+        cells += [
+            picture(image, f"{name}, {text}") for image, text in zip([*images, samples.images[0]], texts, strict=True)
+        ]
+    cells += ["<span></span>", *(f"<span>{text}</span>" for text in texts)]
+    return pictures(cells, f"auto repeat({len(texts)}, minmax(0, 1fr))")
 
 
 def about(model: Model) -> str:
-    """What the model is, in Markdown."""
+    """Return a description of the model in Markdown."""
     color = {"L": "gray", "RGB": "color", "RGBA": "color images with transparency,"}[MODES[model.channels]]
-    learned = {
+    predicted = {
         "epsilon": "the noise in a noisy image",
         "sample": "the clean image in a noisy one",
         "v_prediction": "v, a mix of the noise and the clean image",
         STEP_DENOISER: "the next, less noisy image",
     }[model.prediction_type]
-    parameters = sum(p.numel() for p in model.unet.parameters())
+    num_parameters = sum(p.numel() for p in model.pipeline.unet.parameters())
     classes = f" It knows {model.num_classes} classes." if model.num_classes else ""
     card = "" if Path(model.name).exists() else f"\n\n[The model's card](https://huggingface.co/{model.name})"
     return (
         f"A denoising diffusion model for {color} images of {model.width} × {model.height} pixels. Its network has "
-        f"{parameters:,} parameters and predicts {learned}.{classes}\n\n"
-        f"**Forward process.** In {model.num_timesteps:,} steps an image dissolves in Gaussian noise: "
+        f"{num_parameters:,} parameters and predicts {predicted}.{classes}\n\n"
+        f"**Forward process.** In {model.num_timesteps:,} steps, an image dissolves in Gaussian noise: "
         "x<sub>t</sub> = √ᾱ<sub>t</sub> x<sub>0</sub> + √(1 - ᾱ<sub>t</sub>) ε.\n\n"
-        "**Reverse process.** From pure noise the network goes the same way back. At each step it sees a clean image, "
-        "x̂<sub>0</sub>, in the noisy one, x<sub>t</sub>, and a sampler takes a step towards it. *ddpm* draws new "
-        "noise at each step and is at its best with all of them; *ddim*, *dpmsolver++* and *unipc* draw none and need "
-        "10 to 50.\n\n"
+        "**Reverse process.** The model goes the same way back, from pure noise to an image. At each step, its "
+        "network estimates the clean image, x̂<sub>0</sub>, from the noisy one, x<sub>t</sub>, and a sampler takes a "
+        "step towards it. *ddpm* draws new noise at each step, and is at its best with all steps. *ddim*, "
+        "*dpmsolver++* and *unipc* draw none, and need 10 to 50 steps.\n\n"
         f"Image *i* depends on seed + *i* alone.{card}"
     )
 
 
-def build(name: str) -> gr.Blocks:
-    """The page of the model called `name`: a Hub id or a folder."""
-    model = Model(name)
-    T, is_step_denoiser = model.num_timesteps, model.prediction_type == STEP_DENOISER
-    fast = len(model.samplers) > 2
-    all_steps = T if is_step_denoiser or not fast else min(20, T)
-    num_images = 16 if fast and model.height * model.width <= 64**2 else 4
+def describe_noise_level(model: Model, t: int) -> str:
+    """Return the coefficients of x_t and its signal-to-noise ratio, in HTML."""
+    alpha_bar = float(model.scheduler.alpha_bar[t])
+    snr = alpha_bar / (1 - alpha_bar)
+    decibels = f"{10 * math.log10(snr):+.1f} dB" if snr > 0 else "no signal"
+    return (
+        f"x<sub>{t}</sub> = {math.sqrt(alpha_bar):.4f} x<sub>0</sub> + {math.sqrt(1 - alpha_bar):.4f} ε<br>"
+        f"ᾱ<sub>{t}</sub> = {alpha_bar:.4g}<br>"
+        f"SNR = ᾱ<sub>{t}</sub> / (1 - ᾱ<sub>{t}</sub>) = {snr:.4g} ({decibels})"
+    )
 
-    def sample(sampler: str, steps: float, seed: float | None, count: float, label: int | None, progress: Any = iter):
-        seeds = [int(seed or 0) + i for i in range(int(count))]
-        labels = None
-        if model.num_classes:
-            labels = [i % model.num_classes if label is None or label < 0 else label for i in seeds]
-        x_0, states = model.sample(sampler, int(steps), seeds, labels, progress)
-        return x_0, grid(x_0, seeds), strip(states, x_0[:1])
 
-    @cache  # the same for each visitor
-    def first():
-        return sample(model.samplers[0], all_steps, 0, num_images, None)
+class Handlers:
+    """What the page does when somebody uses it: functions of the values of its controls, which return HTML."""
 
-    def show_first():
-        return first()[1:]
+    def __init__(self, model: Model, num_images: int):
+        self.model = model
+        self.num_images = num_images
+        self.first_samples = cache(self._first_samples)  # the same for each visitor
 
-    def show_samples(sampler, steps, seed, count, label, progress=gr.Progress()):  # noqa: B008  as gradio wants it
-        return sample(sampler, steps, seed, count, label, lambda steps: progress.tqdm(steps, unit="steps"))[1:]
+    def _first_samples(self) -> tuple[Samples, str, str]:
+        return self._sample(self.model.samplers[0], self.model.default_steps, 0, self.num_images, None)
 
-    def show_noised(image: Image.Image | None, t: float, seed: float | None):
+    def _sample(
+        self,
+        sampler: str,
+        num_steps: float,
+        seed: float | None,
+        num_images: float,
+        label: int | None,
+        on_step: Callable[[int, int], None] = lambda step, num_steps: None,
+    ) -> tuple[Samples, str, str]:
+        seeds = [int(seed or 0) + i for i in range(int(num_images))]
+        num_classes, labels = self.model.num_classes, None
+        if num_classes:
+            labels = [i % num_classes if label is None or label < 0 else label for i in seeds]
+        samples = self.model.sample(sampler, int(num_steps), seeds, labels, on_step)
+        return samples, grid(samples.images, seeds), strip(samples)
+
+    def show_first(self) -> tuple[str, str]:
+        """Return the images and the strip with which the page begins."""
+        _, images, chain = self.first_samples()
+        return images, chain
+
+    def show_samples(
+        self,
+        sampler: str,
+        num_steps: float,
+        seed: float | None,
+        num_images: float,
+        label: int | None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it as a default
+    ) -> tuple[str, str]:
+        """Return the images and the strip that somebody has asked for."""
+
+        def on_step(step: int, num_steps: int) -> None:
+            progress((step, num_steps), unit="steps")
+
+        _, images, chain = self._sample(sampler, num_steps, seed, num_images, label, on_step)
+        return images, chain
+
+    def show_noised(self, image: Image.Image | None, t: float, seed: float | None) -> tuple[str, str]:
+        """Return an image beside its x_t, and the numbers of that t; without an image, the first sample is shown."""
         t = int(t)
-        x_0 = first()[0][:1] if image is None else model.from_image(image)
-        x_t = model.add_noise(x_0, model.noise(int(seed or 0)), t)
-        alpha_bar = model.alpha_bar[t + 1].item()
-        snr = alpha_bar / (1 - alpha_bar)
-        decibels = f"{10 * math.log10(snr):+.1f} dB" if snr > 0 else "no signal"
-        text = (
-            f"x<sub>{t}</sub> = {math.sqrt(alpha_bar):.4f} x<sub>0</sub> + {math.sqrt(1 - alpha_bar):.4f} ε<br>"
-            f"ᾱ<sub>{t}</sub> = {alpha_bar:.4g}<br>"
-            f"SNR = ᾱ<sub>{t}</sub> / (1 - ᾱ<sub>{t}</sub>) = {snr:.4g} ({decibels})"
-        )
-        cells = [picture(x_0, "x_0"), picture(x_t, f"x_t, t = {t}"), "<span>x<sub>0</sub></span>"]
-        cells.append(f"<span>x<sub>t</sub>, t = {t}</span>")
-        return pictures(cells, "repeat(2, minmax(0, 320px))"), f'<div class="formula">{text}</div>'
+        x_0 = self.model.from_image(self.first_samples()[0].images[0] if image is None else image)
+        x_t = self.model.add_noise(x_0, int(seed or 0), t)
+        cells = [
+            picture(to_pil(x_0 / 2 + 0.5)[0], "x_0"),
+            picture(to_pil(x_t / 2 + 0.5)[0], f"x_t, t = {t}"),
+            "<span>x<sub>0</sub></span>",
+            f"<span>x<sub>t</sub>, t = {t}</span>",
+        ]
+        numbers = f'<div class="formula">{describe_noise_level(self.model, t)}</div>'
+        return pictures(cells, "repeat(2, minmax(0, 320px))"), numbers
 
+
+def build(name: str) -> gr.Blocks:
+    """Return the page of the model called `name`, a Hub id or a folder."""
+    model = Model(name)
+    T = model.num_timesteps
+    is_fast = model.samplers[0] != "ddpm"  # which needs all steps
+    num_images = 16 if is_fast and model.height * model.width <= 64**2 else 4
+    handlers = Handlers(model, num_images)
     title = Path(name).resolve().name if Path(name).exists() else name
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# {title}\nA diffusion model at work: from noise to images, and back.")
         with gr.Tab("Sample"), gr.Row():
             with gr.Column(scale=1, min_width=250):
                 sampler = gr.Dropdown(model.samplers, value=model.samplers[0], label="Sampler")
-                steps = gr.Slider(1, T, all_steps, step=1, label="Steps", interactive=not is_step_denoiser)
+                is_step_denoiser = model.prediction_type == STEP_DENOISER
+                steps = gr.Slider(1, T, model.default_steps, step=1, label="Steps", interactive=not is_step_denoiser)
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 count = gr.Slider(1, 32, num_images, step=1, label="Images")
                 classes = [("each in turn", -1), *((str(i), i) for i in range(model.num_classes or 0))]
@@ -365,16 +339,22 @@ def build(name: str) -> gr.Blocks:
         with gr.Tab("About"):
             gr.Markdown(about(model))
 
-        button.click(show_samples, [sampler, steps, seed, count, label], [images, chain], api_name="sample")
-        forward = {"fn": show_noised, "inputs": [upload, timestep, noise_seed], "outputs": [noised, numbers]}
+        controls = [sampler, steps, seed, count, label]
+        button.click(handlers.show_samples, controls, [images, chain], api_name="sample")
+        forward = {
+            "fn": handlers.show_noised,
+            "inputs": [upload, timestep, noise_seed],
+            "outputs": [noised, numbers],
+        }
         for changed in (timestep.change, noise_seed.change, upload.change):
-            # While the slider moves only its last place is of interest.
+            # While the slider moves, only its last position matters.
             changed(**forward, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
-        page.load(show_first, None, [images, chain], api_visibility="private").then(**forward, api_name="add_noise")
+        first = page.load(handlers.show_first, None, [images, chain], api_visibility="private")
+        first.then(**forward, api_name="add_noise")
     return page
 
 
 if __name__ == "__main__":
-    # Fonts of the system: gradio's themes fetch theirs.
+    # The fonts are those of the system: gradio's themes fetch theirs from elsewhere.
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     build(MODEL).launch(theme=theme, css=CSS, footer_links=["gradio"], ssr_mode=False, show_error=True)

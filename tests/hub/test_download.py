@@ -1,0 +1,194 @@
+"""Models come back from the Hub: ours with stock diffusers and with us, and those that stock diffusers saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard, constants
+from typer.testing import CliRunner
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.cli import app
+from hf_ddpm.evaluation.features import NETWORKS
+from hf_ddpm.hub.upload import push
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import sha256
+from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.loop import train
+from tests.evaluation.test_evaluate import CallOfInception
+from tests.support.hub_runs import (
+    NAME,
+    OTHER,
+    TOKEN,
+    UPLOAD_WARNING,
+    forget_connections,
+    nowhere,
+    sample_images,
+    save_model,
+)
+from tests.support.hub_server import HubServer, client_environment
+
+pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
+
+
+LOAD = """
+import os, sys
+sys.modules["hf_ddpm"] = None  # importing it raises ImportError
+import diffusers, numpy, torch
+torch.set_num_threads(1)
+name, out = sys.argv[1:]
+for loader in (diffusers.DDPMPipeline, diffusers.DiffusionPipeline):
+    pipeline = loader.from_pretrained(name)
+    assert type(pipeline) is diffusers.DDPMPipeline and type(pipeline.scheduler) is diffusers.DDPMScheduler
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(batch_size=2, generator=generator, num_inference_steps=20, output_type="np").images
+    numpy.save(f"{out}/{loader.__name__}.npy", images)
+for dtype in (torch.float16, torch.bfloat16):
+    assert loader.from_pretrained(name, torch_dtype=dtype).unet.dtype is dtype
+"""
+
+
+def load(environment: dict[str, str], out: Path) -> subprocess.CompletedProcess[str]:
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", LOAD, NAME, str(out)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")  # its successor is too new
+def test_stock_diffusers_and_we_load_a_private_repository_alike(
+    server: HubServer, run: Path, tmp_path: Path, monkeypatch: Any
+):
+    push(run, NAME)
+    index = json.loads(server.repo(NAME).files["model_index.json"])
+    assert {name: part for name, part in index.items() if not name.startswith("_")} == {
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    assert index["_class_name"] == "DDPMPipeline"
+    assert not [name for name in server.repo(NAME).files if name.endswith((".py", ".bin", ".pkl"))]
+    pipeline = DDPMPipeline.from_pretrained(NAME)
+    assert type(pipeline.scheduler) is DDPMScheduler
+    expected = sample_images(pipeline)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert DDPMPipeline.from_pretrained(NAME, torch_dtype=dtype).unet.dtype is dtype
+    environment = client_environment(server, tmp_path / "stock", TOKEN)
+    for more in ({}, {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": nowhere()}):
+        done = load(environment | more, tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+        for loader in ("DDPMPipeline", "DiffusionPipeline"):
+            path = tmp_path / "out" / f"{loader}.npy"
+            assert np.array_equal(np.load(path), expected)
+            path.unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_connections()
+    assert np.array_equal(sample_images(DDPMPipeline.from_pretrained(NAME)), expected)
+
+
+def test_loading_a_private_repository_needs_its_token(server: HubServer, run: Path, tmp_path: Path, monkeypatch):
+    push(run, NAME)
+    for token in ("", OTHER):
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache{token}"))
+        with pytest.raises(OSError, match="digits"):
+            DDPMPipeline.from_pretrained(NAME)
+        done = CliRunner().invoke(app, ["sample", NAME, "--out", str(tmp_path / "images")])
+        assert done.exit_code == 1
+        assert "it is not on the Hub, or private, which needs hf auth login" in done.stderr
+        assert not (tmp_path / "images").exists()
+
+
+def stock_scheduler() -> diffusers.DDPMScheduler:
+    return diffusers.DDPMScheduler(
+        20, beta_start=0.005, beta_end=0.9, beta_schedule="linear", variance_type="fixed_large"
+    )
+
+
+@pytest.fixture(params=["folders", "flat"])
+def foreign(server: HubServer, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """What stock wrote, with weights as a pickle, on the Hub as bob/stock; `flat` as it was in its early days."""
+    folder = save_model(tmp_path / "stock", scheduler=stock_scheduler(), safe_serialization=False)
+    if request.param == "flat":
+        for part in ("unet", "scheduler"):
+            for path in (folder / part).iterdir():
+                path.rename(folder / path.name)
+            (folder / part).rmdir()
+    api = HfApi(token=OTHER)
+    api.create_repo("bob/stock")
+    api.upload_folder(repo_id="bob/stock", folder_path=folder)
+    assert not list(folder.rglob("*.safetensors"))
+    return folder
+
+
+def test_stock_repository_can_be_sampled_and_finetuned(
+    foreign: Path, push_settings: dict[str, Any], tmp_path: Path, image_folder: Path
+):
+    expected = sample_images(diffusers.DDPMPipeline.from_pretrained(foreign))
+    pipeline = DDPMPipeline.from_pretrained("bob/stock")
+    assert type(pipeline.scheduler) is DDPMScheduler
+    assert np.array_equal(sample_images(pipeline), expected)
+    count = ["--num_images", "2", "--num_inference_steps", "3"]
+    done = CliRunner().invoke(app, ["sample", "bob/stock", "--out", str(tmp_path / "images"), *count])
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "images").glob("*.png"))) == 3
+    del push_settings["model_config_name_or_path"], push_settings["ddpm_num_steps"]
+    train(TrainingConfig(**{**push_settings, "init_from": "bob/stock", "push_to_hub": False, "hub_model_id": None}))
+    run = Path(push_settings["output_dir"])
+    assert ModelCard.load(run / "README.md").data.base_model == "bob/stock"
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert (written["prediction_type"], written["ddpm_beta_schedule"]) == ("epsilon", "linear")
+
+
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarning")
+def test_stock_repository_can_be_evaluated(foreign: Path, image_folder: Path, tmp_path: Path, monkeypatch: Any):
+    path = tmp_path / "inception.pt"
+    torch.jit.script(CallOfInception()).save(str(path))
+    monkeypatch.setitem(NETWORKS, "inception", replace(NETWORKS["inception"], sha256=sha256(path)))
+    flags = ["--metrics", "kid", "--dataset_name", str(image_folder), "--cache_dir", str(tmp_path / "cache")]
+    flags += ["--num_images", "8", "--num_inference_steps", "2", "--network", "inception"]
+    out = tmp_path / "measured"
+    command = ["evaluate", "bob/stock", *flags, "--network_path", str(path), "--out", str(out)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert [row["metric"] for row in json.loads((out / "evaluation.json").read_text())["results"]] == ["kid"]
+
+
+class Executes:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickle_with_code_is_not_executed(foreign: Path, push_settings: dict[str, Any], tmp_path: Path):
+    path = next(foreign.rglob("*.bin"))
+    executed = tmp_path / "executed"
+    path.write_bytes(pickle.dumps({"conv_in.weight": Executes(executed)}))
+    torch.save({"conv_in.weight": Executes(executed)}, tmp_path / "zip.bin")
+    for content in (path.read_bytes(), (tmp_path / "zip.bin").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(OSError, match=re.escape(path.name)):
+            DDPMPipeline.from_pretrained(foreign)
+        assert CliRunner().invoke(app, ["sample", str(foreign), "--out", str(tmp_path / "o")]).exit_code == 1
+        assert not executed.exists()
+    del push_settings["model_config_name_or_path"], push_settings["ddpm_num_steps"]
+    with pytest.raises((OSError, UsageError)):
+        train(
+            TrainingConfig(**{**push_settings, "init_from": str(foreign), "push_to_hub": False, "hub_model_id": None})
+        )
+    assert not executed.exists()
+    assert not Path(push_settings["output_dir"]).exists()

@@ -1,0 +1,33 @@
+"""The benchmarks are not run by the tests, but they must import, and their index must name what exists."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+FOLDERS = sorted(path.name for path in BENCHMARKS.iterdir() if path.is_dir() and path.name != "__pycache__")
+INDEX = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_benchmark_script_imports(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    if name == "demo_page":
+        pytest.importorskip("playwright", reason="playwright is in the extra dev, not in test")
+    module = importlib.import_module(f"benchmarks.{name}.run")
+    assert module.__doc__ is not None
+    assert f"python -m benchmarks.{name}.run" in module.__doc__
+    assert callable(module.main)
+
+
+def test_benchmark_index_names_every_folder_once():
+    assert sorted(re.findall(r"`python -m benchmarks\.(\w+)\.run", INDEX)) == FOLDERS
+
+
+def test_benchmark_index_links_exist():
+    links = re.findall(r"\]\(([^)]+)\)", INDEX)
+    assert links
+    assert not [link for link in links if not (BENCHMARKS / link).exists()]
