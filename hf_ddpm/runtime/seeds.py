@@ -1,7 +1,7 @@
 """Randomness as a function of where a run is: nothing is drawn in turn, so nothing is to be replayed or restored.
 
 image      hash(seed, IMAGE, position in the stream)       t and eps of an image
-           hash(seed, FLIP | TOP | LEFT, position)         how an image of lanes.py is mirrored and cropped
+           hash(seed, FLIP | TOP | LEFT, position)         how a streamed image is mirrored and cropped
 step       hash(seed, STEP + slot, optimizer step)         dropout of a forward pass
 """
 
