@@ -1,88 +1,146 @@
-"""`hf-ddpm`: what is done with a model besides training it. Heavy imports wait until a command runs."""
+"""The commands of `hf-ddpm`. Each imports what it needs when it runs, so that help and errors come at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+from hf_ddpm import recipes
+from hf_ddpm.data.config import DataConfig
+from hf_ddpm.runtime.command_line import (
+    Command,
+    CommandLine,
+    completer,
+    finish,
+    option,
+    report_errors,
+    say,
+    split_commas,
+    split_numbers,
+    switch,
+    table,
+    with_options_of,
+    with_underscores,
+)
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.launch import (
+    exit_with_launcher,
+    is_launched,
+    remove_from_argv,
+    start_missing_processes,
+    start_processes,
+)
+from hf_ddpm.runtime.settings import check_values, typed_values
+from hf_ddpm.training.config import TrainingConfig
 
-# What several commands ask for.
+app = typer.Typer(
+    cls=CommandLine,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"token_normalize_func": with_underscores},
+)
+
+# Arguments and options of several commands.
 Model = Annotated[str, typer.Argument(help="A folder that holds a pipeline, or a Hub id.")]
 Seed = Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")]
-BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Images per forward pass; on a CPU always 16.")]
+BatchSize = Annotated[int, option("batch_size", "Images per forward pass; on a CPU always 16.", min=1)]
 Device = Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")]
-Dtype = Annotated[str, typer.Option(help="The network's when it samples: fp32, or bf16, which is faster.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Compile the network first; for many images.")]
-Uniform = Annotated[bool, typer.Option("--uniform", help="Do without the timesteps of `hf-ddpm schedule`.")]
-DatasetConfigName = Annotated[
-    str | None, typer.Option("--dataset_config_name", help="The configuration of a data set that has several.")
-]
-ImageColumn = Annotated[
-    str | None, typer.Option("--image_column", help="The column of images; needed only where there are several.")
-]
-CenterCrop = Annotated[bool, typer.Option("--center_crop", help="As in training.")]
-CacheDir = Annotated[
-    str | None, typer.Option("--cache_dir", help="Where downloads, decoded images and references are kept.")
-]
+Dtype = Annotated[str, typer.Option(help="The network's arithmetic: fp32, or bf16, which is faster.")]
+Compile = Annotated[bool, switch("compile", "Compile the network; for many images.")]
+Uniform = Annotated[bool, switch("uniform", "Ignore the timesteps of `hf-ddpm schedule`.")]
+Network = Annotated[str | None, typer.Option(help="inception (for the FID), dinov2, clip or efficientnet-lite0.")]
 NetworkPath = Annotated[
-    str | None, typer.Option("--network_path", help="Its file; of dinov2 and clip a folder or Hub id.")
+    str | None, option("network_path", "The network's file; of dinov2 and clip a folder or Hub id.")
 ]
+Json = Annotated[bool, switch("json", "Print one JSON object instead of sentences.")]
 
 
-@app.callback()
-def main() -> None:
-    """Pixel-space diffusion models on the Hugging Face stack. To train one: accelerate launch train_accelerate.py"""
+@app.callback(invoke_without_command=True)
+def main(context: typer.Context) -> None:
+    """Train, measure and share pixel-space diffusion models on the Hugging Face stack."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
-@app.command()
+@app.command(cls=Command)
+@with_options_of(TrainingConfig)
+def train(
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="A YAML file of the settings below.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar=f"[{'|'.join(recipes.names())}]",
+            autocompletion=completer(recipes.names()),
+            help="Settings that ship with the package. A flag counts before --config, and that before --recipe.",
+        ),
+    ] = None,
+    **flags: Any,
+) -> None:
+    """Train a model.
+
+    There is a process for each GPU, or those that a file of `accelerate config` asks for.
+    """
+    from hf_ddpm.data.sources import check_source
+    from hf_ddpm.training.parsing import config_from_flags
+
+    settings = config_from_flags(flags, config, recipe)
+    check_source(settings, settings.output_dir)
+    code = start_processes()
+    if code is not None:
+        raise typer.Exit(code)
+    exit_with_launcher()
+    remove_from_argv(settings.hub_token)
+    # torch is loaded here, so that a wrong setting is answered before.
+    from hf_ddpm.training.loop import train
+
+    train(settings)
+    if not settings.dry_run:
+        folder = settings.output_dir
+        say(f"The model is in {folder}. Sample it with: hf-ddpm sample {folder} --out samples")
+
+
+@app.command(cls=Command)
 def sample(
     model: Model,
-    out: Annotated[
-        Path, typer.Option(help="The folder for the images and grid.png; an interrupted run goes on in it.")
-    ],
-    num_images: Annotated[int, typer.Option("--num_images", min=1, help="How many.")] = 16,
+    out: Annotated[Path, option("out", "The folder for images and grid.png; an interrupted set is continued.")],
+    num_images: Annotated[int, option("num_images", "How many images.", min=1)] = 16,
     seed: Seed = 0,
     num_inference_steps: Annotated[
-        int | None, typer.Option("--num_inference_steps", min=1, help="Default: 20; all T of ddpm.")
+        int | None, option("num_inference_steps", "Default: 20; all T of ddpm.", min=1)
     ] = None,
     scheduler: Annotated[
         str | None,
-        typer.Option(
-            help="ddpm, ddim, dpmsolver++ or unipc. Default: unipc, dpmsolver++ if searched timesteps for "
-            "so many steps are nearer, ddpm where only that can sample the model."
+        option(
+            "scheduler",
+            "ddpm, ddim, dpmsolver++ or unipc. Default: unipc; dpmsolver++ where its searched timesteps are "
+            "nearer; ddpm where only that can sample the model.",
         ),
     ] = None,
-    class_label: Annotated[
-        int | None, typer.Option("--class_label", min=0, help="For a model of classes; default: each in turn.")
-    ] = None,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="ddpm: iterate the mean, add no noise.")
-    ] = False,
+    class_label: Annotated[int | None, option("class_label", "The class. Default: each in turn.", min=0)] = None,
+    deterministic: Annotated[bool, switch("deterministic", "With ddpm: iterate the mean, add no noise.")] = False,
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: Dtype = "fp32",
     compile: Compile = False,
     uniform: Uniform = False,
-    format: Annotated[
-        str, typer.Option(help="png, named by their seeds; parquet, which `datasets` loads; or npz.")
-    ] = "png",
+    format: Annotated[str, option("format", "png, named by seed; parquet, for `datasets`; or npz.")] = "png",
+    json: Json = False,
 ) -> None:
-    """Writes images of a model. In several processes: accelerate launch -m hf_ddpm sample"""
-    import os
+    """Sample images of a model.
 
-    from hf_ddpm.sampling.image_set import write_samples
-    from hf_ddpm.sampling.schedulers import SCHEDULERS
+    In several processes: accelerate launch -m hf_ddpm sample
+    """
+    with report_errors():
+        _join_launcher()
+        from hf_ddpm.sampling.image_set import write_samples
+        from hf_ddpm.sampling.schedulers import SCHEDULERS
 
-    if scheduler is not None and scheduler not in SCHEDULERS:
-        raise typer.BadParameter(
-            f"must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}", param_hint="--scheduler"
-        )
-    with _errors_said():
+        if scheduler is not None and scheduler not in SCHEDULERS:
+            raise UsageError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
         write_samples(
             model,
             out,
@@ -99,173 +157,65 @@ def sample(
             uniform=uniform,
             format=format,
         )
-    if os.environ.get("RANK", "0") == "0":
-        typer.echo(
-            f"{num_images} images in {out}, {'all' if num_images <= 64 else 'the first 64'} of them in grid.png"
-        )
+    result = {"out": str(out), "num_images": num_images, "grid": str(out / "grid.png"), "format": format}
+    first = "all of them" if num_images <= 64 else "the first 64"
+    finish(json, result, f"{num_images:,} images are in {out}; grid.png shows {first}.")
 
 
-@app.command()
-def ema(
-    run: Annotated[Path, typer.Argument(help="The folder of a run that saved snapshots of its averages.")],
-    std: Annotated[
-        float, typer.Option(help="The average's length: the std of its profile, relative to the images seen.")
-    ],
-    images: Annotated[
-        int | None, typer.Option(min=1, help="The images seen at one of the snapshots. Default: at the last.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="A new folder. Default: RUN/ema/std-STD.")] = None,
-) -> None:
-    """Writes the model with an average of its weights of another length, reconstructed from snapshots."""
-    import json
-
-    from hf_ddpm.training.posthoc import write_average
-
-    with _errors_said():
-        folder = write_average(run, std, out, images)
-        about = json.loads((folder / "average.json").read_text(encoding="utf-8"))
-    typer.echo(
-        f"{folder}: the average of std {about['std']:g} at {about['images']:,} images, "
-        f"profile error {about['profile_error']:.1e}"
-    )
-
-
-@app.command()
-def reference(
-    dataset: Annotated[
-        str,
-        typer.Argument(help="`digits`, a Hub id, a folder of images or of parquet files, or one saved by `datasets`."),
-    ],
-    out: Annotated[Path, typer.Option(help="A new folder for the statistics.")],
-    split: Annotated[str, typer.Option(help="train, test, ...")] = "train",
-    network: Annotated[
-        str, typer.Option(help="inception (whose distance is the FID), dinov2, clip or efficientnet-lite0.")
-    ] = "inception",
-    network_path: NetworkPath = None,
-    resolution: Annotated[
-        int | None, typer.Option(min=1, help="Of the images; default: the data's, if it is square and uniform.")
-    ] = None,
-    channels: Annotated[int | None, typer.Option(help="1 gray or 3 RGB; default: the data's.")] = None,
-    center_crop: CenterCrop = False,
-    dataset_config_name: DatasetConfigName = None,
-    image_column: ImageColumn = None,
-    num_features: Annotated[
-        int, typer.Option("--num_features", min=4, help="Images whose features are kept, for KID and precision.")
-    ] = 10_000,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images per step.")] = 64,
-    cache_dir: CacheDir = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-) -> None:
-    """Measures a data set once, so that samples can be compared with it."""
-    from hf_ddpm.data.config import DataConfig
-    from hf_ddpm.evaluation.features import load_network
-    from hf_ddpm.evaluation.statistics import make_reference
-
-    config = DataConfig(
-        dataset_name=dataset,
-        dataset_config_name=dataset_config_name,
-        image_column=image_column,
-        resolution=resolution,
-        channels=channels,  # pyright: ignore[reportArgumentType]; make_reference checks it
-        center_crop=center_crop,
-        cache_dir=cache_dir,
-    )
-    with _errors_said():
-        loaded = load_network(network, network_path, device)
-        made = make_reference(config, split, loaded, out, num_features=num_features, batch_size=batch_size)
-    data = made.metadata["data"]
-    typer.echo(
-        f"{out}: {made.count:,} images of {data['name']}, split {split}, {data['resolution']} x {data['resolution']}, "
-        f"{data['channels']} channels; {loaded.frechet_name}, {loaded.dimensions:,} dimensions"
-    )
-    for warning in made.metadata["warnings"]:
-        typer.echo(f"warning: {warning}", err=True)
-
-
-@app.command()
+@app.command(cls=Command)
+@with_options_of(
+    DataConfig, ("dataset_name", "dataset_config_name", "image_column", "label_column", "center_crop", "cache_dir")
+)
 def evaluate(
     model: Model,
     metrics: Annotated[
         str,
-        typer.Option(
-            help="Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
-            "nll (bits per dimension), memorization."
+        option(
+            "metrics",
+            "Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
+            "nll (bits per dimension), memorization.",
         ),
     ] = "fd,kid,precision",
     reference: Annotated[
-        str | None,
-        typer.Option(help="A folder of `hf-ddpm reference`. Default: made of the data, and kept in its cache."),
+        str | None, option("reference", "A folder of `hf-ddpm reference`. Default: a cached one.")
     ] = None,
-    floor: Annotated[
-        str | None,
-        typer.Option(help="A second one, of other images, for what real images get. Default: halves of the first."),
-    ] = None,
-    dataset_name: Annotated[
-        str | None, typer.Option("--dataset_name", help="The data. Default: what the run in the folder learned from.")
-    ] = None,
-    dataset_config_name: DatasetConfigName = None,
-    image_column: ImageColumn = None,
-    label_column: Annotated[
-        str | None, typer.Option("--label_column", help="The column of classes, for a model of classes.")
-    ] = None,
-    center_crop: CenterCrop = False,
-    cache_dir: CacheDir = None,
-    split: Annotated[str, typer.Option(help="That of the reference, and of training.")] = "train",
-    test_split: Annotated[
-        str, typer.Option("--test_split", help="Images that were not trained on: of nll, memorization, and the floor.")
-    ] = "test",
-    num_images: Annotated[int, typer.Option("--num_images", min=1, help="How many to sample.")] = 5000,
+    floor: Annotated[str | None, option("floor", "Another one, for what real images get. Default: halves.")] = None,
+    split: Annotated[str, option("split", "The split of the reference and of training.")] = "train",
+    test_split: Annotated[str, option("test_split", "Images that were not trained on.")] = "test",
+    num_images: Annotated[int, option("num_images", "How many images to sample.", min=1)] = 5000,
     seed: Seed = 0,
     num_inference_steps: Annotated[
-        str | None,
-        typer.Option("--num_inference_steps", help="Comma-separated. Default: 20; all T of ddpm."),
+        str | None, option("num_inference_steps", "As of `sample`; several with commas.")
     ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(help="Comma-separated: ddpm, ddim, dpmsolver++, unipc. Default: as of `hf-ddpm sample`."),
-    ] = None,
-    network: Annotated[
-        str | None,
-        typer.Option(help="inception, dinov2, clip or efficientnet-lite0. Default: the reference's, or inception."),
-    ] = None,
+    scheduler: Annotated[str | None, option("scheduler", "As of `sample`; several with commas.")] = None,
+    network: Network = None,
     network_path: NetworkPath = None,
-    timesteps_per_image: Annotated[
-        int, typer.Option("--timesteps_per_image", min=2, help="Terms of the bound of nll, for each image.")
-    ] = 20,
+    timesteps_per_image: Annotated[int, option("timesteps_per_image", "Terms of nll for each image.", min=2)] = 20,
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: Dtype = "fp32",
     compile: Compile = False,
     uniform: Uniform = False,
-    out: Annotated[
-        str | None, typer.Option(help="Where to write. Default: the model's folder; needed for a Hub id.")
-    ] = None,
+    out: Annotated[str | None, option("out", "Where to write. Default: the model's folder.")] = None,
+    json: Json = False,
+    **flags: Any,
 ) -> None:
-    """Measures a model and says so on its card. In several processes: accelerate launch -m hf_ddpm
-    evaluate"""
-    import os
+    """Measure a model and write it on its card.
 
-    from hf_ddpm.data.config import DataConfig
-    from hf_ddpm.evaluation.evaluate import evaluate as measure
-    from hf_ddpm.hub.card import result_cells
+    The data are those that the run in the model's folder learned from, unless --dataset_name names others. In several
+    processes: accelerate launch -m hf_ddpm evaluate
+    """
+    with report_errors():
+        steps = split_numbers("num_inference_steps", num_inference_steps)
+        if flags and "dataset_name" not in flags:
+            raise UsageError(f"{min(flags)} needs --dataset_name, got none: the settings of data go together")
+        data = _data_config(flags) if flags else None
+        _join_launcher()
+        from hf_ddpm.evaluation.evaluate import evaluate
 
-    of_data = (dataset_name, dataset_config_name, image_column, label_column, cache_dir)
-    with _errors_said():
-        if dataset_name is None and (center_crop or any(value is not None for value in of_data)):
-            raise ValueError("the settings of data go with --dataset_name, got none")
-        data = None
-        if dataset_name is not None:
-            data = DataConfig(
-                dataset_name=dataset_name,
-                dataset_config_name=dataset_config_name,
-                image_column=image_column,
-                label_column=label_column,
-                center_crop=center_crop,
-                cache_dir=cache_dir,
-            )
-        done = measure(
+        result = evaluate(
             model,
-            metrics=_listed(metrics),
+            metrics=split_commas(metrics),
             reference=reference,
             floor=floor,
             data=data,
@@ -273,8 +223,8 @@ def evaluate(
             test_split=test_split,
             num_images=num_images,
             seed=seed,
-            num_inference_steps=_numbers("num_inference_steps", num_inference_steps),
-            schedulers=_listed(scheduler),
+            num_inference_steps=steps,
+            schedulers=split_commas(scheduler),
             network=network,
             network_path=network_path,
             timesteps_per_image=timesteps_per_image,
@@ -285,40 +235,78 @@ def evaluate(
             uniform=uniform,
             out=out,
         )
-    if os.environ.get("RANK", "0") != "0":
-        return
-    rows = [result_cells(row) for row in done["results"]]
-    table = [list(rows[0]), *([*row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for line in table:
-        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
-    for remark in [f"{row['name']}: {row['remark']}" for row in done["results"] if row.get("remark")]:
-        typer.echo(remark)
-    typer.echo(f"all of it in {Path(done['out']) / 'evaluation.json'}")
+    path = Path(result["out"]) / "evaluation.json"
+    remarks = [f"{row['name']}: {row['remark']}" for row in result["results"] if row.get("remark")]
+    table = _table_of_results(result["results"])
+    finish(json, result, *table, *remarks, f"The results are in {path}, and on the card {result['card']}.")
 
 
-@app.command()
+@app.command(cls=Command)
+@with_options_of(
+    DataConfig, ("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "cache_dir")
+)
+def reference(
+    dataset: Annotated[
+        str,
+        typer.Argument(help="`digits`, a Hub id, a folder of images or of parquet files, or one saved by `datasets`."),
+    ],
+    out: Annotated[Path, option("out", "A new folder for the statistics.")],
+    split: Annotated[str, option("split", "train, test, ...")] = "train",
+    network: Network = "inception",
+    network_path: NetworkPath = None,
+    num_features: Annotated[int, option("num_features", "Images whose features are kept.", min=4)] = 10_000,
+    batch_size: Annotated[int, option("batch_size", "Images per step.", min=1)] = 64,
+    device: Annotated[str, option("device", "cpu, cuda, ...")] = "cpu",
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Measure a data set to compare samples with."""
+    with report_errors():
+        config = _data_config({**flags, "dataset_name": dataset})
+        from hf_ddpm.evaluation.features import load_network
+        from hf_ddpm.evaluation.statistics import make_reference
+
+        loaded = load_network(network or "inception", network_path, device)
+        made = make_reference(config, split, loaded, out, num_features=num_features, batch_size=batch_size)
+    data = made.metadata["data"]
+    for warning in made.metadata["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
+    finish(
+        json,
+        {"out": str(out), "num_images": made.count, "metric": loaded.frechet_name, **made.metadata},
+        f"{out} holds the statistics of {made.count:,} images of {data['name']}, split {split}, "
+        f"{data['resolution']} x {data['resolution']}, {data['channels']} channels; {loaded.frechet_name}, "
+        f"{loaded.dimensions:,} dimensions. Compare a model with them: hf-ddpm evaluate MODEL --reference {out}",
+    )
+
+
+@app.command(cls=Command)
 def schedule(
     model: Model,
-    steps: Annotated[str, typer.Option(help="Comma-separated numbers of steps.")] = "5,8,10",
-    scheduler: Annotated[str, typer.Option(help="The solver: dpmsolver++ or ddim.")] = "dpmsolver++",
-    num_images: Annotated[
-        int, typer.Option("--num_images", min=1, help="Noises that are searched on, and as many that measure.")
-    ] = 32,
+    steps: Annotated[str, option("steps", "Comma-separated numbers of steps.")] = "5,8,10",
+    scheduler: Annotated[str, option("scheduler", "The solver: dpmsolver++ or ddim.")] = "dpmsolver++",
+    num_images: Annotated[int, option("num_images", "Noises to search on, and to measure on.", min=1)] = 32,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Images per forward pass.")] = 32,
+    batch_size: Annotated[int, option("batch_size", "Images per forward pass.", min=1)] = 32,
     device: Device = None,
     dtype: Dtype = "fp32",
     compile: Compile = False,
+    json: Json = False,
 ) -> None:
-    """Finds the few timesteps whose images come nearest to those of many, and keeps them with the model."""
-    from hf_ddpm.evaluation.search import search_and_keep
+    """Search timesteps for sampling in few steps.
 
-    with _errors_said():
-        numbers = _numbers("steps", steps)
+    Those whose images come nearest to the images of many steps are kept with the model.
+    """
+    results = []
+    with report_errors():
+        numbers = split_numbers("steps", steps)
         if not numbers:
-            raise ValueError(f"steps must be whole numbers, got {steps!r}")
-        for found, path in search_and_keep(
+            raise UsageError(f"steps must be whole numbers, got {steps!r}")
+        from dataclasses import asdict
+
+        from hf_ddpm.evaluation.search import search_and_keep
+
+        for searched, path in search_and_keep(
             model,
             numbers,
             scheduler=scheduler,
@@ -329,99 +317,164 @@ def schedule(
             dtype=dtype,
             compile=compile,
         ):
-            is_nearer = found.distance < found.uniform_distance
-            is_why = "the model is on the Hub, download it to keep them" if is_nearer else "uniform ones are as good"
-            typer.echo(
-                f"{scheduler}, {len(found.timesteps)} steps: distance {found.distance:.4f} to {found.reference_steps} "
-                f"steps, uniform {found.uniform_distance:.4f}, unipc {found.unipc_distance:.4f}"
-                + (f", kept in {path}" if path else f", not kept: {is_why}")
-            )
-            typer.echo(f"timesteps={[*found.timesteps]}")
+            results.append({**asdict(searched), "path": path and str(path)})
+            if not json:
+                say(*_describe_search(searched, path))
+    kept = sum(result["path"] is not None for result in results)
+    ending = (
+        f"{kept} of {len(results)} schedules are kept with the model; `hf-ddpm sample` uses them at so many steps."
+    )
+    finish(json, {"results": results}, ending)
 
 
-@app.command()
+@app.command(cls=Command)
+def average(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that saved snapshots of its averages.")],
+    std: Annotated[float, option("std", "Its length: the std of its profile, relative to all images.")],
+    images: Annotated[int | None, typer.Option(min=1, help="The images at a snapshot. Default: at the last.")] = None,
+    out: Annotated[Path | None, option("out", "A new folder. Default: RUN/ema/std-STD.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a model with another average of its weights.
+
+    An average of any length is reconstructed from the snapshots of a run.
+    """
+    with report_errors():
+        from hf_ddpm.runtime.files import read_mapping
+        from hf_ddpm.training.posthoc import write_average
+
+        folder = write_average(run, std, out, images)
+        about = read_mapping(folder / "average.json")
+    finish(
+        json,
+        {"out": str(folder), **about},
+        f"{folder} holds the average of std {about['std']:g} at {about['images']:,} images, with a profile error of "
+        f"{about['profile_error']:.1e}. Measure it with: hf-ddpm evaluate {folder}",
+    )
+
+
+@app.command(cls=Command)
 def push(
     run: Annotated[Path, typer.Argument(help="The folder of a run, or of any DDPMPipeline.")],
-    repo_id: Annotated[str, typer.Argument(help="NAME in your namespace, or NAMESPACE/NAME; made if need be.")],
-    public: Annotated[
-        bool, typer.Option("--public", help="A new repository is public; without this it is private.")
-    ] = False,
-    revision: Annotated[str, typer.Option(help="The branch, made if need be.")] = "main",
-    averages: Annotated[
-        bool, typer.Option("--averages", help="Also each average in RUN/ema, as a branch with its name.")
-    ] = False,
-    message: Annotated[str | None, typer.Option(help="Of the commit. Default: the run's step and images.")] = None,
+    repo_id: Annotated[str, typer.Argument(help="NAME in your namespace, or NAMESPACE/NAME; created if need be.")],
+    public: Annotated[bool, switch("public", "Make a new repository public.")] = False,
+    revision: Annotated[str, option("revision", "The branch, created if need be.")] = "main",
+    averages: Annotated[bool, switch("averages", "Also push each average in RUN/ema as a branch.")] = False,
+    message: Annotated[str | None, option("message", "The commit's. Default: the run's step and images.")] = None,
+    json: Json = False,
 ) -> None:
-    """Uploads a model, its card, figures and numbers to the Hub: one commit, or none if nothing has changed."""
-    from hf_ddpm.hub import upload
+    """Upload a model, its card and figures to the Hub.
 
-    with _errors_said():
-        done = upload.push(run, repo_id, public=public, revision=revision, message=message, averages=averages)
-    typer.echo(f"{done.url}: {done.commit[:12]}" + ("" if done.is_new else ", nothing has changed"))
-    if done.kept_readme:
+    That is one commit, or none if nothing has changed.
+    """
+    with report_errors():
+        from dataclasses import asdict
+
+        from hf_ddpm.hub import upload
+
+        pushed = upload.push(run, repo_id, public=public, revision=revision, message=message, averages=averages)
+    if pushed.kept_readme:
         typer.echo(upload.KEPT_README, err=True)
+    change = "was pushed" if pushed.is_new else "is the newest: nothing has changed"
+    load = f'DDPMPipeline.from_pretrained("{pushed.repo_id}")'
+    finish(json, asdict(pushed), f"{pushed.url}: commit {pushed.commit[:12]} {change}. Load the model with: {load}")
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     model: Model,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of http://127.0.0.1.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port of http://127.0.0.1.")] = 7860,
 ) -> None:
-    """Opens a page that samples the model and shows both of its processes, on this machine."""
-    from hf_ddpm.hub.space import run_demo
+    """Open a page that shows a model on this machine."""
+    with report_errors():
+        from hf_ddpm.hub.space import run_demo
 
-    with _errors_said():
         run_demo(model, port)
 
 
-@app.command()
+@app.command(cls=Command)
 def space(
     model: Annotated[str, typer.Argument(help="The folder of a run whose model is on the Hub, or a Hub id.")],
-    space_id: Annotated[str, typer.Argument(help="The Space: name, or namespace/name.")],
+    space_id: Annotated[str, typer.Argument(help="The Space: NAME or NAMESPACE/NAME.")],
     model_id: Annotated[
         str | None,
-        typer.Option("--model_id", help="The model on the Hub. Default: the run's hub_model_id, or its card's."),
+        typer.Option("--model_id", help="The model on the Hub. Default: as the run says."),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Create the Space public; default: private.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the Space into this folder, and push nothing.")] = None,
+    public: Annotated[bool, switch("public", "Create the Space public.")] = False,
+    out: Annotated[Path | None, option("out", "Write the Space into this folder, and push nothing.")] = None,
+    json: Json = False,
 ) -> None:
-    """Makes a Space of the page that `hf-ddpm demo` opens."""
+    """Make a Space of the page of `hf-ddpm demo`."""
     import tempfile
 
-    from hf_ddpm.hub.space import model_id_of, push_space, write_space
+    with report_errors():
+        from hf_ddpm.hub.space import model_id_of, push_space, write_space
 
-    with _errors_said():
         model_id = model_id_of(model, model_id)
         if out is not None:
             write_space(model, model_id, out)
-            typer.echo(f"{out}: a Space that shows {model_id}; hf upload --repo-type space {space_id} {out}")
+            upload = f"hf upload --repo-type space {space_id} {out}"
+            finish(json, {"out": str(out), "model_id": model_id}, f"{out} shows {model_id}. Upload it: {upload}")
             return
         with tempfile.TemporaryDirectory() as folder:
             write_space(model, model_id, Path(folder))
-            typer.echo(push_space(Path(folder), space_id, model_id, public))
+            result = push_space(Path(folder), space_id, model_id, public)
+    finish(json, {"url": result, "model_id": model_id}, result)
 
 
-def _listed(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
+@app.command(cls=Command)
+def info(
+    model: Annotated[str | None, typer.Argument(help="A folder that holds a pipeline, or a Hub id.")] = None,
+    json: Json = False,
+) -> None:
+    """Describe a model, or this machine.
+
+    Of a model: its network, how far it was trained, what was measured. Without one: the versions for a bug report.
+    """
+    with report_errors():
+        from hf_ddpm.hub.info import machine_info, model_info
+
+        result = machine_info() if model is None else model_info(model)
+    shown = {name: value for name, value in result.items() if name != "measured" and value is not None}
+    lines = table([(name, ", ".join(value) if isinstance(value, list) else value) for name, value in shown.items()])
+    if model is not None and result["measured"]:
+        lines += ["", *_table_of_results(result["measured"])]
+    elif model is not None:
+        lines.append(f"Nothing was measured yet: hf-ddpm evaluate {model}")
+    finish(json, result, *lines)
 
 
-def _numbers(name: str, text: str | None) -> list[int]:
-    parts = _listed(text)
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{name} must be whole numbers, got {text!r}")
-    return [int(part) for part in parts]
+def _join_launcher() -> None:
+    """Close the gaps of launchers, for a command that several processes share."""
+    code = start_missing_processes()
+    if code is not None:
+        raise typer.Exit(code)
+    exit_with_launcher()
+    if is_launched():
+        from hf_ddpm.runtime.processes import share_cores
+
+        share_cores()
 
 
-@contextmanager
-def _errors_said() -> Iterator[None]:
-    """Within it, what a setting or the disk is to blame for ends the command with its message."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name
-            raise
-        typer.echo(f"error: {str(error).splitlines()[0]} Give a smaller --batch_size, or --device cpu.", err=True)
-        raise typer.Exit(1) from error
+def _data_config(flags: Mapping[str, Any]) -> DataConfig:
+    config = DataConfig(**typed_values(DataConfig, flags))
+    check_values(config)
+    return config
+
+
+def _describe_search(searched: Any, path: Path | None) -> list[str]:
+    is_nearer = searched.distance < searched.uniform_distance
+    reason = "the model is on the Hub, download it to keep them" if is_nearer else "uniform ones are as good"
+    return [
+        f"{searched.scheduler}, {len(searched.timesteps)} steps: distance {searched.distance:.4f} to "
+        f"{searched.reference_steps} steps, uniform {searched.uniform_distance:.4f}, unipc "
+        f"{searched.unipc_distance:.4f}, " + (f"kept in {path}" if path else f"not kept: {reason}"),
+        f"timesteps={[*searched.timesteps]}",
+    ]
+
+
+def _table_of_results(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    from hf_ddpm.hub.card import result_cells
+
+    rows = [result_cells(row) for row in results]
+    return table([list(rows[0]), *([*row.values()] for row in rows)]) if rows else []

@@ -399,7 +399,7 @@ def _set_axis(
     if is_log:
         _set_log_ticks(axis, low, high)
     else:
-        axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(FuncFormatter(_format_tick))
 
 
@@ -429,7 +429,7 @@ def _set_log_ticks(axis: Axis, low: float, high: float) -> None:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     num_ticks = sum(low <= multiple * 10.0**power <= high for power in powers for multiple in (1, 2, 5))
     if num_ticks < 3:
-        axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
         axis.set_minor_locator(MaxNLocator(nbins=30, steps=[1, 2, 5, 10]))
     else:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if num_decades < 2.5 else (1,), numticks=10))

@@ -3,8 +3,8 @@
     python -m benchmarks.safety_cost.run
 
 One loop takes training steps of the default network for 28x28 images and, after each, does by itself what a step does
-only so that it can be resumed, skipped or stopped: a generator per image for t and eps instead of one for all, a seed
-for dropout, marking a loss and skipping a step that are not finite, asking for signals. Ratios are of medians of this
+only so that it can be resumed, skipped or stopped: t and eps as functions of the position of each image, a seed for
+dropout, marking a loss and skipping a step that are not finite, asking for signals. Ratios are of medians of this
 loop. Then checkpoints are written as a run writes them, flushed and read back. Writes `table.md`.
 """
 
@@ -28,7 +28,7 @@ from diffusers import UNet2DModel
 from hf_ddpm import DDPMScheduler
 from hf_ddpm.network import sized_config
 from hf_ddpm.objective import Objective
-from hf_ddpm.runtime.seeds import image_generators, seed_step
+from hf_ddpm.runtime.seeds import image_draws, seed_step
 from hf_ddpm.runtime.signals import StopRequest
 from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import Progress, TrainingState, save_checkpoint
@@ -64,9 +64,8 @@ def main() -> None:
         torch.randn(x_0.shape)
 
     def draw_per_image(positions: np.ndarray) -> None:
-        generators = image_generators(0, positions, x_0.device)
-        objective.timesteps_from_uniform(torch.cat([torch.rand(1, generator=g) for g in generators]))
-        torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators])
+        uniform, _ = image_draws(0, torch.from_numpy(positions), x_0.shape[1:], x_0.device)
+        objective.timesteps_from_uniform(uniform)
 
     def guard() -> None:
         mean = torch.ones((), requires_grad=True) * 2
@@ -80,7 +79,7 @@ def main() -> None:
             positions = np.arange(BATCH) + number * BATCH
             timed("step", step)
             timed("one generator", draw)
-            timed("own generators", lambda at=positions: draw_per_image(at))
+            timed("draws per image", lambda at=positions: draw_per_image(at))
             timed("dropout seed", lambda at=number: seed_step(0, at, 0))
             timed("guard", guard)
             timed("signals", lambda at=number: stop.reason(at))
@@ -92,7 +91,7 @@ def main() -> None:
 
     median = {name: statistics.median(values) for name, values in times.items()}
     rows = {
-        "t and eps from a generator per image": median["own generators"] - median["one generator"],
+        "t and eps as functions of the position": median["draws per image"] - median["one generator"],
         "the seed of dropout": median["dropout seed"],
         "loss and gradients looked at": median["guard"],
         "signals and time asked for": median["signals"],

@@ -12,7 +12,7 @@ from hf_ddpm.runtime.settings import GIVEN, check_values, setting, typed_values
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how each becomes x_0."""
+    """The settings that decide which images there are, and how each becomes x_0."""
 
     dataset_name: str | None = setting(
         None,
@@ -97,7 +97,7 @@ def load_data_config(path: Path) -> DataConfig:
     """Load the settings of the data from the config.yaml of a run; those of training are left out.
 
     Raises:
-        UsageError: The file is damaged, or a value cannot work.
+        UsageError: When the file is damaged, or a value cannot work.
     """
     names = {each.name for each in fields(DataConfig)}
     given = {name: value for name, value in read_mapping(path).items() if name in names}

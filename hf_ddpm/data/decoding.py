@@ -4,7 +4,7 @@ encoded image   what a row of a data set holds: {"bytes": ..., "path": ...}, eit
 header          the beginning of an image file, which tells its size and mode without decoding its pixels
 mode            Pillow's name of what a pixel is: "L" is 8-bit gray, "I;16" 16-bit gray, "RGB" color, ...
 image format    the resolution, the channels and the largest value that all images of a data set are brought to
-planes          a decoded image, (C, h, w) in [0, max_value], of which the shorter side is the resolution
+planes          a decoded image, (C, h, w) uint8 or uint16 in [0, max_value], its shorter side being the resolution
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ class ImageFormat:
     resolution: int
     channels: int
     max_value: int
+
+    @property
+    def dtype(self) -> type[np.uint8] | type[np.uint16]:
+        """The type of the planes: uint8, or uint16 for 16-bit images."""
+        return np.uint8 if self.max_value == 255 else np.uint16
 
 
 class NeedsSixteenBits(Exception):
@@ -101,7 +106,7 @@ def decode(encoded: Any, name: str, image_format: ImageFormat) -> np.ndarray:
         image_format: The format to bring it to.
 
     Returns:
-        The planes, (C, h, w) in [0, max_value].
+        The planes, (C, h, w) in [0, max_value], of the format's type.
 
     Raises:
         UsageError: When the image differs from the first images, which decided the format.
@@ -211,7 +216,7 @@ def to_planes(image: Image.Image, image_format: ImageFormat) -> np.ndarray:
     bits become 16 bits by v * 257, and those of 16 bits become 8 by round(v * 255 / 65535).
 
     Returns:
-        The planes, (C, h, w) in [0, max_value]; (C, R, R) with `center_crop`.
+        The planes, (C, h, w) in [0, max_value], of the format's type; (C, R, R) with `center_crop`.
 
     Raises:
         ValueError: When the range of the pixels is unknown, or the image is too oblong.
@@ -220,14 +225,15 @@ def to_planes(image: Image.Image, image_format: ImageFormat) -> np.ndarray:
     max_value, config = image_format.max_value, image_format.config
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
-        raise ValueError("pixels are 32-bit floats, whose range is unknown")
+        raise ValueError("pixels of mode F are 32-bit floats, whose range is unknown")
     is_deep = image.mode.startswith("I")
     image = _deep_to_float(image) if is_deep else _to_mode(image, image_format.channels)
     if is_deep and config.preserve_input_precision and max_value == 255:
         raise NeedsSixteenBits
     values = np.asarray(_resized(image, image_format.resolution))
     if is_deep:
-        values = np.clip(np.rint(values if max_value == 65535 else values * 255 / 65535), 0, max_value)
+        scaled = values if max_value == 65535 else values * 255 / 65535
+        values = np.clip(np.rint(scaled), 0, max_value).astype(image_format.dtype)
     elif max_value == 65535:
         values = values.astype(np.uint16) * 257
     planes = _gray_to_channels(values, image_format) if values.ndim == 2 else values.transpose(2, 0, 1)
@@ -277,7 +283,9 @@ def _deep_to_float(image: Image.Image) -> Image.Image:
     """Convert a 16-bit or 32-bit integer image to mode "F", whose pixels Pillow resizes without rounding them."""
     values = np.asarray(image).astype(np.float64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"pixels are 32-bit integers in [{values.min():.0f}, {values.max():.0f}], not in [0, 65535]")
+        raise ValueError(
+            f"pixels of mode {image.mode} must be in [0, 65535], got [{values.min():.0f}, {values.max():.0f}]"
+        )
     if "transparency" in image.info:
         values[values == image.info["transparency"]] = 65535
     return Image.fromarray(values.astype(np.float32))

@@ -299,7 +299,7 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     def _batch(self, substreams: dict[int, _Substream], positions: np.ndarray) -> dict[str, Any]:
         size = self.stream.resolution
-        dtype = np.uint8 if self.stream.max_value == 255 else np.uint16
+        dtype = self.stream.image_format.dtype
         pixels = np.empty((len(positions), self.stream.channels, size, size), dtype)
         labels, num_bad = [], 0
         u, v = (hashed_uniform(self.seed, side, positions) for side in (TOP, LEFT))

@@ -211,7 +211,7 @@ class ImageStream:
             if is_skipped and not is_transient(error):
                 return None
             raise unreadable_image_error(self.name_of(example), error) from error
-        return np.ascontiguousarray(planes, np.uint16 if self.max_value > 255 else np.uint8)
+        return np.ascontiguousarray(planes)
 
     def check_row_count(self, shard: int, expected: int, actual: int) -> None:
         """Check that a shard has as many rows as it had before.

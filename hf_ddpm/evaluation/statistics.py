@@ -186,22 +186,22 @@ def load_reference(path: str | Path) -> Reference:
             f"reference must be a folder with reference.json, got {str(path)!r}: make one with `hf-ddpm reference`"
         )
     try:
-        with naming_damage(f"{folder / 'reference.json'} cannot be read", "make it anew"):
-            metadata = read_mapping(folder / "reference.json", "make it anew")
+        with naming_damage(f"{folder / 'reference.json'} cannot be read", "make it again"):
+            metadata = read_mapping(folder / "reference.json", "make it again")
             if metadata["format"] != FORMAT:
-                raise UsageError(f"reference must have the format {FORMAT}, got {metadata['format']}: make it anew")
+                raise UsageError(f"reference must have the format {FORMAT}, got {metadata['format']}: make it again")
             content = (folder / "reference.safetensors").read_bytes()
             expected, actual = metadata.pop("sha256"), hashlib.sha256(content).hexdigest()
             if actual != expected:
                 raise UsageError(
                     f"reference must be as it was written, got {str(path)!r} with the sha256\n  {actual} instead of\n"
-                    f"  {expected}: make it anew with `hf-ddpm reference`"
+                    f"  {expected}: make it again with `hf-ddpm reference`"
                 )
             tensors = load(content)
             features = tensors.pop("features")
             return Reference(Moments(**tensors), features, metadata)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{folder} cannot be read: {in_one_line(error)}: make it anew") from error
+        raise UsageError(f"{folder} cannot be read: {in_one_line(error)}: make it again") from error
 
 
 def check_comparable(reference: Reference, network: FeatureNetwork, resolution: int, channels: int) -> None:

@@ -1,30 +1,47 @@
-"""Gaps of launchers, closed.
+"""Processes: started where a launcher would start them, and ended together.
 
-`accelerate launch --cpu --num_processes N` starts one process without a word (accelerate #2741); torchrun starts N.
-A launcher that is killed tells the processes that it started nothing, and they go on unseen.
+`accelerate launch` and torchrun start the processes of a run, and so does `hf-ddpm train` on a machine with several
+GPUs or with a file of `accelerate config`. Three gaps of launchers are closed here:
+
+    `accelerate launch --cpu --num_processes N` starts one process and says nothing (accelerate #2741).
+    torchrun exits with 1, whatever code its workers exit with.
+    A launcher that is killed does not tell its workers, which go on unseen.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
+import subprocess
 import sys
-
-import psutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.signals import LAUNCHER_ENDED
+from hf_ddpm.runtime.signals import LAUNCHER_ENDED, SIGNALS, STOPPED
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# What launchers tell a process about its place among several.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+MPI_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# What `accelerate launch` tells every process, and torchrun too.
+LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+# The file to which workers write their exit codes.
+OUTCOME_VARIABLE = "HF_DDPM_OUTCOME_FILE"
+NO_DEEPSPEED = (
+    "distributed_type must not be DEEPSPEED, which hf_ddpm does not support: use FSDP 2 for a model that is too large "
+    "for one GPU (launch_configs/fsdp.yaml), and else DDP (launch_configs/ddp.yaml)"
+)
+# torchrun kills a worker that has not ended so long after a signal. It may have to finish a step and a checkpoint.
+SHUTDOWN_SECONDS = 3600
 
 
-def follow_launcher() -> None:
-    """Asks Linux for the signal LAUNCHER_ENDED when `accelerate launch` or torchrun, which started this, has ended."""
-    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if is_launched and sys.platform == "linux" and LAUNCHER_ENDED is not None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_ENDED)
+def is_launched() -> bool:
+    """Return whether a launcher started this process, as the only one or as one of several."""
+    return any(name in os.environ for name in (*RANK_VARIABLES, *MPI_VARIABLES, *LAUNCHER_VARIABLES))
 
 
 def reject_deepspeed() -> None:
@@ -34,46 +51,177 @@ def reject_deepspeed() -> None:
         UsageError: When `accelerate launch` or the environment asks for DeepSpeed.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UsageError(
-            "distributed_type must not be DEEPSPEED, which hf_ddpm does not support: use FSDP 2 for a model that is "
-            "too large for one GPU (launch_configs/fsdp.yaml), and else DDP (launch_configs/ddp.yaml)"
-        )
+        raise UsageError(NO_DEEPSPEED)
 
 
-def start_missing_processes() -> None:
-    """Replaces this process by torchrun if `accelerate launch --cpu` was asked for several and started one.
+def is_main_process() -> bool:
+    """Return whether this is the process that speaks for all of a run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def exit_with_launcher() -> None:
+    """Ask Linux to send LAUNCHER_ENDED to this process when the launcher that started it has ended."""
+    if any(name in os.environ for name in LAUNCHER_VARIABLES) and LAUNCHER_ENDED is not None:
+        _signal_at_parent_end(LAUNCHER_ENDED)
+
+
+def remove_from_argv(secret: str | None) -> None:
+    """Replace a secret in `sys.argv`, which trackers record."""
+    if secret:
+        sys.argv = [argument.replace(secret, "...") for argument in sys.argv]
+
+
+def start_processes() -> int | None:
+    """Start the processes that `accelerate launch` would start on this machine, and wait for them.
+
+    A file of `accelerate config` decides how many; without one there is a process for each GPU.
+
+    Returns:
+        The exit code of the run; None if this process is to do the work, alone or as one of those that were started.
 
     Raises:
-        UsageError: how many were asked for cannot be found out, or they are on several machines; DeepSpeed is
-            asked for.
+        UsageError: When several processes were asked for, but not how many of them belong here; or DeepSpeed.
+    """
+    code = start_missing_processes()
+    if code is not None or is_launched():
+        return code
+    import torch
+    from accelerate.commands.config import default_config_file, load_config_from_file
+
+    if not os.path.isfile(default_config_file):
+        num_gpus = torch.cuda.device_count()
+        if num_gpus < 2:
+            return None
+        options = ["--multi_gpu", "--num_processes", str(num_gpus), "--num_machines", "1"]
+        return _accelerate_launch([*options, "--mixed_precision", "no", "--dynamo_backend", "no"])
+
+    config: Any = load_config_from_file(default_config_file)
+    if str(config.distributed_type).endswith("DEEPSPEED"):
+        raise UsageError(NO_DEEPSPEED)
+    if config.num_processes == 1:
+        os.environ.update(_environment_of(config))
+        return None
+    if config.use_cpu and config.num_machines == 1:
+        return _torchrun(config.num_processes, _environment_of(config))
+    return _accelerate_launch([])
+
+
+def start_missing_processes() -> int | None:
+    """Start the processes that `accelerate launch --cpu --num_processes N` left out, and wait for them.
+
+    Returns:
+        The exit code of the run; None if no process is missing.
+
+    Raises:
+        UsageError: When it cannot be found out how many processes were asked for, or they are on several machines.
     """
     reject_deepspeed()
     # For more than one process Accelerate names their meeting point, even though it starts one; a launcher that starts
     # them all also gives each its rank.
-    alone = "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    under_mpi = any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
-    if not (alone and on_cpu and "MASTER_ADDR" in os.environ) or under_mpi:
-        return
+    is_alone = not any(name in os.environ for name in ("RANK", "WORLD_SIZE", *MPI_VARIABLES))
+    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if not (is_alone and is_on_cpu and "MASTER_ADDR" in os.environ):
+        return None
+    import psutil
+
     parent = psutil.Process().parent()
-    line = " ".join(parent.cmdline()) if parent is not None else ""
-    asked = re.search(r"--num[_-]processes[= ](\d+)", line)
-    if asked is None or re.search(r"--num[_-]machines[= ](?!1\b)", line):
+    command = " ".join(parent.cmdline()) if parent is not None else ""
+    num_processes = re.search(r"--num[_-]processes[= ](\d+)", command)
+    if num_processes is None or re.search(r"--num[_-]machines[= ](?!1\b)", command):
         raise UsageError(
             "accelerate launch starts one process on the CPU whatever num_processes says: for several, "
             f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node N {sys.argv[0]}"
         )
+    _signal_at_parent_end(signal.SIGTERM)  # torchrun passes it on to all workers
+    return _torchrun(int(num_processes[1]), {})
+
+
+def report_outcome(code: int) -> int:
+    """Tell the process that started this one how the run ended.
+
+    Returns:
+        The code to exit with. It is 0 instead of STOPPED for a worker whose outcome is read from a file: torchrun
+        takes any other code for a failure, and ends the workers that are still finishing.
+    """
+    path = os.environ.get(OUTCOME_VARIABLE)
+    if path is None:
+        return code
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{code}\n")
+    return 0 if code == STOPPED else code
+
+
+def _environment_of(config: Any) -> dict[str, str]:
+    """Return what `accelerate launch` would tell a process, of the settings that also matter without several."""
+    environment = {
+        "ACCELERATE_MIXED_PRECISION": str(config.mixed_precision or "no"),
+        "ACCELERATE_USE_CPU": str(bool(config.use_cpu)).lower(),
+    }
+    if config.gpu_ids not in (None, "all"):
+        environment["CUDA_VISIBLE_DEVICES"] = str(config.gpu_ids)
+    return environment
+
+
+def _torchrun(num_processes: int, environment: dict[str, str]) -> int:
+    from torch.distributed.run import main
+
+    options = ["--standalone", "--nproc_per_node", str(num_processes)]
     # With the store that restarts share in torch 2.13, most restarts over gloo fail.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    if sys.platform == "linux":  # it passes SIGTERM on to all of them
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", asked[1]]
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **environment}
+    return _wait_for_workers(lambda: main([*options, *_own_command()]), variables)
+
+
+def _accelerate_launch(options: list[str]) -> int:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    # Of Accelerate's default port, 29500, there is one for all runs of a machine; with 0 it takes a free one.
+    port = ["--main_process_port", "0"] if options else []
+    arguments = launch_command_parser().parse_args([*options, *port, *_own_command()])
+    return _wait_for_workers(lambda: launch_command(arguments), {})
+
+
+def _own_command() -> list[str]:
+    """Return what this process runs, as a launcher takes it: a script or `-m` and a module, and the arguments."""
     module = sys.modules["__main__"].__spec__
-    started = [sys.argv[0]] if module is None else ["-m", module.name]
-    os.execv(sys.executable, [*torchrun, *started, *sys.argv[1:]])
+    if module is not None:
+        return ["-m", module.name, *sys.argv[1:]]
+    # The command `hf-ddpm` is a script on some systems and a program on others.
+    script = [sys.argv[0]] if sys.argv[0].endswith(".py") else ["-m", "hf_ddpm"]
+    return [*script, *sys.argv[1:]]
 
 
-def hide(secret: str | None) -> None:
-    """Takes it out of the command line, which trackers record."""
-    if secret:
-        sys.argv = [argument.replace(secret, "...") for argument in sys.argv]
+def _wait_for_workers(start: Callable[[], Any], environment: dict[str, str]) -> int:
+    """Start workers and return the exit code of all of them together.
+
+    Args:
+        start: Start them, wait, and raise if one has failed.
+        environment: What they are told beyond the environment of this process.
+    """
+    from accelerate.utils import patch_environment
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "outcomes"
+        variables = {
+            "PET_SIGNALS_TO_HANDLE": ",".join(["SIGHUP", "SIGQUIT", *(number.name for number in SIGNALS)]),
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
+            OUTCOME_VARIABLE: str(path),
+            **environment,
+        }
+        has_failed = False
+        with patch_environment(**variables):
+            try:
+                start()
+            except (ChildFailedError, SignalException, subprocess.CalledProcessError):
+                has_failed = True  # the worker that failed has said why
+        codes = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    worst = next((code for code in (2, 1, STOPPED) if str(code) in codes), None)
+    return int(has_failed) if worst is None else worst
+
+
+def _signal_at_parent_end(number: int) -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

@@ -27,15 +27,15 @@ GIVEN = object()
 
 @dataclass(frozen=True)
 class SettingInfo:
-    """What a setting says about itself.
+    """The description of a setting.
 
     Args:
         help: Its meaning, in a sentence or two.
         group: Its heading in `--help`.
         resume: Whether a resumed run may change it, see the top of this file.
-        at_least: The smallest value.
-        above: A value that it must exceed; it must then be finite, too.
-        below: A value that it must stay under.
+        at_least: The smallest value; of a list, that of each number.
+        above: A value that it must exceed.
+        below: A value that it must stay under. No number may be infinite.
         only_with: Other settings, each with the value or the tuple of values that this one takes effect with. A value
             of this one that is neither its default nor `off` is an error beside any other.
         off: A value that switches it off, and so is no error where it has no effect.
@@ -54,7 +54,16 @@ class SettingInfo:
 
 
 def setting(default: Any, help: str, *, group: str, resume: Resume, repr: bool = True, **about: Any) -> Any:
-    """Make a dataclass field that describes itself; arguments as of `SettingInfo`."""
+    """Make a dataclass field that describes itself.
+
+    Args:
+        default: The value of the setting where nothing is given.
+        help: See `SettingInfo`, as for all that follows.
+        group: The heading in `--help`.
+        resume: Whether a resumed run may change it.
+        repr: Whether the value is shown when the config is printed.
+        about: Further arguments of `SettingInfo`.
+    """
     info = SettingInfo(help, group, resume, **about)
     return field(default=default, repr=repr, metadata={"setting": info})
 
@@ -66,41 +75,62 @@ def settings_of(config: Any) -> Iterator[tuple[str, Any, SettingInfo]]:
 
 
 def check_values(config: Any) -> None:
-    """Check each setting by itself: its type's choices, then its range.
+    """Check each setting by itself: that it has a value, its type's choices, its range.
 
     Raises:
-        UsageError: Names the first setting that cannot have its value.
+        UsageError: When a setting cannot have its value; the message names the first of them.
     """
     hints = get_type_hints(type(config))
     for name, _, info in settings_of(config):
         value, hint = getattr(config, name), hints[name]
+        choices = choices_of(hint)
         if value is None:
             if type(None) not in get_args(hint):
                 raise UsageError(f"{name} must have a value, got None: leave the setting out for its default")
-            continue
-        choices = choices_of(hint)
-        if choices and value not in choices:
+        elif choices and value not in choices:
             raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-        if isinstance(value, list):
-            continue
-        if info.above is not None and info.below is not None:
-            if not info.above < value < info.below:
-                raise UsageError(f"{name} must be in ({info.above:g}, {info.below:g}), got {value}")
-        elif info.at_least is not None and info.below is not None:
-            if not info.at_least <= value < info.below:
-                raise UsageError(f"{name} must be in [{info.at_least:g}, {info.below:g}), got {value}")
-        elif info.above is not None and not info.above < value < math.inf:
-            raise UsageError(f"{name} must be above {info.above:g}, got {value}")
-        elif info.at_least is not None and not value >= info.at_least:
-            bound = "must not be negative" if info.at_least == 0 else f"must be at least {info.at_least:g}"
-            raise UsageError(f"{name} {bound}, got {value}")
+        elif isinstance(value, list):
+            _check_list(name, value, info)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            _check_range(name, value, info)
+
+
+def _check_range(name: str, value: float, info: SettingInfo) -> None:
+    is_in_range = (
+        (info.at_least is None or value >= info.at_least)
+        and (info.above is None or value > info.above)
+        and (info.below is None or value < info.below)
+        and math.isfinite(value)
+    )
+    if not is_in_range:
+        raise UsageError(f"{name} {_range_text(info)}, got {value}")
+
+
+def _range_text(info: SettingInfo) -> str:
+    """Return the range of a setting in words, as in "must be above 0"."""
+    if info.below is not None:
+        start = f"({info.above:g}" if info.above is not None else f"[{info.at_least or 0:g}"
+        return f"must be in {start}, {'2**63' if info.below == 2**63 else f'{info.below:g}'})"
+    if info.above is not None:
+        return f"must be above {info.above:g}"
+    if info.at_least is not None:
+        return "must not be negative" if info.at_least == 0 else f"must be at least {info.at_least:g}"
+    return "must be a finite number"
+
+
+def _check_list(name: str, values: list[float], info: SettingInfo) -> None:
+    # Folders are named by numbers in this format.
+    has_equal = len({f"{value:g}" for value in values}) < len(values)
+    smallest = -math.inf if info.at_least is None else info.at_least
+    if not values or has_equal or not all(smallest <= value < math.inf for value in values):
+        raise UsageError(f"{name} must be different numbers of at least {smallest:g}, got {values}")
 
 
 def check_effects(config: Any) -> None:
     """Check that each setting that was changed from its default takes effect beside the others.
 
     Raises:
-        UsageError: Names the first one that does not, and what it takes effect with.
+        UsageError: When one does not; the message names it, and what it takes effect with.
     """
     for name, default, info in settings_of(config):
         value = getattr(config, name)
@@ -122,7 +152,7 @@ def typed_values(config_type: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """Convert values from YAML or from a command line to the types of their settings.
 
     Raises:
-        UsageError: A value has no such form.
+        UsageError: When a value cannot be converted.
     """
     hints = get_type_hints(config_type)
     return {name: typed_value(name, value, hints[name]) for name, value in given.items()}
@@ -130,33 +160,41 @@ def typed_values(config_type: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def typed_value(name: str, value: Any, hint: Any) -> Any:
     """Convert one value; see `typed_values`. None stays None, which `check_values` refuses where it must."""
+    kinds = {hint, *get_args(hint)}
     if value is None:
         return None
     if choices := choices_of(hint):
         # YAML takes a bare `no` for false.
         text = "no" if value is False and "no" in choices else str(value)
         return next((choice for choice in choices if str(choice) == text), value)
-    kinds = {hint, *get_args(hint)}
     if list[float] in kinds:
         values = value if isinstance(value, list | tuple) else [value]
         return [_number(name, each, "a number or a list of numbers") for each in values]
     if bool in kinds:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if str(value).lower() not in words:
-            raise UsageError(f"{name} must be true or false, got {value!r}")
-        return words[str(value).lower()]
+        return _truth(name, value)
     if int in kinds:
-        try:
-            if isinstance(value, bool | float):
-                raise ValueError
-            return int(value)
-        except (TypeError, ValueError):
-            raise UsageError(f"{name} must be a whole number, got {value!r}") from None
+        return _whole_number(name, value)
     if float in kinds:
         return _number(name, value, "a number")
     if isinstance(value, list | tuple | dict):
         raise UsageError(f"{name} must be a text, got {value!r}")
     return str(value)
+
+
+def _truth(name: str, value: Any) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(value).lower() not in words:
+        raise UsageError(f"{name} must be true or false, got {value!r}")
+    return words[str(value).lower()]
+
+
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool | float):
+            raise ValueError
+        return int(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def _number(name: str, value: Any, what: str) -> float:

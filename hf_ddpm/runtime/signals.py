@@ -1,8 +1,8 @@
 """A run that is asked to end: by a signal, or by its time being up.
 
-first SIGTERM, SIGINT or SIGUSR1     the step is finished, a checkpoint written; exit code STOPPED
-second                               ends at once, as the signal does by default
-LAUNCHER_ENDED                       like a first one, never a second
+first SIGTERM, SIGINT or SIGUSR1     The step is finished and a checkpoint written; the exit code is STOPPED.
+second                               The process ends at once, as the signal does by default.
+LAUNCHER_ENDED                       It counts as a first signal, never as a second.
 """
 
 from __future__ import annotations
@@ -16,21 +16,28 @@ from typing import Any
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-# torchrun passes on to its workers what all processes of a job have got.
+# torchrun passes signals on to its workers, which a terminal or scheduler may have sent to all processes already.
 SAME_SECONDS = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
-# What `launch.follow_launcher` asks the kernel for.
+# The signal that `launch.exit_with_launcher` asks the kernel for.
 LAUNCHER_ENDED = getattr(signal, "SIGRTMIN", None)
 
 
 class StoppedOnPurpose(SystemExit):
-    """Ends the process with the code STOPPED: a checkpoint was written, from which the run goes on."""
+    """The end of a run that was asked to end: the exit code is STOPPED, and a checkpoint was written."""
 
     def __init__(self) -> None:
         super().__init__(STOPPED)
 
 
 class StopRequest:
-    """Within it, signals are noted instead of obeyed; in a thread other than the main one, only the time counts."""
+    """A context in which signals are noted instead of obeyed.
+
+    Only the main thread of a process receives signals; in another thread only the time counts.
+
+    Args:
+        max_hours: The hours after which a run is to end; None for no limit.
+        started: The start of the run, in seconds of `time.monotonic`.
+    """
 
     def __init__(self, max_hours: float | None, started: float):
         self.deadline = None if max_hours is None else started + 3600 * max_hours
@@ -50,7 +57,11 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN if number == LAUNCHER_ENDED else handler)
 
     def reason(self, num_steps: int) -> str | None:
-        """Why the run is to end, or None; after at least one step of this start if its time is up."""
+        """Return why the run is to end, or None if it is not.
+
+        Args:
+            num_steps: The steps of this start. A run whose time is up takes at least one.
+        """
         if self.signal_reason is None and self.deadline is not None and num_steps and time.monotonic() > self.deadline:
             return f"max_train_hours = {self.max_hours:g} are over"
         return self.signal_reason
@@ -65,6 +76,6 @@ class StopRequest:
 
 
 def leave_signals_to_parent(_: int) -> None:
-    """For processes that load data: a Ctrl-C or a notice is for the process that trains; SIGTERM ends them."""
+    """Ignore Ctrl-C and SIGUSR1, which are meant for the process that trains, in a process that loads data."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)

@@ -1,9 +1,12 @@
-"""Settings that cannot work, or that cannot take effect beside the others; said before anything is read or written."""
+"""Checks of a config before anything is read or written.
+
+Each setting says its own range and what it takes effect with (runtime/settings.py). Here stand relations of several
+settings, and what a run needs of this machine and of its output folder.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,27 +21,26 @@ if TYPE_CHECKING:
 
 
 def check_config(config: TrainingConfig) -> None:
-    """Raises UsageError for a value that cannot work, or that cannot take effect beside the others.
+    """Check settings and the output folder, but not the data.
 
-    Looks at settings and at the output folder, not at the data.
+    Raises:
+        UsageError: When a value cannot work, or cannot take effect beside the others.
     """
     check_values(config)
-    if config.seed >= 2**63:
-        raise UsageError(f"seed must be below 2**63, got {config.seed}")
-    if config.rescale_betas_zero_snr and config.ddpm_num_steps < 2:
-        raise UsageError(f"rescale_betas_zero_snr needs ddpm_num_steps of at least 2, got {config.ddpm_num_steps}")
-    halflives = config.ema_halflife_images or []
-    if (
-        config.ema_halflife_images == []
-        or len({f"{h:g}" for h in halflives}) < len(halflives)
-        or not all(1 <= h < math.inf for h in halflives)
-    ):
-        raise UsageError(f"ema_halflife_images must be different numbers of at least 1, got {halflives}")
-    if not 0 < config.ddpm_beta_start <= config.ddpm_beta_end < 1:
+    _check_relations(config)
+    check_effects(config)
+    _check_environment(config)
+    check_output_dir(config)
+
+
+def _check_relations(config: TrainingConfig) -> None:
+    if config.ddpm_beta_start > config.ddpm_beta_end:
         raise UsageError(
-            f"ddpm_beta_start and ddpm_beta_end must rise within (0, 1), "
+            "ddpm_beta_start and ddpm_beta_end must rise within (0, 1), "
             f"got {config.ddpm_beta_start} and {config.ddpm_beta_end}"
         )
+    if config.rescale_betas_zero_snr and config.ddpm_num_steps < 2:
+        raise UsageError(f"rescale_betas_zero_snr needs ddpm_num_steps of at least 2, got {config.ddpm_num_steps}")
     if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
         raise UsageError(
             "rescale_betas_zero_snr leaves no signal in x_T, and x_0 cannot be recovered from eps there: "
@@ -48,16 +50,12 @@ def check_config(config: TrainingConfig) -> None:
     if steps is not None and steps > config.ddpm_num_steps:
         raise UsageError(f"ddpm_num_inference_steps must be in [1, {config.ddpm_num_steps}], got {steps}")
 
-    check_effects(config)
-    _check_environment(config)
-    check_output_dir(config)
-
 
 def _check_environment(config: TrainingConfig) -> None:
-    """Check what the config needs of this machine: a launcher's rank, a login, a package."""
-    launched = int(os.environ.get("LOCAL_RANK", config.local_rank))
-    if config.local_rank not in (-1, launched):
-        raise UsageError(f"local_rank must be the launcher's LOCAL_RANK, {launched}, got {config.local_rank}")
+    """Check what a run needs of this machine: a launcher's rank, a login, a package."""
+    local_rank = int(os.environ.get("LOCAL_RANK", config.local_rank))
+    if config.local_rank not in (-1, local_rank):
+        raise UsageError(f"local_rank must be the launcher's LOCAL_RANK, {local_rank}, got {config.local_rank}")
     if config.push_to_hub and config.hub_token is None:
         from huggingface_hub import get_token
 
@@ -72,40 +70,50 @@ def _check_environment(config: TrainingConfig) -> None:
 
 
 def check_output_dir(config: TrainingConfig) -> None:
-    """Raises UsageError if `output_dir` holds another run, or there is nothing to resume from."""
+    """Check that the run may write to `output_dir`.
+
+    Raises:
+        UsageError: When the folder holds another run, or nothing to resume from.
+    """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output_dir must be a folder, got {config.output_dir!r}, which is a file")
     existing = existing_parent(folder)
     if not os.access(existing, os.W_OK) or not existing.is_dir():
         raise UsageError(f"output_dir must be a folder that can be written, got {config.output_dir!r}: see {existing}")
-    checkpoints = checkpoint_names(folder)
-    wanted = config.resume_from_checkpoint
-    if wanted is not None:
-        if config.overwrite_output_dir:
-            raise UsageError("overwrite_output_dir would delete the checkpoint to resume from: give one of the two")
-        if not checkpoints and (folder / "run.json").exists():
-            raise UsageError(
-                f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds a finished run without "
-                "checkpoints: choose another folder, or --overwrite_output_dir to delete it"
-            )
-        if not checkpoints and not (folder / "config.yaml").is_file() and run_files(folder):
-            raise UsageError(
-                f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds a model of no run that could "
-                "go on, and a new one would replace it: choose another folder, or --overwrite_output_dir instead"
-            )
-        if checkpoints and not (folder / "config.yaml").is_file():
-            raise UsageError(f"resume_from_checkpoint = {wanted!r}, but {config.output_dir!r} holds no config.yaml")
-        if wanted != "latest" and Path(wanted).name not in checkpoints:
-            names = " or ".join(["latest", *checkpoints])
-            raise UsageError(f"resume_from_checkpoint must be {names}, got {wanted!r}")
-        if wanted != "latest" and Path(wanted).name != checkpoints[-1]:
-            raise UsageError(
-                f"resuming from {wanted!r} would leave {checkpoints[-1]}, of another course of the run, the latest: "
-                "move the newer checkpoints away first"
-            )
+    if config.resume_from_checkpoint is not None:
+        _check_checkpoint(config, config.resume_from_checkpoint, folder)
     elif not config.overwrite_output_dir and not config.dry_run and run_files(folder):
         raise UsageError(
             f"output_dir {config.output_dir!r} already holds a run: choose another, "
             "--resume_from_checkpoint latest to go on with it, or --overwrite_output_dir to delete it"
+        )
+
+
+def _check_checkpoint(config: TrainingConfig, checkpoint: str, folder: Path) -> None:
+    """Check that a run can be resumed from `checkpoint`, a name or `latest`, in `folder`."""
+    if config.overwrite_output_dir:
+        raise UsageError("overwrite_output_dir would delete the checkpoint to resume from: give one of the two")
+    names = checkpoint_names(folder)
+    if not names and (folder / "run.json").exists():
+        raise UsageError(
+            f"resume_from_checkpoint = {checkpoint!r}, but {config.output_dir!r} holds a finished run without "
+            "checkpoints: choose another folder, or --overwrite_output_dir to delete it"
+        )
+    has_config = (folder / "config.yaml").is_file()
+    if not names and not has_config and run_files(folder):
+        raise UsageError(
+            f"resume_from_checkpoint = {checkpoint!r}, but {config.output_dir!r} holds a model of no run that could "
+            "go on, and a new one would replace it: choose another folder, or --overwrite_output_dir instead"
+        )
+    if names and not has_config:
+        raise UsageError(f"resume_from_checkpoint = {checkpoint!r}, but {config.output_dir!r} holds no config.yaml")
+    if checkpoint == "latest":
+        return
+    if Path(checkpoint).name not in names:
+        raise UsageError(f"resume_from_checkpoint must be {' or '.join(['latest', *names])}, got {checkpoint!r}")
+    if Path(checkpoint).name != names[-1]:
+        raise UsageError(
+            f"resuming from {checkpoint!r} would leave {names[-1]}, of a run that went on otherwise, the latest: "
+            "move the newer checkpoints away first"
         )

@@ -1,4 +1,4 @@
-"""TrainingConfig: what a run is, as one dataclass, which the command line, YAML files and recipes fill.
+"""TrainingConfig: all settings of a run in one dataclass, which the command line, YAML files and recipes fill.
 
 Every flag of diffusers' `train_unconditional.py` is here under its name and with its meaning; some defaults differ.
 A *step* is one optimizer step. The *global batch* is what one step sees over all processes:
@@ -32,7 +32,7 @@ _VALIDATION = {"eval_steps": GIVEN}
 
 @dataclass(frozen=True)
 class TrainingConfig(DataConfig):
-    """Everything that a run can be told."""
+    """All settings of a run."""
 
     # The model
     init_from: str | None = setting(
@@ -207,6 +207,7 @@ class TrainingConfig(DataConfig):
         group="optimization",
         resume="fixed",
         at_least=0,
+        below=2**63,  # what torch takes
     )
     max_grad_norm: float = setting(
         1.0, "The norm that gradients are scaled down to.", group="optimization", resume="fixed", above=0
@@ -245,6 +246,7 @@ class TrainingConfig(DataConfig):
         "and the saved model use the first of several; the others are saved in `output_dir`/ema.",
         group="averages",
         resume="fixed",
+        at_least=1,
         only_with={"use_ema": True},
     )
     ema_snapshots: int = setting(

@@ -31,7 +31,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError
 from hf_ddpm.runtime.launch import reject_deepspeed
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.runtime.seeds import image_generators, seed_step
+from hf_ddpm.runtime.seeds import image_draws, seed_step
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress, save_checkpoint
@@ -213,9 +213,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
         slot = micro * run.processes.size + run.processes.rank
         seed_step(config.seed, progress.step, slot)
         with sharding.gradient_sync(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
-            generators = image_generators(config.seed, positions, run.device)
-            uniform = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
-            noise = torch.stack([torch.randn(pixels.shape[1:], generator=g, device=g.device) for g in generators])
+            uniform, noise = image_draws(config.seed, batch["positions"], pixels.shape[1:], run.device)
             t = run.objective.timesteps_from_uniform(
                 uniform, first_index=slot * batch_size, global_batch_size=run.global_batch_size
             )

@@ -30,7 +30,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_metrics
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.runtime.seeds import image_generators
+from hf_ddpm.runtime.seeds import image_draws
 from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
 from hf_ddpm.training.config import TrainingConfig
 
@@ -140,9 +140,7 @@ def _held_out_loss(
     for part in _batches(processes, count):
         x_0 = to_x_0(validation.images[part].to(device), validation.max_value)
         labels = None if validation.labels is None else validation.labels[part].to(device)
-        generators = image_generators(0, part, device)
-        uniform = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
-        noise = torch.stack([torch.randn(x_0.shape[1:], generator=g, device=g.device) for g in generators])
+        uniform, noise = image_draws(0, torch.from_numpy(part), x_0.shape[1:], device)
         t = fixed.timesteps_from_uniform(uniform, first_index=int(part[0]), global_batch_size=count)
         loss = fixed(pipeline.unet, x_0, labels, timesteps=t, noise=noise)
         rows.append(torch.stack([loss, t.float()], dim=1))

@@ -26,17 +26,19 @@ def seven_images(folder: Path) -> ImageCache:
     return load_images(cache_config(folder, label_column="n", resolution=8))
 
 
-def read_positions(images: ImageCache, num_processes: int, accumulation: int, batch_size: int, **settings: Any) -> Any:
-    """All processes' micro-batches, put together by position."""
+def read_positions(images: ImageCache, num_processes: int, accumulation: int, batch_size: int, **changes: Any) -> Any:
+    """Read 96 positions, or as the changes say, and put the micro-batches of all processes together by position."""
     settings = {
         "batch_size": batch_size,
         "accumulation_steps": accumulation,
         "num_processes": num_processes,
-    } | settings
-    settings = {"num_steps": 96 // (num_processes * accumulation * batch_size), "random_flip": True} | settings
+        "num_steps": 96 // (num_processes * accumulation * batch_size),
+        "random_flip": True,
+        **changes,
+    }
     ranks = [list(micro_batches(images, rank=rank, **settings)) for rank in range(num_processes)]  # type: ignore[arg-type]
-    flat = [ranks[rank][k] for k in range(len(ranks[0])) for rank in range(num_processes)]
-    return {key: torch.cat([batch[key] for batch in flat]) for key in flat[0]}
+    batches = [ranks[rank][k] for k in range(len(ranks[0])) for rank in range(num_processes)]
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_first_position_continues_the_stream(seven_images: ImageCache) -> None:
 def test_extra_images_follow_those_of_the_step_in_its_epoch(
     seven_images: ImageCache, num_processes: int, accumulation: int, batch_size: int
 ) -> None:
-    """With their crops, flips and labels; alike on all processes, and none of them twice."""
+    """They have their crops, flips and labels, are the same on all processes, and none is there twice."""
     whole = read_positions(seven_images, 1, 1, 8)
     settings = {"num_processes": num_processes, "accumulation_steps": accumulation, "batch_size": batch_size}
     for rank in range(num_processes):
@@ -97,16 +99,16 @@ def test_extra_images_follow_those_of_the_step_in_its_epoch(
             if k % accumulation:
                 assert "extra_images" not in batch
                 continue
-            epoch, place = divmod(16 + k // accumulation * 2, 7)
-            positions = epoch * 7 + (place + 2 + torch.arange(5)) % 7
+            epoch, offset = divmod(16 + k // accumulation * 2, 7)
+            positions = epoch * 7 + (offset + 2 + torch.arange(5)) % 7
             assert torch.equal(batch["extra_images"], whole["pixels"][positions])
             assert torch.equal(batch["extra_labels"], whole["labels"][positions])
-            if place < 6:  # a step within one epoch
-                own = whole["labels"][7 * epoch + place : 7 * epoch + place + 2]
+            if offset < 6:  # a step within one epoch
+                own = whole["labels"][7 * epoch + offset : 7 * epoch + offset + 2]
                 assert sorted([*own.tolist(), *batch["extra_labels"].tolist()]) == list(range(7))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_do_not_change_batches(seven_images: ImageCache, method: str) -> None:
     batches = micro_batches(seven_images, random_flip=True, num_steps=5)
     loader = DataLoader(batches, batch_size=None, shuffle=False, num_workers=2, multiprocessing_context=method)

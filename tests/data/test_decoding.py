@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import re
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from hf_ddpm.data import decoding
+from hf_ddpm.data.batches import center_pixels
 from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.decoding import GRAY_MODES, ImageFormat, NeedsSixteenBits, decode, to_planes, unreadable_image_error
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, load_one, micro_batches, noise, png, save_grays
 
@@ -92,6 +99,120 @@ def test_decode_applies_exif_orientation(folder: Path) -> None:
     assert planes.shape == (1, 16, 8)
     assert (planes[0, :8] == 255).all()
     assert (planes[0, 8:] == 0).all()
+
+
+FILE_FORMATS = ("PNG", "TIFF", "IM", "WEBP", "JPEG", "GIF")
+
+
+def encoded_in_mode(mode: str, width: int, height: int, rng: np.random.Generator, file_format: str) -> dict | None:
+    """Return an encoded image of random bytes in a mode; None if the format of the file cannot hold it."""
+    size = len(Image.new(mode, (width, height)).tobytes())
+    image = Image.frombytes(mode, (width, height), rng.bytes(size))
+    if mode == "P":
+        image.putpalette(rng.bytes(768))
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, file_format)
+        Image.open(buffer).load()  # Pillow cannot read every file that it writes, such as YCbCr in TIFF.
+    except (OSError, ValueError, KeyError):
+        return None
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    mode=st.sampled_from(Image.MODES),
+    file_format=st.sampled_from(FILE_FORMATS),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    resolution=st.integers(1, 9),
+    channels=st.sampled_from([1, 3, 4]),
+    max_value=st.sampled_from([255, 65535]),
+    center_crop=st.booleans(),
+    preserve=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_decode_of_every_mode_gives_planes_or_an_error_that_names_the_mode(
+    mode: str,
+    file_format: str,
+    size: tuple[int, int],
+    resolution: int,
+    channels: int,
+    max_value: int,
+    center_crop: bool,
+    preserve: bool,
+    seed: int,
+) -> None:
+    encoded = encoded_in_mode(mode, *size, np.random.default_rng(seed), file_format)
+    if encoded is None:
+        return
+    config = DataConfig(
+        resolution=resolution, channels=channels, center_crop=center_crop, preserve_input_precision=preserve
+    )
+    mode, problem = Image.open(io.BytesIO(encoded["bytes"])).mode, None
+    try:
+        planes = decode(encoded, "row 0", ImageFormat(config, resolution, channels, max_value))
+    except NeedsSixteenBits:
+        assert mode.startswith("I")
+        assert preserve
+        assert max_value == 255
+        return
+    except ValueError as error:
+        problem = str(unreadable_image_error("row 0", error))
+    if problem is not None:
+        assert mode in ("F", "I")  # Their values may lie in a range that is not known.
+        assert f"mode {mode} " in problem
+        return
+    assert planes.dtype == (np.uint8 if max_value == 255 else np.uint16)
+    assert planes.shape[0] == channels
+    assert min(planes.shape[1:]) == resolution
+    assert planes.shape[1] == planes.shape[2] or not center_crop
+    if mode in GRAY_MODES and mode != "LA" and channels > 1:
+        assert (planes[:3] == planes[0]).all()
+    if max_value == 65535 and not mode.startswith("I"):
+        assert (planes % 257 == 0).all()  # 8 bits, repeated
+    if channels == 4 and mode not in ("LA", "PA", "RGBA"):
+        assert (planes[3] == max_value).all()
+
+
+@pytest.mark.parametrize("mode", Image.MODES)
+def test_to_planes_of_every_mode_gives_planes_or_an_error_that_names_the_mode(mode: str) -> None:
+    """In memory Pillow has more modes than it can save."""
+    image_format = ImageFormat(DataConfig(), 3, 3, 65535)
+    image, problem = Image.new(mode, (4, 3)), None
+    try:
+        planes = to_planes(image, image_format)
+    except ValueError as error:
+        problem = str(error)
+    if problem is None:
+        assert (planes.shape, planes.dtype) == ((3, 3, 4), np.uint16)
+    else:
+        assert mode in ("F", "La")
+        assert re.search(rf"\b{mode}\b", problem)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    gray=st.lists(st.integers(0, 255), min_size=12, max_size=12),
+    channels=st.sampled_from([1, 3, 4]),
+    max_value=st.sampled_from([255, 65535]),
+)
+def test_decode_gives_the_same_planes_for_gray_in_every_mode(gray: list[int], channels: int, max_value: int) -> None:
+    image = Image.fromarray(np.array(gray, np.uint8).reshape(4, 3))
+    as_palette = image.convert("P")
+    as_palette.putpalette([value for level in range(256) for value in (level, level, level)])
+    as_deep = Image.fromarray(np.array(gray, np.uint16).reshape(4, 3) * 257)
+    config = DataConfig(resolution=3, channels=channels, preserve_input_precision=False)
+    image_format = ImageFormat(config, 3, channels, max_value)
+    level = np.array(gray).reshape(1, 4, 3) * (max_value // 255)
+    expected = np.repeat(level, channels, axis=0)
+    if channels == 4:
+        expected[3] = max_value
+    variants = [image.convert(mode) for mode in ("L", "LA", "RGB", "RGBA")]
+    for variant in (*variants, as_palette, as_deep):
+        buffer = io.BytesIO()
+        variant.save(buffer, "PNG")
+        planes = decode({"bytes": buffer.getvalue(), "path": None}, "row 0", image_format)
+        assert np.array_equal(planes, expected), variant.mode
 
 
 # 16 bits
@@ -176,6 +297,18 @@ def test_center_crop_is_square_and_central(folder: Path) -> None:
     planes = load_one(folder, image, resolution=10, center_crop=True)
     wide = np.asarray(image.resize((15, 10), Image.Resampling.BILINEAR))
     assert np.array_equal(planes[0], wide[:, 2:12])
+
+
+def test_center_crop_is_the_same_before_and_after_the_cache(folder: Path) -> None:
+    for i in range(12):  # excesses of even and of odd numbers of pixels, at either side
+        size = (10 + i, 10) if i % 3 else (10, 10 + i)
+        Image.fromarray(noise(*size, seed=i)).save(folder / f"{i:02}.png")
+    whole = load_images(cache_config(folder, resolution=10))
+    cropped = load_images(cache_config(folder, resolution=10, center_crop=True))
+    assert cropped.is_uniform
+    assert not whole.is_uniform
+    assert np.array_equal(center_pixels(whole), center_pixels(cropped))
+    assert np.array_equal(center_pixels(whole, np.array([7, 2])), center_pixels(cropped)[[7, 2]])
 
 
 def test_open_resolution_is_that_of_the_data(folder: Path) -> None:

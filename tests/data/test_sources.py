@@ -183,6 +183,13 @@ def test_check_source_rejects_folders_without_images(folder: Path) -> None:
         check_source(cache_config(folder))
 
 
+def test_check_source_rejects_output_dir_in_the_folder_of_images(folder: Path) -> None:
+    save_grays(folder, 1)
+    check_source(cache_config(folder), str(folder.parent / "run"))
+    with pytest.raises(UsageError, match=r"output_dir must not be in the folder of images.*photos/run.*--output_dir"):
+        check_source(cache_config(folder), str(folder / "run"))
+
+
 def test_check_source_rejects_saved_folder_without_train(folder: Path) -> None:
     (folder / "dataset_dict.json").write_text('{"splits": ["dev"]}')
     with pytest.raises(UsageError, match=r"split `train`, got .*photos' with \['dev'\]"):

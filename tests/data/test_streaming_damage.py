@@ -110,8 +110,8 @@ def test_skip_does_not_hide_errors_of_a_disk(folder: Path) -> None:
 
 def test_stream_names_image_without_class(folder: Path) -> None:
     features = datasets.Features(image=datasets.Image(), kind=datasets.ClassLabel(names=["a"]))
-    cells = [{"bytes": png(numbered_image(n)), "path": None} for n in range(3)]
-    shard = datasets.Dataset.from_dict({"image": cells, "kind": [0, 0, None]}, features=features)
+    encoded = [{"bytes": png(numbered_image(n)), "path": None} for n in range(3)]
+    shard = datasets.Dataset.from_dict({"image": encoded, "kind": [0, 0, None]}, features=features)
     shard.to_parquet(folder / "a.parquet")
     stream = open_stream(stream_config(folder, label_column="kind"))
     with pytest.raises(UsageError, match=r"each image a class, got None in row 2 \(.*a\.parquet\) of 'kind'"):
@@ -167,12 +167,14 @@ def test_emptied_data_are_an_error(folder: Path) -> None:
 
 @pytest.fixture
 def run_config(tiny_settings: dict[str, Any], folder: Path) -> TrainingConfig:
+    """Settings of a run of some seconds that streams `folder`."""
     changes = {"train_data_dir": None, "dataset_name": str(folder), "cache_dir": str(folder.parent / "cache")}
     changes |= {"streaming": True, "shuffle_buffer_images": 4, "resolution": 8, "max_train_steps": 6}
     return TrainingConfig(**{**tiny_settings, **changes, "random_flip": True, "checkpointing_steps": 100})
 
 
 def train_and_harm(config: TrainingConfig, harm: Callable[[], object], step: int) -> None:
+    """Train, and call `harm` after an optimizer step."""
     numbers = iter(range(1, 1000))
     hook = register_optimizer_step_post_hook(lambda *_: harm() if next(numbers) == step else None)
     try:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_ddpm.data.shard_batches import newest_block_starts
-from hf_ddpm.data.shards import open_stream
+from hf_ddpm.data.shards import ImageStream, open_stream
 from hf_ddpm.runtime.errors import RunError
 from hf_ddpm.runtime.seeds import FLIP, IMAGE, LEFT, STEP, TOP, hashed_uniform
 from tests.support.image_data import png
@@ -40,8 +45,8 @@ def test_epoch_of_all_substreams_holds_each_image_once(folder: Path, sizes: list
     assert stream.num_images == sum(sizes)
     seen: dict[int, list[int]] = {}
     for substream in range(4):
-        settings: dict[str, Any] = {"batch_size": 1, "chunk_size": 1, "num_processes": 4, "rank": substream}
-        for batch in stream_batches(stream, **settings, num_steps=10**6):
+        layout: dict[str, Any] = {"batch_size": 1, "chunk_size": 1, "num_processes": 4, "rank": substream}
+        for batch in stream_batches(stream, **layout, num_steps=10**6):
             (start,) = batch["block_starts"]
             assert start.substream == substream
             if start.epoch >= 3:
@@ -93,19 +98,103 @@ def test_epoch_holds_each_image_once_while_the_layout_changes(folder: Path, size
         assert sorted(content[p] for p in range(64 * epoch, 64 * epoch + 64)) == list(range(64))
 
 
+class Part(NamedTuple):
+    """A part of a run: how many steps it takes, and how it divides the stream."""
+
+    num_steps: int
+    batch_size: int
+    accumulation_steps: int
+    num_processes: int
+    workers: int
+
+
+@pytest.fixture(scope="module")
+def open_layout(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ImageStream]:
+    """A function: sizes of files, rows per row group -> a stream of numbered images in such files."""
+
+    @cache
+    def open_once(sizes: tuple[int, ...], row_group: int) -> ImageStream:
+        folder = tmp_path_factory.mktemp("layout")
+        save_parquet(folder, list(sizes), group=row_group)
+        return open_stream(stream_config(folder))
+
+    return open_once
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.sampled_from([(1,), (9,), (4, 3), (3, 1, 5, 2)]),
+    row_groups=st.sampled_from([(2, 9), (9, 2)]),
+    rows_are_counted=st.tuples(st.booleans(), st.booleans()),
+    order=st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 3),
+            "num_substreams": st.integers(1, 5),
+            "chunk_size": st.integers(1, 4),
+            "shuffle_buffer_images": st.integers(1, 6),
+        }
+    ),
+    parts=st.lists(
+        st.builds(
+            Part,
+            num_steps=st.integers(1, 3),
+            batch_size=st.integers(1, 4),
+            accumulation_steps=st.integers(1, 2),
+            num_processes=st.integers(1, 2),
+            workers=st.sampled_from([0, 0, 0, 0, 1, 2]),  # To start workers takes time.
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_order_of_a_stream_does_not_depend_on_its_layout(
+    open_layout: Callable[..., ImageStream],
+    sizes: tuple[int, ...],
+    row_groups: tuple[int, int],
+    rows_are_counted: tuple[bool, bool],
+    order: dict[str, int],
+    parts: list[Part],
+) -> None:
+    """Neither row groups, nor batches, processes and workers, nor interruptions between parts of a run change it."""
+    whole, divided = (
+        replace(stream, rows_per_shard=stream.rows_per_shard.copy() if is_counted else np.full(len(sizes), -1))
+        for stream, is_counted in zip(
+            [open_layout(sizes, row_group) for row_group in row_groups], rows_are_counted, strict=True
+        )
+    )
+    first, starts, content = 0, (), {}
+    for part in parts:
+        number = part.num_steps * part.batch_size * part.accumulation_steps * part.num_processes
+        new_content, new_starts = read_stream(
+            divided,
+            first,
+            number,
+            part.batch_size,
+            part.num_processes,
+            part.workers,
+            accumulation_steps=part.accumulation_steps,
+            block_starts=starts,
+            **order,
+        )
+        content |= new_content
+        starts = tuple(newest_block_starts((*starts, *new_starts)))
+        first += number
+    assert read_stream(whole, 0, first, batch_size=1, num_processes=1, **order)[0] == content
+
+
 def test_stream_does_not_depend_on_whether_row_counts_are_known(folder: Path) -> None:
     save_parquet(folder, [19, 8, 1, 15, 30])
     stream = open_stream(stream_config(folder))
     for num_substreams in (2, 8):
-        settings: dict[str, Any] = {"batch_size": 4, "num_processes": 1, "num_substreams": num_substreams}
-        whole, _ = read_stream(stream, 0, 160, **settings)
+        layout: dict[str, Any] = {"batch_size": 4, "num_processes": 1, "num_substreams": num_substreams}
+        whole, _ = read_stream(stream, 0, 160, **layout)
         for first in (60, 132):
             unknown = open_stream(stream_config(folder))
             unknown.rows_per_shard[:] = -1  # as for a data set on the Hub
-            _, starts = read_stream(unknown, 0, first, **settings)
-            for given in (starts, ()):
+            _, starts = read_stream(unknown, 0, first, **layout)
+            for known_starts in (starts, ()):
                 unknown.rows_per_shard[:] = -1
-                rest, _ = read_stream(unknown, first, 28, **settings, block_starts=given)
+                rest, _ = read_stream(unknown, first, 28, **layout, block_starts=known_starts)
                 assert rest.items() <= whole.items()
 
 
@@ -131,13 +220,13 @@ def test_worker_opens_only_the_shards_of_its_substream(folder: Path) -> None:
     for i, file in enumerate(stream.files):
         if i not in own_shards:
             Path(file).unlink()
-    settings: dict[str, Any] = {"num_processes": 4, "rank": substream, "batch_size": 5, "chunk_size": 5}
-    ids = [n for batch in stream_batches(stream, **settings, num_steps=12) for n in numbers_of(batch["pixels"])]
+    layout: dict[str, Any] = {"num_processes": 4, "rank": substream, "batch_size": 5, "chunk_size": 5}
+    ids = [n for batch in stream_batches(stream, **layout, num_steps=12) for n in numbers_of(batch["pixels"])]
     assert sorted(ids) == sorted(30 * shard + i for shard in own_shards for i in range(30))
-    resumed = next(iter(stream_batches(stream, **settings, first_position=40, block_starts=starts)))
+    resumed = next(iter(stream_batches(stream, **layout, first_position=40, block_starts=starts)))
     assert numbers_of(resumed["pixels"]) == ids[10:15]
     with pytest.raises(RunError, match=r"train-0000\d\.parquet.*FileNotFoundError.*put it back as it was"):
-        next(iter(stream_batches(stream, **{**settings, "rank": 1})))
+        next(iter(stream_batches(stream, **{**layout, "rank": 1})))
 
 
 def test_shards_before_the_start_are_not_opened(folder: Path) -> None:
@@ -162,13 +251,13 @@ def test_each_shuffle_block_has_its_own_permutation(folder: Path) -> None:
     stream = open_stream(stream_config(folder))
     orders = set()
     for num_substreams, substream in ((1, 0), (2, 0), (2, 1)):
-        settings: dict[str, Any] = {
+        layout: dict[str, Any] = {
             "num_substreams": num_substreams,
             "num_processes": num_substreams,
             "rank": substream,
         }
-        settings |= {"batch_size": 10, "chunk_size": 10, "shuffle_buffer_images": 10, "num_steps": 4 // num_substreams}
-        for batch in stream_batches(stream, **settings):
+        layout |= {"batch_size": 10, "chunk_size": 10, "shuffle_buffer_images": 10, "num_steps": 4 // num_substreams}
+        for batch in stream_batches(stream, **layout):
             orders.add(tuple(np.argsort(numbers_of(batch["pixels"])).tolist()))
     assert len(orders) == 4 + 2  # those of substream 0 of 2 are the first two of substream 0 of 1
 
@@ -176,15 +265,16 @@ def test_each_shuffle_block_has_its_own_permutation(folder: Path) -> None:
 def test_row_groups_before_a_block_start_are_not_read(folder: Path) -> None:
     save_parquet(folder, [60], group=10)
     stream = open_stream(stream_config(folder))
-    settings: dict[str, Any] = {"num_substreams": 1, "shuffle_buffer_images": 5, "batch_size": 5}
-    whole = list(stream_batches(stream, **settings))
+    layout: dict[str, Any] = {"num_substreams": 1, "shuffle_buffer_images": 5, "batch_size": 5}
+    whole = list(stream_batches(stream, **layout))
     content = bytearray(Path(stream.files[0]).read_bytes())
-    content[4 : content.index(png(numbered_image(10))[8:])] = bytes(content.index(png(numbered_image(10))[8:]) - 4)
+    second_group = content.index(png(numbered_image(10))[8:])
+    content[4:second_group] = bytes(second_group - 4)
     Path(stream.files[0]).write_bytes(content)
     with pytest.raises(RunError, match=r"train-00000\.parquet"):
-        next(iter(stream_batches(stream, **settings)))
+        next(iter(stream_batches(stream, **layout)))
     starts = tuple(whole[4]["block_starts"])
-    resumed = next(iter(stream_batches(stream, **settings, first_position=25, block_starts=starts)))
+    resumed = next(iter(stream_batches(stream, **layout, first_position=25, block_starts=starts)))
     assert torch.equal(resumed["pixels"], whole[5]["pixels"])
 
 
@@ -193,8 +283,8 @@ def test_memory_does_not_keep_what_was_read_of_a_file(folder: Path) -> None:
     rng = np.random.default_rng(0)
     with pq.ParquetWriter(folder / "a.parquet", schema, compression="none", use_dictionary=False) as writer:
         for _ in range(40):
-            cells = [{"bytes": png(numbered_image(0)) + rng.bytes(100_000), "path": None} for _ in range(10)]
-            writer.write_table(pa.table({"image": cells}, schema=schema))
+            rows = [{"bytes": png(numbered_image(0)) + rng.bytes(100_000), "path": None} for _ in range(10)]
+            writer.write_table(pa.table({"image": rows}, schema=schema))
     stream = open_stream(stream_config(folder))
     tracemalloc.start()
     num_rows = sum(len(table) for table in stream.tables(0, 0))
@@ -206,7 +296,8 @@ def test_memory_does_not_keep_what_was_read_of_a_file(folder: Path) -> None:
 
 def test_oblong_images_get_a_new_crop_at_each_position(folder: Path) -> None:
     values = numbered_image(0, (20, 31))
-    (folder / "a.png").write_bytes(png(values))
+    for i in range(20):
+        (folder / f"{i:02}.png").write_bytes(png(values))
     stream = open_stream(stream_config(folder, resolution=20))
     assert stream.image(0).shape == (1, 20, 31)
     batches = stream_batches(stream, batch_size=200, num_substreams=1)
@@ -220,7 +311,8 @@ def test_oblong_images_get_a_new_crop_at_each_position(folder: Path) -> None:
 
 
 def test_flips_are_a_function_of_the_position(folder: Path) -> None:
-    (folder / "a.png").write_bytes(png(numbered_image(1)))
+    for i in range(20):
+        (folder / f"{i:02}.png").write_bytes(png(numbered_image(1)))
     stream = open_stream(stream_config(folder))
     pixels = next(iter(stream_batches(stream, random_flip=True, batch_size=160)))["pixels"].numpy()[:, 0]
     flipped = (pixels == numbered_image(1)[:, ::-1]).all((1, 2))

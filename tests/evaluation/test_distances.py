@@ -1,4 +1,4 @@
-"""Distances between sets of features: the oracles torchmetrics and prdc, known Gaussians, invariances, errors."""
+"""Tests of hf_ddpm.evaluation.distances: torchmetrics and prdc as oracles, known Gaussians, invariances, errors."""
 
 from __future__ import annotations
 
@@ -14,27 +14,33 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from hf_ddpm.evaluation import distances as module
 from hf_ddpm.evaluation.distances import (
     KernelDistance,
     Moments,
     cmmd,
     frechet_distance,
-    frechet_distance_from_features,
     kernel_distance,
     precision_recall_density_coverage,
 )
 from hf_ddpm.runtime.errors import UsageError
 
 NUM_DRAWS = 300
+
+
+def frechet(X: Tensor, Y: Tensor) -> float:
+    return frechet_distance(Moments.of(X), Moments.of(Y))
+
+
 DISTANCES = {
-    "frechet": frechet_distance_from_features,
+    "frechet": frechet,
     "kernel": lambda X, Y: kernel_distance(X, Y).distance,
     "cmmd": lambda X, Y: cmmd(X, Y).distance,
 }
 
 
 class Features(torch.nn.Module):
-    """Takes features for images."""
+    """A network that returns its input, so that torchmetrics takes features for images."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -45,7 +51,7 @@ class Features(torch.nn.Module):
 
 
 def draw(n: int, d: int = 6, seed: int = 0, mean: float = 0.3, spread: float = 1.0) -> Tensor:
-    """Rows with correlated entries of different scale."""
+    """Return rows with correlated entries of different scale."""
     mixing = torch.randn(d, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
     noise = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return noise @ mixing * spread + mean
@@ -60,12 +66,9 @@ def standard_normal(n: int, d: int, generator: torch.Generator) -> Tensor:
     return torch.randn(n, d, generator=generator, dtype=torch.float64)
 
 
-# Moments
-
-
 @pytest.mark.parametrize("mean", [0.3, 1e6])
 @pytest.mark.parametrize("sizes", [[500], [1, 499], [250, 250], [7] * 71 + [3], [1] * 500])
-def test_moments_do_not_depend_on_the_split(mean: float, sizes: list[int]):
+def test_moments_do_not_depend_on_how_rows_are_divided(mean: float, sizes: list[int]):
     X = draw(500, mean=mean)
     parts = [Moments.of(part) for part in X.split(sizes)]
     streamed = Moments.empty(6)
@@ -74,15 +77,16 @@ def test_moments_do_not_depend_on_the_split(mean: float, sizes: list[int]):
     for moments in [streamed, reduce(Moments.merge, parts), reduce(Moments.merge, reversed(parts))]:
         assert moments.count == 500
         torch.testing.assert_close(moments.mean, X.mean(dim=0), rtol=1e-12, atol=0)
-        # cov takes the mean off too.
+        # cov subtracts the mean, too.
         torch.testing.assert_close(moments.scatter / 499, X.T.cov(), rtol=1e-9, atol=1e-9 * X.var().item())
 
 
-def test_moments_merge_with_nothing_and_leave_their_parts_alone():
+def test_moments_merge_with_empty_ones_and_change_no_operand(monkeypatch: pytest.MonkeyPatch):
     X = draw(20)
     moments, empty = Moments.of(X[:10]), Moments.empty(6)
     before = {name: tensor.clone() for name, tensor in vars(moments).items()}
-    for same in [moments.merge(empty), empty.merge(moments), moments.update(X[:0]), Moments.of(X[:10], block_size=3)]:
+    monkeypatch.setattr(module, "BLOCK_SIZE", 3)
+    for same in [moments.merge(empty), empty.merge(moments), moments.update(X[:0]), Moments.of(X[:10])]:
         torch.testing.assert_close(vars(same), vars(moments), rtol=1e-12, atol=1e-12)
     moments.update(X[10:])
     moments.merge(Moments.of(X[10:]))
@@ -104,22 +108,17 @@ def test_moments_are_plain_tensors_and_save(tmp_path):
     assert frechet_distance(loaded, Moments.of(draw(30, seed=1))) > 0
 
 
-# Frechet distance
-
-
 @pytest.mark.parametrize("n", [400, 700])
 def test_frechet_distance_equals_torchmetrics(n: int):
     X, Y = draw(n, d=32, mean=0.5), draw(500, d=32, seed=1, spread=1.1)
     oracle = FrechetInceptionDistance(feature=Features(32)).set_dtype(torch.float64)
     oracle.update(Y, real=True)
     oracle.update(X, real=False)
-    expected = pytest.approx(oracle.compute().item(), rel=1e-6)
-    assert frechet_distance(Moments.of(X), Moments.of(Y)) == expected
-    assert frechet_distance_from_features(X, Y) == expected
+    assert frechet(X, Y) == pytest.approx(oracle.compute().item(), rel=1e-6)
 
 
 def test_frechet_distance_of_known_gaussians():
-    # Of commuting covariances |mu_X - mu_Y|^2 + sum (sigma_X - sigma_Y)^2; the deviation of 0 is 1e-8 from scatter.
+    # For commuting covariances, |mu_X - mu_Y|^2 + sum (sigma_X - sigma_Y)^2. A deviation of 0 becomes 1e-8 in a root.
     d, count, Q = 5, torch.tensor(100), rotation(5)
     sigma_x, sigma_y = torch.linspace(0.1, 2, d).double(), torch.linspace(3, 0, d).double()
     mean_x, mean_y = torch.zeros(d).double(), torch.arange(d).double()
@@ -131,18 +130,18 @@ def test_frechet_distance_of_known_gaussians():
 
 
 @pytest.mark.parametrize(("n", "m"), [(60, 70), (10, 70), (70, 10), (10, 15), (40, 41), (2, 2)])
-def test_frechet_distance_from_features_equals_the_eigenvalue_form(n: int, m: int):
+def test_frechet_distance_equals_the_forms_by_eigenvalues_and_by_features(n: int, m: int):
     X, Y = draw(n, d=40), draw(m, d=40, seed=1, mean=0.0)
     values, vectors = torch.linalg.eigh(X.T.cov())
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ Y.T.cov() @ root).clamp(min=0).sqrt().sum()
     expected = (X.mean(0) - Y.mean(0)).square().sum() + X.T.cov().trace() + Y.T.cov().trace() - 2 * trace
-    for distance in [frechet_distance_from_features(X, Y), frechet_distance(Moments.of(X), Moments.of(Y))]:
-        assert distance == pytest.approx(expected.item(), rel=1e-6)
-    # Both of ours have more digits than eigenvalues have.
-    assert frechet_distance(Moments.of(X), Moments.of(Y)) == pytest.approx(
-        frechet_distance_from_features(X, Y), rel=1e-12
-    )
+    assert frechet(X, Y) == pytest.approx(expected.item(), rel=1e-6)
+    # Singular values give more digits than eigenvalues. The centered features are roots of the covariances.
+    root_x, root_y = (X - X.mean(0)) / (n - 1) ** 0.5, (Y - Y.mean(0)) / (m - 1) ** 0.5
+    trace = torch.linalg.svdvals(root_x @ root_y.T).sum()
+    expected = (X.mean(0) - Y.mean(0)).square().sum() + root_x.square().sum() + root_y.square().sum() - 2 * trace
+    assert frechet(X, Y) == pytest.approx(expected.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [10, 200])
@@ -150,11 +149,7 @@ def test_frechet_distance_of_a_set_with_itself_is_0(n: int):
     for seed in range(8):
         X = draw(n, d=40, seed=seed)
         X[:, 3] = 0.25  # a feature that never fires
-        for distance in [frechet_distance_from_features(X, X), frechet_distance(Moments.of(X), Moments.of(X))]:
-            assert 0 <= distance < 1e-12 * X.var(dim=0).sum()
-
-
-# Kernel distances
+        assert 0 <= frechet(X, X) < 1e-12 * X.var(dim=0).sum()
 
 
 def kid_by_torchmetrics(X: Tensor, Y: Tensor, subsets: int, subset_size: int) -> float:
@@ -178,8 +173,8 @@ def test_kernel_distance_of_subsets_equals_torchmetrics():
     expected = kid_by_torchmetrics(X, Y, subsets=20, subset_size=50)
     torch.manual_seed(0)
     rows = [(torch.randperm(len(Y))[:50], torch.randperm(len(X))[:50]) for _ in range(20)]
-    found = sum(kernel_distance(X[of_x], Y[of_y]).distance for of_y, of_x in rows) / 20
-    assert found == pytest.approx(expected, rel=1e-9)
+    mean = sum(kernel_distance(X[rows_x], Y[rows_y]).distance for rows_y, rows_x in rows) / 20
+    assert mean == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("n", "m"), [(12, 9), (4, 5)])
@@ -248,16 +243,13 @@ def test_standard_error_is_the_spread_over_draws(
         dtype=torch.float64,
     ).unbind(dim=1)
     assert standard_errors.min() > 0
-    # What is unbiased is the variance, but for the cut at 0, which counts where sets are alike or small. The jackknife
-    # gives 1.4 and more there.
+    # The variance is unbiased but for the cutoff at 0, which matters where sets are alike or small. The jackknife is
+    # 1.4 times too large there, or more.
     ratio = standard_errors.square().mean().sqrt() / values.std()
     assert 0.85 < ratio < (1.15 if shift and n > 10 else 1.45)
     assert 0.65 < standard_errors.median() / values.std() < 1.2
     if distance is kernel_distance and shift == 0:
         assert abs(values.mean()) < 3 * values.std() / NUM_DRAWS**0.5
-
-
-# Precision, recall, density, coverage
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -269,22 +261,24 @@ def test_prdc_equals_prdc(k: int, mean: float, capsys):
 
 
 @pytest.mark.parametrize("block_size", [7, 1024])
-def test_prdc_breaks_ties_as_prdc_does(block_size: int, capsys):
+def test_prdc_breaks_ties_as_prdc_does(block_size: int, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "BLOCK_SIZE", block_size)
     # Distances on a grid are exact, most are ties, and many rows are the same.
     generator = torch.Generator().manual_seed(0)
     X, Y = (torch.randint(0, 4, (n, 3), generator=generator).double() for n in (60, 80))
     expected = compute_prdc(Y.numpy(), X.numpy(), nearest_k=3)
-    assert precision_recall_density_coverage(X, Y, 3, block_size)._asdict() == pytest.approx(expected, rel=1e-12)
+    assert precision_recall_density_coverage(X, Y, 3)._asdict() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("mean", [0.3, 1e5])
 @pytest.mark.parametrize("block_size", [13, 1024])
-def test_prdc_of_identical_sets_is_1(mean: float, block_size: int):
-    # Density too: of each ball's k + 1 rows, one is at its radius, hence outside.
+def test_prdc_of_identical_sets_is_1(mean: float, block_size: int, monkeypatch: pytest.MonkeyPatch):
+    # Density is 1, too: one of each ball's k + 1 rows is exactly at its radius and so outside.
+    monkeypatch.setattr(module, "BLOCK_SIZE", block_size)
     X = draw(100, mean=mean)
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
     for k in (1, 5):
-        assert precision_recall_density_coverage(X, X[order], k, block_size) == pytest.approx((1, 1, 1, 1), rel=1e-12)
+        assert precision_recall_density_coverage(X, X[order], k) == pytest.approx((1, 1, 1, 1), rel=1e-12)
 
 
 def test_prdc_of_sets_far_apart_is_0():
@@ -301,11 +295,8 @@ def test_prdc_tells_fidelity_from_diversity():
     assert max(collapsed.coverage, scattered.coverage) < 0.8
 
 
-# All of them
-
-
 @pytest.mark.parametrize("name", DISTANCES)
-def test_distances_are_symmetric_and_rotations_leave_them(name: str):
+def test_distances_are_symmetric_and_invariant_to_rotations(name: str):
     X, Y, Q = draw(50), draw(60, seed=1, mean=0.0), rotation(6)
     expected = pytest.approx(DISTANCES[name](X, Y), rel=1e-9)
     assert DISTANCES[name](Y, X) == expected
@@ -313,9 +304,9 @@ def test_distances_are_symmetric_and_rotations_leave_them(name: str):
     assert precision_recall_density_coverage(X @ Q, Y @ Q) == precision_recall_density_coverage(X, Y)
 
 
-def test_translations_leave_frechet_distance_and_prdc():
+def test_frechet_distance_and_prdc_are_invariant_to_translations():
     X, Y = draw(50), draw(60, seed=1, mean=0.0)
-    assert frechet_distance_from_features(X + 1e4, Y + 1e4) == pytest.approx(frechet_distance_from_features(X, Y))
+    assert frechet(X + 1e4, Y + 1e4) == pytest.approx(frechet(X, Y))
     assert precision_recall_density_coverage(X + 1e4, Y + 1e4) == precision_recall_density_coverage(X, Y)
 
 
@@ -330,35 +321,35 @@ def test_distances_rise_with_noise(name: str):
         assert values == sorted(values, reverse=True)
 
 
-@pytest.mark.parametrize("block_size", [1, 7, 25, 50, 51])
-def test_block_size_changes_nothing(block_size: int):
-    X, Y = draw(50, mean=0.6), draw(75, seed=1)
-    assert frechet_distance_from_features(X, Y, block_size) == pytest.approx(frechet_distance_from_features(X, Y))
-    assert kernel_distance(X, Y, block_size) == pytest.approx(kernel_distance(X, Y), rel=1e-9)
-    assert cmmd(X, Y, block_size) == pytest.approx(cmmd(X, Y), rel=1e-9)
-    expected = precision_recall_density_coverage(X, Y)
-    assert precision_recall_density_coverage(X, Y, block_size=block_size) == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize("block_size", [1, 7, 12, 24, 25])
+def test_block_size_changes_only_the_rounding(block_size: int, monkeypatch: pytest.MonkeyPatch):
+    X, Y = draw(24, mean=0.6), draw(36, seed=1)
+
+    def distances() -> list[float]:
+        return [frechet(X, Y), *kernel_distance(X, Y), *cmmd(X, Y), *precision_recall_density_coverage(X, Y)]
+
+    expected = distances()
+    monkeypatch.setattr(module, "BLOCK_SIZE", block_size)
+    assert distances() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int64])
-def test_computation_is_float64_whatever_the_features_are(dtype: torch.dtype):
+def test_distances_are_computed_in_float64_for_each_type_of_features(dtype: torch.dtype):
     X, Y = (10 * draw(50, mean=0.6)).to(dtype), (10 * draw(60, seed=1)).to(dtype)
-    for distance in [frechet_distance_from_features, kernel_distance, cmmd, precision_recall_density_coverage]:
+    for distance in [frechet, kernel_distance, cmmd, precision_recall_density_coverage]:
         assert distance(X, Y) == distance(X.double(), Y.double())
 
 
-def test_identical_rows_have_no_spread():
+def test_distances_of_identical_rows_are_0():
     X = torch.ones(10, 3)
-    assert frechet_distance_from_features(X, X) == 0
+    assert frechet(X, X) == 0
     assert kernel_distance(X, X) == (0, 0)
     assert cmmd(X, X) == pytest.approx((0, 0), abs=1e-9)
     assert precision_recall_density_coverage(X, X) == (0, 0, 0, 0)  # open balls of radius 0
 
 
-@pytest.mark.parametrize(
-    "distance", [frechet_distance_from_features, kernel_distance, cmmd, precision_recall_density_coverage]
-)
-def test_errors_name_the_value_and_the_remedy(distance):
+@pytest.mark.parametrize("distance", [kernel_distance, cmmd, precision_recall_density_coverage])
+def test_distances_refuse_invalid_features_with_value_and_remedy(distance):
     X = draw(10)
     bad = X.clone()
     bad[2, 1], bad[2, 2], bad[5, 0] = torch.nan, torch.inf, -torch.inf
@@ -374,7 +365,7 @@ def test_errors_name_the_value_and_the_remedy(distance):
         distance(bad, X)
 
 
-def test_errors_of_one_distance():
+def test_each_distance_refuses_its_own_invalid_arguments():
     X = draw(10)
     with pytest.raises(UsageError, match=r"k must be in \[1, 4\], got 5: each row needs k others"):
         precision_recall_density_coverage(X, X[:5])
@@ -390,5 +381,7 @@ def test_errors_of_one_distance():
     for wrong in (lambda: Moments.of(X).merge(Moments.empty(5)), lambda: Moments.empty(5).update(X)):
         with pytest.raises(UsageError, match="as many features"):
             wrong()
+    with pytest.raises(UsageError, match=r"features must have a row for each image, got shape \(6,\): flatten"):
+        Moments.of(X[0])
     with pytest.raises(UsageError, match="in 1 of 10 rows"):
         Moments.empty(6).update(X.where(torch.arange(10)[:, None] != 4, torch.nan))

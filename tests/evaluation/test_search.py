@@ -232,7 +232,7 @@ def test_the_command_keeps_what_it_finds_and_samples_say_what_they_used(model, t
 )
 def test_the_command_refuses(model, arguments, message):
     done = CliRunner().invoke(app, ["schedule", str(model), *arguments])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in done.output
 
 
@@ -253,7 +253,7 @@ def test_a_damaged_model_is_said_and_not_searched(model):
         pipeline.unet.conv_out.weight[0] = torch.nan
     pipeline.save_pretrained(model)
     done = CliRunner().invoke(app, ["schedule", str(model), "--steps", "3", "--num_images", "2"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "images must be finite, got NaN: the weights are damaged" in done.output
     assert not (model / FILE).exists()
 
@@ -264,5 +264,5 @@ def test_a_step_denoiser_is_refused(make_unet, tmp_path):
     )
     DDPMPipeline(make_unet(), scheduler).save_pretrained(tmp_path)
     done = CliRunner().invoke(app, ["schedule", str(tmp_path), "--steps", "3"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "scheduler must be 'ddpm' for a step denoiser" in done.output

@@ -1,4 +1,4 @@
-"""hf_ddpm.evaluation.statistics: what is written is what was measured, and unlike things are not compared."""
+"""Tests of hf_ddpm.evaluation.statistics: references are stored as computed, and only comparable ones are compared."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -22,27 +23,24 @@ from hf_ddpm.evaluation.statistics import (
     Reference,
     check_comparable,
     collect,
+    frechet_warnings,
     load_reference,
     make_reference,
-    real_floor,
-    warnings_of,
+    real_vs_real,
 )
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
 
-FASHION_MNIST = Path(__file__).parents[3] / "shared" / "data" / "fashion_mnist"
-
 
 @pytest.fixture(autouse=True)
 def quiet() -> Any:
-    datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
 
 
 def network_of(**changes: Any) -> FeatureNetwork:
-    """Means of quarters of the image: 12 features, quickly."""
+    """Return a quick network whose 12 features are the means of the image's quarters."""
     identity = {"network": "quarters", "weights_sha256": "0" * 64, "input_size": 2, "information": {"torch": "any"}}
     pool = torch.nn.AdaptiveAvgPool2d(2)
     device = torch.device("cpu")
@@ -58,7 +56,7 @@ def save_images(folder: Path, count: int, size: tuple[int, int] = (8, 8), first:
 
 @pytest.fixture
 def splits(tmp_path: Path) -> Path:
-    """A folder of images with 40 of `train` and 20 of `test`."""
+    """A folder with 40 images in `train` and 20 in `test`."""
     save_images(tmp_path / "data" / "train", 40)
     save_images(tmp_path / "data" / "test", 20, first=40)
     return tmp_path / "data"
@@ -75,18 +73,18 @@ def make(folder: Path, split: str = "train", out: str = "reference", **settings:
 
 
 def assert_same(a: Reference, b: Reference) -> None:
-    assert a.about == b.about
+    assert a.metadata == b.metadata
     assert torch.equal(a.features, b.features)
     for name, tensor in vars(a.moments).items():
         assert torch.equal(tensor, vars(b.moments)[name])
 
 
-def test_a_reference_is_read_as_it_was_written(splits: Path):
+def test_load_reference_returns_what_make_reference_wrote(splits: Path):
     reference = make(splits, "test")
     assert sorted(path.name for path in splits.parent.iterdir()) == ["cache", "data", "reference"]
     assert_same(load_reference(splits.parent / "reference"), reference)
     assert reference.count == 20
-    data = reference.about["data"]
+    data = reference.metadata["data"]
     assert (data["name"], data["split"], data["count"], data["channels"], data["crop"]) == (
         "data",
         "test",
@@ -95,13 +93,13 @@ def test_a_reference_is_read_as_it_was_written(splits: Path):
         "none",
     )
     assert data["fingerprint"] == load_images(config_of(splits / "test")).fingerprint
-    assert reference.about["network"] == network_of().identity
-    assert {"hf_ddpm", "torch", "datasets", "Pillow", "numpy"} == set(reference.about["versions"])
-    # Where the images lie is nobody's business.
+    assert reference.metadata["network"] == network_of().identity
+    assert {"hf_ddpm", "torch", "datasets", "Pillow", "numpy"} == set(reference.metadata["versions"])
+    # References are shared, so they must not contain local paths.
     assert str(splits.parent) not in (splits.parent / "reference" / "reference.json").read_text()
 
 
-def test_the_statistics_are_those_of_the_decoded_images(splits: Path):
+def test_make_reference_computes_the_statistics_of_the_decoded_images(splits: Path):
     reference = make(splits)
     images = load_images(config_of(splits))
     pixels = torch.from_numpy(np.stack([images.image(i) for i in range(len(images))]))
@@ -116,7 +114,7 @@ def test_the_statistics_are_those_of_the_decoded_images(splits: Path):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 11)])
-def test_the_rows_kept_do_not_depend_on_the_batch_size(splits: Path, size: tuple[int, int]):
+def test_stored_features_do_not_depend_on_the_batch_size(splits: Path, size: tuple[int, int]):
     if size != (8, 8):
         save_images(splits / "train", 40, size)
     first = make(splits, out="a", num_features=15, batch_size=7, resolution=8)
@@ -124,34 +122,32 @@ def test_the_rows_kept_do_not_depend_on_the_batch_size(splits: Path, size: tuple
     assert torch.equal(first.features, second.features)
     assert first.features.shape == (15, 12)
     assert first.count == second.count == 40
-    assert first.about["num_features"] == 15
+    assert first.metadata["num_features"] == 15
     assert torch.allclose(first.moments.scatter, second.moments.scatter)
-    assert first.about["data"]["crop"] == ("none" if size == (8, 8) else "random, seed 0")
+    assert first.metadata["data"]["crop"] == ("none" if size == (8, 8) else "random, seed 0")
     whole = make(splits, out="c", resolution=8)
     assert torch.equal(whole.features[:15], first.features)
 
 
-def test_a_center_crop_is_that_of_training(splits: Path):
+def test_make_reference_crops_as_training_does(splits: Path):
     save_images(splits / "train", 40, (8, 11))
     reference = make(splits, resolution=8, center_crop=True)
-    assert reference.about["data"]["crop"] == "center"
-    assert reference.about["data"]["fingerprint"] == (
+    assert reference.metadata["data"]["crop"] == "center"
+    assert reference.metadata["data"]["fingerprint"] == (
         load_images(config_of(splits, resolution=8, center_crop=True)).fingerprint
     )
 
 
-def test_the_fingerprint_is_the_same_wherever_the_images_lie(splits: Path, tmp_path: Path):
+def test_fingerprint_does_not_depend_on_the_location_of_the_images(splits: Path, tmp_path: Path):
     other = tmp_path / "elsewhere" / "copy"
     shutil.copytree(splits, other)
     first, second = make(splits, "test"), make(other, "test")
-    assert first.about["data"]["fingerprint"] == second.about["data"]["fingerprint"]
+    assert first.metadata["data"]["fingerprint"] == second.metadata["data"]["fingerprint"]
     assert torch.equal(first.features, second.features)
 
 
 @pytest.mark.parametrize("kind", ["images", "saved", "parquet"])
-def test_each_kind_of_data_set_has_splits(splits: Path, tmp_path: Path, kind: str):
-    import datasets
-
+def test_open_split_reads_each_kind_of_data_set(splits: Path, tmp_path: Path, kind: str):
     folder = splits
     if kind != "images":
         folder = tmp_path / kind
@@ -179,7 +175,7 @@ def test_each_kind_of_data_set_has_splits(splits: Path, tmp_path: Path, kind: st
         pass
 
 
-def test_a_reference_may_be_of_a_folder_that_stands_alone(splits: Path, tmp_path: Path):
+def test_open_split_takes_a_folder_without_other_splits(splits: Path, tmp_path: Path):
     shutil.copytree(splits / "test", tmp_path / "alone/test")
     with open_split(config_of(tmp_path / "alone"), "test") as images:
         assert len(images) == 20
@@ -190,7 +186,7 @@ def test_a_reference_may_be_of_a_folder_that_stands_alone(splits: Path, tmp_path
         pass
 
 
-def test_splits_that_cannot_be(splits: Path, tmp_path: Path):
+def test_open_split_refuses_unknown_splits(splits: Path, tmp_path: Path):
     for config, split, message in (
         (TrainingConfig(cache_dir=str(tmp_path)), "test", "split must be train, which is all that digits has"),
         (config_of(splits), "../data/test", "split must be a name"),
@@ -205,7 +201,7 @@ def test_splits_that_cannot_be(splits: Path, tmp_path: Path):
             pass
 
 
-def test_what_cannot_be_a_reference_is_refused_before_an_image_is_read(splits: Path):
+def test_make_reference_refuses_invalid_settings_before_reading_images(splits: Path):
     with pytest.raises(UsageError, match="channels must be 1 or 3"):
         make(splits, channels=4)
     (splits.parent / "reference").mkdir()
@@ -214,7 +210,7 @@ def test_what_cannot_be_a_reference_is_refused_before_an_image_is_read(splits: P
     assert not (splits.parent / "cache").exists()
 
 
-def test_nothing_is_left_of_a_reference_that_failed(splits: Path, monkeypatch: pytest.MonkeyPatch):
+def test_make_reference_removes_an_incomplete_reference(splits: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(images: torch.Tensor) -> torch.Tensor:
         return torch.full((len(images), 12), torch.nan)
 
@@ -233,29 +229,29 @@ def test_nothing_is_left_of_a_reference_that_failed(splits: Path, monkeypatch: p
     assert sorted(path.name for path in splits.parent.iterdir()) == ["cache", "data"]
 
 
-def test_a_damaged_reference_is_refused(splits: Path, tmp_path: Path):
+def test_load_reference_refuses_damaged_files(splits: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="make one with `hf-ddpm reference`"):
         load_reference(tmp_path / "nowhere")
     make(splits)
     folder = tmp_path / "reference"
-    about = json.loads((folder / "reference.json").read_text())
+    metadata = json.loads((folder / "reference.json").read_text())
     content = (folder / "reference.safetensors").read_bytes()
     (folder / "reference.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UsageError, match="make it anew") as caught:
+    with pytest.raises(UsageError, match="make it again") as caught:
         load_reference(folder)
-    assert about["sha256"] in str(caught.value)
+    assert metadata["sha256"] in str(caught.value)
     (folder / "reference.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"cannot be read: .*: make it anew"):
+    with pytest.raises(UsageError, match=r"cannot be read: .*: make it again"):
         load_reference(folder)
-    (folder / "reference.json").write_text(json.dumps({**about, "format": 2}))
+    (folder / "reference.json").write_text(json.dumps({**metadata, "format": 2}))
     with pytest.raises(UsageError, match="must have the format 1, got 2"):
         load_reference(folder)
     (folder / "reference.json").write_text("{")
-    with pytest.raises(UsageError, match=r"cannot be read: .*: make it anew"):
+    with pytest.raises(UsageError, match=r"cannot be read: .*: make it again"):
         load_reference(folder)
 
 
-def test_unlike_things_are_not_compared_and_both_are_shown(splits: Path):
+def test_check_comparable_shows_all_settings_that_differ(splits: Path):
     reference = make(splits)
     check_comparable(reference, network_of(), 8, 3)
     check_comparable(load_reference(splits.parent / "reference"), network_of(information={"torch": "other"}), 8, 3)
@@ -275,71 +271,59 @@ def test_unlike_things_are_not_compared_and_both_are_shown(splits: Path):
             check_comparable(reference, network_of(), resolution, channels)
 
 
-def test_the_floor_is_between_real_images(splits: Path):
+def test_real_vs_real_returns_two_splits_or_two_halves(splits: Path):
     train, test = make(splits), make(splits, "test", out="test")
-    assert real_floor(train, test) == (train, test)
-    halves = real_floor(train)
+    assert real_vs_real(train, test) == (train, test)
+    halves = real_vs_real(train)
     assert [half.count for half in halves] == [20, 20]
     together = halves[0].moments.merge(halves[1].moments)
     assert torch.allclose(together.mean, train.moments.mean)
     assert torch.allclose(together.scatter, train.moments.scatter)
-    for first, second in (halves, real_floor(train, test)):
+    for first, second in (halves, real_vs_real(train, test)):
         assert frechet_distance(first.moments, second.moments) > 0
         kid = kernel_distance(first.features, second.features)
         assert abs(kid.distance) < 5 * kid.standard_error
     with pytest.raises(UsageError, match="the same twice"):
-        real_floor(train, make(splits, out="again"))
+        real_vs_real(train, make(splits, out="again"))
     with pytest.raises(UsageError, match="one reference"):
-        real_floor(train, make(splits, "test", out="small", resolution=4))
+        real_vs_real(train, make(splits, "test", out="small", resolution=4))
     with pytest.raises(UsageError, match="at least 4 features, got 3"):
-        real_floor(make(splits, out="few", num_features=3))
+        real_vs_real(make(splits, out="few", num_features=3))
 
 
-def test_too_few_images_are_spoken_of(splits: Path):
+def test_frechet_warnings_name_too_few_images(splits: Path):
     expected = TOO_FEW_IMAGES.format(count=12, dimensions=12, network="clip")
-    assert warnings_of(12, network_of()) == [expected]
-    assert warnings_of(13, network_of()) == []
-    assert make(splits).about["warnings"] == []
+    assert frechet_warnings(12, network_of()) == [expected]
+    assert frechet_warnings(13, network_of()) == []
+    assert make(splits).metadata["warnings"] == []
     save_images(splits / "few", 12)
     make(splits, "few", out="few")
-    assert load_reference(splits.parent / "few").about["warnings"] == [expected]
+    assert load_reference(splits.parent / "few").metadata["warnings"] == [expected]
 
 
-def test_no_images_are_no_statistics():
+def test_collect_refuses_no_images():
     with pytest.raises(UsageError, match="batches must hold images"):
         collect(network_of(), [])
 
 
-def test_sixteen_bits_are_brought_to_eight(tmp_path: Path):
+def test_make_reference_converts_16_bits_to_8(tmp_path: Path):
     (tmp_path / "data").mkdir()
     values = np.random.default_rng(0).integers(0, 65536, (8, 8)).astype(np.uint16)
     for i in range(3):
         Image.fromarray(values + np.uint16(i)).save(tmp_path / "data" / f"{i}.png")
     reference = make(tmp_path / "data")
     assert reference.count == 3
-    assert reference.about["data"]["channels"] == 1
+    assert reference.metadata["data"]["channels"] == 1
     assert reference.features.max() <= 255
 
 
-@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason=f"needs {FASHION_MNIST.name} beside the checkout")
-def test_fashion_mnist_has_a_test_split(tmp_path: Path):
-    config = TrainingConfig(dataset_name=str(FASHION_MNIST), cache_dir=str(tmp_path / "cache"), resolution=28)
-    reference = make_reference(config, "test", network_of(), tmp_path / "test", num_features=100)
-    data = reference.about["data"]
-    assert (data["count"], data["channels"], data["name"], data["split"]) == (10_000, 1, "fashion_mnist", "test")
-    assert reference.features.shape == (100, 12)
-    first, second = real_floor(reference)
-    kid = kernel_distance(first.features / 255, second.features / 255)
-    assert abs(kid.distance) < 5 * kid.standard_error
-
-
-def test_with_a_real_network(splits: Path):
+def test_make_reference_with_efficientnet(splits: Path):
     pytest.importorskip("efficientnet_lite_pytorch", reason='needs pip install "hf_ddpm[evaluation]"')
     network = load_network("efficientnet-lite0")
     make_reference(config_of(splits), "test", network, splits.parent / "reference")
     reference = load_reference(splits.parent / "reference")
     check_comparable(reference, network, 8, 3)
-    assert reference.about["warnings"] == [
+    assert reference.metadata["warnings"] == [
         TOO_FEW_IMAGES.format(count=20, dimensions=1280, network="efficientnet-lite0")
     ]
     with pytest.raises(UsageError, match=r"efficientnet-lite0 +quarters"):

@@ -14,7 +14,7 @@ from tests.support.cards import COPIES, RESULT, assert_no_trace_of_absence, card
 
 
 def test_card_claims_no_evaluation_until_there_is_one(tmp_path: Path):
-    none, copies = "No quality metric has been measured", "repeats images of its training data has not been measured"
+    none, copies = "No quality metric has been measured", "not been measured whether the model repeats images"
     card = card_of(tmp_path)
     assert none in card
     assert copies in card

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
 from hf_ddpm.evaluation.features import NETWORKS
+from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.hub.upload import push
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import sha256
@@ -68,6 +69,7 @@ def load(environment: dict[str, str], out: Path) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")  # its successor is too new
 def test_stock_diffusers_and_we_load_a_private_repository_alike(
     server: HubServer, run: Path, tmp_path: Path, monkeypatch: Any
@@ -192,3 +194,25 @@ def test_pickle_with_code_is_not_executed(foreign: Path, push_settings: dict[str
         )
     assert not executed.exists()
     assert not Path(push_settings["output_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [
+        ("me/photos", True),
+        ("google/ddpm-cifar10-32", True),
+        ("digits", False),
+        ("a/b/c", False),
+        ("./photos", False),
+        ("~/photos", False),
+        ("me/größer", False),
+        ("me/a--b", False),
+        ("data/photos", False),
+    ],
+)
+def test_is_hub_id_accepts_namespace_and_name_of_no_folder_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_id: bool
+):
+    (tmp_path / "data/photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id(name) is is_id

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 
 
+@pytest.mark.slow
 def test_training_pushes_and_writes_no_token(server: HubServer, push_settings: dict[str, Any], tmp_path: Path):
     push_settings |= {
         "hub_token": TOKEN,
@@ -73,7 +74,7 @@ def test_training_survives_a_hub_that_fails(
     command = f"hf-ddpm push {run} {NAME} --revision dev --averages"
     assert f"the model is whole in '{run}', but was not pushed: the Hub has an error of its own" in said
     assert f"{command} does it later" in said
-    assert len(server.asked("POST", "/commit/dev$")) >= 3
+    assert len(server.requests_to("POST", "/commit/dev$")) >= 3
     DDPMPipeline.from_pretrained(run)
     server.mend()
     done = CliRunner().invoke(app, command.split()[1:])

@@ -71,7 +71,7 @@ def test_push_makes_no_commit_if_nothing_changed(server: HubServer, run: Path):
     repo = server.repo(NAME)
     assert [commit.title for commit in repo.commits[2:]] == ["more"]
     assert repo.commits[2].parent == first.commit
-    assert len(server.asked("PUT", "^/lfs/")) == 3  # weights and two pictures, once
+    assert len(server.requests_to("PUT", "^/lfs/")) == 3  # weights and two pictures, once
 
 
 def test_commit_of_an_unfinished_run_names_the_step_of_its_last_line(server: HubServer, run: Path):
@@ -261,6 +261,7 @@ def test_push_to_a_branch_leaves_main_alone(server: HubServer, run: Path):
     assert len(server.repo(NAME).commits) == 2
 
 
+@pytest.mark.slow
 def test_copy_for_upload_lists_no_folder_that_may_vanish(run: Path):
     """In a process of its own: an audit hook hears by whatever name `Path.glob` lists, and cannot be taken away."""
     (run / "partial-push-1-another").mkdir()

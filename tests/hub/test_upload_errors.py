@@ -85,7 +85,7 @@ def test_push_rejects_invalid_repo_id(server: HubServer, run: Path, name: str, t
     with pytest.raises(PushError, match=text) as error:
         push(run, name)
     assert not error.value.is_transient
-    assert not server.asked("POST", "")
+    assert not server.requests_to("POST", "")
 
 
 def test_push_explains_that_the_hub_cannot_be_reached(server: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch):
@@ -131,7 +131,7 @@ def test_push_keeps_what_somebody_commits_in_between(server: HubServer, run: Pat
     hold.release()
     thread.join()
     assert done[0].is_new
-    assert [request.status for request in server.asked("POST", COMMIT)] == [200, 412, 200]
+    assert [request.status for request in server.requests_to("POST", COMMIT)] == [200, 412, 200]
     now = server.repo(NAME).files
     assert (now["notes.txt"], now["metrics.jsonl"]) == (b"mine", b"{}\n")
     assert b"In between." in now["README.md"]

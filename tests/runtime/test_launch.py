@@ -1,25 +1,174 @@
-"""Processes that a launcher did not start."""
+"""Processes that are started, what they are told, and the one exit code of all of them."""
 
+import json
+import os
+import signal
+import subprocess
 import sys
-from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
 
 from hf_ddpm.runtime import launch
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.signals import STOPPED
+
+WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+from hf_ddpm.runtime.command_line import exit_code_of
+from hf_ddpm.runtime.errors import RunError, UsageError
+from hf_ddpm.runtime.launch import report_outcome, start_processes
+from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
+
+def work():
+    code = start_processes()
+    if code is not None:
+        return code
+    rank, action, folder = os.environ.get("RANK", "alone"), sys.argv[1], Path(sys.argv[2])
+    (folder / rank).write_text(json.dumps(dict(os.environ)))
+    if action == "fail" and rank == "1":
+        raise RunError("no disk")
+    if action == "usage":
+        raise UsageError("a setting")
+    if action == "stop":
+        raise StoppedOnPurpose
+    if action == "signal":
+        with StopRequest(None, 0.0) as stop:
+            (folder / f"ready-{rank}").touch()
+            while stop.reason(0) is None:
+                time.sleep(0.05)
+        raise StoppedOnPurpose
+
+sys.exit(report_outcome(exit_code_of(work)))
+"""
+CONFIG = "compute_environment: LOCAL_MACHINE\ndistributed_type: {type}\nnum_processes: {count}\nuse_cpu: true\n"
 
 
-def test_missing_processes_are_started_for_a_module_too(monkeypatch):
-    started = []
-    for name, value in (("ACCELERATE_USE_CPU", "true"), ("MASTER_ADDR", "127.0.0.1")):
-        monkeypatch.setenv(name, value)
-    for name in ("RANK", "WORLD_SIZE"):
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Return a function: action and accelerate's config -> the command of a worker, whose folder is tmp_path."""
+    for name in (*launch.RANK_VARIABLES, *launch.MPI_VARIABLES, *launch.LAUNCHER_VARIABLES):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("os.execv", lambda _, arguments: started.append(arguments))
-    monkeypatch.setattr("sys.argv", ["sampling.py", "model"])
-    line = ["accelerate", "launch", "--cpu", "--num_processes", "3", "-m", "hf_ddpm", "model"]
-    parent = type("Parent", (), {"cmdline": lambda self: line})()
-    monkeypatch.setattr(launch.psutil.Process, "parent", lambda self: parent)
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", find_spec("hf_ddpm.__main__"))
-    launch.start_missing_processes()
-    assert started[0][-4:] == ["3", "-m", "hf_ddpm.__main__", "model"]
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(launch.__file__).parents[2]))
+    (tmp_path / "worker.py").write_text(WORKER)
+
+    def make(action: str, count: int) -> list[str]:
+        file = tmp_path / "hf" / "accelerate" / "default_config.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(CONFIG.format(type="MULTI_CPU" if count > 1 else "NO", count=count))
+        return [sys.executable, "-W", "ignore", str(tmp_path / "worker.py"), action, str(tmp_path)]
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("action", "code"), [("finish", 0), ("stop", STOPPED), ("usage", 2), ("fail", 1)])
+def test_all_processes_end_with_one_code(command, action, code, tmp_path):
+    done = subprocess.run(command(action, 2), capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for rank in ("0", "1"):
+        environment = json.loads((tmp_path / rank).read_text())
+        assert (environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("2", rank)
+        assert environment["ACCELERATE_USE_CPU"] == "true"
+        assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert not (tmp_path / "2").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signal_reaches_all_processes(command, name, tmp_path):
+    with subprocess.Popen(command("signal", 2), stderr=subprocess.PIPE, text=True) as parent:
+        while not all((tmp_path / f"ready-{rank}").exists() for rank in "01"):
+            assert parent.poll() is None, parent.stderr and parent.stderr.read()
+        workers = psutil.Process(parent.pid).children(recursive=True)
+        parent.send_signal(getattr(signal, name))
+        assert parent.wait(60) == STOPPED
+    assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.slow
+def test_config_of_one_process_starts_none(command, tmp_path):
+    done = subprocess.run(command("finish", 1), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "alone").read_text())["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_launched_process_starts_none(monkeypatch):
+    for name in (*launch.MPI_VARIABLES, *launch.LAUNCHER_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for name in launch.RANK_VARIABLES:
+        monkeypatch.setenv(name, "0")
+        assert launch.start_processes() is None
+        monkeypatch.delenv(name)
+
+
+class Parent:
+    def __init__(self, *words):
+        self.words = words
+
+    def cmdline(self):
+        return ["accelerate", "launch", "--cpu", *self.words]
+
+
+@pytest.mark.parametrize(
+    ("words", "number"), [(("--num_processes", "3"), 3), (("--num-processes=2", "--num_machines", "1"), 2)]
+)
+def test_missing_processes_of_accelerate_launch_are_counted(words, number, monkeypatch):
+    told_of_several_on_cpu(monkeypatch, words)
+    started = []
+    monkeypatch.setattr("torch.distributed.run.main", started.append)
+    monkeypatch.setattr("sys.argv", ["train_accelerate.py", "--seed", "1"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    assert launch.start_missing_processes() == 0
+    assert started[0][-4:] == [str(number), "train_accelerate.py", "--seed", "1"]
+    monkeypatch.setattr("sys.argv", ["hf-ddpm", "train"])
     launch.start_missing_processes()
-    assert started[1][-3:] == ["3", "sampling.py", "model"]
+    assert started[1][-4:] == [str(number), "-m", "hf_ddpm", "train"]
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", launch.__spec__)
+    launch.start_missing_processes()
+    assert started[2][-4:] == [str(number), "-m", "hf_ddpm.runtime.launch", "train"]
+
+
+@pytest.mark.parametrize("words", [(), ("--num_processes", "4", "--num_machines", "2")])
+def test_missing_processes_that_cannot_be_counted_are_refused(words, monkeypatch):
+    told_of_several_on_cpu(monkeypatch, words)
+    with pytest.raises(UsageError, match=r"torchrun --nproc_per_node N"):
+        launch.start_missing_processes()
+
+
+def told_of_several_on_cpu(monkeypatch, words):
+    """Set what `accelerate launch --cpu` tells the one process that it starts of several."""
+    for name in (*launch.RANK_VARIABLES, *launch.MPI_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(psutil.Process, "parent", lambda self: Parent(*words))
+    monkeypatch.setattr(launch, "_signal_at_parent_end", lambda number: None)  # of the tests' own parent
+
+
+def test_outcome_of_worker_is_written_for_its_parent(tmp_path, monkeypatch):
+    monkeypatch.delenv(launch.OUTCOME_VARIABLE, raising=False)
+    assert [launch.report_outcome(code) for code in (0, 1, STOPPED)] == [0, 1, STOPPED]
+    monkeypatch.setenv(launch.OUTCOME_VARIABLE, str(tmp_path / "outcomes"))
+    assert [launch.report_outcome(code) for code in (0, 1, STOPPED)] == [0, 1, 0]
+    assert (tmp_path / "outcomes").read_text().split() == ["0", "1", "75"]
+
+
+def test_secret_is_removed_from_argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token=hf_secret", "--hub_token", "hf_secret"])
+    launch.remove_from_argv(None)
+    assert "hf_secret" in sys.argv
+    launch.remove_from_argv("hf_secret")
+    assert sys.argv == ["train.py", "--hub_token=...", "--hub_token", "..."]
+
+
+def test_main_process_speaks(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    assert launch.is_main_process()
+    monkeypatch.setattr(os, "environ", {"RANK": "1"})
+    assert not launch.is_main_process()

@@ -1,4 +1,4 @@
-"""Runs whose files say things for a model card, and readers of cards."""
+"""Folders of runs with all that a model card can show, and functions that read cards."""
 
 from __future__ import annotations
 
@@ -143,12 +143,13 @@ def snippets(card: str) -> list[str]:
 
 
 def imported(code: str) -> set[str]:
+    """Return the names of the modules that a piece of code imports."""
     nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
     return {getattr(node, "module", None) or node.names[0].name for node in nodes}
 
 
 def numbers(value: Any) -> list[str]:
-    """The numbers in a record, as the card writes them."""
+    """Return the numbers in a record, as the card writes them."""
     if isinstance(value, dict):
         return [number for item in value.values() for number in numbers(item)]
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -157,10 +158,12 @@ def numbers(value: Any) -> list[str]:
 
 
 def count(number: str, card: str) -> int:
+    """Return how often a number stands on a card, alone and not within another number."""
     return len(re.findall(rf"(?<![\d,.]){re.escape(number)}(?![\d,]*\d)", card))
 
 
 def assert_no_trace_of_absence(card: str) -> None:
+    """Check that what is missing on a card left no gap, no None and no uneven table."""
     assert not re.search(r"None|Undefined|nan\b|\{\{|\{%|\n\n\n|  ,| \.(?!\.)|[^\n]\n## ", card)
     for table in re.findall(r"(?:^\|.*\n)+", card, re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table

@@ -34,11 +34,12 @@ ARRIVES = {
 
 
 def forget_connections() -> None:
-    """The client's; a test may have pointed it at another Hub."""
+    """Close the client's connections: a test may have pointed it at another Hub."""
     (getattr(_http, "close_session", None) or _http.reset_sessions)()  # the latter before version 1
 
 
 def save_model(folder: Path, seed: int = 0, scheduler: Any = None, **saved: Any) -> Path:
+    """Save a small random model: ours, or stock diffusers' with a scheduler that is given."""
     torch.manual_seed(seed)
     unet = diffusers.UNet2DModel(**tiny_unet_config(channels=1))
     if scheduler is None:
@@ -50,7 +51,7 @@ def save_model(folder: Path, seed: int = 0, scheduler: Any = None, **saved: Any)
 
 
 def save_run(folder: Path) -> Path:
-    """A folder as training leaves it, with what must not be published beside what is."""
+    """Write a folder as training leaves it, with files that must not be published beside those that must."""
     save_model(folder)
     places = {"output_dir": str(folder), "train_data_dir": "/data/pictures", "cache_dir": "~/cache", "seed": 0}
     (folder / "config.yaml").write_text(yaml.safe_dump(places))
@@ -70,6 +71,7 @@ def save_run(folder: Path) -> Path:
 
 
 def evaluate_with_pictures(run: Path) -> set[str]:
+    """Write what `hf-ddpm evaluate` leaves in a run, and return the names of the files."""
     (run / "evaluation.json").write_text(json.dumps({"weights_sha256": sha256(run / WEIGHTS), "results": []}))
     names = {f"figures/{name}.png" for name in ("steps", "seconds", "bound", "memorization")}
     for name in names:
@@ -78,11 +80,12 @@ def evaluate_with_pictures(run: Path) -> set[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file below a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def edit_on_hub(name: str, text: str, path: str = "README.md") -> None:
-    """Somebody writes a file on the Hub."""
+    """Write a file on the Hub, as somebody else may do."""
     HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo=path, repo_id=name)
 
 
@@ -93,6 +96,7 @@ def sample_images(pipeline: Any) -> np.ndarray:
 
 
 def nowhere() -> str:
+    """Return an address at which nobody listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"

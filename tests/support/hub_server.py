@@ -1,15 +1,15 @@
 """A small Hugging Face Hub in memory, on a port of this machine, that fails when a test asks it to.
 
-It speaks what huggingface_hub and diffusers ask for, so that uploads, downloads and what becomes of them when the Hub
-refuses, breaks off or does not answer are tested with the real client:
+It answers the requests that huggingface_hub and diffusers send. So the real client is tested: its uploads, its
+downloads, and what becomes of them when the Hub refuses, breaks off or does not answer.
 
     with HubServer(tokens={"hf_alice": "alice"}) as hub:
         code = "import huggingface_hub; huggingface_hub.create_repo('alice/digits', private=True)"
         run_client(hub, code, tmp_path, token="hf_alice")
         assert hub.repo("alice/digits").private
 
-It proves that our side speaks the protocol, not how the real Hub judges a card or a quota. Not in it: Xet, pull
-requests, gated repositories, organizations, pages of listings.
+It proves that our side speaks the protocol. It cannot prove how the real Hub judges a card or a quota. It has no Xet,
+no pull requests, no gated repositories, no organizations and no pages of listings.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Commit:
     title: str
     description: str
     files: dict[str, bytes]
-    lfs: frozenset[str]  # paths of those of the files that git holds as pointers
+    lfs: frozenset[str]  # paths of the files that git holds as pointers
 
 
 @dataclass
@@ -62,13 +62,13 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
 
     def commit(self, revision: str = "main") -> Commit:
-        """That of a branch, a tag or an oid. Raises KeyError."""
+        """Return the commit of a branch, a tag or an oid; raises KeyError if there is none."""
         oid = self.branches.get(revision) or self.tags.get(revision) or revision
         return {commit.oid: commit for commit in self.commits}[oid]
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Those of `main`."""
+        """The files of `main`."""
         return self.commit().files
 
     def add(self, branch: str, title: str, description: str, files: dict[str, bytes], lfs: frozenset[str]) -> Commit:
@@ -81,13 +81,13 @@ class Repo:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked and answered."""
+    """A request, and the status of its answer."""
 
     method: str
     path: str  # decoded, without the query
     query: str
     headers: Mapping[str, str]  # names in lower case
-    user: str | None  # None: without a token, or with one that is not known
+    user: str | None  # None: it had no token, or an unknown one
     status: int | None  # None: the connection was closed before an answer
 
     @property
@@ -97,7 +97,7 @@ class Request:
 
 @dataclass
 class Hold:
-    """Requests that wait for `release`; `entered` is set once the first of them is there."""
+    """Requests that wait for `release`; `entered` is set once the first of them has arrived."""
 
     path: str
     method: str | None
@@ -138,7 +138,7 @@ class _Answer:
 
 
 class _RefusedError(Exception):
-    """An answer that is an error, in the words of the Hub."""
+    """An error that is answered in the words of the Hub."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **more: str):
         super().__init__(message)
@@ -174,11 +174,11 @@ def _route(method: str, pattern: str) -> Callable[[Callable[..., _Answer]], Call
 
 
 class HubServer:
-    """The server; a context manager, whose end lets go of held requests and closes every connection.
+    """The server, as a context manager; at its end it releases held requests and closes every connection.
 
     Args:
-        tokens: token -> user. What a user may write is what stands under the user's name.
-        read_only: those of the tokens that may not write.
+        tokens: Token -> user. Users may write to the repositories under their own names.
+        read_only: The tokens that may not write.
     """
 
     def __init__(self, tokens: Mapping[str, str] | None = None, read_only: Collection[str] = ()):
@@ -208,11 +208,11 @@ class HubServer:
         self._server.server_close()
 
     def repo(self, name: str, type: Literal["model", "dataset", "space"] = "model") -> Repo:
-        """To look into. Raises KeyError."""
+        """Return a repository, for a test to look into; raises KeyError if there is none."""
         return self._repos[type, name]
 
-    def asked(self, method: str, path: str) -> list[Request]:
-        """The answered requests whose path holds a match of the pattern `path`, in their order."""
+    def requests_to(self, method: str, path: str) -> list[Request]:
+        """Return the answered requests in whose path the pattern `path` is found, in their order."""
         with self._lock:
             return [request for request in self.requests if request.method == method and re.search(path, request.path)]
 
@@ -225,13 +225,13 @@ class HubServer:
         headers: Mapping[str, str] | None = None,
         body: str | None = None,
     ) -> None:
-        """Answer the next `times` requests with `status` and change nothing; None: until `mend`.
+        """Answer the next `times` requests with `status` and change nothing; None stands for all until `mend`.
 
         Args:
-            path: a pattern that the decoded path must hold a match of.
-            method: default: every one.
-            headers: such as Retry-After, X-Error-Code.
-            body: default: an error in JSON.
+            path: A pattern that must be found in the decoded path.
+            method: Default: every method.
+            headers: Such as Retry-After, X-Error-Code.
+            body: Default: an error in JSON.
         """
         error = json.dumps({"error": f"the test made this fail with {status}"}) if body is None else body
         content_type = {"Content-Type": "application/json" if body is None else "text/plain"}
@@ -251,21 +251,21 @@ class HubServer:
         """Close the connection of the next `times` requests after so many bytes of a body.
 
         Args:
-            of: "request": the server reads so much, does nothing and answers nothing; "response": it does what was
-                asked and answers so much. Default: "request" for PUT, else "response".
-            reset: close as a connection breaks, not as a server closes it in order; clients tell them apart.
+            of: "request": the server reads so much, does nothing and answers nothing. "response": it does what was
+                requested, and answers so much. Default: "request" for PUT, else "response".
+            reset: Close as a broken connection does, not as a server closes in order. Clients tell them apart.
         """
         with self._lock:
             self._cuts.append(_Cut(path, method, times, after_bytes, of, reset))
 
     def hold(self, path: str = "", method: str | None = None) -> Hold:
-        """Let matching requests wait, their bodies read, until the returned object's `release` is called."""
+        """Let matching requests wait, once their bodies are read, until the returned object is released."""
         with self._lock:
             self._holds.append(Hold(path, method))
             return self._holds[-1]
 
     def mend(self) -> None:
-        """Forget all faults and let go of what is held."""
+        """Forget all faults, and release all held requests."""
         with self._lock:
             self._failures.clear()
             self._cuts.clear()
@@ -274,7 +274,7 @@ class HubServer:
             self._holds.clear()
 
     def _take(self, faults: list[_F], method: str, path: str) -> _F | None:
-        """The first fault that matches, used up by one."""
+        """Return the first fault that matches, and count it as used once."""
         with self._lock:
             for fault in faults:
                 if fault.times != 0 and fault.method in (None, method) and re.search(fault.path, path):
@@ -573,18 +573,18 @@ def _sha1(content: bytes) -> str:
 
 
 def _blob_oid(content: bytes) -> str:
-    """git's name of a file."""
+    """Return git's name of a file's content."""
     return _sha1(b"blob %d\0" % len(content) + content)
 
 
 def _pointer(content: bytes) -> bytes:
-    """What git holds of a file in LFS."""
+    """Return what git holds in the place of a file in LFS."""
     oid = hashlib.sha256(content).hexdigest()
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(content)}\n".encode()
 
 
 def _content_oid(commit: Commit, path: str) -> str:
-    """sha256 of a file in LFS, git's name of another: what the client compares its own file with."""
+    """Return the sha256 of a file in LFS, or git's name of another; the client compares its own file with it."""
     content = commit.files[path]
     return hashlib.sha256(content).hexdigest() if path in commit.lfs else _blob_oid(content)
 
@@ -600,7 +600,7 @@ def _entry(commit: Commit, path: str) -> dict[str, Any]:
 
 
 def _entries(commit: Commit) -> dict[str, dict[str, Any]]:
-    """Files and the folders they are in."""
+    """Return the files of a commit and the folders that they are in."""
     found = {path: _entry(commit, path) for path in commit.files}
     for path in commit.files:
         for i in [i for i, character in enumerate(path) if character == "/"]:
@@ -616,12 +616,12 @@ def _commit(repo: Repo, revision: str) -> Commit:
 
 
 def _head(repo: Repo, branch: str) -> Commit:
-    """Of a branch: to a tag or an oid nothing can be added."""
+    """Return the head of a branch; nothing can be added to a tag or an oid."""
     return _commit(repo, repo.branches.get(branch, f"refs/heads/{branch}"))
 
 
 def _is_private(asked: Mapping[str, Any], default: bool = False) -> bool:
-    """`visibility` is what huggingface_hub sends, `private` what its earlier versions did."""
+    """Return the visibility that the client asked for: `visibility`, or `private` in its earlier versions."""
     if "visibility" in asked:
         return asked["visibility"] == "private"
     return bool(asked.get("private", default))
@@ -645,7 +645,7 @@ class _Server(ThreadingHTTPServer):
         super().close_request(request)
 
     def close_connections(self) -> None:
-        """Clients keep theirs open, and a thread waits at each for the next request."""
+        """Close the connections that clients keep open; at each, a thread waits for the next request."""
         for connection in list(self.connections):
             try:
                 connection.shutdown(socket.SHUT_RDWR)
@@ -653,7 +653,7 @@ class _Server(ThreadingHTTPServer):
                 continue  # closed meanwhile
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed, or gave up, is none of the server's errors."""
+        """Report an error, but not that a client was killed or gave up."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -707,10 +707,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def client_environment(hub: HubServer, folder: Path, token: str | None = None) -> dict[str, str]:
-    """That of a process whose Hub is `hub` and whose caches are in `folder`; huggingface_hub reads it at import."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))}
+    """Return the environment of a process whose Hub is `hub` and whose caches are in `folder`.
+
+    huggingface_hub reads it when it is imported.
+    """
+    other_variables = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))
+    }
     return {
-        **kept,
+        **other_variables,
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(folder),
         "HF_HUB_DISABLE_XET": "1",  # with it, no file is sent by LFS
@@ -722,7 +727,7 @@ def client_environment(hub: HubServer, folder: Path, token: str | None = None) -
 
 
 def run_client(hub: HubServer, code: str, tmp_path: Path, token: str | None = None) -> str:
-    """What `code` prints in a process of its own whose Hub is `hub`; one that fails fails the test with its stderr."""
+    """Return what `code` prints in a process of its own whose Hub is `hub`; a failure of it fails the test."""
     environment = client_environment(hub, tmp_path / "hf", token)
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False

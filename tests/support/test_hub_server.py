@@ -1,4 +1,4 @@
-"""The tests' hub is one that the real client takes for the Hub."""
+"""The real client takes the Hub of the tests for the Hub."""
 
 import json
 import threading
@@ -59,7 +59,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith(".cache")}
 
 
-def test_uploads_make_one_commit_each_and_none_where_nothing_changed(hub, client, folder):
+def test_upload_makes_one_commit_or_none_if_nothing_changed(hub, client, folder):
     said = client("""
         address = api.create_repo("alice/digits", private=True)
         first = api.upload_folder(repo_id="alice/digits", folder_path="run", commit_message="first")
@@ -81,15 +81,15 @@ def test_uploads_make_one_commit_each_and_none_where_nothing_changed(hub, client
     assert first.lfs == changed.lfs == {"model.safetensors", "metrics.jsonl"}
     assert repo.files.keys() == expected.keys() - {"README.md", "figures/empty.png"}
     assert fewer.lfs == changed.lfs
-    uploads = hub.asked("PUT", "^/lfs/")
+    uploads = hub.requests_to("PUT", "^/lfs/")
     assert len(uploads) == 3
     assert all("authorization" not in request.headers for request in uploads)
-    assert {request.user for request in hub.asked("POST", "^/api/")} == {"alice"}
-    assert all("hf_hub" in request.user_agent for request in hub.asked("POST", "^/api/"))
+    assert {request.user for request in hub.requests_to("POST", "^/api/")} == {"alice"}
+    assert all("hf_hub" in request.user_agent for request in hub.requests_to("POST", "^/api/"))
 
 
 @pytest.mark.parametrize(("type", "prefix"), [("model", ""), ("dataset", "datasets/"), ("space", "spaces/")])
-def test_what_was_uploaded_is_found_and_downloaded(hub, client, folder, tmp_path, type, prefix):
+def test_downloads_return_what_was_uploaded(hub, client, folder, tmp_path, type, prefix):
     said = client(f"""
         repo = dict(repo_id="alice/digits", repo_type="{type}")
         address = api.create_repo(**repo, space_sdk="static" if "{type}" == "space" else None)
@@ -129,7 +129,7 @@ def test_what_was_uploaded_is_found_and_downloaded(hub, client, folder, tmp_path
     assert not hub.repo("alice/digits", type).tags
 
 
-def test_each_sees_and_writes_what_the_owner_allows(hub, client):
+def test_users_see_and_write_only_what_the_owner_allows(hub, client):
     said = client(
         f"""
         api.create_repo("alice/digits", private=True, token="{ALICE}")
@@ -158,7 +158,7 @@ def test_each_sees_and_writes_what_the_owner_allows(hub, client):
     assert not hub.repo("alice/digits").private
 
 
-def test_conflicts_are_refused_and_change_nothing(hub, client):
+def test_conflicting_commits_are_refused_and_change_nothing(hub, client):
     said = client("""
         address = api.create_repo("alice/digits")
         assert api.create_repo("alice/digits", exist_ok=True) == address
@@ -187,7 +187,7 @@ def test_conflicts_are_refused_and_change_nothing(hub, client):
     assert hub.repo("alice/digits").files.keys() == {".gitattributes", "a"}
 
 
-def test_a_commit_holds_no_large_file_that_was_not_uploaded(hub, client):
+def test_commit_refuses_a_large_file_that_was_not_uploaded(hub, client):
     """As when the upload was taken for granted: the client is made to believe that the objects are there."""
     hub.fail(200, r"objects/batch$", body=json.dumps({"objects": []}))
     said = client("""
@@ -199,7 +199,7 @@ def test_a_commit_holds_no_large_file_that_was_not_uploaded(hub, client):
     assert len(hub.repo("alice/digits").commits) == 2
 
 
-def test_connections_that_break(hub, client, tmp_path):
+def test_cut_breaks_a_connection_at_the_given_byte(hub, client, tmp_path):
     content = bytes(range(256)) * (12 << 12)  # more than the client's block of 10 MiB, which it keeps
     (tmp_path / "large.bin").write_bytes(content)
     hub.cut("^/lfs/", after_bytes=1000)
@@ -224,15 +224,15 @@ def test_connections_that_break(hub, client, tmp_path):
         "small.bin": b"small",
         ".gitattributes": GIT_ATTRIBUTES,
     }
-    assert [request.status for request in hub.asked("PUT", "^/lfs/")] == [None, 200, 200, 200]
-    first, second = hub.asked("GET", "/large.bin$")
+    assert [request.status for request in hub.requests_to("PUT", "^/lfs/")] == [None, 200, 200, 200]
+    first, second = hub.requests_to("GET", "/large.bin$")
     assert ("range" in first.headers, first.status) == (False, 200)
     assert (second.headers["range"], second.status) == ("bytes=10485760-", 206)
     lost = hub.repo("alice/digits").commit("lost")  # done, though the client does not know
     assert lost.files["small.bin"] == b"other"
 
 
-def test_failures_come_as_often_as_asked(hub, client):
+def test_fail_answers_with_an_error_the_given_number_of_times(hub, client):
     statuses = [400, 401, 403, 409, 412, 500, 503]
     for status in statuses:
         hub.fail(status, "/commit/main$", method="POST")
@@ -246,13 +246,13 @@ def test_failures_come_as_often_as_asked(hub, client):
         said += [error(api.model_info, "alice/digits"), error(api.model_info, "alice/digits")]
     """)
     assert [kind and kind[1] for kind in said] == [*statuses, None, 404, 404]
-    assert [request.status for request in hub.asked("PUT", "^/lfs/")] == [503, 200]
+    assert [request.status for request in hub.requests_to("PUT", "^/lfs/")] == [503, 200]
     assert len(hub.repo("alice/digits").commits) == 2
     hub.mend()
     assert client('said = api.model_info("alice/digits").id') == "alice/digits"
 
 
-def test_a_held_request_waits_to_be_released(hub, client):
+def test_hold_keeps_a_request_until_it_is_released(hub, client):
     hold = hub.hold("/commit/")
     with ThreadPoolExecutor() as pool:
         upload = pool.submit(
@@ -270,7 +270,7 @@ def test_a_held_request_waits_to_be_released(hub, client):
     assert hub.repo("alice/digits").files["a"] == b"a"
 
 
-def test_nothing_runs_on_when_the_server_has_ended(tmp_path):
+def test_no_thread_survives_the_server(tmp_path):
     before = set(threading.enumerate())
     with ThreadPoolExecutor() as pool:
         with HubServer() as hub:

@@ -85,7 +85,7 @@ def train_divided(root: Path, divisions: dict, **settings) -> TrainingConfig:
 
 
 @pytest.mark.parametrize("name", ["1 by 4", "2 by 2", "4 by 1", "2 by 2, FSDP"])
-def test_every_way_to_divide_a_step_is_the_same_run(runs, name):
+def test_every_division_of_the_global_batch_trains_the_same_model(runs, name):
     root, traces = runs
     assert_same(root / "whole", root / name)
     assert len(traces["whole"]) == 20
@@ -106,12 +106,12 @@ def assert_same(*folders):
 
 
 @pytest.mark.parametrize(("before", "after"), [("2 by 2", 1), ("2 by 2", 4), ("4 by 1", 3), ("2 by 2, FSDP", 1)])
-def test_another_number_of_processes_goes_on(runs, before, after, tmp_path):
+def test_resume_with_another_number_of_processes(runs, before, after, tmp_path):
     """The same run as far as the global batch can be kept; else one whose schedule follows the images seen."""
     resume_elsewhere(runs, before, after, tmp_path)
 
 
-def test_fsdp_goes_on_from_one_process(runs, tmp_path):
+def test_fsdp_resumes_a_run_of_one_process(runs, tmp_path):
     resume_elsewhere(runs, "1 by 4", 2, tmp_path, **FSDP)
 
 
@@ -139,7 +139,7 @@ def resume_elsewhere(runs, before, after, tmp_path, **variables):
     assert now[14]["ema_decay"] ** (8 / 6) == pytest.approx(whole[13]["ema_decay"])
 
 
-def test_a_worker_that_dies_is_restarted(runs, tmp_path):
+def test_torchrun_restarts_a_process_that_died(runs, tmp_path):
     """torchrun's elastic restart, of all processes; the run is the one in which none died."""
     root, _ = runs
     config = load_config(str(root / "2 by 2" / "config.yaml"), output_dir=str(tmp_path / "run"))
@@ -160,7 +160,7 @@ def test_a_worker_that_dies_is_restarted(runs, tmp_path):
     assert not differences(tmp_path / "run", root / "2 by 2")
 
 
-def test_a_number_of_processes_that_cannot_be_known_is_refused(tmp_path):
+def test_launcher_of_unknown_process_count_is_refused(tmp_path):
     """What `accelerate launch` on the CPU leaves of several processes asked for in its config file."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment |= {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -171,18 +171,18 @@ def test_a_number_of_processes_that_cannot_be_known_is_refused(tmp_path):
         check=False,
         env=environment,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "torchrun --nproc_per_node N" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_are_recorded(runs):
+def test_run_json_records_two_processes(runs):
     root, _ = runs
     training = json.loads((root / "2 by 2/run.json").read_text())["training"]
     assert (training["num_processes"], training["global_batch_size"]) == (2, 8)
 
 
-def test_fsdp_that_would_be_left_out_is_refused(runs, tmp_path):
+def test_fsdp_on_a_cpu_is_refused(runs, tmp_path):
     root, _ = runs
     config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"))
     assert start(config, 1, ACCELERATE_USE_FSDP="true") == [1]

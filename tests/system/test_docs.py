@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
 from hf_ddpm.runtime.files import write_atomically
-from hf_ddpm.training.parsing import parse_config
 from hf_ddpm.training.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
+from tests.support.command_line import parse_config
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import tiny_unet_config
 
@@ -50,7 +50,7 @@ TRAINING = [c for c in [*commands("accelerate launch"), *commands("torchrun")] i
 
 
 @pytest.mark.parametrize("command", TRAINING, ids=" ".join)
-def test_training_commands_parse(command, tmp_path):
+def test_readme_training_commands_parse(command, tmp_path):
     shutil.rmtree("ddpm-model")
     arguments = command[command.index("train_accelerate.py") + 1 :]
     if "--config" in arguments:
@@ -60,8 +60,8 @@ def test_training_commands_parse(command, tmp_path):
 
 
 @pytest.mark.parametrize("command", commands("hf-ddpm"), ids=" ".join)
-def test_commands_run(command):
-    if command[1] in ("sample", "ema") and command[2] == "ddpm-model":
+def test_readme_commands_run(command):
+    if command[1] in ("sample", "average") and command[2] == "ddpm-model":
         result = CliRunner().invoke(app, ["4" if word in ("64", "50000") else word for word in command[1:]])
         assert result.exit_code == 0, result.output
     else:  # they need data and a feature network
@@ -73,28 +73,26 @@ def test_commands_run(command):
     "code", [code for code in blocks("python") if "me/digits" not in code], ids=lambda code: code.split("\n")[0]
 )
 @pytest.mark.filterwarnings("ignore:alpha_bar_T")
-def test_python_runs(code, tmp_path):
+def test_readme_python_runs(code, tmp_path):
     code = code.replace("max_train_steps=200", "max_train_steps=1, ddpm_num_steps=10, eval_batch_size=1")
     code = code.replace("(batch_size=16)", "(batch_size=2, num_inference_steps=10)")
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_sharing_and_loading_as_they_are_told(tmp_path):
+def test_readme_sharing_and_loading_work(tmp_path):
     section = README.partition("## Share it")[2].partition("\n## ")[0]
     lines = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()
     (tmp_path / "unet.json").write_text(json.dumps(tiny_unet_config(channels=1)))
     code = f"""
         import shlex
         from hf_ddpm.cli import app
-        from hf_ddpm.training.parsing import parse_config
-        from hf_ddpm.training.loop import train
         for line in {lines!r}:
             words = shlex.split(line)
             if words[0] == "accelerate":
                 words = words[3:] + ["--max_train_steps=2", "--eval_batch_size=2", "--cache_dir=cache"]
                 if "--init_from" not in words:
                     words += ["--model_config_name_or_path=unet.json", "--ddpm_num_steps=10"]
-                train(parse_config(words))
+                app(["train", *words], standalone_mode=False)
             else:
                 app(words[1:], standalone_mode=False)
         example = {re.findall("```python(.*?)```", section, re.DOTALL)[0].strip()!r}
@@ -111,7 +109,7 @@ def test_sharing_and_loading_as_they_are_told(tmp_path):
     assert "init_from: me/digits" in (tmp_path / "further" / "config.yaml").read_text()
 
 
-def test_pictures_and_links_are_there():
+def test_readme_pictures_and_links_exist():
     root = Path(__file__).parents[2]
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (root / target).exists(), target

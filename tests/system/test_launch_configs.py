@@ -29,12 +29,12 @@ from pathlib import Path
 """
 
 
-def test_every_launch_config_is_tried():
+def test_every_launch_config_has_a_test():
     assert {path.stem for path in (ROOT / "launch_configs").iterdir()} == SAID.keys()
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_launch_config(name, tmp_path):
+def test_launch_config_trains(name, tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)
     out.mkdir()

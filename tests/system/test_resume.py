@@ -72,7 +72,7 @@ def finish(config: TrainingConfig, num_processes: int = 1) -> Path:
     return Path(config.output_dir)
 
 
-def test_killed_at_any_moment(whole):
+def test_run_killed_at_any_moment_resumes_to_the_same_bits(whole):
     """In a step before and after the first checkpoint, within the writing of each file, and while it finishes."""
     unkilled, config = whole(stable_target_images=7)
     resume = replace(config, resume_from_checkpoint="latest")
@@ -82,7 +82,7 @@ def test_killed_at_any_moment(whole):
     assert not differences(finish(config), unkilled)
 
 
-def test_two_processes_killed(whole):
+def test_two_processes_killed_resume_to_the_same_bits(whole):
     unkilled, config = whole(num_processes=2, dataloader_num_workers=0, stable_target_images=7)
     for kill in ("flush", 5), ("step", 5):
         assert -signal.SIGKILL in start(replace(config, resume_from_checkpoint="latest"), 2, *kill)
@@ -90,7 +90,7 @@ def test_two_processes_killed(whole):
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_streaming_killed(whole, num_processes):
+def test_streaming_run_killed_resumes_to_the_same_bits(whole, num_processes):
     unkilled, config = whole(num_processes, streaming=True, dataloader_num_workers=2, shuffle_buffer_images=5)
     for kill in ("step", 5), ("flush", 9):
         assert -signal.SIGKILL in start(replace(config, resume_from_checkpoint="latest"), num_processes, *kill)
@@ -98,7 +98,7 @@ def test_streaming_killed(whole, num_processes):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_ends_the_run_after_a_checkpoint(whole, name):
+def test_signal_ends_the_run_after_a_checkpoint(whole, name):
     unkilled, config = whole(dataloader_num_workers=0, max_train_steps=4)
     assert start(config, 1, "step", 3, getattr(signal, name)) == [75]
     folder = Path(config.output_dir)
@@ -107,13 +107,13 @@ def test_a_signal_ends_the_run_after_a_checkpoint(whole, name):
     assert not differences(finish(config), unkilled)
 
 
-def test_a_second_signal_ends_at_once(settings):
+def test_second_signal_ends_the_run_at_once(settings):
     config = TrainingConfig(**{**settings, "dataloader_num_workers": 0})
     assert start(config, 1, "step", 3, TWICE) == [-signal.SIGTERM]
     assert sorted(p.name for p in Path(config.output_dir).glob("*checkpoint*")) == ["checkpoint-2"]
 
 
-def test_time_that_is_up_ends_the_run(whole):
+def test_max_train_hours_ends_the_run(whole):
     """Each start gets a step further; all of them together are the run in one."""
     unkilled, config = whole(dataloader_num_workers=0, max_train_steps=4)
     hasty = replace(config, resume_from_checkpoint="latest", max_train_hours=1e-9)
@@ -121,7 +121,7 @@ def test_time_that_is_up_ends_the_run(whole):
     assert not differences(Path(config.output_dir), unkilled)
 
 
-def test_processes_agree_on_the_last_step(whole):
+def test_processes_stop_after_the_same_step(whole):
     unkilled, config = whole(num_processes=2, dataloader_num_workers=0, max_train_steps=4)
     assert start(config, 2, "step", 3, signal.SIGTERM) == [75, 75]
     assert (Path(config.output_dir) / "checkpoint-3").is_dir()
@@ -129,7 +129,7 @@ def test_processes_agree_on_the_last_step(whole):
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_step_without_finite_loss_is_skipped(settings, num_processes):
+def test_step_without_finite_loss_is_skipped(settings, num_processes):
     """On every process, though one saw it; weights, optimizer and the other steps' loss know nothing of it."""
     changes = {"dataloader_num_workers": 0, "logging_steps": 1, "checkpointing_steps": 1, "ema_power": 1.0}
     config = TrainingConfig(**{**settings, **changes, "checkpoints_total_limit": None, "save_images_epochs": 9})
@@ -144,7 +144,7 @@ def test_a_step_without_finite_loss_is_skipped(settings, num_processes):
     assert all(p.isfinite().all() for p in load_file(folder / "unet/diffusion_pytorch_model.safetensors").values())
 
 
-def test_too_many_bad_steps_end_the_run(settings):
+def test_max_bad_steps_ends_the_run(settings):
     config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_bad_steps": 3})
     assert start(config, 1, "forward", 5, 100) == [1]
     folder, message = Path(config.output_dir), said(config)
@@ -154,7 +154,7 @@ def test_too_many_bad_steps_end_the_run(settings):
     assert len(trace(folder)) == 1
 
 
-def test_a_fused_optimizer_leaves_all_as_it_is():
+def test_fused_adamw_leaves_everything_as_it_is_with_found_inf():
     """What a skipped step relies on."""
     for found in (0.0, 1.0):
         weight = torch.nn.Parameter(torch.ones(3))
@@ -170,7 +170,7 @@ def test_a_fused_optimizer_leaves_all_as_it_is():
         assert all(torch.equal(a, b) == bool(found) for a, b in zip(before, after, strict=True))
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(whole):
+def test_resume_refuses_a_checkpoint_of_another_optimizer(whole):
     """Also by the config of a run that was begun when there was AdamW alone."""
     _, config = whole(optimizer="adamw", max_train_steps=4)
     file = Path(config.output_dir) / "config.yaml"
@@ -183,7 +183,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(whole):
     assert "optimizer must be adamw, whose moments the checkpoint holds, got muon" in said(config)
 
 
-def test_a_process_that_loads_data_dies(whole):
+def test_death_of_a_loader_worker_ends_the_run_with_a_checkpoint(whole):
     unkilled, config = whole(dataloader_num_workers=1, max_train_steps=4)
     config = replace(config, dataloader_num_workers=1)
     assert start(config, 1, "step", 1, WORKER) == [1]
@@ -194,7 +194,7 @@ def test_a_process_that_loads_data_dies(whole):
     assert not differences(finish(config), unkilled)
 
 
-def test_one_run_at_a_time(settings):
+def test_output_dir_takes_one_run_at_a_time(settings):
     config = TrainingConfig(**settings)
     Path(config.output_dir).mkdir()
     with lock(Path(config.output_dir)):
@@ -202,7 +202,7 @@ def test_one_run_at_a_time(settings):
     assert not (Path(config.output_dir) / "config.yaml").exists()
 
 
-def test_a_killed_launcher_ends_the_run_after_a_checkpoint(settings, tmp_path):
+def test_killed_launcher_ends_the_run_after_a_checkpoint(settings, tmp_path):
     if sys.platform != "linux":
         pytest.skip("only Linux tells a process of its parent's end")
     config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 10**6})
@@ -220,14 +220,14 @@ def test_a_killed_launcher_ends_the_run_after_a_checkpoint(settings, tmp_path):
     assert verify(Path(config.output_dir) / f"checkpoint-{step}") is None
 
 
-def test_a_bad_last_step_is_saved_too(settings):
+def test_skipped_last_step_is_saved(settings):
     config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 4})
     assert start(config, 1, "forward", 7, 1) == [0]
     assert trace(config.output_dir)[-1]["bad_steps"] == 1
     assert verify(Path(config.output_dir) / "checkpoint-4") is None
 
 
-def test_images_are_named_without_their_files(settings, tmp_path):
+def test_bad_images_are_named_without_their_files(settings, tmp_path):
     """The cache has what training needs."""
     images = tmp_path / "images"
     shutil.copytree(settings["train_data_dir"], images)
@@ -250,7 +250,7 @@ def train_without_files(config, images):
         handle.remove()
 
 
-def test_a_loss_that_overflows_is_skipped_though_its_gradients_are_finite(settings):
+def test_overflowing_loss_with_finite_gradients_is_skipped(settings):
     """On a network whose last layer alone would learn: its gradients do not depend on the loss."""
     config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 1, "use_ema": False})
     config = replace(config, ema_halflife_images=None, ema_snapshots=16)
@@ -267,7 +267,7 @@ def test_a_loss_that_overflows_is_skipped_though_its_gradients_are_finite(settin
     assert trace(config.output_dir)[-1]["bad_steps"] == 1
 
 
-def test_a_batch_that_was_changed_on_purpose_stays_changed(settings):
+def test_resume_keeps_a_changed_batch_size(settings):
     changes = {"dataloader_num_workers": 0, "gradient_accumulation_steps": 1, "train_batch_size": 4}
     config = TrainingConfig(**{**settings, **changes, "max_train_steps": 3, "checkpointing_steps": 2})
     assert start(config, 1, "step", 3) == [-signal.SIGKILL]
@@ -280,7 +280,7 @@ def test_a_batch_that_was_changed_on_purpose_stays_changed(settings):
     assert start(larger) == [0]
 
 
-def test_training_in_a_thread(settings):
+def test_train_works_in_a_thread(settings):
     config = TrainingConfig(**{**settings, "max_train_steps": 2, "save_images_epochs": None})
     with ThreadPoolExecutor(1) as pool:
         pool.submit(train, config).result()
@@ -295,7 +295,7 @@ def test_dropout_differs_by_step_and_by_forward_pass():
     assert len({tuple(mask(step, slot)) for step in (0, 1) for slot in (0, 1)}) == 4
 
 
-def test_the_end_of_the_launcher_is_never_a_second_signal():
+def test_end_of_the_launcher_is_never_a_second_signal():
     if LAUNCHER_ENDED is None:
         pytest.skip("no such signal here")
     with StopRequest(None, 0.0) as stop:

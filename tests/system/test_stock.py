@@ -80,12 +80,12 @@ def test_stock_samples_the_same_images(folder, name):
         assert np.array_equal(np.load(folder / name / f"{loader}.npy"), ours)
 
 
-def test_what_stock_cannot_express_fails_there_with_a_message(folder):
+def test_stock_refuses_what_it_cannot_express(folder):
     assert "prediction_type given as previous_sample" in (folder / "previous_sample/error.txt").read_text()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_index_names_only_what_the_hub_may_load(folder, name):
+def test_model_index_names_diffusers_classes_only(folder, name):
     index = json.loads((folder / name / "model_index.json").read_text())
     assert index["_class_name"] == "DDPMPipeline"
     assert index["unet"] == ["diffusers", "UNet2DModel"]
@@ -95,7 +95,7 @@ def test_the_index_names_only_what_the_hub_may_load(folder, name):
     assert not list(Path(folder / name).rglob("*.bin"))
 
 
-def test_a_checkpoint_of_stock_becomes_ours(folder):
+def test_stock_checkpoint_is_loaded_as_ours(folder):
     pipeline = DDPMPipeline.from_pretrained(folder / "saved_by_stock")
     assert type(pipeline.scheduler) is DDPMScheduler
     pipeline.set_progress_bar_config(disable=True)
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_stock_becomes_ours(folder):
     assert np.array_equal(images, np.load(folder / "epsilon/DDPMPipeline.npy"))
 
 
-def test_another_scheduler_stays_what_it_is(folder):
+def test_other_schedulers_stay_what_they_are(folder):
     scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "epsilon", subfolder="scheduler")
     pipeline = DDPMPipeline.from_pretrained(folder / "epsilon", scheduler=scheduler)
     assert pipeline.scheduler is scheduler

@@ -60,7 +60,7 @@ def save(state, folder, step, total_limit=None):
     return folder / f"checkpoint-{step}"
 
 
-def test_all_comes_back_to_the_last_bit(state, make_unet, tmp_path):
+def test_load_checkpoint_restores_every_bit(state, make_unet, tmp_path):
     checkpoint = save(state, tmp_path, 4)
     other = new_state(make_unet, seed=1)
     assert not all(torch.equal(a, b) for a, b in zip(everything(state), everything(other), strict=True))
@@ -77,7 +77,7 @@ def test_all_comes_back_to_the_last_bit(state, make_unet, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(everything(state), everything(fresh), strict=True))
 
 
-def test_nothing_in_it_is_code(state, tmp_path):
+def test_checkpoint_contains_no_code(state, tmp_path):
     """Tensors in safetensors, the rest in JSON; no pickle under any name."""
     files = [p for p in save(state, tmp_path, 4).rglob("*") if p.is_file()]
     assert {p.suffix for p in files} == {".safetensors", ".json"}
@@ -107,7 +107,7 @@ def lose(path):
     "name",
     ["manifest.json", "progress.json", "optimizer.safetensors", "unet/diffusion_pytorch_model.safetensors"],
 )
-def test_damage_costs_the_newest_only(state, tmp_path, name, damage):
+def test_find_checkpoint_passes_over_a_damaged_newest(state, tmp_path, name, damage):
     save(state, tmp_path, 4)
     damage(save(state, tmp_path, 6) / name)
     found, passed_over = find_checkpoint(tmp_path, "latest")
@@ -120,14 +120,14 @@ def test_damage_costs_the_newest_only(state, tmp_path, name, damage):
         find_checkpoint(tmp_path, "checkpoint-6")
 
 
-def test_all_damaged_is_an_error_and_none_is_not(state, tmp_path):
+def test_find_checkpoint_refuses_only_damaged_ones(state, tmp_path):
     assert find_checkpoint(tmp_path, "latest") == (None, [])
     truncate(save(state, tmp_path, 4) / "progress.json")
     with pytest.raises(UsageError, match=r"checkpoint-4 is passed over: progress.json has \d+ bytes, not \d+.*backup"):
         find_checkpoint(tmp_path, "latest")
 
 
-def test_another_format_is_named(state, tmp_path):
+def test_verify_names_another_format(state, tmp_path):
     checkpoint = save(state, tmp_path, 4)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
@@ -146,26 +146,26 @@ def test_pruning_counts_whole_checkpoints_only(state, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_a_damaged_newer_one_is_not_what_is_kept(state, tmp_path):
+def test_pruning_keeps_no_damaged_newer_checkpoint(state, tmp_path):
     save(state, tmp_path, 4)
     flip_a_bit(save(state, tmp_path, 6) / "optimizer.safetensors")  # of its right size
     save(state, tmp_path, 5, total_limit=1)
     assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "checkpoint-5"
 
 
-def test_another_shape_is_refused(state, make_unet, tmp_path):
+def test_load_checkpoint_refuses_another_shape(state, make_unet, tmp_path):
     checkpoint = save(state, tmp_path, 4)
     unet = make_unet(channels=1)
     with pytest.raises(UsageError, match="checkpoint-4 is of another network"):
         load_checkpoint(TrainingState(unet, torch.optim.AdamW(unet.parameters()), None), checkpoint)
 
 
-def test_a_damaged_one_of_the_same_step_is_replaced(state, tmp_path):
+def test_save_checkpoint_replaces_a_damaged_one_of_the_same_step(state, tmp_path):
     truncate(save(state, tmp_path, 4) / "optimizer.safetensors")
     assert verify(save(state, tmp_path, 4)) is None
 
 
-def test_another_network_or_average_is_refused(state, make_unet, tmp_path):
+def test_resume_refuses_another_network_or_average(state, make_unet, tmp_path):
     checkpoint = save(state, tmp_path, 4)
     larger = make_unet(
         block_out_channels=[8, 8, 16],
@@ -197,7 +197,7 @@ cp -r disk/run finished
 """
 
 
-def test_a_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
+def test_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
     """A file system with room for one checkpoint: the run goes on to its end, says what is missing, and once there
     is room it ends as if there always had been."""
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -230,7 +230,7 @@ def test_a_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
     assert not differences(tmp_path / "finished", Path(whole.output_dir))
 
 
-def test_a_folder_that_cannot_be_written_is_said_and_the_run_goes_on(state, tmp_path):
+def test_run_goes_on_when_a_checkpoint_cannot_be_written(state, tmp_path):
     """A file stands where the folder is to be: no permission can be taken away from a test that runs as root."""
     save(state, tmp_path, 4)
     (tmp_path / "partial-checkpoint-6").write_text("")

@@ -21,8 +21,9 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.dry_run import Cost, count_flops, print_cost
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.optimizer import make_optimizer
-from hf_ddpm.training.parsing import parse_config, save_config
+from hf_ddpm.training.parsing import save_config
 from hf_ddpm.training.setup import build_run, make_accelerator, make_scheduler
+from tests.support.command_line import parse_config
 from tests.support.networks import tiny_unet_config
 from tests.support.runs import said, start
 

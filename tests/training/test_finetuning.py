@@ -53,7 +53,7 @@ def written(config: TrainingConfig) -> dict[str, Any]:
     return yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())
 
 
-def test_a_run_begins_with_the_model(config: TrainingConfig, base: Path):
+def test_init_from_starts_with_the_weights_of_the_model(config: TrainingConfig, base: Path):
     train(replace(config, **NEVER))
     before, after = (load_file(folder / WEIGHTS) for folder in (base, Path(config.output_dir)))
     assert before.keys() == after.keys()
@@ -70,13 +70,13 @@ def test_a_run_begins_with_the_model(config: TrainingConfig, base: Path):
     assert type(DDPMPipeline.from_pretrained(config.output_dir)) is DDPMPipeline
 
 
-def test_weights_are_trained_further(config: TrainingConfig, base: Path):
+def test_init_from_trains_the_weights(config: TrainingConfig, base: Path):
     train(config)
     before, after = (load_file(folder / WEIGHTS) for folder in (base, Path(config.output_dir)))
     assert not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
 
 
-def test_what_the_model_decides_is_written_down(config: TrainingConfig):
+def test_init_from_writes_what_the_model_decides_into_the_config(config: TrainingConfig):
     train(replace(config, **NEVER))
     assert {name: value for name, value in written(config).items() if name.startswith(("ddpm_", "rescale"))} == {
         "ddpm_num_steps": 30,
@@ -90,7 +90,7 @@ def test_what_the_model_decides_is_written_down(config: TrainingConfig):
     assert [written(config)[name] for name in names] == ["epsilon", "fixed_large", 8, 1, config.init_from]
 
 
-def test_images_become_those_of_the_model(config: TrainingConfig, tmp_path: Path):
+def test_init_from_takes_size_and_channels_of_the_model(config: TrainingConfig, tmp_path: Path):
     (tmp_path / "large").mkdir()
     for i in range(4):
         Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / f"large/{i}.png")
@@ -99,7 +99,9 @@ def test_images_become_those_of_the_model(config: TrainingConfig, tmp_path: Path
 
 
 @pytest.mark.parametrize("size", [(8, 8), [8, 8]])
-def test_a_square_may_be_given_by_both_sides(config: TrainingConfig, base: Path, size: Any, tmp_path: Path):
+def test_init_from_accepts_a_square_sample_size_of_two_numbers(
+    config: TrainingConfig, base: Path, size: Any, tmp_path: Path
+):
     shutil.rmtree(base)
     save_model(base, sample_size=size)
     train(replace(config, **NEVER))
@@ -122,7 +124,7 @@ def test_a_square_may_be_given_by_both_sides(config: TrainingConfig, base: Path,
     ],
     ids=["cosine", "zero snr", "learned variance"],
 )
-def test_each_kind_of_model(config: TrainingConfig, base: Path, scheduler: dict[str, Any]):
+def test_init_from_accepts_each_kind_of_model(config: TrainingConfig, base: Path, scheduler: dict[str, Any]):
     shutil.rmtree(base)
     outputs = 2 if scheduler.get("variance_type") == "learned_range" else 1
     save_model(base, diffusers.DDPMScheduler(30, **scheduler), out_channels=outputs)
@@ -193,7 +195,7 @@ def nothing(base: Path) -> None:
         ({"init_from": "someone/offline"}, nothing, "model must be a folder or on the Hub, got 'someone/offline'"),
     ],
 )
-def test_what_is_at_odds_with_the_model_is_refused_before_anything_is_written(
+def test_init_from_refuses_contradicting_settings_before_writing(
     config: TrainingConfig, base: Path, settings: dict[str, Any], change: Callable[[Path], None], message: str
 ):
     change(base)
@@ -202,7 +204,7 @@ def test_what_is_at_odds_with_the_model_is_refused_before_anything_is_written(
     assert not Path(config.output_dir).exists()
 
 
-def test_a_killed_run_goes_on_without_the_model(config: TrainingConfig, base: Path, tmp_path: Path):
+def test_resume_does_not_need_the_model_of_init_from(config: TrainingConfig, base: Path, tmp_path: Path):
     """Bit for bit, and also where it is gone, or another, when the run goes on."""
     whole = replace(config, output_dir=str(tmp_path / "whole"), checkpointing_steps=2)
     killed = replace(whole, output_dir=str(tmp_path / "killed"))
@@ -214,7 +216,7 @@ def test_a_killed_run_goes_on_without_the_model(config: TrainingConfig, base: Pa
     assert written(whole) | {"output_dir": killed.output_dir} == written(killed)
 
 
-def test_a_run_that_goes_on_keeps_what_the_model_decided(config: TrainingConfig, base: Path):
+def test_resume_keeps_what_the_model_of_init_from_decided(config: TrainingConfig, base: Path):
     train(replace(config, max_train_steps=3))
     more = replace(config, resume_from_checkpoint="latest")
     with pytest.raises(UsageError, match="ddpm_num_steps must be 30, that of the model"):

@@ -15,7 +15,6 @@ import torch._dynamo.testing
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
 
 import hf_ddpm.network
 from hf_ddpm import DDPMPipeline, DDPMScheduler
@@ -23,41 +22,18 @@ from hf_ddpm.data.batches import MicroBatches, to_x_0
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.seeds import image_generators
+from hf_ddpm.runtime.seeds import image_draws
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
-from hf_ddpm.training.parsing import load_config
 from hf_ddpm.training.setup import _lr_factor
 from tests.support.networks import tiny_unet_config
 from tests.support.runs import differences
+from tests.support.trained import losses, metrics, model_file, weights
 
 ROOT = Path(__file__).parents[2]
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return [line["loss"] for line in metrics(folder)]
-
-
-def weights(folder):
-    return load_file(Path(folder) / "unet/diffusion_pytorch_model.safetensors")
-
-
-def assert_same_weights(a, b):
-    a, b = weights(a), weights(b)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def model_file(tmp_path, **changes):
-    path = tmp_path / "other_unet.json"
-    path.write_text(json.dumps(tiny_unet_config(channels=1, **changes)))
-    return str(path)
-
-
-def test_a_run_leaves_a_model_pictures_and_a_card(tiny_settings):
+def test_train_leaves_a_model_pictures_and_a_card(tiny_settings):
     config = TrainingConfig(**tiny_settings)
     assert type(train(config)) is DDPMPipeline
     folder = Path(config.output_dir)
@@ -91,75 +67,13 @@ def test_a_run_leaves_a_model_pictures_and_a_card(tiny_settings):
     assert (written["resolution"], written["channels"], written["mixed_precision"]) == (8, 1, "no")
 
 
-def test_the_first_loss_is_the_power_of_the_target(tiny_settings):
+def test_first_loss_is_the_power_of_the_target(tiny_settings):
     """The network's output starts at zero; stock's starts above the target's own power."""
     train(TrainingConfig(**{**tiny_settings, "prediction_type": "epsilon", "train_batch_size": 64}))
     assert losses(tiny_settings["output_dir"])[0] == pytest.approx(1, abs=0.05)
 
 
-def test_a_resumed_run_is_the_run_that_was_not_stopped(tiny_settings, tmp_path):
-    settings = {
-        **tiny_settings,
-        "random_flip": True,
-        "gradient_accumulation_steps": 2,
-        "model_config_name_or_path": model_file(tmp_path, dropout=0.2),
-    }
-    whole = TrainingConfig(**settings)
-    train(whole)
-    parted = replace(whole, output_dir=str(tmp_path / "parted"))
-    # The same run, whose last three steps are lost: what a kill after its first checkpoint leaves.
-    train(replace(parted, checkpoints_total_limit=None))
-    for name in ("checkpoint-6", "unet", "model_index.json"):
-        path = tmp_path / "parted" / name
-        subprocess.run(["rm", "-r", str(path)], check=True)
-    train(replace(parted, resume_from_checkpoint="latest"))
-    assert losses(parted.output_dir) == losses(whole.output_dir)
-    assert_same_weights(whole.output_dir, parted.output_dir)
-    assert json.loads((tmp_path / "parted/run.json").read_text())["training"]["num_resumes"] == 1
-
-
-def test_a_run_keeps_its_network(tiny_settings, tmp_path, monkeypatch):
-    """Also where a later version sizes another for the data, whose weights have the same shapes."""
-    settings = {**tiny_settings, "model_config_name_or_path": None, "dropout": 0.2}
-    with monkeypatch.context() as before:
-        before.setattr(hf_ddpm.network, "MIN_GROUP_CHANNELS", 2)
-        whole = TrainingConfig(**settings)
-        train(whole)
-        parted = replace(whole, output_dir=str(tmp_path / "parted"))
-        train(replace(parted, checkpoints_total_limit=None))
-    for name in ("checkpoint-6", "unet", "model_index.json"):
-        subprocess.run(["rm", "-r", str(tmp_path / "parted" / name)], check=True)
-    train(replace(parted, resume_from_checkpoint="latest"))
-    network = [json.loads(Path(run.output_dir, "unet/config.json").read_text()) for run in (whole, parted)]
-    assert network[0] == network[1]
-    assert network[0]["norm_num_groups"] == 32
-    assert losses(parted.output_dir) == losses(whole.output_dir)
-    assert_same_weights(whole.output_dir, parted.output_dir)
-
-
-def test_a_model_config_that_was_changed_is_refused(tiny_settings, tmp_path):
-    """Though the weights have the same shapes."""
-    model = tmp_path / "unet.json"
-    model.write_text(json.dumps(tiny_unet_config(channels=1, norm_num_groups=4)))
-    config = TrainingConfig(**{**tiny_settings, "model_config_name_or_path": str(model)})
-    train(config)
-    before = {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()}
-    model.write_text(json.dumps(tiny_unet_config(channels=1, norm_num_groups=2)))
-    with pytest.raises(UsageError, match=r"norm_num_groups was 4, got 2: give the model config .*config.json"):
-        train(replace(config, resume_from_checkpoint="latest", max_train_steps=9))
-    assert {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()} == before
-
-
-def test_dropout_may_be_changed_on_purpose(tiny_settings):
-    config = TrainingConfig(**{**tiny_settings, "model_config_name_or_path": None, "max_train_steps": 3})
-    train(config)
-    path = Path(config.output_dir, "config.yaml")
-    path.write_text(path.read_text().replace("dropout: 0.0", "dropout: 0.2"))
-    train(replace(load_config(str(path)), max_train_steps=4, resume_from_checkpoint="latest"))
-    assert json.loads(Path(config.output_dir, "unet/config.json").read_text())["dropout"] == 0.2
-
-
-def test_workers_change_nothing(tiny_settings, tmp_path):
+def test_loader_workers_change_no_bit(tiny_settings, tmp_path):
     config = TrainingConfig(**tiny_settings)
     train(config)
     other = replace(config, output_dir=str(tmp_path / "workers"), dataloader_num_workers=2)
@@ -167,7 +81,7 @@ def test_workers_change_nothing(tiny_settings, tmp_path):
     assert losses(other.output_dir) == losses(config.output_dir)
 
 
-def test_accumulation_is_a_larger_batch(tiny_settings, tmp_path):
+def test_accumulation_equals_a_larger_batch(tiny_settings, tmp_path):
     """One batch of 8, two parts of 4: the same images, t and eps, LR and average."""
     whole = TrainingConfig(**{**tiny_settings, "train_batch_size": 8})
     parts = replace(whole, train_batch_size=4, gradient_accumulation_steps=2, output_dir=str(tmp_path / "parts"))
@@ -181,7 +95,7 @@ def test_accumulation_is_a_larger_batch(tiny_settings, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
 
 
-def test_lr_reaches_its_peak_and_its_end_in_optimizer_steps():
+def test_learning_rate_reaches_peak_and_end_in_optimizer_steps():
     config = TrainingConfig(lr_warmup_steps=50, gradient_accumulation_steps=4)
     factor = _lr_factor(config, 1000)
     assert factor(50) == 1
@@ -190,25 +104,11 @@ def test_lr_reaches_its_peak_and_its_end_in_optimizer_steps():
 
 
 @pytest.mark.parametrize(("warmup", "is_said"), [(5, False), (6, True)])
-def test_a_peak_that_is_not_reached_is_said(tiny_settings, capsys, warmup, is_said):
+def test_too_long_a_warmup_is_reported(tiny_settings, capsys, warmup, is_said):
     train(TrainingConfig(**{**tiny_settings, "max_train_steps": 6, "lr_warmup_steps": warmup}))
     assert (f"6 steps of the run, got {warmup}: the learning rate never" in capsys.readouterr().err) == is_said
     reached = max(line["lr"] for line in metrics(tiny_settings["output_dir"])) == TrainingConfig().peak_learning_rate
     assert reached != is_said
-
-
-def test_randomness_is_a_function_of_seed_and_position():
-    def draws(seed, positions):
-        generators = image_generators(seed, np.array(positions), torch.device("cpu"))
-        return [torch.randn(4, generator=g).tolist() for g in generators]
-
-    assert draws(0, [3, 4]) == [draws(0, [3])[0], draws(0, [4])[0]]
-    assert draws(0, [3]) != draws(1, [3])
-    many = image_generators(0, np.arange(20_000), torch.device("cpu"))
-    normals = torch.stack([torch.randn(1, generator=g) for g in many]).flatten()
-    assert abs(normals.mean().item()) < 4 / 20_000**0.5
-    neighbors = (normals[1:] * normals[:-1]).mean().item()
-    assert abs(neighbors) < 4 / 20_000**0.5
 
 
 @pytest.mark.parametrize(
@@ -223,7 +123,7 @@ def test_randomness_is_a_function_of_seed_and_position():
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_settings_train_to_a_model(tiny_settings, changes):
+def test_train_accepts_these_settings(tiny_settings, changes):
     config = TrainingConfig(**{**tiny_settings, **changes})
     pipeline = train(config)
     assert all(np.isfinite(losses(config.output_dir)))
@@ -231,7 +131,7 @@ def test_settings_train_to_a_model(tiny_settings, changes):
     assert len(metrics(config.output_dir)) == 6
 
 
-def test_learned_variance_trains_its_second_half(tiny_settings, tmp_path):
+def test_learned_variance_trains_the_variance_channels(tiny_settings, tmp_path):
     model = model_file(tmp_path, out_channels=2)
     config = TrainingConfig(
         **{**tiny_settings, "variance_type": "learned_range", "model_config_name_or_path": model, "use_ema": False}
@@ -241,7 +141,7 @@ def test_learned_variance_trains_its_second_half(tiny_settings, tmp_path):
     assert type(pipeline.scheduler) is DDPMScheduler
 
 
-def test_classes_are_learned_from_their_column(tiny_settings, tmp_path):
+def test_train_learns_classes_from_the_label_column(tiny_settings, tmp_path):
     model = tmp_path / "classes.json"
     model.write_text(json.dumps(tiny_unet_config(channels=1, num_class_embeds=10)))
     settings = {k: v for k, v in tiny_settings.items() if k != "train_data_dir"}
@@ -251,59 +151,35 @@ def test_classes_are_learned_from_their_column(tiny_settings, tmp_path):
     assert pipeline(batch_size=2, class_labels=[0, 9]).images[1].size == (8, 8)
 
 
-def test_a_tracker_gets_what_metrics_get(tiny_settings):
-    pytest.importorskip("tensorboard")
+def test_tracker_gets_the_values_of_metrics(tiny_settings):
     train(TrainingConfig(**tiny_settings, logger="tensorboard"))
     assert list((Path(tiny_settings["output_dir"]) / "logs").rglob("events.out.tfevents.*"))
 
 
-def test_a_model_without_average_comes_back_without_dropout(tiny_settings, tmp_path):
+def test_train_without_ema_returns_the_model_in_eval_mode(tiny_settings, tmp_path):
     model = model_file(tmp_path, dropout=0.5)
     pipeline = train(TrainingConfig(**{**tiny_settings, "model_config_name_or_path": model, "use_ema": False}))
     assert not pipeline.unet.training
 
 
-def test_resuming_reads_past_a_cut_line_and_names_of_others(tiny_settings):
-    config = TrainingConfig(**tiny_settings)
-    train(config)
-    file = Path(config.output_dir, "metrics.jsonl")
-    file.write_text(file.read_text()[:-15])
-    Path(config.output_dir, "checkpoint-best").mkdir()
-    train(replace(config, resume_from_checkpoint="latest", max_train_steps=8))
-    assert [line["step"] for line in metrics(config.output_dir)] == [1, 2, 3, 4, 5, 7, 8]
-
-
-def test_resuming_from_an_older_checkpoint_needs_the_newer_gone(tiny_settings):
-    config = TrainingConfig(**tiny_settings)
-    train(config)
-    with pytest.raises(UsageError, match=r"would leave checkpoint-6.*move the newer checkpoints away"):
-        train(replace(config, resume_from_checkpoint="checkpoint-3"))
-
-
-def test_a_schedule_without_fast_solver_trains(tiny_settings):
+def test_train_accepts_a_schedule_without_solver(tiny_settings):
     train(TrainingConfig(**{**tiny_settings, "ddpm_beta_schedule": "sigmoid", "ddpm_beta_end": 0.9}))
 
 
-def test_the_run_may_not_be_among_its_images(tiny_settings, tmp_path):
+def test_train_refuses_an_output_dir_among_the_images(tiny_settings, tmp_path):
     folder = Path(tiny_settings["train_data_dir"])
     with pytest.raises(UsageError, match="output_dir must not be in the folder of images"):
         train(TrainingConfig(**{**tiny_settings, "output_dir": str(folder / "run")}))
 
 
-def test_fp16_needs_a_gpu(tiny_settings):
+def test_fp16_on_a_cpu_is_refused(tiny_settings):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UsageError, match="fp16 needs a GPU"):
         train(TrainingConfig(**tiny_settings, mixed_precision="fp16"))
 
 
-def test_old_checkpoints_are_pruned(tiny_settings):
-    config = TrainingConfig(**{**tiny_settings, "checkpointing_steps": 1, "checkpoints_total_limit": 2})
-    train(config)
-    assert sorted(p.name for p in Path(config.output_dir).glob("*checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
-
-
-def test_a_stable_target_needs_as_many_other_images(tiny_settings):
+def test_stable_target_needs_enough_images(tiny_settings):
     config = TrainingConfig(**tiny_settings, stable_target_images=21)
     with pytest.raises(
         UsageError, match="must be at most 20, got 21: the data are 24 images, of which a step takes 4"
@@ -313,7 +189,7 @@ def test_a_stable_target_needs_as_many_other_images(tiny_settings):
 
 
 @pytest.mark.parametrize("labels", [False, True])
-def test_the_loss_is_of_the_stable_target(tiny_settings, tmp_path, labels):
+def test_loss_uses_the_stable_target(tiny_settings, tmp_path, labels):
     """The first one, of a network that says 0, by the objective on the images that the stream has."""
     changes: dict = {"stable_target_images": 17, "ddpm_num_steps": 1000, "max_train_steps": 1, "random_flip": True}
     if labels:
@@ -344,14 +220,13 @@ def test_the_loss_is_of_the_stable_target(tiny_settings, tmp_path, labels):
     for num_extra_images in (0, 17):
         extra_images = to_x_0(batch["extra_images"], 255) if num_extra_images else None
         objective = Objective(scheduler, density="lognormal")
-        generators = image_generators(0, np.arange(4), torch.device("cpu"))
-        uniform = torch.cat([torch.rand(1, generator=g) for g in generators])
+        uniform, noise = image_draws(0, torch.arange(4), (1, 8, 8), "cpu")
         loss = objective(
             lambda x_t, t, **_: SimpleNamespace(sample=torch.zeros_like(x_t)),
             to_x_0(batch["pixels"], 255),
             batch.get("labels"),
             timesteps=objective.timesteps_from_uniform(uniform),
-            noise=torch.stack([torch.randn(1, 8, 8, generator=g) for g in generators]),
+            noise=noise,
             extra_images=extra_images,
             extra_labels=batch.get("extra_labels") if num_extra_images else None,
         )
@@ -361,40 +236,7 @@ def test_the_loss_is_of_the_stable_target(tiny_settings, tmp_path, labels):
     assert abs(wanted[17] - wanted[0]) > 1e-3
 
 
-def test_going_on_needs_the_same_run(tiny_settings, tmp_path, image_folder):
-    config = TrainingConfig(**tiny_settings)
-    train(config)
-    again = replace(config, resume_from_checkpoint="latest", max_train_steps=9)
-    with pytest.raises(
-        UsageError, match=r"has seen 24 images, more than the 20 .* give max_train_steps of at least 6"
-    ):
-        train(replace(again, max_train_steps=5))
-    for name, value in (("prediction_type", "sample"), ("seed", 1), ("learning_rate", 0.5)):
-        with pytest.raises(UsageError, match=rf"{name} was .*, got {value}: resume with --config .*config.yaml"):
-            train(replace(again, **{name: value}))
-    other = tmp_path / "other"
-    other.mkdir()
-    Image.new("L", (8, 8)).save(other / "black.png")
-    with pytest.raises(UsageError, match="was trained on other images"):
-        train(replace(again, train_data_dir=str(other)))
-    before = losses(config.output_dir)
-    train(again)
-    assert losses(config.output_dir)[:6] == before
-    assert len(losses(config.output_dir)) == 9
-
-
-def test_overwriting_deletes_the_old_run_and_nothing_else(tiny_settings):
-    config = TrainingConfig(**tiny_settings)
-    train(config)
-    folder = Path(config.output_dir)
-    (folder / "notes.txt").write_text("mine")
-    train(replace(config, overwrite_output_dir=True, max_train_steps=2))
-    assert (folder / "notes.txt").exists()
-    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert len(metrics(folder)) == 2
-
-
-def test_a_bad_image_is_named_or_counted(tiny_settings, tmp_path, image_folder):
+def test_unreadable_image_is_named_or_counted(tiny_settings, tmp_path, image_folder):
     folder = tmp_path / "some"
     folder.mkdir()
     for i in range(4):
@@ -418,7 +260,7 @@ def test_a_bad_image_is_named_or_counted(tiny_settings, tmp_path, image_folder):
         ("--dataset_name digits --label_column class", "label_column must be one of"),
     ],
 )
-def test_the_script_answers_before_it_writes(arguments, message, tmp_path):
+def test_script_refuses_before_it_writes(arguments, message, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "train_accelerate.py"), *arguments.split(), "--output_dir", "run"],
         cwd=tmp_path,
@@ -432,7 +274,7 @@ def test_the_script_answers_before_it_writes(arguments, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_compiled_network_is_trained_and_the_network_itself_is_saved(tiny_settings, tmp_path, monkeypatch):
+def test_compile_trains_and_saves_the_network_itself(tiny_settings, tmp_path, monkeypatch):
     compiled = []
 
     def compile_without_code(model, **settings):  # the graph as torch.compile finds it, run as it is
@@ -449,7 +291,7 @@ def test_a_compiled_network_is_trained_and_the_network_itself_is_saved(tiny_sett
     assert differences(tmp_path / "run", tmp_path / "compiled") == []
 
 
-def test_gradient_checkpointing_changes_memory_alone(tiny_settings, tmp_path, monkeypatch):
+def test_gradient_checkpointing_changes_no_result(tiny_settings, tmp_path, monkeypatch):
     """Blocks are run once more in the backward pass, with the same dropout, and give the same model."""
     again = []
     recompute = torch.utils.checkpoint.checkpoint

@@ -27,7 +27,7 @@ def set_gradients(*several):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_equal_to_torch(parameters):
+def test_muon_equals_torch_on_matrices(parameters):
     """torch.optim.Muon of each matrix and torch.optim.AdamW of the rest; bfloat16 rounds in another order."""
     theirs = copy.deepcopy(parameters)
     ours = Muon(parameters[:-1], parameters[-1:], lr=0.1, weight_decay=0.1, dtype=torch.bfloat16)
@@ -43,7 +43,7 @@ def test_equal_to_torch(parameters):
     assert torch.equal(parameters[-1], theirs[-1])
 
 
-def test_a_convolution_is_the_matrix_of_its_outputs():
+def test_muon_takes_a_convolution_as_the_matrix_of_its_outputs():
     torch.manual_seed(0)
     matrix = nn.Parameter(torch.randn(8, 36))
     kernel = nn.Parameter(matrix.detach().view(8, 4, 3, 3).clone())
@@ -56,7 +56,7 @@ def test_a_convolution_is_the_matrix_of_its_outputs():
     assert torch.equal(kernel.view(8, 36), matrix)
 
 
-def test_orthogonal_keeps_directions_and_makes_lengths_equal():
+def test_orthogonal_keeps_directions_and_equalizes_lengths():
     torch.manual_seed(0)
     for rows, columns in ((16, 40), (40, 16)):
         matrices = torch.randn(3, rows, columns)
@@ -71,7 +71,7 @@ def test_orthogonal_keeps_directions_and_makes_lengths_equal():
         assert inner.diagonal(dim1=1, dim2=2).min() > 0.6
 
 
-def test_a_skipped_step_leaves_all_as_it_is(parameters):
+def test_muon_leaves_everything_as_it_is_in_a_skipped_step(parameters):
     optimizer = Muon(parameters[:-1], parameters[-1:], lr=0.1, weight_decay=0.5)
     for found in (0.0, 1.0, 0.0):
         set_gradients(parameters)
@@ -86,7 +86,7 @@ def test_a_skipped_step_leaves_all_as_it_is(parameters):
         assert all(t.isfinite().all() for t in after)
 
 
-def test_a_state_that_was_saved_goes_on_alike(parameters):
+def test_muon_continues_from_its_saved_state(parameters):
     def steps(optimizer, parameters, seed):
         torch.manual_seed(seed)
         for _ in range(2):
@@ -103,7 +103,7 @@ def test_a_state_that_was_saved_goes_on_alike(parameters):
     assert all(torch.equal(a, b) for a, b in zip(parameters, copied, strict=True))
 
 
-def test_step_numbers_are_loaded_onto_the_device_of_parameters(parameters):
+def test_muon_loads_step_numbers_onto_the_device_of_parameters(parameters):
     """Where fused AdamW wants them; CPU and meta device stand for CPU and GPU."""
     group = Muon(parameters[:-1], parameters[-1:], lr=0.1).param_groups[1]
     place = torch.optim.Optimizer._process_value_according_to_param_policy
@@ -111,7 +111,7 @@ def test_step_numbers_are_loaded_onto_the_device_of_parameters(parameters):
     assert place(on_device, torch.zeros(()), 0, [{**group, "params": [0]}], "step").device.type == "meta"
 
 
-def test_matrices_of_blocks_are_muons():
+def test_make_optimizer_gives_muon_the_matrices_of_blocks():
     unet = make_unet(channels=1, resolution=8, num_classes=3)
     optimizer = make_optimizer(unet, TrainingConfig(optimizer="muon"))
     of_muon = {id(p) for p in optimizer.param_groups[0]["params"]}

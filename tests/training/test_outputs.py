@@ -10,7 +10,6 @@ from itertools import count
 from pathlib import Path
 
 import diffusers
-import psutil
 import pytest
 from accelerate.tracking import TensorBoardTracker
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -57,18 +56,6 @@ def test_failing_tracker_does_not_end_the_run(config, monkeypatch, capsys):
     train(replace(config, logger="tensorboard"))
     assert "a tracker failed, the run goes on: RuntimeError('its server is gone')" in capsys.readouterr().err
     assert Path(config.output_dir, "run.json").exists()
-
-
-def test_partial_push_of_a_process_that_is_gone_is_deleted(config):
-    """Containers give each start the same number."""
-    left, living = (Path(config.output_dir, f"partial-push-{os.getpid()}-{name}") for name in ("left", "living"))
-    for folder in (left, living):
-        folder.mkdir(parents=True)
-    before = psutil.Process().create_time() - 1
-    os.utime(left, (before, before))
-    train(config)
-    assert living.is_dir()
-    assert not left.exists()
 
 
 def test_append_lines_appends_all_or_nothing(tmp_path):

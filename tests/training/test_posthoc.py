@@ -47,7 +47,7 @@ def updated(average: dict, weights: dict, decay: float) -> dict:
     return {k: decay * average[k] + (1 - decay) * weights[k].to(average[k].dtype) for k in average}
 
 
-def test_gamma_is_the_one_of_the_std():
+def test_gamma_from_std_inverts_std_from_gamma():
     for std in (1e-4, 0.03, *TRACKED_STDS, 0.2, 0.2886):
         assert std_from_gamma(gamma_from_std(std)) == pytest.approx(std, rel=1e-12)
     assert gamma_from_std(MAX_STD) == pytest.approx(0, abs=1e-12)
@@ -58,13 +58,13 @@ def test_gamma_is_the_one_of_the_std():
 
 
 @pytest.mark.parametrize("std", [0, -0.1, 0.289, 1, math.nan, math.inf])
-def test_a_std_that_no_average_has_is_refused(std):
+def test_gamma_from_std_refuses_impossible_stds(std):
     with pytest.raises(UsageError, match=r"std must be above 0 and at most 0\.2886, got"):
         gamma_from_std(std)
 
 
 @pytest.mark.parametrize("std", [0.03, 0.1, 0.25])
-def test_the_recursion_is_the_integral(std):
+def test_power_decay_recursion_is_the_integral(std):
     rng = np.random.default_rng(0)
     weights, steps = rng.normal(size=500), np.repeat([48, 16, 64], [200, 200, 100])
     average, n = 1e9, 0
@@ -76,7 +76,7 @@ def test_the_recursion_is_the_integral(std):
     assert average == pytest.approx(weights @ np.diff(cumulative), abs=1e-12)
 
 
-def test_inner_products_and_profile_error_are_the_integrals():
+def test_inner_product_and_profile_error_are_the_integrals():
     tau = (np.arange(2 * 10**5) + 0.5) / 10**5
 
     def survival(n, std):
@@ -99,7 +99,7 @@ def test_inner_products_and_profile_error_are_the_integrals():
 
 
 @pytest.mark.parametrize("std", TRACKED_STDS)
-def test_a_tracked_average_is_its_snapshot(std):
+def test_mixture_of_a_tracked_average_is_its_snapshot(std):
     for count in (1, 16, 64):
         c, error = mixture(even(count), 64.0 * count, std)
         assert c == pytest.approx(np.eye(2 * count)[-2 + TRACKED_STDS.index(std)], abs=1e-8)
@@ -108,7 +108,7 @@ def test_a_tracked_average_is_its_snapshot(std):
     assert c == pytest.approx(mixture(even(64), 64.0 * 64, std * (1 + 1e-7))[0], abs=1e-4)
 
 
-def test_more_snapshots_are_nearer_and_coefficients_stay_small():
+def test_mixture_of_more_snapshots_is_nearer_with_small_coefficients():
     for std in STDS:
         errors = [mixture(even(count), 64.0 * count, std)[1] for count in (4, 16, 64)]
         assert errors[0] > 10 * errors[1] > 100 * errors[2] or std in TRACKED_STDS
@@ -155,7 +155,7 @@ def trained(tmp_path_factory) -> tuple[Path, dict]:
     return run, kept
 
 
-def test_snapshots_are_found_by_name(trained, tmp_path):
+def test_snapshots_lists_files_by_images(trained, tmp_path):
     assert [n for n, _ in snapshots(trained[0])] == [800 * (i + 1) for i in range(16)]
     (tmp_path / "ema").mkdir()
     for name in ("snapshot-12.safetensors", "partial-snapshot-000000000012.safetensors", "snapshot-000000000012.tmp"):
@@ -169,7 +169,7 @@ def test_snapshots_are_found_by_name(trained, tmp_path):
 
 
 @pytest.mark.parametrize("std", STDS)
-def test_reconstruction_is_the_tracked_average(trained, std):
+def test_reconstruct_equals_the_tracked_average(trained, std):
     run, direct = trained
     state, images, profile_error = reconstruct(run, std)
     assert images == 12800
@@ -182,7 +182,7 @@ def test_reconstruction_is_the_tracked_average(trained, std):
     assert error < 1e-6 if std in TRACKED_STDS else error < known / 50
 
 
-def test_reconstruction_at_an_earlier_time(trained):
+def test_reconstruct_at_an_earlier_snapshot(trained):
     run, direct = trained
     state, images, profile_error = reconstruct(run, 0.07, images=9600)
     assert images == 9600
@@ -190,7 +190,7 @@ def test_reconstruction_at_an_earlier_time(trained):
     assert relative_error(state, direct[9600, 0.07]) < 1e-3
 
 
-def test_weights_that_do_not_change_are_their_average(tmp_path):
+def test_reconstruct_of_constant_weights_is_the_weights(tmp_path):
     weights = {"a.weight": torch.randn(7, 5), "scale": torch.tensor(3.0)}
     for n in range(1, 17):
         save_snapshot(tmp_path, n, {std: weights for std in TRACKED_STDS})
@@ -200,7 +200,7 @@ def test_weights_that_do_not_change_are_their_average(tmp_path):
         assert state["scale"].shape == ()
 
 
-def test_what_cannot_be_reconstructed_is_refused(trained, tmp_path):
+def test_reconstruct_refuses_what_it_cannot_give(trained, tmp_path):
     run, _ = trained
     with pytest.raises(UsageError, match="has none"):
         reconstruct(tmp_path, 0.1)
@@ -214,7 +214,7 @@ def test_what_cannot_be_reconstructed_is_refused(trained, tmp_path):
         reconstruct(run, 0.07, images=800)
 
 
-def test_a_snapshot_that_does_not_fit_is_refused(tmp_path):
+def test_reconstruct_refuses_a_snapshot_of_another_run(tmp_path):
     weights = {"a": torch.zeros(3)}
     save_snapshot(tmp_path, 8, {std: weights for std in TRACKED_STDS})
     save_snapshot(tmp_path, 16, {std: {"a": torch.zeros(4)} for std in TRACKED_STDS})
@@ -247,7 +247,7 @@ def pipeline_run(tmp_path, make_unet):
     return run
 
 
-def test_the_written_folder_is_a_stock_pipeline(pipeline_run):
+def test_write_average_writes_a_stock_pipeline(pipeline_run):
     folder = write_average(pipeline_run, 0.1)
     assert folder == pipeline_run / "ema" / "std-0.1"
     loaded = diffusers.DDPMPipeline.from_pretrained(folder)
@@ -267,7 +267,7 @@ def test_the_written_folder_is_a_stock_pipeline(pipeline_run):
     assert not torch.equal(again["conv_in.weight"], expected["conv_in.weight"])
 
 
-def test_dtype_and_buffers_are_the_runs(pipeline_run, make_unet, tmp_path):
+def test_write_average_keeps_dtype_and_buffers_of_the_run(pipeline_run, make_unet, tmp_path):
     weights = pipeline_run / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = {k: v.half() for k, v in load_file(weights).items()} | {"buffer": torch.arange(3)}
     save_file(tensors, weights, {"format": "pt"})
@@ -279,7 +279,7 @@ def test_dtype_and_buffers_are_the_runs(pipeline_run, make_unet, tmp_path):
     assert all(torch.equal(written[k], v.half()) for k, v in expected.items())
 
 
-def test_nothing_of_others_is_overwritten(pipeline_run, tmp_path):
+def test_write_average_overwrites_no_foreign_files(pipeline_run, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
@@ -294,7 +294,7 @@ def test_nothing_of_others_is_overwritten(pipeline_run, tmp_path):
         write_average(pipeline_run, 0.1)
 
 
-def test_a_run_that_has_no_pipeline_or_another_is_refused(pipeline_run, trained):
+def test_write_average_refuses_a_run_without_its_pipeline(pipeline_run, trained):
     with pytest.raises(UsageError, match=r"model_index\.json is not there"):
         write_average(trained[0], 0.1)
     save_snapshot(pipeline_run, 192, {std: {"other": torch.zeros(3)} for std in TRACKED_STDS})

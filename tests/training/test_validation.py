@@ -35,7 +35,7 @@ def measured(folder):
     return [json.loads(line) for line in (Path(folder) / "eval.jsonl").read_text().splitlines()]
 
 
-def test_training_does_not_change_by_one_bit(config, tmp_path):
+def test_validation_changes_no_bit_of_training(config, tmp_path):
     train(config)
     without = replace(config, output_dir=str(tmp_path / "without"), eval_steps=None, eval_num_images=2000)
     train(without)
@@ -54,7 +54,7 @@ def test_training_does_not_change_by_one_bit(config, tmp_path):
             picture.load()
 
 
-def test_what_is_said_of_the_best_model_is_of_that_model(config):
+def test_best_json_describes_the_model_beside_it(config):
     best = Path(config.output_dir, "best")
     best.mkdir(parents=True)
     (best / "unet").write_text("")  # so that no model can be written
@@ -62,7 +62,7 @@ def test_what_is_said_of_the_best_model_is_of_that_model(config):
     assert not (best / "best.json").exists()
 
 
-def test_processes_and_a_kill_change_nothing(config, tmp_path):
+def test_validation_is_equal_over_processes_and_after_a_kill(config, tmp_path):
     train(config)
     two = replace(config, output_dir=str(tmp_path / "two"), train_batch_size=2)
     assert -9 in start(two, 2, "step", 5)
@@ -73,7 +73,7 @@ def test_processes_and_a_kill_change_nothing(config, tmp_path):
         assert a["kid"] == pytest.approx(b["kid"], rel=1e-2, abs=1e-4)
 
 
-def test_a_course_is_of_one_network_and_one_set_of_images(config):
+def test_resume_refuses_another_validation_network_or_split(config):
     train(replace(config, max_train_steps=4))
     more = replace(config, resume_from_checkpoint="latest")
     for change in ({"eval_network": "dinov2"}, {"eval_split": "train"}, {"eval_num_images": 5}):
@@ -87,7 +87,7 @@ def test_a_course_is_of_one_network_and_one_set_of_images(config):
     assert [r["step"] for r in measured(config.output_dir)] == [2, 4, 6]
 
 
-def test_what_cannot_be_measured_is_said_before_training(config):
+def test_validation_refuses_before_training(config):
     with pytest.raises(UsageError, match="eval_num_images must be at least 4, got 3"):
         train(replace(config, eval_num_images=3))
     with pytest.raises(UsageError, match=r"^eval_split must be in dataset_name as a folder, got 'held'"):

@@ -1,0 +1,125 @@
+"""The command line: forms of flags, errors in one line with their exit codes, help, completion."""
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from hf_ddpm.cli import app
+from hf_ddpm.runtime.command_line import split_commas, split_numbers
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.training.config import TrainingConfig
+
+COMMANDS = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def hf_ddpm(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--resoluton", "8"], "error: no such option: --resoluton; did you mean --resolution?\n"),
+        (["train", "--qqqq"], "error: no such option: --qqqq; see hf-ddpm train --help\n"),
+        (["train", "--resolution"], "error: Option '--resolution' requires an argument.\n"),
+        (["train", "--resolution", "eight"], "error: resolution must be a whole number, got 'eight'\n"),
+        (["train", "--train_batch_size", "0"], "error: train_batch_size must be at least 1, got 0\n"),
+        (["sample", "model", "--out", "x", "--num_image", "4"], "did you mean --num_images?\n"),
+        (["sample", "model", "--out", "x", "--scheduler", "euler"], "scheduler must be one of ddpm, ddim,"),
+        (["push", "run", "name", "--publc"], "did you mean --public?\n"),
+        (["evaluate", "model", "--center_crop"], "center_crop needs --dataset_name, got none"),
+        (["reference", "digits", "--out", "x", "--channels", "2"], "channels must be one of 1, 3, 4, got '2'\n"),
+        (["schedule", "model", "--steps", "five"], "steps must be whole numbers, got 'five'\n"),
+        (["info", "nothing/at/all"], "model must be a folder with model_index.json"),
+        (["trian"], "No such command 'trian'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, arguments, prog_name="hf-ddpm")
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_usage_errors_come_before_torch():
+    code = """
+import sys
+from hf_ddpm.cli import app
+for arguments in (["--help"], ["train", "--help"], ["train", "--resoluton", "8"], ["train", "--seed", "-1"]):
+    try:
+        app(arguments)
+    except SystemExit as error:
+        assert error.code == (0 if "--help" in arguments else 2), arguments
+heavy = {"torch", "transformers", "diffusers", "accelerate", "datasets", "numpy", "psutil"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: " not in done.stderr
+
+
+def test_help_of_train_groups_each_setting():
+    done = hf_ddpm("train", "--help")
+    assert done.exit_code == 0
+    for field in fields(TrainingConfig):
+        assert f"--{field.name}" in done.stdout
+    headings = [line[:-1] for line in done.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    groups = ["Data", "Model", "Objective", "Optimization", "Averages", "Output", "Sharing", "Machine"]
+    assert headings == ["Options", *groups]
+
+
+def test_help_names_each_command():
+    done = hf_ddpm()
+    assert (done.exit_code, hf_ddpm("--help").stdout) == (0, done.stdout)
+    assert list(COMMANDS) == [line.split()[0] for line in done.stdout.partition("Commands:\n")[2].splitlines()]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_switches_have_both_forms_and_options_underscores(name):
+    for param in COMMANDS[name].params:
+        if param.param_type_name == "option":
+            assert not any("-" in option[2:] for option in (*param.opts, *param.secondary_opts)), param.name
+        if getattr(param, "is_flag", False):
+            assert param.secondary_opts == [f"--no_{param.name}"]
+
+
+def test_hyphens_are_taken_for_underscores():
+    group = get_command(app)
+    with group.make_context("hf-ddpm", ["sample"]) as parent:
+        words = ["model", "--out", "x", "--num-images", "4", "--no-compile", "--num-inference-steps=3"]
+        params = COMMANDS["sample"].make_context("sample", words, parent=parent).params
+    assert (params["num_images"], params["compile"], params["num_inference_steps"]) == (4, False, 3)
+
+
+def completions(*words: str) -> list[str]:
+    """Return what a shell offers for the last of the words."""
+    environment = {"COMP_WORDS": " ".join(["hf-ddpm", *words]), "COMP_CWORD": str(len(words))}
+    environment["_HF_DDPM_COMPLETE"] = "complete_bash"
+    done = CliRunner().invoke(app, [], prog_name="hf-ddpm", env=environment)
+    assert done.exit_code == 0, done.output
+    return done.stdout.split()
+
+
+def test_shell_completes_commands_flags_and_values():
+    assert completions("s") == ["sample", "schedule", "space"]
+    assert completions("train", "--rec") == ["--recipe"]
+    assert completions("train", "--recipe", "") == ["cifar10-ddpm", "digits", "fashion-mnist"]
+    assert completions("train", "--prediction_type", "v") == ["v_prediction"]
+    assert "--no_use_ema" in completions("train", "--no_")
+    assert completions("train", "--use_ema", "False", "--optimizer", "a") == ["adamw"]
+    assert completions("sample", "--num_im") == ["--num_images"]
+
+
+def test_split_commas_and_numbers():
+    assert split_commas(" a, b,,c ") == ["a", "b", "c"]
+    assert split_commas(None) == []
+    assert split_numbers("steps", "5, 8") == [5, 8]
+    for text in ("5,many", "2.5", "-5"):
+        with pytest.raises(UsageError, match=f"steps must be whole numbers, got '{text}'"):
+            split_numbers("steps", text)
