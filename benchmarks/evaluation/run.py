@@ -82,7 +82,7 @@ def write(run: Path, folder: Path) -> None:
         "| images | solver steps | " + " | ".join(row["name"] for row in cells[next(iter(cells))].values()) + " |\n"
         "|---|---|" + "---|" * len(cells[next(iter(cells))]) + "\n"
         "| real images of test | | "
-        + " | ".join(f"{row['floor']['value']:.4g}" for row in cells[next(iter(cells))].values())
+        + " | ".join(f"{row['real_vs_real']['value']:.4g}" for row in cells[next(iter(cells))].values())
         + " |\n"
     )
     for (solver, steps), measured in cells.items():

@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes": peak,
         "device": training["device"],
         "cores": os.cpu_count(),
-        "results": {row["metric"]: {"value": row["value"], "floor": row["floor"]["value"]} for row in results},
+        "results": {row["metric"]: {"value": row["value"], "floor": row["real_vs_real"]["value"]} for row in results},
     }
 
 

@@ -1,17 +1,14 @@
-"""`hf-ddpm evaluate`: measures a model, our own or any of diffusers' DDPMPipelines, and writes down what it found.
+"""`hf-ddpm evaluate`: measure a model, our own or any of diffusers' DDPMPipelines, and write the results down.
 
-result  a value, its standard error, the floor, and all that decides them
-floor   what real images get in the samples' place: those of another split, or one half against the other
-
-Each result is written as soon as it is there: a later error takes nothing back.
+A result is a value with its standard error, beside what real images get, and with everything that determines both.
+Each result is written as soon as it is measured: an error later on takes nothing back.
 """
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -23,10 +20,9 @@ import torch
 
 from hf_ddpm._version import __version__
 from hf_ddpm.data.batches import center_pixels, epoch_order
-from hf_ddpm.data.config import DataConfig
 from hf_ddpm.evaluation.features import FeatureNetwork
-from hf_ddpm.evaluation.job import MEMORIZATION_QUANTILE, Cell, Job, Request, check_request, prepare
-from hf_ddpm.evaluation.likelihood import draw_bound
+from hf_ddpm.evaluation.job import MEMORIZATION_QUANTILE, Comparison, Job, Request, SamplerSetting, load_job
+from hf_ddpm.evaluation.likelihood import Likelihood, draw_bound
 from hf_ddpm.evaluation.measure import (
     DISTANCES,
     NEIGHBORS,
@@ -39,285 +35,299 @@ from hf_ddpm.evaluation.measure import (
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
-from hf_ddpm.runtime.processes import join_processes
 from hf_ddpm.sampling.sampler import iter_samples, speed_up
 from hf_ddpm.sampling.schedulers import named_scheduler
 
 NUM_MEMORIZATION_SAMPLES = 1000
 
 
-def evaluate(
-    model: str | Path,
-    *,
-    metrics: Sequence[str] = ("fd", "kid", "precision"),
-    reference: str | Path | None = None,
-    floor: str | Path | None = None,
-    data: DataConfig | None = None,
-    split: str = "train",
-    test_split: str = "test",
-    num_images: int = 5000,
-    seed: int = 0,
-    num_inference_steps: Sequence[int] = (),
-    schedulers: Sequence[str] = (),
-    network: str | None = None,
-    network_path: str | Path | None = None,
-    timesteps_per_image: int = 20,
-    batch_size: int = 64,
-    device: str | None = None,
-    dtype: str = "fp32",
-    compile: bool = False,
-    uniform: bool = False,
-    out: str | Path | None = None,
-) -> dict[str, Any]:
-    """Measures a model and writes evaluation.json, pictures and the card.
+def evaluate(model: str | Path, **settings: Any) -> dict[str, Any]:
+    """Measure a model and write evaluation.json, pictures and the card.
 
-    Several processes, of `accelerate launch`, torchrun or a running process group, share the work and write the same
-    numbers; the first of them writes.
+    Several processes, those of `accelerate launch`, torchrun or a running process group, share the work and get the
+    same numbers; the main process writes.
 
     Args:
-        model: a folder that holds a pipeline, stock diffusers' or ours, or a Hub id.
-        metrics: of fd (Fréchet distance), kid, precision (with recall, density and coverage), cmmd, nll (bits per
-            dimension), memorization.
-        reference: a folder of `hf-ddpm reference`. Default: made of `data`, and kept in its cache.
-        floor: a second one, of other images; default: halves of `reference`. Only with `reference`.
-        data: the settings of the data; default: those of the run in the model's folder. Needed for nll and
-            memorization, and without a reference.
-        split, test_split: the reference's and training's, and that of images which were not trained on.
-        num_images: sampled, from the seeds `seed`, `seed` + 1, ...; nll takes at most as many of the test split.
-        num_inference_steps, schedulers: the grid; default: as of `load_for_sampling`.
-        network, network_path: of features, as of `load_network`; default: the reference's, or inception.
-        timesteps_per_image: K of nll.
-        batch_size: images per network evaluation, on a CPU always FORWARD_BATCH; elsewhere it changes rounding.
-        device: default: cuda or mps if there is one, else cpu.
-        dtype, compile: of the network while it samples, as of `load_for_sampling`; nll is always of float32.
-        uniform: do without searched timesteps.
-        out: where to write; default: the model's folder. A Hub id needs one.
+        model: A folder that holds a pipeline, stock diffusers' or ours, or a Hub id.
+        settings: The other attributes of `hf_ddpm.evaluation.job.Request` by name, such as `metrics`, `data`,
+            `num_images` and `num_inference_steps`.
 
-    Returns: {"out", "weights_sha256", "results": those measured now, "card": its path}.
+    Returns:
+        "out": the folder; "weights_sha256": what identifies the weights; "results": those that were measured now;
+        "card": the path of the card.
 
     Raises:
-        UsageError: before anything is sampled, what cannot work; later, samples that are not finite.
+        UsageError: When something cannot work, before anything is sampled; later, when samples are not finite.
     """
-    request = Request(**locals())
-    check_request(request)
-    measured: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        job = prepare(request, stack.enter_context(join_processes()), stack)
+    results: list[dict[str, Any]] = []
+    with load_job(Request(model=model, **settings)) as job:
         versions = {"hf_ddpm": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
-        about = {"command": _command(job), "versions": versions}
-        for rows, pictures in _measure(job):
-            rows = [row | about for row in rows]
-            measured += rows
-            job.processes.on_main(
-                lambda: write_evaluation(job.out, job.weights, rows, pictures, job.repo_id)  # noqa: B023
-            )
-    return {"out": str(job.out), "weights_sha256": job.weights, "results": measured, "card": job.out / "README.md"}
+        metadata = {"command": _command(job), "versions": versions}
+        for measured_rows, pictures in _measure(job):
+            rows = [row | metadata for row in measured_rows]
+            results += rows
+            job.processes.on_main(partial(write_evaluation, job.out, job.weights, rows, pictures, job.repo_id))
+    return {"out": str(job.out), "weights_sha256": job.weights, "results": results, "card": job.out / "README.md"}
 
 
 def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]:
-    """Results and pictures, as soon as they are there."""
+    """Yield results and what draws their pictures, as soon as they are measured."""
     if "nll" in job.request.metrics:
         yield _measure_likelihood(job)
-    # Not before: the bound is that of the network as it was loaded.
+    # Not earlier: the bound is that of the network in float32, as it was loaded.
     speed_up(job.pipeline, job.request.dtype, job.request.compile)
-    copies = "memorization" in job.request.metrics
-    for cell in job.cells if job.distances else job.cells[: int(copies)]:
-        job.pipeline.scheduler = named_scheduler(cell.scheduler, job.chain.config, cell.num_inference_steps)
-        found = job.pipeline.searched(cell.num_inference_steps)
-        kept = min(NUM_MEMORIZATION_SAMPLES, job.request.num_images) if copies else 0
-        num_images = job.request.num_images if job.distances else kept
-        if job.request.compile and cell == job.cells[0]:
-            job.processes.gather(partial(_sample_one, job, cell))  # compiles, which is no part of an image's time
-        samples = sample_statistics(
-            job.processes,
-            job.pipeline,
-            job.network,
-            range(job.request.seed, job.request.seed + num_images),
-            None if job.class_labels is None else job.class_labels[:num_images],
-            num_inference_steps=cell.num_inference_steps,
-            batch_size=job.request.batch_size,
-            num_images_to_keep=kept,
-            label=f"{cell.scheduler}, {cell.num_inference_steps} steps",
-        )
-        sampling = {
-            **cell._asdict(),
-            "timesteps": None if found is None else [*found.timesteps],
-            "seed": job.request.seed,
-            "num_images": num_images,
-            "classes": job.classes,
-            "dtype": job.request.dtype,
-            "compile": job.request.compile,
-            "network_evaluations": samples.network_evaluations,
-            "seconds_per_image": samples.seconds_per_image,
-            "batch_size": job.request.batch_size,
-            "num_processes": job.processes.size,
-            "device": _device_name(job.pipeline.device),
-        }
+    measures_copies = "memorization" in job.request.metrics
+    num_settings = len(job.sampler_settings) if job.distances else int(measures_copies)
+    for number, setting in enumerate(job.sampler_settings[:num_settings]):
+        is_first = number == 0
+        num_images_to_keep = 0
+        if measures_copies and is_first:
+            num_images_to_keep = min(NUM_MEMORIZATION_SAMPLES, job.request.num_images)
+        num_images = job.request.num_images if job.distances else num_images_to_keep
+        if job.request.compile and is_first:
+            # This compiles the network, which is no part of the time that an image takes.
+            job.processes.gather(partial(_sample_one, job, setting))
+        samples = _sample(job, setting, num_images, num_images_to_keep)
+        sampling = _describe_sampling(job, setting, num_images, samples)
         if job.distances:
-            yield job.processes.on_main(lambda: _distance_rows(job, samples.statistics, sampling)), {}  # noqa: B023
-        if copies:
-            yield _measure_copies(job, samples, sampling | {"num_images": kept})
-            copies = False
+            yield job.processes.on_main(partial(_distance_rows, job, samples.statistics, sampling)), {}
+        if num_images_to_keep:
+            yield _measure_copies(job, samples, sampling | {"num_images": num_images_to_keep})
 
 
-def _sample_one(job: Job, cell: Cell) -> None:
-    """One image, in a forward pass as large as any other."""
-    seed, batch_size = job.request.seed, job.request.batch_size
-    labels = None if job.class_labels is None else job.class_labels[:1]
-    steps = cell.num_inference_steps
-    next(iter_samples(job.pipeline, [seed], batch_size=batch_size, num_inference_steps=steps, class_labels=labels))
+def _sample(job: Job, setting: SamplerSetting, num_images: int, num_images_to_keep: int) -> Samples:
+    steps = setting.num_inference_steps
+    job.pipeline.scheduler = named_scheduler(setting.scheduler, job.full_chain_scheduler.config, steps)
+    return sample_statistics(
+        job.processes,
+        job.pipeline,
+        None if job.comparison is None else job.comparison.network,
+        range(job.request.seed, job.request.seed + num_images),
+        None if job.class_labels is None else job.class_labels[:num_images],
+        num_inference_steps=steps,
+        batch_size=job.request.batch_size,
+        num_images_to_keep=num_images_to_keep,
+        label=f"{setting.scheduler}, {steps} steps",
+    )
+
+
+def _sample_one(job: Job, setting: SamplerSetting) -> None:
+    """Sample one image, in a forward pass as large as any other."""
+    steps = setting.num_inference_steps
+    job.pipeline.scheduler = named_scheduler(setting.scheduler, job.full_chain_scheduler.config, steps)
+    batches = iter_samples(
+        job.pipeline,
+        [job.request.seed],
+        batch_size=job.request.batch_size,
+        num_inference_steps=steps,
+        class_labels=None if job.class_labels is None else job.class_labels[:1],
+    )
+    next(batches)
+
+
+def _describe_sampling(job: Job, setting: SamplerSetting, num_images: int, samples: Samples) -> dict[str, Any]:
+    """Return everything that determines the samples, and what they cost."""
+    searched = job.pipeline.searched(setting.num_inference_steps)
+    return {
+        **setting._asdict(),
+        "timesteps": None if searched is None else [*searched.timesteps],
+        "seed": job.request.seed,
+        "num_images": num_images,
+        "classes": job.class_choice,
+        "dtype": job.request.dtype,
+        "compile": job.request.compile,
+        "network_evaluations": samples.network_evaluations,
+        "seconds_per_image": samples.seconds_per_image,
+        "batch_size": job.request.batch_size,
+        "num_processes": job.processes.size,
+        "device": _device_name(job.pipeline.device),
+    }
 
 
 def _distance_rows(job: Job, samples: Statistics | None, sampling: dict[str, Any]) -> list[dict[str, Any]]:
-    assert samples is not None and job.reference is not None and job.network is not None  # noqa: PT018
+    """Return a result for each distance of the samples from the reference."""
+    comparison = job.comparison
+    assert samples is not None
+    assert comparison is not None
+    assert comparison.reference is not None
     rows = []
-    for metric, found in measure_distances(samples, job.reference, job.distances).items():
-        floor = job.floors[metric]
+    for metric, measured in measure_distances(samples, comparison.reference, job.distances).items():
+        real = comparison.real_vs_real[metric]
         row: dict[str, Any] = {
             "metric": metric,
-            "name": _name(metric, job.network),
-            **found._asdict(),
-            "floor": {**floor._asdict(), "of": job.floor_of},
-            "network": job.network.identity,
-            "reference": job.reference.metadata["data"],
+            "name": _metric_name(metric, comparison.network),
+            **measured._asdict(),
+            "real_vs_real": {**real._asdict(), "of": comparison.compared},
+            "network": comparison.network.identity,
+            "reference": comparison.reference.metadata["data"],
             "sampling": sampling,
-            **({"neighbors": NEIGHBORS} if metric in DISTANCES["precision"] else {}),
         }
-        biased = frechet_warnings(min(floor.num_compared), job.network) if metric == "fd" else []
-        rows.append(row | ({"remark": f"of the real images, {biased[0]}"} if biased else {}))
+        if metric in DISTANCES["precision"]:
+            row["neighbors"] = NEIGHBORS
+        warnings = frechet_warnings(min(real.num_compared), comparison.network) if metric == "fd" else []
+        if warnings:
+            row["remark"] = f"of the real images, {warnings[0]}"
+        rows.append(row)
     return rows
 
 
-def _name(metric: str, network: FeatureNetwork) -> str:
-    """Only what is measured with Inception is called FID and KID."""
+def _metric_name(metric: str, network: FeatureNetwork) -> str:
+    """Return the name of a metric; only distances that are measured with Inception are called FID and KID."""
     frechet = network.frechet_name
     names = {"fd": frechet, "kid": "KID" if frechet == "FID" else frechet.replace("FD", "KD"), "cmmd": "CMMD"}
     return names.get(metric, metric.capitalize())
 
 
 def _measure_likelihood(job: Job) -> tuple[list[dict[str, Any]], dict[str, Draw]]:
+    """Measure the bits per dimension of held-out images; the picture shows the terms of the bound."""
     held_out, request = job.held_out, job.request
     assert held_out is not None
-    chosen = epoch_order(0, 0, len(held_out))[: request.num_images]
-    steps = min(request.timesteps_per_image, len(job.chain))
+    indices = epoch_order(0, 0, len(held_out))[: request.num_images]
+    labels = None
+    if job.class_labels is not None and held_out.labels is not None:
+        labels = held_out.labels[indices]
+    timesteps_per_image = min(request.timesteps_per_image, len(job.full_chain_scheduler))
     likelihood = measure_likelihood(
         job.processes,
         job.pipeline.unet,
-        job.chain,
-        center_pixels(held_out, chosen),
-        held_out.labels[chosen] if job.classes is not None and held_out.labels is not None else None,
+        job.full_chain_scheduler,
+        center_pixels(held_out, indices),
+        labels,
         seed=request.seed,
-        timesteps_per_image=steps,
+        timesteps_per_image=timesteps_per_image,
         batch_size=request.batch_size,
         device=job.pipeline.device,
     )
-    bits, error = likelihood.bits_per_dimension, likelihood.standard_error
-    parts = {"prior": likelihood.prior, "decoder": likelihood.decoder}
-    remark = f"of them L_T = {likelihood.prior:.4g}, the decoder {likelihood.decoder:.4g}"
-    if likelihood.non_finite_timesteps:
-        remark = f"the bound is not finite, by its terms at t = {str(likelihood.non_finite_timesteps)[1:-1]}"
     row = {
         "metric": "nll",
         "name": "Bits per dimension",
-        "value": bits if math.isfinite(bits) else None,
-        "standard_error": error if math.isfinite(error) else None,
+        "value": _finite(likelihood.bits_per_dimension),
+        "standard_error": _finite(likelihood.standard_error),
         "num_compared": [likelihood.num_images],
         "reference": describe_images(held_out, job.data, request.test_split),
         "likelihood": {
             "num_images": likelihood.num_images,
-            "timesteps_per_image": steps,
+            "timesteps_per_image": timesteps_per_image,
             "seed": request.seed,
-            "classes": None if job.classes is None else "of the images",
+            "classes": None if job.class_labels is None else "of the images",
             "non_finite_timesteps": likelihood.non_finite_timesteps,
-            **{name: value if math.isfinite(value) else None for name, value in parts.items()},
+            "prior": _finite(likelihood.prior),
+            "decoder": _finite(likelihood.decoder),
         },
-        "remark": remark,
+        "remark": _describe_terms(likelihood),
     }
-    return [row], {"bound.png": lambda path: draw_bound(likelihood, path)}
+    return [row], {"bound.png": partial(draw_bound, likelihood)}
+
+
+def _describe_terms(likelihood: Likelihood) -> str:
+    if likelihood.non_finite_timesteps:
+        return f"the bound is not finite, by its terms at t = {str(likelihood.non_finite_timesteps)[1:-1]}"
+    return f"of them L_T = {likelihood.prior:.4g}, the decoder {likelihood.decoder:.4g}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _measure_copies(
     job: Job, samples: Samples, sampling: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Draw]]:
-    """Memorization in pixels and in features; the picture is of the pairs that are nearest in features."""
-    training, held_out, network = job.training, job.held_out, job.network
-    assert training is not None and held_out is not None and network is not None  # noqa: PT018
-    pixels, others = center_pixels(training), center_pixels(held_out)
+    """Measure memorization in pixels and in features; the picture shows the pairs that are nearest in features."""
+    training, held_out, comparison = job.training, job.held_out, job.comparison
+    assert training is not None
+    assert held_out is not None
+    assert comparison is not None
+    training_pixels, held_out_pixels = center_pixels(training), center_pixels(held_out)
     if job.data.random_flip:
-        pixels = np.concatenate([pixels, pixels[..., ::-1]])
-    batch_size = job.request.batch_size
-    features = [
-        pixel_features(job.processes, network, x, batch_size) for x in (samples.images.numpy(), pixels, others)
-    ]
+        training_pixels = np.concatenate([training_pixels, training_pixels[..., ::-1]])
+    pixels = (samples.images.numpy(), training_pixels, held_out_pixels)
+    features = [pixel_features(job.processes, comparison.network, x, job.request.batch_size) for x in pixels]
 
-    def compare() -> list[Memorization]:
-        sets = [(samples.images, pixels, others), features]
-        return [memorization(*rows, quantile=MEMORIZATION_QUANTILE) for rows in sets]
+    def compare() -> dict[str, Memorization]:
+        return {
+            "pixels": memorization(*pixels, quantile=MEMORIZATION_QUANTILE),
+            "features": memorization(*features, quantile=MEMORIZATION_QUANTILE),
+        }
 
-    rows, found = [], job.processes.on_main(compare)
-    for space, one in zip(("pixels", "features"), found, strict=True):
-        rows.append(
-            {
-                "metric": f"memorization_{space}",
-                "name": f"Near training images, in {space}",
-                "value": one.near_fraction,
-                "standard_error": None,
-                "num_compared": [one.num_samples, one.num_training],
-                "floor": {
-                    "value": one.expected_near_fraction,
-                    "standard_error": None,
-                    "num_compared": [one.num_held_out, one.num_training],
-                    "of": f"{job.request.test_split} against {job.request.split}",
-                },
-                **({"network": network.identity} if space == "features" else {}),
-                "reference": describe_images(training, job.data, job.request.split),
-                "held_out": describe_images(held_out, job.data, job.request.test_split),
-                "sampling": sampling,
-                "memorization": {
-                    **{name: value for name, value in asdict(one).items() if name != "pairs"},
-                    "mirrored": job.data.random_flip,
-                },
-                "remark": f"a model that does not copy has so many with probability {one.near_p_value:.2g}; "
-                f"Z = {one.z:.2f}, of which the probability is {one.z_p_value:.2g}",
-            }
-        )
-    return rows, {"memorization.png": lambda path: draw_pairs(samples.images, pixels, found[1].pairs, path)}
+    measured = job.processes.on_main(compare)
+    rows = [_memorization_row(job, space, one, sampling, comparison) for space, one in measured.items()]
+    pairs = measured["features"].pairs
+    return rows, {"memorization.png": lambda path: draw_pairs(samples.images, training_pixels, pairs, path)}
+
+
+def _memorization_row(
+    job: Job, space: str, measured: Memorization, sampling: dict[str, Any], comparison: Comparison
+) -> dict[str, Any]:
+    """Return the result of one space, "pixels" or "features"."""
+    assert job.training is not None
+    assert job.held_out is not None
+    split, test_split = job.request.split, job.request.test_split
+    row = {
+        "metric": f"memorization_{space}",
+        "name": f"Near training images, in {space}",
+        "value": measured.near_fraction,
+        "standard_error": None,
+        "num_compared": [measured.num_samples, measured.num_training],
+        "real_vs_real": {
+            "value": measured.expected_near_fraction,
+            "standard_error": None,
+            "num_compared": [measured.num_held_out, measured.num_training],
+            "of": f"{test_split} against {split}",
+        },
+        "reference": describe_images(job.training, job.data, split),
+        "held_out": describe_images(job.held_out, job.data, test_split),
+        "sampling": sampling,
+        "memorization": {
+            **{name: value for name, value in asdict(measured).items() if name != "pairs"},
+            "mirrored": job.data.random_flip,
+        },
+        "remark": f"a model that does not copy has so many with probability {measured.near_p_value:.2g}; "
+        f"Z = {measured.z:.2f}, of which the probability is {measured.z_p_value:.2g}",
+    }
+    return row | ({"network": comparison.network.identity} if space == "features" else {})
 
 
 def _command(job: Job) -> str:
-    """What repeats this; of paths the names, as the rest of them says where and not what."""
+    """Return the command that repeats this evaluation; paths are given by their last component alone.
+
+    The rest of a path says where things lie on this machine, which is of no use to others.
+    """
     request = job.request
     data = {} if request.data is None else vars(request.data)
-    solvers, steps = ([*dict.fromkeys(column)] for column in zip(*job.cells, strict=True))
-    # By default solver and number of steps go by each other; to name all of them would ask for more cells.
-    is_grid = len(job.cells) == len(steps) * len(solvers)
+    names, numbers = ([*dict.fromkeys(column)] for column in zip(*job.sampler_settings, strict=True))
+    # By default the scheduler and the number of steps depend on one another. Naming all of both would then ask for
+    # more settings than there are.
+    is_full_grid = len(job.sampler_settings) == len(numbers) * len(names)
+    steps = numbers if is_full_grid else request.num_inference_steps
+    schedulers = names if is_full_grid else request.schedulers
+    data_options = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "label_column")
     options = {
         "metrics": ",".join(request.metrics),
         "reference": request.reference,
         "floor": request.floor,
-        **{name: data.get(name) for name in ("dataset_name", "dataset_config_name", "train_data_dir")},
-        **{name: data.get(name) for name in ("image_column", "label_column")},
+        **{name: data.get(name) for name in data_options},
         "split": None if request.split == "train" else request.split,
         "test_split": None if request.test_split == "test" else request.test_split,
         "num_images": request.num_images,
         "seed": request.seed,
-        "num_inference_steps": ",".join(map(str, steps if is_grid else request.num_inference_steps)) or None,
-        "scheduler": ",".join(solvers if is_grid else request.schedulers) or None,
-        "network": None if job.network is None else job.network.name,
+        "num_inference_steps": ",".join(map(str, steps)) or None,
+        "scheduler": ",".join(schedulers) or None,
+        "network": None if job.comparison is None else job.comparison.network.name,
         "network_path": request.network_path,
         "timesteps_per_image": request.timesteps_per_image if "nll" in request.metrics else None,
         "dtype": None if request.dtype == "fp32" else request.dtype,
         "out": request.out,
+    }
+    flags = {
+        "--center_crop": data.get("center_crop"),
+        "--compile": request.compile,
+        "--uniform": request.uniform,
     }
     words = ["hf-ddpm", "evaluate", job.repo_id or Path(request.model).resolve().name]
     for name, value in options.items():
         if value is not None:
             is_path = name == "out" or (isinstance(value, str | Path) and Path(value).exists())
             words += [f"--{name}", Path(value).resolve().name if is_path else str(value)]
-    flags = {
-        **{"--center_crop": data.get("center_crop"), "--compile": request.compile},
-        "--uniform": request.uniform,
-    }
     return shlex.join(words + [flag for flag, is_set in flags.items() if is_set])
 
 

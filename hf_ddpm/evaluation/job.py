@@ -1,10 +1,12 @@
-"""Before the first sample: what was asked of `evaluate`, checked, found and loaded.
+"""Everything that is loaded and checked before the first sample of an evaluation.
 
-request  the arguments of `evaluate`
-job      what is ready to be measured
-cell     a scheduler and its number of steps; all cells of a grid sample the same seeds
+request          what the user of `evaluate` asks for
+job              what is ready to be measured
+sampler setting  a scheduler and its number of steps; all settings of a grid sample the same seeds
+real vs. real    what real images get in the place of samples: the images of another split, or one half of the
+                 reference against the other half
 
-All that can be wrong is said here.
+Every mistake that a request can hold is reported here, before anything is sampled.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +37,8 @@ from hf_ddpm.hub.download import find_model
 from hf_ddpm.hub.readme import named_repository
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.runtime.processes import Processes
+from hf_ddpm.runtime.files import existing_parent, weights_sha256
+from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.sampling.sampler import DTYPES, classes_in_turn, forward_batch_of, load_for_sampling
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
 from hf_ddpm.scheduler import DDPMScheduler
@@ -45,50 +47,120 @@ METRICS = (*DISTANCES, "nll", "memorization")
 MEMORIZATION_QUANTILE = 0.01
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The model that `evaluate` measures, and how it does so.
+
+    Attributes:
+        model: A folder that holds a pipeline, stock diffusers' or ours, or a Hub id.
+        metrics: Some of fd (Fréchet distance), kid, precision (with recall, density and coverage), cmmd, nll (bits per
+            dimension) and memorization.
+        reference: A folder of `hf-ddpm reference`. None: it is made of `data`, and kept in the cache of the data.
+        floor: A second reference, of other images: what real images get is measured with both. None: with halves of
+            `reference`. It needs `reference`.
+        data: The settings of the data. None: those of the run in the model's folder. nll and memorization need data,
+            and so do distances without `reference`.
+        split: The split of the reference, and of training.
+        test_split: The split of images that were not trained on.
+        num_images: The number of samples, from the seeds `seed`, `seed` + 1, ...; nll takes at most as many images of
+            the test split.
+        seed: The first seed.
+        num_inference_steps: The numbers of steps of a grid. Empty: the default of `load_for_sampling`.
+        schedulers: The schedulers of a grid. Empty: the default of `load_for_sampling`.
+        network: The feature network, as of `load_network`. None: that of the reference, or inception.
+        network_path: The file of the feature network, as of `load_network`.
+        timesteps_per_image: K of nll, the number of terms of the bound for each image.
+        batch_size: Images per network evaluation; on a CPU always FORWARD_BATCH. Elsewhere it changes rounding.
+        device: None: the best device of this process, as of `process_device`.
+        dtype: The type that the network computes in when it samples, fp32 or bf16; nll is always one of float32.
+        compile: Whether the network is compiled when it samples.
+        uniform: Whether to ignore timesteps that were searched for.
+        out: The folder to write to. None: the model's folder; a Hub id needs another one.
+
+    Raises:
+        UsageError: When a value cannot work. This is found out before a file is read.
+    """
+
+    model: str | Path
+    metrics: Sequence[str] = ("fd", "kid", "precision")
+    reference: str | Path | None = None
+    floor: str | Path | None = None
+    data: DataConfig | None = None
+    split: str = "train"
+    test_split: str = "test"
+    num_images: int = 5000
+    seed: int = 0
+    num_inference_steps: Sequence[int] = ()
+    schedulers: Sequence[str] = ()
+    network: str | None = None
+    network_path: str | Path | None = None
+    timesteps_per_image: int = 20
+    batch_size: int = 64
+    device: str | None = None
+    dtype: str = "fp32"
+    compile: bool = False
+    uniform: bool = False
+    out: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.metrics or set(self.metrics) - set(METRICS):
+            raise UsageError(f"metrics must be of {', '.join(METRICS)}, got {', '.join(self.metrics) or 'none'}")
+        unknown = sorted(set(self.schedulers) - set(SCHEDULERS))
+        if unknown:
+            raise UsageError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {unknown[0]!r}")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.floor is not None and self.reference is None:
+            raise UsageError(f"floor goes with a reference, got {str(self.floor)!r} alone: give --reference, too")
+
+
+class SamplerSetting(NamedTuple):
+    """A scheduler and its number of steps."""
+
     scheduler: str
     num_inference_steps: int
 
 
-@dataclass(frozen=True)
-class Request:
-    """The arguments of `evaluate`."""
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The features that samples are compared with.
 
-    model: str | Path
-    metrics: Sequence[str]
-    reference: str | Path | None
-    floor: str | Path | None
-    data: DataConfig | None
-    split: str
-    test_split: str
-    num_images: int
-    seed: int
-    num_inference_steps: Sequence[int]
-    schedulers: Sequence[str]
-    network: str | None
-    network_path: str | Path | None
-    timesteps_per_image: int
-    batch_size: int
-    device: str | None
-    dtype: str
-    compile: bool
-    uniform: bool
-    out: str | Path | None
+    Attributes:
+        network: The feature network.
+        reference: The reference; None if no distance is measured.
+        real_vs_real: What real images get in each metric.
+        compared: Which real images were compared, in words.
+    """
+
+    network: FeatureNetwork
+    reference: Reference | None = None
+    real_vs_real: dict[str, Measured] = field(default_factory=dict)
+    compared: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What is ready to be measured.
+    """A request with everything that is needed to measure it.
 
-    Args:
-        out, weights, repo_id: as of `write_evaluation`.
-        pipeline: as the likelihood takes it: in float32, not compiled.
-        chain: the scheduler of all T steps.
-        distances: the metrics among the keys of DISTANCES.
-        floors: what real images get; `floor_of` says which.
-        class_labels: of the samples, and `classes` how they were chosen.
-        held_out, training: images that were not trained on, and that were; None if they are not needed.
-        data: the settings of these, whose `random_flip` says whether mirrored images were trained on, too.
+    Attributes:
+        request: The request, with the batch size that is used.
+        processes: The processes that share the work.
+        out: The folder of the results, as of `write_evaluation`.
+        weights: The sha256 of the model's weights.
+        repo_id: The name that the card gives the model, as of `write_evaluation`.
+        pipeline: The pipeline, in float32 and not compiled, as the likelihood needs it.
+        full_chain_scheduler: The model's scheduler, of all T steps.
+        sampler_settings: The grid.
+        distances: The requested metrics among the keys of DISTANCES.
+        comparison: None if no features are needed.
+        class_labels: The class of each sample; None for a model without classes.
+        class_choice: How these classes were chosen, in words.
+        held_out: Images that were not trained on; None if they are not needed.
+        training: Images that were trained on; None if they are not needed.
+        data: The settings of these images; `random_flip` says whether mirrored images were trained on, too.
     """
 
     request: Request
@@ -97,150 +169,103 @@ class Job:
     weights: str
     repo_id: str | None
     pipeline: DDPMPipeline
-    chain: DDPMScheduler
-    cells: list[Cell]
+    full_chain_scheduler: DDPMScheduler
+    sampler_settings: list[SamplerSetting]
     distances: list[str]
-    network: FeatureNetwork | None
-    reference: Reference | None
-    floors: dict[str, Measured]
-    floor_of: str
+    comparison: Comparison | None
     class_labels: list[int] | None
-    classes: str | None
+    class_choice: str | None
     held_out: ImageCache | None
     training: ImageCache | None
     data: DataConfig
 
 
-def check_request(request: Request) -> None:
-    """What can be said before a file is read."""
-    if not request.metrics or set(request.metrics) - set(METRICS):
-        raise UsageError(f"metrics must be of {', '.join(METRICS)}, got {', '.join(request.metrics) or 'none'}")
-    if unknown := set(request.schedulers) - set(SCHEDULERS):
-        raise UsageError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {sorted(unknown)[0]!r}")
-    if request.dtype not in DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {request.dtype!r}")
-    for name, value, least in (
-        ("num_images", request.num_images, 1),
-        ("batch_size", request.batch_size, 1),
-        ("seed", request.seed, 0),
-    ):
-        if value < least:
-            raise UsageError(f"{name} must be at least {least}, got {value}")
-    if request.floor is not None and request.reference is None:
-        raise UsageError(f"floor goes with a reference, got {str(request.floor)!r} alone: give --reference, too")
+@contextmanager
+def load_job(request: Request) -> Iterator[Job]:
+    """Load and check everything that the request needs, for the duration of a `with` block.
+
+    Raises:
+        UsageError: When something cannot work.
+    """
+    with join_processes() as processes:
+        folder, repo_id = find_model(request.model)
+        if request.out is None and repo_id is not None:
+            raise UsageError(
+                f"out must be a folder for what is measured, got none for {repo_id!r} of the Hub: give --out"
+            )
+        out = folder if request.out is None else Path(request.out).expanduser()
+        is_model_folder = out.resolve() == folder.resolve()
+        weights = weights_sha256(folder)
+        processes.require_equal(weights, "weights")
+        if weights is None:
+            raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
+        _check_out(out, weights, is_model_folder)
+        pipeline = _load_pipeline(folder, request)
+        request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
+        sampler_settings = _grid(pipeline, request.schedulers, request.num_inference_steps)
+        distances = [metric for metric in DISTANCES if metric in request.metrics]
+        with closing(Splits(processes, request.data, folder, pipeline.unet.config)) as splits:
+            comparison = _load_comparison(request, distances, processes, pipeline, splits)
+            class_labels, class_choice = _choose_classes(pipeline.unet.config, splits, request)
+            held_out, training = _open_images(request, pipeline.scheduler, splits, class_labels is not None)
+            yield Job(
+                request=request,
+                processes=processes,
+                out=out,
+                weights=weights,
+                repo_id=repo_id or (None if is_model_folder else _name_on_card(out, folder)),
+                pipeline=pipeline,
+                full_chain_scheduler=pipeline.scheduler,
+                sampler_settings=sampler_settings,
+                distances=distances,
+                comparison=comparison,
+                class_labels=class_labels,
+                class_choice=class_choice,
+                held_out=held_out,
+                training=training,
+                data=splits.data or DataConfig(),
+            )
 
 
-def prepare(request: Request, processes: Processes, stack: ExitStack) -> Job:
-    """Finds, loads and checks everything. Raises: UsageError for what cannot work."""
-    folder, repo_id = find_model(request.model)
-    if request.out is None and repo_id is not None:
-        raise UsageError(f"out must be a folder for what is measured, got none for {repo_id!r} of the Hub: give --out")
-    out = folder if request.out is None else Path(request.out).expanduser()
-    weights = weights_sha256(folder)
-    processes.require_equal(weights, "weights")
-    if weights is None:
-        raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
-    is_own = out.resolve() == folder.resolve()
-    _check_out(out, weights, is_own)
-    pipeline = _load(folder, request)
-    request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
-    chain, unet = pipeline.scheduler, pipeline.unet.config
-    cells = _grid(pipeline, request.schedulers, request.num_inference_steps)
-    distances = [metric for metric in DISTANCES if metric in request.metrics]
-    splits = Splits(processes, stack, request.data, folder, unet)
-
-    reference = network = None
-    floors, floor_of = {}, ""
-    if distances or "memorization" in request.metrics:
-        if request.reference is not None:
-            reference = load_reference(request.reference)
-        network = _load_network(request, reference, unet.in_channels, pipeline.device)
-    if distances:
-        assert network is not None
-        if reference is not None:
-            check_comparable(reference, network, splits.resolution, unet.in_channels)
-            other = None if request.floor is None else load_reference(request.floor)
-        else:
-            reference, other = splits.references(network, request.split, request.test_split)
-        _check_counts(distances, network, reference, request.num_images)
-        floor_of = f"halves of {reference.metadata['data']['split']}"
-        if other is not None:
-            floor_of = f"{other.metadata['data']['split']} against {reference.metadata['data']['split']}"
-        real, others = real_vs_real(reference, other)
-        floors = processes.on_main(
-            lambda: measure_distances(first_images(others, request.num_images), real, distances)
-        )
-    class_labels, classes = _choose_classes(unet, splits, request.split, request.num_images, request.seed)
-    held_out = training = None
-    if "nll" in request.metrics:
-        inclusion_probabilities(chain, min(request.timesteps_per_image, len(chain)))
-        held_out = splits.open(request.test_split, "test_split", is_labeled=classes is not None)
-        if classes is not None and held_out.labels is None:
-            raise UsageError("label_column must name the classes for the nll of a model of classes: --label_column")
-        if len(held_out) < 2 or request.num_images < 2:
-            raise UsageError(f"nll needs 2 images or more, got {min(len(held_out), request.num_images)}")
-        _check_labels(held_out, splits, request)
-    if "memorization" in request.metrics:
-        training = splits.open(request.split)
-        held_out = held_out or splits.open(request.test_split, "test_split")
-        _check_memorization(training, held_out, request.num_images)
-    return Job(
-        request=request,
-        processes=processes,
-        out=out,
-        weights=weights,
-        repo_id=repo_id or (None if is_own else _name_on_cards(out, folder)),
-        pipeline=pipeline,
-        chain=chain,
-        cells=cells,
-        distances=distances,
-        network=network,
-        reference=reference,
-        floors=floors,
-        floor_of=floor_of,
-        class_labels=class_labels,
-        classes=classes,
-        held_out=held_out,
-        training=training,
-        data=splits.data or DataConfig(),
-    )
-
-
-def _name_on_cards(*folders: Path) -> str:
-    """What the card in one of the folders loads, or else the name of the last."""
-    readmes = (folder / "README.md" for folder in folders)
+def _name_on_card(out: Path, model_folder: Path) -> str:
+    """Return what the card in one of the folders loads, or else the name of the model's folder."""
+    readmes = (folder / "README.md" for folder in (out, model_folder))
     names = (named_repository(readme.read_text(encoding="utf-8")) for readme in readmes if readme.is_file())
-    return next((name for name in names if name), folders[-1].resolve().name)
+    return next((name for name in names if name), model_folder.resolve().name)
 
 
-def _check_out(out: Path, weights: str, is_own: bool) -> None:
-    there = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+def _check_out(out: Path, weights: str, is_model_folder: bool) -> None:
+    """Check that results of these weights can be written to `out`."""
+    parent = existing_parent(out)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"out must be a folder to write to, got {str(out)!r}")
-    others = weights_sha256(out)
-    if others not in (None, weights):
-        raise UsageError(f"out must not hold another model, got {str(out)!r} with the weights {others}")
-    before = stored_results(out, weights)
-    if not is_own and not before and (out / "evaluation.json").is_file():
+    weights_in_out = weights_sha256(out)
+    if weights_in_out not in (None, weights):
+        raise UsageError(f"out must not hold another model, got {str(out)!r} with the weights {weights_in_out}")
+    has_results = bool(stored_results(out, weights))
+    if not is_model_folder and not has_results and (out / "evaluation.json").is_file():
         raise UsageError(f"out must not hold what was measured of other weights, got {str(out)!r}: name a new folder")
 
 
-def _load(folder: Path, request: Request) -> DDPMPipeline:
-    """The model with the scheduler of all T steps."""
+def _load_pipeline(folder: Path, request: Request) -> DDPMPipeline:
+    """Load the model with the scheduler of all T steps, and check that its weights are finite."""
     pipeline, _ = load_for_sampling(str(folder), "ddpm", device=request.device, uniform=request.uniform)
-    bad = [name for name, value in pipeline.unet.named_parameters() if not value.isfinite().all()]
-    if bad:
-        raise UsageError(f"weights must be finite, got NaN or infinity in {len(bad)} of them, first {bad[0]}")
+    damaged = [name for name, value in pipeline.unet.named_parameters() if not value.isfinite().all()]
+    if damaged:
+        raise UsageError(f"weights must be finite, got NaN or infinity in {len(damaged)} of them, first {damaged[0]}")
     return pipeline
 
 
-def _grid(pipeline: DDPMPipeline, schedulers: Sequence[str], num_inference_steps: Sequence[int]) -> list[Cell]:
-    """All cells, each of which can be sampled."""
+def _grid(
+    pipeline: DDPMPipeline, schedulers: Sequence[str], num_inference_steps: Sequence[int]
+) -> list[SamplerSetting]:
+    """Return the settings of the grid, after checking that each of them can sample the model."""
     config = pipeline.scheduler.config
-    num_train, cells = config["num_train_timesteps"], []
-    for chosen in schedulers or [None]:
+    num_train = config["num_train_timesteps"]
+    settings = []
+    for scheduler in schedulers or [None]:
         for number in num_inference_steps or [None]:
-            name = chosen or default_scheduler(config, pipeline.searched_timesteps, number)
+            name = scheduler or default_scheduler(config, pipeline.searched_timesteps, number)
             steps = default_steps(name, num_train) if number is None else number
             if not 1 <= steps <= num_train:
                 raise UsageError(
@@ -248,8 +273,35 @@ def _grid(pipeline: DDPMPipeline, schedulers: Sequence[str], num_inference_steps
                     f"the model was trained with {num_train} timesteps"
                 )
             named_scheduler(name, config, steps).set_timesteps(steps)
-            cells.append(Cell(name, steps))
-    return list(dict.fromkeys(cells))
+            settings.append(SamplerSetting(name, steps))
+    return list(dict.fromkeys(settings))
+
+
+def _load_comparison(
+    request: Request, distances: list[str], processes: Processes, pipeline: DDPMPipeline, splits: Splits
+) -> Comparison | None:
+    """Load the feature network and the reference, and measure what real images get."""
+    if not distances and "memorization" not in request.metrics:
+        return None
+    channels = pipeline.unet.config.in_channels
+    reference = None if request.reference is None else load_reference(request.reference)
+    network = _load_network(request, reference, channels, pipeline.device)
+    if not distances:
+        return Comparison(network)
+    if reference is not None:
+        check_comparable(reference, network, splits.resolution, channels)
+        other_reference = None if request.floor is None else load_reference(request.floor)
+    else:
+        reference, other_reference = splits.references(network, request.split, request.test_split)
+    _check_counts(distances, network, reference, request.num_images)
+    compared = f"halves of {reference.metadata['data']['split']}"
+    if other_reference is not None:
+        compared = f"{other_reference.metadata['data']['split']} against {reference.metadata['data']['split']}"
+    real, other_real = real_vs_real(reference, other_reference)
+    measured = processes.on_main(
+        lambda: measure_distances(first_images(other_real, request.num_images), real, distances)
+    )
+    return Comparison(network, reference, measured, compared)
 
 
 def _load_network(
@@ -266,20 +318,25 @@ def _load_network(
 
 
 def _check_counts(metrics: list[str], network: FeatureNetwork, reference: Reference, num_images: int) -> None:
-    for count, what in ((num_images, "num_images"), (reference.count, "the reference")):
-        if "fd" in metrics and (warnings := frechet_warnings(count, network)):
-            raise UsageError(f"{what} must be more for fd, got {count:,}: {warnings[0]}")
+    """Check that there are enough samples and real images for each metric."""
+    if "fd" in metrics:
+        for count, name in ((num_images, "num_images"), (reference.count, "the reference")):
+            warnings = frechet_warnings(count, network)
+            if warnings:
+                raise UsageError(f"{name} must be more for fd, got {count:,}: {warnings[0]}")
     least = max({"fd": 2, "kid": 4, "cmmd": 4, "precision": NEIGHBORS + 1}[metric] for metric in metrics)
-    for count, what in ((num_images, "num_images"), (len(reference.features), "the reference's features")):
+    for count, name in ((num_images, "num_images"), (len(reference.features), "the reference's features")):
         if count < least:
-            raise UsageError(f"{what} must be at least {least} for {', '.join(metrics)}, got {count}")
+            raise UsageError(f"{name} must be at least {least} for {', '.join(metrics)}, got {count}")
 
 
-def _choose_classes(
-    unet: Any, splits: Splits, split: str, num_images: int, seed: int
-) -> tuple[list[int] | None, str | None]:
-    """A class for each sample, if the model is conditioned on classes: those of the data, in a random order."""
-    num_classes = unet.num_class_embeds
+def _choose_classes(unet: Any, splits: Splits, request: Request) -> tuple[list[int] | None, str | None]:
+    """Choose a class for each sample of a model with classes: those of the data in a random order, or each in turn.
+
+    Returns:
+        The classes, and in words how they were chosen; None and None for a model without classes.
+    """
+    num_classes, num_images, split = unet.num_class_embeds, request.num_images, request.split
     if num_classes is None:
         if unet.class_embed_type is not None:
             raise UsageError(
@@ -289,7 +346,7 @@ def _choose_classes(
     if not splits.has_labels:
         if num_images < num_classes:
             raise UsageError(f"num_images must be at least {num_classes}, as many as classes, got {num_images}")
-        return classes_in_turn(num_classes, range(seed, seed + num_images)), "each in turn"
+        return classes_in_turn(num_classes, range(request.seed, request.seed + num_images)), "each in turn"
     images = splits.open(split, is_labeled=True)
     assert images.labels is not None
     names = images.class_names or [str(i) for i in range(num_classes)]
@@ -302,28 +359,46 @@ def _choose_classes(
     return images.labels[np.resize(order, num_images)].tolist(), f"as in {split}"
 
 
-def _check_labels(held_out: ImageCache, splits: Splits, request: Request) -> None:
-    """That classes of the test split are those of training."""
-    if held_out.labels is None:
-        return
-    known = splits.open(request.split, is_labeled=True)
-    if held_out.class_names != known.class_names or held_out.num_classes != known.num_classes:
+def _open_images(
+    request: Request, scheduler: DDPMScheduler, splits: Splits, has_classes: bool
+) -> tuple[ImageCache | None, ImageCache | None]:
+    """Return the held-out images and those of training, as far as nll and memorization need them."""
+    held_out = training = None
+    if "nll" in request.metrics:
+        inclusion_probabilities(scheduler, min(request.timesteps_per_image, len(scheduler)))
+        held_out = splits.open(request.test_split, "test_split", is_labeled=has_classes)
+        if has_classes and held_out.labels is None:
+            raise UsageError("label_column must name the classes for the nll of a model of classes: --label_column")
+        if len(held_out) < 2 or request.num_images < 2:
+            raise UsageError(f"nll needs 2 images or more, got {min(len(held_out), request.num_images)}")
+        if held_out.labels is not None:
+            _check_class_names(held_out, splits.open(request.split, is_labeled=True), request)
+    if "memorization" in request.metrics:
+        training = splits.open(request.split)
+        held_out = held_out or splits.open(request.test_split, "test_split")
+        _check_memorization(training, held_out, request.num_images)
+    return held_out, training
+
+
+def _check_class_names(held_out: ImageCache, training: ImageCache, request: Request) -> None:
+    """Check that the classes of the test split are those of training."""
+    if held_out.class_names != training.class_names or held_out.num_classes != training.num_classes:
         raise UsageError(
             f"the classes of {request.test_split} must be those of {request.split}, got {held_out.class_names} and "
-            f"{known.class_names}"
+            f"{training.class_names}"
         )
 
 
 def _check_memorization(training: ImageCache, held_out: ImageCache, num_images: int) -> None:
-    """What `memorization` would say only after sampling."""
-    least = math.ceil(1 / MEMORIZATION_QUANTILE) - 1
+    """Check what `memorization` would refuse only after sampling."""
+    least_held_out = math.ceil(1 / MEMORIZATION_QUANTILE) - 1
     if num_images < MIN_SAMPLES:
         raise UsageError(f"num_images must be at least {MIN_SAMPLES} for memorization, got {num_images}")
-    if len(held_out) < least:
-        raise UsageError(f"memorization needs at least {least} held-out images, got {len(held_out)}")
-    seen = {hashlib.sha256(image.tobytes()).digest() for image in center_pixels(training)}
-    same = sum(hashlib.sha256(image.tobytes()).digest() in seen for image in center_pixels(held_out))
-    if same >= math.floor(MEMORIZATION_QUANTILE * (len(held_out) + 1) + 1e-9):
+    if len(held_out) < least_held_out:
+        raise UsageError(f"memorization needs at least {least_held_out} held-out images, got {len(held_out)}")
+    digests = {hashlib.sha256(image.tobytes()).digest() for image in center_pixels(training)}
+    num_same = sum(hashlib.sha256(image.tobytes()).digest() in digests for image in center_pixels(held_out))
+    if num_same >= math.floor(MEMORIZATION_QUANTILE * (len(held_out) + 1) + 1e-9):
         raise UsageError(
-            f"held-out images must not be training images, got {same} of {len(held_out)} that are: remove them"
+            f"held-out images must not be training images, got {num_same} of {len(held_out)} that are: remove them"
         )

@@ -1,7 +1,7 @@
 """The data that a model is measured with.
 
-split        train, test, ...: images of the model's size and channels in 8 bits, each opened once
-fingerprint  of the pixels; that of a run's own data must be what the run recorded
+split        train, test, ...: images of the model's size and channels in 8 bits, each split opened once
+fingerprint  identifies the pixels; the fingerprint of a run's own data must be the one that the run recorded
 """
 
 from __future__ import annotations
@@ -30,12 +30,21 @@ from hf_ddpm.runtime.processes import Processes
 
 
 class Splits:
-    """The data of a model, as 8-bit images of its size and channels; each split is opened once."""
+    """The data of a model, as 8-bit images of its size and channels; each split is opened once.
 
-    def __init__(
-        self, processes: Processes, stack: ExitStack, data: DataConfig | None, folder: Path, unet: Any
-    ) -> None:
-        self._processes, self._stack, self._given = processes, stack, data is not None
+    Attributes:
+        data: The settings of the data; None if nobody knows them.
+
+    Args:
+        processes: The processes that need the data. The main one downloads and decodes it first.
+        data: The settings that the user gave. None: those of the run in the model's folder, if there is one.
+        folder: The model's folder.
+        unet: The config of the model's network.
+    """
+
+    def __init__(self, processes: Processes, data: DataConfig | None, folder: Path, unet: Any) -> None:
+        self._processes, self._stack = processes, ExitStack()
+        self._is_given = data is not None
         self._folder, self._size, self._channels = folder, unet.sample_size, unet.in_channels
         self.data = data
         if (folder / "config.yaml").is_file():
@@ -45,8 +54,17 @@ class Splits:
                 self.data = replace(data, random_flip=True)
         self._opened: dict[tuple[str, bool], ImageCache] = {}
 
+    def close(self) -> None:
+        """Close all splits; their files may be deleted then."""
+        self._stack.close()
+
     @property
     def resolution(self) -> int:
+        """The side of the model's images.
+
+        Raises:
+            UsageError: When they are not square.
+        """
         height, width = (self._size, self._size) if isinstance(self._size, int) else self._size
         if height != width:
             raise UsageError(f"data can be compared with square images only, got {width} x {height}")
@@ -54,11 +72,16 @@ class Splits:
 
     @property
     def has_labels(self) -> bool:
+        """Whether the data have a column of classes."""
         return self.data is not None and self.data.label_column is not None
 
     @cached_property
     def config(self) -> DataConfig:
-        """The settings, for images of the model's size and channels."""
+        """The settings of the data, for images of the model's size and channels.
+
+        Raises:
+            UsageError: When nobody knows the data, they do not fit the model, or they have changed since its training.
+        """
         if self.data is None:
             raise UsageError(
                 "the data must be known for this, but the model's folder has no config.yaml of a run: "
@@ -71,17 +94,26 @@ class Splits:
             self.data, resolution=self.resolution, channels=self._channels, preserve_input_precision=False
         )
         recorded = read_run(self._folder).get("data", {}).get("fingerprint")
-        if not self._given and recorded and not config.streaming:
-            found = self._processes.main_then_rest(lambda: load_images(self.data or config)).fingerprint
-            if found != recorded:
-                raise UsageError(
-                    "the data must be those that the model was trained on, got images with the fingerprint\n"
-                    f"  {found} instead of\n  {recorded}: bring them back, or give --dataset_name on purpose"
-                )
+        if not self._is_given and recorded and not config.streaming:
+            self._check_fingerprint(self.data, recorded)
         return config
 
+    def _check_fingerprint(self, data: DataConfig, recorded: str) -> None:
+        fingerprint = self._processes.main_then_rest(lambda: load_images(data)).fingerprint
+        if fingerprint != recorded:
+            raise UsageError(
+                "the data must be those that the model was trained on, got images with the fingerprint\n"
+                f"  {fingerprint} instead of\n  {recorded}: bring them back, or give --dataset_name on purpose"
+            )
+
     def open(self, split: str, option: str = "split", is_labeled: bool = False) -> ImageCache:
-        """The images of a split, which `option` named; they stay until the end."""
+        """Return the images of a split, which stay until `close`.
+
+        Args:
+            split: train, test, ...
+            option: The setting by which the user named the split, for error messages.
+            is_labeled: Whether the images have their classes.
+        """
         config = self.config if is_labeled else replace(self.config, label_column=None)
         if (split, is_labeled) not in self._opened:
             self._opened[split, is_labeled] = self._processes.main_then_rest(
@@ -90,29 +122,40 @@ class Splits:
         return self._opened[split, is_labeled]
 
     def references(self, network: FeatureNetwork, split: str, test_split: str) -> tuple[Reference, Reference | None]:
-        """That of `split`, and that of `test_split` if there is one; kept in the cache, and made if need be."""
+        """Return the references of the two splits, from the cache or made now.
+
+        Returns:
+            The reference of `split`, and that of `test_split`; None if the data have no such split, or it is the same.
+        """
         if self._channels not in (1, 3):
             raise UsageError(f"feature networks take 1 or 3 channels, got a model of {self._channels}")
         self.open(split)
-        names = [split]
+        has_test_split = False
         if test_split != split:
             with suppress(UsageError):
                 self.open(test_split)
-                names.append(test_split)
-        root = Path(self.config.cache_dir or huggingface_hub.constants.HF_HOME).expanduser() / "hf_ddpm"
+                has_test_split = True
+        reference = self._reference(network, split)
+        return reference, self._reference(network, test_split) if has_test_split else None
+
+    def _reference(self, network: FeatureNetwork, split: str) -> Reference:
+        """Return the reference of a split from the cache; make it if it is missing."""
+        config = self.config
+        root = Path(config.cache_dir or huggingface_hub.constants.HF_HOME).expanduser() / "hf_ddpm"
         identity = {key: value for key, value in network.identity.items() if key != "information"}
-        source, found = find_source(self.config).name, list[Reference]()
-        for name in names:
-            images = self.open(name)
-            decisive = [REFERENCE_FORMAT, name, images.fingerprint, self.config.center_crop, identity]
-            folder = root / "references" / hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
+        key = [REFERENCE_FORMAT, split, self.open(split).fingerprint, config.center_crop, identity]
+        folder = root / "references" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
-            def find(name: str = name, folder: Path = folder) -> Reference:
-                if not folder.is_dir():
-                    make_reference(self.config, name, network, folder)
-                reference = load_reference(folder)  # of these images, by whatever name they had when it was made
-                data = {**reference.metadata["data"], "name": source, "config": self.config.dataset_config_name}
-                return replace(reference, metadata={**reference.metadata, "data": data})
+        def load_or_make() -> Reference:
+            if not folder.is_dir():
+                make_reference(config, split, network, folder)
+            return load_reference(folder)
 
-            found.append(self._processes.main_then_rest(find))
-        return found[0], found[1] if len(found) > 1 else None
+        reference = self._processes.main_then_rest(load_or_make)
+        # The images are the same, but the data may have had another name when the reference was made.
+        data = {
+            **reference.metadata["data"],
+            "name": find_source(config).name,
+            "config": config.dataset_config_name,
+        }
+        return replace(reference, metadata={**reference.metadata, "data": data})

@@ -166,7 +166,7 @@ def _draw_grid(grid: list[dict[str, Any]], cost: str, path: Path) -> None:
                 is_dashed=is_searched,
             )
         )
-    metric, real = grid[-1]["metric"], grid[-1]["floor"]
+    metric, real = grid[-1]["metric"], grid[-1]["real_vs_real"]
     better = "lower" if metric in LOWER_IS_BETTER else "higher"
     title, x_label = "Quality against the cost of sampling", "network evaluations per image"
     if cost == "seconds_per_image":

@@ -1,12 +1,14 @@
-"""The search for timesteps: n of them, whose images come nearest to those of many steps.
+"""The search for n timesteps whose images come nearest to the images of many steps.
 
     distance(t_1 > ... > t_n) = sqrt(mean((x_0(t_1, ..., t_n; x_T) - x_0(reference; x_T))^2)),  t_1 = T - 1
 
-over images x_0 in [-1, 1] of the same noises x_T. A solver without noise makes each step's image a function of x_T and
-the timesteps alone, and REFERENCE_STEPS of them follow the ODE closely (Song et al. 2021, Sec. 4.3; the distance that
-Xue et al. 2024 bound and Tong et al. 2024 learn timesteps on). The search is a descent along one timestep after the
-other, by a stride that is halved when no move helps; it starts at the best of spacings that are uniform in
-t^p. Of a candidate that differs in its i-th timestep, the network's first i - 1 outputs are known.
+The mean is one over images x_0 in [-1, 1] of the same noises x_T. A solver without noise makes each step's image a
+function of x_T and the timesteps alone, and REFERENCE_STEPS of them follow the ODE closely (Song et al. 2021, Sec.
+4.3). Xue et al. 2024 bound this distance, and Tong et al. 2024 learn timesteps on it.
+
+The search is a coordinate descent: it moves one timestep after the other, by a stride that is halved when no move
+helps. It starts at the best of spacings that are uniform in t^p. Lists that begin with the same timesteps share the
+network's outputs for them.
 """
 
 from __future__ import annotations
@@ -43,43 +45,53 @@ def search_and_keep(
     compile: bool = False,
     **settings: Any,
 ) -> Iterator[tuple[SearchedTimesteps, Path | None]]:
-    """Searches, and keeps what is better than uniform timesteps in the model's folder and on its card.
+    """Search timesteps, and keep those that are better than uniform ones in the model's folder and on its card.
 
     Args:
-        model, device, dtype, compile: as of `load_for_sampling`.
-        num_steps, settings: as of `search_timesteps`.
+        model: As of `load_for_sampling`.
+        num_steps: As of `search_timesteps`.
+        device: As of `load_for_sampling`.
+        dtype: As of `load_for_sampling`.
+        compile: As of `load_for_sampling`.
+        settings: The other arguments of `search_timesteps` by name.
 
-    Returns: what was found, and the file that it was written to; None where uniform timesteps are as good, and for a
-        model of the Hub, which has no folder here.
+    Yields:
+        The result for each number of steps, and the file that it was written to. None instead of the file where
+        uniform timesteps are as good, and for a model of the Hub, which has no folder here.
 
     Raises:
-        ValueError: what cannot work, before the search; or the model has been replaced since that began.
-        OSError: the folder cannot be read or written.
+        ValueError: When something cannot work, before the search; or when the model has been replaced since then.
+        OSError: When the folder cannot be read or written.
     """
     folder, repo_id = find_model(model)
     if repo_id is None and not os.access(folder, os.W_OK):
         raise ValueError(f"model must be a folder to write to, got {model!r}")
     weights = weights_sha256(folder)
     pipeline, _ = load_for_sampling(model, "ddpm", device=device, dtype=dtype, compile=compile)
-    for found in search_timesteps(pipeline, num_steps, **settings):
-        if weights_sha256(folder) != weights:  # a run trains there
+    for result in search_timesteps(pipeline, num_steps, **settings):
+        if weights_sha256(folder) != weights:  # a training run saves into the folder
             raise ValueError(f"model must keep its weights during the search, but {model!r} has others now: repeat it")
-        keep = repo_id is None and found.distance < found.uniform_distance
-        if keep:
-            write_searched(folder, [*{**read_searched(folder), found.key: found}.values()], weights)
+        is_kept = repo_id is None and result.distance < result.uniform_distance
+        if is_kept:
+            write_searched(folder, [*{**read_searched(folder), result.key: result}.values()], weights)
             write_card(folder)
-        yield found, folder / FILE if keep else None
+        yield result, folder / FILE if is_kept else None
 
 
 class Trajectories:
-    """Images of one set of noises by a solver, for one list of timesteps after another.
+    """The images of one set of noises by a solver, for one list of timesteps after another.
+
+    Unlike the pipeline, it remembers the network's outputs for lists that begin with the same timesteps.
+
+    Attributes:
+        network_evaluations: The number of images that the network has been evaluated on.
 
     Args:
-        pipeline: its network is the model; its scheduler's config says which timesteps there are.
+        pipeline: A pipeline of the model; its scheduler's config says which timesteps there are.
         scheduler: `ddim` or `dpmsolver++`.
-        seeds: of the noises.
-        batch_size: images per forward pass.
-        class_labels: one for each seed.
+        seeds: The seeds of the noises.
+        batch_size: Images per forward pass.
+        class_labels: One for each seed, if the model has classes.
     """
 
     def __init__(
@@ -100,47 +112,55 @@ class Trajectories:
         self.unet, self.config, self.scheduler = unet, pipeline.scheduler.config, scheduler
         self.batch_size = batch_size
         self.network_evaluations = 0
-        self._known: dict[tuple[int, ...], Tensor] = {}
+        # The timesteps up to a step -> the network's output for all noises at that step.
+        self._outputs: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
-    def images(self, timesteps: Sequence[int], keep: bool = False) -> Tensor:
-        """x_0 in [-1, 1] by these timesteps, (len(seeds), C, H, W).
+    def images(self, timesteps: Sequence[int], remember: bool = False) -> Tensor:
+        """Sample by these timesteps.
 
         Args:
-            keep: remember the network's outputs, for lists that begin alike, instead of those remembered before.
+            timesteps: Falling, in [0, T).
+            remember: Whether to remember the network's outputs, for lists that begin with the same timesteps, instead
+                of the outputs that are remembered now.
+
+        Returns:
+            x_0 in [-1, 1], (len(seeds), C, H, W).
         """
         solver = named_scheduler(self.scheduler, self.config, len(timesteps))
         solver.set_timesteps(timesteps=[*timesteps])
-        images, outputs = self._solve(solver, self._known)
-        if keep:
-            self._known = outputs
+        images, outputs = self._solve(solver, self._outputs)
+        if remember:
+            self._outputs = outputs
         return images
 
     @torch.no_grad()
     def unipc_images(self, n: int) -> Tensor:
-        """The same by n steps of UniPC, which takes no timesteps."""
+        """Sample the same noises by n steps of UniPC, which does not accept a list of timesteps."""
         solver = named_scheduler("unipc", self.config, n)
         solver.set_timesteps(n)
         return self._solve(solver, {})[0]
 
     def _solve(
-        self, solver: Any, known: dict[tuple[int, ...], Tensor]
+        self, solver: Any, remembered: dict[tuple[int, ...], Tensor]
     ) -> tuple[Tensor, dict[tuple[int, ...], Tensor]]:
-        """x_0, and the network's outputs by the timesteps up to each."""
-        x_t, outputs = self.x_T * solver.init_noise_sigma, {}
+        """Return x_0, and the network's outputs by the timesteps up to each step."""
+        x_t = self.x_T * solver.init_noise_sigma
+        outputs: dict[tuple[int, ...], Tensor] = {}
         timesteps = [int(t) for t in solver.timesteps]
         for i, t in enumerate(solver.timesteps):
-            past = tuple(timesteps[: i + 1])
-            outputs[past] = known[past] if past in known else self._output(x_t, t)
-            x_t = solver.step(outputs[past], t, x_t).prev_sample
+            visited = tuple(timesteps[: i + 1])
+            outputs[visited] = remembered[visited] if visited in remembered else self._output(x_t, t)
+            x_t = solver.step(outputs[visited], t, x_t).prev_sample
         return x_t.clamp(-1, 1), outputs
 
     def _output(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Evaluate the network; a learned variance is dropped."""
         parts = []
         for first in range(0, len(x_t), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            conditions = {} if self.labels is None else {"class_labels": self.labels[part]}
-            parts.append(self.unet(x_t[part], t, **conditions).sample[:, : x_t.shape[1]].float())
+            batch = slice(first, first + self.batch_size)
+            conditions = {} if self.labels is None else {"class_labels": self.labels[batch]}
+            parts.append(self.unet(x_t[batch], t, **conditions).sample[:, : x_t.shape[1]].float())
         self.network_evaluations += len(x_t)
         return torch.cat(parts)
 
@@ -155,34 +175,39 @@ def search_timesteps(
     batch_size: int = 32,
     reference_steps: int = REFERENCE_STEPS,
 ) -> Iterator[SearchedTimesteps]:
-    """The best timesteps for each number of steps, as soon as they are found.
+    """Yield the best timesteps for each number of steps, as soon as they are found.
 
     Args:
-        pipeline: of `load_for_sampling`.
-        num_steps: how many timesteps, each in [2, reference_steps).
+        pipeline: A pipeline as of `load_for_sampling`.
+        num_steps: The numbers of timesteps to search, each in [2, reference_steps).
         scheduler: `ddim` or `dpmsolver++`.
-        num_images: noises of the search; as many others measure what it found. Of a model of classes, each in turn.
-        seed: image i has the seed `seed` + i.
+        num_images: The number of noises to search on; the result is measured on as many others. A model of classes
+            samples each class in turn.
+        seed: Image i has the seed `seed` + i.
+        batch_size: Images per forward pass.
+        reference_steps: The number of steps whose images are the target.
 
-    Raises: ValueError for a number of steps that cannot be searched, or a model that the solver cannot sample.
+    Raises:
+        ValueError: When a number of steps cannot be searched, the solver cannot sample the model, or images are not
+            finite.
     """
     num_train = pipeline.scheduler.config.num_train_timesteps
     reference_steps = min(reference_steps, num_train)
     _check(pipeline, num_steps, scheduler, num_images, reference_steps)
-    many = uniform_timesteps(pipeline.scheduler.config, scheduler, reference_steps)
+    reference = uniform_timesteps(pipeline.scheduler.config, scheduler, reference_steps)
     labels = classes_in_turn(pipeline.unet.config.num_class_embeds, range(num_images))
-    seen, unseen = (
+    searched, unseen = (
         Trajectories(pipeline, scheduler, range(first, first + num_images), batch_size, labels)
         for first in (seed, seed + num_images)
     )
-    target, unseen_target = seen.images(many), unseen.images(many)
+    target, unseen_target = searched.images(reference), unseen.images(reference)
     if not (target.isfinite().all() and unseen_target.isfinite().all()):
         raise ValueError("images must be finite, got NaN: the weights are damaged or overflow")
     for n in dict.fromkeys(num_steps):
         best = descend(
             starting_timesteps(num_train, n),
-            lambda timesteps: distance(seen.images(timesteps), target),
-            lambda timesteps: seen.images(timesteps, keep=True),
+            lambda timesteps: distance(searched.images(timesteps), target),
+            lambda timesteps: searched.images(timesteps, remember=True),
         )
         uniform = uniform_timesteps(pipeline.scheduler.config, scheduler, n)
         yield SearchedTimesteps(
@@ -214,24 +239,28 @@ def _check(
 
 
 def uniform_timesteps(config: Any, scheduler: str, n: int) -> list[int]:
-    """The solver's own n timesteps."""
+    """Return the solver's own n timesteps.
+
+    Args:
+        config: The config of the model's scheduler.
+    """
     solver = named_scheduler(scheduler, config, n)
     solver.set_timesteps(n)
     return [int(t) for t in solver.timesteps]
 
 
 def distance(images: Tensor, target: Tensor) -> float:
-    """The root of the mean squared difference."""
+    """Return the root of the mean squared difference."""
     return float((images - target).square().mean().sqrt())
 
 
 def starting_timesteps(num_train: int, n: int) -> list[tuple[int, ...]]:
-    """Spaced by each of STARTING_POWERS."""
+    """Return n timesteps for each of STARTING_POWERS."""
     return [spaced_timesteps(num_train, n, power) for power in STARTING_POWERS]
 
 
 def spaced_timesteps(num_train: int, n: int, power: float) -> tuple[int, ...]:
-    """round((T - 1) (1 - i / n)^power), i = 0, ..., n - 1, moved apart where rounding makes two equal."""
+    """Return round((T - 1) (1 - i / n)^power), i = 0, ..., n - 1, moved apart where rounding makes two equal."""
     timesteps = [num_train - 1]
     for i in range(1, n):
         t = round((num_train - 1) * (1 - i / n) ** power)
@@ -244,12 +273,12 @@ def descend(
     value: Callable[[tuple[int, ...]], float],
     accept: Callable[[tuple[int, ...]], object],
 ) -> tuple[int, ...]:
-    """The falling integers that no move of one of them by 1, all but the first, brings to a lower value.
+    """Find falling integers such that moving any of them but the first by 1 lowers the value no more.
 
     Args:
-        starts: the best of them is where it begins.
-        value: what is made small.
-        accept: called with what it goes on from, each time that changes.
+        starts: Lists to begin at; the best of them is taken.
+        value: The function to minimize.
+        accept: A function that is called with each list that the descent moves to.
     """
     values = {start: value(start) for start in starts}
     best = min(values, key=lambda start: values[start])
@@ -259,13 +288,13 @@ def descend(
         has_moved = False
         for i in reversed(range(1, len(best))):
             for move in (stride, -stride):
-                other = (*best[:i], best[i] + move, *best[i + 1 :])
-                low = other[i + 1] if i + 1 < len(other) else -1
-                if not low < other[i] < other[i - 1] or other in values:
+                candidate = (*best[:i], best[i] + move, *best[i + 1 :])
+                lower_bound = candidate[i + 1] if i + 1 < len(candidate) else -1
+                if not lower_bound < candidate[i] < candidate[i - 1] or candidate in values:
                     continue
-                values[other] = value(other)
-                if values[other] < values[best]:
-                    best, has_moved = other, True
+                values[candidate] = value(candidate)
+                if values[candidate] < values[best]:
+                    best, has_moved = candidate, True
                     accept(best)
         if not has_moved:
             stride //= 2

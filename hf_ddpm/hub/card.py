@@ -99,7 +99,7 @@ def result_cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _real_images_cell(row: Mapping[str, Any]) -> str:
     """Return what real images get in the place of samples; the number of images is named if it is another one."""
-    real = row.get("floor")
+    real = row.get("real_vs_real")
     if not real:
         return ""
     compared = format_value(real["of"])

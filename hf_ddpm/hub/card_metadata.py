@@ -80,7 +80,7 @@ def eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
 def _metric_args(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides a result, in the order of the metadata; None for what does not apply to it."""
     network, sampling, likelihood, real = (
-        row.get(name) or {} for name in ("network", "sampling", "likelihood", "floor")
+        row.get(name) or {} for name in ("network", "sampling", "likelihood", "real_vs_real")
     )
     return {
         "num_compared": row["num_compared"],

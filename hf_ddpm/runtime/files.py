@@ -184,3 +184,8 @@ def naming_damage(failure: str, remedy: str) -> Iterator[None]:
 def in_one_line(error: Exception) -> str:
     """Return an error's message without line breaks."""
     return " ".join(str(error).split())
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the path itself if it exists, or else its nearest parent that does: where `path` would be made."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import existing_parent
 from hf_ddpm.runtime.run_files import checkpoint_names, run_files
 from hf_ddpm.runtime.settings import check_effects, check_values
 
@@ -77,7 +78,7 @@ def check_output_dir(config: TrainingConfig) -> None:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output_dir must be a folder, got {config.output_dir!r}, which is a file")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = existing_parent(folder)
     if not os.access(existing, os.W_OK) or not existing.is_dir():
         raise UsageError(f"output_dir must be a folder that can be written, got {config.output_dir!r}: see {existing}")
     if config.resume_from_checkpoint is not None:

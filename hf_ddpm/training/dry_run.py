@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_ddpm.network import size_unit
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import RunError, UsageError
+from hf_ddpm.runtime.files import existing_parent
 from hf_ddpm.runtime.format import format_amount, format_duration
 from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.scheduler import MAX_TERMINAL_ALPHA_BAR
@@ -231,7 +232,7 @@ def _disk(run: Run, progress: Progress, checkpoint_size: int, notes: list[str]) 
         snapshots = left * len(TRACKED_STDS) * sum(p.numel() * p.element_size() for p in run.parameters)
         needed += snapshots
         text += f", {format_amount(snapshots, 'B')} for {left} snapshots of averages"
-    free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+    free = shutil.disk_usage(existing_parent(folder)).free
     room = free + _replaced_bytes(config, progress)
     if needed > room:
         size, free_size = format_amount(needed, "B"), format_amount(room, "B")

@@ -83,7 +83,7 @@ def test_images_are_the_pipelines_and_known_outputs_change_none(model):
     pipeline, _ = load_for_sampling(str(model), "dpmsolver++", 4)
     trajectories = Trajectories(pipeline, "dpmsolver++", range(3), batch_size=3)
     first, second = [99, 60, 40, 10], [99, 60, 35, 10]
-    images = trajectories.images(first, keep=True)
+    images = trajectories.images(first, remember=True)
     assert trajectories.network_evaluations == 4 * 3
     nearly = trajectories.images(second)
     assert trajectories.network_evaluations == 6 * 3  # two of four are known

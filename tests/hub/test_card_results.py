@@ -30,7 +30,7 @@ def test_card_claims_no_evaluation_until_there_is_one(tmp_path: Path):
 
 
 def test_results_are_on_the_card_and_in_its_metadata(tmp_path: Path):
-    other = COPIES | {"command": "hf-ddpm evaluate photos --seed 1", "floor": None, "standard_error": None}
+    other = COPIES | {"command": "hf-ddpm evaluate photos --seed 1", "real_vs_real": None, "standard_error": None}
     make_run(tmp_path)
     write_results(tmp_path, RESULT, other)
     (tmp_path / "figures" / "steps.png").write_bytes(b"")

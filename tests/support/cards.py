@@ -75,7 +75,12 @@ RESULT = {
     "value": 0.0123456789,
     "standard_error": 0.00123,
     "num_compared": [5000, 10000],
-    "floor": {"value": 0.0001, "standard_error": None, "num_compared": [4000, 4000], "of": "test against train"},
+    "real_vs_real": {
+        "value": 0.0001,
+        "standard_error": None,
+        "num_compared": [4000, 4000],
+        "of": "test against train",
+    },
     "network": {"network": "inception", "input_size": 299, "weights_sha256": "cd" * 32},
     "reference": {"name": "some|one", "config": None, "split": "train", "count": 60000, "fingerprint": "ef" * 32},
     "sampling": {"scheduler": "ddim", "num_inference_steps": 50, "seed": 7},
