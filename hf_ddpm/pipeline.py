@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hf_ddpm.figures import to_pil
 from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, require_num_inference_steps
 from hf_ddpm.timesteps import SearchedTimesteps, read_searched, solver_name, write_searched
 
 logger = logging.getLogger(__name__)
@@ -148,11 +148,7 @@ class DDPMPipeline(DiffusionPipeline):
         num_train = self.scheduler.config.num_train_timesteps
         steps = num_train if num_inference_steps is None else num_inference_steps
         # Not all of diffusers' solvers look: some repeat timesteps then and return NaN.
-        if not 1 <= steps <= num_train:
-            raise ValueError(
-                f"num_inference_steps must be in [1, {num_train}], got {steps}: "
-                f"the model was trained with {num_train} timesteps"
-            )
+        steps = require_num_inference_steps(steps, num_train)
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, deterministic)
         conditions = self._conditions(class_labels, batch_size, device)
 

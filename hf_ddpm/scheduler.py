@@ -30,6 +30,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput, rescale_ze
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from hf_ddpm.runtime.errors import UsageError
+
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "previous_sample"]
 VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
@@ -443,12 +445,7 @@ class DDPMScheduler(StockDDPMScheduler):
             if chosen[0] >= num_train or chosen[-1] < 0:
                 raise ValueError(f"timesteps must be in [0, {num_train}), got {chosen[0]} to {chosen[-1]}")
         else:
-            n = num_inference_steps
-            if not hasattr(n, "__index__") or not 1 <= (n := operator.index(n)) <= num_train:  # pyright: ignore
-                raise ValueError(
-                    f"num_inference_steps must be in [1, {num_train}], got {n}: "
-                    f"the model was trained with {num_train} timesteps"
-                )
+            n = require_num_inference_steps(num_inference_steps, num_train)
             chosen = _spaced_timesteps(self.config.timestep_spacing, n, num_train, self.config.steps_offset)
             if chosen[0] >= num_train:
                 raise ValueError(
@@ -522,6 +519,21 @@ class DDPMScheduler(StockDDPMScheduler):
         """log posterior_variance, whose 0 at t = 0 is replaced by its value at t = 1."""
         floor = float(self.posterior_variance[1]) if len(self.posterior_variance) > 1 else float(self.beta[0])
         return torch.where(posterior_variance > 0, posterior_variance, floor).log()
+
+
+def require_num_inference_steps(num_inference_steps: Any, num_train_timesteps: int) -> int:
+    """Return a number of sampling steps as an int, if the model can take that many.
+
+    Raises:
+        UsageError: When it is no integer in [1, num_train_timesteps].
+    """
+    is_integer = hasattr(num_inference_steps, "__index__")
+    if not is_integer or not 1 <= operator.index(num_inference_steps) <= num_train_timesteps:
+        raise UsageError(
+            f"num_inference_steps must be in [1, {num_train_timesteps}], got {num_inference_steps}: "
+            f"the model was trained with {num_train_timesteps} timesteps"
+        )
+    return operator.index(num_inference_steps)
 
 
 def complete_config(config: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import process_device
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
+from hf_ddpm.scheduler import require_num_inference_steps
 
 # The types that the network can compute in.
 DTYPES = ("fp32", "bf16")
@@ -77,11 +78,7 @@ def load_for_sampling(
     name = scheduler or default_scheduler(config, pipeline.searched_timesteps, num_inference_steps)
     num_train = config["num_train_timesteps"]
     steps = num_inference_steps or default_steps(name, num_train)
-    if not 1 <= steps <= num_train:
-        raise ValueError(
-            f"num_inference_steps must be in [1, {num_train}], got {steps}: "
-            f"the model was trained with {num_train} timesteps"
-        )
+    require_num_inference_steps(steps, num_train)
     pipeline.scheduler = named_scheduler(name, config, steps)
     speed_up(pipeline, dtype, compile)
     return pipeline, steps
