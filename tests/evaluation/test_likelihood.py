@@ -1,4 +1,4 @@
-"""Bits per dimension: against printed terms, closed forms and known entropies; its estimator and its sums."""
+"""Bits per dimension against printed terms, closed forms and known entropies; the estimator and its sums."""
 
 import json
 import math
@@ -34,10 +34,10 @@ def measure(network, scheduler, images, **settings):
 
 
 def optimal_network(scheduler, denoise):
-    """The best network of any prediction and variance type for data whose mean and variance given x_t are known.
+    """Return the best network of any prediction and variance type for data whose mean and variance given x_t are known.
 
     Args:
-        denoise: x_t, alpha_bar -> mean and variance of x_0 given x_t.
+        denoise: A function of x_t and alpha_bar that returns mean and variance of x_0 given x_t.
     """
 
     def network(x_t, t):
@@ -65,7 +65,7 @@ def optimal_network(scheduler, denoise):
 
 
 def gaussian_denoiser(std):
-    """x_0 ~ N(0, std^2 I)."""
+    """Return the denoiser of data x_0 ~ N(0, std^2 I)."""
 
     def denoise(x_t, alpha_bar):
         total = alpha_bar * std**2 + 1 - alpha_bar
@@ -75,7 +75,7 @@ def gaussian_denoiser(std):
 
 
 def gaussian_levels(std):
-    """Probabilities of the 256 values of a Gaussian, rounded."""
+    """Return the probabilities of the 256 values that a Gaussian is rounded to."""
     edges = (torch.arange(257, dtype=torch.float64) - 0.5) / 127.5 - 1
     edges[0], edges[-1] = -math.inf, math.inf
     return torch.special.ndtr(edges / std).diff()
@@ -86,7 +86,7 @@ def entropy(probabilities):
 
 
 def elementwise_network(x_t, t, class_labels=None):
-    """Of each value alone: an image's output does not depend on its batch in any bit."""
+    """Treat each value alone: no bit of an image's output depends on its batch."""
     return SimpleNamespace(sample=0.5 * x_t + 0.001 * t.view(-1, 1, 1, 1))
 
 
@@ -98,11 +98,8 @@ def random_images(count, seed=0, shape=(1, 4, 4)):
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
-# Terms
-
-
 @pytest.mark.parametrize("name", ["linear/1000", "cosine/1000"])
-def test_prior_is_the_reference(name):
+def test_prior_term_equals_the_reference(name):
     i, k = np.arange(36), REFERENCE["inputs"]["k"]
     x_0 = torch.tensor(np.round((np.sin(0.37 * i + k) + 1) * 127.5) / 127.5 - 1).reshape(6, 1, 2, 3)
     scheduler = DDPMScheduler(beta_schedule={"l": "linear", "c": "squaredcos_cap_v2"}[name[0]])
@@ -111,14 +108,14 @@ def test_prior_is_the_reference(name):
     torch.testing.assert_close(prior_term(scheduler, x_0), wanted, rtol=1e-8, atol=1e-15)
 
 
-def test_nothing_is_left_of_the_image_at_zero_terminal_snr():
+def test_prior_term_is_zero_at_zero_terminal_snr():
     scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
     assert prior_term(scheduler, torch.ones(3, 1, 2, 2)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["linear/1000", "cosine/1000"])
-def test_terms_are_the_reference(name, monkeypatch):
-    """The noise and the network's output of the printed cases, led through the whole measurement."""
+def test_terms_equal_the_reference(name, monkeypatch):
+    """The noise and the network's output of the printed cases go through the whole measurement."""
     values, i, k = REFERENCE["schedules"][name], torch.arange(36, dtype=torch.float64), REFERENCE["inputs"]["k"]
     shape, steps = (6, 1, 2, 3), values["t"]
     pixels = ((torch.sin(0.37 * i + k) + 1) * 127.5).round().to(torch.uint8).view(shape)
@@ -138,14 +135,19 @@ def test_terms_are_the_reference(name, monkeypatch):
             channels = [output[j], variance_output[j]] if variance_type.startswith("learned") else [output[j]]
             answer = SimpleNamespace(sample=torch.cat(channels)[None])
             monkeypatch.setattr(torch, "randn", lambda *_, j=j, **__: noise[j])
-            monkeypatch.setattr("hf_ddpm.evaluation.likelihood.draw_timesteps", lambda *_, t=t: torch.tensor([[t]]))
-            sums = sum_bound_terms(lambda x_t, t, a=answer: a, scheduler, pixels[j : j + 1], seed=0, batch_size=1)
+            # With two steps per image, 0 and another, this is the number of an image that has step t.
+            probability = inclusion_probabilities(scheduler, 2)
+            number = int((draw_timesteps(probability, 0, np.arange(50_000)) == t).any(dim=1).nonzero()[0])
+            images = pixels[j].expand(number + 1, -1, -1, -1)
+            settings = {"seed": 0, "batch_size": 1, "timesteps_per_image": 2}
+            sums = sum_bound_terms(lambda x_t, t, a=answer: a, scheduler, images, [number], **settings)
             # x_t is in float32, as it is for the network.
             assert sums[t, 1].item() == pytest.approx(wanted["vlb_bits_per_dim"][j], rel=2e-5, abs=1e-7), case
-            assert sums[-1, 1].item() == pytest.approx(sums[t, 1].item() + sums[-2, 1].item())
+            bound = sums[-2, 1] + (sums[:-2, 1] / probability).sum()
+            assert sums[-1, 1].item() == pytest.approx(bound.item())
 
 
-def test_each_mean_is_the_closed_form():
+def test_terms_have_the_mean_of_the_closed_form():
     """For x_0_hat = g_t x_t, E|x_0_hat - x_0|^2 is known, and with it each L_t of fixed_small for t > 0."""
     scheduler, generator = DDPMScheduler(50, prediction_type="sample", clip_sample=False, beta_end=0.3), seeded(3)
     images = torch.randint(0, 256, (64, 1, 8, 8), generator=generator).to(torch.uint8)
@@ -164,7 +166,7 @@ def test_each_mean_is_the_closed_form():
     assert result.decoder == result.terms[0]
 
 
-def test_clipping_is_part_of_the_model():
+def test_bound_is_that_of_the_clipped_model():
     """x_0_hat is held at the very values that sampling sees."""
     scheduler, plain = (
         DDPMScheduler(20, **FAST),
@@ -183,11 +185,8 @@ def test_clipping_is_part_of_the_model():
     assert bound.bits_per_dimension < measure(raw, plain, images).bits_per_dimension / 2
 
 
-# Entropy
-
-
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
-def test_gaussian_values_take_more_bits_than_their_entropy(variance_type):
+def test_bound_of_gaussian_values_is_a_little_above_their_entropy(variance_type):
     """Best means and 100 steps: with best variances, too, next to nothing is lost."""
     std = 0.2
     levels = gaussian_levels(std)
@@ -211,7 +210,7 @@ def test_gaussian_values_take_more_bits_than_their_entropy(variance_type):
 
 
 @pytest.mark.parametrize("variance_type", ["learned", "fixed_small", "fixed_large"])
-def test_four_images_take_more_than_two_bits(variance_type):
+def test_bound_of_four_images_is_a_little_above_two_bits(variance_type):
     """Four images of 2x2 values, equally likely: the entropy is 2 bits, and half a bit per dimension."""
     few = torch.randint(0, 256, (4, 1, 2, 2), generator=seeded(2)).to(torch.uint8)
     known = few.flatten(1).double() / 127.5 - 1
@@ -235,12 +234,9 @@ def test_four_images_take_more_than_two_bits(variance_type):
     assert lowest - 3 * error < gap < highest + 3 * error
 
 
-# The estimator
-
-
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("count", [2, 3, 20, 400, 999])
-def test_each_step_is_drawn_with_its_probability(beta_schedule, count):
+def test_draw_timesteps_draws_each_step_with_its_probability(beta_schedule, count):
     scheduler, num_images = DDPMScheduler(beta_schedule=beta_schedule), 20_000
     probability = inclusion_probabilities(scheduler, count)
     assert probability.shape == (1000,)
@@ -256,7 +252,7 @@ def test_each_step_is_drawn_with_its_probability(beta_schedule, count):
     assert ((frequency - probability).abs() <= 4.5 * error + 1e-9).all()
 
 
-def test_all_steps_are_the_limit_of_some():
+def test_drawing_all_steps_equals_taking_each_step():
     scheduler = DDPMScheduler(20, **FAST)
     assert torch.equal(inclusion_probabilities(scheduler, None), torch.ones(20, dtype=torch.float64))
     images = random_images(5)
@@ -266,7 +262,7 @@ def test_all_steps_are_the_limit_of_some():
     assert (all_of_them[:, 0] == 5).all()
 
 
-def test_some_steps_are_unbiased_and_know_their_error():
+def test_drawn_steps_give_an_unbiased_bound_and_its_standard_error():
     """150 measurements, each of 12 fresh images and 4 of 20 steps."""
     scheduler = DDPMScheduler(20, **FAST)
     results = []
@@ -288,11 +284,8 @@ def test_some_steps_are_unbiased_and_know_their_error():
     assert some.std() == pytest.approx(np.sqrt((error**2).mean()), rel=0.2)
 
 
-# Sums
-
-
 @pytest.mark.parametrize("timesteps_per_image", [None, 5])
-def test_numbers_do_not_depend_on_processes_or_batches(timesteps_per_image):
+def test_sums_do_not_depend_on_shares_or_batches(timesteps_per_image):
     scheduler, images = DDPMScheduler(20, **FAST), random_images(7)
     settings = {"seed": 5, "timesteps_per_image": timesteps_per_image}
     whole = sum_bound_terms(elementwise_network, scheduler, images, batch_size=7, **settings)
@@ -313,7 +306,7 @@ def test_numbers_do_not_depend_on_processes_or_batches(timesteps_per_image):
     assert not torch.allclose(other, whole)
 
 
-def test_statistics_are_those_of_the_images():
+def test_bits_per_dimension_gives_mean_and_standard_error_of_the_images():
     """One image at a time gives the values whose mean and standard error the sums are."""
     scheduler, images = DDPMScheduler(5, **FAST), random_images(6)
     each = [sum_bound_terms(elementwise_network, scheduler, images, [i], seed=0, batch_size=1) for i in range(6)]
@@ -329,14 +322,14 @@ def test_statistics_are_those_of_the_images():
     assert result.non_finite_timesteps == []
 
 
-def test_a_unet(make_unet):
+def test_bound_of_a_unet_depends_on_the_batch_by_rounding_alone(make_unet):
     unet, images = make_unet(channels=3), random_images(5, shape=(3, 8, 8))
     one, other = (measure(unet, DDPMScheduler(), images, batch_size=size, timesteps_per_image=6) for size in (5, 2))
     assert one.bits_per_dimension == pytest.approx(other.bits_per_dimension, rel=1e-5)
     assert math.isfinite(one.standard_error)
 
 
-def test_class_labels_reach_their_images():
+def test_network_gets_the_class_label_of_each_image():
     labels, images = np.arange(7)[::-1], np.arange(7, dtype=np.uint8)[::-1].reshape(7, 1, 1, 1) * 30
     seen = set()
 
@@ -352,7 +345,7 @@ def test_class_labels_reach_their_images():
     assert len(seen) == 70
 
 
-def test_what_is_not_finite_is_named(tmp_path):
+def test_bits_per_dimension_names_timesteps_that_are_not_finite(tmp_path):
     def network(x_t, t):
         bad = torch.where(t == 3, torch.nan, torch.where(t == 7, torch.inf, 0.0))
         return SimpleNamespace(sample=x_t * 0.5 + bad.view(-1, 1, 1, 1))
@@ -365,7 +358,7 @@ def test_what_is_not_finite_is_named(tmp_path):
     assert (tmp_path / "bound.png").exists()
 
 
-def test_the_picture(tmp_path):
+def test_draw_bound_writes_a_picture(tmp_path):
     result = measure(elementwise_network, DDPMScheduler(50, **FAST), random_images(2), timesteps_per_image=5)
     assert result.terms.isnan().any()
     draw_bound(result, tmp_path / "bound.png")
@@ -390,7 +383,7 @@ def test_the_picture(tmp_path):
         ({"scheduler": diffusers.DDPMScheduler()}, "hf_ddpm's DDPMScheduler"),
     ],
 )
-def test_what_cannot_work_is_refused(change, message):
+def test_sum_bound_terms_rejects_what_cannot_work(change, message):
     arguments = {"network": elementwise_network, "scheduler": DDPMScheduler(20, **FAST), "images": random_images(4)}
     with pytest.raises(UsageError, match=message):
         measure(**{**arguments, **change})

@@ -1,4 +1,4 @@
-"""Searched timesteps: found by a descent that is one, nearer than uniform ones, kept with the model and used."""
+"""Searched timesteps: the descent finds minima; they are better than uniform ones, kept with the model and used."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ T = 100
 
 @pytest.fixture
 def model(make_unet, tmp_path):
-    """A folder with a model of a curved ODE: x_0_hat is far from x_t's own direction."""
+    """A folder with a model whose ODE is curved: x_0_hat is far from the direction of x_t."""
     unet = make_unet()
     with torch.no_grad():
         unet.conv_out.weight *= 0.3
@@ -46,7 +46,7 @@ def found(*timesteps, scheduler="dpmsolver++"):
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 20, 99])
-def test_starts_fall_strictly_from_the_last_timestep(n):
+def test_starting_timesteps_fall_strictly_from_the_last_timestep(n):
     for timesteps in starting_timesteps(T, n):
         assert len(timesteps) == n
         assert timesteps[0] == T - 1
@@ -54,7 +54,7 @@ def test_starts_fall_strictly_from_the_last_timestep(n):
         assert all(t > s for t, s in itertools.pairwise(timesteps))
 
 
-def test_descent_finds_the_minimum_of_a_bowl():
+def test_descend_finds_the_minimum_of_a_bowl():
     wanted = (99, 71, 33, 4)
     accepted = []
     best = descend(
@@ -66,8 +66,8 @@ def test_descent_finds_the_minimum_of_a_bowl():
     assert accepted[-1] == best
 
 
-def test_descent_finds_the_best_quadrature():
-    """Of 1/t, whose steps are to grow with t: as good as the best of all choices."""
+def test_descend_finds_almost_the_best_quadrature():
+    """Steps of the quadrature of 1/t must grow with t. The result is almost as good as the best of all choices."""
 
     def value(timesteps):
         bounds = [*timesteps, 0]
@@ -79,7 +79,7 @@ def test_descent_finds_the_best_quadrature():
     assert value(descend(starting_timesteps(31, 4), value, lambda _: None)) < 1.05 * value(best)
 
 
-def test_images_are_the_pipelines_and_known_outputs_change_none(model):
+def test_trajectories_equal_the_pipeline_with_remembered_outputs_too(model):
     pipeline, _ = load_for_sampling(str(model), "dpmsolver++", 4)
     trajectories = Trajectories(pipeline, "dpmsolver++", range(3), batch_size=3)
     first, second = [99, 60, 40, 10], [99, 60, 35, 10]
@@ -94,30 +94,30 @@ def test_images_are_the_pipelines_and_known_outputs_change_none(model):
         assert torch.equal(own / 2 + 0.5, whole)
 
 
-def test_what_is_found_is_nearer_on_other_noises(model):
+def test_search_timesteps_finds_better_ones_than_uniform_on_unseen_noises(model):
     pipeline, _ = load_for_sampling(str(model), "ddpm")
-    for row in search_timesteps(pipeline, [3, 5], num_images=8, reference_steps=50):
+    for row in search_timesteps(pipeline, [3], num_images=4, reference_steps=20):
         assert row.distance < row.uniform_distance
-        unseen = Trajectories(pipeline, "dpmsolver++", range(8, 16), batch_size=32)
-        target = unseen.images(uniform_timesteps(pipeline.scheduler.config, "dpmsolver++", 50))
+        unseen = Trajectories(pipeline, "dpmsolver++", range(4, 8), batch_size=32)
+        target = unseen.images(uniform_timesteps(pipeline.scheduler.config, "dpmsolver++", 20))
         measured = (unseen.images(row.timesteps) - target).square().mean().sqrt()
         torch.testing.assert_close(float(measured), row.distance)
         n = len(row.timesteps)
         pipeline.scheduler = named_scheduler("unipc", pipeline.scheduler.config, n)
-        generators = [torch.Generator().manual_seed(seed) for seed in range(8, 16)]
-        images = pipeline(8, generators, num_inference_steps=n, output_type="pt").images
+        generators = [torch.Generator().manual_seed(seed) for seed in range(4, 8)]
+        images = pipeline(4, generators, num_inference_steps=n, output_type="pt").images
         measured = (2 * images - 1 - target).square().mean().sqrt()
         torch.testing.assert_close(float(measured), row.unipc_distance)
 
 
-def test_a_model_of_classes_and_of_learned_variance(make_unet):
+def test_search_timesteps_of_a_model_with_classes_and_learned_variance(make_unet):
     unet = make_unet(out_channels=6, num_class_embeds=3)
     scheduler = DDPMScheduler(T, variance_type="learned_range", beta_schedule="squaredcos_cap_v2")
     (row,) = search_timesteps(DDPMPipeline(unet, scheduler), [3], num_images=4, reference_steps=10)
     assert len(row.timesteps) == 3
 
 
-def test_stored_timesteps_are_used_when_their_number_is_asked_for(model):
+def test_pipeline_uses_searched_timesteps_for_their_number_of_steps(model):
     write_searched(model, [found(99, 70, 20)], weights_sha256(model))
     pipeline = DDPMPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
@@ -142,7 +142,7 @@ def test_stored_timesteps_are_used_when_their_number_is_asked_for(model):
     assert without.scheduler.timesteps.tolist() == uniform_timesteps(without.scheduler.config, "dpmsolver++", 3)
 
 
-def test_stored_timesteps_survive_saving_and_go_with_other_weights(model, tmp_path, caplog):
+def test_searched_timesteps_are_saved_and_ignored_for_other_weights(model, tmp_path, caplog):
     write_searched(model, [found(99, 50), found(99, 70, 20, scheduler="ddim")], weights_sha256(model))
     DDPMPipeline.from_pretrained(model).save_pretrained(tmp_path / "again")
     assert read_searched(tmp_path / "again") == read_searched(model)
@@ -162,7 +162,7 @@ def test_stored_timesteps_survive_saving_and_go_with_other_weights(model, tmp_pa
         DDPMPipeline.from_pretrained(model)
 
 
-def test_which_solvers_timesteps_are_searched():
+def test_solver_name_names_the_solvers_that_can_be_searched():
     config = DDPMScheduler(beta_schedule="squaredcos_cap_v2").config
     assert solver_name(DPMSolverMultistepScheduler.from_config(config)) == "dpmsolver++"
     assert solver_name(DPMSolverMultistepScheduler.from_config(config, solver_order=1)) == "ddim"
@@ -185,27 +185,27 @@ def test_which_solvers_timesteps_are_searched():
         "none": ({"timesteps": []}, "must be integers that fall strictly"),
     }.values(),
 )
-def test_timesteps_that_cannot_be(model, arguments, message):
+def test_pipeline_rejects_invalid_timesteps(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         DDPMPipeline.from_pretrained(model)(**arguments)
 
 
-def test_a_scheduler_that_takes_no_timesteps_is_named(model):
+def test_pipeline_names_a_scheduler_that_accepts_no_timesteps(model):
     pipeline = DDPMPipeline.from_pretrained(model)
     pipeline.scheduler = named_scheduler("unipc", pipeline.scheduler.config)
     with pytest.raises(ValueError, match="timesteps must be None for UniPCMultistepScheduler"):
         pipeline(timesteps=[9, 1])
 
 
-def test_the_command_keeps_what_it_finds_and_samples_say_what_they_used(model, tmp_path):
+def test_schedule_command_keeps_timesteps_and_samples_record_them(model, tmp_path):
     runner = CliRunner()
-    command = ["schedule", str(model), "--steps", "2,4", "--num_images", "4"]
+    command = ["schedule", str(model), "--steps", "2,3", "--num_images", "2"]
     done = runner.invoke(app, command)
     assert done.exit_code == 0, done.output
     stored = read_searched(model)
-    for n in (2, 4):
+    for n in (2, 3):
         assert f"timesteps={[*stored['dpmsolver++', n].timesteps]}" in done.output
-    assert runner.invoke(app, [*command[:2], "--steps", "3", "--num_images", "4"]).exit_code == 0
+    assert runner.invoke(app, [*command[:2], "--steps", "4", "--num_images", "2"]).exit_code == 0
     assert {n for _, n in read_searched(model)} == {2, 3, 4}
     card = (model / "README.md").read_text()
     for (_, _), row in stored.items():
@@ -213,9 +213,9 @@ def test_the_command_keeps_what_it_finds_and_samples_say_what_they_used(model, t
         assert f"| dpmsolver++ | {timesteps} | {row.distance:.4f} | {row.uniform_distance:.4f} |" in card
     for uniform in (False, True):
         out = tmp_path / f"uniform-{uniform}"
-        write_samples(str(model), out, num_images=2, num_inference_steps=4, device="cpu", uniform=uniform)
+        write_samples(str(model), out, num_images=2, num_inference_steps=3, device="cpu", uniform=uniform)
         said = json.loads((out / "samples.json").read_text())
-        assert said["timesteps"] == (None if uniform else [*stored["dpmsolver++", 4].timesteps])
+        assert said["timesteps"] == (None if uniform else [*stored["dpmsolver++", 3].timesteps])
         # UniPC, the default, takes no timesteps.
         assert said["scheduler"] == ("unipc" if uniform else "dpmsolver++")
 
@@ -230,15 +230,15 @@ def test_the_command_keeps_what_it_finds_and_samples_say_what_they_used(model, t
         "solver": (["--scheduler", "unipc"], "scheduler must be one of dpmsolver++, ddim, got 'unipc'"),
     }.values(),
 )
-def test_the_command_refuses(model, arguments, message):
+def test_schedule_command_rejects_what_cannot_work(model, arguments, message):
     done = CliRunner().invoke(app, ["schedule", str(model), *arguments])
     assert done.exit_code == 2
     assert message in done.output
 
 
-def test_what_was_searched_for_other_weights_is_not_kept(model, make_unet):
+def test_search_and_keep_stops_when_the_weights_change(model, make_unet):
     """A run trains in the folder, and saves while the search goes on."""
-    search = search_and_keep(str(model), [2, 3], num_images=4)
+    search = search_and_keep(str(model), [2, 3], num_images=2)
     next(search)
     assert read_searched(model)
     make_unet(seed=1).save_pretrained(model / "unet")
@@ -247,7 +247,7 @@ def test_what_was_searched_for_other_weights_is_not_kept(model, make_unet):
     assert not read_searched(model)
 
 
-def test_a_damaged_model_is_said_and_not_searched(model):
+def test_schedule_command_rejects_a_damaged_model(model):
     pipeline = DDPMPipeline.from_pretrained(model)
     with torch.no_grad():
         pipeline.unet.conv_out.weight[0] = torch.nan
@@ -258,7 +258,7 @@ def test_a_damaged_model_is_said_and_not_searched(model):
     assert not (model / FILE).exists()
 
 
-def test_a_step_denoiser_is_refused(make_unet, tmp_path):
+def test_schedule_command_rejects_a_step_denoiser(make_unet, tmp_path):
     scheduler = DDPMScheduler(
         T, prediction_type="previous_sample", timestep_spacing="trailing", beta_schedule="squaredcos_cap_v2"
     )

@@ -29,7 +29,6 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import sha256
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
-from tests.evaluation.test_evaluate import CallOfInception
 from tests.support.hub_runs import (
     NAME,
     OTHER,
@@ -41,6 +40,7 @@ from tests.support.hub_runs import (
     save_model,
 )
 from tests.support.hub_server import HubServer, client_environment
+from tests.support.inception import save_inception
 
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 
@@ -156,8 +156,7 @@ def test_stock_repository_can_be_sampled_and_finetuned(
 
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarning")
 def test_stock_repository_can_be_evaluated(foreign: Path, image_folder: Path, tmp_path: Path, monkeypatch: Any):
-    path = tmp_path / "inception.pt"
-    torch.jit.script(CallOfInception()).save(str(path))
+    path = save_inception(tmp_path / "inception.pt")
     monkeypatch.setitem(NETWORKS, "inception", replace(NETWORKS["inception"], sha256=sha256(path)))
     flags = ["--metrics", "kid", "--dataset_name", str(image_folder), "--cache_dir", str(tmp_path / "cache")]
     flags += ["--num_images", "8", "--num_inference_steps", "2", "--network", "inception"]
