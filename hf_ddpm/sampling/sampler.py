@@ -1,5 +1,6 @@
-"""Many images from their seeds: on one kind of device, and with one batch size where that is not a CPU, image i is a
-function of its seed alone.
+"""Many images, each from its seed.
+
+On one kind of device an image is a function of its seed alone; where that is not a CPU, of the batch size, too.
 
 The last bits of an image depend on how many images a forward pass has, because PyTorch and diffusers choose algorithms
 by it. `iter_samples` therefore gives every forward pass the same number of images and fills the last one up. On a CPU
