@@ -34,7 +34,7 @@ def measure(network, scheduler, images, **settings):
 
 
 def optimal_network(scheduler, denoise):
-    """Return the best network of any prediction and variance type for data whose mean and variance given x_t are known.
+    """Return the best network, of any type, for data whose mean and variance given x_t are known.
 
     Args:
         denoise: A function of x_t and alpha_bar that returns mean and variance of x_0 given x_t.

@@ -156,7 +156,7 @@ def test_searched_timesteps_are_saved_and_ignored_for_other_weights(model, tmp_p
     assert DDPMPipeline.from_pretrained(model, unet=None).searched_timesteps == {}
     pipeline.unet.save_pretrained(model / "unet")
     assert read_searched(model) == {}
-    assert "is of other weights and not used: run `hf-ddpm schedule` again" in caplog.text
+    assert "belongs to other weights and is not used: run `hf-ddpm schedule` again" in caplog.text
     (model / FILE).write_text("{")
     with pytest.raises(ValueError, match=r"searched_timesteps\.json cannot be read: .*: remove it"):
         DDPMPipeline.from_pretrained(model)
