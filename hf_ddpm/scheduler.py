@@ -89,7 +89,8 @@ class DDPMScheduler(StockDDPMScheduler):
     if TYPE_CHECKING:
 
         @property
-        def config(self) -> Any: ...  # noqa: D102; a dict to type checkers, and keys are attributes too
+        # A dict to type checkers, but its keys are attributes, too.
+        def config(self) -> Any: ...  # noqa: D102
 
     @register_to_config
     def __init__(
