@@ -499,8 +499,8 @@ class DDPMScheduler(StockDDPMScheduler):
     ) -> bool:
         """Return whether stock's `step` computes this step correctly, so that it is taken as it is.
 
-        Images are then equal to those of stock, bit for bit. The cost is that this class holds two arithmetics of the
-        same step, which round differently: stock's, and the one in `step` for all other cases. A test compares them.
+        Images are then equal to those of stock, bit for bit. The cost is that this class computes the same step in two
+        ways, which round differently: stock's, and the one in `step` for all other cases. A test compares them.
         """
         return (
             (isinstance(timestep, int) or timestep.ndim == 0)

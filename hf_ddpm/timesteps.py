@@ -55,7 +55,7 @@ class SearchedTimesteps:
 
     @property
     def is_nearer_than_unipc(self) -> bool:
-        """Whether the images come nearer than those of UniPC, or UniPC was not measured."""
+        """True if the images come nearer than those of UniPC, or UniPC was not measured."""
         return self.unipc_distance is None or self.distance < self.unipc_distance
 
 
