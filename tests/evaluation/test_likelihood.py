@@ -34,7 +34,7 @@ def measure(network, scheduler, images, **settings):
 
 
 def optimal_network(scheduler, denoise):
-    """Return the best network, of any type, for data whose mean and variance given x_t are known.
+    """Return the best network for data whose mean and variance given x_t are known.
 
     Args:
         denoise: A function of x_t and alpha_bar that returns mean and variance of x_0 given x_t.
@@ -209,7 +209,9 @@ def test_bound_of_gaussian_values_is_a_little_above_their_entropy(variance_type)
     assert few == [pytest.approx(few[0], rel=1e-6)] * 4
 
 
-@pytest.mark.parametrize("variance_type", ["learned", "fixed_small", "fixed_large"])
+@pytest.mark.parametrize(
+    "variance_type", [pytest.param("learned", marks=pytest.mark.slow), "fixed_small", "fixed_large"]
+)
 def test_bound_of_four_images_is_a_little_above_two_bits(variance_type):
     """Four images of 2x2 values, equally likely: the entropy is 2 bits, and half a bit per dimension."""
     few = torch.randint(0, 256, (4, 1, 2, 2), generator=seeded(2)).to(torch.uint8)
@@ -262,6 +264,7 @@ def test_drawing_all_steps_equals_taking_each_step():
     assert (all_of_them[:, 0] == 5).all()
 
 
+@pytest.mark.slow
 def test_drawn_steps_give_an_unbiased_bound_and_its_standard_error():
     """150 measurements, each of 12 fresh images and 4 of 20 steps."""
     scheduler = DDPMScheduler(20, **FAST)
