@@ -1,4 +1,8 @@
-"""L_t of the variational bound (Ho et al. 2020, Eq. 5): Gaussian KL, and the decoder of 8-bit values (Eq. 13)."""
+"""L_t of the variational bound (Ho et al. 2020, Eq. 5), in bits per dimension.
+
+t > 0    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), of two Gaussians
+t = 0    -log p(x_0 | x_1), by the discretized decoder of Eq. 13: the mass of p on the bin of each 8-bit value
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,17 @@ from hf_ddpm.scheduler import DDPMScheduler
 def variational_bound(
     scheduler: DDPMScheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: int | Tensor
 ) -> Tensor:
-    """L_t of the variational bound, Ho et al. 2020, Eq. 5; for t = 0 with the discretized decoder of Eq. 13.
-
-    t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); t = 0: -log p(x_0 | x_1) of 8-bit values.
+    """Return L_t of the variational bound, Ho et al. 2020, Eq. 5.
 
     Args:
-        model_output: the network's output at x_t, (B, C, H, W), or (B, 2C, H, W) with learned variance.
-        x_0: clean images, (B, C, H, W), -1 + 2k/255 for whole k.
-        x_t: noisy images, (B, C, H, W).
-        t: in [0, T), scalar or (B,).
+        scheduler: The scheduler whose p is measured.
+        model_output: The network's output at x_t, (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+        x_0: Clean images of 8-bit values, (B, C, H, W), each -1 + 2k/255 with an integer k in [0, 255].
+        x_t: Noisy images, (B, C, H, W).
+        t: Timesteps in [0, T), a scalar or (B,).
 
-    Returns: (B,), bits per dimension.
+    Returns:
+        L_t of each image, (B,), bits per dimension.
     """
     true_mean, _, true_log_variance = scheduler.posterior(x_0, x_t, t)
     mean, log_variance, _ = scheduler.reverse_distribution(model_output, x_t, t)
@@ -34,16 +38,17 @@ def variational_bound(
 
 
 def _gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
-    """KL(N(mean, e^log_variance) || N(other_mean, e^other_log_variance)) of each element, nats."""
+    """Return KL(N(mean, e^log_variance) || N(other_mean, e^other_log_variance)) of each element, nats."""
     ratio = log_variance - other_log_variance
     return 0.5 * (torch.expm1(ratio) - ratio + (mean - other_mean).square() * (-other_log_variance).exp())
 
 
 def _discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log of the Gaussian's mass on the bin of each 8-bit value, Ho et al. 2020, Eq. 13; nats.
+    """Return the logarithm of a Gaussian's mass on the bin of each 8-bit value, Ho et al. 2020, Eq. 13; nats.
 
-    Bins are 2/255 wide and open at -1 and 1. The mass is taken on the side of the mean where both CDFs are small, so
-    that their difference keeps its digits, and is at least 1e-12.
+    Bins are 2/255 wide; those of -1 and 1 reach to infinity. The mass is a difference of two values of the normal
+    distribution function. On the side of the mean where both are small the difference keeps its digits, and by
+    symmetry it is always taken there. It is at least 1e-12.
     """
     centered = x_0 - mean
     inverse_std = (-log_variance / 2).exp()

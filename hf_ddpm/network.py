@@ -1,10 +1,14 @@
-"""The network: a `UNet2DModel` from a config, or one sized for the data.
+"""The network: a `UNet2DModel` from a config, or one that is sized for the data.
 
-A network of L levels halves its input L-1 times. Sized for the data, the lowest level is 4 to 8 pixels wide, levels of
-16 pixels and less attend, heads have 64 channels (with diffusers' default of 8, attention takes half of a step), the
-timestep scales what blocks have normalized, as well as shifting it (Nichol & Dhariwal 2021, App. A), and normalization
-is in groups of at least 4 channels: diffusers' 32 groups leave each channel of a level of 32 alone, without mean and
-scale.
+level   one resolution of the network; L levels halve the input L - 1 times
+head    one part of an attention layer, HEAD_CHANNELS wide
+group   channels that are normalized together
+
+Sized for the data, a network differs from diffusers' defaults in four points. The lowest level is 4 to 8 pixels wide,
+and levels of at most 16 pixels attend. Heads have 64 channels: with diffusers' default of 8, attention takes half of a
+training step on a CPU. The timestep scales and shifts what a block has normalized (Nichol & Dhariwal 2021, App. A);
+by default it only shifts. A group has at least 4 channels: with diffusers' 32 groups, each channel of a level of 32
+is normalized alone and loses its mean and scale.
 """
 
 from __future__ import annotations
@@ -40,19 +44,21 @@ def make_unet(
 ) -> UNet2DModel:
     """Make a new network for images of `channels` x `resolution` x `resolution`.
 
-    The last convolution starts at zero, so that the first prediction is 0 and the first loss the target's own power;
-    diffusers leaves it random.
+    The last convolution starts at zero, while diffusers leaves it random. The first prediction is then 0, and the
+    first loss is the power of the target.
 
     Args:
-        num_classes: The number of classes that it is conditioned on; None: none.
-        model_config: A JSON file, a folder, a recipe's name or a Hub id of a UNet2DModel's config; None: a network
-            that is sized for the data.
-        variance_type: `learned_range` doubles the output's channels.
-        dropout: The dropout; None: what `model_config` says, 0 for a network that is sized for the data.
+        channels: The channels of the images.
+        resolution: The height and width of the images.
+        num_classes: The number of classes that the network is conditioned on; None: it is unconditional.
+        model_config: The config of a UNet2DModel: a JSON file, a folder, the name of a recipe or a Hub id; None: the
+            network is sized for the data.
+        variance_type: The scheduler's variance type; `learned_range` doubles the channels of the output.
+        dropout: The dropout; None: what `model_config` says, and 0 for a network that is sized for the data.
         seed: The seed of the initial weights.
 
     Raises:
-        UsageError: The model config does not fit the data or the variance type.
+        UsageError: When the model config does not fit the data or the variance type.
     """
     out_channels = channels * (2 if variance_type == "learned_range" else 1)
     name = model_config
@@ -78,30 +84,38 @@ def make_unet(
 
 
 def compiled(network: Any, unet: Any, device: torch.device) -> Any:
-    """`network`, which is `unet`, its forward pass or what wraps it, compiled for each shape of its input.
+    """Compile a network for each shape of its input.
 
-    `unet` attends as of `use_plain_attention` from then on.
+    Args:
+        network: `unet`, its forward pass, or a module that wraps it.
+        unet: The UNet2DModel. `use_plain_attention` changes how it attends.
+        device: The device that it runs on.
+
+    Returns:
+        The compiled network, which is called as `network` is.
     """
     use_plain_attention(unet, device)
-    # In bf16 diffusers' upsampling asks for torch's version through a cache, of which torch warns at length; its
-    # earlier versions do not say where.
+    # In bf16, diffusers' upsampling reads torch's version through a cache, about which torch prints a long warning.
+    # Earlier versions of torch do not name the place.
     cached = r"Dynamo detected a call to a `functools\.lru_cache`-wrapped function(\.| at 'upsampling\.py:)"
     warnings.filterwarnings("ignore", cached, UserWarning)
     return torch.compile(network, dynamic=False)
 
 
 def use_plain_attention(unet: Any, device: torch.device) -> None:
-    """Has a network that is to be compiled attend by two products and a softmax, where that is faster.
+    """Make a network that is to be compiled attend by two products and a softmax, where that is faster.
 
-    On a CPU they are compiled to less time than SDPA's own kernel takes. They hold a weight for each pair of pixels,
-    so networks that attend to more than MAX_ATTENTION_PIXELS squared keep SDPA, as all do on other devices.
+    Compiled for a CPU, these take less time than the kernel of `scaled_dot_product_attention`. They hold a weight for
+    each pair of pixels, so a network that attends on levels above MAX_ATTENTION_PIXELS keeps the kernel. So does every
+    network on another device.
     """
     config = unet.config
     size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
     blocks = zip(config.down_block_types, reversed(config.up_block_types), strict=True)
-    attending = [level for level, kinds in enumerate(blocks) if "Attn" in "".join(kinds)]
-    attending += [len(config.down_block_types) - 1] if config.add_attention else []
-    if device.type != "cpu" or any(size >> level > MAX_ATTENTION_PIXELS for level in attending):
+    attention_levels = [level for level, kinds in enumerate(blocks) if "Attn" in "".join(kinds)]
+    if config.add_attention:
+        attention_levels.append(len(config.down_block_types) - 1)
+    if device.type != "cpu" or any(size >> level > MAX_ATTENTION_PIXELS for level in attention_levels):
         return
     for module in unet.modules():
         if isinstance(module, Attention):
@@ -111,13 +125,25 @@ def use_plain_attention(unet: Any, device: torch.device) -> None:
 def sized_config(
     resolution: int, channels: int, out_channels: int, num_classes: int | None = None, dropout: float = 0.0
 ) -> dict[str, Any]:
-    """A UNet2DModel config for the data.
+    """Return the config of a UNet2DModel that is sized for the data.
 
-    resolution   8       16       28, 32     64                128
-    channels     64,64   64,128   32,64,64   64,128,128,256    64,128,128,256,256
+    The channels of its levels are, by resolution::
+
+        8        64, 64
+        16       64, 128
+        28, 32   32, 64, 64
+        64       64, 128, 128, 256
+        128      64, 128, 128, 256, 256
+
+    Args:
+        resolution: The height and width of the images.
+        channels: The channels of the images.
+        out_channels: The channels of the output.
+        num_classes: The number of classes that the network is conditioned on, if any.
+        dropout: The dropout.
 
     Raises:
-        UsageError: `resolution` cannot be halved that often.
+        UsageError: When the levels cannot halve `resolution`.
     """
     num_levels = 1 + max(1, math.ceil(math.log2(resolution / 8)))
     _check_halvings(resolution, num_levels)
@@ -147,14 +173,16 @@ def sized_config(
 
 
 def size_unit(num_levels: int) -> int:
-    """2^(L-1): a network of L levels takes images whose side is a multiple of it."""
+    """Return 2^(L-1), of which the sides of images must be a multiple for a network of L levels."""
     return 2 ** (num_levels - 1)
 
 
 def _check_halvings(resolution: int, num_levels: int) -> None:
+    """Raise a UsageError that names the nearest resolutions if the levels cannot halve `resolution`."""
     unit = size_unit(num_levels)
     if resolution % unit:
-        below, above = resolution // unit * unit, (resolution // unit + 1) * unit
+        below = resolution // unit * unit
+        above = below + unit
         nearest = f"{below} or {above}" if below else f"{above}"
         raise UsageError(
             f"resolution must be a multiple of {unit}, got {resolution}: "
@@ -163,6 +191,7 @@ def _check_halvings(resolution: int, num_levels: int) -> None:
 
 
 def _load_config(name: str) -> dict[str, Any]:
+    """Read the config of a UNet2DModel from a JSON file, a recipe, a folder or the Hub."""
     path = Path(name)
     shipped = recipes.model_config(name)
     if path.is_file() or (shipped is not None and not path.exists()):
@@ -196,8 +225,10 @@ def _check_fit(
     resolution: int,
     num_classes: int | None,
 ) -> None:
-    known = inspect.signature(UNet2DModel.__init__).parameters
-    if unknown := [name for name in settings if name not in known and not name.startswith("_")]:
+    """Raise a UsageError if a model config does not fit the data or the variance type."""
+    parameters = inspect.signature(UNet2DModel.__init__).parameters
+    unknown = [name for name in settings if name not in parameters and not name.startswith("_")]
+    if unknown:
         raise UsageError(f"the model config has settings that UNet2DModel does not know: {', '.join(unknown)}")
     if settings.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise UsageError(f"the model config must be of a UNet2DModel, got {settings['_class_name']}")
@@ -207,7 +238,8 @@ def _check_fit(
         ("sample_size", resolution, "the resolution; change it or give --resolution"),
         ("num_class_embeds", num_classes, "the classes of label_column"),
     ):
-        got = settings.get(name, known[name].default)
+        got = settings.get(name, parameters[name].default)
         if got != needed:
             raise UsageError(f"the model config's {name} must be {needed}, {reason}; got {got}")
-    _check_halvings(resolution, len(settings.get("block_out_channels", known["block_out_channels"].default)))
+    widths = settings.get("block_out_channels", parameters["block_out_channels"].default)
+    _check_halvings(resolution, len(widths))

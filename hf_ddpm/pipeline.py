@@ -1,10 +1,12 @@
 """DDPMPipeline: noise -> images, for any scheduler of diffusers.
 
-    x_T ~ N(0, I);  for t in scheduler.timesteps: x_t <- scheduler.step(unet(x_t, t), t, x_t);  image = (x_0 + 1) / 2
+    x_T     initial noise, N(0, I); diffusers' name for it and for each x_t is `latents`
+    x_t     the noisy image at timestep t: x_t <- scheduler.step(unet(x_t, t), t, x_t) for t in scheduler.timesteps
+    image   (x_0 + 1) / 2, clipped to [0, 1]
 
-A pipeline is saved as a stock `diffusers.DDPMPipeline` with a stock `DDPMScheduler`, which any diffusers loads; on
-loading, a stock `DDPMScheduler` becomes ours, which has the same config, and the timesteps that `hf-ddpm schedule` has
-stored for these weights come with them. diffusers' name for x_t is `latents`.
+A pipeline is saved as a stock `diffusers.DDPMPipeline` with a stock `DDPMScheduler`, which every diffusers loads. On
+loading, a stock `DDPMScheduler` becomes ours, which has the same config. The timesteps that `hf-ddpm schedule` stored
+for these weights are loaded with them.
 """
 
 from __future__ import annotations
@@ -29,15 +31,24 @@ from torch import Tensor
 
 from hf_ddpm.figures import to_pil
 from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, require_num_inference_steps
 from hf_ddpm.timesteps import SearchedTimesteps, read_searched, solver_name, write_searched
 
 logger = logging.getLogger(__name__)
 
 
+StepCallback = Callable[["DDPMPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
+
+
 @dataclass
 class TrajectoryStep:
-    """One step of sampling: t, x_t before the step and the x_0_hat seen from it, both (B, C, H, W) on the CPU."""
+    """One step of sampling.
+
+    Args:
+        timestep: t.
+        x_t: The noisy image before the step, (B, C, H, W) on the CPU.
+        x_0_hat: The clean image that the network predicts from it, (B, C, H, W) on the CPU.
+    """
 
     timestep: int
     x_t: Tensor
@@ -46,9 +57,11 @@ class TrajectoryStep:
 
 @dataclass
 class DDPMPipelineOutput(BaseOutput):
-    """
-    images: PIL images, or (B, H, W, C) numpy or (B, C, H, W) torch values in [0, 1].
-    trajectory: the chosen steps in the order of sampling, or None.
+    """The images of one call.
+
+    Args:
+        images: PIL images, or values in [0, 1]: a (B, H, W, C) array or a (B, C, H, W) tensor.
+        trajectory: The recorded steps in the order of sampling; None if none were asked for.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
@@ -56,15 +69,15 @@ class DDPMPipelineOutput(BaseOutput):
 
 
 class DDPMPipeline(DiffusionPipeline):
-    """Generates images with a `UNet2DModel`.
+    """A network and a scheduler that together generate images.
 
     Args:
-        unet: the network.
-        scheduler: a `DDPMScheduler`, stock's being turned into ours, or any other scheduler of diffusers.
+        unet: The network.
+        scheduler: A `DDPMScheduler`, where stock's is turned into ours, or any other scheduler of diffusers.
 
     Attributes:
-        searched_timesteps: by solver and number of steps, the timesteps that take the place of the solver's own;
-            empty it to do without.
+        searched_timesteps: The timesteps that replace the solver's own, by solver and number of steps. Empty it to
+            sample without them.
     """
 
     model_cpu_offload_seq = "unet"
@@ -80,7 +93,7 @@ class DDPMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As of `diffusers.DiffusionPipeline`, with the searched timesteps that lie beside the network's weights."""
+        """Load a pipeline as `diffusers.DiffusionPipeline` does, with the searched timesteps beside its weights."""
         pipeline: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         folder = _folder_of(pipeline.unet)
         if searched := read_searched(folder):
@@ -88,7 +101,10 @@ class DDPMPipeline(DiffusionPipeline):
         return pipeline
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As of `diffusers.DiffusionPipeline`, which calls it when the weights are saved; adds searched timesteps."""
+        """Save the config as `diffusers.DiffusionPipeline` does, and the searched timesteps.
+
+        diffusers calls it after it has saved the weights.
+        """
         super().save_config(save_directory, push_to_hub, **kwargs)
         if not self.searched_timesteps:
             return
@@ -98,7 +114,10 @@ class DDPMPipeline(DiffusionPipeline):
             logger.warning("searched timesteps are not saved: they were found for other weights or another dtype")
 
     def register_to_config(self, **kwargs: Any) -> None:
-        # model_index.json names our scheduler as the stock one: diffusers loads no other name from the Hub.
+        """Register components as diffusers does, with our scheduler under the name of the stock one.
+
+        The name stands in model_index.json, and diffusers loads no other from the Hub.
+        """
         ours = (DDPMScheduler.__module__, DDPMScheduler.__name__)
         stock = ("diffusers", diffusers.DDPMScheduler.__name__)
         super().register_to_config(**{name: stock if value == ours else value for name, value in kwargs.items()})
@@ -113,139 +132,172 @@ class DDPMPipeline(DiffusionPipeline):
         return_dict: bool = True,
         class_labels: int | Sequence[int] | Tensor | None = None,
         latents: Tensor | None = None,
-        callback_on_step_end: Callable[[DDPMPipeline, int, Tensor, dict[str, Any]], dict[str, Any] | None]
-        | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         trajectory: bool | Sequence[int] = False,
         deterministic: bool = False,
         timesteps: Sequence[int] | None = None,
     ) -> DDPMPipelineOutput | tuple:
-        """Samples images.
+        """Sample images.
 
         Args:
             batch_size: B.
-            generator: of the initial noise and of each step's; a list of B gives each image its own, and the image
-                then depends on the batch it is in by rounding alone.
-            num_inference_steps: steps of the scheduler; default: T, the steps of training.
+            generator: The generator of the initial noise and of the noise of each step. A list of B generators gives
+                each image its own; the image then depends on its batch by rounding alone.
+            num_inference_steps: The number of steps of the scheduler; None: T, the steps of training.
             output_type: `pil`, `np` or `pt`.
-            return_dict: a `DDPMPipelineOutput`, or else a tuple.
-            class_labels: for a model conditioned on classes, one for all images or B of them.
+            return_dict: Return a `DDPMPipelineOutput` rather than a tuple.
+            class_labels: For a model that is conditioned on classes, one class for all images or B of them.
             latents: x_T, (B, C, H, W), instead of noise from `generator`.
-            callback_on_step_end: called after each step as `callback(pipeline, i, t, {"latents": x_t})`; what it
-                returns under "latents" replaces x_t.
-            callback_on_step_end_tensor_inputs: which tensors the callback gets; there is only "latents".
-            trajectory: True to return each step, or the indices of the chosen ones, 0 the first and -1 the last.
-            deterministic: take the mean of each reverse step and add no noise; a step denoiser is then iterated
+            callback_on_step_end: A function that is called after each step as `callback(pipeline, i, t, tensors)`,
+                with i the number of the step and `tensors` {"latents": x_t}. If it returns {"latents": x}, then x
+                replaces x_t.
+            callback_on_step_end_tensor_inputs: The names of the tensors that the callback gets; there is only
+                "latents".
+            trajectory: True to return every step, or the indices of the steps to return, 0 the first, -1 the last.
+            deterministic: Take the mean of each reverse step and add no noise. A step denoiser is then iterated
                 alone, x_{t-1} = f(x_t). For our scheduler only.
-            timesteps: t_1 > t_2 > ... in [0, T), instead of `num_inference_steps`; for schedulers that take them.
+            timesteps: t_1 > t_2 > ... in [0, T), instead of `num_inference_steps`, for schedulers that take them.
 
-        Returns: `DDPMPipelineOutput`, or the tuple (images,) or (images, trajectory).
+        Returns:
+            A `DDPMPipelineOutput`, or the tuple (images,) or (images, trajectory).
 
         Raises:
-            ValueError: before the first network evaluation, an argument that cannot work; PIL images that are NaN.
+            ValueError: When an argument cannot work, before the first network evaluation, or when PIL images would be
+                NaN.
         """
-        device, channels = self._execution_device, self.unet.config.in_channels
-        num_train = self.scheduler.config.num_train_timesteps
-        steps = num_train if num_inference_steps is None else num_inference_steps
-        # Not all of diffusers' solvers look: some repeat timesteps then and return NaN.
-        if not 1 <= steps <= num_train:
-            raise ValueError(
-                f"num_inference_steps must be in [1, {num_train}], got {steps}: "
-                f"the model was trained with {num_train} timesteps"
-            )
+        num_train: int = self.scheduler.config.num_train_timesteps
+        # Some of diffusers' solvers take more steps, repeat timesteps and return NaN.
+        num_steps = require_num_inference_steps(
+            num_train if num_inference_steps is None else num_inference_steps, num_train
+        )
         self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, deterministic)
+        device = self._execution_device
         conditions = self._conditions(class_labels, batch_size, device)
-
         if timesteps is not None:
             self._check_timesteps(timesteps, num_inference_steps)
-            self.scheduler.set_timesteps(timesteps=[*timesteps])
-        elif (found := self.searched(steps)) is not None:
-            self.scheduler.set_timesteps(timesteps=[*found.timesteps])
-        else:
-            self.scheduler.set_timesteps(steps)
-        visited = self.scheduler.timesteps
-        levels = getattr(self.scheduler, "sigmas", visited)[:steps]
-        if len(visited) == steps and len(levels.unique()) < steps and self.scheduler.config.get("solver_order") != 1:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} visits a noise level twice for num_inference_steps={steps}, which "
-                "makes images NaN: use fewer steps or timestep_spacing='trailing'"
-            )
-        if visited.min() < 0 and not visited.is_floating_point():
-            raise ValueError(
-                f"{type(self.scheduler).__name__} gave timestep {visited.min():g} for num_inference_steps={steps}, "
-                "rounding amiss in its 'trailing' spacing: use another number of steps or timestep_spacing='linspace'"
-            )
-        chosen = _chosen_steps(trajectory, len(visited))
-        if chosen and "beta_schedule" not in self.scheduler.config:
-            raise ValueError(f"trajectory must be False for {type(self.scheduler).__name__}, which has no x_0_hat")
+        self._set_timesteps(num_steps, timesteps)
+        recorded_indices = self._recorded_indices(trajectory)
+        x_T = self._initial_noise(batch_size, generator, latents, device)
 
+        x_0, recorded = self._denoise(
+            x_T,
+            conditions,
+            self._step_arguments(generator, deterministic),
+            recorded_indices,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        images = _decode(x_0, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,) if trajectory is False else (images, recorded)
+        return DDPMPipelineOutput(images=images, trajectory=None if trajectory is False else recorded)
+
+    def searched_timesteps_for(self, num_inference_steps: int) -> SearchedTimesteps | None:
+        """Return the searched timesteps for the pipeline's scheduler and this number of steps, if there are any."""
+        solver = solver_name(self.scheduler) if self.searched_timesteps else None
+        return None if solver is None else self.searched_timesteps.get((solver, num_inference_steps))
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps of the running call, for callbacks. To set `_interrupt` ends it after its step."""
+        return self._num_timesteps
+
+    def _set_timesteps(self, num_steps: int, timesteps: Sequence[int] | None) -> None:
+        """Set the scheduler's list: `timesteps`, else the searched ones, else the scheduler's own of `num_steps`."""
+        if timesteps is None:
+            searched = self.searched_timesteps_for(num_steps)
+            timesteps = None if searched is None else searched.timesteps
+        if timesteps is None:
+            self.scheduler.set_timesteps(num_steps)
+        else:
+            self.scheduler.set_timesteps(timesteps=[*timesteps])
+        _check_timesteps_of_other_schedulers(self.scheduler, num_steps)
+
+    def _recorded_indices(self, trajectory: bool | Sequence[int]) -> set[int]:
+        """Return the indices, at least 0, of the steps that `trajectory` asks for."""
+        num_steps = len(self.scheduler.timesteps)
+        if isinstance(trajectory, bool):
+            indices = set(range(num_steps)) if trajectory else set()
+        else:
+            indices = {i + num_steps if i < 0 else i for i in trajectory}
+            if not all(0 <= i < num_steps for i in indices):
+                raise ValueError(f"trajectory must hold indices of the {num_steps} steps, got {list(trajectory)}")
+        if indices and "beta_schedule" not in self.scheduler.config:
+            raise ValueError(f"trajectory must be False for {type(self.scheduler).__name__}, which has no x_0_hat")
+        return indices
+
+    def _initial_noise(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        device: torch.device,
+    ) -> Tensor:
+        """Return x_T in the scheduler's scale, (B, C, H, W), in float32 also for a network in half precision."""
         size = self.unet.config.sample_size
-        shape = (batch_size, channels, *((size, size) if isinstance(size, int) else size))
-        network_dtype = self.unet.dtype  # once: reading it walks through all modules
-        # x_t and the scheduler's arithmetic stay in float32 when the network is in half precision.
-        dtype = torch.promote_types(network_dtype, torch.float32)
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
             # randn is not reproducible on MPS.
             noise_device = torch.device("cpu") if device.type == "mps" else device
             latents = randn_tensor(shape, generator=generator, device=noise_device, dtype=dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
-        x_t = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        # Schedulers of flow matching have no `init_noise_sigma`.
+        return latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
-        # Flow matching has neither this nor `init_noise_sigma`.
-        scaled = getattr(self.scheduler, "scale_model_input", None)
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_arguments: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
+    def _step_arguments(
+        self, generator: torch.Generator | list[torch.Generator] | None, deterministic: bool
+    ) -> dict[str, Any]:
+        """Return the keyword arguments of the scheduler's `step`."""
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        arguments: dict[str, Any] = {"generator": generator} if takes_generator else {}
         if deterministic:
-            step_arguments["deterministic"] = True
-        # Of the schedulers that use a learned variance this takes DDPM's; the others get the first half of the output.
-        splits_output = isinstance(self.scheduler, diffusers.DDPMScheduler)
-        self._num_timesteps, self._interrupt = len(visited), False
+            arguments["deterministic"] = True
+        return arguments
+
+    def _denoise(
+        self,
+        x_T: Tensor,
+        conditions: dict[str, Tensor],
+        step_arguments: dict[str, Any],
+        recorded_indices: set[int],
+        callback: StepCallback | None,
+        callback_tensors: Sequence[str],
+    ) -> tuple[Tensor, list[TrajectoryStep]]:
+        """Take all steps of the scheduler; return x_0 and the recorded steps."""
+        x_t, dtype = x_T, x_T.dtype
+        network_dtype = self.unet.dtype  # read once: it walks through all modules
+        # Schedulers of flow matching have no `scale_model_input`.
+        scale_input = getattr(self.scheduler, "scale_model_input", None)
+        # Only DDPM's schedulers use a learned variance; the others get the first half of the output.
+        splits_variance = isinstance(self.scheduler, diffusers.DDPMScheduler)
+        self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
         recorded: list[TrajectoryStep] = []
-        for i, t in enumerate(self.progress_bar(visited)):  # pyright: ignore[reportCallIssue, reportArgumentType]
+        progress: Any = self.progress_bar(self.scheduler.timesteps)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        for i, t in enumerate(progress):
             if self._interrupt:
                 break
-            network_input = x_t if scaled is None else scaled(x_t, t)
+            network_input = x_t if scale_input is None else scale_input(x_t, t)
             model_output = self.unet(network_input.to(network_dtype), t, **conditions).sample.to(dtype)
             # Infinity would be clipped to an extreme image; NaN stays until the image is refused.
             model_output = torch.where(model_output.isfinite(), model_output, math.nan)
-            if not splits_output:
-                model_output = model_output[:, :channels]
+            if not splits_variance:
+                model_output = model_output[:, : x_t.shape[1]]
             result = self.scheduler.step(model_output, t, x_t, **step_arguments)
-            if i in chosen:
+            if i in recorded_indices:
                 x_0_hat = getattr(result, "pred_original_sample", None)
                 if x_0_hat is None:
                     x_0_hat = self._reference_scheduler().predict_original(model_output, network_input, t.long())
                 recorded.append(TrajectoryStep(int(t), x_t.cpu(), x_0_hat.cpu()))
             x_t = result.prev_sample
-            if callback_on_step_end is not None:
-                tensors = {name: x_t for name in callback_on_step_end_tensor_inputs}
-                x_t = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", x_t)
-
-        images = (x_t / 2 + 0.5).clamp(0, 1)
-        if output_type == "pil":
-            if not bool(images.isfinite().all()):
-                raise ValueError(
-                    "images must be finite for output_type='pil', got NaN: the weights are damaged or overflow"
-                )
-            images = to_pil(images)
-        elif output_type == "np":
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,) if trajectory is False else (images, recorded)
-        return DDPMPipelineOutput(images=images, trajectory=None if trajectory is False else recorded)
-
-    def searched(self, num_inference_steps: int) -> SearchedTimesteps | None:
-        """What was searched for the pipeline's scheduler and this number of steps."""
-        if not self.searched_timesteps or (solver := solver_name(self.scheduler)) is None:
-            return None
-        return self.searched_timesteps.get((solver, num_inference_steps))
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the call that is running, for callbacks; setting `_interrupt` ends it after its step."""
-        return self._num_timesteps
+            if callback is not None:
+                returned = callback(self, i, t, {name: x_t for name in callback_tensors}) or {}
+                x_t = returned.get("latents", x_t)
+        return x_t, recorded
 
     def _check_inputs(
         self,
@@ -289,6 +341,7 @@ class DDPMPipeline(DiffusionPipeline):
     def _conditions(
         self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int, device: torch.device
     ) -> dict[str, Tensor]:
+        """Return the keyword arguments by which the network is conditioned: `class_labels`, (B,), or none."""
         num_classes = self.unet.config.num_class_embeds
         conditioned = self.unet.config.class_embed_type is not None or num_classes is not None
         if class_labels is None:
@@ -306,7 +359,7 @@ class DDPMPipeline(DiffusionPipeline):
         return {"class_labels": labels}
 
     def _reference_scheduler(self) -> DDPMScheduler:
-        """q of the same schedule and prediction type, for schedulers whose steps do not return x_0_hat."""
+        """Return our scheduler of the same schedule and prediction type, for steps that do not return x_0_hat."""
         config = {
             **complete_config(self.scheduler.config),
             "variance_type": "fixed_small",
@@ -316,15 +369,45 @@ class DDPMPipeline(DiffusionPipeline):
 
 
 def _folder_of(unet: Any) -> Path:
-    """Where the pipeline is that a network was loaded with, if it was."""
+    """Return the folder of the pipeline that a network was loaded from, or one that does not exist."""
     folder = Path((unet is not None and unet.config.get("_name_or_path")) or "does-not-exist")
     return folder.parent if folder.name == "unet" else folder
 
 
-def _chosen_steps(trajectory: bool | Sequence[int], count: int) -> set[int]:
-    if isinstance(trajectory, bool):
-        return set(range(count)) if trajectory else set()
-    indices = {i + count if i < 0 else i for i in trajectory}
-    if not all(0 <= i < count for i in indices):
-        raise ValueError(f"trajectory must hold indices of the {count} steps, got {list(trajectory)}")
-    return indices
+def _check_timesteps_of_other_schedulers(scheduler: Any, num_steps: int) -> None:
+    """Reject the lists of diffusers' schedulers that end in wrong images.
+
+    Two faults of diffusers 0.42 make such lists; our scheduler has neither.
+
+    - `DPMSolverMultistepScheduler`, with the spacings `linspace` and `leading`, rounds its timesteps, so that with
+      almost as many steps as T the same timestep stands there twice. From one noise level to the same one a solver of
+      second order divides by zero: the images are NaN.
+    - `trailing` spacing counts down with a floating-point `arange` in DDIM, DPM-Solver++ and UniPC. Of T = 1000, 62
+      numbers of steps (61, 103, 121, ...) get one timestep too many, and the last of them is -1.
+    """
+    timesteps = scheduler.timesteps
+    noise_levels = getattr(scheduler, "sigmas", timesteps)[:num_steps]
+    repeats = len(timesteps) == num_steps and len(noise_levels.unique()) < num_steps
+    if repeats and scheduler.config.get("solver_order") != 1:
+        raise ValueError(
+            f"{type(scheduler).__name__} visits a noise level twice for num_inference_steps={num_steps}, which "
+            "makes images NaN: use fewer steps or timestep_spacing='trailing'"
+        )
+    if timesteps.min() < 0 and not timesteps.is_floating_point():
+        raise ValueError(
+            f"{type(scheduler).__name__} gave timestep {timesteps.min():g} for num_inference_steps={num_steps}, "
+            "because its 'trailing' spacing rounds wrongly: use another number of steps or "
+            "timestep_spacing='linspace'"
+        )
+
+
+def _decode(x_0: Tensor, output_type: str | None) -> list[Image.Image] | np.ndarray | Tensor:
+    """Turn x_0 into images of `output_type`."""
+    images = (x_0 / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    if output_type == "np":
+        return images.cpu().permute(0, 2, 3, 1).numpy()
+    if not bool(images.isfinite().all()):
+        raise ValueError("images must be finite for output_type='pil', got NaN: the weights are damaged or overflow")
+    return to_pil(images)

@@ -2,15 +2,15 @@
 
 Code t is 0-based: t = 0 is the first noising step, the paper's t = 1. With x_{-1} standing for the clean image x_0,
 
-    beta                (T,)  variance of one forward step
+    beta                (T,)  the variance of one forward step
     alpha_bar           (T,)  prod_{s <= t} (1 - beta_s); stock's float32 copy is `alphas_cumprod`; 1 for t = -1
     posterior_variance  (T,)  beta-tilde_t of q(x_{t-1} | x_t, x_0), Eq. 7; 0 for t = 0
     snr                       alpha_bar / (1 - alpha_bar), a ratio of powers
     prediction                the network's raw output: eps, x_0, v or the mean of x_{t-1}
 
-Tables are float64 on the CPU; each coefficient is computed from them in float64 and only then rounded to the type of
+Tables are float64 on the CPU. Each coefficient is computed from them in float64 and only then rounded to the type of
 the computation, which is never below float32. `timesteps` is an int, a scalar tensor or a (B,) integer tensor.
-Sampling may leave steps out: then "x_{t-1}" is x at the previous timestep of the list, and -1 is the clean image.
+Sampling may skip timesteps: "x_{t-1}" is then x at the next timestep of the list, and -1 stands for the clean image.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput, rescale_ze
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from hf_ddpm.runtime.errors import UsageError
+
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "previous_sample"]
 VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 TimestepSpacing = Literal["linspace", "leading", "trailing"]
 
 LEARNED_VARIANCES = ("learned", "learned_range")
-# x_T ~ N(0, I) only if what is left of the image cannot be told from noise.
+# The noise schedules that diffusers' solvers know.
+SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+# Up to this share of the image's power, x_T cannot be told from noise, so that sampling may start from N(0, I).
 MAX_TERMINAL_ALPHA_BAR = 1e-3
 
 
 class _Coefficients(NamedTuple):
-    """Of one step from t to s, s the previous timestep; each (B, 1, 1, 1)."""
+    """The coefficients of one reverse step from t to s, each (B, 1, 1, 1)."""
 
     alpha_bar: Tensor
     beta: Tensor  # 1 - alpha_bar_t / alpha_bar_s
@@ -53,25 +57,40 @@ class _Coefficients(NamedTuple):
 
 
 class DDPMScheduler(StockDDPMScheduler):
-    """diffusers' `DDPMScheduler`, extended to all of q and p, with its measured faults mended.
+    """diffusers' `DDPMScheduler` with all formulas of q and p, and without the faults of stock.
 
-    Saved and loaded as stock: the config's keys are stock's. Where stock is right, `step` is stock's own arithmetic,
-    bit for bit.
+    It is saved and loaded as the stock class, whose config keys it has. Where stock is right, `step` is stock's own
+    arithmetic, bit for bit. The arguments are stock's, but they are checked here.
 
-    Args: as stock, but checked here, and
+    Args:
+        num_train_timesteps: T, at least 1.
+        beta_start: beta of t = 0, for the schedules that have ends.
+        beta_end: beta of t = T - 1, for the schedules that have ends.
+        beta_schedule: The name of a schedule of `_beta_table`.
+        trained_betas: T values of beta instead of a schedule.
+        variance_type: One of stock's six. The network's output for `learned` is a log-variance, that for
+            `learned_range` is the v of Nichol & Dhariwal 2021, Eq. 15. With either the network has twice the
+            channels, the prediction first.
+        clip_sample: Clip x_0_hat to [-clip_sample_range, clip_sample_range].
         prediction_type: `epsilon`, `sample` (x_0), `v_prediction` (Salimans & Ho 2022) or `previous_sample`, the step
             denoiser, whose output is the mean of x_{t-1}.
-        variance_type: the six of stock; `learned` is a log-variance and `learned_range` the v of Nichol & Dhariwal
-            2021, Eq. 15; with either the network has twice the channels, mean's part first.
+        thresholding: Threshold x_0_hat dynamically (Saharia et al. 2022, Sec. 2.3) instead.
+        dynamic_thresholding_ratio: The quantile of |x_0_hat| that becomes the threshold.
+        clip_sample_range: The bound of clipping.
+        sample_max_value: The largest threshold.
+        timestep_spacing: How `set_timesteps` spaces the steps of sampling.
+        steps_offset: What `leading` spacing adds to each timestep.
+        rescale_betas_zero_snr: Rescale the betas so that alpha_bar_T = 0 (Lin et al. 2023, Algorithm 1).
 
     Raises:
-        ValueError: a config that cannot work.
+        ValueError: When sampling or training cannot work with these values.
     """
 
     if TYPE_CHECKING:
 
         @property
-        def config(self) -> Any: ...  # a dict to type checkers, and keys are attributes too
+        # A dict to type checkers, but its keys are attributes, too.
+        def config(self) -> Any: ...  # noqa: D102
 
     @register_to_config
     def __init__(
@@ -132,7 +151,7 @@ class DDPMScheduler(StockDDPMScheduler):
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
         if "_use_default_values" in self.config:
-            # See `complete_config`.
+            # Otherwise `from_config` would drop arguments that were given by position: see `complete_config`.
             defaults = inspect.signature(StockDDPMScheduler.__init__).parameters
             named = self.config["_use_default_values"]
             self.register_to_config(
@@ -170,39 +189,58 @@ class DDPMScheduler(StockDDPMScheduler):
     # The forward process q
 
     def forward_step(self, previous_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """One step of the Markov chain, Ho et al. Eq. 2.
+        """Return x_t after one step of the Markov chain, Ho et al. Eq. 2.
 
-        x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps
+        ::
+
+            x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps
 
         Args:
-            previous_samples: x_{t-1}, (B, C, H, W); for t = 0 the clean image.
+            previous_samples: x_{t-1}, (B, C, H, W); the clean image for t = 0.
             noise: eps, (B, C, H, W), N(0, I).
             timesteps: t in [0, T).
 
-        Returns: x_t, (B, C, H, W).
+        Returns:
+            x_t, (B, C, H, W).
         """
         c = self._coefficients(timesteps, None, previous_samples)
-        return _mix((1 - c.beta).sqrt(), previous_samples, c.beta.sqrt(), noise)
+        return _weighted_sum((1 - c.beta).sqrt(), previous_samples, c.beta.sqrt(), noise)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """The forward process in closed form, Ho et al. Eq. 4.
+        """Return x_t by the closed form of the forward process, Ho et al. Eq. 4.
 
-        x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+        ::
+
+            x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
 
         Args:
             original_samples: x_0, (B, C, H, W) in [-1, 1].
             noise: eps, (B, C, H, W), N(0, I).
             timesteps: t in [0, T).
 
-        Returns: x_t, (B, C, H, W), of the type of x_0 and eps; computed in float32 at least.
+        Returns:
+            x_t, (B, C, H, W), in the type of x_0 and eps, computed in float32 at least.
         """
         alpha_bar = self._coefficients(timesteps, None, original_samples).alpha_bar
-        return _mix(alpha_bar.sqrt(), original_samples, (1 - alpha_bar).sqrt(), noise)
+        return _weighted_sum(alpha_bar.sqrt(), original_samples, (1 - alpha_bar).sqrt(), noise)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, Salimans & Ho 2022, Sec. 4; shapes as `add_noise`."""
+        """Return v, Salimans & Ho 2022, Sec. 4.
+
+        ::
+
+            v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
+
+        Args:
+            sample: x_0, (B, C, H, W) in [-1, 1].
+            noise: eps, (B, C, H, W), N(0, I).
+            timesteps: t in [0, T).
+
+        Returns:
+            v, (B, C, H, W), in the type of x_0 and eps, computed in float32 at least.
+        """
         alpha_bar = self._coefficients(timesteps, None, sample).alpha_bar
-        return _mix(alpha_bar.sqrt(), noise, -(1 - alpha_bar).sqrt(), sample)
+        return _weighted_sum(alpha_bar.sqrt(), noise, -(1 - alpha_bar).sqrt(), sample)
 
     def posterior(
         self,
@@ -211,28 +249,38 @@ class DDPMScheduler(StockDDPMScheduler):
         timesteps: int | Tensor,
         previous_timesteps: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q(x_{t-1} | x_t, x_0), Ho et al. Eq. 6 and 7.
+        """Return mean and variance of q(x_{t-1} | x_t, x_0), Ho et al. Eq. 6 and 7.
 
-        mean = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
-               + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
-        variance = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
+        ::
+
+            mean = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+                   + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+            variance = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
 
         Args:
             original_samples: x_0, (B, C, H, W).
             samples: x_t, (B, C, H, W).
             timesteps: t in [0, T).
-            previous_timesteps: -1 <= s < t for a step that leaves some out; t - 1 if not given.
+            previous_timesteps: s with -1 <= s < t, for a step that skips timesteps; None: t - 1.
 
-        Returns: mean, variance and log-variance, each (B, C, H, W). The variance is 0 where s = -1; the log-variance
-            is clipped there to that of t = 1.
+        Returns:
+            The mean, the variance and the log-variance, each (B, C, H, W). The variance is 0 where s = -1, and the
+            log-variance there is that of t = 1.
         """
         c = self._coefficients(timesteps, previous_timesteps, samples)
-        mean = _mix(c.posterior_mean_x_0, original_samples, c.posterior_mean_x_t, samples)
-        log_variance = self._clipped_log(c.posterior_variance)
+        mean = _weighted_sum(c.posterior_mean_x_0, original_samples, c.posterior_mean_x_t, samples)
+        log_variance = self._log_clipped_at_t1(c.posterior_variance)
         return mean, c.posterior_variance.to(mean).expand_as(mean), log_variance.to(mean).expand_as(mean)
 
     def snr(self, timesteps: int | Tensor) -> Tensor:
-        """alpha_bar_t / (1 - alpha_bar_t), a ratio of powers; (B,) float64 (float32 on devices without it)."""
+        """Return the signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t), a ratio of powers.
+
+        Args:
+            timesteps: t in [0, T).
+
+        Returns:
+            The ratio, (B,) float64, or float32 on devices without float64.
+        """
         t = _as_vector(timesteps, timesteps.device if isinstance(timesteps, Tensor) else torch.device("cpu"))
         alpha_bar = self._coefficients(t, None, t).alpha_bar
         return alpha_bar / (1 - alpha_bar)
@@ -240,10 +288,25 @@ class DDPMScheduler(StockDDPMScheduler):
     # What the network's output means
 
     def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """What the network should put out for x_t = `add_noise(x_0, eps, t)`, by `prediction_type`; (B, C, H, W).
+        """Return what the network should put out for x_t = `add_noise(x_0, eps, t)`.
 
-        epsilon: eps. sample: x_0. v_prediction: v. previous_sample: the mean of q(x_{t-1} | x_t, x_0), which has
-        x_{t-1}'s expectation (Ho et al. Table 2, "mu-tilde prediction") and less variance than a draw of x_{t-1}.
+        By prediction type::
+
+            epsilon           eps
+            sample            x_0
+            v_prediction      v
+            previous_sample   the mean of q(x_{t-1} | x_t, x_0)
+
+        That mean has the expectation of x_{t-1} (Ho et al. Table 2, "mu-tilde prediction") and less variance than a
+        draw of x_{t-1}.
+
+        Args:
+            original_samples: x_0, (B, C, H, W).
+            noise: eps, (B, C, H, W).
+            timesteps: t in [0, T).
+
+        Returns:
+            The target, (B, C, H, W).
         """
         match self.config.prediction_type:
             case "epsilon":
@@ -257,18 +320,22 @@ class DDPMScheduler(StockDDPMScheduler):
                 return self.posterior(original_samples, x_t, timesteps)[0]
 
     def predict_original(self, model_output: Tensor, samples: Tensor, timesteps: int | Tensor) -> Tensor:
-        """x_0_hat, unclipped, from the network's output at x_t.
+        """Return x_0_hat, unclipped, from the network's output at x_t.
 
-        epsilon: (x_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t), Ho et al. Eq. 15.
-        v_prediction: sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v_hat.
-        previous_sample: Eq. 7's mean solved for x_0.
+        By prediction type::
+
+            epsilon           (x_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t), Ho et al. Eq. 15
+            sample            the output itself
+            v_prediction      sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v_hat
+            previous_sample   the x_0 for which Eq. 7 has the output as its mean
 
         Args:
-            model_output: (B, C, H, W); with learned variance (B, 2C, H, W), whose first half is used.
+            model_output: The output, (B, C, H, W), or (B, 2C, H, W) with a learned variance, whose first half counts.
             samples: x_t, (B, C, H, W).
             timesteps: t in [0, T).
 
-        Returns: x_0_hat, (B, C, H, W).
+        Returns:
+            x_0_hat, (B, C, H, W).
         """
         prediction, x_t = model_output[:, : samples.shape[1]], samples
         if self.config.prediction_type == "sample":
@@ -276,27 +343,38 @@ class DDPMScheduler(StockDDPMScheduler):
         c = self._coefficients(timesteps, None, x_t)
         match self.config.prediction_type:
             case "epsilon":
-                return _mix(c.alpha_bar.rsqrt(), x_t, -(1 / c.alpha_bar - 1).sqrt(), prediction)
+                return _weighted_sum(c.alpha_bar.rsqrt(), x_t, -(1 / c.alpha_bar - 1).sqrt(), prediction)
             case "v_prediction":
-                return _mix(c.alpha_bar.sqrt(), x_t, -(1 - c.alpha_bar).sqrt(), prediction)
+                return _weighted_sum(c.alpha_bar.sqrt(), x_t, -(1 - c.alpha_bar).sqrt(), prediction)
             case _:
                 mean_x_t = c.posterior_mean_x_t / c.posterior_mean_x_0
-                return _mix(1 / c.posterior_mean_x_0, prediction, -mean_x_t, x_t)
+                return _weighted_sum(1 / c.posterior_mean_x_0, prediction, -mean_x_t, x_t)
 
     def predict_noise(self, model_output: Tensor, samples: Tensor, timesteps: int | Tensor) -> Tensor:
-        """eps_hat, the noise that x_t holds besides x_0_hat; arguments and shapes as `predict_original`.
+        """Return eps_hat, the noise in x_t beside x_0_hat.
 
-        v_prediction: sqrt(alpha_bar_t) v_hat + sqrt(1 - alpha_bar_t) x_t.
-        sample, previous_sample: (x_t - sqrt(alpha_bar_t) x_0_hat) / sqrt(1 - alpha_bar_t).
+        By prediction type::
+
+            epsilon           the output itself
+            v_prediction      sqrt(alpha_bar_t) v_hat + sqrt(1 - alpha_bar_t) x_t
+            otherwise         (x_t - sqrt(alpha_bar_t) x_0_hat) / sqrt(1 - alpha_bar_t)
+
+        Args:
+            model_output: The output, (B, C, H, W), or (B, 2C, H, W) with a learned variance, whose first half counts.
+            samples: x_t, (B, C, H, W).
+            timesteps: t in [0, T).
+
+        Returns:
+            eps_hat, (B, C, H, W).
         """
         prediction, x_t = model_output[:, : samples.shape[1]], samples
         if self.config.prediction_type == "epsilon":
             return prediction
         alpha_bar = self._coefficients(timesteps, None, x_t).alpha_bar
         if self.config.prediction_type == "v_prediction":
-            return _mix(alpha_bar.sqrt(), prediction, (1 - alpha_bar).sqrt(), x_t)
+            return _weighted_sum(alpha_bar.sqrt(), prediction, (1 - alpha_bar).sqrt(), x_t)
         x_0_hat = self.predict_original(model_output, x_t, timesteps)
-        return _mix((1 - alpha_bar).rsqrt(), x_t, -(alpha_bar / (1 - alpha_bar)).sqrt(), x_0_hat)
+        return _weighted_sum((1 - alpha_bar).rsqrt(), x_t, -(alpha_bar / (1 - alpha_bar)).sqrt(), x_0_hat)
 
     # The reverse process p
 
@@ -307,26 +385,28 @@ class DDPMScheduler(StockDDPMScheduler):
         timesteps: int | Tensor,
         previous_timesteps: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """p(x_{t-1} | x_t), Ho et al. Eq. 1 and Sec. 3.2; learned variance: Nichol & Dhariwal 2021, Eq. 15.
+        """Return mean and log-variance of p(x_{t-1} | x_t), Ho et al. Eq. 1 and Sec. 3.2.
 
-        The mean is Eq. 7's at x_0_hat, which is clipped or thresholded first if the config says so. A step denoiser's
-        output is the mean itself, unless steps are left out. log-variance, with v the network's second half:
+        The mean is that of Eq. 7 for x_0_hat, which is clipped or thresholded first if the config says so. The output
+        of a step denoiser is the mean itself, unless the step skips timesteps. With v the second half of the output
+        (Nichol & Dhariwal 2021, Eq. 15), the log-variance is, by variance type::
 
-        fixed_small, fixed_small_log: log posterior_variance, clipped at t = 0 to that of t = 1
-        fixed_large, fixed_large_log: log beta_t, likewise clipped
-        learned: v
-        learned_range: (v + 1)/2 log beta_t + (1 - v)/2 log posterior_variance
+            fixed_small, fixed_small_log   log posterior_variance; that of t = 1 where it would be log 0
+            fixed_large, fixed_large_log   log beta_t; that of `fixed_small` in the step to x_0
+            learned                        v
+            learned_range                  (v + 1)/2 log beta_t + (1 - v)/2 log posterior_variance
 
         Args:
-            model_output: (B, C, H, W), or (B, 2C, H, W) with learned variance.
+            model_output: The network's output, (B, C, H, W), or (B, 2C, H, W) with a learned variance.
             samples: x_t, (B, C, H, W).
             timesteps: t in [0, T).
-            previous_timesteps: -1 <= s < t for a step that leaves some out; t - 1 if not given.
+            previous_timesteps: s with -1 <= s < t, for a step that skips timesteps; None: t - 1.
 
-        Returns: mean, log-variance and x_0_hat, each (B, C, H, W).
+        Returns:
+            The mean, the log-variance and x_0_hat, each (B, C, H, W).
 
         Raises:
-            ValueError: the channels of `model_output` do not fit `variance_type`.
+            ValueError: When the channels of `model_output` do not fit the variance type.
         """
         prediction, variance_output = self.split_output(model_output, samples)
         x_t = samples
@@ -336,11 +416,11 @@ class DDPMScheduler(StockDDPMScheduler):
             x_0_hat = self._threshold_sample(x_0_hat)
         elif self.config.clip_sample:
             x_0_hat = x_0_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        mean = _mix(c.posterior_mean_x_0, x_0_hat, c.posterior_mean_x_t, x_t)
+        mean = _weighted_sum(c.posterior_mean_x_0, x_0_hat, c.posterior_mean_x_t, x_t)
         if self.config.prediction_type == "previous_sample":
             mean = torch.where(c.is_adjacent, prediction, mean)
 
-        min_log = self._clipped_log(c.posterior_variance).to(mean)
+        min_log = self._log_clipped_at_t1(c.posterior_variance).to(mean)
         max_log = c.beta.log().to(mean)
         match self.config.variance_type:
             case "learned":
@@ -355,7 +435,19 @@ class DDPMScheduler(StockDDPMScheduler):
         return mean, log_variance.expand_as(mean), x_0_hat
 
     def split_output(self, model_output: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's output as prediction and variance part, each (B, C, H, W); the latter empty if not learned."""
+        """Split the network's output into prediction and variance part.
+
+        Args:
+            model_output: The output, (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+            samples: x_t, (B, C, H, W).
+
+        Returns:
+            The prediction, (B, C, H, W), and the variance part of the same shape, or (B, 0, H, W) if the variance is
+            not learned.
+
+        Raises:
+            ValueError: When the channels of `model_output` do not fit the variance type.
+        """
         channels = samples.shape[1]
         expected = 2 * channels if self.config.variance_type in LEARNED_VARIANCES else channels
         if model_output.shape[1] != expected:
@@ -374,15 +466,18 @@ class DDPMScheduler(StockDDPMScheduler):
         return_dict: bool = True,
         deterministic: bool = False,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Draws x_{t-1} from p(x_{t-1} | x_t), Ho et al. Algorithm 2; no noise in the step that ends at x_0.
+        """Draw x_{t-1} from p(x_{t-1} | x_t), Ho et al. Algorithm 2, without noise in the step that ends at x_0.
 
         Args:
-            model_output: the network's output at x_t.
-            timestep: t, scalar or (B,), each in `timesteps`.
+            model_output: The network's output at x_t, (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+            timestep: t, a scalar or (B,), each in `timesteps`.
             sample: x_t, (B, C, H, W).
-            generator: as `randn_tensor`'s; a list gives each image its own.
-            return_dict: a `DDPMSchedulerOutput`, or else the tuple (prev_sample, pred_original_sample).
-            deterministic: leave the noise out: x_{t-1} is the mean; for a step denoiser, x_{t-1} = f(x_t).
+            generator: The generator of the noise; a list of B gives each image its own.
+            return_dict: Return a `DDPMSchedulerOutput` rather than the tuple (prev_sample, pred_original_sample).
+            deterministic: Add no noise: x_{t-1} is the mean, for a step denoiser x_{t-1} = f(x_t).
+
+        Returns:
+            x_{t-1} and x_0_hat, each (B, C, H, W) in the type of `sample`.
         """
         previous = self.previous_timestep(timestep)
         if self._stock_is_right(timestep, previous, sample, model_output) and not deterministic:
@@ -402,12 +497,18 @@ class DDPMScheduler(StockDDPMScheduler):
     def _stock_is_right(
         self, timestep: int | Tensor, previous: int | Tensor, sample: Tensor, model_output: Tensor
     ) -> bool:
+        """Return whether stock's `step` computes this step correctly, so that it is taken as it is.
+
+        Images are then equal to those of stock, bit for bit. The cost is that this class computes the same step in two
+        ways, which round differently: stock's, and the one in `step` for all other cases. A test compares them.
+        """
         return (
             (isinstance(timestep, int) or timestep.ndim == 0)
             and sample.dtype == model_output.dtype == torch.float32
             and self.config.prediction_type != "previous_sample"
             and self.config.variance_type not in ("fixed_large_log", "learned")
-            # In a last step from t > 0 stock adds noise; with a fixed_small variance, which is 0 there, next to none.
+            # Stock adds noise in a last step from t > 0. Only a fixed_small variance is 0 there, so that it adds none
+            # that matters.
             and (int(previous) >= 0 or int(timestep) == 0 or self.config.variance_type.startswith("fixed_small"))
         )
 
@@ -419,16 +520,23 @@ class DDPMScheduler(StockDDPMScheduler):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """Chooses the n timesteps of sampling, strictly falling in [0, T); Lin et al. 2023, Table 2, i = 0..n-1:
+        """Set the timesteps of sampling, strictly falling in [0, T), after Lin et al. 2023, Table 2.
 
-        linspace: round(i (T-1)/(n-1)); n = 1: T-1
-        leading: floor(i T/n) + steps_offset; stock's list if n divides T, else starting closer to T
-        trailing: round(T - i T/n) - 1
+        By spacing, with i = 0, ..., n-1::
+
+            linspace   round(i (T-1)/(n-1)), or T-1 for n = 1
+            leading    floor(i T/n) + steps_offset
+            trailing   round(T - i T/n) - 1
+
+        `leading` is stock's list if n divides T; otherwise it starts closer to T.
 
         Args:
             num_inference_steps: n in [1, T].
-            device: where the list is put.
-            timesteps: a list of one's own instead of n.
+            device: The device of the list.
+            timesteps: A list of one's own instead of n.
+
+        Raises:
+            ValueError: When the list cannot be made, or is not strictly falling in [0, T).
         """
         num_train: int = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
@@ -443,12 +551,7 @@ class DDPMScheduler(StockDDPMScheduler):
             if chosen[0] >= num_train or chosen[-1] < 0:
                 raise ValueError(f"timesteps must be in [0, {num_train}), got {chosen[0]} to {chosen[-1]}")
         else:
-            n = num_inference_steps
-            if not hasattr(n, "__index__") or not 1 <= (n := operator.index(n)) <= num_train:  # pyright: ignore
-                raise ValueError(
-                    f"num_inference_steps must be in [1, {num_train}], got {n}: "
-                    f"the model was trained with {num_train} timesteps"
-                )
+            n = require_num_inference_steps(num_inference_steps, num_train)
             chosen = _spaced_timesteps(self.config.timestep_spacing, n, num_train, self.config.steps_offset)
             if chosen[0] >= num_train:
                 raise ValueError(
@@ -467,7 +570,17 @@ class DDPMScheduler(StockDDPMScheduler):
         self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device)
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
-        """The timestep after this one in the list, -1 after the last; without a list t - 1. Scalar or (B,)."""
+        """Return the next timestep of the list, or t - 1 if there is no list.
+
+        Args:
+            timestep: t, a scalar or (B,), each in the list.
+
+        Returns:
+            The timestep that sampling visits after t, in the shape of `timestep`; -1 after the last.
+
+        Raises:
+            ValueError: When t is not in the list.
+        """
         if not self.custom_timesteps and not self.num_inference_steps:
             return timestep - 1
         t = torch.as_tensor(timestep, device=self.timesteps.device)
@@ -482,7 +595,7 @@ class DDPMScheduler(StockDDPMScheduler):
     # Coefficients at timesteps
 
     def _alpha_bar_at(self, timesteps: Tensor) -> Tensor:
-        """alpha_bar in float64 at t >= -1, where alpha_bar_{-1} = 1."""
+        """Return alpha_bar in float64 at t >= -1, where alpha_bar_{-1} = 1."""
         device = timesteps.device
         if device not in self._alpha_bar_on:
             one = torch.ones(1, dtype=torch.float64)
@@ -492,11 +605,12 @@ class DDPMScheduler(StockDDPMScheduler):
     def _coefficients(
         self, timesteps: int | Tensor, previous_timesteps: int | Tensor | None, samples: Tensor
     ) -> _Coefficients:
+        """Return the coefficients of the step from t to s on the device of `samples`; s = t - 1 if it is None."""
         # MPS has no float64: the (B,) values are computed on the CPU there.
         device = torch.device("cpu") if samples.device.type == "mps" else samples.device
         t = _as_vector(timesteps, device)
         s = t - 1 if previous_timesteps is None else _as_vector(previous_timesteps, device)
-        # Elsewhere the check would wait for the device in each training step.
+        # On other devices the checks would wait for the device in each training step.
         if device.type == "cpu" and not bool((t >= 0).all() & (t < len(self.alpha_bar)).all()):
             raise ValueError(f"timesteps must be in [0, {len(self.alpha_bar)}), got {t.tolist()}")
         if device.type == "cpu" and not bool((s >= -1).all() & (s < t).all()):
@@ -518,36 +632,51 @@ class DDPMScheduler(StockDDPMScheduler):
             values = _Coefficients(*(v.to(samples.device) for v in tables))
         return _Coefficients(*(v.view(-1, *[1] * (samples.ndim - 1)) for v in values))
 
-    def _clipped_log(self, posterior_variance: Tensor) -> Tensor:
-        """log posterior_variance, whose 0 at t = 0 is replaced by its value at t = 1."""
-        floor = float(self.posterior_variance[1]) if len(self.posterior_variance) > 1 else float(self.beta[0])
-        return torch.where(posterior_variance > 0, posterior_variance, floor).log()
+    def _log_clipped_at_t1(self, posterior_variance: Tensor) -> Tensor:
+        """Return log posterior_variance, where a variance of 0 is replaced by that of t = 1."""
+        smallest = float(self.posterior_variance[1]) if len(self.posterior_variance) > 1 else float(self.beta[0])
+        return torch.where(posterior_variance > 0, posterior_variance, smallest).log()
+
+
+def require_num_inference_steps(num_inference_steps: Any, num_train_timesteps: int) -> int:
+    """Return a number of sampling steps as an int, if the model can take that many.
+
+    Raises:
+        UsageError: When it is no integer in [1, num_train_timesteps].
+    """
+    is_integer = hasattr(num_inference_steps, "__index__")
+    if not is_integer or not 1 <= operator.index(num_inference_steps) <= num_train_timesteps:
+        raise UsageError(
+            f"num_inference_steps must be in [1, {num_train_timesteps}], got {num_inference_steps}: "
+            f"the model was trained with {num_train_timesteps} timesteps"
+        )
+    return operator.index(num_inference_steps)
 
 
 def complete_config(config: Any) -> dict[str, Any]:
-    """A scheduler's config for `from_config`, without diffusers' list of the values that were defaults.
+    """Return a scheduler's config for `from_config`, without diffusers' list of the values that were defaults.
 
-    `from_config` drops what the list names, and it names every argument that was given by position:
-    `from_config(DDPMScheduler(100).config)` has 1000 timesteps in stock.
+    `from_config` drops every value that the list names, and the list names every argument that was given by position:
+    with stock, `from_config(DDPMScheduler(100).config)` has 1000 timesteps.
     """
     return {name: value for name, value in config.items() if name != "_use_default_values"}
 
 
 def as_our_scheduler(config: Any) -> Any:
-    """Our `DDPMScheduler` for the config of any scheduler of diffusers with a beta schedule.
+    """Return our `DDPMScheduler` for the config of any scheduler of diffusers with a beta schedule.
 
-    What such a config lacks has stock `DDPMScheduler`'s default, and so has a variance that is None, as that of
-    solvers. Where no signal is left in x_T, the spacing `leading`, which starts at T-1 in all T steps alone, becomes
-    `trailing`, which has the same list then.
+    Values that the config lacks get the defaults of stock `DDPMScheduler`, and so does a variance type of None, which
+    solvers have. If no signal is left in x_T, the spacing `leading` would start at T-1 only with all T steps. It then
+    becomes `trailing`, whose list of T steps is the same.
     """
-    known = {
-        name: value for name, value in complete_config(config).items() if (name, value) != ("variance_type", None)
-    }
-    betas = known.get("trained_betas")
-    has_no_signal = known.get("rescale_betas_zero_snr") or (betas is not None and betas[-1] == 1)
-    if has_no_signal and known.get("timestep_spacing", "leading") == "leading":
-        known["timestep_spacing"] = "trailing"
-    return DDPMScheduler.from_config(known)
+    ours = complete_config(config)
+    if ours.get("variance_type", "fixed_small") is None:
+        del ours["variance_type"]
+    betas = ours.get("trained_betas")
+    has_no_signal = ours.get("rescale_betas_zero_snr") or (betas is not None and betas[-1] == 1)
+    if has_no_signal and ours.get("timestep_spacing", "leading") == "leading":
+        ours["timestep_spacing"] = "trailing"
+    return DDPMScheduler.from_config(ours)
 
 
 def _check_choice(name: str, value: str, choices: object) -> None:
@@ -561,18 +690,23 @@ def _as_vector(timesteps: int | Tensor, device: torch.device) -> Tensor:
     return torch.as_tensor(timesteps, dtype=torch.int64, device=device).reshape(-1)
 
 
-def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """a x + b y, computed in float32 at least, in the type of x and y."""
+def _weighted_sum(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """Return a x + b y in the type of x and y, computed in float32 at least."""
     dtype = torch.promote_types(x.dtype, y.dtype)
     compute = torch.promote_types(dtype, torch.float32)
     return (a.to(compute) * x + b.to(compute) * y).to(dtype)
 
 
 def _beta_table(schedule: str, num_steps: int, start: float, end: float) -> Tensor:
-    """beta, (T,) float64.
+    """Return beta of a schedule, (T,) float64.
 
-    linear, scaled_linear, sigmoid: from `start` to `end` in beta, in its root, or along a sigmoid over [-6, 6].
-    squaredcos_cap_v2, laplace: 1 - f((t+1)/T) / f(t/T), at most 0.999; the first is Nichol & Dhariwal 2021, Eq. 17.
+    ::
+
+        linear              evenly from `start` to `end`
+        scaled_linear       the square of the even steps from sqrt(start) to sqrt(end)
+        sigmoid             from `start` to `end` along a sigmoid over [-6, 6]
+        squaredcos_cap_v2   1 - f((t+1)/T) / f(t/T), at most 0.999; Nichol & Dhariwal 2021, Eq. 17
+        laplace             the same with another f, for which log SNR has a Laplace distribution
     """
     match schedule:
         case "linear":
@@ -591,20 +725,18 @@ def _beta_table(schedule: str, num_steps: int, start: float, end: float) -> Tens
 
 
 def _spaced_timesteps(spacing: str, n: int, num_train: int, offset: int) -> list[int]:
-    # Halves are rounded as numpy rounds them for stock, so that lists which are right there are the same here.
+    """Return the n falling timesteps of `set_timesteps`."""
+    # numpy rounds halves here as it does in stock, so that the lists are equal where stock's are right.
     match spacing:
         case "leading":
             rising = [i * num_train // n + offset for i in range(n)]
         case "linspace":
             rising = np.linspace(0, num_train - 1, n).round().astype(int).tolist() if n > 1 else [num_train - 1]
         case _:
-            # For 62 of the n up to 1000 rounding makes this list one too long and ends it with t = -1.
+            # For 62 of the n up to 1000 rounding makes this list one too long, with t = -1 at its end.
             falling = np.arange(num_train, 0, -num_train / n)[:n]
             rising = (falling.round().astype(int) - 1).tolist()[::-1]
     return rising[::-1]
-
-
-SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 def is_solvable(config: Any) -> bool:

@@ -1,8 +1,8 @@
-"""Searched timesteps, as a file in the folder of a pipeline.
+"""Searched timesteps, kept in a file beside a pipeline's scheduler.
 
-`hf-ddpm schedule` finds, for a model, a solver and a number of steps n, the n timesteps whose images come nearest to
-those of many steps. They are kept in scheduler/searched_timesteps.json, which diffusers downloads from the Hub with
-all else of that folder, and does not read.
+For a model, a solver and a number of steps n, `hf-ddpm schedule` finds the n timesteps whose images come nearest to
+the images of many steps. They are stored in scheduler/searched_timesteps.json. diffusers downloads the file from the
+Hub with everything else in that folder, but does not read it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SearchedTimesteps:
-    """What was found for one number of steps.
+    """The result of one search.
+
+    A distance is the root of the mean squared difference of pixels in [-1, 1] to the images of `reference_steps` steps
+    from the same noises, which the search did not use.
 
     Args:
-        scheduler: the name of the solver, `ddim` or `dpmsolver++`.
-        timesteps: falling, in [0, T).
-        distance: of its images to those of `reference_steps` steps, on noises that the search had not seen: the root
-            of the mean squared difference of pixels in [-1, 1].
-        uniform_distance: the same, of as many steps of the solver's own spacing.
-        num_images: on how many noises it was searched, and on as many others measured.
-        seed: of the first of them.
-        reference_steps: of the trajectories that it was searched on.
-        unipc_distance: the same, of as many steps of UniPC; None where it was not measured.
+        scheduler: The name of the solver, `ddim` or `dpmsolver++`.
+        timesteps: The timesteps, falling, in [0, T).
+        distance: The distance of the images of these timesteps.
+        uniform_distance: The distance of the images of as many steps with the solver's own spacing.
+        num_images: The number of noises of the search, and of the others on which distances were measured.
+        seed: The seed of the first noise.
+        reference_steps: The number of steps of the trajectories that the search imitates.
+        unipc_distance: The distance of the images of as many steps of UniPC; None if it was not measured.
     """
 
     scheduler: str
@@ -48,18 +50,26 @@ class SearchedTimesteps:
 
     @property
     def key(self) -> tuple[str, int]:
+        """The solver and the number of steps."""
         return self.scheduler, len(self.timesteps)
 
     @property
     def is_nearer_than_unipc(self) -> bool:
+        """True if the images come nearer than those of UniPC, or UniPC was not measured."""
         return self.unipc_distance is None or self.distance < self.unipc_distance
 
 
 def read_searched(folder: Path) -> dict[tuple[str, int], SearchedTimesteps]:
-    """Those of the pipeline in `folder`, by solver and number of steps; none, with a warning, if they are of other
-    weights.
+    """Read the searched timesteps of a pipeline.
 
-    Raises: UsageError for a damaged file.
+    Args:
+        folder: The pipeline's folder.
+
+    Returns:
+        The timesteps by solver and number of steps. There are none if they belong to other weights, with a warning.
+
+    Raises:
+        UsageError: When the file is damaged.
     """
     path = folder / FILE
     content = read_mapping(path, "remove it")
@@ -69,25 +79,31 @@ def read_searched(folder: Path) -> dict[tuple[str, int], SearchedTimesteps]:
         rows = [SearchedTimesteps(**{**row, "timesteps": tuple(row["timesteps"])}) for row in content["searched"]]
         weights = content["weights_sha256"]
     if weights != weights_sha256(folder):
-        logger.warning("%s is of other weights and not used: run `hf-ddpm schedule` again", path)
+        logger.warning("%s belongs to other weights and is not used: run `hf-ddpm schedule` again", path)
         return {}
     return {row.key: row for row in rows}
 
 
 def write_searched(folder: Path, searched: Sequence[SearchedTimesteps], weights: str | None) -> None:
-    """Writes them for the weights with that sha256, instead of all that are there."""
+    """Write searched timesteps in place of all that are stored.
+
+    Args:
+        folder: The pipeline's folder.
+        searched: The timesteps.
+        weights: The sha256 of the weights that they belong to.
+    """
     rows = sorted(searched, key=lambda row: row.key)
     content = {"weights_sha256": weights, "searched": [asdict(row) for row in rows]}
     write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
 
 
 def solver_name(scheduler: Any) -> str | None:
-    """`ddim` or `dpmsolver++`, whose timesteps can be searched; None for what is neither."""
+    """Return `ddim` or `dpmsolver++` if the scheduler is that solver, whose timesteps can be searched; else None."""
     config = scheduler.config
     if type(scheduler).__name__ != "DPMSolverMultistepScheduler" or config["algorithm_type"] != "dpmsolver++":
         return None
     if any(config.get(f"use_{name}") for name in ("karras_sigmas", "lu_lambdas", "exponential_sigmas", "beta_sigmas")):
-        return None  # it has noise levels of its own
+        return None  # these have noise levels of their own
     if config.get("use_flow_sigmas"):
         return None
     return {1: "ddim", 2: "dpmsolver++"}.get(config["solver_order"])

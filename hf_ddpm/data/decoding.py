@@ -29,7 +29,7 @@ GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B"
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What each image is brought to: the settings of the data, with those that were left open decided.
+    """The format that every image is converted to: the settings of the data, with those that were left open decided.
 
     Args:
         config: The settings as the user gave them.

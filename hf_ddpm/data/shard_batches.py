@@ -37,7 +37,7 @@ _SHARD_ORDER, _BLOCK_ORDER = 11, 12
 
 
 class BlockStart(NamedTuple):
-    """Where a shuffle block begins.
+    """The place where a shuffle block begins.
 
     Args:
         substream: The number of the substream.

@@ -31,7 +31,7 @@ HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from.
+    """A source of images.
 
     Args:
         option: The setting by which the user named the source: "dataset_name" or "train_data_dir".

@@ -127,7 +127,7 @@ def _sample_one(job: Job, setting: SamplerSetting) -> None:
 
 def _describe_sampling(job: Job, setting: SamplerSetting, num_images: int, samples: Samples) -> dict[str, Any]:
     """Return everything that determines the samples, and what they cost."""
-    searched = job.pipeline.searched(setting.num_inference_steps)
+    searched = job.pipeline.searched_timesteps_for(setting.num_inference_steps)
     return {
         **setting._asdict(),
         "timesteps": None if searched is None else [*searched.timesteps],

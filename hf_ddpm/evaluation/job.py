@@ -41,7 +41,7 @@ from hf_ddpm.runtime.files import existing_parent, weights_sha256
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.sampling.sampler import DTYPES, classes_in_turn, forward_batch_of, load_for_sampling
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
-from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.scheduler import DDPMScheduler, require_num_inference_steps
 
 METRICS = (*DISTANCES, "nll", "memorization")
 MEMORIZATION_QUANTILE = 0.01
@@ -267,11 +267,7 @@ def _grid(
         for number in num_inference_steps or [None]:
             name = scheduler or default_scheduler(config, pipeline.searched_timesteps, number)
             steps = default_steps(name, num_train) if number is None else number
-            if not 1 <= steps <= num_train:
-                raise UsageError(
-                    f"num_inference_steps must be in [1, {num_train}], got {steps}: "
-                    f"the model was trained with {num_train} timesteps"
-                )
+            require_num_inference_steps(steps, num_train)
             named_scheduler(name, config, steps).set_timesteps(steps)
             settings.append(SamplerSetting(name, steps))
     return list(dict.fromkeys(settings))

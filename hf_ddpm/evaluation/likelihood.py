@@ -174,7 +174,9 @@ def sum_bound_terms(
 
 
 def prior_term(scheduler: DDPMScheduler, x_0: Tensor) -> Tensor:
-    """Compute L_T of Ho et al. 2020, Eq. 5, in which there is no network. With alpha_bar that of t = T - 1, in nats,
+    """Compute L_T of Ho et al. 2020, Eq. 5, in which there is no network.
+
+    With alpha_bar that of t = T - 1, in nats,
 
     KL(N(sqrt(alpha_bar) x_0, (1 - alpha_bar) I) || N(0, I)) = (alpha_bar (x_0^2 - 1) - log(1 - alpha_bar)) / 2
 

@@ -72,7 +72,7 @@ class Splits:
 
     @property
     def has_labels(self) -> bool:
-        """Whether the data have a column of classes."""
+        """True if the data have a column of classes."""
         return self.data is not None and self.data.label_column is not None
 
     @cached_property

@@ -124,7 +124,7 @@ def _counts(num_compared: list[int]) -> str:
 
 @dataclass(frozen=True)
 class _RunRecords:
-    """What the files in a run's folder say; a file that the run did not write says nothing."""
+    """The contents of the files in a run's folder; a file that the run did not write has none."""
 
     folder: Path
 

@@ -44,7 +44,7 @@ KEPT_README = "README.md was edited on the Hub, too: it keeps the text that was 
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a push went.
+    """The outcome of a push.
 
     Args:
         repo_id: The repository, with its namespace.

@@ -99,7 +99,7 @@ def write_samples(
             labels = [class_label] * num_images
         pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)
         pipeline._conditions(labels and labels[:1], 1, pipeline.device)
-        searched = pipeline.searched(steps)
+        searched = pipeline.searched_timesteps_for(steps)
         settings = {
             "model": str(model),
             "weights_sha256": weights_sha256(Path(unet.config["_name_or_path"])),

@@ -1,5 +1,6 @@
-"""Many images from their seeds: on one kind of device, and with one batch size where that is not a CPU, image i is a
-function of its seed alone.
+"""Many images, each from its seed.
+
+On one kind of device an image is a function of its seed alone; where that is not a CPU, of the batch size, too.
 
 The last bits of an image depend on how many images a forward pass has, because PyTorch and diffusers choose algorithms
 by it. `iter_samples` therefore gives every forward pass the same number of images and fills the last one up. On a CPU
@@ -20,6 +21,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import process_device
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
+from hf_ddpm.scheduler import require_num_inference_steps
 
 # The types that the network can compute in.
 DTYPES = ("fp32", "bf16")
@@ -77,11 +79,7 @@ def load_for_sampling(
     name = scheduler or default_scheduler(config, pipeline.searched_timesteps, num_inference_steps)
     num_train = config["num_train_timesteps"]
     steps = num_inference_steps or default_steps(name, num_train)
-    if not 1 <= steps <= num_train:
-        raise ValueError(
-            f"num_inference_steps must be in [1, {num_train}], got {steps}: "
-            f"the model was trained with {num_train} timesteps"
-        )
+    require_num_inference_steps(steps, num_train)
     pipeline.scheduler = named_scheduler(name, config, steps)
     speed_up(pipeline, dtype, compile)
     return pipeline, steps

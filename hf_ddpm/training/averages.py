@@ -18,8 +18,11 @@ from torch import Tensor
 
 
 def halflife_from_decay(decay: float, global_batch_size: int) -> float:
-    """Return the images after which a weight counts half, if each step of `global_batch_size` images multiplies it by
-    `decay`.
+    """Return the images after which a weight counts half.
+
+    Args:
+        decay: The factor by which each step multiplies it, in (0, 1).
+        global_batch_size: The images of a step.
     """
     return global_batch_size * math.log(0.5) / math.log(decay)
 

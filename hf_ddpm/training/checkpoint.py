@@ -41,7 +41,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Args:
         step: The optimizer steps done.
@@ -85,7 +85,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What training changes: a `UNet2DModel`, its optimizer, its averages.
+    """The things that training changes: a `UNet2DModel`, its optimizer, its averages.
 
     FSDP may have sharded all of it; the files hold it whole.
     """

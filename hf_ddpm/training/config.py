@@ -32,7 +32,7 @@ _VALIDATION = {"eval_steps": GIVEN}
 
 @dataclass(frozen=True)
 class TrainingConfig(DataConfig):
-    """All settings of a run."""
+    """The settings of a run."""
 
     # The model
     init_from: str | None = setting(

@@ -52,7 +52,7 @@ TakeStep = Callable[[Run, Progress, list[dict[str, Any]]], Any]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a few steps cost; with several processes, of the slowest and of the largest.
+    """The cost of a few steps; with several processes, that of the slowest and of the largest.
 
     Args:
         first_seconds: The seconds of the first step, with all that is done once.

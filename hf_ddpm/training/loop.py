@@ -92,7 +92,7 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step was; tensors stay on the device.
+    """The outcome of a step; tensors stay on the device.
 
     Args:
         step: The number of optimizer steps done after it.
@@ -113,7 +113,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be done after a step. The last step is finished by `finish_run`."""
+    """The things to do after a step. The last step is finished by `finish_run`."""
 
     is_last: bool
     log: bool
@@ -124,7 +124,7 @@ class Due:
 
 
 class LoopState:
-    """What the loop holds besides `Progress`: sums and files of metrics, unread steps, the progress bar.
+    """The state of the loop besides `Progress`: sums and files of metrics, unread steps, the progress bar.
 
     Attributes:
         first: The progress at the start of this process.

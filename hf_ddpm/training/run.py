@@ -32,7 +32,7 @@ FINISHES = "then the same command with --resume_from_checkpoint latest finishes 
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop works with.
+    """A run as the loop sees it.
 
     Args:
         config: The settings, with what data and launcher decided; `train_batch_size` and
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """True on the process that writes."""
         return self.processes.rank == 0
 
     @property

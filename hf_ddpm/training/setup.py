@@ -49,7 +49,7 @@ Images = ImageCache | ImageStream
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a run starts: at step 0, or at a checkpoint.
+    """The start of a run: step 0, or a checkpoint.
 
     Args:
         config: The settings, with what data, launcher and checkpoint decided.

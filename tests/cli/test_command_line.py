@@ -38,13 +38,16 @@ def hf_ddpm(*arguments):
         (["trian"], "No such command 'trian'"),
     ],
 )
-def test_wrong_usage_is_one_line_and_code_2(arguments, message, tmp_path, monkeypatch):
+def test_wrong_usage_is_one_line_and_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, arguments, prog_name="hf-ddpm")
-    assert done.exit_code == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    with pytest.raises(SystemExit) as end:
+        app(arguments, prog_name="hf-ddpm")
+    said = capsys.readouterr()
+    assert end.value.code == 2
+    assert message in said.err
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
 
 
 def test_usage_errors_come_before_torch():

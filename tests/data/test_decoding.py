@@ -257,8 +257,8 @@ def test_decode_makes_transparent_level_of_sixteen_bits_white(folder: Path) -> N
     content = png(values)
     chunk = b"tRNS" + (8000).to_bytes(2, "big")
     chunk = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
-    place = content.index(b"IDAT") - 4
-    (folder / "a.png").write_bytes(content[:place] + chunk + content[place:])
+    chunk_start = content.index(b"IDAT") - 4
+    (folder / "a.png").write_bytes(content[:chunk_start] + chunk + content[chunk_start:])
     assert load_images(cache_config(folder)).image(0)[0].tolist() == [[7000, 65535], [9000, 65535]]
 
 

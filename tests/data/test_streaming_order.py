@@ -121,7 +121,7 @@ def open_layout(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Image
     return open_once
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     sizes=st.sampled_from([(1,), (9,), (4, 3), (3, 1, 5, 2)]),
     row_groups=st.sampled_from([(2, 9), (9, 2)]),
@@ -137,7 +137,7 @@ def open_layout(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Image
     parts=st.lists(
         st.builds(
             Part,
-            num_steps=st.integers(1, 3),
+            num_steps=st.integers(1, 5),
             batch_size=st.integers(1, 4),
             accumulation_steps=st.integers(1, 2),
             num_processes=st.integers(1, 2),

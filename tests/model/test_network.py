@@ -16,7 +16,7 @@ def processors(unet):
     return {type(module.processor) for module in unet.modules() if hasattr(module, "processor")}
 
 
-def test_plain_attention_is_the_same_attention():
+def test_plain_attention_gives_the_same_output():
     torch.manual_seed(0)
     unet = UNet2DModel.from_config(sized_config(16, 1, 1)).eval()
     x_t, t = torch.randn(3, 1, 16, 16), torch.tensor([5, 500, 999])
@@ -29,23 +29,23 @@ def test_plain_attention_is_the_same_attention():
 
 
 @pytest.mark.parametrize("block_types", ["down_block_types", "up_block_types"])
-def test_a_network_that_attends_to_many_pixels_keeps_its_kernel(block_types):
+def test_plain_attention_is_not_used_for_many_pixels(block_types):
     settings = {**sized_config(28, 1, 1), "attention_head_dim": 32}
     kinds = settings[block_types]
-    place = 0 if block_types == "down_block_types" else len(kinds) - 1
-    settings[block_types] = [f"Attn{k}" if i == place else k for i, k in enumerate(kinds)]
+    level = 0 if block_types == "down_block_types" else len(kinds) - 1
+    settings[block_types] = [f"Attn{k}" if i == level else k for i, k in enumerate(kinds)]
     unet = UNet2DModel.from_config(settings)
     use_plain_attention(unet, CPU)
     assert processors(unet) == {AttnProcessor2_0}
 
 
-def test_other_devices_keep_their_kernel():
+def test_plain_attention_is_not_used_on_other_devices():
     unet = UNet2DModel.from_config(sized_config(28, 1, 1))
     use_plain_attention(unet, torch.device("cuda"))
     assert processors(unet) == {AttnProcessor2_0}
 
 
-def test_of_torchs_warnings_those_of_diffusers_upsampling_are_kept_from_users(make_unet, monkeypatch):
+def test_compiled_hides_the_warning_about_diffusers_upsampling(make_unet, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     unet = make_unet()
     compiled(unet.forward, unet, CPU)

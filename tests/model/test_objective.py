@@ -100,7 +100,7 @@ def test_min_snr_of_noise_and_velocity_is_the_published_weight(prediction_type, 
 
 
 @pytest.mark.parametrize("density", ["uniform", "stratified"])
-def test_densities_cover_each_t_alike(density):
+def test_uniform_densities_cover_each_t_alike(density):
     scheduler = DDPMScheduler(10, beta_schedule="squaredcos_cap_v2")
     objective, generator = Objective(scheduler, density=density), seeded()
     draws = torch.cat([objective.timesteps_from_uniform(torch.rand(100, generator=generator)) for _ in range(200)])
@@ -111,7 +111,7 @@ def test_densities_cover_each_t_alike(density):
 
 
 @pytest.mark.parametrize(("mean", "std"), [(-0.4, 1.2), (1.0, 0.5)])
-def test_noise_levels_are_log_normal(mean, std):
+def test_lognormal_density_has_log_normal_noise_levels(mean, std):
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     objective = Objective(scheduler, density="lognormal", noise_level_mean=mean, noise_level_std=std)
     t = objective.timesteps_from_uniform(torch.rand(20_000, generator=seeded()))
@@ -124,8 +124,8 @@ def test_noise_levels_are_log_normal(mean, std):
     assert torch.bincount(t, minlength=1000).min() > 0
 
 
-def test_noise_levels_beyond_the_chain_are_its_ends():
-    """Also where the last of them is infinite; but for a tenth, which is uniform."""
+def test_lognormal_density_counts_levels_beyond_the_chain_at_its_ends():
+    """The last noise level is infinite here. A tenth of the draws is uniform."""
     scheduler = DDPMScheduler(
         50, rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
     )
@@ -168,7 +168,7 @@ def learned_network(weight):
 
 
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
-def test_hybrid_loss(variance_type):
+def test_hybrid_loss_adds_the_bound_of_the_variance(variance_type):
     """Nichol & Dhariwal Eq. 16: the bound is added with 0.001, over all t, and does not move the mean."""
     x_0 = (torch.rand(8, 1, 4, 4, generator=seeded(5)) * 255).round() / 127.5 - 1
     weight = torch.tensor([0.3, 0.2], requires_grad=True)

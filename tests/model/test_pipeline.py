@@ -1,6 +1,7 @@
 """Noise -> images: equality with stock, and what stock does not have."""
 
 import math
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -14,7 +15,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def quiet(pipeline):
+def quiet(pipeline) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -27,7 +28,7 @@ def pipeline(make_unet):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_images_are_stocks_bit_for_bit(make_unet, prediction_type):
+def test_images_equal_stock_bit_for_bit(make_unet, prediction_type):
     stock_scheduler = diffusers.DDPMScheduler(prediction_type=prediction_type)
     stock = quiet(diffusers.DDPMPipeline(make_unet(), stock_scheduler))
     ours = quiet(DDPMPipeline(make_unet(), stock_scheduler))
@@ -40,17 +41,17 @@ def test_images_are_stocks_bit_for_bit(make_unet, prediction_type):
         assert np.array_equal(*images)
 
 
-def test_a_stock_scheduler_made_by_position_keeps_its_steps(make_unet):
+def test_stock_scheduler_with_positional_arguments_keeps_its_steps(make_unet):
     scheduler = diffusers.DDPMScheduler(100, 0.001, 0.2)
     assert len(DDPMPipeline(make_unet(), scheduler).scheduler) == 100
 
 
-def test_all_steps_of_training_are_the_default(pipeline):
+def test_default_takes_all_steps_of_training(pipeline):
     pipeline(generator=seeded(), output_type="pt")
     assert len(pipeline.scheduler.timesteps) == 50
 
 
-def test_each_generator_makes_its_image_alone_and_in_a_batch(pipeline):
+def test_image_of_a_generator_does_not_depend_on_its_batch(pipeline):
     together = pipeline(batch_size=3, generator=[seeded(i) for i in range(3)], output_type="pt").images
     for i in range(3):
         alone = pipeline(generator=[seeded(i)], output_type="pt").images
@@ -85,7 +86,7 @@ def test_trajectory_goes_from_noise_to_image(pipeline):
     assert torch.equal(chosen[1][1].x_t, steps[-1].x_t)
 
 
-def test_trajectory_of_a_scheduler_that_returns_no_estimate(make_unet):
+def test_trajectory_estimates_x_0_for_other_schedulers(make_unet):
     scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=1, timestep_spacing="linspace")
     output = quiet(DDPMPipeline(make_unet(), scheduler))(
         generator=seeded(), num_inference_steps=5, output_type="pt", trajectory=True
@@ -107,7 +108,7 @@ def test_callback_sees_and_replaces_each_step(pipeline):
     assert torch.equal(output.images, torch.full((1, 3, 8, 8), 0.5))
 
 
-def test_a_callback_may_end_the_call(pipeline):
+def test_callback_can_end_the_call(pipeline):
     seen = []
 
     def callback(pipe, i, t, tensors):
@@ -159,7 +160,7 @@ def test_half_precision_network(make_unet):
         "HeunDiscrete",
     ],
 )
-def test_any_scheduler_of_diffusers_may_stand_in(make_unet, name):
+def test_pipeline_samples_with_other_schedulers(make_unet, name):
     config = DDPMScheduler(prediction_type="v_prediction", timestep_spacing="linspace").config
     scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
     pipeline = quiet(DDPMPipeline(make_unet(), scheduler))
@@ -169,8 +170,9 @@ def test_any_scheduler_of_diffusers_may_stand_in(make_unet, name):
     assert images.std() > 0.01
 
 
-def test_flow_matching_is_stocks(make_unet):
-    unet, scheduler = make_unet(), diffusers.FlowMatchEulerDiscreteScheduler(50)
+def test_flow_matching_equals_stock(make_unet):
+    unet: Any = make_unet()
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(50)
     settings = {"batch_size": 2, "num_inference_steps": 10, "output_type": "np"}
     ours = quiet(DDPMPipeline(unet, scheduler))
     images = ours(generator=seeded(), **settings).images
@@ -182,14 +184,14 @@ def test_flow_matching_is_stocks(make_unet):
 
 
 @pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete"])
-def test_schedulers_of_any_scaling_end_at_the_image(name):
-    """A network that knows the image, whatever a scheduler makes of noise and input scale."""
+def test_schedulers_with_input_scaling_end_at_the_image(name):
+    """The network always predicts the image, so every scheduler ends there, whatever its scale of the noise."""
     config = DDPMScheduler(prediction_type="sample", timestep_spacing="linspace", clip_sample=False).config
     scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
     mu, seen = 0.25, []
 
     class Oracle(diffusers.UNet2DModel):
-        def forward(self, sample, timestep, **_):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
             seen.append(sample.std().item())
             return diffusers.models.unets.unet_2d.UNet2DOutput(sample=torch.full_like(sample, mu))
 
@@ -203,7 +205,7 @@ def test_schedulers_of_any_scaling_end_at_the_image(name):
     assert seen[0] == pytest.approx(1, abs=0.05)
 
 
-def test_a_learned_variance_is_left_to_schedulers_that_use_it(make_unet):
+def test_learned_variance_is_dropped_for_schedulers_without_it(make_unet):
     unet = make_unet(1, out_channels=2)
     config = DDPMScheduler(variance_type="learned_range", timestep_spacing="linspace").config
     for scheduler in (DDPMScheduler.from_config(config), diffusers.DDIMScheduler.from_config(config)):
@@ -226,7 +228,7 @@ def test_step_denoiser_alone_is_a_function_of_the_noise(make_unet):
     torch.testing.assert_close(image, (x / 2 + 0.5).clamp(0, 1))
 
 
-def test_a_scheduler_put_in_later_is_saved_under_a_name_that_stock_loads(pipeline):
+def test_replaced_scheduler_is_saved_under_the_name_of_stock(pipeline):
     pipeline.scheduler = DDPMScheduler(prediction_type="sample")
     assert pipeline.config["scheduler"] == ("diffusers", "DDPMScheduler")
     pipeline.scheduler = diffusers.DDIMScheduler()
@@ -246,12 +248,12 @@ def test_a_scheduler_put_in_later_is_saved_under_a_name_that_stock_loads(pipelin
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "may hold 'latents', got .*noise"),
     ],
 )
-def test_wrong_arguments_are_refused(pipeline, arguments, message):
+def test_call_rejects_invalid_arguments(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**arguments)
 
 
-def test_wrong_arguments_of_special_models_are_refused(make_unet):
+def test_call_rejects_arguments_that_do_not_fit_the_model(make_unet):
     conditional = quiet(DDPMPipeline(make_unet(num_class_embeds=3), DDPMScheduler()))
     with pytest.raises(ValueError, match="class_labels must be given: the model is conditioned on 3 classes"):
         conditional()
@@ -265,14 +267,14 @@ def test_wrong_arguments_of_special_models_are_refused(make_unet):
         quiet(DDPMPipeline(make_unet(), diffusers.DDIMScheduler()))(deterministic=True)
 
 
-def test_more_steps_than_were_trained_are_refused_for_every_scheduler(make_unet):
+def test_call_rejects_more_steps_than_were_trained(make_unet):
     pipeline = quiet(DDPMPipeline(make_unet(), diffusers.DPMSolverMultistepScheduler()))
     with pytest.raises(ValueError, match=r"num_inference_steps must be in \[1, 1000\], got 1001"):
         pipeline(num_inference_steps=1001)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading"])
-def test_a_list_that_visits_timesteps_twice_is_refused(make_unet, spacing):
+def test_call_rejects_repeated_noise_levels(make_unet, spacing):
     scheduler = diffusers.DPMSolverMultistepScheduler(20, timestep_spacing=spacing)
     pipeline = DDPMPipeline(make_unet(), scheduler)
     with pytest.raises(ValueError, match=r"a noise level twice for .*=20.* use fewer steps"):
@@ -280,7 +282,7 @@ def test_a_list_that_visits_timesteps_twice_is_refused(make_unet, spacing):
 
 
 @pytest.mark.parametrize("name", ["use_karras_sigmas", "use_exponential_sigmas", "solver_order"])
-def test_a_list_that_visits_timesteps_twice_at_other_noise_levels_is_taken(make_unet, name):
+def test_call_accepts_repeated_timesteps_at_different_noise_levels(make_unet, name):
     config = DDPMScheduler(50, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction").config
     changed = {**config, "timestep_spacing": "linspace", name: 1 if name == "solver_order" else True}
     scheduler = diffusers.DPMSolverMultistepScheduler.from_config(changed)
@@ -291,7 +293,7 @@ def test_a_list_that_visits_timesteps_twice_at_other_noise_levels_is_taken(make_
     assert pipeline(generator=seeded(), num_inference_steps=steps, output_type="pt").images.isfinite().all()
 
 
-def test_what_is_not_finite_is_no_picture(make_unet):
+def test_images_that_are_not_finite_are_no_pil_images(make_unet):
     unet = make_unet()
     with torch.no_grad():
         unet.conv_out.bias.fill_(math.nan)
@@ -302,7 +304,7 @@ def test_what_is_not_finite_is_no_picture(make_unet):
     assert pipeline(output_type="pt").images.isnan().all()
 
 
-def test_a_list_that_ends_below_zero_is_refused(make_unet):
+def test_call_rejects_negative_timesteps(make_unet):
     scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
     with pytest.raises(ValueError, match="DDIMScheduler gave timestep -1 for num_inference_steps=61"):
         quiet(DDPMPipeline(make_unet(), scheduler))(num_inference_steps=61)

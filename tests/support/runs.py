@@ -62,7 +62,9 @@ processes.set_forkserver_preload(["hf_ddpm.training.loop", "tests.support.runs"]
 WORKER, TWICE = 1001, 1002
 
 
-def child(config: TrainingConfig, event: str | None, count: int, action: int, environment: dict[str, str]) -> None:
+def child(  # noqa: C901
+    config: TrainingConfig, event: str | None, count: int, action: int, environment: dict[str, str]
+) -> None:
     """Trains; at the `count`-th event, an optimizer's step or a flushed file, sends itself the signal `action`.
 
     Other actions: TWICE, SIGTERM and again; WORKER, kills a process that loads data. Event `forward`: from the

@@ -79,7 +79,7 @@ class Model:
 
     @property
     def prediction_type(self) -> str:
-        """What the network predicts, in diffusers' words."""
+        """The prediction type of the network, in diffusers' words."""
         return self.scheduler.config["prediction_type"]
 
     @property
@@ -240,7 +240,7 @@ def describe_noise_level(model: Model, t: int) -> str:
 
 
 class Handlers:
-    """What the page does when somebody uses it: functions of the values of its controls, which return HTML."""
+    """The actions of the page: functions of the values of its controls, which return HTML."""
 
     def __init__(self, model: Model, num_images: int):
         self.model = model
