@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -24,7 +25,7 @@ from hf_ddpm.scheduler import DDPMScheduler
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "support/gaussian_diffusion_reference.json").read_text())
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction", "previous_sample"]
-FAST = {"beta_schedule": "squaredcos_cap_v2"}  # leaves no image in x_T, however few the steps
+FAST: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2"}  # leaves no image in x_T, however few the steps
 VARIANCE_TYPES = ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
 
@@ -139,7 +140,7 @@ def test_terms_equal_the_reference(name, monkeypatch):
             probability = inclusion_probabilities(scheduler, 2)
             number = int((draw_timesteps(probability, 0, np.arange(50_000)) == t).any(dim=1).nonzero()[0])
             images = pixels[j].expand(number + 1, -1, -1, -1)
-            settings = {"seed": 0, "batch_size": 1, "timesteps_per_image": 2}
+            settings: dict[str, Any] = {"seed": 0, "batch_size": 1, "timesteps_per_image": 2}
             sums = sum_bound_terms(lambda x_t, t, a=answer: a, scheduler, images, [number], **settings)
             # x_t is in float32, as it is for the network.
             assert sums[t, 1].item() == pytest.approx(wanted["vlb_bits_per_dim"][j], rel=2e-5, abs=1e-7), case
@@ -196,8 +197,8 @@ def test_bound_of_gaussian_values_is_a_little_above_their_entropy(variance_type)
     least = float(-levels.log2()[images].mean())
 
     def measured(prediction_type, some):
-        settings = {"prediction_type": prediction_type, "variance_type": variance_type, "clip_sample": False}
-        scheduler = DDPMScheduler(100, beta_schedule="squaredcos_cap_v2", **settings)
+        settings: dict[str, Any] = {"prediction_type": prediction_type, "variance_type": variance_type}
+        scheduler = DDPMScheduler(100, clip_sample=False, **FAST, **settings)
         return measure(optimal_network(scheduler, gaussian_denoiser(std)), scheduler, some.to(torch.uint8))
 
     result = measured("epsilon", images)
@@ -224,8 +225,7 @@ def test_bound_of_four_images_is_a_little_above_two_bits(variance_type):
         variance = (weight @ known.square() - mean.square()).clamp(min=0)
         return mean.view(x_t.shape), variance.view(x_t.shape)
 
-    settings = {"beta_schedule": "squaredcos_cap_v2", "variance_type": variance_type, "clip_sample": False}
-    scheduler = DDPMScheduler(**settings)
+    scheduler = DDPMScheduler(variance_type=variance_type, clip_sample=False, **FAST)
     images, some = few.repeat(16, 1, 1, 1), None if variance_type == "learned" else 100
     network = optimal_network(scheduler, denoise)
     result = measure(network, scheduler, images, timesteps_per_image=some)
@@ -290,7 +290,7 @@ def test_drawn_steps_give_an_unbiased_bound_and_its_standard_error():
 @pytest.mark.parametrize("timesteps_per_image", [None, 5])
 def test_sums_do_not_depend_on_shares_or_batches(timesteps_per_image):
     scheduler, images = DDPMScheduler(20, **FAST), random_images(7)
-    settings = {"seed": 5, "timesteps_per_image": timesteps_per_image}
+    settings: dict[str, Any] = {"seed": 5, "timesteps_per_image": timesteps_per_image}
     whole = sum_bound_terms(elementwise_network, scheduler, images, batch_size=7, **settings)
     for num_shares, batch_size in [(1, 1), (1, 3), (2, 2), (3, 64), (9, 1)]:
         parts = [
@@ -313,7 +313,7 @@ def test_bits_per_dimension_gives_mean_and_standard_error_of_the_images():
     """One image at a time gives the values whose mean and standard error the sums are."""
     scheduler, images = DDPMScheduler(5, **FAST), random_images(6)
     each = [sum_bound_terms(elementwise_network, scheduler, images, [i], seed=0, batch_size=1) for i in range(6)]
-    result, values = bits_per_dimension(sum(each)), torch.stack(each)[:, :, 1]
+    result, values = bits_per_dimension(torch.stack(each).sum(dim=0)), torch.stack(each)[:, :, 1]
     mean, error = values.mean(dim=0), values.std(dim=0) / math.sqrt(6)
     assert result.bits_per_dimension == pytest.approx(mean[-1].item())
     assert result.standard_error == pytest.approx(error[-1].item())

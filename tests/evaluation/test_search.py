@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_trajectories_equal_the_pipeline_with_remembered_outputs_too(model):
     assert torch.equal(trajectories.images(first), images)
     for timesteps, own in ((first, images), (second, nearly)):
         generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-        whole = pipeline(3, generators, timesteps=timesteps, output_type="pt").images
+        whole: Any = pipeline(3, generators, timesteps=timesteps, output_type="pt").images
         assert torch.equal(own / 2 + 0.5, whole)
 
 

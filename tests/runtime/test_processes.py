@@ -124,7 +124,7 @@ def test_all_processes_learn_the_same(tmp_path):
 
 def test_training_rejects_processes_with_different_images(tiny_settings, tmp_path):
     config = TrainingConfig(**{**tiny_settings, "train_batch_size": 4})
-    shutil.copytree(config.train_data_dir, tmp_path / "fewer")
+    shutil.copytree(str(config.train_data_dir), tmp_path / "fewer")
     next((tmp_path / "fewer").glob("*.png")).unlink()
     assert start(config, 2, last=replace(config, train_data_dir=str(tmp_path / "fewer"))) == [1, 1]
     assert "all processes must have the same images, but process 1 has other than process 0" in said(config)
@@ -133,7 +133,7 @@ def test_training_rejects_processes_with_different_images(tiny_settings, tmp_pat
 
 def test_all_processes_report_why_one_of_them_cannot_load(tiny_settings, tmp_path):
     config = TrainingConfig(**{**tiny_settings, "train_batch_size": 4})
-    shutil.copytree(config.train_data_dir, tmp_path / "damaged")
+    shutil.copytree(str(config.train_data_dir), tmp_path / "damaged")
     next((tmp_path / "damaged").glob("*.png")).write_bytes(b"no image")
     damaged = replace(config, train_data_dir=str(tmp_path / "damaged"))
     assert start(damaged, 2) == [1, 1]

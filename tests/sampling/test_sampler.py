@@ -1,6 +1,7 @@
 """Loading a pipeline for sampling, and images as functions of their seeds."""
 
 import json
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -63,9 +64,11 @@ def test_zero_terminal_snr_is_sampled_whatever_its_timestep_spacing(make_unet, t
     ((_, images),) = iter_samples(pipeline, [0], batch_size=1, num_inference_steps=steps)  # refuses NaN
     assert images.shape == (1, 3, 8, 8)
     if sampler == "ddpm":
-        ours = DDPMPipeline(stock.unet, scheduler)
+        ours: Any = DDPMPipeline(stock.unet, scheduler)
         ours.set_progress_bar_config(disable=True)
-        expected = stock(generator=torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
+        expected: Any = stock(
+            generator=torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np"
+        ).images
         assert np.array_equal(ours(generator=torch.Generator().manual_seed(0), output_type="np").images, expected)
 
 
@@ -75,7 +78,7 @@ def whole(batches):
 
 
 def test_iter_samples_gives_the_same_bits_in_any_batch(pipeline):
-    settings = {"num_inference_steps": 2, "batch_size": 64}
+    settings: dict[str, Any] = {"num_inference_steps": 2, "batch_size": 64}
     seeds, images = whole(iter_samples(pipeline, range(20), **settings))
     assert seeds == [*range(20)]
     assert images.dtype == torch.uint8
@@ -96,7 +99,7 @@ def test_sample_all_gives_the_images_of_iter_samples(make_unet, labels):
     unet = make_unet(num_class_embeds=None if labels is None else 3)
     pipeline = DDPMPipeline(unet, DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"))
     pipeline.set_progress_bar_config(disable=True)
-    settings = {"batch_size": 3, "num_inference_steps": 2, "class_labels": labels}
+    settings: dict[str, Any] = {"batch_size": 3, "num_inference_steps": 2, "class_labels": labels}
     images = sample_all(pipeline, [4, 2, 9, 3, 7], Processes(), **settings)
     assert torch.equal(images, whole(iter_samples(pipeline, [4, 2, 9, 3, 7], **settings))[1])
 
