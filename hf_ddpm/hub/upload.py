@@ -127,7 +127,7 @@ def create_repository(api: HfApi, repo_id: str, public: bool) -> str:
         if not public and not api.model_info(name).private:
             raise PushError(
                 f"{name} must be private unless you ask for a public one, but it exists and is public: push it "
-                "publicly (--public; in training --hub_private_repo False), or give another name",
+                "publicly (--public; in training --no_hub_private_repo), or give another name",
                 is_transient=False,
             )
         return name
