@@ -185,7 +185,7 @@ def test_command_line_writes_images(pipeline, tmp_path):
         assert np.array_equal(np.asarray(image), expected[0].permute(1, 2, 0))
 
     again = hf_ddpm("sample", model, "--num_images", 3, "--seed", 7, "--out", out)
-    assert again.exit_code == 1
+    assert again.exit_code == 2
     assert "samples with num_inference_steps=5, got num_inference_steps=20: choose another folder" in again.output
 
 
