@@ -120,7 +120,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, processes: Proce
         state=state,
         objective=_make_objective(config, scheduler),
         validation=validation,
-        learning_rate=_learning_rate(config, start.num_steps, progress.schedule_batch_size, processes),
+        learning_rate=learning_rate_schedule(config, start.num_steps, progress.schedule_batch_size, processes),
         decays=decays,
         total_images=start.num_steps * progress.schedule_batch_size,
         global_batch_size=start.global_batch_size,
@@ -383,7 +383,7 @@ def _restore(state: TrainingState, progress: Progress, checkpoint: Path, acceler
     return replace(progress, num_resumes=progress.num_resumes + 1)
 
 
-def _learning_rate(
+def learning_rate_schedule(
     config: TrainingConfig, num_steps: int, schedule_batch_size: int, processes: Processes
 ) -> Callable[[int], float]:
     """Return the learning rate as a function of the images seen.

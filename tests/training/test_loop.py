@@ -22,10 +22,11 @@ from hf_ddpm.data.batches import MicroBatches, to_x_0
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import image_draws
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
-from hf_ddpm.training.setup import _lr_factor
+from hf_ddpm.training.setup import learning_rate_schedule
 from tests.support.networks import tiny_unet_config
 from tests.support.runs import differences
 from tests.support.trained import losses, metrics, model_file, weights
@@ -97,10 +98,11 @@ def test_accumulation_equals_a_larger_batch(tiny_settings, tmp_path):
 
 def test_learning_rate_reaches_peak_and_end_in_optimizer_steps():
     config = TrainingConfig(lr_warmup_steps=50, gradient_accumulation_steps=4)
-    factor = _lr_factor(config, 1000)
-    assert factor(50) == 1
-    assert factor(25) == 0.5
-    assert factor(1000) == pytest.approx(0, abs=1e-6)
+    learning_rate = learning_rate_schedule(config, 1000, 32, Processes())
+    peak = config.peak_learning_rate
+    assert learning_rate(50 * 32) == peak
+    assert learning_rate(25 * 32) == 0.5 * peak
+    assert learning_rate(1000 * 32) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("warmup", "is_said"), [(5, False), (6, True)])
