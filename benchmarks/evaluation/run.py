@@ -19,7 +19,8 @@ from pathlib import Path
 
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.search import search_and_keep
-from hf_ddpm.hub.card import read_run, result_cells
+from hf_ddpm.hub.card import result_cells
+from hf_ddpm.runtime.run_files import read_run
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.parsing import load_config
 

@@ -23,9 +23,9 @@ from benchmarks.recipe.run import load_data
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.evaluation.search import search_timesteps, spaced_timesteps
-from hf_ddpm.hub.card import read_run
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import weights_sha256
+from hf_ddpm.runtime.run_files import read_run
 from hf_ddpm.sampling.sampler import FORWARD_BATCH, load_for_sampling, seeded_generators
 from hf_ddpm.sampling.schedulers import named_scheduler
 from hf_ddpm.scheduler import complete_config

@@ -23,10 +23,10 @@ from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.statistics import FORMAT as REFERENCE_FORMAT
 from hf_ddpm.evaluation.statistics import Reference, load_reference, make_reference
-from hf_ddpm.hub.card import read_run
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_mapping
 from hf_ddpm.runtime.processes import Processes
+from hf_ddpm.runtime.run_files import read_run
 
 
 class Splits:

@@ -25,8 +25,9 @@ from hf_ddpm.hub.card_settings import settings_rows
 from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.hub.readme import BEGIN, END, merge_readme, named_repository
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import naming_damage, read_mapping, read_metrics, weights_sha256, write_atomically
+from hf_ddpm.runtime.files import naming_damage, read_mapping, read_metrics, write_atomically
 from hf_ddpm.runtime.format import format_duration, format_measurement, format_value
+from hf_ddpm.runtime.run_files import read_evaluation, read_run
 from hf_ddpm.scheduler import is_solvable
 from hf_ddpm.timesteps import read_searched
 
@@ -64,18 +65,6 @@ def write_card(output_dir: str | Path, repo_id: str | None = None, revision: str
         new_readme = merge_readme(readme, card)
     write_atomically(path, new_readme)
     return path
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Return the facts of a finished run, which run.json holds, or an empty mapping."""
-    return read_mapping(folder / "run.json")
-
-
-def read_evaluation(folder: Path) -> list[dict[str, Any]]:
-    """Return the results in evaluation.json, or none if they were measured with other weights than the folder's."""
-    evaluation = read_mapping(folder / "evaluation.json")
-    weights = weights_sha256(folder) if evaluation else None
-    return evaluation.get("results", []) if weights in (None, evaluation.get("weights_sha256")) else []
 
 
 def result_cells(row: Mapping[str, Any]) -> dict[str, str]:

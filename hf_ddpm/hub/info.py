@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_ddpm._version import __version__
-from hf_ddpm.hub.card import read_evaluation, read_run
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.run_files import checkpoint_names
+from hf_ddpm.runtime.run_files import checkpoint_names, read_evaluation, read_run
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub", "safetensors", "numpy")
 

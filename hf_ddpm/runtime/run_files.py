@@ -16,9 +16,9 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from hf_ddpm.runtime.files import cut_metrics
+from hf_ddpm.runtime.files import cut_metrics, read_mapping, weights_sha256
 
 EVALUATION = "evaluation.json"
 SEARCHED_TIMESTEPS = "scheduler/searched_timesteps.json"
@@ -192,3 +192,15 @@ def _numbered_paths(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     name = re.escape(Path(pattern).name).replace(r"\*", r"(\d+)")
     matches = [(re.fullmatch(name, path.name), path) for path in folder.glob(pattern)]
     return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return the facts of a finished run, which run.json holds, or an empty mapping."""
+    return read_mapping(folder / "run.json")
+
+
+def read_evaluation(folder: Path) -> list[dict[str, Any]]:
+    """Return the results in evaluation.json, or none if they were measured with other weights than the folder's."""
+    evaluation = read_mapping(folder / "evaluation.json")
+    weights = weights_sha256(folder) if evaluation else None
+    return evaluation.get("results", []) if weights in (None, evaluation.get("weights_sha256")) else []

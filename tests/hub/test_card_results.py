@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_ddpm.hub.card import read_evaluation, write_card
+from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.card_metadata import _dataset_type, eval_results
+from hf_ddpm.runtime.run_files import read_evaluation
 from tests.support.cards import COPIES, RESULT, assert_no_trace_of_absence, card_of, make_run, write_results
 
 

@@ -108,7 +108,7 @@ def test_loading_a_private_repository_needs_its_token(server: HubServer, run: Pa
         with pytest.raises(OSError, match="digits"):
             DDPMPipeline.from_pretrained(NAME)
         done = CliRunner().invoke(app, ["sample", NAME, "--out", str(tmp_path / "images")])
-        assert done.exit_code == 1
+        assert done.exit_code == 2
         assert "it is not on the Hub, or private, which needs hf auth login" in done.stderr
         assert not (tmp_path / "images").exists()
 

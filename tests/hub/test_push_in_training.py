@@ -73,7 +73,7 @@ def test_training_survives_a_hub_that_fails(
     said = capsys.readouterr().err
     command = f"hf-ddpm push {run} {NAME} --revision dev --averages"
     assert f"the model is whole in '{run}', but was not pushed: the Hub has an error of its own" in said
-    assert f"{command} does it later" in said
+    assert f"Push it later with: {command}" in said
     assert len(server.requests_to("POST", "/commit/dev$")) >= 3
     DDPMPipeline.from_pretrained(run)
     server.mend()
@@ -117,5 +117,5 @@ def test_training_begins_without_a_network(
     train(config)
     said = capsys.readouterr().err
     assert f"nothing can be pushed to {NAME} yet, training begins nonetheless: http://127.0.0.1" in said
-    assert f"hf-ddpm push {config.output_dir} {NAME} does it later" in said
+    assert f"Push it later with: hf-ddpm push {config.output_dir} {NAME}" in said
     assert (Path(config.output_dir) / WEIGHTS).is_file()
