@@ -28,7 +28,6 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, read_mapping, read_metrics, write_atomically
 from hf_ddpm.runtime.format import format_duration, format_measurement, format_value
 from hf_ddpm.runtime.run_files import read_evaluation, read_run
-from hf_ddpm.scheduler import is_solvable
 from hf_ddpm.timesteps import read_searched
 
 FEW_STEPS = 20  # of the card's example with a solver
@@ -242,6 +241,8 @@ def _is_solvable_by_stock(settings: Mapping[str, Any], unet: Mapping[str, Any]) 
     example, since the pipeline gives a generator to each step, which UniPC does not accept.
     """
     has_learned_variance = str(settings.get("variance_type")).startswith("learned")
+    from hf_ddpm.scheduler import is_solvable  # which loads torch; `hf-ddpm info` shows results without it
+
     return is_solvable(settings) and (unet.get("in_channels") == 3 or not has_learned_variance)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -67,6 +66,8 @@ def find_model(model: str | Path) -> tuple[Path, str | None]:
 def _download(repo_id: str) -> Path:
     """Return the folder in the Hub's cache that holds a pipeline, with the settings and facts of its run."""
     try:
+        from diffusers import DiffusionPipeline
+
         folder = Path(str(DiffusionPipeline.download(repo_id)))
         snapshot_download(repo_id, allow_patterns=["config.yaml", "run.json"])
     except Exception as error:  # a broken connection has no type that huggingface_hub documents
