@@ -25,9 +25,9 @@ def model(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("model")
     unet = UNet2DModel(**tiny_unet_config(channels=1))
-    DDPMPipeline(unet, DDPMScheduler(10, timestep_spacing="trailing", rescale_betas_zero_snr=False)).save_pretrained(
-        folder
-    )
+    DDPMPipeline(
+        unet, DDPMScheduler(10, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    ).save_pretrained(folder)
     for images in (50, 100):
         tensors = {std: dict(unet.named_parameters()) for std in TRACKED_STDS}
         write_atomically(snapshot_path(folder, images), snapshot_bytes(images, tensors))
