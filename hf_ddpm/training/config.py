@@ -168,6 +168,12 @@ class TrainingConfig(DataConfig):
     gradient_accumulation_steps: int = setting(
         1, "Forward passes per optimizer step.", group="optimization", resume="free", at_least=1
     )
+    optimizer: Literal["muon", "adamw"] = setting(
+        "muon",
+        "Muon for the matrices of the network's blocks and AdamW for all else, or AdamW for all.",
+        group="optimization",
+        resume="fixed",
+    )
     learning_rate: float | None = setting(
         None,
         "The peak of the learning rate; default: 0.003 for muon, 0.001 for adamw.",
@@ -191,12 +197,6 @@ class TrainingConfig(DataConfig):
         at_least=0,
         only_with={"lr_scheduler": ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")},
         off=0,
-    )
-    optimizer: Literal["muon", "adamw"] = setting(
-        "muon",
-        "Muon for the matrices of the network's blocks and AdamW for all else, or AdamW for all.",
-        group="optimization",
-        resume="fixed",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
         None, "The network's arithmetic; default: what `accelerate launch` says.", group="optimization", resume="free"

@@ -212,7 +212,7 @@ def test_launch_with_deepspeed_is_refused_in_one_line(script, tmp_path):
             "WORLD_SIZE": "2",
         },
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: distributed_type must not be DEEPSPEED")
     assert "use FSDP 2" in line
