@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import zlib
 from pathlib import Path
 
@@ -112,7 +113,9 @@ def encoded_in_mode(mode: str, width: int, height: int, rng: np.random.Generator
         image.putpalette(rng.bytes(768))
     buffer = io.BytesIO()
     try:
-        image.save(buffer, file_format)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Pillow 13 no longer saves mode I as PNG.
+            image.save(buffer, file_format)
         Image.open(buffer).load()  # Pillow cannot read every file that it writes, such as YCbCr in TIFF.
     except (OSError, ValueError, KeyError):
         return None
