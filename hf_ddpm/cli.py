@@ -179,7 +179,9 @@ def evaluate(
     reference: Annotated[
         str | None, option("reference", "A folder of `hf-ddpm reference`. Default: a cached one.")
     ] = None,
-    floor: Annotated[str | None, option("floor", "Another one, for what real images get. Default: halves.")] = None,
+    other_reference: Annotated[
+        str | None, option("other_reference", "Another one, for what real images get. Default: halves.")
+    ] = None,
     split: Annotated[str, option("split", "The split of the reference and of training.")] = "train",
     test_split: Annotated[str, option("test_split", "Images that were not trained on.")] = "test",
     num_images: Annotated[int, option("num_images", "How many images to sample.", min=1)] = 5000,
@@ -217,7 +219,7 @@ def evaluate(
             model,
             metrics=split_commas(metrics),
             reference=reference,
-            floor=floor,
+            other_reference=other_reference,
             data=data,
             split=split,
             test_split=test_split,

@@ -304,7 +304,7 @@ def _command(job: Job) -> str:
     options = {
         "metrics": ",".join(request.metrics),
         "reference": request.reference,
-        "floor": request.floor,
+        "other_reference": request.other_reference,
         **{name: data.get(name) for name in data_options},
         "split": None if request.split == "train" else request.split,
         "test_split": None if request.test_split == "test" else request.test_split,

@@ -56,8 +56,8 @@ class Request:
         metrics: Some of fd (Fréchet distance), kid, precision (with recall, density and coverage), cmmd, nll (bits per
             dimension) and memorization.
         reference: A folder of `hf-ddpm reference`. None: it is made of `data`, and kept in the cache of the data.
-        floor: A second reference, of other images: what real images get is measured with both. None: with halves of
-            `reference`. It needs `reference`.
+        other_reference: A second reference, of other images: what real images get is measured with both. None: with
+            halves of `reference`. It needs `reference`.
         data: The settings of the data. None: those of the run in the model's folder. nll and memorization need data,
             and so do distances without `reference`.
         split: The split of the reference, and of training.
@@ -84,7 +84,7 @@ class Request:
     model: str | Path
     metrics: Sequence[str] = ("fd", "kid", "precision")
     reference: str | Path | None = None
-    floor: str | Path | None = None
+    other_reference: str | Path | None = None
     data: DataConfig | None = None
     split: str = "train"
     test_split: str = "test"
@@ -113,8 +113,11 @@ class Request:
         for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.floor is not None and self.reference is None:
-            raise UsageError(f"floor goes with a reference, got {str(self.floor)!r} alone: give --reference, too")
+        if self.other_reference is not None and self.reference is None:
+            raise UsageError(
+                f"other_reference goes with a reference, got {str(self.other_reference)!r} alone: "
+                "give --reference, too"
+            )
 
 
 class SamplerSetting(NamedTuple):
@@ -286,7 +289,7 @@ def _load_comparison(
         return Comparison(network)
     if reference is not None:
         check_comparable(reference, network, splits.resolution, channels)
-        other_reference = None if request.floor is None else load_reference(request.floor)
+        other_reference = None if request.other_reference is None else load_reference(request.other_reference)
     else:
         reference, other_reference = splits.references(network, request.split, request.test_split)
     _check_counts(distances, network, reference, request.num_images)

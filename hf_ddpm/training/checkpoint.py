@@ -35,7 +35,7 @@ from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.sharding import full_moments, full_tensors, is_sharded, load_into, load_moments
 
-FORMAT = 2
+FORMAT = 3  # Increase it when what a checkpoint means changes, so that no older run is resumed.
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

@@ -199,7 +199,7 @@ def test_evaluate_measures_a_stock_repository_by_references_or_data(
     before = files_in(stock)
     for split in ("train", "test"):
         make_reference(config_of(digits), split, load_network("inception", network_file), tmp_path / split)
-    paths = {"reference": tmp_path / "train", "floor": tmp_path / "test"}
+    paths = {"reference": tmp_path / "train", "other_reference": tmp_path / "test"}
     done = measure(stock, **paths, out=tmp_path / "out")
     assert files_in(stock) == before
     assert set(by_metric(done["results"])) == DISTANCES
@@ -207,7 +207,7 @@ def test_evaluate_measures_a_stock_repository_by_references_or_data(
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert len(card.data.eval_results) == 6
     command = results_in(tmp_path / "out")[0]["command"]
-    assert "evaluate stock --metrics fd,kid,precision --reference train --floor test" in command
+    assert "evaluate stock --metrics fd,kid,precision --reference train --other_reference test" in command
     # The same with the data instead of a reference, and into the model's own folder.
     again = measure(stock, data=config_of(digits))
     assert [row["value"] for row in again["results"]] == [row["value"] for row in done["results"]]

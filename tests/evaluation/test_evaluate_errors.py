@@ -43,7 +43,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "network file": ({"network_path": "nowhere.pt"}, "network_path must be the weights file of inception"),
     "cmmd": ({"metrics": ["cmmd"]}, "cmmd is of CLIP's embeddings, got the network 'inception'"),
     "reference": ({"reference": "nowhere"}, "make one with `hf-ddpm reference`"),
-    "floor": ({"floor": "nowhere"}, "floor goes with a reference"),
+    "other_reference": ({"other_reference": "nowhere"}, "other_reference goes with a reference"),
     "device": ({"device": "abacus"}, "device must be one that torch finds here, as cpu, got 'abacus'"),
     "split": ({"split": "validation"}, "^split must be .*got 'validation'"),
     "test split": ({"metrics": ["nll"], "test_split": "validation"}, "^test_split must be .*got 'validation'"),
