@@ -14,6 +14,7 @@ import torch
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import (
+    FORMAT,
     Progress,
     TrainingState,
     find_checkpoint,
@@ -131,7 +132,7 @@ def test_verify_names_another_format(state, tmp_path):
     checkpoint = save(state, tmp_path, 4)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
-    assert verify(checkpoint) == "it has format 1, not 2, of another version of hf_ddpm"
+    assert verify(checkpoint) == f"it has format 1, not {FORMAT}, of another version of hf_ddpm"
 
 
 def test_pruning_counts_whole_checkpoints_only(state, tmp_path):
