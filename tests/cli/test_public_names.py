@@ -41,6 +41,7 @@ def test_public_names_are_classes_and_functions():
         _ = hf_ddpm.DDIMPipeline
 
 
+@pytest.mark.slow
 def test_rooms_do_not_hide_public_functions():
     code = """
 import hf_ddpm, sys

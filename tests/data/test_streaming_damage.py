@@ -183,6 +183,7 @@ def train_and_harm(config: TrainingConfig, harm: Callable[[], object], step: int
         hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "images"])
 def test_run_with_damaged_data_resumes_bit_for_bit_when_they_are_restored(
     folder: Path, run_config: TrainingConfig, kind: str, tmp_path: Path

@@ -56,6 +56,7 @@ def test_epoch_of_all_substreams_holds_each_image_once(folder: Path, sizes: list
     assert seen[0] != seen[1] or sum(sizes) < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "workers"), [([19, 8, 1, 15, 30], 2), ([31, 22], 0)], ids=["shards", "few_shards"])
 def test_stream_does_not_depend_on_layout_and_interruption(folder: Path, sizes: list[int], workers: int) -> None:
     save_parquet(folder, sizes)
@@ -121,6 +122,7 @@ def open_layout(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Image
     return open_once
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     sizes=st.sampled_from([(1,), (9,), (4, 3), (3, 1, 5, 2)]),
@@ -182,6 +184,7 @@ def test_order_of_a_stream_does_not_depend_on_its_layout(
     assert read_stream(whole, 0, first, batch_size=1, num_processes=1, **order)[0] == content
 
 
+@pytest.mark.slow
 def test_stream_does_not_depend_on_whether_row_counts_are_known(folder: Path) -> None:
     save_parquet(folder, [19, 8, 1, 15, 30])
     stream = open_stream(stream_config(folder))

@@ -90,6 +90,7 @@ def rows_of(parts: list[range]) -> Iterator[dict[str, Any]]:
         yield from ({"image": {"bytes": png(numbered_image(n)), "path": None}, "kind": n % 2} for n in part)
 
 
+@pytest.mark.slow
 def test_stream_of_generated_examples(folder: Path) -> None:
     """As `datasets` streams archives from the Hub: they are no Arrow tables, and no number of rows is known."""
     save_parquet(folder, [30])

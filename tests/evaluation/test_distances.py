@@ -228,6 +228,7 @@ def test_cmmd_of_equal_distributions_is_its_bias():
     assert abs(values.mean() - expected) < 4 * values.std() / NUM_DRAWS**0.5 + 0.01 * expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", [kernel_distance, cmmd])
 @pytest.mark.parametrize(("n", "m"), [(40, 40), (25, 60), (5, 6)])
 @pytest.mark.parametrize("shift", [0.0, 0.4])

@@ -41,6 +41,7 @@ from tests.support.evaluations import (
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarning")
 
 
+@pytest.mark.slow
 def test_evaluate_measures_all_metrics_of_a_run(run: Path, measure: Any, digits: Path, network_file: Path):
     done = measure(run, metrics=ALL_METRICS)
     assert done["results"] == results_in(run)
@@ -84,6 +85,7 @@ def test_evaluate_measures_all_metrics_of_a_run(run: Path, measure: Any, digits:
     assert copies["held_out"]["split"] == "test"
 
 
+@pytest.mark.slow
 def test_evaluate_samples_the_same_noises_for_each_setting_of_a_grid(run: Path, measure: Any):
     measure(run, metrics=["kid"], num_inference_steps=[1, 2, 3], schedulers=["ddim", "dpmsolver++"])
     grid = results_in(run)
@@ -105,6 +107,7 @@ def test_evaluate_uses_the_default_scheduler_and_steps_of_sampling(run: Path, me
     assert (row["sampling"]["scheduler"], row["sampling"]["num_inference_steps"]) == ("unipc", 20)
 
 
+@pytest.mark.slow
 def test_dtype_and_compilation_apply_to_samples_and_not_to_the_likelihood(
     run: Path, measure: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -151,6 +154,7 @@ def run_process(rank: int, size: int, port: int, out: Path, model: Path, network
     (out / f"{rank}.json").write_text(json.dumps(done["results"]))
 
 
+@pytest.mark.slow
 def test_evaluate_measures_the_same_with_any_batch_size(run: Path, measure: Any, tmp_path: Path):
     found = [
         [
@@ -265,6 +269,7 @@ def noisy(pixels: torch.Tensor, std: float) -> torch.Tensor:
     return (pixels.float() + std * noise).clamp(0, 255).round().to(torch.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inception", pytest.param("efficientnet-lite0", marks=pytest.mark.slow)])
 def test_distances_rise_with_noise_blur_and_missing_classes(name: str, network_file: Path, tmp_path: Path):
     if name != "inception":

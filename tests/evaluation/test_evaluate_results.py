@@ -27,6 +27,7 @@ from tests.support.evaluations import (
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarning")
 
 
+@pytest.mark.slow
 def test_evaluate_writes_results_on_the_card(run: Path, measure: Any):
     measure(run, metrics=ALL_METRICS, num_inference_steps=[1, 3], schedulers=["ddpm", "unipc"])
     card = ModelCard.load(run / "README.md")
@@ -58,6 +59,7 @@ def test_command_leaves_out_schedulers_where_the_default_depends_on_steps(run: P
     assert "--scheduler unipc" in row["command"]
 
 
+@pytest.mark.slow
 def test_command_leaves_out_steps_where_each_scheduler_has_its_own_default(run: Path, measure: Any):
     DDPMScheduler(30, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction").save_pretrained(
         run / "scheduler"
@@ -97,6 +99,7 @@ def test_evaluate_keeps_the_repository_that_the_card_names(run: Path, measure: A
     assert cards.named_repository((run / "README.md").read_text(encoding="utf-8")) == "me/photos"
 
 
+@pytest.mark.slow
 def test_results_replace_only_those_measured_in_the_same_way(run: Path, measure: Any):
     first = measure(run, metrics=["kid", "nll"])["results"]
     measure(run, metrics=["kid"], num_inference_steps=[3])

@@ -186,6 +186,7 @@ def test_bound_is_that_of_the_clipped_model():
     assert bound.bits_per_dimension < measure(raw, plain, images).bits_per_dimension / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 def test_bound_of_gaussian_values_is_a_little_above_their_entropy(variance_type):
     """Best means and 100 steps: with best variances, too, next to nothing is lost."""
@@ -210,6 +211,7 @@ def test_bound_of_gaussian_values_is_a_little_above_their_entropy(variance_type)
     assert few == [pytest.approx(few[0], rel=1e-6)] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variance_type", [pytest.param("learned", marks=pytest.mark.slow), "fixed_small", "fixed_large"]
 )

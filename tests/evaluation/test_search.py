@@ -238,6 +238,7 @@ def test_schedule_command_rejects_what_cannot_work(model, arguments, message):
     assert message in done.output
 
 
+@pytest.mark.slow
 def test_search_and_keep_stops_when_the_weights_change(model, make_unet):
     """A run trains in the folder, and saves while the search goes on."""
     search = search_and_keep(str(model), [2, 3], num_images=2)

@@ -65,6 +65,7 @@ def test_write_card_shows_every_recorded_value(tmp_path: Path):
         assert f"(figures/{name})" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("section", "key"), [(section, key) for section, values in RUN.items() for key in values])
 def test_write_card_leaves_out_the_sentence_of_a_missing_value(tmp_path: Path, section: str, key: str):
     full = card_of(tmp_path)

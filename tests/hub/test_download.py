@@ -135,6 +135,7 @@ def foreign(server: HubServer, tmp_path: Path, request: pytest.FixtureRequest) -
     return folder
 
 
+@pytest.mark.slow
 def test_stock_repository_can_be_sampled_and_finetuned(
     foreign: Path, push_settings: dict[str, Any], tmp_path: Path, image_folder: Path
 ):

@@ -63,6 +63,7 @@ def test_training_pushes_and_writes_no_token(server: HubServer, push_settings: d
     assert not list(run.glob("partial-*"))
 
 
+@pytest.mark.slow
 def test_training_survives_a_hub_that_fails(
     server: HubServer, push_settings: dict[str, Any], short_pauses: None, capsys: pytest.CaptureFixture[str]
 ):

@@ -52,6 +52,7 @@ REFUSALS: dict[str, tuple[str, Callable[[HubServer], None], str, bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSALS)
 @pytest.mark.parametrize("is_given", [False, True], ids=["environment", "argument"])
 def test_push_explains_a_refusal(

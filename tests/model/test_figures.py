@@ -210,6 +210,7 @@ def blue(array: np.ndarray) -> np.ndarray:
     return pixels_of(array, figures.COLORS[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_y", [False, True])
 @pytest.mark.parametrize(
     "y",

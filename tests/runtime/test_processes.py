@@ -94,6 +94,7 @@ def write_what_one_learns(rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_processes_learn_the_same(tmp_path):
     context = multiprocessing.get_context("forkserver")
     children = [context.Process(target=write_what_one_learns, args=(rank, 2, tmp_path)) for rank in range(2)]

@@ -57,7 +57,9 @@ def differences(a: Path, b: Path) -> list[str]:
 
 # Children start from a process that has imported what takes seconds to import.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["hf_ddpm.training.loop", "tests.support.runs"])
+processes.set_forkserver_preload(
+    ["hf_ddpm.training.loop", "tests.support.runs", "datasets", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+)
 
 WORKER, TWICE = 1001, 1002
 

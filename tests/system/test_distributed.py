@@ -84,6 +84,7 @@ def train_divided(root: Path, divisions: dict, **settings) -> TrainingConfig:
     return divided
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1 by 4", "2 by 2", "4 by 1", "2 by 2, FSDP"])
 def test_every_division_of_the_global_batch_trains_the_same_model(runs, name):
     root, traces = runs
@@ -105,12 +106,14 @@ def assert_same(*folders):
     assert ImageChops.difference(*pictures).getextrema()[1] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("2 by 2", 1), ("2 by 2", 4), ("4 by 1", 3), ("2 by 2, FSDP", 1)])
 def test_resume_with_another_number_of_processes(runs, before, after, tmp_path):
     """The same run as far as the global batch can be kept; else one whose schedule follows the images seen."""
     resume_elsewhere(runs, before, after, tmp_path)
 
 
+@pytest.mark.slow
 def test_fsdp_resumes_a_run_of_one_process(runs, tmp_path):
     resume_elsewhere(runs, "1 by 4", 2, tmp_path, **FSDP)
 
@@ -139,6 +142,7 @@ def resume_elsewhere(runs, before, after, tmp_path, **variables):
     assert now[14]["ema_decay"] ** (8 / 6) == pytest.approx(whole[13]["ema_decay"])
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_process_that_died(runs, tmp_path):
     """torchrun's elastic restart, of all processes; the run is the one in which none died."""
     root, _ = runs

@@ -69,6 +69,7 @@ def test_readme_commands_run(command):
         group.commands[command[1]].make_context(command[1], command[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code", [code for code in blocks("python") if "me/digits" not in code], ids=lambda code: code.split("\n")[0]
 )
@@ -79,6 +80,7 @@ def test_readme_python_runs(code, tmp_path):
     exec(compile(code, "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 def test_readme_sharing_and_loading_work(tmp_path):
     section = README.partition("## Share it")[2].partition("\n## ")[0]
     lines = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()

@@ -33,6 +33,7 @@ def test_every_launch_config_has_a_test():
     assert {path.stem for path in (ROOT / "launch_configs").iterdir()} == SAID.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAID)
 def test_launch_config_trains(name, tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "out"

@@ -72,6 +72,7 @@ def finish(config: TrainingConfig, num_processes: int = 1) -> Path:
     return Path(config.output_dir)
 
 
+@pytest.mark.slow
 def test_run_killed_at_any_moment_resumes_to_the_same_bits(whole):
     """In a step before and after the first checkpoint, within the writing of each file, and while it finishes."""
     unkilled, config = whole(stable_target_images=7)
@@ -82,6 +83,7 @@ def test_run_killed_at_any_moment_resumes_to_the_same_bits(whole):
     assert not differences(finish(config), unkilled)
 
 
+@pytest.mark.slow
 def test_two_processes_killed_resume_to_the_same_bits(whole):
     unkilled, config = whole(num_processes=2, dataloader_num_workers=0, stable_target_images=7)
     for kill in ("flush", 5), ("step", 5):
@@ -89,6 +91,7 @@ def test_two_processes_killed_resume_to_the_same_bits(whole):
     assert not differences(finish(config, 2), unkilled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_streaming_run_killed_resumes_to_the_same_bits(whole, num_processes):
     unkilled, config = whole(num_processes, streaming=True, dataloader_num_workers=2, shuffle_buffer_images=5)
@@ -97,6 +100,7 @@ def test_streaming_run_killed_resumes_to_the_same_bits(whole, num_processes):
     assert not differences(finish(config, num_processes), unkilled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_ends_the_run_after_a_checkpoint(whole, name):
     unkilled, config = whole(dataloader_num_workers=0, max_train_steps=4)
@@ -113,6 +117,7 @@ def test_second_signal_ends_the_run_at_once(settings):
     assert sorted(p.name for p in Path(config.output_dir).glob("*checkpoint*")) == ["checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_max_train_hours_ends_the_run(whole):
     """Each start gets a step further; all of them together are the run in one."""
     unkilled, config = whole(dataloader_num_workers=0, max_train_steps=4)
@@ -121,6 +126,7 @@ def test_max_train_hours_ends_the_run(whole):
     assert not differences(Path(config.output_dir), unkilled)
 
 
+@pytest.mark.slow
 def test_processes_stop_after_the_same_step(whole):
     unkilled, config = whole(num_processes=2, dataloader_num_workers=0, max_train_steps=4)
     assert start(config, 2, "step", 3, signal.SIGTERM) == [75, 75]
@@ -128,6 +134,7 @@ def test_processes_stop_after_the_same_step(whole):
     assert not differences(finish(config, 2), unkilled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_step_without_finite_loss_is_skipped(settings, num_processes):
     """On every process, though one saw it; weights, optimizer and the other steps' loss know nothing of it."""
@@ -144,6 +151,7 @@ def test_step_without_finite_loss_is_skipped(settings, num_processes):
     assert all(p.isfinite().all() for p in load_file(folder / "unet/diffusion_pytorch_model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_max_bad_steps_ends_the_run(settings):
     config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_bad_steps": 3})
     assert start(config, 1, "forward", 5, 100) == [1]
@@ -171,6 +179,7 @@ def test_fused_adamw_leaves_everything_as_it_is_with_found_inf():
         assert all(torch.equal(a, b) == bool(found) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_resume_refuses_a_checkpoint_of_another_optimizer(whole):
     _, config = whole(optimizer="adamw", max_train_steps=4)
     file = Path(config.output_dir) / "config.yaml"
@@ -182,6 +191,7 @@ def test_resume_refuses_a_checkpoint_of_another_optimizer(whole):
     assert "optimizer must be adamw, whose moments the checkpoint holds, got muon" in said(config)
 
 
+@pytest.mark.slow
 def test_death_of_a_loader_worker_ends_the_run_with_a_checkpoint(whole):
     unkilled, config = whole(dataloader_num_workers=1, max_train_steps=4)
     config = replace(config, dataloader_num_workers=1)
@@ -201,6 +211,7 @@ def test_output_dir_takes_one_run_at_a_time(settings):
     assert not (Path(config.output_dir) / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_killed_launcher_ends_the_run_after_a_checkpoint(settings, tmp_path):
     if sys.platform != "linux":
         pytest.skip("only Linux tells a process of its parent's end")
@@ -219,6 +230,7 @@ def test_killed_launcher_ends_the_run_after_a_checkpoint(settings, tmp_path):
     assert verify(Path(config.output_dir) / f"checkpoint-{step}") is None
 
 
+@pytest.mark.slow
 def test_skipped_last_step_is_saved(settings):
     config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 4})
     assert start(config, 1, "forward", 7, 1) == [0]
@@ -266,6 +278,7 @@ def test_overflowing_loss_with_finite_gradients_is_skipped(settings):
     assert trace(config.output_dir)[-1]["bad_steps"] == 1
 
 
+@pytest.mark.slow
 def test_resume_keeps_a_changed_batch_size(settings):
     changes = {"dataloader_num_workers": 0, "gradient_accumulation_steps": 1, "train_batch_size": 4}
     config = TrainingConfig(**{**settings, **changes, "max_train_steps": 3, "checkpointing_steps": 2})

@@ -68,6 +68,7 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "previous_sample"])
 def test_stock_samples_the_same_images(folder, name):
     pipeline = DDPMPipeline.from_pretrained(folder / name)

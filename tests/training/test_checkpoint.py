@@ -78,6 +78,7 @@ def test_load_checkpoint_restores_every_bit(state, make_unet, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(everything(state), everything(fresh), strict=True))
 
 
+@pytest.mark.slow
 def test_checkpoint_contains_no_code(state, tmp_path):
     """Tensors in safetensors, the rest in JSON; no pickle under any name."""
     files = [p for p in save(state, tmp_path, 4).rglob("*") if p.is_file()]
@@ -198,6 +199,7 @@ cp -r disk/run finished
 """
 
 
+@pytest.mark.slow
 def test_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
     """A file system with room for one checkpoint: the run goes on to its end, says what is missing, and once there
     is room it ends as if there always had been."""

@@ -58,6 +58,7 @@ def dry(config, capsys):
     return table(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_table_agrees_with_the_run_itself(tiny_settings, tmp_path, capsys):
     config = TrainingConfig(**tiny_settings)
     rows, notes = dry(config, capsys)
@@ -106,6 +107,7 @@ def test_dry_run_writes_nothing(tiny_settings, tmp_path, capsys, monkeypatch):
     assert not Path(tiny_settings["output_dir"]).exists()
 
 
+@pytest.mark.slow
 def test_dry_run_leaves_an_existing_run_as_it_is(tiny_settings, tmp_path, capsys):
     config = TrainingConfig(**tiny_settings)
     train(config)
@@ -238,6 +240,7 @@ def test_count_flops_agrees_with_the_formulas(size, classes):
     assert count_flops(unet) == (forward, 3 * forward - ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -267,6 +270,7 @@ def test_dry_run_ends_when_images_cannot_be_read(tiny_settings, monkeypatch):
         train(TrainingConfig(**tiny_settings, dry_run=True))
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_what_was_held():
     # In a process of its own: here, what other tests held may be freed meanwhile, and its place be used.
     code = """
@@ -286,6 +290,7 @@ print(-1 if before is None else highest() - before, dry_run._highest_resident())
     assert 95_000_000 < added < 150_000_000
 
 
+@pytest.mark.slow
 def test_dry_run_of_two_processes_prints_one_table(tiny_settings, tmp_path):
     config = TrainingConfig(**tiny_settings, dry_run=True)
     before = listing(tmp_path)

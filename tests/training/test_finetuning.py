@@ -98,6 +98,7 @@ def test_init_from_takes_size_and_channels_of_the_model(config: TrainingConfig, 
     assert [written(config)[name] for name in ("resolution", "channels")] == [8, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(8, 8), [8, 8]])
 def test_init_from_accepts_a_square_sample_size_of_two_numbers(
     config: TrainingConfig, base: Path, size: Any, tmp_path: Path
@@ -115,6 +116,7 @@ def test_init_from_accepts_a_square_sample_size_of_two_numbers(
     train(replace(of_file, **NEVER, ddpm_num_steps=30))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -204,6 +206,7 @@ def test_init_from_refuses_contradicting_settings_before_writing(
     assert not Path(config.output_dir).exists()
 
 
+@pytest.mark.slow
 def test_resume_does_not_need_the_model_of_init_from(config: TrainingConfig, base: Path, tmp_path: Path):
     """Bit for bit, and also where it is gone, or another, when the run goes on."""
     whole = replace(config, output_dir=str(tmp_path / "whole"), checkpointing_steps=2)

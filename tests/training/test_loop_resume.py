@@ -19,6 +19,7 @@ from tests.support.trained import assert_same_weights, losses, metrics, model_fi
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_the_undisturbed_run(tiny_settings, tmp_path):
     settings = {
         **tiny_settings,
@@ -40,6 +41,7 @@ def test_resumed_run_equals_the_undisturbed_run(tiny_settings, tmp_path):
     assert json.loads((tmp_path / "parted/run.json").read_text())["training"]["num_resumes"] == 1
 
 
+@pytest.mark.slow
 def test_resume_keeps_the_network_of_the_checkpoint(tiny_settings, tmp_path, monkeypatch):
     """Also where a later version sizes another for the data, whose weights have the same shapes."""
     settings = {**tiny_settings, "model_config_name_or_path": None, "dropout": 0.2}
@@ -72,6 +74,7 @@ def test_resume_refuses_a_changed_model_config(tiny_settings, tmp_path):
     assert {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_resume_accepts_a_dropout_changed_in_the_config(tiny_settings):
     config = TrainingConfig(**{**tiny_settings, "model_config_name_or_path": None, "max_train_steps": 3})
     train(config)
@@ -98,12 +101,14 @@ def test_resume_from_an_older_checkpoint_needs_the_newer_gone(tiny_settings):
         train(replace(config, resume_from_checkpoint="checkpoint-3"))
 
 
+@pytest.mark.slow
 def test_train_prunes_old_checkpoints(tiny_settings):
     config = TrainingConfig(**{**tiny_settings, "checkpointing_steps": 1, "checkpoints_total_limit": 2})
     train(config)
     assert sorted(p.name for p in Path(config.output_dir).glob("*checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
 
 
+@pytest.mark.slow
 def test_resume_refuses_settings_of_another_run(tiny_settings, tmp_path, image_folder):
     config = TrainingConfig(**tiny_settings)
     train(config)

@@ -31,6 +31,7 @@ def logged_steps(config):
     return [json.loads(line)["step"] for line in Path(config.output_dir, "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "ema/halflife-100"])
 def test_run_without_its_model_is_not_finished(config, tmp_path, name):
     """A file stands where a folder is to be: permissions and disks stop no test that runs as root."""
@@ -73,6 +74,7 @@ def test_append_lines_appends_all_or_nothing(tmp_path):
     assert path.read_text() == "before\nafter\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blocked", "mended", "killed"), [(2, 4, 5), (2, 5, 5), (6, None, None)])
 def test_metrics_lines_arrive_once_though_the_file_was_blocked(config, blocked, mended, killed):
     """No checkpoint is written while lines wait for the file, so a resumed run writes those that a kill lost."""
@@ -134,6 +136,7 @@ def test_resuming_does_not_replace_a_model_of_no_run(config):
     assert not (folder / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_overwriting_keeps_foreign_pictures_among_the_previews(config):
     train(config)
     previews = Path(config.output_dir, "previews")
@@ -143,6 +146,7 @@ def test_overwriting_keeps_foreign_pictures_among_the_previews(config):
     assert (previews / "step-0000006 (1).png").exists()
 
 
+@pytest.mark.slow
 def test_unreadable_readme_ends_the_run_with_a_remedy(config):
     train(config)
     readme = Path(config.output_dir, "README.md")

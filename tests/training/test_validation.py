@@ -35,6 +35,7 @@ def measured(folder):
     return [json.loads(line) for line in (Path(folder) / "eval.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_validation_changes_no_bit_of_training(config, tmp_path):
     train(config)
     without = replace(config, output_dir=str(tmp_path / "without"), eval_steps=None, eval_num_images=2000)
@@ -54,6 +55,7 @@ def test_validation_changes_no_bit_of_training(config, tmp_path):
             picture.load()
 
 
+@pytest.mark.slow
 def test_best_json_describes_the_model_beside_it(config):
     best = Path(config.output_dir, "best")
     best.mkdir(parents=True)
@@ -62,6 +64,7 @@ def test_best_json_describes_the_model_beside_it(config):
     assert not (best / "best.json").exists()
 
 
+@pytest.mark.slow
 def test_validation_is_equal_over_processes_and_after_a_kill(config, tmp_path):
     train(config)
     two = replace(config, output_dir=str(tmp_path / "two"), train_batch_size=2)
@@ -73,6 +76,7 @@ def test_validation_is_equal_over_processes_and_after_a_kill(config, tmp_path):
         assert a["kid"] == pytest.approx(b["kid"], rel=1e-2, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_validation_network_or_split(config):
     train(replace(config, max_train_steps=4))
     more = replace(config, resume_from_checkpoint="latest")
