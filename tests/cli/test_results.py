@@ -80,6 +80,7 @@ def test_info_describes_model(model):
     assert lines[-1].split()[:2] == ["KD", "0.5"]
 
 
+@pytest.mark.slow
 def test_info_reads_model_without_torch(model):
     code = f"""
 import sys

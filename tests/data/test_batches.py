@@ -108,7 +108,6 @@ def test_extra_images_follow_those_of_the_step_in_its_epoch(
                 assert sorted([*own.tolist(), *batch["extra_labels"].tolist()]) == list(range(7))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_do_not_change_batches(seven_images: ImageCache, method: str) -> None:
     batches = micro_batches(seven_images, random_flip=True, num_steps=5)

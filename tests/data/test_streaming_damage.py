@@ -39,6 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 # Images
 
 
+@pytest.mark.slow
 def test_unreadable_image_is_replaced_by_its_neighbor(folder: Path) -> None:
     bad = (0, 5, 6, 20, 29, 30)
     save_parquet(folder, [30, 20], bad=bad)
@@ -59,6 +60,7 @@ def test_stream_names_unreadable_image(folder: Path) -> None:
         list(stream_batches(stream, num_steps=30))
 
 
+@pytest.mark.slow
 def test_skip_passes_over_many_unreadable_images_but_not_all(folder: Path) -> None:
     save_parquet(folder, [64, 9, 120], bad=tuple(range(64, 73)))
     stream = open_stream(stream_config(folder, on_bad_image="skip"))
@@ -213,6 +215,7 @@ def test_run_with_damaged_data_resumes_bit_for_bit_when_they_are_restored(
     assert not differences(tmp_path / "whole", Path(run_config.output_dir))
 
 
+@pytest.mark.slow
 def test_run_skips_images_that_vanish(folder: Path, run_config: TrainingConfig) -> None:
     save_folder(folder, 16)
     vanished = [folder / "odd" / "0007.png", folder / "even" / "0012.png"]

@@ -81,6 +81,7 @@ def test_stream_does_not_depend_on_layout_and_interruption(folder: Path, sizes: 
         assert read_stream(stream, first, 40, batch_size=4, num_processes=1)[0].items() <= whole.items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[16, 16, 16, 16], [41, 23]], ids=["shards", "few_shards"])
 def test_epoch_holds_each_image_once_while_the_layout_changes(folder: Path, sizes: list[int]) -> None:
     """Four substreams of one length, so that their epochs end together."""
@@ -201,6 +202,7 @@ def test_stream_does_not_depend_on_whether_row_counts_are_known(folder: Path) ->
                 assert rest.items() <= whole.items()
 
 
+@pytest.mark.slow
 def test_seed_substreams_and_buffer_decide_the_order(folder: Path) -> None:
     save_parquet(folder, [40, 40, 40, 40])
     stream = open_stream(stream_config(folder))

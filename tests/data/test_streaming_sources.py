@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 # Kinds of sources
 
 
+@pytest.mark.slow
 def test_stream_of_an_image_folder(folder: Path) -> None:
     save_folder(folder, 300)
     (folder / "notes.txt").write_text("not an image")
@@ -129,6 +130,7 @@ def test_fingerprint_depends_on_files_and_settings_only(tmp_path: Path) -> None:
     assert fingerprint("c") == fingerprint("d")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "images"])
 def test_pickled_batches_read_the_same_images(folder: Path, kind: str) -> None:
     """As workers that are not forked get them."""
@@ -155,6 +157,7 @@ def test_stream_preserves_sixteen_bits(folder: Path) -> None:
     assert next(iter(stream_batches(reduced)))["pixels"].dtype == torch.uint8
 
 
+@pytest.mark.slow
 def test_stream_rejects_images_unlike_the_first_ones(folder: Path) -> None:
     late = {
         "color": (np.zeros((4, 4, 3), np.uint8), r"channels must be given.*zz\.png\) has colors"),

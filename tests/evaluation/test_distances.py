@@ -219,6 +219,7 @@ def test_cmmd_equals_its_definition():
     assert cmmd(3 * X, unit(Y)) == pytest.approx(cmmd(X, Y), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_cmmd_of_equal_distributions_is_its_bias():
     generator = torch.Generator().manual_seed(0)
     draws = [(standard_normal(40, 4, generator), standard_normal(50, 4, generator)) for _ in range(NUM_DRAWS)]

@@ -102,6 +102,7 @@ def test_evaluate_samples_the_same_noises_for_each_setting_of_a_grid(run: Path, 
     assert again["value"] == grid[2]["value"]
 
 
+@pytest.mark.slow
 def test_evaluate_uses_the_default_scheduler_and_steps_of_sampling(run: Path, measure: Any):
     (row,) = measure(run, metrics=["kid"], num_inference_steps=[])["results"]
     assert (row["sampling"]["scheduler"], row["sampling"]["num_inference_steps"]) == ("unipc", 20)
@@ -197,6 +198,7 @@ def test_evaluate_writes_the_same_in_any_number_of_processes(run: Path, tmp_path
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_evaluate_measures_a_stock_repository_by_references_or_data(
     stock: Path, measure: Any, digits: Path, network_file: Path, tmp_path: Path
 ):
@@ -231,6 +233,7 @@ def test_memorization_includes_mirrored_images_whatever_names_the_data(run: Path
     assert rows[0]["num_compared"][1] == 600
 
 
+@pytest.mark.slow
 def test_cached_reference_gets_the_name_that_its_data_have_now(run: Path, measure: Any, digits: Path, tmp_path: Path):
     measure(run, metrics=["kid"])
     shutil.copytree(digits, tmp_path / "renamed")
@@ -239,6 +242,7 @@ def test_cached_reference_gets_the_name_that_its_data_have_now(run: Path, measur
     assert [row["reference"]["name"] for row in results_in(run)] == ["renamed"]
 
 
+@pytest.mark.slow
 def test_evaluate_samples_classes_as_often_as_in_the_data(
     of_classes: Path, measure: Any, digits: Path, network_file: Path, tmp_path: Path
 ):
@@ -269,7 +273,6 @@ def noisy(pixels: torch.Tensor, std: float) -> torch.Tensor:
     return (pixels.float() + std * noise).clamp(0, 255).round().to(torch.uint8)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inception", pytest.param("efficientnet-lite0", marks=pytest.mark.slow)])
 def test_distances_rise_with_noise_blur_and_missing_classes(name: str, network_file: Path, tmp_path: Path):
     if name != "inception":

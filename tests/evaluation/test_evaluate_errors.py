@@ -67,7 +67,6 @@ def test_command_line_names_the_option_of_steps_that_are_no_numbers(run: Path, s
     assert f"num_inference_steps must be whole numbers, got {steps!r}" in done.output
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_sampling")
 @pytest.mark.parametrize("name", ERRORS)
 def test_evaluate_rejects_settings_before_sampling(run: Path, measure: Any, name: str):

@@ -47,6 +47,7 @@ def test_evaluate_writes_results_on_the_card(run: Path, measure: Any):
     assert str(run.parent) not in card.content + json.dumps(results)
 
 
+@pytest.mark.slow
 def test_command_leaves_out_schedulers_where_the_default_depends_on_steps(run: Path, measure: Any):
     found = SearchedTimesteps("dpmsolver++", (19, 12, 4), 0.1, 0.2, num_images=1, seed=0, reference_steps=10)
     write_searched(run, [found], weights_sha256(run))
@@ -71,6 +72,7 @@ def test_command_leaves_out_steps_where_each_scheduler_has_its_own_default(run: 
     assert "--num_inference_steps" not in rows[0]["command"]
 
 
+@pytest.mark.slow
 def test_results_without_a_dtype_count_as_fp32(run: Path, measure: Any):
     (row,) = measure(run, metrics=["kid"])["results"]
     content = json.loads((run / "evaluation.json").read_text())
@@ -84,6 +86,7 @@ def test_results_without_a_dtype_count_as_fp32(run: Path, measure: Any):
     assert [r["sampling"]["dtype"] for r in results_in(run)] == ["bf16", "fp32"]
 
 
+@pytest.mark.slow
 def test_evaluate_keeps_what_the_author_wrote_on_the_card(run: Path, measure: Any):
     (run / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
     measure(run, metrics=["kid"])
@@ -93,6 +96,7 @@ def test_evaluate_keeps_what_the_author_wrote_on_the_card(run: Path, measure: An
     assert [result.metric_value for result in card.data.eval_results] == [results_in(run)[0]["value"]]
 
 
+@pytest.mark.slow
 def test_evaluate_keeps_the_repository_that_the_card_names(run: Path, measure: Any):
     cards.write_card(run, "me/photos")
     measure(run, metrics=["kid"])
@@ -111,6 +115,7 @@ def test_results_replace_only_those_measured_in_the_same_way(run: Path, measure:
     assert cards.read_evaluation(run) == results_in(run)
 
 
+@pytest.mark.slow
 def test_results_of_other_weights_are_removed(run: Path, measure: Any):
     measure(run, metrics=["kid", "nll"])
     assert "Bits per dimension" in (run / "README.md").read_text()
@@ -137,6 +142,7 @@ def test_card_in_another_folder_keeps_the_model_name_that_it_has(run: Path, meas
     assert 'from_pretrained("me/photos")' in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_results_record_the_number_of_neighbors(run: Path, measure: Any, digits: Path):
     rows = by_metric(measure(run, metrics=["precision"])["results"])
     assert {row["neighbors"] for row in rows.values()} == {5}
@@ -149,6 +155,7 @@ def test_results_record_the_number_of_neighbors(run: Path, measure: Any, digits:
     assert len(results_in(run)) == len(rows)
 
 
+@pytest.mark.slow
 def test_seconds_picture_shows_times_of_one_machine_alone(run: Path, measure: Any):
     measure(run, metrics=["kid"], num_inference_steps=[2])
     content = json.loads((run / "evaluation.json").read_text())
@@ -167,6 +174,7 @@ def test_seconds_picture_shows_times_of_one_machine_alone(run: Path, measure: An
     assert not (run / "figures/seconds.png").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_leaves_files_alone_when_a_write_fails(run: Path, measure: Any, monkeypatch: pytest.MonkeyPatch):
     measure(run, metrics=["kid"])
     before = files_in(run)

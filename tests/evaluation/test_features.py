@@ -254,6 +254,7 @@ def test_to_input_resizes_with_antialiasing_and_without_rounding(size: int):
         assert not torch.equal(expected, expected.round())
 
 
+@pytest.mark.slow
 @needs_efficientnet
 def test_efficientnet_has_1280_features():
     network = load_network("efficientnet-lite0")

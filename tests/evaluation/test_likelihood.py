@@ -114,6 +114,7 @@ def test_prior_term_is_zero_at_zero_terminal_snr():
     assert prior_term(scheduler, torch.ones(3, 1, 2, 2)).tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear/1000", "cosine/1000"])
 def test_terms_equal_the_reference(name, monkeypatch):
     """The noise and the network's output of the printed cases go through the whole measurement."""
@@ -211,7 +212,6 @@ def test_bound_of_gaussian_values_is_a_little_above_their_entropy(variance_type)
     assert few == [pytest.approx(few[0], rel=1e-6)] * 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "variance_type", [pytest.param("learned", marks=pytest.mark.slow), "fixed_small", "fixed_large"]
 )
@@ -289,6 +289,7 @@ def test_drawn_steps_give_an_unbiased_bound_and_its_standard_error():
     assert some.std() == pytest.approx(np.sqrt((error**2).mean()), rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timesteps_per_image", [None, 5])
 def test_sums_do_not_depend_on_shares_or_batches(timesteps_per_image):
     scheduler, images = DDPMScheduler(20, **FAST), random_images(7)

@@ -113,6 +113,7 @@ def test_beta_binomial_tail_is_the_sum_of_its_terms(num, a, b):
         assert _beta_binomial_tail(count, num, a, b) == pytest.approx(float(sum(terms[count:])), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_memorization_of_a_model_that_does_not_copy_has_the_null_distribution():
     """600 models are compared with one set of training images: z ~ N(0, 1), and p-values are uniform."""
     training = normal_rows(200, 0, dim=3)

@@ -95,6 +95,7 @@ def test_trajectories_equal_the_pipeline_with_remembered_outputs_too(model):
         assert torch.equal(own / 2 + 0.5, whole)
 
 
+@pytest.mark.slow
 def test_search_timesteps_finds_better_ones_than_uniform_on_unseen_noises(model):
     pipeline, _ = load_for_sampling(str(model), "ddpm")
     for row in search_timesteps(pipeline, [3], num_images=4, reference_steps=20):
@@ -111,6 +112,7 @@ def test_search_timesteps_finds_better_ones_than_uniform_on_unseen_noises(model)
         torch.testing.assert_close(float(measured), row.unipc_distance)
 
 
+@pytest.mark.slow
 def test_search_timesteps_of_a_model_with_classes_and_learned_variance(make_unet):
     unet = make_unet(out_channels=6, num_class_embeds=3)
     scheduler = DDPMScheduler(T, variance_type="learned_range", beta_schedule="squaredcos_cap_v2")
@@ -250,6 +252,7 @@ def test_search_and_keep_stops_when_the_weights_change(model, make_unet):
     assert not read_searched(model)
 
 
+@pytest.mark.slow
 def test_schedule_command_rejects_a_damaged_model(model):
     pipeline = DDPMPipeline.from_pretrained(model)
     with torch.no_grad():

@@ -65,7 +65,6 @@ def test_write_card_shows_every_recorded_value(tmp_path: Path):
         assert f"(figures/{name})" in card
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("section", "key"), [(section, key) for section, values in RUN.items() for key in values])
 def test_write_card_leaves_out_the_sentence_of_a_missing_value(tmp_path: Path, section: str, key: str):
     full = card_of(tmp_path)
@@ -170,6 +169,7 @@ def test_examples_fit_the_model(tmp_path: Path):
     assert len(snippets(card_of(tmp_path, scheduler=learned, unet=UNET | {"in_channels": 1}))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
 def test_examples_run(tmp_path: Path, one_thread: None):
     torch.manual_seed(0)

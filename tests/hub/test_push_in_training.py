@@ -84,6 +84,7 @@ def test_training_survives_a_hub_that_fails(
     assert server.repo(NAME).branches.keys() == {"main", "dev", "halflife-100"}
 
 
+@pytest.mark.slow
 def test_push_under_way_at_the_end_of_training_arrives_first(
     server: HubServer, push_settings: dict[str, Any], short_pauses: None
 ):
@@ -110,6 +111,7 @@ def test_training_refuses_a_wrong_token_before_writing_anything(
     assert contents(Path(config.output_dir)) == there if before else not Path(config.output_dir).exists()
 
 
+@pytest.mark.slow
 def test_training_begins_without_a_network(
     server: HubServer, push_settings: dict[str, Any], short_pauses: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):

@@ -132,6 +132,7 @@ def test_push_leaves_an_unreadable_readme_alone(server: HubServer, run: Path, te
     assert not list(run.glob("partial-*"))
 
 
+@pytest.mark.slow
 def test_push_keeps_each_text_where_it_was_written_if_both_were_edited(server: HubServer, run: Path):
     push(run, NAME)
     text = (run / "README.md").read_text()

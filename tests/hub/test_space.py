@@ -150,6 +150,7 @@ def test_sample_returns_some_states_of_the_first_image(folders: dict[str, Path])
     assert x_0_hat.shape == (1, 3, 8, 8)
 
 
+@pytest.mark.slow
 def test_sample_iterates_a_step_denoiser_alone_too(folders: dict[str, Path]):
     model = app.Model(str(folders["previous_sample"]))
     assert model.samplers == ["ddpm", app.NOISELESS]
@@ -190,6 +191,7 @@ def test_pictures_are_escaped_and_stand_in_a_grid():
     assert app.grid([Image.new("RGB", (8, 8))] * 3, SEEDS).count("<img") == 3
 
 
+@pytest.mark.slow
 def test_write_space_writes_the_page_and_what_it_imports(folders: dict[str, Path], tmp_path: Path):
     folder = tmp_path / "run"
     shutil.copytree(folders["v_prediction"], folder)
@@ -263,6 +265,7 @@ def test_model_id_of_comes_from_the_run(folders: dict[str, Path], tmp_path: Path
     assert space.model_id_of("google/ddpm-cifar10-32") == "google/ddpm-cifar10-32"
 
 
+@pytest.mark.slow
 def test_push_space_makes_one_commit_and_says_what_is_left_to_do(tmp_path: Path):
     files = {
         "app.py": "print()",
@@ -311,6 +314,7 @@ def test_push_space_makes_one_commit_and_says_what_is_left_to_do(tmp_path: Path)
     assert "the token may not write to bob/demo" in said[6]
 
 
+@pytest.mark.slow
 def test_demo_and_space_refuse_what_cannot_be_shown(folders: dict[str, Path], tmp_path: Path):
     (tmp_path / "config.yaml").touch()
     (tmp_path / "app.py").write_text("mine\n")

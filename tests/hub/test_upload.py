@@ -61,6 +61,7 @@ def test_push_uploads_the_listed_files_as_one_private_commit(server: HubServer, 
     assert named_repository((run / "README.md").read_text()) == NAME
 
 
+@pytest.mark.slow
 def test_push_makes_no_commit_if_nothing_changed(server: HubServer, run: Path):
     first = push(run, "digits")
     again = push(run, NAME)
@@ -179,6 +180,7 @@ def test_push_accepts_results_of_a_dataset_with_any_name(server: HubServer, run:
     assert (results[0].dataset_type, results[0].dataset_name) == ("my-photos-gr-er-f", "my photos (größer)")
 
 
+@pytest.mark.slow
 def test_card_of_an_average_describes_that_average(server: HubServer, run: Path):
     settings = {"use_ema": True, "ema_halflife_images": [50.0, 1e6, 50.5], "ema_inv_gamma": 1.0, "ema_power": 0.75}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -220,6 +222,7 @@ def test_commit_is_not_made_if_it_is_not_wanted_any_more(server: HubServer, run:
     assert len(server.repo("alice/digits").commits) == 2
 
 
+@pytest.mark.slow
 def test_push_uploads_each_average_as_a_branch(server: HubServer, run: Path):
     averages = {"halflife-50": 1, "std-0.1": 2}
     for name, seed in averages.items():

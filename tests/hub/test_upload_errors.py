@@ -52,7 +52,6 @@ REFUSALS: dict[str, tuple[str, Callable[[HubServer], None], str, bool]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSALS)
 @pytest.mark.parametrize("is_given", [False, True], ids=["environment", "argument"])
 def test_push_explains_a_refusal(
@@ -118,6 +117,7 @@ def test_push_continues_an_upload_that_broke_once(server: HubServer, run: Path):
     assert server.repo(NAME).files[WEIGHTS] == (run / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_push_keeps_what_somebody_commits_in_between(server: HubServer, run: Path):
     push(run, NAME)
     (run / "metrics.jsonl").write_text("{}\n")

@@ -210,7 +210,6 @@ def blue(array: np.ndarray) -> np.ndarray:
     return pixels_of(array, figures.COLORS[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("log_y", [False, True])
 @pytest.mark.parametrize(
     "y",
@@ -230,6 +229,7 @@ def test_draw_curves_draws_no_line_without_values(tmp_path: Path):
     assert len(blue(draw(tmp_path, Curve("loss", [1, 2], [0.0, -1.0]), log_y=True))) == 0
 
 
+@pytest.mark.slow
 def test_draw_curves_puts_values_where_they_belong(tmp_path: Path):
     x = np.linspace(0, 100, 400)
     pixels = blue(draw(tmp_path, Curve("loss", x, 3 * x + 7)))

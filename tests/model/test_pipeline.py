@@ -30,11 +30,12 @@ def pipeline(make_unet):
 @pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_images_equal_stock_bit_for_bit(make_unet, prediction_type):
-    stock_scheduler = diffusers.DDPMScheduler(200, 0.0005, 0.1, prediction_type=prediction_type)
-    stock = quiet(diffusers.DDPMPipeline(make_unet(), stock_scheduler))
-    ours = quiet(DDPMPipeline(make_unet(), stock_scheduler))
+    stock_scheduler = diffusers.DDPMScheduler(prediction_type=prediction_type)
+    unet = make_unet(block_out_channels=[8], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
+    stock = quiet(diffusers.DDPMPipeline(unet, stock_scheduler))
+    ours = quiet(DDPMPipeline(unet, stock_scheduler))
     assert type(ours.scheduler) is DDPMScheduler
-    for steps in (200, 50) if prediction_type == "epsilon" else (50,):
+    for steps in (1000, 50) if prediction_type == "epsilon" else (50,):
         images = [
             p(batch_size=2, generator=seeded(), num_inference_steps=steps, output_type="np").images
             for p in (stock, ours)
@@ -52,6 +53,7 @@ def test_default_takes_all_steps_of_training(pipeline):
     assert len(pipeline.scheduler.timesteps) == 50
 
 
+@pytest.mark.slow
 def test_image_of_a_generator_does_not_depend_on_its_batch(pipeline):
     together = pipeline(batch_size=3, generator=[seeded(i) for i in range(3)], output_type="pt").images
     for i in range(3):
@@ -60,6 +62,7 @@ def test_image_of_a_generator_does_not_depend_on_its_batch(pipeline):
     assert not torch.allclose(together[0], together[1], atol=0.1)
 
 
+@pytest.mark.slow
 def test_latents_are_the_initial_noise(pipeline):
     generator = seeded()
     noise = torch.randn(2, 3, 8, 8, generator=generator)

@@ -143,6 +143,7 @@ def test_optimal_prediction_keeps_gaussian_data_gaussian():
         assert abs(variance.item() - 1) < 1e-9
 
 
+@pytest.mark.slow
 def test_optimal_prediction_carries_a_point_exactly():
     """For a single point mu, fixed_small carries each marginal of q onto the next and ends at mu."""
     scheduler, mu = DDPMScheduler(clip_sample=False), 0.37

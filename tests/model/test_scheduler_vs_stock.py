@@ -38,6 +38,7 @@ def run_chain(scheduler, steps, seed=0, **step_arguments):
     return torch.stack(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large", "learned_range"])
 def test_steps_equal_stock_bit_for_bit(prediction_type, variance_type):

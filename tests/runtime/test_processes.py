@@ -123,6 +123,7 @@ def test_all_processes_learn_the_same(tmp_path):
         }
 
 
+@pytest.mark.slow
 def test_training_rejects_processes_with_different_images(tiny_settings, tmp_path):
     config = TrainingConfig(**{**tiny_settings, "train_batch_size": 4})
     shutil.copytree(str(config.train_data_dir), tmp_path / "fewer")
@@ -132,6 +133,7 @@ def test_training_rejects_processes_with_different_images(tiny_settings, tmp_pat
     assert not Path(config.output_dir).exists()
 
 
+@pytest.mark.slow
 def test_all_processes_report_why_one_of_them_cannot_load(tiny_settings, tmp_path):
     config = TrainingConfig(**{**tiny_settings, "train_batch_size": 4})
     shutil.copytree(str(config.train_data_dir), tmp_path / "damaged")

@@ -32,6 +32,7 @@ def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_every_file_of_a_finished_run_is_in_the_table(tiny_settings: dict[str, Any]):
     settings = {**tiny_settings, "ema_halflife_images": [10, 100], "ema_snapshots": 2}
     train(TrainingConfig(**settings))

@@ -107,6 +107,7 @@ def test_write_samples_resumes_after_a_kill(arguments, tmp_path):
             assert format == "npz" or (path.stat().st_ino, path.stat().st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
 
 
+@pytest.mark.slow
 def test_write_samples_writes_equal_images_in_each_format(make_unet, tmp_path):
     from datasets import load_dataset
 

@@ -88,6 +88,7 @@ def test_upload_makes_one_commit_or_none_if_nothing_changed(hub, client, folder)
     assert all("hf_hub" in request.user_agent for request in hub.requests_to("POST", "^/api/"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("type", "prefix"), [("model", ""), ("dataset", "datasets/"), ("space", "spaces/")])
 def test_downloads_return_what_was_uploaded(hub, client, folder, tmp_path, type, prefix):
     said = client(f"""
@@ -199,6 +200,7 @@ def test_commit_refuses_a_large_file_that_was_not_uploaded(hub, client):
     assert len(hub.repo("alice/digits").commits) == 2
 
 
+@pytest.mark.slow
 def test_cut_breaks_a_connection_at_the_given_byte(hub, client, tmp_path):
     content = bytes(range(256)) * (12 << 12)  # more than the client's block of 10 MiB, which it keeps
     (tmp_path / "large.bin").write_bytes(content)
@@ -232,6 +234,7 @@ def test_cut_breaks_a_connection_at_the_given_byte(hub, client, tmp_path):
     assert lost.files["small.bin"] == b"other"
 
 
+@pytest.mark.slow
 def test_fail_answers_with_an_error_the_given_number_of_times(hub, client):
     statuses = [400, 401, 403, 409, 412, 500, 503]
     for status in statuses:

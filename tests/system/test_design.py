@@ -126,6 +126,7 @@ def test_no_module_is_called_utils():
     assert not [path for path in SOURCES if path.stem in ("utils", "util", "helpers", "common", "misc")]
 
 
+@pytest.mark.slow
 def test_imports_are_declared_and_minimums_are_tested():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

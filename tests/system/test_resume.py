@@ -261,6 +261,7 @@ def train_without_files(config, images):
         handle.remove()
 
 
+@pytest.mark.slow
 def test_overflowing_loss_with_finite_gradients_is_skipped(settings):
     """On a network whose last layer alone would learn: its gradients do not depend on the loss."""
     config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 1, "use_ema": False})
@@ -292,6 +293,7 @@ def test_resume_keeps_a_changed_batch_size(settings):
     assert start(larger) == [0]
 
 
+@pytest.mark.slow
 def test_train_works_in_a_thread(settings):
     config = TrainingConfig(**{**settings, "max_train_steps": 2, "save_images_epochs": None})
     with ThreadPoolExecutor(1) as pool:

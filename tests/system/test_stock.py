@@ -96,6 +96,7 @@ def test_model_index_names_diffusers_classes_only(folder, name):
     assert not list(Path(folder / name).rglob("*.bin"))
 
 
+@pytest.mark.slow
 def test_stock_checkpoint_is_loaded_as_ours(folder):
     pipeline = DDPMPipeline.from_pretrained(folder / "saved_by_stock")
     assert type(pipeline.scheduler) is DDPMScheduler

@@ -148,6 +148,7 @@ def test_pruning_counts_whole_checkpoints_only(state, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
 
 
+@pytest.mark.slow
 def test_pruning_keeps_no_damaged_newer_checkpoint(state, tmp_path):
     save(state, tmp_path, 4)
     flip_a_bit(save(state, tmp_path, 6) / "optimizer.safetensors")  # of its right size

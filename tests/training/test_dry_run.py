@@ -95,6 +95,7 @@ def test_table_agrees_with_the_run_itself(tiny_settings, tmp_path, capsys):
     assert number(snapshots) == pytest.approx(sum(written), rel=0.1)  # names take space beside so small a network
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(tiny_settings, tmp_path, capsys, monkeypatch):
     dry(TrainingConfig(**tiny_settings), capsys)  # the images are in their cache
     monkeypatch.setattr(
@@ -156,6 +157,7 @@ def test_dry_run_refuses_what_cannot_work(tiny_settings, tmp_path, changes, mess
     assert listing(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_dry_run_takes_steps_of_training(tiny_settings, capsys, monkeypatch):
     steps, take_step = [], loop.take_step
 
@@ -177,6 +179,7 @@ def test_dry_run_takes_steps_of_training(tiny_settings, capsys, monkeypatch):
     assert len(steps) == 2 + 3
 
 
+@pytest.mark.slow
 def test_print_cost_multiplies_steps_by_their_median(tiny_settings, capsys):
     config = TrainingConfig(**{**tiny_settings, "max_train_steps": 23_446})
     run, progress = build_run(config, make_accelerator(config), Processes())
@@ -205,6 +208,7 @@ def test_too_small_a_disk_is_noted(tiny_settings, capsys, monkeypatch):
     assert notes == [f"output_dir needs {needed} on its disk, which has 1 MB"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:alpha_bar_T")
 def test_signal_left_in_x_T_is_noted(tiny_settings, capsys):
     config = TrainingConfig(**tiny_settings, ddpm_beta_schedule="linear")

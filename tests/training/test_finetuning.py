@@ -53,6 +53,7 @@ def written(config: TrainingConfig) -> dict[str, Any]:
     return yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_init_from_starts_with_the_weights_of_the_model(config: TrainingConfig, base: Path):
     train(replace(config, **NEVER))
     before, after = (load_file(folder / WEIGHTS) for folder in (base, Path(config.output_dir)))
@@ -70,12 +71,14 @@ def test_init_from_starts_with_the_weights_of_the_model(config: TrainingConfig, 
     assert type(DDPMPipeline.from_pretrained(config.output_dir)) is DDPMPipeline
 
 
+@pytest.mark.slow
 def test_init_from_trains_the_weights(config: TrainingConfig, base: Path):
     train(config)
     before, after = (load_file(folder / WEIGHTS) for folder in (base, Path(config.output_dir)))
     assert not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
 
 
+@pytest.mark.slow
 def test_init_from_writes_what_the_model_decides_into_the_config(config: TrainingConfig):
     train(replace(config, **NEVER))
     assert {name: value for name, value in written(config).items() if name.startswith(("ddpm_", "rescale"))} == {
@@ -90,6 +93,7 @@ def test_init_from_writes_what_the_model_decides_into_the_config(config: Trainin
     assert [written(config)[name] for name in names] == ["epsilon", "fixed_large", 8, 1, config.init_from]
 
 
+@pytest.mark.slow
 def test_init_from_takes_size_and_channels_of_the_model(config: TrainingConfig, tmp_path: Path):
     (tmp_path / "large").mkdir()
     for i in range(4):
@@ -219,6 +223,7 @@ def test_resume_does_not_need_the_model_of_init_from(config: TrainingConfig, bas
     assert written(whole) | {"output_dir": killed.output_dir} == written(killed)
 
 
+@pytest.mark.slow
 def test_resume_keeps_what_the_model_of_init_from_decided(config: TrainingConfig, base: Path):
     train(replace(config, max_train_steps=3))
     more = replace(config, resume_from_checkpoint="latest")

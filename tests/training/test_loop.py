@@ -70,6 +70,7 @@ def test_train_leaves_a_model_pictures_and_a_card(tiny_settings):
     assert (written["resolution"], written["channels"], written["mixed_precision"]) == (8, 1, "no")
 
 
+@pytest.mark.slow
 def test_first_loss_is_the_power_of_the_target(tiny_settings):
     """The network's output starts at zero; stock's starts above the target's own power."""
     train(TrainingConfig(**{**tiny_settings, "prediction_type": "epsilon", "train_batch_size": 64}))
@@ -139,6 +140,7 @@ def test_train_accepts_these_settings(tiny_settings, changes):
     assert len(metrics(config.output_dir)) == 6
 
 
+@pytest.mark.slow
 def test_learned_variance_trains_the_variance_channels(tiny_settings, tmp_path):
     model = model_file(tmp_path, out_channels=2)
     config = TrainingConfig(
@@ -149,6 +151,7 @@ def test_learned_variance_trains_the_variance_channels(tiny_settings, tmp_path):
     assert type(pipeline.scheduler) is DDPMScheduler
 
 
+@pytest.mark.slow
 def test_train_learns_classes_from_the_label_column(tiny_settings, tmp_path):
     model = tmp_path / "classes.json"
     model.write_text(json.dumps(tiny_unet_config(channels=1, num_class_embeds=10)))
@@ -159,17 +162,20 @@ def test_train_learns_classes_from_the_label_column(tiny_settings, tmp_path):
     assert pipeline(batch_size=2, class_labels=[0, 9]).images[1].size == (8, 8)
 
 
+@pytest.mark.slow
 def test_tracker_gets_the_values_of_metrics(tiny_settings):
     train(TrainingConfig(**tiny_settings, logger="tensorboard"))
     assert list((Path(tiny_settings["output_dir"]) / "logs").rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_train_without_ema_returns_the_model_in_eval_mode(tiny_settings, tmp_path):
     model = model_file(tmp_path, dropout=0.5)
     pipeline = train(TrainingConfig(**{**tiny_settings, "model_config_name_or_path": model, "use_ema": False}))
     assert not pipeline.unet.training
 
 
+@pytest.mark.slow
 def test_train_accepts_a_schedule_without_solver(tiny_settings):
     train(TrainingConfig(**{**tiny_settings, "ddpm_beta_schedule": "sigmoid", "ddpm_beta_end": 0.9}))
 
@@ -201,7 +207,7 @@ def test_stable_target_needs_enough_images(tiny_settings):
 def test_loss_uses_the_stable_target(tiny_settings, tmp_path, labels):
     """The first one, of a network that says 0, by the objective on the images that the stream has."""
     changes: dict = {"stable_target_images": 17, "ddpm_num_steps": 1000, "max_train_steps": 1, "random_flip": True}
-    changes["ddpm_num_inference_steps"] = 3
+    changes["ddpm_num_inference_steps"] = 3  # of the previews
     if labels:
         folder = tmp_path / "classes"
         for i, image in enumerate(sorted(Path(tiny_settings["train_data_dir"]).iterdir())):
@@ -246,6 +252,7 @@ def test_loss_uses_the_stable_target(tiny_settings, tmp_path, labels):
     assert abs(wanted[17] - wanted[0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_unreadable_image_is_named_or_counted(tiny_settings, tmp_path, image_folder):
     folder = tmp_path / "some"
     folder.mkdir()

@@ -61,6 +61,7 @@ def test_resume_keeps_the_network_of_the_checkpoint(tiny_settings, tmp_path, mon
     assert_same_weights(whole.output_dir, parted.output_dir)
 
 
+@pytest.mark.slow
 def test_resume_refuses_a_changed_model_config(tiny_settings, tmp_path):
     """Though the weights have the same shapes."""
     model = tmp_path / "unet.json"
@@ -84,6 +85,7 @@ def test_resume_accepts_a_dropout_changed_in_the_config(tiny_settings):
     assert json.loads(Path(config.output_dir, "unet/config.json").read_text())["dropout"] == 0.2
 
 
+@pytest.mark.slow
 def test_resume_ignores_a_cut_line_and_foreign_names(tiny_settings):
     config = TrainingConfig(**tiny_settings)
     train(config)
@@ -94,6 +96,7 @@ def test_resume_ignores_a_cut_line_and_foreign_names(tiny_settings):
     assert [line["step"] for line in metrics(config.output_dir)] == [1, 2, 3, 4, 5, 7, 8]
 
 
+@pytest.mark.slow
 def test_resume_from_an_older_checkpoint_needs_the_newer_gone(tiny_settings):
     config = TrainingConfig(**tiny_settings)
     train(config)
@@ -131,6 +134,7 @@ def test_resume_refuses_settings_of_another_run(tiny_settings, tmp_path, image_f
     assert len(losses(config.output_dir)) == 9
 
 
+@pytest.mark.slow
 def test_overwrite_output_dir_deletes_the_run_and_nothing_else(tiny_settings):
     config = TrainingConfig(**tiny_settings)
     train(config)

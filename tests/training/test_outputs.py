@@ -48,6 +48,7 @@ def test_run_without_its_model_is_not_finished(config, tmp_path, name):
     assert not differences(folder, Path(whole.output_dir))
 
 
+@pytest.mark.slow
 def test_failing_tracker_does_not_end_the_run(config, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("its server is gone")
@@ -106,6 +107,7 @@ def test_metrics_lines_arrive_once_though_the_file_was_blocked(config, blocked, 
     assert logged_steps(config) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_run_without_its_last_metrics_lines_is_not_finished(config, monkeypatch):
     fsync, file = os.fsync, Path(config.output_dir, "metrics.jsonl")
 
@@ -160,6 +162,7 @@ def test_unreadable_readme_ends_the_run_with_a_remedy(config):
     assert readme.exists()
 
 
+@pytest.mark.slow
 def test_tracker_that_cannot_start_is_refused_and_leaves_no_run(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="logger must be able to start, got 'tensorboard': "):

@@ -110,6 +110,7 @@ def test_flag_replaces_recipe_setting_of_another_name():
     assert parse_config(["--recipe", "fashion-mnist", "--train_data_dir", "photos"]).dataset_name is None
 
 
+@pytest.mark.slow
 def test_keyword_and_file_replace_recipe_setting_of_another_name(tmp_path):
     assert load_config(recipe="digits", num_epochs=3).max_train_steps is None
     assert load_config(recipe="fashion-mnist", train_data_dir="photos").dataset_name is None
@@ -257,6 +258,7 @@ def saved_file(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("saved") / "config.yaml"
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(config=legal_configs())
 def test_config_survives_yaml(saved_file, config):

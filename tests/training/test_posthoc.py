@@ -155,6 +155,7 @@ def trained(tmp_path_factory) -> tuple[Path, dict]:
     return run, kept
 
 
+@pytest.mark.slow
 def test_snapshots_lists_files_by_images(trained, tmp_path):
     assert [n for n, _ in snapshots(trained[0])] == [800 * (i + 1) for i in range(16)]
     (tmp_path / "ema").mkdir()
