@@ -92,7 +92,6 @@ def train(
     code = start_processes()
     if code is not None:
         raise typer.Exit(code)
-    exit_with_launcher()
     remove_from_argv(settings.hub_token)
     # torch is loaded here, so that a wrong setting is answered before.
     from hf_ddpm.training.loop import train

@@ -208,10 +208,17 @@ class Objective:
                 squared_factor = torch.ones_like(snr)
             case "v_prediction":
                 squared_factor = snr + 1
-            case _:
+            case "previous_sample":
                 one, zero = torch.ones_like(snr), torch.zeros_like(snr)
                 squared_factor = self.scheduler.posterior(one, zero, t)[0].square()
-        return (snr.clamp(max=self.min_snr_gamma) / squared_factor).float()
+            case other:
+                raise NotImplementedError(f"prediction_type {other!r}")
+        match self.weighting:
+            case "min_snr":
+                weight_of_x_0 = snr.clamp(max=self.min_snr_gamma)
+            case other:
+                raise NotImplementedError(f"weighting {other!r}")
+        return (weight_of_x_0 / squared_factor).float()
 
 
 def posterior_means(

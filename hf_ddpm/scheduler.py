@@ -38,6 +38,8 @@ VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_l
 TimestepSpacing = Literal["linspace", "leading", "trailing"]
 
 LEARNED_VARIANCES = ("learned", "learned_range")
+# Those whose step stock computes correctly.
+STOCK_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 # The noise schedules that diffusers' solvers know.
 SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # Up to this share of the image's power, x_T cannot be told from noise, so that sampling may start from N(0, I).
@@ -430,8 +432,10 @@ class DDPMScheduler(StockDDPMScheduler):
                 log_variance = fraction * max_log + (1 - fraction) * min_log
             case "fixed_large" | "fixed_large_log":
                 log_variance = torch.where(c.is_last, min_log, max_log)
-            case _:
+            case "fixed_small" | "fixed_small_log":
                 log_variance = min_log
+            case other:
+                raise NotImplementedError(f"variance_type {other!r}")
         return mean, log_variance.expand_as(mean), x_0_hat
 
     def split_output(self, model_output: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -506,7 +510,7 @@ class DDPMScheduler(StockDDPMScheduler):
             (isinstance(timestep, int) or timestep.ndim == 0)
             and sample.dtype == model_output.dtype == torch.float32
             and self.config.prediction_type != "previous_sample"
-            and self.config.variance_type not in ("fixed_large_log", "learned")
+            and self.config.variance_type in STOCK_VARIANCES
             # Stock adds noise in a last step from t > 0. Only a fixed_small variance is 0 there, so that it adds none
             # that matters.
             and (int(previous) >= 0 or int(timestep) == 0 or self.config.variance_type.startswith("fixed_small"))

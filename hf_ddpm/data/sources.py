@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import MissingSplitError, UsageError
+from hf_ddpm.runtime.files import naming_damage, read_mapping
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,7 +112,8 @@ def _folder_source(option: str, folder: Path) -> Source:
 def _folder_kind(option: str, folder: Path) -> str:
     """Return "saved", "images" or "parquet"; only `dataset_name` may name a folder that is not of images."""
     if option == "dataset_name" and (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        with naming_damage(f"{folder / 'dataset_dict.json'} cannot be read", "save the data set again"):
+            splits = read_mapping(folder / "dataset_dict.json", "save the data set again")["splits"]
         if "train" not in splits:
             raise UsageError(
                 f"{option} must hold a split `train`, got {str(folder)!r} with {splits}: name a folder in it"
@@ -199,7 +200,8 @@ def as_usage_errors(
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = f"{type(error).__name__}: {error}"
         if split != "train":
-            raise UsageError(
+            # `datasets` raises a ValueError for an unknown split.
+            raise (MissingSplitError if isinstance(error, ValueError) else UsageError)(
                 f"{split_option} must be a split of {source.option} {source.name!r}, got {split!r}: {reason}"
             ) from error
         if source.folder is None and isinstance(error, OSError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.sources import Source, find_source, open_dataset
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 
 
 @contextlib.contextmanager
@@ -25,7 +25,8 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
         option: The setting by which the user named the split, for error messages.
 
     Raises:
-        UsageError: When there is no such split, or as `load_images` raises it.
+        MissingSplitError: When there is no such split.
+        UsageError: As `load_images` raises it.
     """
     if not re.fullmatch(r"\w+([.-]\w+)*", split):
         raise UsageError(f"{option} must be a name such as train or test, got {split!r}")
@@ -33,7 +34,7 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
     if split == "train":
         yield load_images(config)
     elif source.kind == "digits":
-        raise UsageError(f"{option} must be train, which is all that digits has, got {split!r}")
+        raise MissingSplitError(f"{option} must be train, which is all that digits has, got {split!r}")
     elif source.kind in ("images", "saved"):
         yield load_images(_config_of_split_folder(source, config, split, option))
     else:
@@ -48,9 +49,9 @@ def _config_of_split_folder(source: Source, config: DataConfig, split: str, opti
     root = Path(config.dataset_name or config.train_data_dir or "").expanduser()
     folder = root / split
     if not folder.is_dir():
-        raise UsageError(f"{option} must be in {source.option} as a folder, got {split!r} of {source.name!r}")
+        raise MissingSplitError(f"{option} must be in {source.option} as a folder, got {split!r} of {source.name!r}")
     if option != "split" and source.kind == "images" and source.folder == root:
-        raise UsageError(
+        raise MissingSplitError(
             f"{option} must be held out, got {split!r} of {source.name!r}, all of which is trained on: put the "
             "others in a folder `train` beside it"
         )

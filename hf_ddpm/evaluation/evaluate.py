@@ -33,6 +33,7 @@ from hf_ddpm.evaluation.measure import (
     sample_statistics,
 )
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
+from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
 from hf_ddpm.sampling.sampler import iter_samples, speed_up
@@ -307,7 +308,7 @@ def _command(job: Job) -> str:
         "other_reference": request.other_reference,
         **{name: data.get(name) for name in data_options},
         "split": None if request.split == "train" else request.split,
-        "test_split": None if request.test_split == "test" else request.test_split,
+        "test_split": None if request.test_split == DEFAULT_TEST_SPLIT else request.test_split,
         "num_images": request.num_images,
         "seed": request.seed,
         "num_inference_steps": ",".join(map(str, steps)) or None,

@@ -30,7 +30,7 @@ from hf_ddpm.evaluation.features import FeatureNetwork, check_network, load_netw
 from hf_ddpm.evaluation.likelihood import inclusion_probabilities
 from hf_ddpm.evaluation.measure import DISTANCES, NEIGHBORS, Measured, first_images, measure_distances
 from hf_ddpm.evaluation.memorization import MIN_SAMPLES
-from hf_ddpm.evaluation.model_data import Splits
+from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT, Splits
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_warnings, load_reference, real_vs_real
 from hf_ddpm.hub.download import find_model
@@ -87,7 +87,7 @@ class Request:
     other_reference: str | Path | None = None
     data: DataConfig | None = None
     split: str = "train"
-    test_split: str = "test"
+    test_split: str = DEFAULT_TEST_SPLIT
     num_images: int = 5000
     seed: int = 0
     num_inference_steps: Sequence[int] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,13 @@ from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.statistics import FORMAT as REFERENCE_FORMAT
 from hf_ddpm.evaluation.statistics import Reference, load_reference, make_reference
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 from hf_ddpm.runtime.files import read_mapping
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.run_files import read_run
+
+# The split of held-out images, if a model's data have one and none is named.
+DEFAULT_TEST_SPLIT = "test"
 
 
 class Splits:
@@ -125,16 +128,23 @@ class Splits:
         """Return the references of the two splits, from the cache or made now.
 
         Returns:
-            The reference of `split`, and that of `test_split`; None if the data have no such split, or it is the same.
+            The reference of `split`, and that of `test_split`; None if it is the same split, or DEFAULT_TEST_SPLIT and
+            the data do not have it.
+
+        Raises:
+            UsageError: When a split that was named is missing, or its images cannot be read.
         """
         if self._channels not in (1, 3):
             raise UsageError(f"feature networks take 1 or 3 channels, got a model of {self._channels}")
         self.open(split)
-        has_test_split = False
-        if test_split != split:
-            with suppress(UsageError):
-                self.open(test_split)
-                has_test_split = True
+        has_test_split = test_split != split
+        if has_test_split:
+            try:
+                self.open(test_split, "test_split")
+            except MissingSplitError:
+                if test_split != DEFAULT_TEST_SPLIT:
+                    raise
+                has_test_split = False
         reference = self._reference(network, split)
         return reference, self._reference(network, test_split) if has_test_split else None
 
@@ -148,7 +158,11 @@ class Splits:
 
         def load_or_make() -> Reference:
             if not folder.is_dir():
-                make_reference(config, split, network, folder)
+                try:
+                    make_reference(config, split, network, folder)
+                except UsageError:
+                    if not folder.is_dir():  # Otherwise another evaluation has made the same one meanwhile.
+                        raise
             return load_reference(folder)
 
         reference = self._processes.main_then_rest(load_or_make)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +10,7 @@ from typing import Any
 
 from hf_ddpm._version import __version__
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import read_mapping
 from hf_ddpm.runtime.run_files import checkpoint_names, read_evaluation, read_run
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub", "safetensors", "numpy")
@@ -91,10 +91,9 @@ def _num_parameters(folder: Path) -> int | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} must be a JSON file of a diffusers pipeline, got {error}") from error
+    if not path.is_file():
+        raise UsageError(f"{path} must be a JSON file of a diffusers pipeline, got no such file")
+    return read_mapping(path, "download or save the model again")
 
 
 def _version(package: str) -> str:

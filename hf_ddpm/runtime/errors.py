@@ -7,8 +7,12 @@ class UsageError(ValueError):
     """A setting or an input that cannot work; the message names the value and the remedy."""
 
 
+class MissingSplitError(UsageError):
+    """A split that the data do not have."""
+
+
 class RunError(RuntimeError):
-    """The end of a run that could not go on; the message says why, and how it goes on."""
+    """The end of a run that could not continue; the message says why, and how to resume it."""
 
 
 class PushError(OSError):

@@ -74,6 +74,8 @@ def remove_from_argv(secret: str | None) -> None:
 def start_processes() -> int | None:
     """Start the processes that `accelerate launch` would start on this machine, and wait for them.
 
+    A process that a launcher started ends with it from now on, as `exit_with_launcher` asks.
+
     A file of `accelerate config` decides how many; without one there is a process for each GPU.
 
     Returns:
@@ -82,6 +84,7 @@ def start_processes() -> int | None:
     Raises:
         UsageError: When several processes were asked for, but not how many of them belong here; or DeepSpeed.
     """
+    exit_with_launcher()  # before the environment says what a launcher would
     code = start_missing_processes()
     if code is not None or is_launched():
         return code

@@ -141,26 +141,26 @@ class Processes:
         differing_ranks = [rank for rank, other in enumerate(values) if other != values[0]]
         if differing_ranks:
             raise UsageError(
-                f"all processes must have the same {what}, but process {differing_ranks[0]} has other than process 0: "
+                f"all processes must have the same {what}, but process {differing_ranks[0]} differs from process 0: "
                 "give all machines the same files, and start again"
             )
 
-    def main_then_rest(self, compute: Callable[[], Value]) -> Value:
-        """Compute a value on the main process, then on the others, which find what the main one left on the disk."""
-        done: list[Value] = []
-        self.gather(lambda: done.append(compute()) if self.rank == 0 else None)
-        return done[0] if done else compute()
-
-    def local_main_then_rest(self, compute: Callable[[], Value], is_local_main: bool) -> Value:
-        """Compute a value on one process of each machine, then on its others, which find what that one left there.
+    def main_then_rest(self, compute: Callable[[], Value], is_main: bool | None = None) -> Value:
+        """Compute a value on the main process, then on the others, which find what the main one left on the disk.
 
         Args:
-            is_local_main: Whether this process is the one of its machine.
+            compute: A function that leaves on the disk what takes long.
+            is_main: Whether this process is one of those that compute first; None: the main process alone does.
+                Machines that share no disk need one each.
+
+        Raises:
+            Exception: On all processes, what `compute` raised on one of them.
         """
-        done: list[Value] = []
-        self.gather(lambda: done.append(compute()) if is_local_main else None)
-        self.gather(lambda: None if is_local_main else done.append(compute()))
-        return done[0]
+        comes_first = self.rank == 0 if is_main is None else is_main
+        values: list[Value] = []
+        self.gather(lambda: values.append(compute()) if comes_first else None)
+        self.gather(lambda: None if comes_first else values.append(compute()))
+        return values[0]
 
     def on_main(self, compute: Callable[[], Value]) -> Value:
         """Compute a value on the main process alone, and return it on all processes."""

@@ -100,10 +100,12 @@ def _check_range(name: str, value: float, info: SettingInfo) -> None:
         (info.at_least is None or value >= info.at_least)
         and (info.above is None or value > info.above)
         and (info.below is None or value < info.below)
-        and math.isfinite(value)
+        and (isinstance(value, int) or math.isfinite(value))
     )
     if not is_in_range:
         raise UsageError(f"{name} {_range_text(info)}, got {value}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UsageError(f"{name} must fit in 64 bits, got {value}")
 
 
 def _range_text(info: SettingInfo) -> str:
@@ -202,7 +204,7 @@ def _number(name: str, value: Any, what: str) -> float:
         if isinstance(value, bool):
             raise ValueError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"{name} must be {what}, got {value!r}") from None
 
 

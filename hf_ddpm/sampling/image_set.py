@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.figures import grid, png_bytes, to_pil
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.runtime.files import weights_sha256, write_atomically
+from hf_ddpm.runtime.files import read_mapping, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.sampling.sampler import (
     FORWARD_BATCH,
@@ -41,7 +41,7 @@ MAX_PARTS, MAX_PART_IMAGES = 64, 1024
 
 def write_samples(
     model: str,
-    out: Path,
+    out: str | Path,
     *,
     num_images: int,
     seed: int = 0,
@@ -89,6 +89,7 @@ def write_samples(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
+    out = Path(out).expanduser()
     with join_processes() as processes:
         pipeline, steps = load_for_sampling(model, scheduler, num_inference_steps, device, dtype, compile, uniform)
         unet = pipeline.unet
@@ -311,14 +312,14 @@ def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path])
     Raises:
         ValueError: When `out` holds another set, or files that belong to none.
     """
-    try:
-        recorded = json.loads((out / "samples.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    record = out / "samples.json"
+    if not record.is_file():
         if existing:
             raise ValueError(
                 f"{existing[0]} would be overwritten: choose another folder than {str(out)!r} or another seed"
-            ) from None
+            )
         return
+    recorded = read_mapping(record, "choose another folder, or delete its set")
     # The model may have another name now, and a set of PNG files may become larger.
     may_differ = {"model"}
     if settings["format"] == "png" and recorded.get("num_images", 0) <= settings["num_images"]:

@@ -78,7 +78,7 @@ def load_for_sampling(
         )
     name = scheduler or default_scheduler(config, pipeline.searched_timesteps, num_inference_steps)
     num_train = config["num_train_timesteps"]
-    steps = num_inference_steps or default_steps(name, num_train)
+    steps = default_steps(name, num_train) if num_inference_steps is None else num_inference_steps
     require_num_inference_steps(steps, num_train)
     pipeline.scheduler = named_scheduler(name, config, steps)
     speed_up(pipeline, dtype, compile)

@@ -48,7 +48,8 @@ def default_scheduler(
     """
     if not is_solvable(config):
         return "ddpm"
-    timesteps = (searched or {}).get(("dpmsolver++", num_inference_steps or DEFAULT_STEPS))
+    steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
+    timesteps = (searched or {}).get(("dpmsolver++", steps))
     return "dpmsolver++" if timesteps is not None and timesteps.is_nearer_than_unipc else "unipc"
 
 

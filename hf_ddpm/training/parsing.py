@@ -44,10 +44,10 @@ def config_from_flags(flags: Mapping[str, Any], path: str | None = None, recipe:
     """
     if path is None and recipe is None and not flags.keys() & {"dataset_name", "train_data_dir"}:
         recipe = "digits"
-    conflicting = sorted(flags.keys() & SCHEDULER_SETTINGS.keys())
-    if "init_from" in flags and conflicting:
-        raise UsageError(f"{conflicting[0]} is that of the model in init_from: leave it out")
     config = load_config(path, recipe, **flags)
+    conflicting = sorted(flags.keys() & SCHEDULER_SETTINGS.keys())
+    if config.init_from is not None and conflicting:
+        raise UsageError(f"{conflicting[0]} is that of the model in init_from: leave it out")
     check_config(config)
     return config
 

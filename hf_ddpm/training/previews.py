@@ -107,12 +107,11 @@ def _preview_scheduler(run: Run) -> Any:
 def _save_best(run: Run, record: dict[str, Any]) -> None:
     description = run.output_dir / "best/best.json"
 
-    def describe() -> None:
-        description.unlink(missing_ok=True)  # it describes the model that was there before
-        write_atomically(description, json.dumps(record, indent=2) + "\n")
-
+    if run.is_main:
+        # It describes the model that is replaced now. A run that is killed in between leaves a model without figures.
+        try_to_write(run, lambda: description.unlink(missing_ok=True))
     if save_model(run, run.average, description.parent):
-        try_to_write(run, describe)
+        try_to_write(run, lambda: write_atomically(description, json.dumps(record, indent=2) + "\n"))
 
 
 def _track_sheet(tracker: Any, sheet: Image.Image, step: int) -> None:

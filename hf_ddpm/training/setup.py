@@ -200,7 +200,7 @@ def _load_images(
         config = take_over(requested)
         return config, open_stream(config) if config.streaming else load_images(config)
 
-    config, images = processes.local_main_then_rest(load, accelerator.is_local_main_process)
+    config, images = processes.main_then_rest(load, accelerator.is_local_main_process)
     processes.require_equal(images.fingerprint, "images")
     config = replace(
         config,
@@ -224,9 +224,11 @@ def _find_start(config: TrainingConfig, images: Images, processes: Processes) ->
     global_batch_size = config.train_batch_size * config.gradient_accumulation_steps * processes.size
     if progress is None:
         progress = _new_progress(config, images, global_batch_size, processes)
-    if images.num_images is None and (config.max_train_steps is None or config.save_images_epochs):
+    counts_epochs = config.max_train_steps is None or config.save_images_epochs or config.save_model_epochs
+    if images.num_images is None and counts_epochs:
         raise UsageError(
-            f"max_train_steps must be given, and nothing by epochs: {images.name!r} says no number of images"
+            "max_train_steps must be given, and save_images_epochs and save_model_epochs left out: the number of "
+            f"images of {images.name!r} is not known"
         )
     batch_size = progress.schedule_batch_size
     num_steps = config.max_train_steps or math.ceil(config.num_epochs * (images.num_images or 0) / batch_size)

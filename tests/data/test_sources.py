@@ -194,6 +194,10 @@ def test_check_source_rejects_saved_folder_without_train(folder: Path) -> None:
     (folder / "dataset_dict.json").write_text('{"splits": ["dev"]}')
     with pytest.raises(UsageError, match=r"split `train`, got .*photos' with \['dev'\]"):
         check_source(cache_config(folder))
+    for damaged in ('{"splits', "{}", "[]"):
+        (folder / "dataset_dict.json").write_text(damaged)
+        with pytest.raises(UsageError, match=r"dataset_dict\.json cannot be read: .*save the data set again"):
+            check_source(cache_config(folder))
 
 
 def test_load_images_reports_unknown_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

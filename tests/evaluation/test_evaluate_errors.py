@@ -47,6 +47,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"device": "abacus"}, "device must be one that torch finds here, as cpu, got 'abacus'"),
     "split": ({"split": "validation"}, "^split must be .*got 'validation'"),
     "test split": ({"metrics": ["nll"], "test_split": "validation"}, "^test_split must be .*got 'validation'"),
+    "test split of distances": ({"test_split": "tset"}, "^test_split must be .*got 'tset'"),
     "terms": ({"metrics": ["nll"], "timesteps_per_image": 1}, r"timesteps_per_image must be in \[2, 20\]"),
     "held-out are training": (
         {"metrics": ["memorization"], "test_split": "train"},

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.scheduler import STOCK_VARIANCES, DDPMScheduler
 
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]
 
@@ -62,7 +62,7 @@ def test_fewer_and_thresholded_steps_equal_stock_bit_for_bit():
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("variance_type", STOCK_VARIANCES)
 @pytest.mark.parametrize("steps", [1000, 20])
 def test_own_arithmetic_agrees_with_stock(prediction_type, variance_type, steps):
     """`step` takes stock's arithmetic for a scalar t and the formulas of this project for a batch of them."""

@@ -15,7 +15,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.signals import STOPPED
 
 WORKER = """
-import json, os, signal, sys, time
+import ctypes, json, os, signal, sys, time
 from pathlib import Path
 from hf_ddpm.runtime.command_line import exit_code_of
 from hf_ddpm.runtime.errors import RunError, UsageError
@@ -27,7 +27,11 @@ def work():
     if code is not None:
         return code
     rank, action, folder = os.environ.get("RANK", "alone"), sys.argv[1], Path(sys.argv[2])
-    (folder / rank).write_text(json.dumps(dict(os.environ)))
+    signal_at_parent_end = ctypes.c_int(0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(2, ctypes.byref(signal_at_parent_end))  # PR_GET_PDEATHSIG
+    told = {**os.environ, "signal_at_parent_end": signal_at_parent_end.value}
+    (folder / rank).write_text(json.dumps(told))
     if action == "fail" and rank == "1":
         raise RunError("no disk")
     if action == "usage":
@@ -94,7 +98,9 @@ def test_signal_reaches_all_processes(command, name, tmp_path):
 def test_config_of_one_process_starts_none(command, tmp_path):
     done = subprocess.run(command("finish", 1), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "alone").read_text())["ACCELERATE_USE_CPU"] == "true"
+    told = json.loads((tmp_path / "alone").read_text())
+    assert told["ACCELERATE_USE_CPU"] == "true"
+    assert told["signal_at_parent_end"] == 0  # It does not end with the shell that started it.
 
 
 def test_launched_process_starts_none(monkeypatch):

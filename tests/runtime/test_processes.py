@@ -75,6 +75,7 @@ def write_what_one_learns(rank: int, size: int, folder: Path) -> None:
         lambda: processes.require_equal("all", "word"),
         lambda: processes.on_main(fail),
         lambda: processes.map(refuse_item, 5, "Items"),
+        lambda: processes.main_then_rest(refuse_in_last),
     ):
         try:
             attempt()
@@ -114,11 +115,12 @@ def test_all_processes_learn_the_same(tmp_path):
                 "refused by 0",
                 "refused by 1",
                 (
-                    "all processes must have the same number, but process 1 has other than process 0: give all "
-                    "machines the same files, and start again"
+                    "all processes must have the same number, but process 1 differs from process 0: "
+                    "give all machines the same files, and start again"
                 ),
                 "Unsendable: of a class that others do not have",
                 "refused item 3",
+                "refused by 1",
             ],
         }
 
@@ -129,7 +131,7 @@ def test_training_rejects_processes_with_different_images(tiny_settings, tmp_pat
     shutil.copytree(str(config.train_data_dir), tmp_path / "fewer")
     next((tmp_path / "fewer").glob("*.png")).unlink()
     assert start(config, 2, last=replace(config, train_data_dir=str(tmp_path / "fewer"))) == [1, 1]
-    assert "all processes must have the same images, but process 1 has other than process 0" in said(config)
+    assert "all processes must have the same images, but process 1 differs from process 0" in said(config)
     assert not Path(config.output_dir).exists()
 
 

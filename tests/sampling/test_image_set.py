@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.sampling import image_set
 from hf_ddpm.sampling.image_set import write_samples
 from hf_ddpm.sampling.sampler import iter_samples
@@ -137,7 +138,13 @@ def test_write_samples_rejects_folders_with_other_content(arguments, tmp_path):
     out = tmp_path / "out"
     run = {**arguments, "out": out, "num_images": 2, "num_inference_steps": 1, "device": "cpu"}
     write_samples(**run)
-    settings = json.loads((out / "samples.json").read_text())
+    record = (out / "samples.json").read_text()
+    settings = json.loads(record)
+    for damaged in (record[:-9], "[]x"):
+        (out / "samples.json").write_text(damaged)
+        with pytest.raises(UsageError, match=r"samples\.json cannot be read: .*: choose another folder"):
+            write_samples(**{**run, "out": str(out)})
+    (out / "samples.json").write_text(record)
     weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     assert settings["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert settings["scheduler"] == "unipc"
@@ -150,6 +157,7 @@ def test_write_samples_rejects_folders_with_other_content(arguments, tmp_path):
         ({"num_images": 1}, "num_images=2, got num_images=1"),
         ({"format": "gif"}, "format must be one of png, parquet, npz, got 'gif'"),
         ({"num_images": 0}, "num_images must be at least 1, got 0"),
+        ({"num_inference_steps": 0}, r"num_inference_steps must be in \[1, .*got 0"),
         ({"class_label": 1}, "class_labels must be None"),
         ({"deterministic": True}, "deterministic is for"),
         ({"num_inference_steps": 21}, r"num_inference_steps must be in \[1, 20\], got 21"),
@@ -197,10 +205,11 @@ def test_command_line_rejects_what_cannot_work(tmp_path):
         ([tmp_path / "nothing"], "nothing"),
         ([tmp_path, "--scheduler", "euler"], "euler"),
         ([tmp_path, "--device", "abacus"], "device must be one that torch finds here, as cpu, got 'abacus'"),
+        ([tmp_path, "--num_images", "0"], "num_images"),
         ([tmp_path, "--format", "gif"], "format must be one of png, parquet, npz, got 'gif'"),
     ):
         done = hf_ddpm("sample", *arguments, "--out", out)
-        assert done.exit_code in (1, 2)
+        assert done.exit_code == 2
         assert message in done.output
         assert done.exception is None or isinstance(done.exception, SystemExit)
     assert not out.exists()

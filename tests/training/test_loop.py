@@ -22,13 +22,14 @@ from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
 from hf_ddpm.data.batches import MicroBatches, to_x_0
 from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.shards import open_stream
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import image_draws
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
-from hf_ddpm.training.setup import learning_rate_schedule
+from hf_ddpm.training.setup import _find_start, learning_rate_schedule
 from tests.support.networks import tiny_unet_config
 from tests.support.runs import differences
 from tests.support.trained import losses, metrics, model_file, weights
@@ -265,6 +266,14 @@ def test_unreadable_image_is_named_or_counted(tiny_settings, tmp_path, image_fol
     assert not Path(config.output_dir).exists()
     train(replace(config, on_bad_image="skip"))
     assert "Unreadable images left out | 1" in (Path(config.output_dir) / "README.md").read_text()
+
+
+@pytest.mark.parametrize("epochs", [{"save_images_epochs": 1}, {"save_model_epochs": 1}, {"max_train_steps": None}])
+def test_unknown_number_of_images_allows_nothing_by_epochs(tiny_settings, epochs):
+    config = TrainingConfig(**{**tiny_settings, "streaming": True, **epochs})
+    images = replace(open_stream(config), num_images=None)
+    with pytest.raises(UsageError, match="save_images_epochs and save_model_epochs left out"):
+        _find_start(config, images, Processes())
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_yaml_value_has_type_of_setting(line, name, value, tmp_path):
         ("learning_rate: true", "learning_rate must be a number, got True"),
         ("use_ema: perhaps", "use_ema must be true or false, got 'perhaps'"),
         ("output_dir: [a, b]", "output_dir must be a text"),
+        (f"learning_rate: 1{400 * '0'}", "learning_rate must be a number, got 1000"),
         ("ema_halflife_images: [1, x]", "ema_halflife_images must be a number or a list of numbers, got 'x'"),
     ],
 )
@@ -171,6 +172,9 @@ def test_load_config_rejects_file(text, message, tmp_path):
 def test_init_from_rejects_flags_that_the_model_decides(tmp_path):
     with pytest.raises(UsageError, match="prediction_type is that of the model in init_from"):
         parse_config(["--init_from", "me/digits", "--prediction_type", "v_prediction"])  # the default's value, too
+    (tmp_path / "config.yaml").write_text("init_from: me/digits\n")
+    with pytest.raises(UsageError, match="prediction_type is that of the model in init_from"):
+        parse_config(["--config", str(tmp_path / "config.yaml"), "--prediction_type", "v_prediction"])
     config = parse_config(
         ["--init_from", "me/digits", "--recipe", "cifar10-ddpm", "--output_dir", str(tmp_path / "run")]
     )
@@ -224,7 +228,7 @@ def values_of(hint, info) -> st.SearchStrategy:
         strategy = st.booleans()
     elif int in kinds:
         smallest = None if info.at_least is None else int(info.at_least)
-        strategy = st.integers(smallest, None if info.below is None else info.below - 1)
+        strategy = st.integers(smallest, (2**63 if info.below is None else info.below) - 1)
     elif float in kinds:
         smallest = info.above if info.at_least is None else info.at_least
         is_open = info.above is not None

@@ -60,6 +60,7 @@ def test_best_json_describes_the_model_beside_it(config):
     best = Path(config.output_dir, "best")
     best.mkdir(parents=True)
     (best / "unet").write_text("")  # so that no model can be written
+    (best / "best.json").write_text("{}")  # of the model before
     train(config)
     assert not (best / "best.json").exists()
 
