@@ -32,6 +32,10 @@ def work():
         ctypes.CDLL(None).prctl(2, ctypes.byref(signal_at_parent_end))  # PR_GET_PDEATHSIG
     told = {**os.environ, "signal_at_parent_end": signal_at_parent_end.value}
     (folder / rank).write_text(json.dumps(told))
+    (folder / f"ready-{rank}").touch()
+    # The launcher ends the others when one fails: no process may fail before all are here.
+    while len(list(folder.glob("ready-*"))) < int(os.environ.get("WORLD_SIZE", "1")):
+        time.sleep(0.05)
     if action == "fail" and rank == "1":
         raise RunError("no disk")
     if action == "usage":
@@ -40,7 +44,7 @@ def work():
         raise StoppedOnPurpose
     if action == "signal":
         with StopRequest(None, 0.0) as stop:
-            (folder / f"ready-{rank}").touch()
+            (folder / f"listening-{rank}").touch()
             while stop.reason(0) is None:
                 time.sleep(0.05)
         raise StoppedOnPurpose
@@ -86,7 +90,7 @@ def test_all_processes_end_with_one_code(command, action, code, tmp_path):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_reaches_all_processes(command, name, tmp_path):
     with subprocess.Popen(command("signal", 2), stderr=subprocess.PIPE, text=True) as parent:
-        while not all((tmp_path / f"ready-{rank}").exists() for rank in "01"):
+        while not all((tmp_path / f"listening-{rank}").exists() for rank in "01"):
             assert parent.poll() is None, parent.stderr and parent.stderr.read()
         workers = psutil.Process(parent.pid).children(recursive=True)
         parent.send_signal(getattr(signal, name))
