@@ -1,32 +1,49 @@
-"""Small models, data and settings that the tests share."""
+"""Small models, data and settings that the tests share.
+
+What takes seconds to import is imported where it is used: the process that hands out the tests needs none of it.
+"""
+
+from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
-from diffusers import UNet2DModel
 from PIL import Image
 
 from tests.support.networks import tiny_unet_config
 
-# Several test processes on a few cores are slower with more threads, and results do not depend on them.
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_at_first():
+    """Several test processes on a few cores are slower with more threads."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     """Training sets the number of threads, on which the last bits of results depend."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def make_unet():
     """A function: channels, size and config changes -> a small random UNet2DModel in eval mode."""
+    import torch
+    from diffusers import UNet2DModel
 
     def make(channels: int = 3, size: int = 8, seed: int = 0, **changes) -> UNet2DModel:
         torch.manual_seed(seed)
@@ -56,6 +73,7 @@ def tiny_settings(tmp_path, image_folder) -> dict:
         "model_config_name_or_path": str(model),
         "output_dir": str(tmp_path / "run"),
         "ddpm_num_steps": 20,
+        "ddpm_num_inference_steps": 4,
         "train_batch_size": 4,
         "max_train_steps": 6,
         "lr_warmup_steps": 2,

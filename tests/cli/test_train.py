@@ -16,7 +16,7 @@ LAUNCHERS = (*launch.RANK_VARIABLES, *launch.MPI_VARIABLES, *launch.LAUNCHER_VAR
 
 
 @pytest.mark.slow
-def test_run_of_two_processes_is_stopped_and_resumed(tmp_path):
+def test_run_of_two_processes_is_stopped(tmp_path):
     file = tmp_path / "hf" / "accelerate" / "default_config.yaml"
     file.parent.mkdir(parents=True)
     file.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
@@ -38,12 +38,10 @@ def test_run_of_two_processes_is_stopped_and_resumed(tmp_path):
     command += ["--model_config_name_or_path", "unet.json", "--ddpm_num_steps", "3", "--eval_batch_size", "2"]
     command += ["--max_train_steps", "2", "--train_batch_size", "2", "--lr_warmup_steps", "0", "--no_use_ema"]
     command += ["--ema_snapshots", "0", "--max_train_hours", "1e-9", "--resume_from_checkpoint", "latest"]
-    for code, text in ((75, "the run ends after step 1"), (0, "The model is in run.")):
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600
-        )
-        said = done.stdout + done.stderr
-        assert done.returncode == code, said
-        assert said.count(text) == 1
-        assert "Traceback" not in said
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["training"]["num_processes"] == 2
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    said = done.stdout + done.stderr
+    assert done.returncode == 75, said
+    assert said.count("the run ends after step 1") == 1
+    assert "Traceback" not in said
+    progress = json.loads((tmp_path / "run" / "checkpoint-1" / "progress.json").read_text())
+    assert progress["images"] == 4  # of two processes

@@ -28,7 +28,7 @@ for folder in map(Path, sys.argv[1:]):
         pipeline.set_progress_bar_config(disable=True)
         try:
             images = pipeline(
-                batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=100, output_type="np"
+                batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=25, output_type="np"
             ).images
             numpy.save(folder / f"{name}.npy", images)
         except ValueError as error:
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         )
-        DDPMPipeline(unet, DDPMScheduler(100, beta_schedule="squaredcos_cap_v2", **settings)).save_pretrained(
+        DDPMPipeline(unet, DDPMScheduler(25, beta_schedule="squaredcos_cap_v2", **settings)).save_pretrained(
             root / name
         )
     folders = [str(root / name) for name in SETTINGS]
@@ -75,7 +75,7 @@ def test_stock_samples_the_same_images(folder, name):
     assert type(pipeline.scheduler) is DDPMScheduler
     pipeline.set_progress_bar_config(disable=True)
     ours = pipeline(
-        batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=100, output_type="np"
+        batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=25, output_type="np"
     ).images
     for loader in ("DDPMPipeline", "DiffusionPipeline"):
         assert np.array_equal(np.load(folder / name / f"{loader}.npy"), ours)
@@ -102,7 +102,7 @@ def test_stock_checkpoint_is_loaded_as_ours(folder):
     assert type(pipeline.scheduler) is DDPMScheduler
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
-        batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=100, output_type="np"
+        batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=25, output_type="np"
     ).images
     assert np.array_equal(images, np.load(folder / "epsilon/DDPMPipeline.npy"))
 

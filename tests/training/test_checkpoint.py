@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.averages import EMA
@@ -86,8 +87,7 @@ def test_checkpoint_contains_no_code(state, tmp_path):
     for path in files:
         if path.suffix == ".json":
             json.loads(path.read_text())
-    loader = "from diffusers import UNet2DModel as U; U.from_pretrained('checkpoint-4', subfolder='unet_ema')"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", loader], cwd=tmp_path, check=True, env={**os.environ})
+    UNet2DModel.from_pretrained(tmp_path / "checkpoint-4", subfolder="unet_ema")
 
 
 def truncate(path):
@@ -185,18 +185,31 @@ def test_resume_refuses_another_network_or_average(state, make_unet, tmp_path):
 
 
 FULL_DISK = """
-set -e
-mkdir disk no_room
-mount -t tmpfs -o size={smaller}k tmpfs no_room
-{python} -W ignore {script} --config config.yaml --output_dir no_room/run 2> no_room.log && exit 8 || true
-mount -t tmpfs -o size={small}k tmpfs disk
-run() {{ {python} -W ignore {script} --config config.yaml "$@"; }}
-run 2> first.log && exit 9 || true
-ls disk/run > left.txt
-cp -r disk/run/checkpoint-2 kept
-mount -o remount,size=64m disk
-run --resume_from_checkpoint latest 2> second.log
-cp -r disk/run finished
+import contextlib, os, shutil, subprocess
+from hf_ddpm.cli import app
+
+def mount(folder, kilobytes, *options):
+    options = ",".join([*options, f"size={{kilobytes}}k"])
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+
+def run(log, *arguments):
+    with open(log, "w") as file, contextlib.redirect_stderr(file):
+        try:
+            app(["train", "--config", "config.yaml", *arguments])
+        except SystemExit as end:
+            return end.code
+
+os.mkdir("disk"), os.mkdir("no_room")
+mount("no_room", {smaller})
+assert run("no_room.log", "--output_dir", "no_room/run") == 1
+mount("disk", {small})
+assert run("first.log") == 1
+with open("left.txt", "w") as file:
+    file.write(" ".join(os.listdir("disk/run")))
+shutil.copytree("disk/run/checkpoint-2", "kept")
+mount("disk", 65536, "remount")
+assert run("second.log", "--resume_from_checkpoint", "latest") == 0
+shutil.copytree("disk/run", "finished")
 """
 
 
@@ -215,11 +228,11 @@ def test_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
     one = sum(p.stat().st_size for p in files if p.parts[-2] == "checkpoint-6" or p.parts[-3] == "checkpoint-6")
     save_config(replace(whole, output_dir="disk/run"), tmp_path / "config.yaml")
     sizes = {"small": int(1.7 * one) // 1024, "smaller": int(1.4 * one) // 1024}
-    script = FULL_DISK.format(**sizes, python=sys.executable, script=ROOT / "train_accelerate.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*namespace, "sh", "-c", script], cwd=tmp_path, check=False, env=environment)
+    command = [*namespace, sys.executable, "-W", "ignore", "-c", FULL_DISK.format(**sizes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, check=False, env=environment, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
     log = (tmp_path / "first.log").read_text()
-    assert done.returncode == 0, log
     no_room = (tmp_path / "no_room.log").read_text()
     assert "a file could not be written, the run goes on" in no_room
     assert "Traceback" not in no_room

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from hf_ddpm.training.parsing import save_config
 from hf_ddpm.training.setup import build_run, make_accelerator, make_scheduler
 from tests.support.command_line import parse_config
 from tests.support.networks import tiny_unet_config
-from tests.support.runs import said, start
+from tests.support.runs import processes, said, start
 
 
 @pytest.fixture(autouse=True)
@@ -275,19 +273,21 @@ def test_dry_run_ends_when_images_cannot_be_read(tiny_settings, monkeypatch):
 
 
 @pytest.mark.slow
+def hold_100_megabytes(sender) -> None:
+    what, before, highest = dry_run._watch_memory(torch.device("cpu"))
+    assert what == "main memory"
+    held = torch.ones(25_000_000)
+    del held
+    sender.send((-1 if before is None else highest() - before, dry_run._highest_resident()))
+
+
 def test_peak_memory_counts_what_was_held():
     # In a process of its own: here, what other tests held may be freed meanwhile, and its place be used.
-    code = """
-import torch
-from hf_ddpm.training import dry_run
-what, before, highest = dry_run._watch_memory(torch.device("cpu"))
-assert what == "main memory"
-held = torch.ones(25_000_000)
-del held
-print(-1 if before is None else highest() - before, dry_run._highest_resident())
-"""
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    added, highest = (int(word) for word in said.split())
+    answer, sender = processes.Pipe(duplex=False)
+    child = processes.Process(target=hold_100_megabytes, args=(sender,))
+    child.start()
+    added, highest = answer.recv()
+    child.join()
     assert highest > 95_000_000
     if added == -1:
         pytest.skip("this system does not forget a peak")
