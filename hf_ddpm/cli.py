@@ -186,9 +186,9 @@ def evaluate(
     num_images: Annotated[int, option("num_images", "How many images to sample.", min=1)] = 5000,
     seed: Seed = 0,
     num_inference_steps: Annotated[
-        str | None, option("num_inference_steps", "As of `sample`; several with commas.")
+        str | None, option("num_inference_steps", "See `sample`; several are separated by commas.")
     ] = None,
-    scheduler: Annotated[str | None, option("scheduler", "As of `sample`; several with commas.")] = None,
+    scheduler: Annotated[str | None, option("scheduler", "See `sample`; several are separated by commas.")] = None,
     network: Network = None,
     network_path: NetworkPath = None,
     timesteps_per_image: Annotated[int, option("timesteps_per_image", "Terms of nll for each image.", min=2)] = 20,

@@ -59,8 +59,8 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
       `num_extra_images` is above 0, and only in the first item of each step.
 
     The extra images are those that follow the images of the step in the order of its epoch. At the end of the epoch
-    they go on with its beginning, so no image is there twice. They are the same on all processes. If a step spans two
-    epochs, its images of the second epoch can be among its extra images.
+    they continue with its beginning, so no image is there twice. They are the same on all processes. If a step spans
+    two epochs, its images of the second epoch can be among its extra images.
 
     Args:
         images: The images.

@@ -67,11 +67,11 @@ class Request:
         seed: The first seed.
         num_inference_steps: The numbers of steps of a grid. Empty: the default of `load_for_sampling`.
         schedulers: The schedulers of a grid. Empty: the default of `load_for_sampling`.
-        network: The feature network, as of `load_network`. None: that of the reference, or inception.
-        network_path: The file of the feature network, as of `load_network`.
+        network: The feature network; see `load_network`. None: that of the reference, or inception.
+        network_path: The file of the feature network; see `load_network`.
         timesteps_per_image: K of nll, the number of terms of the bound for each image.
         batch_size: Images per network evaluation; on a CPU always FORWARD_BATCH. Elsewhere it changes rounding.
-        device: None: the best device of this process, as of `process_device`.
+        device: None: the best device of this process; see `process_device`.
         dtype: The type that the network computes in when it samples, fp32 or bf16; nll is always one of float32.
         compile: Whether the network is compiled when it samples.
         uniform: Whether to ignore timesteps that were searched for.
@@ -151,9 +151,9 @@ class Job:
     Attributes:
         request: The request, with the batch size that is used.
         processes: The processes that share the work.
-        out: The folder of the results, as of `write_evaluation`.
+        out: The folder of the results; see `write_evaluation`.
         weights: The sha256 of the model's weights.
-        repo_id: The name that the card gives the model, as of `write_evaluation`.
+        repo_id: The name that the card gives the model; see `write_evaluation`.
         pipeline: The pipeline, in float32 and not compiled, as the likelihood needs it.
         full_chain_scheduler: The model's scheduler, of all T steps.
         sampler_settings: The grid.

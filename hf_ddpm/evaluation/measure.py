@@ -214,7 +214,7 @@ def measure_likelihood(
         unet: The network, in float32 and not compiled.
         pixels: (N, C, H, W) uint8.
         class_labels: (N,) int64, if the model has classes.
-        timesteps_per_image: K, as of `sum_bound_terms`.
+        timesteps_per_image: K; see `sum_bound_terms`.
         batch_size: Images per network evaluation.
     """
     num_batches = math.ceil(len(pixels) / batch_size)

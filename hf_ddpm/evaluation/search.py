@@ -48,11 +48,11 @@ def search_and_keep(
     """Search timesteps, and keep those that are better than uniform ones in the model's folder and on its card.
 
     Args:
-        model: As of `load_for_sampling`.
-        num_steps: As of `search_timesteps`.
-        device: As of `load_for_sampling`.
-        dtype: As of `load_for_sampling`.
-        compile: As of `load_for_sampling`.
+        model: See `load_for_sampling`.
+        num_steps: See `search_timesteps`.
+        device: See `load_for_sampling`.
+        dtype: See `load_for_sampling`.
+        compile: See `load_for_sampling`.
         settings: The other arguments of `search_timesteps` by name.
 
     Yields:
@@ -178,7 +178,7 @@ def search_timesteps(
     """Yield the best timesteps for each number of steps, as soon as they are found.
 
     Args:
-        pipeline: A pipeline as of `load_for_sampling`.
+        pipeline: A pipeline of `load_for_sampling`.
         num_steps: The numbers of timesteps to search, each in [2, reference_steps).
         scheduler: `ddim` or `dpmsolver++`.
         num_images: The number of noises to search on; the result is measured on as many others. A model of classes

@@ -255,7 +255,7 @@ def _batches(images: ImageCache, batch_size: int) -> Iterator[Tensor]:
         num_steps=num_batches,
     )
     for k in tqdm(range(num_batches), "Features", unit="batch", disable=len(images) < 2000):
-        # The stream has no end: the last batch goes on with images of the next epoch.
+        # The stream has no end: the last batch continues with images of the next epoch.
         yield stream[k]["pixels"][: len(images) - k * batch_size]
 
 

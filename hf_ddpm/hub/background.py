@@ -127,6 +127,6 @@ class Pusher:
         else:
             shutil.rmtree(files, ignore_errors=True)
         self.print_line(
-            f"the push of {message!r} to {self.repo_id} failed, training goes on: {failure}"
+            f"the push of {message!r} to {self.repo_id} failed, training continues: {failure}"
             + (f". It is tried again in {pause_seconds:g} s" if is_tried_again else "")
         )

@@ -147,7 +147,7 @@ def describe_progress(folder: Path) -> str:
 def copy_for_upload(
     folder: Path, model: Path | None = None, preview: Path | None = None, parent: Path | None = None
 ) -> Path:
-    """Return a new folder with what is uploaded of a run as it is now; training may go on and replace its files.
+    """Return a new folder with what is uploaded of a run as it is now; training may continue and replace its files.
 
     Paths on this machine are left out of the copies. Weights are hard links where the file system allows it.
 

@@ -5,7 +5,7 @@ GPUs or with a file of `accelerate config`. Three gaps of launchers are closed h
 
     `accelerate launch --cpu --num_processes N` starts one process and says nothing (accelerate #2741).
     torchrun exits with 1, whatever code its workers exit with.
-    A launcher that is killed does not tell its workers, which go on unseen.
+    A launcher that is killed does not tell its workers, which continue unseen.
 """
 
 from __future__ import annotations

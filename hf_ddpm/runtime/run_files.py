@@ -36,7 +36,7 @@ class RunFile:
         is_of_weights: It holds, describes or shows the weights in the same folder, so that an average of the run
             has a file of its own with this name.
         names_weights: The file whose `weights_sha256` says of which weights this one is; it is valid for no others.
-        on_resume: What becomes of it when the run goes on from an earlier step: it is kept, it is deleted, the
+        on_resume: What becomes of it when the run resumes from an earlier step: it is kept, it is deleted, the
             lines of later steps are cut off, or it is deleted if the number in its name is larger than the
             number of steps or of images.
         is_numbered: The `*` of the pattern stands for a whole number; other names are not the run's.
@@ -116,7 +116,7 @@ RUN_FILES = (
     RunFile("partial-checkpoint-*", on_resume="delete"),
     RunFile("partial-model", on_resume="delete"),
     RunFile("partial-push-*", on_resume="delete"),
-    RunFile("ema/partial-*"),  # `hf-ddpm average` may be at work while the run goes on
+    RunFile("ema/partial-*"),  # `hf-ddpm average` may be at work while the run continues
 )
 
 UPLOADED = tuple(row.pattern for row in RUN_FILES if row.is_uploaded)
@@ -153,7 +153,7 @@ def run_files(folder: Path) -> list[Path]:
 
 
 def undo_later_steps(folder: Path, num_steps: int, num_images: int) -> None:
-    """Delete what a run wrote after the step from which it goes on, and what it must write anew.
+    """Delete what a run wrote after the step from which it resumes, and what it must write anew.
 
     Args:
         folder: The run's folder, which no other process writes into.

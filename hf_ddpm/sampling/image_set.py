@@ -66,19 +66,19 @@ def write_samples(
         npz       samples.npz: arr_0 (N,H,W,C), seeds        a 64th of the set, of at most 1024 images
 
     Args:
-        model: A folder that holds a pipeline, or a Hub id, as of `load_for_sampling`.
+        model: A folder that holds a pipeline, or a Hub id; see `load_for_sampling`.
         out: A new folder, or one that holds a part of this set.
         num_images: The number of images in the set.
         seed: The seed of the first image.
-        num_inference_steps: As of `load_for_sampling`.
-        scheduler: As of `load_for_sampling`.
+        num_inference_steps: See `load_for_sampling`.
+        scheduler: See `load_for_sampling`.
         class_label: The class of all images. None: each class in turn, if the model has classes.
-        deterministic: As of `iter_samples`.
-        batch_size: As of `iter_samples`.
-        device: As of `load_for_sampling`.
-        dtype: As of `load_for_sampling`.
-        compile: As of `load_for_sampling`.
-        uniform: As of `load_for_sampling`.
+        deterministic: See `iter_samples`.
+        batch_size: See `iter_samples`.
+        device: See `load_for_sampling`.
+        dtype: See `load_for_sampling`.
+        compile: See `load_for_sampling`.
+        uniform: See `load_for_sampling`.
         format: A name in FORMATS.
 
     Raises:

@@ -46,7 +46,7 @@ def load_for_sampling(
         scheduler: A name in SCHEDULERS. None: unipc; dpmsolver++ where timesteps that were searched for this number of
             steps are better than unipc; ddpm where only that can sample the model.
         num_inference_steps: A number in [1, T]. None: 20, or all T for the scheduler `ddpm`.
-        device: None: the best device of this process, as of `process_device`.
+        device: None: the best device of this process; see `process_device`.
         dtype: The type that the network computes in, a name in DTYPES. x_t and the scheduler's arithmetic stay in
             float32. None: fp32.
         compile: Whether `torch.compile` compiles the network, at its first forward pass.

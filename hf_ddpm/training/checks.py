@@ -86,7 +86,7 @@ def check_output_dir(config: TrainingConfig) -> None:
     elif not config.overwrite_output_dir and not config.dry_run and run_files(folder):
         raise UsageError(
             f"output_dir {config.output_dir!r} already holds a run: choose another, "
-            "--resume_from_checkpoint latest to go on with it, or --overwrite_output_dir to delete it"
+            "--resume_from_checkpoint latest to resume it, or --overwrite_output_dir to delete it"
         )
 
 
@@ -103,8 +103,8 @@ def _check_checkpoint(config: TrainingConfig, checkpoint: str, folder: Path) -> 
     has_config = (folder / "config.yaml").is_file()
     if not names and not has_config and run_files(folder):
         raise UsageError(
-            f"resume_from_checkpoint = {checkpoint!r}, but {config.output_dir!r} holds a model of no run that could "
-            "go on, and a new one would replace it: choose another folder, or --overwrite_output_dir instead"
+            f"resume_from_checkpoint = {checkpoint!r}, but {config.output_dir!r} holds a model without a run that "
+            "could be resumed, and a new one would replace it: choose another folder, or --overwrite_output_dir"
         )
     if names and not has_config:
         raise UsageError(f"resume_from_checkpoint = {checkpoint!r}, but {config.output_dir!r} holds no config.yaml")

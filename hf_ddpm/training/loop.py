@@ -343,7 +343,7 @@ def metrics_line(run: Run, progress: Progress, state: LoopState, result: StepRes
 
 
 def checkpoint(run: Run, progress: Progress, state: LoopState, due: Due) -> None:
-    """Write a checkpoint that the schedule asks for. If the disk is full, the run goes on without it.
+    """Write a checkpoint that the schedule asks for. If the disk is full, the run continues without it.
 
     Raises:
         RunError: It was the last one.
@@ -356,7 +356,7 @@ def checkpoint(run: Run, progress: Progress, state: LoopState, due: Due) -> None
     else:
         print_once(
             run.processes,
-            f"checkpoint-{progress.step} could not be written, the run goes on: {problem}. {FREE_SPACE}",
+            f"checkpoint-{progress.step} could not be written, the run continues: {problem}. {FREE_SPACE}",
         )
 
 
@@ -394,7 +394,7 @@ def end_early(
     progress = count_skipped_steps(run, progress, state)
     problem = write_state(run, progress, state) if progress.step > state.saved_step else None
     saved_step = progress.step if problem is None else state.saved_step
-    how_to_resume = f"the same command with --resume_from_checkpoint latest goes on from step {saved_step}"
+    how_to_resume = f"the same command with --resume_from_checkpoint latest resumes from step {saved_step}"
     if problem is not None:
         how_to_resume = f"checkpoint-{progress.step} could not be written: {problem}. {FREE_SPACE}; {how_to_resume}"
     explanations = run.processes.gather(

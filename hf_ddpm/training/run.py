@@ -99,12 +99,12 @@ def print_once(processes: Processes, text: str) -> None:
 
 
 def try_to_write(run: Run, write: Callable[[], None]) -> bool:
-    """Write a file that a run can go on without, and return whether that succeeded."""
+    """Write a file that a run can do without, and return whether that succeeded."""
     try:
         write()
         return True
     except (OSError, SafetensorError) as error:
-        print_once(run.processes, f"a file could not be written, the run goes on: {error}. {FREE_SPACE}")
+        print_once(run.processes, f"a file could not be written, the run continues: {error}. {FREE_SPACE}")
         return False
 
 
@@ -113,7 +113,7 @@ def try_to_track(run: Run, track: Callable[[], None]) -> None:
     try:
         track()
     except Exception as error:
-        print_once(run.processes, f"a tracker failed, the run goes on: {error!r}")
+        print_once(run.processes, f"a tracker failed, the run continues: {error!r}")
 
 
 def track_values(run: Run, values: dict[str, Any], step: int) -> None:

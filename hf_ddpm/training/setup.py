@@ -290,7 +290,7 @@ def _find_checkpoint(
             f"{progress.data_fingerprint[:12]}, here {images.num_images} with {images.fingerprint[:12]}): "
             "give the data set and settings of its config.yaml"
         )
-    print_once(processes, f"the run goes on from {checkpoint.name}, after {progress.images} images")
+    print_once(processes, f"the run resumes from {checkpoint.name}, after {progress.images} images")
     requested = {name: getattr(config, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
     if any(value != getattr(progress, name) for name, value in requested.items()):  # changed on purpose
         requested_batch = config.train_batch_size * config.gradient_accumulation_steps * processes.size

@@ -279,8 +279,9 @@ def test_distances_rise_with_noise_blur_and_missing_classes(name: str, network_f
         pytest.importorskip("efficientnet_lite_pytorch", reason='needs pip install "hf_ddpm[evaluation]"')
     network = load_network(name, network_file if name == "inception" else None)
     cached = load_images(TrainingConfig(dataset_name="digits", label_column="label", cache_dir=str(tmp_path)))
-    pixels, labels = torch.from_numpy(center_pixels(cached)[:400].copy()), torch.from_numpy(cached.labels[:400])
-    reference, others, kinds = collect(network, [pixels[:200]]), pixels[200:], labels[200:]
+    half = 200 if name == "inception" else 100
+    pixels, labels = torch.from_numpy(center_pixels(cached)[: 2 * half].copy()), torch.from_numpy(cached.labels)
+    reference, others, kinds = collect(network, [pixels[:half]]), pixels[half:], labels[half : 2 * half]
 
     def distances(images: torch.Tensor) -> dict[str, float]:
         # A Fréchet distance needs more images than dimensions.

@@ -242,7 +242,7 @@ def test_schedule_command_rejects_what_cannot_work(model, arguments, message):
 
 @pytest.mark.slow
 def test_search_and_keep_stops_when_the_weights_change(model, make_unet):
-    """A run trains in the folder, and saves while the search goes on."""
+    """A run trains in the folder, and saves while the search runs."""
     search = search_and_keep(str(model), [2, 3], num_images=2)
     next(search)
     assert read_searched(model)

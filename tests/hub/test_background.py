@@ -81,7 +81,7 @@ def test_pusher_reports_a_failure_and_retries_a_transient_one(
     recorded.start(1)
     assert recorded.has_printed.wait(60)
     (text,) = recorded.lines
-    assert text.startswith(f"the push of 'push 1' to {NAME} failed, training goes on: ")
+    assert text.startswith(f"the push of 'push 1' to {NAME} failed, training continues: ")
     assert text.endswith("It is tried again in 0.01 s") is is_transient
     assert TOKEN not in text
     if not is_transient:

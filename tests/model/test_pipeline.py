@@ -31,7 +31,8 @@ def pipeline(make_unet):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_images_equal_stock_bit_for_bit(make_unet, prediction_type):
     stock_scheduler = diffusers.DDPMScheduler(prediction_type=prediction_type)
-    unet = make_unet(block_out_channels=[8], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"])
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "add_attention": False}
+    unet = make_unet(block_out_channels=[8], **blocks)
     stock = quiet(diffusers.DDPMPipeline(unet, stock_scheduler))
     ours = quiet(DDPMPipeline(unet, stock_scheduler))
     assert type(ours.scheduler) is DDPMScheduler

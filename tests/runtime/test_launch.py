@@ -44,7 +44,7 @@ def work():
         raise StoppedOnPurpose
     if action == "signal":
         with StopRequest(None, 0.0) as stop:
-            (folder / f"listening-{rank}").touch()
+            print("listening", flush=True)
             while stop.reason(0) is None:
                 time.sleep(0.05)
         raise StoppedOnPurpose
@@ -87,11 +87,21 @@ def test_all_processes_end_with_one_code(command, action, code, tmp_path):
 
 
 @pytest.mark.slow
+def test_accelerate_launch_on_the_cpu_gets_the_processes_it_left_out(command, tmp_path):
+    python, *worker = command("finish", 1)
+    launcher = [*("-m", "accelerate.commands.launch"), "--cpu", "--num_processes", "2"]
+    done = subprocess.run([python, *launcher, *worker[-3:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads((tmp_path / rank).read_text()) for rank in ("0", "1")]
+    assert [environment["WORLD_SIZE"] for environment in told] == ["2", "2"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_reaches_all_processes(command, name, tmp_path):
-    with subprocess.Popen(command("signal", 2), stderr=subprocess.PIPE, text=True) as parent:
-        while not all((tmp_path / f"listening-{rank}").exists() for rank in "01"):
-            assert parent.poll() is None, parent.stderr and parent.stderr.read()
+    with subprocess.Popen(command("signal", 2), stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert [parent.stdout.readline() for _ in range(2)] == ["listening\n"] * 2
         workers = psutil.Process(parent.pid).children(recursive=True)
         parent.send_signal(getattr(signal, name))
         assert parent.wait(60) == STOPPED

@@ -226,7 +226,7 @@ def test_killed_launcher_ends_the_run_after_a_checkpoint(settings, tmp_path):
         launcher.kill()
         rest = launcher.stderr.read()  # until the process that trains has closed it
     assert "the end of the launcher was noticed: the run ends after step" in rest
-    step = int(re.search(r"goes on from step (\d+)", rest)[1])
+    step = int(re.search(r"resumes from step (\d+)", rest)[1])
     assert verify(Path(config.output_dir) / f"checkpoint-{step}") is None
 
 

@@ -215,7 +215,7 @@ shutil.copytree("disk/run", "finished")
 
 @pytest.mark.slow
 def test_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
-    """A file system with room for one checkpoint: the run goes on to its end, says what is missing, and once there
+    """A file system with room for one checkpoint: the run continues to its end, says what is missing, and once there
     is room it ends as if there always had been."""
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
     probe = [*namespace, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
@@ -234,16 +234,16 @@ def test_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "first.log").read_text()
     no_room = (tmp_path / "no_room.log").read_text()
-    assert "a file could not be written, the run goes on" in no_room
+    assert "a file could not be written, the run continues" in no_room
     assert "Traceback" not in no_room
-    assert "checkpoint-4 could not be written, the run goes on: [Errno 28] No space left on device" in log
+    assert "checkpoint-4 could not be written, the run continues: [Errno 28] No space left on device" in log
     assert "error: the last checkpoint could not be written" in log
     assert "Free space on that disk" in log
     assert "Traceback" not in log
     names = (tmp_path / "left.txt").read_text().split()
     assert [name for name in names if "checkpoint" in name] == ["checkpoint-2"]
     assert verify(tmp_path / "kept") is None
-    assert "goes on from checkpoint-2" in (tmp_path / "second.log").read_text()
+    assert "resumes from checkpoint-2" in (tmp_path / "second.log").read_text()
     assert not differences(tmp_path / "finished", Path(whole.output_dir))
 
 

@@ -86,7 +86,7 @@ def test_init_from_writes_what_the_model_decides_into_the_config(config: Trainin
         "ddpm_beta_schedule": "linear",
         "ddpm_beta_start": 0.005,
         "ddpm_beta_end": 0.9,
-        "ddpm_num_inference_steps": None,
+        "ddpm_num_inference_steps": 4,
         "rescale_betas_zero_snr": False,
     }
     names = ("prediction_type", "variance_type", "resolution", "channels", "init_from")
@@ -212,7 +212,7 @@ def test_init_from_refuses_contradicting_settings_before_writing(
 
 @pytest.mark.slow
 def test_resume_does_not_need_the_model_of_init_from(config: TrainingConfig, base: Path, tmp_path: Path):
-    """Bit for bit, and also where it is gone, or another, when the run goes on."""
+    """Bit for bit, and also where it is gone, or another, when the run resumes."""
     whole = replace(config, output_dir=str(tmp_path / "whole"), checkpointing_steps=2)
     killed = replace(whole, output_dir=str(tmp_path / "killed"))
     assert start(whole) == [0]

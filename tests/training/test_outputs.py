@@ -56,7 +56,7 @@ def test_failing_tracker_does_not_end_the_run(config, monkeypatch, capsys):
     for name in ("log", "log_images", "finish"):
         monkeypatch.setattr(TensorBoardTracker, name, fail)
     train(replace(config, logger="tensorboard"))
-    assert "a tracker failed, the run goes on: RuntimeError('its server is gone')" in capsys.readouterr().err
+    assert "a tracker failed, the run continues: RuntimeError('its server is gone')" in capsys.readouterr().err
     assert Path(config.output_dir, "run.json").exists()
 
 
@@ -132,7 +132,7 @@ def test_resuming_does_not_replace_a_model_of_no_run(config):
         diffusers.UNet2DModel(**tiny_unet_config(channels=1)), diffusers.DDPMScheduler()
     ).save_pretrained(folder)
     before = weights_sha256(folder)
-    with pytest.raises(UsageError, match="holds a model of no run that could go on"):
+    with pytest.raises(UsageError, match="holds a model without a run that could be resumed"):
         train(replace(config, resume_from_checkpoint="latest"))
     assert weights_sha256(folder) == before
     assert not (folder / "config.yaml").exists()
