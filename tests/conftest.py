@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config, tiny_unet_config
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -66,7 +66,7 @@ def image_folder(tmp_path_factory) -> Path:
 def tiny_settings(tmp_path, image_folder) -> dict:
     """Settings of a run that takes a second."""
     model = tmp_path / "unet.json"
-    model.write_text(json.dumps(tiny_unet_config(channels=1)))
+    model.write_text(json.dumps(smallest_unet_config(channels=1)))
     return {
         "train_data_dir": str(image_folder),
         "cache_dir": str(image_folder.parent / "cache"),

@@ -15,7 +15,7 @@ from hf_ddpm.runtime.errors import PushError, RunError, UsageError
 from hf_ddpm.runtime.files import weights_sha256, write_atomically
 from hf_ddpm.runtime.signals import StoppedOnPurpose
 from hf_ddpm.training.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def model(tmp_path_factory):
     from diffusers import UNet2DModel
 
     folder = tmp_path_factory.mktemp("model")
-    unet = UNet2DModel(**tiny_unet_config(channels=1))
+    unet = UNet2DModel(**smallest_unet_config(channels=1))
     DDPMPipeline(
         unet, DDPMScheduler(10, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
     ).save_pretrained(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_ddpm.runtime import launch
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = (*launch.RANK_VARIABLES, *launch.MPI_VARIABLES, *launch.LAUNCHER_VARIABLES)
@@ -20,7 +20,7 @@ def test_run_of_two_processes_ends_once(tmp_path):
     file = tmp_path / "hf" / "accelerate" / "default_config.yaml"
     file.parent.mkdir(parents=True)
     file.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
-    (tmp_path / "unet.json").write_text(json.dumps(tiny_unet_config(channels=1)))
+    (tmp_path / "unet.json").write_text(json.dumps(smallest_unet_config(channels=1)))
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [*(sys.executable, "-W", "ignore", "-m", "hf_ddpm", "train")]

@@ -24,7 +24,7 @@ from hf_ddpm.runtime.files import sha256
 from hf_ddpm.training.parsing import save_config
 from tests.support.evaluations import config_of
 from tests.support.inception import save_inception
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stock(tmp_path: Path) -> Path:
     """The folder that stock diffusers writes, and nothing else."""
     torch.manual_seed(0)
-    unet = UNet2DModel(**tiny_unet_config(channels=1))
+    unet = UNet2DModel(**smallest_unet_config(channels=1))
     with torch.no_grad():
         unet.conv_out.weight *= 0.1
     scheduler = DDPMScheduler(
@@ -91,7 +91,7 @@ def run(stock: Path, digits: Path) -> Path:
 def of_classes(tmp_path: Path) -> Path:
     """A model of two classes."""
     torch.manual_seed(0)
-    unet = UNet2DModel(**tiny_unet_config(channels=1), num_class_embeds=2)
+    unet = UNet2DModel(**smallest_unet_config(channels=1), num_class_embeds=2)
     DDPMPipeline(unet, DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")).save_pretrained(tmp_path / "classes")
     return tmp_path / "classes"
 

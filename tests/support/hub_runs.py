@@ -17,7 +17,7 @@ from huggingface_hub.utils import _http
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.runtime.files import sha256
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 
 TOKEN, OTHER, READER = "hf_alicesecret", "hf_bobsecret", "hf_readersecret"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -41,7 +41,7 @@ def forget_connections() -> None:
 def save_model(folder: Path, seed: int = 0, scheduler: Any = None, **saved: Any) -> Path:
     """Save a small random model: ours, or stock diffusers' with a scheduler that is given."""
     torch.manual_seed(seed)
-    unet = diffusers.UNet2DModel(**tiny_unet_config(channels=1))
+    unet = diffusers.UNet2DModel(**smallest_unet_config(channels=1))
     if scheduler is None:
         scheduler = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
         DDPMPipeline(unet, scheduler).save_pretrained(folder, **saved)

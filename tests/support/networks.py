@@ -16,3 +16,13 @@ def tiny_unet_config(channels: int = 3, size: int = 8, **changes) -> dict:
         "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
         **changes,
     }
+
+
+def smallest_unet_config(channels: int = 3, **changes) -> dict:
+    """One level, with attention in the middle, for what a run does with a network, whichever it is."""
+    one_level = {
+        "block_out_channels": [8],
+        "down_block_types": ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
+    }
+    return {**tiny_unet_config(channels), **one_level, **changes}

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 
 
 def metrics(folder):
@@ -28,5 +28,5 @@ def assert_same_weights(a, b):
 
 def model_file(tmp_path, **changes):
     path = tmp_path / "other_unet.json"
-    path.write_text(json.dumps(tiny_unet_config(channels=1, **changes)))
+    path.write_text(json.dumps(smallest_unet_config(channels=1, **changes)))
     return str(path)

@@ -21,7 +21,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import load_config, save_config
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 from tests.support.runs import child, differences, processes, said, start, trace
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def runs(tmp_path_factory):
 def train_divided(root: Path, divisions: dict, **settings) -> TrainingConfig:
     """The runs in `root`, and the config of one that two processes divide in two, which is config.yaml there."""
     model = root / "unet.json"
-    model.write_text(json.dumps(tiny_unet_config(channels=1)))
+    model.write_text(json.dumps(smallest_unet_config(channels=1)))
     config = TrainingConfig(
         dataset_name="digits",
         model_config_name_or_path=str(model),

@@ -18,7 +18,7 @@ from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.training.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
 from tests.support.command_line import parse_config
 from tests.support.hub_server import HubServer, run_client
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -37,7 +37,7 @@ def in_a_folder_with_a_model(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # parsing asks whether there is one
     monkeypatch.chdir(tmp_path)
     scheduler = DDPMScheduler(timestep_spacing="trailing")
-    unet = UNet2DModel(**tiny_unet_config(channels=1))
+    unet = UNet2DModel(**smallest_unet_config(channels=1))
     DDPMPipeline(unet, scheduler).save_pretrained("ddpm-model")
     for images in (50, 100):
         write_atomically(
@@ -85,9 +85,9 @@ def test_readme_sharing_and_loading_work(tmp_path, image_folder):
     section = README.partition("## Share it")[2].partition("\n## ")[0]
     lines = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()
     # Features of 24 images instead of 1,797.
-    few = f"--train_data_dir {image_folder}"
+    few = f"--dataset_name {image_folder}"
     lines = [line.replace("--dataset_name digits", few) if " evaluate " in line else line for line in lines]
-    (tmp_path / "unet.json").write_text(json.dumps(tiny_unet_config(channels=1)))
+    (tmp_path / "unet.json").write_text(json.dumps(smallest_unet_config(channels=1)))
     code = f"""
         import shlex
         from hf_ddpm.cli import app

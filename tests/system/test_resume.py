@@ -25,7 +25,7 @@ from hf_ddpm.training.checkpoint import verify
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import save_config
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 from tests.support.runs import TWICE, WORKER, differences, said, start, trace
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 def settings(tiny_settings, tmp_path):
     """All that has a state of its own, or draws random numbers."""
     model = tmp_path / "dropout.json"
-    model.write_text(json.dumps(tiny_unet_config(channels=1, out_channels=2, dropout=0.2)))
+    model.write_text(json.dumps(smallest_unet_config(channels=1, out_channels=2, dropout=0.2)))
     return {
         **tiny_settings,
         "model_config_name_or_path": str(model),

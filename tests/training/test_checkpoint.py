@@ -27,6 +27,7 @@ from hf_ddpm.training.checkpoint import (
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import save_config
+from tests.support.networks import tiny_unet_config
 from tests.support.runs import differences
 
 ROOT = Path(__file__).parents[2]
@@ -221,7 +222,9 @@ def test_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
     probe = [*namespace, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
     if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("this system lets no user mount a tmpfs")
-    settings = {**tiny_settings, "checkpointing_steps": 2, "ema_snapshots": 0, "cpu_threads_per_process": 1}
+    (tmp_path / "two_levels.json").write_text(json.dumps(tiny_unet_config(channels=1)))
+    settings = {**tiny_settings, "model_config_name_or_path": str(tmp_path / "two_levels.json")}
+    settings |= {"checkpointing_steps": 2, "ema_snapshots": 0, "cpu_threads_per_process": 1}
     whole = TrainingConfig(**settings)
     train(whole)
     files = [p for p in Path(whole.output_dir).rglob("*") if p.is_file()]

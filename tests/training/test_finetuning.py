@@ -21,7 +21,7 @@ from hf_ddpm import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences, start
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -31,7 +31,7 @@ NEVER = {"learning_rate": 1e-30, "lr_scheduler": "constant", "lr_warmup_steps": 
 
 def save_model(folder: Path, scheduler: Any = None, channels: int = 1, **network: Any) -> Path:
     torch.manual_seed(1)
-    unet = diffusers.UNet2DModel(**tiny_unet_config(channels, **network))
+    unet = diffusers.UNet2DModel(**smallest_unet_config(channels, **network))
     scheduler = scheduler or diffusers.DDPMScheduler(30, variance_type="fixed_large", **SCHEDULE)
     diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
     return folder
@@ -115,7 +115,7 @@ def test_init_from_accepts_a_square_sample_size_of_two_numbers(
     with pytest.raises(UsageError, match=r"init_from needs a model of square images, got .* of None"):
         train(replace(config, **NEVER, overwrite_output_dir=True))
     network = tmp_path / "network.json"
-    network.write_text(json.dumps(tiny_unet_config(1) | {"sample_size": [8, 8]}))
+    network.write_text(json.dumps(smallest_unet_config(1) | {"sample_size": [8, 8]}))
     of_file = replace(config, init_from=None, model_config_name_or_path=str(network), output_dir=str(tmp_path / "own"))
     train(replace(of_file, **NEVER, ddpm_num_steps=30))
 

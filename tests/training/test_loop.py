@@ -30,7 +30,7 @@ from hf_ddpm.runtime.seeds import image_draws
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.setup import _find_start, learning_rate_schedule
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
 from tests.support.trained import losses, metrics, model_file, weights
 
@@ -155,7 +155,7 @@ def test_learned_variance_trains_the_variance_channels(tiny_settings, tmp_path):
 @pytest.mark.slow
 def test_train_learns_classes_from_the_label_column(tiny_settings, tmp_path):
     model = tmp_path / "classes.json"
-    model.write_text(json.dumps(tiny_unet_config(channels=1, num_class_embeds=10)))
+    model.write_text(json.dumps(smallest_unet_config(channels=1, num_class_embeds=10)))
     settings = {k: v for k, v in tiny_settings.items() if k != "train_data_dir"}
     settings |= {"dataset_name": "digits", "label_column": "label", "model_config_name_or_path": str(model)}
     pipeline = train(TrainingConfig(**settings))
@@ -214,7 +214,7 @@ def test_loss_uses_the_stable_target(tiny_settings, tmp_path, labels):
             (folder / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
             (folder / f"class{i % 2}" / image.name).write_bytes(image.read_bytes())
         model = tmp_path / "conditional.json"
-        model.write_text(json.dumps(tiny_unet_config(channels=1, num_class_embeds=2)))
+        model.write_text(json.dumps(smallest_unet_config(channels=1, num_class_embeds=2)))
         changes |= {"train_data_dir": str(folder), "label_column": "label", "model_config_name_or_path": str(model)}
     config = TrainingConfig(**{**tiny_settings, **changes})
     pipeline = train(config)

@@ -13,7 +13,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import load_config
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 from tests.support.trained import assert_same_weights, losses, metrics, model_file
 
 ROOT = Path(__file__).parents[2]
@@ -65,11 +65,11 @@ def test_resume_keeps_the_network_of_the_checkpoint(tiny_settings, tmp_path, mon
 def test_resume_refuses_a_changed_model_config(tiny_settings, tmp_path):
     """Though the weights have the same shapes."""
     model = tmp_path / "unet.json"
-    model.write_text(json.dumps(tiny_unet_config(channels=1, norm_num_groups=4)))
+    model.write_text(json.dumps(smallest_unet_config(channels=1, norm_num_groups=4)))
     config = TrainingConfig(**{**tiny_settings, "model_config_name_or_path": str(model)})
     train(config)
     before = {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()}
-    model.write_text(json.dumps(tiny_unet_config(channels=1, norm_num_groups=2)))
+    model.write_text(json.dumps(smallest_unet_config(channels=1, norm_num_groups=2)))
     with pytest.raises(UsageError, match=r"norm_num_groups was 4, got 2: give the model config .*config.json"):
         train(replace(config, resume_from_checkpoint="latest", max_train_steps=9))
     assert {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()} == before
