@@ -50,6 +50,7 @@ def test_wrong_usage_is_one_line_and_code_2(arguments, message, tmp_path, monkey
     assert said.out == ""
 
 
+@pytest.mark.slow
 def test_usage_errors_come_before_torch():
     code = """
 import sys
@@ -109,6 +110,7 @@ def completions(*words: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_shell_completes_commands_flags_and_values():
     assert completions("s") == ["sample", "schedule", "space"]
     assert completions("train", "--rec") == ["--recipe"]

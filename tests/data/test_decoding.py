@@ -122,6 +122,7 @@ def encoded_in_mode(mode: str, width: int, height: int, rng: np.random.Generator
     return {"bytes": buffer.getvalue(), "path": None}
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     mode=st.sampled_from(Image.MODES),

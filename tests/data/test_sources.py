@@ -47,6 +47,7 @@ def test_class_folders_give_labels(folder: Path) -> None:
     assert images.labels.tolist() == [0, 0, 0, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # `datasets` leaves the csv file open
 def test_metadata_file_gives_labels(folder: Path) -> None:
     save_grays(folder, 3)
@@ -58,6 +59,7 @@ def test_metadata_file_gives_labels(folder: Path) -> None:
     gc.collect()
 
 
+@pytest.mark.slow
 def test_local_data_use_no_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     calls = []

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 SOURCES = {"shards": [19, 8, 1, 15, 30], "few_shards": [31, 22], "one_shard": [40], "few_images": [2]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SOURCES.values(), ids=list(SOURCES))
 def test_epoch_of_all_substreams_holds_each_image_once(folder: Path, sizes: list[int]) -> None:
     save_parquet(folder, sizes)
@@ -283,6 +284,7 @@ def test_row_groups_before_a_block_start_are_not_read(folder: Path) -> None:
     assert torch.equal(resumed["pixels"], whole[5]["pixels"])
 
 
+@pytest.mark.slow
 def test_memory_does_not_keep_what_was_read_of_a_file(folder: Path) -> None:
     schema = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()})})
     rng = np.random.default_rng(0)

@@ -52,6 +52,7 @@ def test_stream_of_an_image_folder(folder: Path) -> None:
     assert [n for batch in batches for n in batch["labels"].tolist()] == [n % 2 for n in ids]
 
 
+@pytest.mark.slow
 def test_stream_of_a_folder_saved_by_datasets(folder: Path) -> None:
     save_parquet(folder, [150])
     saved = datasets.load_dataset("parquet", data_files=str(folder / "*.parquet"), cache_dir=str(folder / "c"))
@@ -110,6 +111,7 @@ def test_stream_of_generated_examples(folder: Path) -> None:
         assert read_stream(fresh, 80, 40, num_processes=1, **settings)[0].items() <= whole.items()
 
 
+@pytest.mark.slow
 def test_fingerprint_depends_on_files_and_settings_only(tmp_path: Path) -> None:
     def fingerprint(name: str, **settings: Any) -> str:
         return open_stream(stream_config(tmp_path / name, **settings)).fingerprint

@@ -1,4 +1,7 @@
-"""Tests of hf_ddpm.evaluation.distances: torchmetrics and prdc as oracles, known Gaussians, invariances, errors."""
+"""Tests of hf_ddpm.evaluation.distances: torchmetrics and prdc as oracles, known Gaussians, invariances, errors.
+
+The oracles take seconds to import, and are not imported while tests are collected.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,8 @@ from functools import reduce
 
 import pytest
 import torch
-from prdc import compute_prdc
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from hf_ddpm.evaluation import distances as module
 from hf_ddpm.evaluation.distances import (
@@ -110,6 +110,8 @@ def test_moments_are_plain_tensors_and_save(tmp_path):
 
 @pytest.mark.parametrize("n", [400, 700])
 def test_frechet_distance_equals_torchmetrics(n: int):
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     X, Y = draw(n, d=32, mean=0.5), draw(500, d=32, seed=1, spread=1.1)
     oracle = FrechetInceptionDistance(feature=Features(32)).set_dtype(torch.float64)
     oracle.update(Y, real=True)
@@ -153,6 +155,8 @@ def test_frechet_distance_of_a_set_with_itself_is_0(n: int):
 
 
 def kid_by_torchmetrics(X: Tensor, Y: Tensor, subsets: int, subset_size: int) -> float:
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
         oracle = KernelInceptionDistance(feature=Features(X.shape[1]), subsets=subsets, subset_size=subset_size)
@@ -257,6 +261,8 @@ def test_standard_error_is_the_spread_over_draws(
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("mean", [0.3, 1.0, 3.0])
 def test_prdc_equals_prdc(k: int, mean: float, capsys):
+    from prdc import compute_prdc
+
     X, Y = draw(120, mean=mean, spread=0.8), draw(150, seed=1)
     expected = compute_prdc(Y.numpy(), X.numpy(), nearest_k=k)
     assert precision_recall_density_coverage(X, Y, k)._asdict() == pytest.approx(expected, rel=1e-12)
@@ -264,6 +270,8 @@ def test_prdc_equals_prdc(k: int, mean: float, capsys):
 
 @pytest.mark.parametrize("block_size", [7, 1024])
 def test_prdc_breaks_ties_as_prdc_does(block_size: int, capsys, monkeypatch: pytest.MonkeyPatch):
+    from prdc import compute_prdc
+
     monkeypatch.setattr(module, "BLOCK_SIZE", block_size)
     # Distances on a grid are exact, most are ties, and many rows are the same.
     generator = torch.Generator().manual_seed(0)

@@ -226,6 +226,7 @@ def test_evaluate_measures_a_stock_repository_by_references_or_data(
     assert (row["real_vs_real"]["of"], row["real_vs_real"]["num_compared"]) == ("halves of train", [40, 150])
 
 
+@pytest.mark.slow
 def test_memorization_includes_mirrored_images_whatever_names_the_data(run: Path, measure: Any, digits: Path):
     save_config(config_of(digits, random_flip=True), run / "config.yaml")
     rows = measure(run, metrics=["memorization"], data=config_of(digits))["results"]

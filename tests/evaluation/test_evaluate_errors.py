@@ -78,6 +78,7 @@ def test_evaluate_rejects_settings_before_sampling(run: Path, measure: Any, name
     assert files_in(run) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_sampling")
 def test_evaluate_rejects_folders_before_sampling(
     run: Path,
@@ -119,6 +120,7 @@ def test_evaluate_rejects_folders_before_sampling(
         measure(run, data=config_of(digits))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_sampling")
 def test_evaluate_rejects_references_of_another_kind(
     run: Path, measure: Any, digits: Path, network_file: Path, tmp_path: Path
@@ -157,6 +159,7 @@ def test_evaluate_rejects_a_class_without_images(of_classes: Path, measure: Any,
         measure(of_classes, metrics=["kid"], data=config)
 
 
+@pytest.mark.slow
 def test_evaluate_refuses_a_folder_with_results_of_another_model(run: Path, stock: Path, measure: Any, digits: Path):
     out = run.with_name("elsewhere") / "results"
     measure(run, metrics=["kid"], out=out)

@@ -134,6 +134,7 @@ def test_results_of_other_weights_are_removed(run: Path, measure: Any):
     assert "KID" in (run / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_card_in_another_folder_keeps_the_model_name_that_it_has(run: Path, measure: Any):
     out = run.with_name("results")
     out.mkdir()

@@ -142,6 +142,7 @@ def test_check_network_downloads_inception_once_and_completely(
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dimensions", "size"), [("dinov2", 16, 224), ("clip", 12, 336)])
 def test_load_network_takes_transformers_folders(
     transformers_folders: dict[str, Path], name: str, dimensions: int, size: int
@@ -173,6 +174,7 @@ def test_clip_feature_is_the_image_embedding_of_length_1(transformers_folders: d
     assert torch.allclose(embeddings.norm(dim=1), torch.ones(3))
 
 
+@pytest.mark.slow
 def test_identity_depends_on_weights_but_not_on_their_file(transformers_folders: dict[str, Path], tmp_path: Path):
     def identity_of(folder: Path) -> dict[str, Any]:
         return {k: v for k, v in load_network("dinov2", folder).identity.items() if k != "information"}
@@ -263,6 +265,7 @@ def test_efficientnet_has_1280_features():
     assert_behaves(network)
 
 
+@pytest.mark.slow
 @needs_efficientnet
 def test_efficientnet_features_are_the_input_of_the_published_classifier():
     from efficientnet_lite_pytorch import EfficientNet

@@ -238,6 +238,7 @@ def test_bound_of_four_images_is_a_little_above_two_bits(variance_type):
     assert lowest - 3 * error < gap < highest + 3 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("count", [2, 3, 20, 400, 999])
 def test_draw_timesteps_draws_each_step_with_its_probability(beta_schedule, count):
@@ -328,6 +329,7 @@ def test_bits_per_dimension_gives_mean_and_standard_error_of_the_images():
     assert result.non_finite_timesteps == []
 
 
+@pytest.mark.slow
 def test_bound_of_a_unet_depends_on_the_batch_by_rounding_alone(make_unet):
     unet, images = make_unet(channels=3), random_images(5, shape=(3, 8, 8))
     one, other = (measure(unet, DDPMScheduler(), images, batch_size=size, timesteps_per_image=6) for size in (5, 2))
@@ -351,6 +353,7 @@ def test_network_gets_the_class_label_of_each_image():
     assert len(seen) == 70
 
 
+@pytest.mark.slow
 def test_bits_per_dimension_names_timesteps_that_are_not_finite(tmp_path):
     def network(x_t, t):
         bad = torch.where(t == 3, torch.nan, torch.where(t == 7, torch.inf, 0.0))
@@ -364,6 +367,7 @@ def test_bits_per_dimension_names_timesteps_that_are_not_finite(tmp_path):
     assert (tmp_path / "bound.png").exists()
 
 
+@pytest.mark.slow
 def test_draw_bound_writes_a_picture(tmp_path):
     result = measure(elementwise_network, DDPMScheduler(50, **FAST), random_images(2), timesteps_per_image=5)
     assert result.terms.isnan().any()

@@ -80,6 +80,7 @@ def test_descend_finds_almost_the_best_quadrature():
     assert value(descend(starting_timesteps(31, 4), value, lambda _: None)) < 1.05 * value(best)
 
 
+@pytest.mark.slow
 def test_trajectories_equal_the_pipeline_with_remembered_outputs_too(model):
     pipeline, _ = load_for_sampling(str(model), "dpmsolver++", 4)
     trajectories = Trajectories(pipeline, "dpmsolver++", range(3), batch_size=3)
@@ -120,6 +121,7 @@ def test_search_timesteps_of_a_model_with_classes_and_learned_variance(make_unet
     assert len(row.timesteps) == 3
 
 
+@pytest.mark.slow
 def test_pipeline_uses_searched_timesteps_for_their_number_of_steps(model):
     write_searched(model, [found(99, 70, 20)], weights_sha256(model))
     pipeline = DDPMPipeline.from_pretrained(model)

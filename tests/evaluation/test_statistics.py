@@ -146,6 +146,7 @@ def test_fingerprint_does_not_depend_on_the_location_of_the_images(splits: Path,
     assert torch.equal(first.features, second.features)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "saved", "parquet"])
 def test_open_split_reads_each_kind_of_data_set(splits: Path, tmp_path: Path, kind: str):
     folder = splits
@@ -317,6 +318,7 @@ def test_make_reference_converts_16_bits_to_8(tmp_path: Path):
     assert reference.features.max() <= 255
 
 
+@pytest.mark.slow
 def test_make_reference_with_efficientnet(splits: Path):
     pytest.importorskip("efficientnet_lite_pytorch", reason='needs pip install "hf_ddpm[evaluation]"')
     network = load_network("efficientnet-lite0")

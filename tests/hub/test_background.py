@@ -53,6 +53,7 @@ def recorded(server: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch) -> I
     assert not list(run.glob("partial-*"))
 
 
+@pytest.mark.slow
 def test_pusher_sends_only_the_newest_state_and_never_blocks(recorded: RecordedPusher, server: HubServer):
     first = server.hold(COMMIT)
     recorded.start(1)

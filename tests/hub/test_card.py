@@ -122,6 +122,7 @@ def test_metadata_do_not_name_a_local_folder_as_dataset(tmp_path: Path, monkeypa
     assert ModelCard(card_of(tmp_path, config=CONFIG | {"dataset_name": "data/photos"})).data.datasets is None
 
 
+@pytest.mark.slow
 def test_settings_table_finds_the_settings_of_ho_et_al_equal_but_for_the_average(tmp_path: Path):
     def rows(**parts: Any) -> dict[str, list[str]]:
         table = re.findall(r"^\| (.*) \| (.*) \| (.*) \| (\*\*differs\*\*|same) \|$", card_of(tmp_path, **parts), re.M)
@@ -156,6 +157,7 @@ def test_examples_import_only_what_they_announce(tmp_path: Path, parts: dict[str
     assert_no_trace_of_absence(card)
 
 
+@pytest.mark.slow
 def test_examples_fit_the_model(tmp_path: Path):
     codes = {name: snippets(card_of(tmp_path, **parts)) for name, parts in VARIANTS.items()}
     assert [len(code) for code in codes.values()] == [3, 3, 2, 1, 1]

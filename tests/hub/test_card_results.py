@@ -14,6 +14,7 @@ from hf_ddpm.runtime.run_files import read_evaluation
 from tests.support.cards import COPIES, RESULT, assert_no_trace_of_absence, card_of, make_run, write_results
 
 
+@pytest.mark.slow
 def test_card_claims_no_evaluation_until_there_is_one(tmp_path: Path):
     none, copies = "No quality metric has been measured", "not been measured whether the model repeats images"
     card = card_of(tmp_path)

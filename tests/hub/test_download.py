@@ -100,6 +100,7 @@ def test_stock_diffusers_and_we_load_a_private_repository_alike(
     assert np.array_equal(sample_images(DDPMPipeline.from_pretrained(NAME)), expected)
 
 
+@pytest.mark.slow
 def test_loading_a_private_repository_needs_its_token(server: HubServer, run: Path, tmp_path: Path, monkeypatch):
     push(run, NAME)
     for token in ("", OTHER):
@@ -155,6 +156,7 @@ def test_stock_repository_can_be_sampled_and_finetuned(
     assert (written["prediction_type"], written["ddpm_beta_schedule"]) == ("epsilon", "linear")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarning")
 def test_stock_repository_can_be_evaluated(foreign: Path, image_folder: Path, tmp_path: Path, monkeypatch: Any):
     path = save_inception(tmp_path / "inception.pt")

@@ -44,6 +44,7 @@ def test_write_card_keeps_the_text_around_the_card(tmp_path: Path):
     assert path.read_text(encoding="utf-8") == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [BEGIN, END])
 def test_write_card_restores_a_deleted_mark_without_growing(tmp_path: Path, lost: str):
     path = write_card(make_run(tmp_path))
@@ -70,6 +71,7 @@ def test_write_card_replaces_our_results_and_keeps_others(tmp_path: Path):
     assert found.model_name == "theirs"
 
 
+@pytest.mark.slow
 def test_push_keeps_the_text_around_the_card_on_the_hub(server: HubServer, run: Path):
     push(run, NAME)
     text = server.repo(NAME).files["README.md"].decode()
@@ -105,6 +107,7 @@ def test_push_keeps_metadata_of_the_hub_beside_a_local_text(server: HubServer, r
     assert author_text(str(there)).split() == ["#", "digits", "From", "here."]
 
 
+@pytest.mark.slow
 def test_push_uploads_a_local_text_whatever_the_repository_is_called(server: HubServer, run: Path):
     push(run, "other")
     text = (run / "README.md").read_text()

@@ -9,7 +9,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -22,19 +24,18 @@ from huggingface_hub import SpaceCard
 from PIL import Image
 from typer.testing import CliRunner
 
-pytest.importorskip("gradio")  # an extra
-
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app as cli
 from hf_ddpm.hub import space
 from hf_ddpm.hub.readme import BEGIN, END
-from hf_ddpm.hub.space_app import app
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import tiny_unet_config
+
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason='needs pip install "hf_ddpm[demo]"')
 
 T, SEEDS = 20, [5, 6, 7]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -65,6 +66,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folders[name] = tmp_path_factory.mktemp("models") / name
         DDPMPipeline(unet, scheduler).save_pretrained(folders[name])
     return folders
+
+
+@pytest.fixture(scope="module")
+def app() -> Any:
+    """The page; gradio, which takes seconds to import, is not imported while tests are collected."""
+    return import_module("hf_ddpm.hub.space_app.app")
 
 
 def sample_with_package(
@@ -132,13 +139,14 @@ def test_space_samples_what_the_package_samples_with_its_own_files_alone(folders
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_samplers_are_those_that_can_sample_the_model(folders: dict[str, Path], name: str):
+def test_samplers_are_those_that_can_sample_the_model(app: Any, folders: dict[str, Path], name: str):
     model = app.Model(str(folders[name]))
     assert model.samplers[0] == default_scheduler(model.scheduler.config)
     assert {name for name in model.samplers if name != app.NOISELESS} == set(samplers_of(name))
 
 
-def test_sample_returns_some_states_of_the_first_image(folders: dict[str, Path]):
+@pytest.mark.slow
+def test_sample_returns_some_states_of_the_first_image(app: Any, folders: dict[str, Path]):
     model, steps = app.Model(str(folders["epsilon"])), []
     samples = model.sample("ddim", T, SEEDS, on_step=lambda step, num_steps: steps.append((step, num_steps)))
     assert steps == [(step, T) for step in range(1, T + 1)]
@@ -151,7 +159,7 @@ def test_sample_returns_some_states_of_the_first_image(folders: dict[str, Path])
 
 
 @pytest.mark.slow
-def test_sample_iterates_a_step_denoiser_alone_too(folders: dict[str, Path]):
+def test_sample_iterates_a_step_denoiser_alone_too(app: Any, folders: dict[str, Path]):
     model = app.Model(str(folders["previous_sample"]))
     assert model.samplers == ["ddpm", app.NOISELESS]
     images = model.sample(app.NOISELESS, 7, SEEDS).images  # however few steps are asked for
@@ -159,7 +167,7 @@ def test_sample_iterates_a_step_denoiser_alone_too(folders: dict[str, Path]):
     assert np.array_equal([np.asarray(image) for image in images], expected)
 
 
-def test_sample_uses_searched_timesteps(folders: dict[str, Path], tmp_path: Path):
+def test_sample_uses_searched_timesteps(app: Any, folders: dict[str, Path], tmp_path: Path):
     folder = tmp_path / "model"
     shutil.copytree(folders["v_prediction"], folder)
     searched = SearchedTimesteps("dpmsolver++", (19, 4, 1), 0.1, 0.2, num_images=2, seed=0, reference_steps=10)
@@ -168,7 +176,7 @@ def test_sample_uses_searched_timesteps(folders: dict[str, Path], tmp_path: Path
     assert [t for t, _, _ in model.sample("dpmsolver++", 3, SEEDS).states] == [19, 4, 1]
 
 
-def test_add_noise_is_the_forward_process(folders: dict[str, Path]):
+def test_add_noise_is_the_forward_process(app: Any, folders: dict[str, Path]):
     model = app.Model(str(folders["epsilon"]))
     scheduler, x_0 = DDPMPipeline.from_pretrained(folders["epsilon"]).scheduler, torch.rand(1, 3, 8, 8) * 2 - 1
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(3))
@@ -177,7 +185,7 @@ def test_add_noise_is_the_forward_process(folders: dict[str, Path]):
     assert "SNR" in app.describe_noise_level(model, T - 1)
 
 
-def test_from_image_makes_x_0_of_any_shape_and_mode(folders: dict[str, Path]):
+def test_from_image_makes_x_0_of_any_shape_and_mode(app: Any, folders: dict[str, Path]):
     model = app.Model(str(folders["epsilon"]))
     for mode in ("L", "RGB", "RGBA", "P"):
         x_0 = model.from_image(Image.new(mode, (30, 17), 0))
@@ -186,13 +194,13 @@ def test_from_image_makes_x_0_of_any_shape_and_mode(folders: dict[str, Path]):
     assert model.from_image(Image.new("RGB", (8, 8), (255, 255, 255))).unique().tolist() == [1]
 
 
-def test_pictures_are_escaped_and_stand_in_a_grid():
+def test_pictures_are_escaped_and_stand_in_a_grid(app: Any):
     assert app.picture(Image.new("L", (28, 28)), "<t>").count("&lt;t&gt;") == 1
     assert app.grid([Image.new("RGB", (8, 8))] * 3, SEEDS).count("<img") == 3
 
 
 @pytest.mark.slow
-def test_write_space_writes_the_page_and_what_it_imports(folders: dict[str, Path], tmp_path: Path):
+def test_write_space_writes_the_page_and_what_it_imports(app: Any, folders: dict[str, Path], tmp_path: Path):
     folder = tmp_path / "run"
     shutil.copytree(folders["v_prediction"], folder)
     (folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n\n# A model\n")
@@ -337,7 +345,7 @@ def test_demo_and_space_refuse_what_cannot_be_shown(folders: dict[str, Path], tm
 
 
 @pytest.mark.slow
-def test_page_shows_in_a_browser(folders: dict[str, Path], tmp_path: Path):
+def test_page_shows_in_a_browser(app: Any, folders: dict[str, Path], tmp_path: Path):
     playwright = pytest.importorskip("playwright.sync_api")
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:

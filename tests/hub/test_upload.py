@@ -89,6 +89,7 @@ def test_push_keeps_the_visibility_of_a_repository(server: HubServer, run: Path,
     assert server.repo(NAME).files.keys() == ARRIVES
 
 
+@pytest.mark.slow
 def test_push_refuses_a_public_repository_unless_asked(server: HubServer, run: Path):
     push(run, NAME, public=True)
     assert not server.repo(NAME).private
@@ -119,6 +120,7 @@ def test_push_refuses_unpublishable_folders_before_any_request(server: HubServer
     assert not server.requests
 
 
+@pytest.mark.slow
 def test_push_deletes_files_that_contradict_the_model_and_keeps_those_of_others(server: HubServer, run: Path):
     (run / "evaluation.json").write_text(json.dumps({"results": []}))
     push(run, NAME)
@@ -129,6 +131,7 @@ def test_push_deletes_files_that_contradict_the_model_and_keeps_those_of_others(
     assert server.repo(NAME).files.keys() == ARRIVES | {"notes.txt", "figures/mine.png"}
 
 
+@pytest.mark.slow
 def test_push_of_a_resumed_run_deletes_what_described_older_weights(server: HubServer, run: Path):
     (run / "evaluation.json").write_text(json.dumps({"weights_sha256": sha256(run / WEIGHTS), "results": []}))
     (run / "eval.jsonl").write_text("")
@@ -141,6 +144,7 @@ def test_push_of_a_resumed_run_deletes_what_described_older_weights(server: HubS
     assert not {"evaluation.json", "run.json", "eval.jsonl"} & server.repo("alice/digits").files.keys()
 
 
+@pytest.mark.slow
 def test_push_leaves_out_evaluation_pictures_of_other_weights(server: HubServer, run: Path):
     measured = evaluate_with_pictures(run)
     push(run, "digits")
@@ -214,6 +218,7 @@ def test_push_follows_the_symbolic_links_of_the_hub_cache(server: HubServer, run
     assert server.repo("alice/digits").files[WEIGHTS] == (tmp_path / "blob").read_bytes()
 
 
+@pytest.mark.slow
 def test_commit_is_not_made_if_it_is_not_wanted_any_more(server: HubServer, run: Path):
     push(run, "digits")
     save_model(run, seed=1)
@@ -254,6 +259,7 @@ def test_push_uploads_each_average_as_a_branch(server: HubServer, run: Path):
     assert len(repo.commits) == number
 
 
+@pytest.mark.slow
 def test_push_to_a_branch_leaves_main_alone(server: HubServer, run: Path):
     HfApi().create_repo(NAME, private=True)
     before = server.repo(NAME).files

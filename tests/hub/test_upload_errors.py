@@ -101,6 +101,7 @@ def test_push_explains_that_the_hub_cannot_be_reached(server: HubServer, run: Pa
     assert not list(run.glob("partial-*"))
 
 
+@pytest.mark.slow
 def test_push_makes_no_second_commit_after_a_lost_answer(server: HubServer, run: Path):
     server.cut(COMMIT)
     with pytest.raises(PushError, match="the connection broke") as error:

@@ -134,6 +134,7 @@ def test_forward_chain_without_noise_stays_at_the_image():
     assert torch.equal(chain, x_0.expand(4, 3, 4, 4))
 
 
+@pytest.mark.slow
 def test_forward_chain_ends_in_standard_noise():
     chain = figures.forward_chain(torch.ones(1, 64, 64), DDPMScheduler(), [-1, 999], torch.Generator().manual_seed(0))
     assert torch.equal(chain[0], torch.ones(1, 64, 64))
@@ -210,6 +211,7 @@ def blue(array: np.ndarray) -> np.ndarray:
     return pixels_of(array, figures.COLORS[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_y", [False, True])
 @pytest.mark.parametrize(
     "y",
@@ -222,6 +224,7 @@ def test_draw_curves_shows_all_kinds_of_values_and_cuts_off_no_label(tmp_path: P
     assert (border == 255).all()
 
 
+@pytest.mark.slow
 def test_draw_curves_draws_no_line_without_values(tmp_path: Path):
     empty = [Curve("loss", [], [])], [Curve("loss", [1, 2], [math.nan, -math.inf])], []
     for curves in empty:
@@ -240,6 +243,7 @@ def test_draw_curves_puts_values_where_they_belong(tmp_path: Path):
     assert np.corrcoef(pixels[:, 1], -pixels[:, 0])[0, 1] > 0.9999
 
 
+@pytest.mark.slow
 def test_draw_curves_leaves_a_gap_where_there_is_no_value_and_dots_lone_values(tmp_path: Path):
     y = np.ones(101)
     y[40:61] = math.nan
@@ -251,6 +255,7 @@ def test_draw_curves_leaves_a_gap_where_there_is_no_value_and_dots_lone_values(t
     assert 0.3 * gap < np.diff(columns).max() < 0.6 * gap
 
 
+@pytest.mark.slow
 def test_draw_curves_starts_at_zero_if_told_to(tmp_path: Path):
     def height(**options: Any) -> float:
         """The lowest row of the curve; the plot ends at the same row in both pictures."""
@@ -259,6 +264,7 @@ def test_draw_curves_starts_at_zero_if_told_to(tmp_path: Path):
     assert height(y_from_zero=True) < height() - 100
 
 
+@pytest.mark.slow
 def test_draw_curves_shows_errors_as_a_band_of_their_size(tmp_path: Path):
     x = np.arange(101)
     error = np.where(x < 50, 0.5, math.nan)
@@ -271,6 +277,7 @@ def test_draw_curves_shows_errors_as_a_band_of_their_size(tmp_path: Path):
     assert band[:, 1].max() == pytest.approx(line[:, 1].mean(), abs=10)
 
 
+@pytest.mark.slow
 def test_draw_curves_makes_room_for_its_legend(tmp_path: Path):
     curves = [Curve(f"a curve with a long name, number {i}", [1, 2], [i, i + 1]) for i in range(9)]
     few, many = draw(tmp_path, *curves[:2]), draw(tmp_path, *curves, level=Level("real images", 3.0, 0.1))
@@ -280,6 +287,7 @@ def test_draw_curves_makes_room_for_its_legend(tmp_path: Path):
         assert (array[:, -2:] == 255).all()
 
 
+@pytest.mark.slow
 def test_draw_curves_is_the_same_whatever_the_user_sets_up_for_matplotlib(tmp_path: Path):
     import matplotlib
 

@@ -49,6 +49,7 @@ def test_stock_scheduler_with_positional_arguments_keeps_its_steps(make_unet):
     assert len(DDPMPipeline(make_unet(), scheduler).scheduler) == 100
 
 
+@pytest.mark.slow
 def test_default_takes_all_steps_of_training(pipeline):
     pipeline(generator=seeded(), output_type="pt")
     assert len(pipeline.scheduler.timesteps) == 50
@@ -72,6 +73,7 @@ def test_latents_are_the_initial_noise(pipeline):
     assert torch.equal(given, drawn)
 
 
+@pytest.mark.slow
 def test_trajectory_goes_from_noise_to_image(pipeline):
     output = pipeline(batch_size=2, generator=seeded(), num_inference_steps=10, output_type="pt", trajectory=True)
     steps = output.trajectory
@@ -124,6 +126,7 @@ def test_callback_can_end_the_call(pipeline):
     assert seen == [(0, 5), (1, 5)]
 
 
+@pytest.mark.slow
 def test_classes_condition_the_image(make_unet):
     pipeline = quiet(DDPMPipeline(make_unet(num_class_embeds=3), DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")))
     generators = [seeded(0), seeded(0)]
@@ -142,6 +145,7 @@ def test_images_have_the_mode_of_their_channels(make_unet, channels, mode):
     assert np.array_equal(np.asarray(image).reshape(array.shape), (array * 255).round().astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_half_precision_network(make_unet):
     scheduler = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
     full = quiet(DDPMPipeline(make_unet(), scheduler))(generator=seeded(), output_type="np").images

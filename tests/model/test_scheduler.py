@@ -86,6 +86,7 @@ def test_log_variance_types_are_the_same_distribution():
         assert torch.equal(plain, log)
 
 
+@pytest.mark.slow
 def test_forward_steps_have_the_moments_of_the_closed_form():
     """An image carried through all T steps has the closed form's mean and variance at each of them."""
     generator = torch.Generator().manual_seed(0)
@@ -130,6 +131,7 @@ def test_snr_is_a_ratio_of_powers():
     assert scheduler.snr(3).shape == (1,)
 
 
+@pytest.mark.slow
 def test_optimal_prediction_keeps_gaussian_data_gaussian():
     """For data ~ N(0, I) the best eps_hat is sqrt(1-alpha_bar) x_t; with fixed_large every marginal stays N(0, I)."""
     scheduler = DDPMScheduler(variance_type="fixed_large", clip_sample=False)

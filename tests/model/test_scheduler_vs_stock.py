@@ -113,6 +113,7 @@ def test_set_timesteps_gives_each_number_of_steps(spacing, num_train):
             assert timesteps[0] == num_train - 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:sampling starts")
 def test_timesteps_equal_stock_where_stock_is_right():
     differing = {}

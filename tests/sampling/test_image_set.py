@@ -134,6 +134,7 @@ def test_write_samples_writes_equal_images_in_each_format(make_unet, tmp_path):
     assert sorted(path.name for path in (tmp_path / "npz").iterdir()) == ["grid.png", "samples.json", "samples.npz"]
 
 
+@pytest.mark.slow
 def test_write_samples_rejects_folders_with_other_content(arguments, tmp_path):
     out = tmp_path / "out"
     run = {**arguments, "out": out, "num_images": 2, "num_inference_steps": 1, "device": "cpu"}
@@ -179,6 +180,7 @@ def hf_ddpm(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_command_line_writes_images(pipeline, tmp_path):
     model, out = tmp_path / "model", tmp_path / "out"
     pipeline.save_pretrained(model)

@@ -35,6 +35,7 @@ def test_load_for_sampling_samples_models_saved_with_another_scheduler(make_unet
     assert (seeds, images.shape) == ([0], (1, 3, 8, 8))
 
 
+@pytest.mark.slow
 def test_load_for_sampling_rejects_schedulers_that_are_no_ddpm(make_unet, tmp_path):
     for name in ("EDMEuler", "FlowMatchEulerDiscrete", "CMStochasticIterative", "ScoreSdeVe"):
         scheduler = getattr(diffusers, f"{name}Scheduler")()
@@ -53,6 +54,7 @@ def test_load_for_sampling_rejects_pipelines_with_more_components(pipeline, tmp_
         load_for_sampling(str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [None, "ddpm"])
 def test_zero_terminal_snr_is_sampled_whatever_its_timestep_spacing(make_unet, tmp_path, sampler):
     scheduler = diffusers.DDPMScheduler(20, rescale_betas_zero_snr=True, prediction_type="v_prediction")
@@ -77,6 +79,7 @@ def whole(batches):
     return [seed for part in seeds for seed in part], torch.cat(images)
 
 
+@pytest.mark.slow
 def test_iter_samples_gives_the_same_bits_in_any_batch(pipeline):
     settings: dict[str, Any] = {"num_inference_steps": 2, "batch_size": 64}
     seeds, images = whole(iter_samples(pipeline, range(20), **settings))
@@ -131,6 +134,7 @@ def test_iter_samples_rejects_an_empty_batch(pipeline):
         next(iter_samples(pipeline, [7], batch_size=0))
 
 
+@pytest.mark.slow
 def test_iter_samples_equals_stock_for_a_stock_folder(make_unet, tmp_path):
     scheduler = diffusers.DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
     stock = diffusers.DDPMPipeline(make_unet(), scheduler)
@@ -144,6 +148,7 @@ def test_iter_samples_equals_stock_for_a_stock_folder(make_unet, tmp_path):
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), (expected * 255).round().astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_bf16_is_the_networks_alone_and_changes_images_little(pipeline, tmp_path, monkeypatch):
     pipeline.save_pretrained(tmp_path)
     compiled = []

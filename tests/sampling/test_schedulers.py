@@ -31,6 +31,7 @@ def run(scheduler, steps):
     return x
 
 
+@pytest.mark.slow
 def test_named_scheduler_ddim_equals_diffusers_ddim_where_its_steps_are_right():
     """Trailing steps that divide T evenly are t - T // n apart, as diffusers' DDIM assumes of all."""
     config = DDPMScheduler(clip_sample=False, timestep_spacing="trailing").config

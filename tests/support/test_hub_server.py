@@ -59,6 +59,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith(".cache")}
 
 
+@pytest.mark.slow
 def test_upload_makes_one_commit_or_none_if_nothing_changed(hub, client, folder):
     said = client("""
         address = api.create_repo("alice/digits", private=True)
@@ -130,6 +131,7 @@ def test_downloads_return_what_was_uploaded(hub, client, folder, tmp_path, type,
     assert not hub.repo("alice/digits", type).tags
 
 
+@pytest.mark.slow
 def test_users_see_and_write_only_what_the_owner_allows(hub, client):
     said = client(
         f"""
@@ -159,6 +161,7 @@ def test_users_see_and_write_only_what_the_owner_allows(hub, client):
     assert not hub.repo("alice/digits").private
 
 
+@pytest.mark.slow
 def test_conflicting_commits_are_refused_and_change_nothing(hub, client):
     said = client("""
         address = api.create_repo("alice/digits")
@@ -188,6 +191,7 @@ def test_conflicting_commits_are_refused_and_change_nothing(hub, client):
     assert hub.repo("alice/digits").files.keys() == {".gitattributes", "a"}
 
 
+@pytest.mark.slow
 def test_commit_refuses_a_large_file_that_was_not_uploaded(hub, client):
     """As when the upload was taken for granted: the client is made to believe that the objects are there."""
     hub.fail(200, r"objects/batch$", body=json.dumps({"objects": []}))
@@ -255,6 +259,7 @@ def test_fail_answers_with_an_error_the_given_number_of_times(hub, client):
     assert client('said = api.model_info("alice/digits").id') == "alice/digits"
 
 
+@pytest.mark.slow
 def test_hold_keeps_a_request_until_it_is_released(hub, client):
     hold = hub.hold("/commit/")
     with ThreadPoolExecutor() as pool:
@@ -273,6 +278,7 @@ def test_hold_keeps_a_request_until_it_is_released(hub, client):
     assert hub.repo("alice/digits").files["a"] == b"a"
 
 
+@pytest.mark.slow
 def test_no_thread_survives_the_server(tmp_path):
     before = set(threading.enumerate())
     with ThreadPoolExecutor() as pool:

@@ -100,6 +100,7 @@ def test_import_of_the_package_loads_nothing_heavy():
     assert run_python(f"import hf_ddpm, sys; print({HEAVY} & sys.modules.keys() or 'none')") == "none"
 
 
+@pytest.mark.slow
 def test_help_loads_no_torch():
     code = (
         "import contextlib, io, sys; from hf_ddpm.cli import app\n"

@@ -175,12 +175,14 @@ def test_launcher_of_unknown_process_count_is_refused(tmp_path, monkeypatch, cap
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_run_json_records_two_processes(runs):
     root, _ = runs
     training = json.loads((root / "2 by 2/run.json").read_text())["training"]
     assert (training["num_processes"], training["global_batch_size"]) == (2, 8)
 
 
+@pytest.mark.slow
 def test_fsdp_on_a_cpu_is_refused(runs, tmp_path):
     root, _ = runs
     config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"))
@@ -188,6 +190,7 @@ def test_fsdp_on_a_cpu_is_refused(runs, tmp_path):
     assert "FSDP must run on an accelerator, got cpu" in said(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [["train_accelerate.py"], ["-m", "hf_ddpm", "sample", "model", "--out", "samples"]])
 def test_launch_with_deepspeed_is_refused_in_one_line(script, tmp_path):
     """Whoever has an Accelerate config with DeepSpeed, whose launcher sets this variable in each process."""

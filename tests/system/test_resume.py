@@ -111,6 +111,7 @@ def test_signal_ends_the_run_after_a_checkpoint(whole, name):
     assert not differences(finish(config), unkilled)
 
 
+@pytest.mark.slow
 def test_second_signal_ends_the_run_at_once(settings):
     config = TrainingConfig(**{**settings, "dataloader_num_workers": 0})
     assert start(config, 1, "step", 3, TWICE) == [-signal.SIGTERM]

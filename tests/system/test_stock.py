@@ -14,6 +14,8 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 
+pytestmark = pytest.mark.slow  # all take the folders of a fixture that starts a process
+
 # Loads each folder with stock diffusers, samples, and saves the images, or the error, beside it.
 STOCK = """
 import sys
@@ -68,7 +70,6 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "previous_sample"])
 def test_stock_samples_the_same_images(folder, name):
     pipeline = DDPMPipeline.from_pretrained(folder / name)
@@ -96,7 +97,6 @@ def test_model_index_names_diffusers_classes_only(folder, name):
     assert not list(Path(folder / name).rglob("*.bin"))
 
 
-@pytest.mark.slow
 def test_stock_checkpoint_is_loaded_as_ours(folder):
     pipeline = DDPMPipeline.from_pretrained(folder / "saved_by_stock")
     assert type(pipeline.scheduler) is DDPMScheduler

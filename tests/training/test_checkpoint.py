@@ -63,6 +63,7 @@ def save(state, folder, step, total_limit=None):
     return folder / f"checkpoint-{step}"
 
 
+@pytest.mark.slow
 def test_load_checkpoint_restores_every_bit(state, make_unet, tmp_path):
     checkpoint = save(state, tmp_path, 4)
     other = new_state(make_unet, seed=1)
@@ -137,6 +138,7 @@ def test_verify_names_another_format(state, tmp_path):
     assert verify(checkpoint) == f"it has format 1, not {FORMAT}, of another version of hf_ddpm"
 
 
+@pytest.mark.slow
 def test_pruning_counts_whole_checkpoints_only(state, tmp_path):
     """Two that were damaged later do not crowd out the last good one."""
     for step in (1, 2, 3):
@@ -164,6 +166,7 @@ def test_load_checkpoint_refuses_another_shape(state, make_unet, tmp_path):
         load_checkpoint(TrainingState(unet, torch.optim.AdamW(unet.parameters()), None), checkpoint)
 
 
+@pytest.mark.slow
 def test_save_checkpoint_replaces_a_damaged_one_of_the_same_step(state, tmp_path):
     truncate(save(state, tmp_path, 4) / "optimizer.safetensors")
     assert verify(save(state, tmp_path, 4)) is None

@@ -27,6 +27,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_each_setting_is_read():
     read = set()
     for path in (ROOT / "hf_ddpm").rglob("*.py"):
@@ -68,6 +69,7 @@ def test_recipe_is_legal(name):
     check_config(load_config(recipe=name))
 
 
+@pytest.mark.slow
 def test_cifar10_recipe_is_that_of_ho_et_al():
     config = load_config(recipe="cifar10-ddpm")
     unet = make_unet(3, 32, model_config=config.model_config_name_or_path)

@@ -196,6 +196,7 @@ def test_print_cost_multiplies_steps_by_their_median(tiny_settings, capsys):
     assert notes == []
 
 
+@pytest.mark.slow
 def test_too_small_a_disk_is_noted(tiny_settings, capsys, monkeypatch):
     class Usage:
         free = 200_000
@@ -218,6 +219,7 @@ def test_signal_left_in_x_T_is_noted(tiny_settings, capsys):
     assert "--ddpm_beta_schedule squaredcos_cap_v2" in notes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [8, 16])
 @pytest.mark.parametrize("classes", [None, 10])
 def test_count_flops_agrees_with_the_formulas(size, classes):
@@ -283,6 +285,7 @@ def hold_100_megabytes(sender) -> None:
     sender.send((-1 if before is None else highest() - before, dry_run._highest_resident()))
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_what_was_held():
     # In a process of its own: here, what other tests held may be freed meanwhile, and its place be used.
     answer, sender = processes.Pipe(duplex=False)

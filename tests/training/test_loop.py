@@ -37,6 +37,7 @@ from tests.support.trained import losses, metrics, model_file, weights
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_train_leaves_a_model_pictures_and_a_card(tiny_settings):
     config = TrainingConfig(**{**tiny_settings, "ddpm_num_inference_steps": None})
     assert type(train(config)) is DDPMPipeline

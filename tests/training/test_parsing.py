@@ -81,6 +81,7 @@ def test_no_data_means_recipe_digits():
     assert parse_config(["--dataset_name", "digits"]) == TrainingConfig(dataset_name="digits")
 
 
+@pytest.mark.slow
 def test_learning_rate_depends_on_optimizer(tmp_path):
     assert TrainingConfig().peak_learning_rate == parse_config(["--dataset_name", "digits"]).peak_learning_rate == 3e-3
     assert parse_config(["--dataset_name", "digits", "--optimizer", "adamw"]).peak_learning_rate == 1e-3

@@ -76,6 +76,7 @@ def test_power_decay_recursion_is_the_integral(std):
     assert average == pytest.approx(weights @ np.diff(cumulative), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_inner_product_and_profile_error_are_the_integrals():
     tau = (np.arange(2 * 10**5) + 0.5) / 10**5
 

@@ -92,6 +92,7 @@ def test_resume_refuses_another_validation_network_or_split(config):
     assert [r["step"] for r in measured(config.output_dir)] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_validation_refuses_before_training(config):
     with pytest.raises(UsageError, match="eval_num_images must be at least 4, got 3"):
         train(replace(config, eval_num_images=3))
