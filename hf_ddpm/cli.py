@@ -191,7 +191,9 @@ def evaluate(
     scheduler: Annotated[str | None, option("scheduler", "See `sample`; several are separated by commas.")] = None,
     network: Network = None,
     network_path: NetworkPath = None,
-    timesteps_per_image: Annotated[int, option("timesteps_per_image", "Terms of nll for each image.", min=2)] = 20,
+    timesteps_per_image: Annotated[
+        int | None, option("timesteps_per_image", "Terms of nll for each image. Default: 20, or all T.", min=2)
+    ] = None,
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: Dtype = "fp32",

@@ -83,7 +83,7 @@ def make_unet(
     return unet
 
 
-def compiled(network: Any, unet: Any, device: torch.device) -> Any:
+def compile_network(network: Any, unet: Any, device: torch.device) -> Any:
     """Compile a network for each shape of its input.
 
     Args:

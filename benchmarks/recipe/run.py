@@ -31,7 +31,7 @@ from torch import Tensor
 from hf_ddpm import DDPMPipeline, DDPMScheduler, figures
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.features import load_network
-from hf_ddpm.network import compiled, sized_config, use_plain_attention
+from hf_ddpm.network import compile_network, sized_config, use_plain_attention
 from hf_ddpm.objective import posterior_means
 from hf_ddpm.sampling.sampler import iter_samples, speed_up
 from hf_ddpm.sampling.schedulers import named_scheduler
@@ -177,7 +177,7 @@ def learn(
     )
     optimizer = make_optimizer(unet, config)
     averages = {std: [p.detach().clone() for p in parameters] for std in options.stds}
-    network = unet if options.eager else compiled(unet, unet, torch.device("cpu"))
+    network = unet if options.eager else compile_network(unet, unet, torch.device("cpu"))
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed + 1))
     losses: list[float] = []

@@ -6,7 +6,6 @@ Each result is written as soon as it is measured: an error later on takes nothin
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,7 +20,7 @@ import torch
 from hf_ddpm._version import __version__
 from hf_ddpm.data.batches import center_pixels, epoch_order
 from hf_ddpm.evaluation.features import FeatureNetwork
-from hf_ddpm.evaluation.job import MEMORIZATION_QUANTILE, Comparison, Job, Request, SamplerSetting, load_job
+from hf_ddpm.evaluation.job import MEMORIZATION_QUANTILE, Comparison, Job, Request, SamplerSetting, load_job, num_terms
 from hf_ddpm.evaluation.likelihood import Likelihood, draw_bound
 from hf_ddpm.evaluation.measure import (
     DISTANCES,
@@ -36,6 +35,7 @@ from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorizati
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
+from hf_ddpm.runtime.format import finite_or_none
 from hf_ddpm.sampling.sampler import iter_samples, speed_up
 from hf_ddpm.sampling.schedulers import named_scheduler
 
@@ -187,7 +187,7 @@ def _measure_likelihood(job: Job) -> tuple[list[dict[str, Any]], dict[str, Draw]
     labels = None
     if job.class_labels is not None and held_out.labels is not None:
         labels = held_out.labels[indices]
-    timesteps_per_image = min(request.timesteps_per_image, len(job.full_chain_scheduler))
+    timesteps_per_image = num_terms(request, job.full_chain_scheduler)
     likelihood = measure_likelihood(
         job.processes,
         job.pipeline.unet,
@@ -202,8 +202,8 @@ def _measure_likelihood(job: Job) -> tuple[list[dict[str, Any]], dict[str, Draw]
     row = {
         "metric": "nll",
         "name": "Bits per dimension",
-        "value": _finite(likelihood.bits_per_dimension),
-        "standard_error": _finite(likelihood.standard_error),
+        "value": finite_or_none(likelihood.bits_per_dimension),
+        "standard_error": finite_or_none(likelihood.standard_error),
         "num_compared": [likelihood.num_images],
         "reference": describe_images(held_out, job.data, request.test_split),
         "likelihood": {
@@ -212,8 +212,8 @@ def _measure_likelihood(job: Job) -> tuple[list[dict[str, Any]], dict[str, Draw]
             "seed": request.seed,
             "classes": None if job.class_labels is None else "of the images",
             "non_finite_timesteps": likelihood.non_finite_timesteps,
-            "prior": _finite(likelihood.prior),
-            "decoder": _finite(likelihood.decoder),
+            "prior": finite_or_none(likelihood.prior),
+            "decoder": finite_or_none(likelihood.decoder),
         },
         "remark": _describe_terms(likelihood),
     }
@@ -224,10 +224,6 @@ def _describe_terms(likelihood: Likelihood) -> str:
     if likelihood.non_finite_timesteps:
         return f"the bound is not finite, by its terms at t = {str(likelihood.non_finite_timesteps)[1:-1]}"
     return f"of them L_T = {likelihood.prior:.4g}, the decoder {likelihood.decoder:.4g}"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _measure_copies(
@@ -315,7 +311,7 @@ def _command(job: Job) -> str:
         "scheduler": ",".join(schedulers) or None,
         "network": None if job.comparison is None else job.comparison.network.name,
         "network_path": request.network_path,
-        "timesteps_per_image": request.timesteps_per_image if "nll" in request.metrics else None,
+        "timesteps_per_image": num_terms(request, job.full_chain_scheduler) if "nll" in request.metrics else None,
         "dtype": None if request.dtype == "fp32" else request.dtype,
         "out": request.out,
     }

@@ -69,7 +69,8 @@ class Request:
         schedulers: The schedulers of a grid. Empty: the default of `load_for_sampling`.
         network: The feature network; see `load_network`. None: that of the reference, or inception.
         network_path: The file of the feature network; see `load_network`.
-        timesteps_per_image: K of nll, the number of terms of the bound for each image.
+        timesteps_per_image: K of nll, the number of terms of the bound for each image. None: 20, or all T of a model
+            that has fewer.
         batch_size: Images per network evaluation; on a CPU always FORWARD_BATCH. Elsewhere it changes rounding.
         device: None: the best device of this process; see `process_device`.
         dtype: The type that the network computes in when it samples, fp32 or bf16; nll is always one of float32.
@@ -94,7 +95,7 @@ class Request:
     schedulers: Sequence[str] = ()
     network: str | None = None
     network_path: str | Path | None = None
-    timesteps_per_image: int = 20
+    timesteps_per_image: int | None = None
     batch_size: int = 64
     device: str | None = None
     dtype: str = "fp32"
@@ -358,13 +359,19 @@ def _choose_classes(unet: Any, splits: Splits, request: Request) -> tuple[list[i
     return images.labels[np.resize(order, num_images)].tolist(), f"as in {split}"
 
 
+def num_terms(request: Request, scheduler: DDPMScheduler) -> int:
+    """Return K, the number of terms of the bound for each image."""
+    given = request.timesteps_per_image
+    return min(20, len(scheduler)) if given is None else given
+
+
 def _open_images(
     request: Request, scheduler: DDPMScheduler, splits: Splits, has_classes: bool
 ) -> tuple[ImageCache | None, ImageCache | None]:
     """Return the held-out images and those of training, as far as nll and memorization need them."""
     held_out = training = None
     if "nll" in request.metrics:
-        inclusion_probabilities(scheduler, min(request.timesteps_per_image, len(scheduler)))
+        inclusion_probabilities(scheduler, num_terms(request, scheduler))
         held_out = splits.open(request.test_split, "test_split", is_labeled=has_classes)
         if has_classes and held_out.labels is None:
             raise UsageError("label_column must name the classes for the nll of a model of classes: --label_column")

@@ -227,9 +227,9 @@ def _without_local_paths(value: Any) -> Any:
 def _check_publishable(folder: Path) -> None:
     """Raise UsageError unless a folder holds a model that stock diffusers loads, and no token."""
     if not (folder / "model_index.json").is_file():
-        raise UsageError(f"output_dir must hold a saved model, got {str(folder)!r} without model_index.json")
+        raise UsageError(f"the folder must hold a saved model, got {str(folder)!r} without model_index.json")
     if not any(name.endswith(".safetensors") for name in _uploaded_names(folder)):
-        raise UsageError(f"output_dir must hold weights as safetensors, got {str(folder)!r} without")
+        raise UsageError(f"the folder must hold weights as safetensors, got {str(folder)!r} without")
     for name, component in read_mapping(folder / "model_index.json").items():
         if isinstance(component, list) and str(component[0]).split(".")[0] == "hf_ddpm":
             raise UsageError(

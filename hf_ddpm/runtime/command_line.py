@@ -63,7 +63,7 @@ def exit_code_of(run: Callable[[], int | None]) -> int:
     """Run a command, print in one line what went wrong, and return the exit code.
 
         0     The command did what it was asked for.
-        2     The command line, a file or the data cannot work; nothing was started.
+        2     The command line, a file or the data cannot work.
         75    A run was stopped on purpose: a checkpoint was written, from which it can be resumed.
         1     Anything else went wrong.
 

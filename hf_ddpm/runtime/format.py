@@ -37,6 +37,11 @@ def format_measurement(value: float | None, standard_error: float | None = None)
     return f"{value:,.{decimals}f} ± {standard_error:,.{decimals}f}"
 
 
+def finite_or_none(value: float) -> float | None:
+    """Return a value as JSON can hold it: None for infinity and NaN, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
 def format_value(value: Any) -> Any:
     """Return a recorded value as text that cannot break a table of Markdown; a mapping has its values formatted.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.hub.download import find_model
-from hf_ddpm.network import compiled
+from hf_ddpm.network import compile_network
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import process_device
 from hf_ddpm.runtime.processes import Processes
@@ -86,9 +86,9 @@ def load_for_sampling(
 
 
 def speed_up(pipeline: DDPMPipeline, dtype: str | None, compile: bool) -> None:
-    """Let the pipeline's network compute in `dtype` from now on, and compiled, as `load_for_sampling` does."""
+    """Let the pipeline's network compute in `dtype` from now on, and compile_network, as `load_for_sampling` does."""
     if compile:
-        pipeline.unet.forward = compiled(pipeline.unet.forward, pipeline.unet, pipeline.device)
+        pipeline.unet.forward = compile_network(pipeline.unet.forward, pipeline.unet, pipeline.device)
     if dtype == "bf16":
         pipeline.unet.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(pipeline.unet.forward)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class EMA:
 
 
 @contextmanager
-def swapped(parameters: Sequence[Tensor], average: Sequence[Tensor]) -> Iterator[None]:
+def swap_in(parameters: Sequence[Tensor], average: Sequence[Tensor]) -> Iterator[None]:
     """Swap the averaged weights into the parameters for the duration of a `with` block."""
     own_values = [p.detach().clone() for p in parameters]
     assign(parameters, average)
@@ -101,3 +102,17 @@ def assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def local(tensor: Tensor) -> Tensor:
     """Return the shard of a tensor that this process holds, sharing its memory; an unsharded tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def full(tensor: Any) -> Tensor:
+    """Return a tensor whole, gathered from all processes if it is sharded; all of them call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded_like(target: Any, value: Tensor) -> Tensor:
+    """Return `value`, which is whole, on the device of `target`, and sharded if `target` is."""
+    if not hasattr(target, "full_tensor"):
+        return value.to(target.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

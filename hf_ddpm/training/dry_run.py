@@ -39,7 +39,7 @@ from hf_ddpm.training.checks import check_output_dir
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loader import explain_loader_failure, next_batches, open_loader
 from hf_ddpm.training.posthoc import TRACKED_STDS
-from hf_ddpm.training.run import Run, print_once
+from hf_ddpm.training.run import Run, num_steps_left, print_once
 
 # In the first steps torch reserves memory and compiles.
 WARM_UP_STEPS = 2
@@ -203,7 +203,7 @@ def _time_rows(run: Run, progress: Progress, cost: Cost) -> list[tuple[str, str,
     rate = size / median
     speed = f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}'} images/s of all processes, {median:.3g} s per step"
     how = f"median of {len(cost.step_seconds)} steps after {WARM_UP_STEPS} to warm up"
-    num_steps = _steps_left(run, progress)
+    num_steps = num_steps_left(run, progress)
     to_do = f"{num_steps:,} steps of {size:,} images, {num_steps * size:,} images"
     if run.images.num_images is not None:
         to_do += f", {num_steps * size / run.images.num_images:,.1f} epochs"
@@ -215,13 +215,9 @@ def _time_rows(run: Run, progress: Progress, cost: Cost) -> list[tuple[str, str,
     ]
 
 
-def _steps_left(run: Run, progress: Progress) -> int:
-    return math.ceil((run.total_images - progress.images) / run.global_batch_size)
-
-
 def _disk(run: Run, progress: Progress, checkpoint_size: int, notes: list[str]) -> str:
     config, folder = run.config, run.output_dir
-    num_steps = _steps_left(run, progress)
+    num_steps = num_steps_left(run, progress)
     num_checkpoints = math.ceil((progress.step + num_steps) / config.checkpointing_steps)
     num_kept = min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints)
     max_at_once = num_kept + (num_checkpoints > num_kept)  # the oldest goes when the newest is whole

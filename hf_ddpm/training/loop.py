@@ -51,7 +51,7 @@ from hf_ddpm.training.metrics import LinesFile, Meter
 from hf_ddpm.training.previews import save_preview, validate
 from hf_ddpm.training.publishing import push_finished, start_push
 from hf_ddpm.training.report import finish_run
-from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, print_once, track_values
+from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, num_steps_left, print_once, track_values
 from hf_ddpm.training.saving import save_model, save_snapshot
 from hf_ddpm.training.setup import LONGEST_WAIT, build_run, end_processes, make_accelerator, open_run
 
@@ -237,11 +237,6 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
     if run.state.ema is not None:
         run.state.ema.update(run.parameters, decays)
     return StepResult(progress.step + 1, is_bad, norm, learning_rate, decays, evaluated)
-
-
-def num_steps_left(run: Run, progress: Progress) -> int:
-    """Return the number of steps from `progress` to the end of the run."""
-    return math.ceil((run.total_images - progress.images) / run.global_batch_size)
 
 
 def due_after(run: Run, progress: Progress) -> Due:

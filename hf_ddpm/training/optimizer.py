@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from hf_ddpm.training.averages import full, sharded_like
 from hf_ddpm.training.config import TrainingConfig
 
 # Muon takes the matrices of these. It does not take those that read images, timesteps and classes, nor the one that
@@ -105,14 +106,14 @@ class Muon(torch.optim.Optimizer):
                 mixed = torch.where(self.found_inf.bool(), momentum, mixed)
             momentum.copy_(mixed)
             nesterov = torch.lerp(p.grad, momentum, MOMENTUM)
-            whole = nesterov.full_tensor() if hasattr(nesterov, "full_tensor") else nesterov  # pyright: ignore[reportAttributeAccessIssue]
+            whole = full(nesterov)
             matrix = whole.reshape(len(whole), -1)
             by_shape.setdefault((matrix.shape[0], matrix.shape[1]), []).append((p, matrix))
         for (rows, columns), pairs in by_shape.items():
             directions = orthogonal(torch.stack([matrix for _, matrix in pairs]), self.dtype)
             for (p, _), direction in zip(pairs, directions, strict=True):
                 whole = (0.2 * max(rows, columns) ** 0.5 * direction).view(p.shape).to(p.dtype)
-                update = _sharded_as(whole, p).add(p, alpha=group["weight_decay"])
+                update = sharded_like(p, whole).add(p, alpha=group["weight_decay"])
                 if self.found_inf is not None:
                     update = torch.where(self.found_inf.bool(), 0.0, update)
                 p.add_(update, alpha=-group["lr"])
@@ -168,12 +169,3 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if is_tall else X
-
-
-def _sharded_as(whole: Tensor, like: Tensor) -> Tensor:
-    if not hasattr(like, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: Any = like
-    return distribute_tensor(whole, sharded.device_mesh, sharded.placements)

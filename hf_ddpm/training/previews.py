@@ -17,7 +17,7 @@ from hf_ddpm.runtime.files import read_metrics, write_atomically
 from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
 from hf_ddpm.sampling.schedulers import default_scheduler, default_steps, named_scheduler
 from hf_ddpm.training import sharding
-from hf_ddpm.training.averages import swapped
+from hf_ddpm.training.averages import swap_in
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.metrics import LinesFile
 from hf_ddpm.training.run import FREE_SPACE, Run, print_once, track_values, try_to_track, try_to_write
@@ -75,7 +75,7 @@ def averaged_pipeline(run: Run) -> Iterator[DDPMPipeline]:
     pipeline.set_progress_bar_config(disable=True)
     unet.eval()
     precision = sharding.autocast(run.device, run.config.mixed_precision)
-    with swapped(run.parameters, run.average or run.parameters), precision:
+    with swap_in(run.parameters, run.average or run.parameters), precision:
         yield pipeline
         sharding.reshard(unet)
     unet.train()

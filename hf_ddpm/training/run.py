@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from hf_ddpm.hub.background import Pusher
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.training.checkpoint import TrainingState
+from hf_ddpm.training.checkpoint import Progress, TrainingState
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.validation import Validation
 
@@ -90,6 +91,11 @@ class Run:
     def parameters(self) -> list[Tensor]:
         """The network's parameters, in the order of `names`."""
         return list(self.state.unet.parameters())
+
+
+def num_steps_left(run: Run, progress: Progress) -> int:
+    """Return the number of steps from `progress` to the end of the run."""
+    return math.ceil((run.total_images - progress.images) / run.global_batch_size)
 
 
 def print_once(processes: Processes, text: str) -> None:

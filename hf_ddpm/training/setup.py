@@ -21,7 +21,7 @@ from diffusers.optimization import get_scheduler
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.shards import ImageStream, open_stream
 from hf_ddpm.hub.background import Pusher
-from hf_ddpm.network import compiled, make_unet
+from hf_ddpm.network import compile_network, make_unet
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import lock
@@ -102,7 +102,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, processes: Proce
         # Its config grows when diffusers first writes it, and would be compiled for once more after a checkpoint.
         unet.to_json_string()
         # Beside the network, whose own forward pass is not compiled: previews have another shape.
-        model = compiled(model, unet, accelerator.device)
+        model = compile_network(model, unet, accelerator.device)
     decays = _decays(config, progress.schedule_batch_size)
     averages = list(decays(0, start.global_batch_size))
     state = TrainingState(unet, prepared.optimizer, EMA(list(unet.parameters()), averages) if config.use_ema else None)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.training.averages import assign, local
+from hf_ddpm.training.averages import assign, full, local, sharded_like
 from hf_ddpm.training.optimizer import Muon
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm: Any = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = _full(norm)
+    norm = full(norm)
     is_bad = ~norm.isfinite()
     if accelerator.scaler is None:
         # GradScaler, too, tells a fused optimizer in this way to leave everything as it is: nothing waits for the
@@ -99,7 +99,7 @@ def is_sharded(tensors: Sequence[Tensor]) -> bool:
 
 def full_tensors(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return the tensors by name, full and on the CPU; all processes must call it where they are sharded."""
-    return {name: _full(tensor).detach().cpu().contiguous() for name, tensor in zip(names, tensors, strict=True)}
+    return {name: full(tensor).detach().cpu().contiguous() for name, tensor in zip(names, tensors, strict=True)}
 
 
 def full_moments(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ def load_into(values: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> No
     Raises:
         KeyError: When a name of `targets` is missing in `values`.
     """
-    assign(list(targets.values()), [_sharded_like(target, values[name]) for name, target in targets.items()])
+    assign(list(targets.values()), [sharded_like(target, values[name]) for name, target in targets.items()])
 
 
 def load_moments(
@@ -156,18 +156,5 @@ def load_moments(
         name, _, kind = key.rpartition("/")
         parameter = parameters[name]
         is_scalar = value.ndim == 0  # The number of steps: neither sharded nor on the device.
-        states.setdefault(index_of[id(parameter)], {})[kind] = value if is_scalar else _sharded_like(parameter, value)
+        states.setdefault(index_of[id(parameter)], {})[kind] = value if is_scalar else sharded_like(parameter, value)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-
-
-def _full(tensor: Any) -> Any:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _sharded_like(target: Any, value: Tensor) -> Tensor:
-    """Return `value` on the device of `target`, sharded if `target` is."""
-    if not hasattr(target, "full_tensor"):
-        return value.to(target.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

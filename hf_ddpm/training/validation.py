@@ -29,6 +29,7 @@ from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_metrics
+from hf_ddpm.runtime.format import finite_or_none
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import image_draws
 from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
@@ -123,9 +124,9 @@ def measure_validation(
     features = _sample_features(validation, processes, pipeline, num_inference_steps)
     kid, standard_error = kernel_distance(features, validation.features)
     return {
-        "kid": _finite(kid),
-        "kid_standard_error": _finite(standard_error),
-        "val_loss": _finite(float(loss.mean())),
+        "kid": finite_or_none(kid),
+        "kid_standard_error": finite_or_none(standard_error),
+        "val_loss": finite_or_none(float(loss.mean())),
         "levels": levels,
     }
 
@@ -210,7 +211,3 @@ def _batches(processes: Processes, count: int) -> list[np.ndarray]:
     """Return the share of this process of `count` numbers, in batches; every process gets as many."""
     share = np.array(processes.split_evenly(count))
     return [share[first : first + BATCH_SIZE] for first in range(0, len(share), BATCH_SIZE)]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

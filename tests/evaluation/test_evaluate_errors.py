@@ -49,6 +49,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "test split": ({"metrics": ["nll"], "test_split": "validation"}, "^test_split must be .*got 'validation'"),
     "test split of distances": ({"test_split": "tset"}, "^test_split must be .*got 'tset'"),
     "terms": ({"metrics": ["nll"], "timesteps_per_image": 1}, r"timesteps_per_image must be in \[2, 20\]"),
+    "too many terms": ({"metrics": ["nll"], "timesteps_per_image": 21}, r"timesteps_per_image must be in \[2, 20\]"),
     "held-out are training": (
         {"metrics": ["memorization"], "test_split": "train"},
         "held-out images must not be training images, got 300 of 300",

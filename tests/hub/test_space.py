@@ -33,7 +33,7 @@ from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 from tests.support.hub_server import HubServer, run_client
-from tests.support.networks import tiny_unet_config
+from tests.support.networks import smallest_unet_config
 
 pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason='needs pip install "hf_ddpm[demo]"')
 
@@ -59,7 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         torch.manual_seed(0)
         changes: dict[str, Any] = {"out_channels": 6} if name.startswith("learned") else {}
         changes |= {"num_class_embeds": 4} if name == "classes" else {}
-        unet = UNet2DModel(**tiny_unet_config(3, **changes))
+        unet = UNet2DModel(**smallest_unet_config(3, **changes))
         scheduler = DDPMScheduler.from_config(
             {"num_train_timesteps": T, "beta_schedule": "squaredcos_cap_v2", **settings}
         )

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from hf_ddpm.network import compiled, sized_config, use_plain_attention
+from hf_ddpm.network import compile_network, sized_config, use_plain_attention
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def test_plain_attention_is_not_used_on_other_devices():
 def test_compiled_hides_the_warning_about_diffusers_upsampling(make_unet, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     unet = make_unet()
-    compiled(unet.forward, unet, CPU)
+    compile_network(unet.forward, unet, CPU)
     text = "Dynamo detected a call to a `functools.lru_cache`-wrapped function"
     # The words of torch 2.13, and those of earlier ones.
     for rest in (" at 'upsampling.py:156'. Dynamo ignores the cache wrapper", ". Dynamo ignores the cache wrapper"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_ddpm.training.averages import EMA, edm_decay, halflife_from_decay, ramped_decay, swapped
+from hf_ddpm.training.averages import EMA, edm_decay, halflife_from_decay, ramped_decay, swap_in
 
 
 def test_halflife_from_decay_inverts_the_decay():
@@ -57,7 +57,7 @@ def test_ema_keeps_float32_averages_of_any_weights():
 
 def test_swapped_restores_the_weights():
     parameter, average = torch.nn.Parameter(torch.zeros(2)), torch.ones(2)
-    with swapped([parameter], [average]):
+    with swap_in([parameter], [average]):
         assert parameter.tolist() == [1, 1]
     assert parameter.tolist() == [0, 0]
     assert average.tolist() == [1, 1]
