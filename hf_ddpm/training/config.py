@@ -403,7 +403,11 @@ class TrainingConfig(DataConfig):
         only_with={"push_to_hub": True},
     )
     hub_private_repo: bool = setting(
-        True, "Create a private repository; one that exists keeps its visibility.", group="sharing", resume="free"
+        True,
+        "Create a private repository; one that exists keeps its visibility.",
+        group="sharing",
+        resume="free",
+        only_with={"push_to_hub": True},
     )
     hub_revision: str = setting(
         "main", "The branch that is pushed to.", group="sharing", resume="free", only_with={"push_to_hub": True}

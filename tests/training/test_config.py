@@ -145,6 +145,7 @@ def test_first_prediction_is_zero():
         ("--no_use_ema --ema_max_decay 0.9", "ema_max_decay = 0.9 has no effect: give use_ema"),
         ("--ema_halflife_images 1000 --ema_max_decay 0.9", "has no effect: ema_halflife_images is given"),
         ("--hub_model_id me/mine", "hub_model_id = me/mine has no effect: give push_to_hub"),
+        ("--no_hub_private_repo", "hub_private_repo = False has no effect: give push_to_hub"),
         ("--ddpm_num_inference_steps 2000", r"ddpm_num_inference_steps must be in \[1, 1000\], got 2000"),
         ("--local_rank 3", "local_rank must be the launcher's LOCAL_RANK, 0, got 3"),
         ("--push_to_hub", "push_to_hub needs a login: hf auth login"),

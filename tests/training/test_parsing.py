@@ -140,7 +140,7 @@ def test_resume_may_leave_out_warm_up_without_effect(tmp_path):
         ("checkpoints_total_limit: null", "checkpoints_total_limit", None),
         ("ema_halflife_images: 50", "ema_halflife_images", [50]),
         ("channels: 3", "channels", 3),
-        ("hub_private_repo: false", "hub_private_repo", False),
+        ("center_crop: true", "center_crop", True),
     ],
 )
 def test_yaml_value_has_type_of_setting(line, name, value, tmp_path):
