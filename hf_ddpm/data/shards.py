@@ -257,7 +257,7 @@ class ImageStream:
         if isinstance(error, RunError):
             return error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return RunError(f"{name} cannot be read any more: {reason}; put it back as it was{remedy}")
+        return RunError(f"{name} cannot be read: {reason}; put it back as it was, or repair it{remedy}")
 
 
 def open_stream(config: DataConfig) -> ImageStream:

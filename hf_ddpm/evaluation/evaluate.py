@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from hf_ddpm._version import __version__
 from hf_ddpm.data.batches import center_pixels, epoch_order
@@ -35,6 +34,7 @@ from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorizati
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
+from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.format import finite_or_none
 from hf_ddpm.sampling.sampler import iter_samples, speed_up
 from hf_ddpm.sampling.schedulers import named_scheduler
@@ -141,7 +141,7 @@ def _describe_sampling(job: Job, setting: SamplerSetting, num_images: int, sampl
         "seconds_per_image": samples.seconds_per_image,
         "batch_size": job.request.batch_size,
         "num_processes": job.processes.size,
-        "device": _device_name(job.pipeline.device),
+        "device": device_name(job.pipeline.device),
     }
 
 
@@ -326,9 +326,3 @@ def _command(job: Job) -> str:
             is_path = name == "out" or (isinstance(value, str | Path) and Path(value).exists())
             words += [f"--{name}", Path(value).resolve().name if is_path else str(value)]
     return shlex.join(words + [flag for flag, is_set in flags.items() if is_set])
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

@@ -79,7 +79,7 @@ def test_stream_skips_or_names_vanished_image(folder: Path) -> None:
     save_folder(folder, 20)
     stream = open_stream(stream_config(folder))
     (folder / "odd" / "0007.png").unlink()
-    message = r"odd/0007\.png.*put it back as it was; with --on_bad_image skip"
+    message = r"odd/0007\.png.*put it back as it was, or repair it; with --on_bad_image skip"
     with pytest.raises(RunError, match=message):
         list(stream_batches(stream, num_substreams=1))
     (folder / "odd" / "0007.png").write_bytes(png(numbered_image(7)))
@@ -128,7 +128,7 @@ def test_stream_names_truncated_parquet_file(folder: Path) -> None:
     stream = open_stream(stream_config(folder))
     content = Path(stream.files[1]).read_bytes()
     Path(stream.files[1]).write_bytes(content[: len(content) // 2])
-    with pytest.raises(RunError, match=r"train-00001\.parquet cannot be read any more.*put it back"):
+    with pytest.raises(RunError, match=r"train-00001\.parquet cannot be read: .*put it back"):
         list(stream_batches(stream, num_substreams=1, num_steps=13))
     with pytest.raises(UsageError, match=r"must hold whole parquet files, got '.*train-00001\.parquet"):
         open_stream(stream_config(folder))
@@ -200,7 +200,7 @@ def test_run_with_damaged_data_resumes_bit_for_bit_when_they_are_restored(
         path = folder / "odd" / "0007.png"
         content, harm = path.read_bytes(), path.unlink
     train(replace(run_config, output_dir=str(tmp_path / "whole")))
-    message = rf"{re.escape(str(path))}.* cannot be read any more: .*; put it back as it was"
+    message = rf"{re.escape(str(path))}.* cannot be read: .*; put it back as it was"
     with pytest.raises(RunError, match=message) as raised:
         train_and_harm(run_config, harm, 1)
     message = str(raised.value)
