@@ -86,7 +86,7 @@ def load_for_sampling(
 
 
 def speed_up(pipeline: DDPMPipeline, dtype: str | None, compile: bool) -> None:
-    """Let the pipeline's network compute in `dtype` from now on, and compile_network, as `load_for_sampling` does."""
+    """Let the network of a pipeline compute in `dtype` from now on, compiled if `compile` is set."""
     if compile:
         pipeline.unet.forward = compile_network(pipeline.unet.forward, pipeline.unet, pipeline.device)
     if dtype == "bf16":
