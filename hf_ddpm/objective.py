@@ -212,12 +212,12 @@ class Objective:
                 one, zero = torch.ones_like(snr), torch.zeros_like(snr)
                 squared_factor = self.scheduler.posterior(one, zero, t)[0].square()
             case other:
-                raise NotImplementedError(f"prediction_type {other!r}")
+                raise ValueError(f"no weight is defined for the prediction_type {other!r}")
         match self.weighting:
             case "min_snr":
                 weight_of_x_0 = snr.clamp(max=self.min_snr_gamma)
             case other:
-                raise NotImplementedError(f"weighting {other!r}")
+                raise ValueError(f"no weight is defined for the weighting {other!r}")
         return (weight_of_x_0 / squared_factor).float()
 
 

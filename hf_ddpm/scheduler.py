@@ -435,7 +435,7 @@ class DDPMScheduler(StockDDPMScheduler):
             case "fixed_small" | "fixed_small_log":
                 log_variance = min_log
             case other:
-                raise NotImplementedError(f"variance_type {other!r}")
+                raise ValueError(f"no variance is defined for the variance_type {other!r}")
         return mean, log_variance.expand_as(mean), x_0_hat
 
     def split_output(self, model_output: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,7 +36,7 @@ from hf_ddpm.hub.download import find_model
 from hf_ddpm.hub.readme import named_repository
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import existing_parent, weights_sha256
+from hf_ddpm.runtime.files import require_writable_folder, weights_sha256
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.sampling.sampler import DTYPES, classes_in_turn, forward_batch_of, load_for_sampling
 from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
@@ -240,9 +239,7 @@ def _name_on_card(out: Path, model_folder: Path) -> str:
 
 def _check_out(out: Path, weights: str, is_model_folder: bool) -> None:
     """Check that results of these weights can be written to `out`."""
-    parent = existing_parent(out)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(f"out must be a folder to write to, got {str(out)!r}")
+    require_writable_folder("out", out)
     weights_in_out = weights_sha256(out)
     if weights_in_out not in (None, weights):
         raise UsageError(f"out must not hold another model, got {str(out)!r} with the weights {weights_in_out}")

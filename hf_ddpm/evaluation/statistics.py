@@ -34,7 +34,14 @@ from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import Moments
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import flush_folder, in_one_line, naming_damage, read_mapping, write_flushed
+from hf_ddpm.runtime.files import (
+    flush_folder,
+    in_one_line,
+    naming_damage,
+    read_mapping,
+    require_writable_folder,
+    write_flushed,
+)
 
 FORMAT = 1
 NUM_FEATURES = 10_000  # rows that are stored, for distances that need the features themselves
@@ -131,6 +138,7 @@ def make_reference(
     out = Path(out).expanduser()
     if out.exists():
         raise UsageError(f"out must be a new folder, got {str(out)!r}, which exists: delete it or name another")
+    require_writable_folder("out", out)
     if config.channels not in (None, 1, 3):
         raise UsageError(f"channels must be 1 or 3, as networks take, got {config.channels}: --channels 3, or 1")
     # The networks take 8 bits. Labels would change the fingerprint.

@@ -186,6 +186,23 @@ def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def require_writable_folder(name: str, folder: Path) -> None:
+    """Check that a folder can be written to, or made.
+
+    Args:
+        name: The setting that names the folder, for the error message.
+        folder: The folder, which need not exist.
+
+    Raises:
+        UsageError: When it is a file, lies in one, or may not be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{name} must be a folder, got {str(folder)!r}, which is a file")
+    existing = existing_parent(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"{name} must be a folder that can be written, got {str(folder)!r}: see {existing}")
+
+
 def existing_parent(path: Path) -> Path:
     """Return the path itself if it exists, or else its nearest parent that does: where `path` would be made."""
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import existing_parent
+from hf_ddpm.runtime.files import require_writable_folder
 from hf_ddpm.runtime.run_files import checkpoint_names, run_files
 from hf_ddpm.runtime.settings import check_effects, check_values
 
@@ -76,11 +76,7 @@ def check_output_dir(config: TrainingConfig) -> None:
         UsageError: When the folder holds another run, or nothing to resume from.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output_dir must be a folder, got {config.output_dir!r}, which is a file")
-    existing = existing_parent(folder)
-    if not os.access(existing, os.W_OK) or not existing.is_dir():
-        raise UsageError(f"output_dir must be a folder that can be written, got {config.output_dir!r}: see {existing}")
+    require_writable_folder("output_dir", folder)
     if config.resume_from_checkpoint is not None:
         _check_checkpoint(config, config.resume_from_checkpoint, folder)
     elif not config.overwrite_output_dir and not config.dry_run and run_files(folder):

@@ -95,7 +95,7 @@ def test_evaluate_rejects_folders_before_sampling(
         ("me/photos", {}, "must be a folder or on the Hub, got 'me/photos'"),
         (stock, {}, "the data must be known for this"),
         (run, {"out": of_classes}, "out must not hold another model"),
-        (run, {"out": run / "config.yaml"}, "out must be a folder to write to"),
+        (run, {"out": run / "config.yaml"}, "out must be a folder, got .*config.yaml.*, which is a file"),
     ):
         with pytest.raises(UsageError, match=message):
             measure(model, **settings)

@@ -15,6 +15,7 @@ from hf_ddpm.evaluation import results as results_module
 from hf_ddpm.evaluation.results import write_evaluation
 from hf_ddpm.hub import card as cards
 from hf_ddpm.hub.card_metadata import eval_results
+from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 from tests.support.evaluations import (
@@ -160,6 +161,7 @@ def test_results_record_the_number_of_neighbors(run: Path, measure: Any, digits:
 def test_seconds_picture_shows_times_of_one_machine_alone(run: Path, measure: Any):
     measure(run, metrics=["kid"], num_inference_steps=[2])
     content = json.loads((run / "evaluation.json").read_text())
+    assert content["results"][0]["sampling"]["device"] == device_name(torch.device("cpu"))
     content["results"][0]["sampling"]["device"] = "another"
     (run / "evaluation.json").write_text(json.dumps(content))
     measure(run, metrics=["kid"], num_inference_steps=[3])

@@ -208,6 +208,9 @@ def test_make_reference_refuses_invalid_settings_before_reading_images(splits: P
     (splits.parent / "reference").mkdir()
     with pytest.raises(UsageError, match="out must be a new folder"):
         make(splits)
+    (splits.parent / "file").touch()
+    with pytest.raises(UsageError, match=r"out must be a folder that can be written, got .*: see .*file$"):
+        make(splits, out="file/reference")
     assert not (splits.parent / "cache").exists()
 
 

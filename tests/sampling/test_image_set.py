@@ -158,6 +158,8 @@ def test_write_samples_rejects_folders_with_other_content(arguments, tmp_path):
         ({"num_images": 1}, "num_images=2, got num_images=1"),
         ({"format": "gif"}, "format must be one of png, parquet, npz, got 'gif'"),
         ({"num_images": 0}, "num_images must be at least 1, got 0"),
+        ({"out": out / "samples.json"}, r"out must be a folder, got .*samples\.json', which is a file"),
+        ({"out": out / "samples.json/x"}, r"out must be a folder that can be written, got .*: see .*samples\.json$"),
         ({"num_inference_steps": 0}, r"num_inference_steps must be in \[1, .*got 0"),
         ({"class_label": 1}, "class_labels must be None"),
         ({"deterministic": True}, "deterministic is for"),
