@@ -256,6 +256,7 @@ def draw_curves(
         ValueError: When a curve has not as many x as y.
     """
     from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     series = [_drawable(curve, log_x, log_y) for curve in curves]
@@ -282,7 +283,10 @@ def draw_curves(
             _add_legend(figure, axes)
         if not any(len(x) for x, _, _ in series):
             axes.text(0.5, 0.5, "no finite values", ha="center", va="center", transform=axes.transAxes)
-        figure.savefig(path, format="png", metadata={"Software": None})
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()  # once; savefig draws twice
+        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture.save(path, "PNG", dpi=(PLOT_DPI, PLOT_DPI))
 
 
 _Series: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -80,5 +80,6 @@ def tiny_settings(tmp_path, image_folder) -> dict:
         "checkpointing_steps": 3,
         "eval_batch_size": 4,
         "logging_steps": 1,
+        "save_figures": False,
         "cpu_threads_per_process": 1,
     }

@@ -13,10 +13,10 @@ import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
@@ -29,6 +29,9 @@ from hf_ddpm.runtime.files import naming_damage, read_mapping, read_metrics, wri
 from hf_ddpm.runtime.format import format_duration, format_measurement, format_value
 from hf_ddpm.runtime.run_files import read_evaluation, read_run
 from hf_ddpm.timesteps import read_searched
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 FEW_STEPS = 20  # of the card's example with a solver
 MAX_TRAJECTORY_STEPS = 100  # up to which the example returns each step
@@ -185,26 +188,28 @@ class _RunRecords:
 def _card(records: _RunRecords, repo_id: str | None, revision: str | None) -> ModelCard:
     repo_id = str(repo_id or records.config.get("hub_model_id") or records.folder.resolve().name)
     title = repo_id.split("/")[-1]
-    return ModelCard.from_template(
-        card_metadata(
-            title,
-            license=records.data.get("license"),
-            dataset=records.config.get("dataset_name"),
-            base_model=records.base_model,
-            results=records.results,
-        ),
-        template_str=_template(),
-        title=title,
-        begin=BEGIN,
-        end=END,
-        revision=revision,
-        from_pretrained_arguments=json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision else ""),
+    metadata = card_metadata(
+        title,
+        license=records.data.get("license"),
+        dataset=records.config.get("dataset_name"),
         base_model=records.base_model,
-        figures=[path.name for path in records.folder.glob("figures/*")],
+        results=records.results,
+    )
+    variables = {
+        "title": title,
+        "begin": BEGIN,
+        "end": END,
+        "revision": revision,
+        "from_pretrained_arguments": json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision else ""),
+        "base_model": records.base_model,
+        "figures": [path.name for path in records.folder.glob("figures/*")],
         **_model_variables(records),
         **_training_variables(records),
         **_evaluation_variables(records.results),
-    )
+    }
+    # What ModelCard.from_template does, but that compiles the template each time.
+    content = _compiled(_template()).render(card_data=metadata.to_yaml(), **{**metadata.to_dict(), **variables})
+    return ModelCard(content)
 
 
 def _model_variables(records: _RunRecords) -> dict[str, Any]:
@@ -282,6 +287,13 @@ def _template() -> str:
     """Return the card's template: package data of an installed wheel, or the folder beside the package."""
     folders = (resources.files("hf_ddpm") / "model_card", Path(__file__).resolve().parents[2] / "model_card")
     return next(folder / "template.md" for folder in folders if (folder / "template.md").is_file()).read_text("utf-8")
+
+
+@cache
+def _compiled(template: str) -> Template:
+    import jinja2
+
+    return jinja2.Template(template)
 
 
 def _format_size(side: int | list[int] | None) -> str | None:

@@ -342,6 +342,13 @@ class TrainingConfig(DataConfig):
         resume="free",
         at_least=1,
     )
+    save_figures: bool = setting(
+        True,
+        "Draw the loss, an image that dissolves in noise, and two samples that emerge from it, when the run ends. The "
+        "samples take less time than 5 % of the run's steps, or than 10 of them.",
+        group="output",
+        resume="free",
+    )
     eval_batch_size: int = setting(36, "The images of a preview.", group="output", resume="free", at_least=1)
     ddpm_num_inference_steps: int | None = setting(
         None,

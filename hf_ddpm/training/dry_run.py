@@ -39,6 +39,7 @@ from hf_ddpm.training.checks import check_output_dir
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loader import explain_loader_failure, next_batches, open_loader
 from hf_ddpm.training.posthoc import TRACKED_STDS
+from hf_ddpm.training.report import passes_of_a_step, reverse_chain_steps
 from hf_ddpm.training.run import Run, num_steps_left, print_once
 
 # In the first steps torch reserves memory and compiles.
@@ -208,11 +209,23 @@ def _time_rows(run: Run, progress: Progress, cost: Cost) -> list[tuple[str, str,
     if run.images.num_images is not None:
         to_do += f", {num_steps * size / run.images.num_images:,.1f} epochs"
     to_do += f"; {progress.step:,} steps are done" if progress.step else ""
+    without = "without checkpoints, previews, measurements and figures"
     return [
         ("speed", "measured", f"{speed}; {how}, the first in {cost.first_seconds:.3g} s"),
         ("to do", "computed", to_do),
-        ("time", "computed", f"{format_duration(num_steps * median)}, without checkpoints, previews and measurements"),
+        ("time", "computed", f"{format_duration(num_steps * median)}, {without}"),
+        ("figures", "computed", _figures(run, median)),
     ]
+
+
+def _figures(run: Run, step_seconds: float) -> str:
+    if not run.config.save_figures:
+        return "none (--no_save_figures)"
+    num_steps = reverse_chain_steps(run)
+    if not num_steps:
+        return "no reverse chain: it would take too long"
+    longest = format_duration(num_steps * step_seconds / passes_of_a_step(run))
+    return f"a reverse chain of {num_steps:,} of {len(run.scheduler):,} steps at the end, at most {longest}"
 
 
 def _disk(run: Run, progress: Progress, checkpoint_size: int, notes: list[str]) -> str:

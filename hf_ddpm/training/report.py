@@ -27,12 +27,15 @@ from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.previews import preview_settings, save_preview
-from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run
+from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, print_once
 from hf_ddpm.training.saving import averaged_unet, save_models
 from hf_ddpm.training.validation import draw_validation_curves
 
 NUM_STRIP_COLUMNS = 11
 NUM_GIF_FRAMES = 60
+CHAIN_SIZE = 2  # images
+# The reverse chain takes less time than this share of the run's steps, or than so many steps, whichever is more.
+CHAIN_SHARE, CHAIN_STEPS = 0.05, 10
 
 
 def finish_run(run: Run, progress: Progress) -> DDPMPipeline:
@@ -58,11 +61,9 @@ def write_report(run: Run, progress: Progress, pipeline: DDPMPipeline, samples: 
     """Write `figures/`, `run.json` and `README.md` of a finished run; one process calls it."""
     output_dir = run.output_dir
     samples.save(output_dir / "figures" / "samples.png")
-    _draw_loss(output_dir)
     draw_validation_curves(read_metrics(output_dir / "eval.jsonl"), output_dir / "figures")
-    _draw_forward_chain(run, pipeline)
-    with sharding.autocast(run.device, run.config.mixed_precision):
-        _draw_reverse_chain(run, pipeline)
+    if run.config.save_figures:
+        _draw_figures(run, pipeline)
     facts = run_facts(run, progress, pipeline)
     write_atomically(output_dir / "run.json", json.dumps(facts, indent=2) + "\n")
     try:
@@ -106,6 +107,43 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
     }
 
 
+def reverse_chain_steps(run: Run) -> int:
+    """Return the number of sampling steps in the figure of the reverse chain: all T, or as many as the run can spare.
+
+    A step denoiser is its chain: it gets all T steps, or 0 and no figure. Counts decide, and not the clock, so that a
+    resumed run draws the same figure.
+    """
+    num_steps = max(CHAIN_SHARE * run.total_images / run.global_batch_size, CHAIN_STEPS)
+    spared = int(num_steps * passes_of_a_step(run))
+    if run.config.prediction_type == "previous_sample" and spared < len(run.scheduler):
+        return 0
+    return min(len(run.scheduler), spared)
+
+
+def passes_of_a_step(run: Run) -> float:
+    """Return how many forward passes of the reverse chain at least take as long as a training step.
+
+    A training step takes as long as three forward passes of its images, since a backward pass takes two. A pass of
+    fewer images may take as long on a GPU; one of more images takes longer everywhere.
+    """
+    config = run.config
+    return 3 * config.gradient_accumulation_steps * min(1.0, config.train_batch_size / CHAIN_SIZE)
+
+
+def _draw_figures(run: Run, pipeline: DDPMPipeline) -> None:
+    """Draw the loss and both Markov chains, and say what they take."""
+    total, num_steps = len(pipeline.scheduler), reverse_chain_steps(run)
+    chain = f"{CHAIN_SIZE} samples in {num_steps:,} of {total:,} sampling steps"
+    if not num_steps:
+        chain = f"no samples, as {total:,} sampling steps would take longer than {CHAIN_SHARE:.0%} of the run's steps"
+    print_once(run.processes, f"figures are drawn: the loss, and {chain} (--no_save_figures leaves them out)")
+    _draw_loss(run.output_dir)
+    _draw_forward_chain(run, pipeline)
+    if num_steps:
+        with sharding.autocast(run.device, run.config.mixed_precision):
+            _draw_reverse_chain(run, pipeline, num_steps)
+
+
 def _draw_loss(output_dir: Path) -> None:
     """Draw the logged losses and their centered geometric mean, which lies in their middle on a logarithmic axis."""
     records = [r for r in read_metrics(output_dir / "metrics.jsonl") if r["loss"] is not None]
@@ -139,31 +177,31 @@ def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
     figures.strip([figures.to_pil(chain / 2 + 0.5)], labels).save(run.output_dir / "figures" / "forward.png")
 
 
-def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline) -> None:
-    """Draw two samples that emerge over all T steps: x_t and x_0_hat as a strip, x_t as an animation."""
-    total = len(pipeline.scheduler)
+def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline, total: int) -> None:
+    """Draw samples that emerge in `total` steps: x_t and x_0_hat as a strip, x_t as an animation."""
     columns = [total - 1 - t for t in reversed(_spread(total, NUM_STRIP_COLUMNS - 1))]
     frames = sorted({*_spread(total, NUM_GIF_FRAMES), *columns})
     pipeline.set_progress_bar_config(desc="reverse chain", leave=False)
     final, trajectory = pipeline(
-        batch_size=2,
-        generator=seeded_generators(range(2), pipeline.device),
+        batch_size=CHAIN_SIZE,
+        generator=seeded_generators(range(CHAIN_SIZE), pipeline.device),
+        timesteps=_spread(len(pipeline.scheduler), total)[::-1],
         output_type="pt",
-        class_labels=classes_in_turn(run.images.num_classes, range(2)),
+        class_labels=classes_in_turn(run.images.num_classes, range(CHAIN_SIZE)),
         trajectory=frames,
         return_dict=False,
     )
     final = 2 * final.cpu() - 1
     steps = dict(zip(frames, trajectory, strict=True))
     rows, names = [], []
-    for i in range(2):
+    for i in range(CHAIN_SIZE):
         for states in ([steps[k].x_t[i] for k in columns], [steps[k].x_0_hat[i] for k in columns]):
             rows.append(figures.to_pil(torch.stack([*states, final[i]]) / 2 + 0.5))
         names += ["x_t", "x_0_hat"]
     column_labels = [*(f"t = {steps[k].timestep}" for k in columns), "image"]
     figures.strip(rows, column_labels, names).save(run.output_dir / "figures" / "reverse.png")
     states = [*(step.x_t for step in steps.values()), final]
-    pictures = [figures.grid(figures.to_pil(x / 2 + 0.5), columns=2) for x in states]
+    pictures = [figures.grid(figures.to_pil(x / 2 + 0.5), columns=CHAIN_SIZE) for x in states]
     figures.chain_gif(pictures, run.output_dir / "figures" / "reverse.gif")
 
 

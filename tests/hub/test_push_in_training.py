@@ -32,6 +32,7 @@ def test_training_pushes_and_writes_no_token(server: HubServer, push_settings: d
         "logger": "tensorboard",
         "ema_halflife_images": "10 100",
         "hub_averages": True,
+        "save_figures": True,
     }
     flags = [part for name, value in push_settings.items() for part in (f"--{name}", *str(value).split(" "))]
     environment = client_environment(server, tmp_path / "hf") | {"PYTHONPATH": str(ROOT)}

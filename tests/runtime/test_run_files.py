@@ -34,7 +34,7 @@ def files_in(folder: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_every_file_of_a_finished_run_is_in_the_table(tiny_settings: dict[str, Any]):
-    settings = {**tiny_settings, "ema_halflife_images": [10, 100], "ema_snapshots": 2}
+    settings = {**tiny_settings, "ema_halflife_images": [10, 100], "ema_snapshots": 2, "save_figures": True}
     train(TrainingConfig(**settings))
     folder = Path(settings["output_dir"])
     written = files_in(folder)

@@ -66,6 +66,7 @@ def train_divided(root: Path, divisions: dict, **settings) -> TrainingConfig:
         stable_target_images=100,
         cache_dir=str(root / "cache"),
         lr_warmup_steps=5,
+        save_figures=False,
         cpu_threads_per_process=1,
         **settings,
     )

@@ -75,7 +75,7 @@ def finish(config: TrainingConfig, num_processes: int = 1) -> Path:
 @pytest.mark.slow
 def test_run_killed_at_any_moment_resumes_to_the_same_bits(whole):
     """In a step before and after the first checkpoint, within the writing of each file, and while it finishes."""
-    unkilled, config = whole(stable_target_images=7)
+    unkilled, config = whole(stable_target_images=7, save_figures=True)
     resume = replace(config, resume_from_checkpoint="latest")
     kills = [("step", 1), ("flush", 2), ("step", 3), ("flush", 9), ("step", 2), ("flush", 14), ("flush", 7)]
     for kill in kills:

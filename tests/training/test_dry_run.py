@@ -187,6 +187,7 @@ def test_print_cost_multiplies_steps_by_their_median(tiny_settings, capsys):
     rows, notes = table(capsys.readouterr().out)
     assert rows["speed"][1].startswith("1 images/s of all processes, 4 s per step; median of 3 steps")
     assert rows["time"][1].startswith("1 d 2 h 3 min, ")
+    assert rows["figures"][1] == "none (--no_save_figures)"
     assert rows["peak of a step"][1].startswith("3 MB of main memory, 2 MB of it since before the first step")
     assert rows["checkpoint"][1] == "5 MB"
     assert notes == ["1 of 5 steps had no finite loss and gradients"]
@@ -194,6 +195,10 @@ def test_print_cost_multiplies_steps_by_their_median(tiny_settings, capsys):
     rows, notes = table(capsys.readouterr().out)
     assert rows["peak of a step"][1].startswith("3 MB of main memory, in the life of the process")
     assert notes == []
+    print_cost(replace(run, config=replace(config, save_figures=True)), progress, cost)
+    rows, _ = table(capsys.readouterr().out)
+    # Three forward passes take as long as a step of 4 s.
+    assert rows["figures"] == ("computed", "a reverse chain of 20 of 20 steps at the end, at most 27 s")
 
 
 @pytest.mark.slow

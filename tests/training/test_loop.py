@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_train_leaves_a_model_pictures_and_a_card(tiny_settings):
-    config = TrainingConfig(**{**tiny_settings, "ddpm_num_inference_steps": None})
+    config = TrainingConfig(**{**tiny_settings, "ddpm_num_inference_steps": None, "save_figures": True})
     assert type(train(config)) is DDPMPipeline
     folder = Path(config.output_dir)
     pipeline = DDPMPipeline.from_pretrained(folder)
