@@ -1,8 +1,7 @@
 """Train a model: the script that `accelerate launch` starts. `hf-ddpm train` takes the same flags."""
 
-import sys
-
 from hf_ddpm.cli import app
+from hf_ddpm.runtime.launch import take_token_from_argv
 
 if __name__ == "__main__":
-    app(["train", *sys.argv[1:]], prog_name="hf-ddpm")
+    app(["train", *take_token_from_argv()], prog_name="hf-ddpm")

@@ -29,7 +29,6 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.launch import (
     exit_with_launcher,
     is_launched,
-    remove_from_argv,
     start_missing_processes,
     start_processes,
 )
@@ -89,10 +88,9 @@ def train(
 
     settings = config_from_flags(flags, config, recipe)
     check_source(settings, settings.output_dir)
-    code = start_processes()
+    code = start_processes(settings.hub_token)
     if code is not None:
         raise typer.Exit(code)
-    remove_from_argv(settings.hub_token)
     # torch is loaded here, so that a wrong setting is answered before.
     from hf_ddpm.training.loop import train
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 NUM_HEADERS = 64  # The first so many headers decide what resolution=None and channels=None mean.
 MAX_ASPECT_RATIO = 100
@@ -81,7 +81,7 @@ def with_bytes(encoded: Any) -> Any:
     except FileNotFoundError:
         raise
     except Exception as error:  # File systems and clients share no base class of errors.
-        raise NotFetchedError(f"{type(error).__name__}: {error}") from error
+        raise NotFetchedError(in_one_line(error, with_type=True)) from error
 
 
 def open_image(encoded: Any) -> Image.Image:
@@ -131,7 +131,7 @@ def name_of(encoded: Any, row: int) -> str:
 
 def unreadable_image_error(name: str, error: Exception) -> UsageError:
     """Return the error that names an unreadable image, the reason and the remedy."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = in_one_line(error)
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that Pillow knows"
     if is_transient(error):

@@ -46,7 +46,7 @@ from hf_ddpm.data.sources import (
     no_images_error,
     open_dataset,
 )
-from hf_ddpm.runtime.errors import RunError, UsageError
+from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 
 STREAM_FORMAT = 1  # Increase it when the order of the stream changes, so that no older run is resumed.
 ROWS_PER_TABLE = 256
@@ -256,7 +256,7 @@ class ImageStream:
     def _reading_error(self, name: str, error: Exception, remedy: str = "") -> RunError:
         if isinstance(error, RunError):
             return error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = in_one_line(error, with_type=True)
         return RunError(f"{name} cannot be read: {reason}; put it back as it was, or repair it{remedy}")
 
 
@@ -421,7 +421,8 @@ def _count_rows(source: Source, file: str) -> int:
         return sum(_row_group_sizes(file))
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{source.option} must hold whole parquet files, got {file!r}: {type(error).__name__}: {error}; replace it"
+            f"{source.option} must hold whole parquet files, got {file!r}: {in_one_line(error, with_type=True)}; "
+            "replace it"
         ) from error
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.runtime.errors import MissingSplitError, UsageError
+from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line
 from hf_ddpm.runtime.files import naming_damage, read_mapping
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def find_source(config: DataConfig) -> Source:
     """Find the source that the settings name.
 
     Raises:
-        UsageError: When there is no such folder, it holds no images, or two settings contradict each other.
+        UsageError: When there is no such folder, it holds no images, two settings contradict each other, or no request
+            can carry the token of the Hub.
     """
     name, train_data_dir = config.dataset_name, config.train_data_dir
     if name and train_data_dir:
@@ -93,6 +94,9 @@ def find_source(config: DataConfig) -> Source:
     elif train_data_dir or folder.exists() or given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise UsageError(f"{option} must be a folder, got {given!r}: there is no folder {str(folder.absolute())!r}")
     else:
+        from hf_ddpm.hub.token import check_token
+
+        check_token()
         source = Source(option, "hub", given, None)
     if config.dataset_config_name and source.kind not in ("hub", "parquet"):
         raise UsageError(
@@ -198,7 +202,7 @@ def as_usage_errors(
     except IndexError as error:  # `datasets` raises it for a folder that it saved without rows.
         raise no_images_error(source) from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = in_one_line(error, with_type=True)
         if split != "train":
             # `datasets` raises a ValueError for an unknown split.
             raise (MissingSplitError if isinstance(error, ValueError) else UsageError)(

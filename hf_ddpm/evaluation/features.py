@@ -29,8 +29,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_ddpm.hub.token import check_token
 from hf_ddpm.runtime.devices import require_device
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import sha256
 
 # Only these files of a repository or folder are read: no code, no pickle.
@@ -325,6 +326,7 @@ def _find_folder(name: str, source: str) -> Path:
     code = f"from transformers import {cls} as M; M.from_pretrained('{published}').save_pretrained('{name}')"
     convert = f'python -c "{code}"'
     if not folder.is_dir():
+        check_token()
         try:
             folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=list(MODEL_FILES)))
         except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these types
@@ -359,7 +361,7 @@ def _download(name: str, file: Path) -> None:
         part.replace(file)
     except (OSError, http.client.HTTPException) as error:
         raise UsageError(
-            f"network {name} is not on this machine and cannot be downloaded ({error}): "
+            f"network {name} is not on this machine and cannot be downloaded ({in_one_line(error)}): "
             f"get {url} elsewhere and give --network_path FILE"
         ) from error
     finally:

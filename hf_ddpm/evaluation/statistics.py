@@ -33,10 +33,9 @@ from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import Moments
 from hf_ddpm.evaluation.features import FeatureNetwork
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import (
     flush_folder,
-    in_one_line,
     naming_damage,
     read_mapping,
     require_writable_folder,

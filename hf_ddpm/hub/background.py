@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from hf_ddpm.hub.upload import commit, copy_for_upload, create_repository
-from hf_ddpm.runtime.errors import PushError, UsageError
+from hf_ddpm.runtime.errors import PushError, UsageError, in_one_line
 
 RETRY_PAUSES_SECONDS = (15.0, 60.0, 240.0, 900.0)  # after the first failure, the second, ...; the last stays
 
@@ -116,7 +116,7 @@ class Pusher:
         except PushError as error:
             return error
         except Exception as error:  # nothing that happens here may end a training
-            return PushError(f"{type(error).__name__}: {error}", is_transient=False)
+            return PushError(in_one_line(error, with_type=True), is_transient=False)
         return None
 
     def _handle(self, failure: PushError, files: Path, message: str, pause_seconds: float) -> None:

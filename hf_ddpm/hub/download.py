@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_ddpm.hub.errors import hub_error, status_of
+from hf_ddpm.hub.token import check_token
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_mapping
 
@@ -65,6 +66,7 @@ def find_model(model: str | Path) -> tuple[Path, str | None]:
 
 def _download(repo_id: str) -> Path:
     """Return the folder in the Hub's cache that holds a pipeline, with the settings and facts of its run."""
+    check_token()
     try:
         from diffusers import DiffusionPipeline
 

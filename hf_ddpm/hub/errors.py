@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from hf_ddpm.runtime.errors import PushError, UsageError
+from hf_ddpm.runtime.errors import PushError, UsageError, in_one_line, without_tokens
 
 NO_TOKEN = "there is no token: hf auth login, or HF_TOKEN in the environment"
 LOCAL_ERRORS = (LookupError, TypeError, AttributeError, FileNotFoundError, PermissionError, IsADirectoryError)
@@ -44,7 +44,7 @@ def as_push_errors(api: HfApi, name: str) -> Iterator[None]:
     except Exception as error:  # broken connections have many types, none of which huggingface_hub documents
         token = _token_of(api)
         text, is_transient = _explain(hub_error(error), api.endpoint, name, has_token=bool(token))
-        text = text.replace(token, "hf_...") if token else text
+        text = without_tokens(text, token)
     # Raised outside of the `except` block, so that the client's error, which may show the token, is not its context.
     raise PushError(text, is_transient)
 
@@ -75,8 +75,8 @@ def _explain(error: BaseException, endpoint: str, name: str, has_token: bool) ->
             text = NO_TOKEN
         return f"{text} ({answer})", is_transient
     if isinstance(error, LOCAL_ERRORS):
-        return f"the files here cannot be pushed ({error!r})", False
-    return f"{endpoint} cannot be reached, or the connection broke ({error!r})", True
+        return f"the files here cannot be pushed ({in_one_line(error, with_type=True)})", False
+    return f"{endpoint} cannot be reached, or the connection broke ({in_one_line(error, with_type=True)})", True
 
 
 def explain_status(status: int, name: str, answer: str) -> tuple[str, bool]:
@@ -97,8 +97,5 @@ def explain_status(status: int, name: str, answer: str) -> tuple[str, bool]:
 
 
 def _token_of(api: HfApi) -> str:
-    """Return the token that the client sends, or "" if there is none.
-
-    The line break that a copied token may end with is left out: errors show it as other characters.
-    """
-    return str(api.token or get_token() or "").strip()
+    """Return the token that the client sends, or "" if there is none."""
+    return str(api.token or get_token() or "")

@@ -26,6 +26,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from hf_ddpm.hub.download import is_hub_id, local_folder
 from hf_ddpm.hub.errors import as_push_errors
 from hf_ddpm.hub.readme import named_repository
+from hf_ddpm.hub.token import check_token
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, read_mapping, write_atomically
 
@@ -232,6 +233,7 @@ def push_space(folder: Path, space_id: str, model_id: str, public: bool = False)
         UsageError: When the model is not on the Hub, or the Space exists and is public.
         PushError: When the Hub cannot be reached, or refuses.
     """
+    check_token()
     api = HfApi()
     with as_push_errors(api, space_id):
         return _push_space(api, folder, space_id, model_id, public)

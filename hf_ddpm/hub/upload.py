@@ -25,9 +25,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.errors import as_push_errors, status_of
 from hf_ddpm.hub.readme import author_text, merge_readme
-from hf_ddpm.runtime.errors import PushError, UsageError
+from hf_ddpm.hub.token import check_token
+from hf_ddpm.runtime.errors import PushError, UsageError, in_one_line
 from hf_ddpm.runtime.files import (
-    in_one_line,
     parse_mapping,
     read_mapping,
     read_metrics,
@@ -87,10 +87,11 @@ def push(
         Where the push of the run itself went.
 
     Raises:
-        UsageError: When `folder` holds no model that may be published.
+        UsageError: When `folder` holds no model that may be published, or no request can carry the token.
         PushError: When the Hub refuses, or cannot be reached.
     """
     folder = Path(folder).expanduser()
+    check_token(token)
     _check_publishable(folder)
     api = HfApi(token=token)
     name = create_repository(api, repo_id, public)

@@ -14,8 +14,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from hf_ddpm.runtime.errors import PushError, RunError, UsageError
-from hf_ddpm.runtime.launch import is_main_process, report_outcome
+from hf_ddpm.runtime.errors import PushError, RunError, UsageError, in_one_line, without_tokens
+from hf_ddpm.runtime.launch import is_main_process, report_outcome, take_token_from_argv
 from hf_ddpm.runtime.settings import SettingInfo, choices_of, settings_of
 from hf_ddpm.runtime.signals import STOPPED, StoppedOnPurpose
 
@@ -28,6 +28,8 @@ class CommandLine(TyperGroup):
 
     def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """Run a command; end the process with its exit code, or return it if `standalone_mode` is off."""
+        if not args and options.get("args") is None:
+            options["args"] = take_token_from_argv()
         run = functools.partial(super().main, *args, standalone_mode=False, **options)
         if standalone_mode:
             sys.exit(report_outcome(exit_code_of(run)))
@@ -78,7 +80,7 @@ def exit_code_of(run: Callable[[], int | None]) -> int:
     except typer.Abort:
         return 1
     except (UsageError, RunError, PushError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {without_tokens(str(error))}", err=True)
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -93,14 +95,14 @@ def report_errors() -> Iterator[None]:
     except (UsageError, RunError, PushError):
         raise
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(in_one_line(error)) from error
     except OSError as error:
-        raise RunError(str(error)) from error
+        raise RunError(in_one_line(error)) from error
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name
             raise
         remedy = "Give a smaller --batch_size, or --device cpu."
-        raise RunError(f"{str(error).splitlines()[0]} {remedy}") from error
+        raise RunError(f"{without_tokens(str(error).splitlines()[0])} {remedy}") from error
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from hf_ddpm.runtime.errors import in_one_line
+
 
 def process_device(device: str | torch.device | None = None) -> torch.device:
     """Return the device that this process computes on.
@@ -38,7 +40,7 @@ def require_device(device: str | torch.device) -> torch.device:
         checked = torch.device(device)
         torch.empty(0, device=checked)
     except (RuntimeError, AssertionError) as error:  # torch raises the latter if it was built without the device
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         raise ValueError(f"device must be one that torch finds here, as cpu, got {str(device)!r}: {reason}") from error
     return checked
 

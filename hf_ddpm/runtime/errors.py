@@ -1,6 +1,14 @@
-"""The errors that a user of the package is told about."""
+"""The errors that a user of the package is told about, and what the errors of other libraries say."""
 
 from __future__ import annotations
+
+import os
+import re
+import sys
+
+# A token of the Hub, and whatever a request sends as one.
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|(?<=Bearer )[^\s'\"]+")
+_HIDDEN = "hf_..."
 
 
 class UsageError(ValueError):
@@ -26,3 +34,40 @@ class PushError(OSError):
     def __init__(self, message: str, is_transient: bool = False):
         super().__init__(message)
         self.is_transient = is_transient
+
+
+def in_one_line(error: BaseException, with_type: bool = False) -> str:
+    """Return the message of another library's error without line breaks, and without tokens of the Hub.
+
+    Never the `repr` of an error: it shows what str() leaves out, as the header that could not be encoded.
+
+    Args:
+        error: Any exception.
+        with_type: Begin with the type, without which a KeyError says too little.
+    """
+    message = " ".join(str(error).split())
+    name = type(error).__name__
+    text = f"{name}: {message}" if with_type and message else message or name
+    return without_tokens(text)
+
+
+def without_tokens(text: str, *tokens: str | None) -> str:
+    """Return a text in which no token of the Hub can be read.
+
+    A text may show a token in another form, a zero-width space as its escape sequence. So each part of a token that
+    looks the same in every form is hidden by itself.
+
+    Args:
+        text: A message.
+        tokens: Tokens to hide beside those of the environment and of `hf auth login`.
+    """
+    for token in filter(None, (*tokens, *_known_tokens())):
+        for part in re.findall(r"[A-Za-z0-9_.-]{4,}", token):
+            text = text.replace(part, _HIDDEN)
+    return _TOKEN.sub(_HIDDEN, text)
+
+
+def _known_tokens() -> list[str | None]:
+    tokens = [os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
+    hub = sys.modules.get("huggingface_hub")  # what has not been imported has not sent a token
+    return tokens if hub is None else [*tokens, hub.get_token()]

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -178,12 +178,7 @@ def naming_damage(failure: str, remedy: str) -> Iterator[None]:
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{failure}: {in_one_line(error)}: {remedy}") from error
     except (LookupError, TypeError, AttributeError) as error:  # without the type, their messages say too little
-        raise UsageError(f"{failure}: {error!r}: {remedy}") from error
-
-
-def in_one_line(error: Exception) -> str:
-    """Return an error's message without line breaks."""
-    return " ".join(str(error).split())
+        raise UsageError(f"{failure}: {in_one_line(error, with_type=True)}: {remedy}") from error
 
 
 def require_writable_folder(name: str, folder: Path) -> None:

@@ -30,6 +30,7 @@ MPI_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # What `accelerate launch` tells every process, and torchrun too.
 LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 # The file to which workers write their exit codes.
+TOKEN_FLAG = "__hub_token"  # with hyphens as underscores
 OUTCOME_VARIABLE = "HF_DDPM_OUTCOME_FILE"
 NO_DEEPSPEED = (
     "distributed_type must not be DEEPSPEED, which hf_ddpm does not support: use FSDP 2 for a model that is too large "
@@ -65,18 +66,32 @@ def exit_with_launcher() -> None:
         _signal_at_parent_end(LAUNCHER_ENDED)
 
 
-def remove_from_argv(secret: str | None) -> None:
-    """Replace a secret in `sys.argv`, which trackers record."""
-    if secret:
-        sys.argv = [argument.replace(secret, "...") for argument in sys.argv]
+def take_token_from_argv() -> list[str]:
+    """Return the words of the command line, and leave them without a token in `sys.argv`.
+
+    Launchers hand `sys.argv` on to the processes that they start, and print it; trackers record it.
+    """
+    words = sys.argv[1:]
+    rest, is_value = [], False
+    for word in words:
+        flag, has_value, _ = word.partition("=")
+        is_token = flag.replace("-", "_") == TOKEN_FLAG
+        if not (is_token or is_value):
+            rest.append(word)
+        is_value = is_token and not has_value
+    sys.argv = [*sys.argv[:1], *rest]
+    return words
 
 
-def start_processes() -> int | None:
+def start_processes(token: str | None = None) -> int | None:
     """Start the processes that `accelerate launch` would start on this machine, and wait for them.
 
     A process that a launcher started ends with it from now on, as `exit_with_launcher` asks.
 
     A file of `accelerate config` decides how many; without one there is a process for each GPU.
+
+    Args:
+        token: A token of the Hub that the command line named. The processes find it in HF_TOKEN.
 
     Returns:
         The exit code of the run; None if this process is to do the work, alone or as one of those that were started.
@@ -85,7 +100,7 @@ def start_processes() -> int | None:
         UsageError: When several processes were asked for, but not how many of them belong here; or DeepSpeed.
     """
     exit_with_launcher()  # before the environment says what a launcher would
-    code = start_missing_processes()
+    code = start_missing_processes(token)
     if code is not None or is_launched():
         return code
     import torch
@@ -96,7 +111,7 @@ def start_processes() -> int | None:
         if num_gpus < 2:
             return None
         options = ["--multi_gpu", "--num_processes", str(num_gpus), "--num_machines", "1"]
-        return _accelerate_launch([*options, "--mixed_precision", "no", "--dynamo_backend", "no"])
+        return _accelerate_launch([*options, "--mixed_precision", "no", "--dynamo_backend", "no"], token)
 
     config: Any = load_config_from_file(default_config_file)
     if str(config.distributed_type).endswith("DEEPSPEED"):
@@ -105,12 +120,15 @@ def start_processes() -> int | None:
         os.environ.update(_environment_of(config))
         return None
     if config.use_cpu and config.num_machines == 1:
-        return _torchrun(config.num_processes, _environment_of(config))
-    return _accelerate_launch([])
+        return _torchrun(config.num_processes, _environment_of(config), token)
+    return _accelerate_launch([], token)
 
 
-def start_missing_processes() -> int | None:
+def start_missing_processes(token: str | None = None) -> int | None:
     """Start the processes that `accelerate launch --cpu --num_processes N` left out, and wait for them.
+
+    Args:
+        token: As of `start_processes`.
 
     Returns:
         The exit code of the run; None if no process is missing.
@@ -136,7 +154,7 @@ def start_missing_processes() -> int | None:
             f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node N {sys.argv[0]}"
         )
     _signal_at_parent_end(signal.SIGTERM)  # torchrun passes it on to all workers
-    return _torchrun(int(num_processes[1]), {})
+    return _torchrun(int(num_processes[1]), {}, token)
 
 
 def report_outcome(code: int) -> int:
@@ -165,22 +183,22 @@ def _environment_of(config: Any) -> dict[str, str]:
     return environment
 
 
-def _torchrun(num_processes: int, environment: dict[str, str]) -> int:
+def _torchrun(num_processes: int, environment: dict[str, str], token: str | None) -> int:
     from torch.distributed.run import main
 
     options = ["--standalone", "--nproc_per_node", str(num_processes)]
     # With the store that restarts share in torch 2.13, most restarts over gloo fail.
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **environment}
-    return _wait_for_workers(lambda: main([*options, *_own_command()]), variables)
+    return _wait_for_workers(lambda: main([*options, *_own_command()]), variables, token)
 
 
-def _accelerate_launch(options: list[str]) -> int:
+def _accelerate_launch(options: list[str], token: str | None) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     # Of Accelerate's default port, 29500, there is one for all runs of a machine; with 0 it takes a free one.
     port = ["--main_process_port", "0"] if options else []
     arguments = launch_command_parser().parse_args([*options, *port, *_own_command()])
-    return _wait_for_workers(lambda: launch_command(arguments), {})
+    return _wait_for_workers(lambda: launch_command(arguments), {}, token)
 
 
 def _own_command() -> list[str]:
@@ -193,12 +211,13 @@ def _own_command() -> list[str]:
     return [*script, *sys.argv[1:]]
 
 
-def _wait_for_workers(start: Callable[[], Any], environment: dict[str, str]) -> int:
+def _wait_for_workers(start: Callable[[], Any], environment: dict[str, str], token: str | None) -> int:
     """Start workers and return the exit code of all of them together.
 
     Args:
         start: Start them, wait, and raise if one has failed.
         environment: What they are told beyond the environment of this process.
+        token: What they find in HF_TOKEN, if it is not None.
     """
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -210,6 +229,7 @@ def _wait_for_workers(start: Callable[[], Any], environment: dict[str, str]) -> 
             "PET_SIGNALS_TO_HANDLE": ",".join(["SIGHUP", "SIGQUIT", *(number.name for number in SIGNALS)]),
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
             OUTCOME_VARIABLE: str(path),
+            **({} if token is None else {"HF_TOKEN": token}),
             **environment,
         }
         has_failed = False

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 Value = TypeVar("Value")
 
@@ -180,7 +180,7 @@ def _sendable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        return RuntimeError(in_one_line(error, with_type=True))
     return error
 
 

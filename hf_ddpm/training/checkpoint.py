@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import flush_folder, sha256, write_flushed
 from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.training.averages import EMA
@@ -192,7 +192,7 @@ def verify(checkpoint: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(checkpoint)} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return in_one_line(error, with_type=True)
     return None
 
 

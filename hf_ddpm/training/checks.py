@@ -56,11 +56,14 @@ def _check_environment(config: TrainingConfig) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", config.local_rank))
     if config.local_rank not in (-1, local_rank):
         raise UsageError(f"local_rank must be the launcher's LOCAL_RANK, {local_rank}, got {config.local_rank}")
-    if config.push_to_hub and config.hub_token is None:
+    if config.push_to_hub:
         from huggingface_hub import get_token
 
-        if get_token() is None:
+        from hf_ddpm.hub.token import check_token
+
+        if config.hub_token is None and get_token() is None:
             raise UsageError("push_to_hub needs a login: hf auth login, or HF_TOKEN in the environment")
+        check_token(config.hub_token)
     needed = [config.logger] if config.logger else []
     if config.enable_xformers_memory_efficient_attention:
         needed.append("xformers")

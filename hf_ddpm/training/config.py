@@ -428,7 +428,7 @@ class TrainingConfig(DataConfig):
     )
     hub_token: str | None = setting(
         None,
-        "A Hub token; better: `hf auth login`. It is never written anywhere.",
+        "A Hub token. Other users of the machine can read a command line: better `hf auth login` or HF_TOKEN.",
         group="sharing",
         resume="start",
         repr=False,

@@ -145,6 +145,11 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UsageError(f"{source} must hold `name: value` lines, got {type(settings).__name__}")
     _check_names(settings, source)
+    if "hub_token" in settings:
+        raise UsageError(
+            f"hub_token must not stand in a file, which others may read, but does in {source}: delete that line, and "
+            "use hf auth login, or HF_TOKEN in the environment"
+        )
     return settings
 
 

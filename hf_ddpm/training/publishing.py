@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from hf_ddpm.hub.upload import KEPT_README, create_repository, push
-from hf_ddpm.runtime.errors import PushError, UsageError
+from hf_ddpm.runtime.errors import PushError, UsageError, in_one_line
 from hf_ddpm.runtime.run_files import previews
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.config import TrainingConfig
@@ -75,7 +75,7 @@ def push_finished(run: Run) -> None:
                 continue
             print_once(
                 run.processes,
-                f"the model is whole in {str(run.output_dir)!r}, but was not pushed: {error}. "
+                f"the model is whole in {str(run.output_dir)!r}, but was not pushed: {in_one_line(error)}. "
                 f"Push it later with: {_push_command(run)}",
             )
         else:

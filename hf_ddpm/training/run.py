@@ -18,6 +18,7 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.shards import ImageStream
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.objective import Objective
+from hf_ddpm.runtime.errors import in_one_line
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.checkpoint import Progress, TrainingState
@@ -119,7 +120,7 @@ def try_to_track(run: Run, track: Callable[[], None]) -> None:
     try:
         track()
     except Exception as error:
-        print_once(run.processes, f"a tracker failed, the run continues: {error!r}")
+        print_once(run.processes, f"a tracker failed, the run continues: {in_one_line(error, with_type=True)}")
 
 
 def track_values(run: Run, values: dict[str, Any], step: int) -> None:

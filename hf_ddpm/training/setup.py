@@ -23,7 +23,7 @@ from hf_ddpm.data.shards import ImageStream, open_stream
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.network import compile_network, make_unet
 from hf_ddpm.objective import Objective
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import lock
 from hf_ddpm.runtime.processes import Processes, share_cores
 from hf_ddpm.scheduler import DDPMScheduler
@@ -454,7 +454,7 @@ def _start_trackers(run: Run, progress: Progress) -> Run:
     except Exception as error:  # trackers have no common type of error
         if progress.step == 0 and run.is_main:
             (run.output_dir / "config.yaml").unlink()  # so that the same command may begin again
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = in_one_line(error, with_type=True)
         raise UsageError(f"logger must be able to start, got {config.logger!r}: {reason}") from error
     return replace(run, trackers=tuple(accelerator.trackers) if run.is_main else ())
 

@@ -36,7 +36,7 @@ def test_read_mapping_names_file_problem_and_remedy(tmp_path: Path, name: str, c
 
 
 def test_naming_damage_names_a_missing_key_and_passes_on_usage_errors():
-    message = r"^x cannot be read: KeyError\('y'\): remove it$"
+    message = r"^x cannot be read: KeyError: 'y': remove it$"
     with pytest.raises(UsageError, match=message), naming_damage("x cannot be read", "remove it"):
         raise KeyError("y")
     with pytest.raises(UsageError, match=r"^mine$"), naming_damage("x cannot be read", "remove it"):

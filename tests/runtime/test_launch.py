@@ -179,12 +179,27 @@ def test_outcome_of_worker_is_written_for_its_parent(tmp_path, monkeypatch):
     assert (tmp_path / "outcomes").read_text().split() == ["0", "1", "75"]
 
 
-def test_secret_is_removed_from_argv(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token=hf_secret", "--hub_token", "hf_secret"])
-    launch.remove_from_argv(None)
-    assert "hf_secret" in sys.argv
-    launch.remove_from_argv("hf_secret")
-    assert sys.argv == ["train.py", "--hub_token=...", "--hub_token", "..."]
+@pytest.mark.parametrize("form", [["--hub_token", "hf_secret"], ["--hub-token=hf_secret"], ["--hub_token"]])
+def test_token_is_taken_from_argv(form, monkeypatch):
+    words = ["train", "--seed", "1", *form]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    assert launch.take_token_from_argv() == words
+    assert sys.argv == ["train.py", "train", "--seed", "1"]
+
+
+def test_workers_find_the_token_in_the_environment_alone(monkeypatch):
+    told_of_several_on_cpu(monkeypatch, ("--num_processes", "2"))
+    seen = []
+    monkeypatch.setattr("torch.distributed.run.main", lambda words: seen.append((words, os.environ["HF_TOKEN"])))
+    monkeypatch.setattr("sys.argv", ["train_accelerate.py", "--hub_token", "hf_secret", "--seed", "1"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    launch.take_token_from_argv()
+    launch.start_missing_processes("hf_secret")
+    ((words, token),) = seen
+    assert words[-3:] == ["train_accelerate.py", "--seed", "1"]
+    assert "hf_secret" not in " ".join(words)
+    assert token == "hf_secret"
+    assert os.environ.get("HF_TOKEN") != "hf_secret"
 
 
 def test_main_process_speaks(monkeypatch):

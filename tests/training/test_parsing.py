@@ -1,5 +1,6 @@
 """A config from flags, YAML files and recipes, and back to YAML."""
 
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_ddpm.cli import app
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.settings import check_effects, check_values, choices_of, settings_of
 from hf_ddpm.training.config import TrainingConfig
@@ -191,6 +193,23 @@ def test_token_is_in_no_message():
     with pytest.raises(UsageError) as error:
         load_config(hub_token="hf_secret", max_train_steps="many")
     assert "hf_secret" not in str(error.value)
+
+
+def test_token_in_a_file_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("push_to_hub: true\nhub_token: hf_secret\n")
+    message = "hub_token must not stand in a file, .* use hf auth login, or HF_TOKEN"
+    with pytest.raises(UsageError, match=message) as error:
+        parse_config(["--config", str(tmp_path / "config.yaml")])
+    assert "hf_secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("argument", [["--hub_token", "hf_secret"], ["--hub-token=hf_secret"]])
+def test_token_leaves_the_command_line_before_anything_can_fail(argument, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["hf-ddpm", "train", *argument, "--max_train_steps", "many"])
+    with pytest.raises(SystemExit):
+        app(prog_name="hf-ddpm")
+    assert "max_train_steps" in capsys.readouterr().err
+    assert sys.argv == ["hf-ddpm", "train", "--max_train_steps", "many"]
 
 
 def test_saved_config_has_no_token_and_replays(tmp_path, monkeypatch):
