@@ -12,6 +12,7 @@ from hf_ddpm.hub.errors import hub_error, status_of
 from hf_ddpm.hub.token import check_token
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_mapping
+from hf_ddpm.runtime.run_files import MODEL_INDEX, REPLACED_RUN
 
 
 def is_hub_id(name: str) -> bool:
@@ -39,6 +40,8 @@ def local_folder(model: str | Path) -> Path | None:
         )
     if not (folder / "model_index.json").is_file():
         hint = ": the run has not saved its model yet" if (folder / "config.yaml").is_file() else ""
+        if (folder / REPLACED_RUN / MODEL_INDEX).is_file():
+            hint += f", the model of the run before it is in {str(folder / REPLACED_RUN)!r}"
         raise UsageError(f"model must be a folder with model_index.json, got {str(model)!r}, which has none{hint}")
     return folder
 

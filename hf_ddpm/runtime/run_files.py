@@ -1,6 +1,6 @@
 """The files that a run writes into its folder: one table, from which everything that must know them is derived.
 
-    --overwrite_output_dir          deletes the files of every row but those that it must leave alone
+    --overwrite_output_dir          replaces the files of every row but those that it must leave alone
     a resumed run                   takes back what a later step has written (`undo_later_steps`)
     an upload                       takes the files of UPLOADED, and deletes those of REPLACED that it lacks
     an upload of an average         takes the files of OF_WEIGHTS from the average's own folder
@@ -22,6 +22,8 @@ from hf_ddpm.runtime.files import cut_metrics, read_mapping, weights_sha256
 
 EVALUATION = "evaluation.json"
 SEARCHED_TIMESTEPS = "scheduler/searched_timesteps.json"
+MODEL_INDEX = "model_index.json"
+REPLACED_RUN = "replaced-run"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class RunFile:
             lines of later steps are cut off, or it is deleted if the number in its name is larger than the
             number of steps or of images.
         is_numbered: The `*` of the pattern stands for a whole number; other names are not the run's.
-        is_deleted: `--overwrite_output_dir` deletes it.
+        is_deleted: `--overwrite_output_dir` moves it into REPLACED_RUN, and deletes it when the new model stands.
     """
 
     pattern: str
@@ -71,7 +73,7 @@ RUN_FILES = (
     RunFile("eval.jsonl", is_uploaded=True, is_replaced=True, on_resume="cut lines"),  # one line per measurement
     RunFile("README.md", is_uploaded=True),  # the model card
     # The model.
-    RunFile("model_index.json", is_uploaded=True, is_of_weights=True),
+    RunFile(MODEL_INDEX, is_uploaded=True, is_of_weights=True),
     RunFile("unet/*.json", is_uploaded=True, is_of_weights=True),
     RunFile("unet/*.index.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
     RunFile("unet/*.safetensors", is_uploaded=True, is_replaced=True, is_of_weights=True),
@@ -112,10 +114,12 @@ RUN_FILES = (
     RunFile("ema/std-*"),
     RunFile("ema/snapshot-*.safetensors", is_numbered=True, on_resume="delete later images"),
     RunFile(".lock", is_deleted=False),  # held by the run that overwrites
+    RunFile(REPLACED_RUN, is_deleted=False),  # the run that was overwritten, until the new model stands
     # What a killed process left unfinished.
     RunFile("partial-checkpoint-*", on_resume="delete"),
     RunFile("partial-model", on_resume="delete"),
     RunFile("partial-push-*", on_resume="delete"),
+    RunFile(f"partial-{REPLACED_RUN}", is_deleted=False, on_resume="delete"),
     RunFile("ema/partial-*"),  # `hf-ddpm average` may be at work while the run continues
 )
 
@@ -141,11 +145,11 @@ def previews(folder: Path) -> list[tuple[int, Path]]:
 
 
 def run_files(folder: Path) -> list[Path]:
-    """Return what `--overwrite_output_dir` deletes of a folder: what the run in it wrote.
+    """Return what `--overwrite_output_dir` replaces in a folder: what the run in it wrote.
 
     A folder without a run has none, so that the files of somebody who named a wrong folder are safe.
     """
-    is_run = any((folder / name).exists() for name in ("config.yaml", "model_index.json"))
+    is_run = any((folder / name).exists() for name in ("config.yaml", MODEL_INDEX))
     if not is_run and not checkpoint_names(folder):
         return []
     # Each is listed once, though several rows may have it.

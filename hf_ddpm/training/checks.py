@@ -85,7 +85,7 @@ def check_output_dir(config: TrainingConfig) -> None:
     elif not config.overwrite_output_dir and not config.dry_run and run_files(folder):
         raise UsageError(
             f"output_dir {config.output_dir!r} already holds a run: choose another, "
-            "--resume_from_checkpoint latest to resume it, or --overwrite_output_dir to delete it"
+            "--resume_from_checkpoint latest to resume it, or --overwrite_output_dir to replace it"
         )
 
 
@@ -97,7 +97,7 @@ def _check_checkpoint(config: TrainingConfig, checkpoint: str, folder: Path) -> 
     if not names and (folder / "run.json").exists():
         raise UsageError(
             f"resume_from_checkpoint = {checkpoint!r}, but {config.output_dir!r} holds a finished run without "
-            "checkpoints: choose another folder, or --overwrite_output_dir to delete it"
+            "checkpoints: choose another folder, or --overwrite_output_dir to replace it"
         )
     has_config = (folder / "config.yaml").is_file()
     if not names and not has_config and run_files(folder):

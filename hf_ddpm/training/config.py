@@ -307,7 +307,10 @@ class TrainingConfig(DataConfig):
         resume="start",
     )
     overwrite_output_dir: bool = setting(
-        False, "Delete the run that `output_dir` holds.", group="output", resume="start"
+        False,
+        "Replace the run that `output_dir` holds. It is deleted when the new run has saved its first model.",
+        group="output",
+        resume="start",
     )
     checkpointing_steps: int = setting(
         500,

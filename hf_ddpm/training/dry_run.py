@@ -251,7 +251,7 @@ def _disk(run: Run, progress: Progress, checkpoint_size: int, notes: list[str]) 
 
 def _replaced_bytes(config: TrainingConfig, progress: Progress) -> int:
     """Return the bytes of older checkpoints, which make room for those of this run."""
-    if not config.overwrite_output_dir and progress.step == 0:
+    if progress.step == 0:  # a run that is overwritten stays until the new one has a model
         return 0
     folder = Path(config.output_dir)
     files = (path for name in checkpoint_names(folder) for path in (folder / name).rglob("*"))

@@ -53,7 +53,14 @@ from hf_ddpm.training.publishing import push_finished, start_push
 from hf_ddpm.training.report import finish_run
 from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, num_steps_left, print_once, track_values
 from hf_ddpm.training.saving import save_model, save_snapshot
-from hf_ddpm.training.setup import LONGEST_WAIT, build_run, end_processes, make_accelerator, open_run
+from hf_ddpm.training.setup import (
+    LONGEST_WAIT,
+    build_run,
+    end_processes,
+    make_accelerator,
+    open_run,
+    restore_output_dir,
+)
 
 MAX_NAMED_IMAGES = 8
 
@@ -76,7 +83,10 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
     check_config(config)
     check_source(config, config.output_dir)
     accelerator = make_accelerator(config)
-    run, progress = build_run(config, accelerator, Processes(LONGEST_WAIT))
+    processes = Processes(LONGEST_WAIT)
+    if config.overwrite_output_dir and not config.dry_run:
+        restore_output_dir(config, processes)
+    run, progress = build_run(config, accelerator, processes)
     if config.dry_run:
         print_cost(run, progress, estimate_cost(run, progress, take_step))
         end_processes(run)

@@ -14,6 +14,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.checkpoint import Progress
+from hf_ddpm.training.folder import forget_replaced
 from hf_ddpm.training.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
 from hf_ddpm.training.run import Run, try_to_write
 from hf_ddpm.training.sharding import full_tensors
@@ -29,7 +30,13 @@ def save_model(run: Run, average: list[Tensor] | None, folder: Path) -> bool:
         On the first process, whether it could be written.
     """
     unet = averaged_unet(run, average)
-    return run.is_main and try_to_write(run, lambda: _write_pipeline(run, unet, folder))
+
+    def write() -> None:
+        _write_pipeline(run, unet, folder)
+        if folder == run.output_dir:
+            forget_replaced(folder)
+
+    return run.is_main and try_to_write(run, write)
 
 
 def save_models(run: Run) -> bool:

@@ -26,13 +26,14 @@ from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import lock
 from hf_ddpm.runtime.processes import Processes, share_cores
+from hf_ddpm.runtime.run_files import REPLACED_RUN
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import EMA, edm_decay, halflife_from_decay, ramped_decay
 from hf_ddpm.training.checkpoint import Progress, TrainingState, find_checkpoint, load_checkpoint, read_progress
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.finetuning import load_weights, network_of, take_over
-from hf_ddpm.training.folder import delete_run, prepare_folder
+from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import check_same_run
 from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
@@ -142,7 +143,7 @@ def open_run(run: Run, progress: Progress) -> Iterator[Run]:
         try:
             processes.on_main(lambda: _take_folder(run, progress, cleanup))
         except BlockingIOError as error:
-            raise UsageError(f"output_dir must be of one run at a time, got {config.output_dir!r}: {error}") from error
+            raise _busy(config, error) from error
         except OSError as error:
             message = f"output_dir must be writable, got {config.output_dir!r}: {error}. {FREE_SPACE}"
             raise UsageError(message) from error
@@ -154,6 +155,20 @@ def open_run(run: Run, progress: Progress) -> Iterator[Run]:
         if config.logger is not None:
             run = _start_trackers(run, progress)
         yield run
+
+
+def restore_output_dir(config: TrainingConfig, processes: Processes) -> None:
+    """Put back the run that was to be overwritten if the one that replaces it was ended before it had a model.
+
+    Raises:
+        UsageError: A process is at work in the folder.
+    """
+    try:
+        is_back = processes.on_main(lambda: restore_replaced(Path(config.output_dir)))
+    except BlockingIOError as error:
+        raise _busy(config, error) from error
+    if is_back:
+        print_once(processes, "the run that was to be overwritten is back: the one that replaces it had no model")
 
 
 def end_processes(run: Run) -> None:
@@ -431,8 +446,9 @@ def _take_folder(run: Run, progress: Progress, cleanup: ExitStack) -> None:
     existed = run.output_dir.exists()
     run.output_dir.mkdir(parents=True, exist_ok=True)
     cleanup.enter_context(lock(run.output_dir))
-    if run.config.overwrite_output_dir and existed:
-        delete_run(run.output_dir)
+    if run.config.overwrite_output_dir and existed and set_aside(run.output_dir):
+        aside = str(run.output_dir / REPLACED_RUN)
+        print_once(run.processes, f"the run in output_dir is kept in {aside!r} until the new one has a model")
     # config.yaml has the batch that was requested, not how these processes split it.
     requested = replace(
         run.config,
@@ -440,6 +456,10 @@ def _take_folder(run: Run, progress: Progress, cleanup: ExitStack) -> None:
         gradient_accumulation_steps=progress.gradient_accumulation_steps,
     )
     prepare_folder(requested, run.output_dir, progress)
+
+
+def _busy(config: TrainingConfig, error: BlockingIOError) -> UsageError:
+    return UsageError(f"output_dir must be of one run at a time, got {config.output_dir!r}: {error}")
 
 
 def _start_trackers(run: Run, progress: Progress) -> Run:

@@ -56,7 +56,7 @@ def test_failing_tracker_does_not_end_the_run(config, monkeypatch, capsys):
     for name in ("log", "log_images", "finish"):
         monkeypatch.setattr(TensorBoardTracker, name, fail)
     train(replace(config, logger="tensorboard"))
-    assert "a tracker failed, the run continues: RuntimeError('its server is gone')" in capsys.readouterr().err
+    assert "a tracker failed, the run continues: RuntimeError: its server is gone" in capsys.readouterr().err
     assert Path(config.output_dir, "run.json").exists()
 
 
