@@ -23,15 +23,13 @@ def set_aside(output_dir: Path) -> bool:
     Returns:
         Whether there was a run.
     """
-    aside, partial = output_dir / REPLACED_RUN, output_dir / f"partial-{REPLACED_RUN}"
-    for folder in (aside, partial):  # of a run that was replaced before, and of a kill
-        if folder.exists():
-            shutil.rmtree(folder)
+    partial = output_dir / f"partial-{REPLACED_RUN}"
+    forget_replaced(output_dir)
     paths = run_files(output_dir)
     if not paths:
         return False
     _link_files(output_dir, paths, partial)
-    partial.replace(aside)
+    partial.replace(output_dir / REPLACED_RUN)
     _delete(output_dir, paths)
     return True
 
@@ -51,15 +49,18 @@ def restore_replaced(output_dir: Path) -> bool:
     with lock(output_dir):
         _delete(output_dir, run_files(output_dir))
         _link_files(aside, sorted(aside.iterdir(), key=lambda path: path.name == MODEL_INDEX), output_dir)
-        shutil.rmtree(aside)
+        forget_replaced(output_dir)
     return True
 
 
 def forget_replaced(output_dir: Path) -> None:
-    """Delete the run in `replaced-run`: a whole model stands in its place."""
-    aside = output_dir / REPLACED_RUN
+    """Delete the run in `replaced-run`: what it held stands elsewhere, or a new model in its place."""
+    aside, partial = output_dir / REPLACED_RUN, output_dir / f"partial-{REPLACED_RUN}"
+    if partial.exists():
+        shutil.rmtree(partial)
     if aside.exists():
-        shutil.rmtree(aside)
+        aside.replace(partial)  # after a kill, half of it would pass for a run
+        shutil.rmtree(partial)
 
 
 def _link_files(root: Path, paths: Iterable[Path], target: Path) -> None:

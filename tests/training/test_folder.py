@@ -82,7 +82,8 @@ def test_overwritten_run_is_whole_after_a_kill_at_any_moment(tmp_path, monkeypat
             (folder / "config.yaml").write_text("new")
             (folder / "checkpoint-1").mkdir()
         # The same command again, which may be killed itself.
-        is_killed(monkeypatch, 3, restore_replaced, folder)
+        for moment in range(50):
+            is_killed(monkeypatch, moment, restore_replaced, folder)
         restore_replaced(folder)
         assert before.items() <= contents(folder).items()
         assert set_aside(folder)
