@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from hf_ddpm.runtime.command_line import (
     with_options_of,
     with_underscores,
 )
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import RunError, UnwrittenError, UsageError
 from hf_ddpm.runtime.launch import (
     exit_with_launcher,
     is_launched,
@@ -214,7 +214,8 @@ def evaluate(
         _join_launcher()
         from hf_ddpm.evaluation.evaluate import evaluate
 
-        result = evaluate(
+        result, failure = _despite_the_disk(
+            evaluate,
             model,
             metrics=split_commas(metrics),
             reference=reference,
@@ -236,10 +237,12 @@ def evaluate(
             uniform=uniform,
             out=out,
         )
-    path = Path(result["out"]) / "evaluation.json"
     remarks = [f"{row['name']}: {row['remark']}" for row in result["results"] if row.get("remark")]
     table = _table_of_results(result["results"])
-    finish(json, result, *table, *remarks, f"The results are in {path}, and on the card {result['card']}.")
+    ending = f"The results are in {Path(result['out']) / 'evaluation.json'}, and on the card {result['card']}."
+    finish(json, result, *table, *remarks, *([] if failure else [ending]))
+    if failure:
+        raise failure
 
 
 @app.command(cls=Command)
@@ -298,7 +301,8 @@ def schedule(
 
     Those whose images come nearest to the images of many steps are kept with the model.
     """
-    results = []
+    results: list[dict[str, Any]] = []
+    failure = None
     with report_errors():
         numbers = split_numbers("steps", steps)
         if not numbers:
@@ -307,7 +311,7 @@ def schedule(
 
         from hf_ddpm.evaluation.search import search_and_keep
 
-        for searched, path in search_and_keep(
+        found = search_and_keep(
             model,
             numbers,
             scheduler=scheduler,
@@ -317,15 +321,21 @@ def schedule(
             device=device,
             dtype=dtype,
             compile=compile,
-        ):
-            results.append({**asdict(searched), "path": path and str(path)})
-            if not json:
-                say(*_describe_search(searched, path))
+        )
+        try:
+            for searched, path in found:
+                results.append({**asdict(searched), "path": path and str(path)})
+                if not json:
+                    say(*_describe_search(searched, path))
+        except RunError as error:
+            failure = error
     kept = sum(result["path"] is not None for result in results)
     ending = (
         f"{kept} of {len(results)} schedules are kept with the model; `hf-ddpm sample` uses them at so many steps."
     )
     finish(json, {"results": results}, ending)
+    if failure:
+        raise failure
 
 
 @app.command(cls=Command)
@@ -463,9 +473,17 @@ def _data_config(flags: Mapping[str, Any]) -> DataConfig:
     return config
 
 
+def _despite_the_disk(measure: Callable[..., dict[str, Any]], *arguments: Any, **settings: Any) -> Any:
+    """Return what was measured, and the error that kept it from being written if there was one."""
+    try:
+        return measure(*arguments, **settings), None
+    except UnwrittenError as error:
+        return error.result, error
+
+
 def _describe_search(searched: Any, path: Path | None) -> list[str]:
     is_nearer = searched.distance < searched.uniform_distance
-    reason = "the model is on the Hub, download it to keep them" if is_nearer else "uniform ones are as good"
+    reason = "there is no folder here that takes them" if is_nearer else "uniform ones are as good"
     return [
         f"{searched.scheduler}, {len(searched.timesteps)} steps: distance {searched.distance:.4f} to "
         f"{searched.reference_steps} steps, uniform {searched.uniform_distance:.4f}, unipc "

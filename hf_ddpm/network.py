@@ -17,12 +17,14 @@ import inspect
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch import Tensor
 
 from hf_ddpm import recipes
 from hf_ddpm.runtime.errors import UsageError
@@ -243,3 +245,21 @@ def _check_fit(
             raise UsageError(f"the model config's {name} must be {needed}, {reason}; got {got}")
     widths = settings.get("block_out_channels", parameters["block_out_channels"].default)
     _check_halvings(resolution, len(widths))
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that weights are numbers.
+
+    Args:
+        tensors: Name -> tensor, of any shape and type.
+        source: Where they are from, as the message names it.
+
+    Raises:
+        UsageError: When one holds NaN or infinity.
+    """
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise UsageError(
+            f"{source} must have finite weights, got NaN or infinity in {len(bad)} of {len(tensors)} tensors, first "
+            f"in {bad[0]!r}: take an earlier checkpoint, or another model"
+        )

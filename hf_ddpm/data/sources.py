@@ -137,8 +137,17 @@ def _folder_kind(option: str, folder: Path) -> str:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its sub-folders, sorted in each; hidden ones are left out, as by `datasets`."""
+    """Yield the files in a folder and its sub-folders, sorted in each; hidden ones are left out, as by `datasets`.
+
+    A folder that several links lead to is read once, so that links to a folder above lead in no circle.
+    """
+    seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
 

@@ -35,6 +35,7 @@ from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
 from hf_ddpm.runtime.devices import device_name
+from hf_ddpm.runtime.errors import UnwrittenError, UsageError, in_one_line
 from hf_ddpm.runtime.format import finite_or_none
 from hf_ddpm.sampling.sampler import iter_samples, speed_up
 from hf_ddpm.sampling.schedulers import named_scheduler
@@ -59,16 +60,40 @@ def evaluate(model: str | Path, **settings: Any) -> dict[str, Any]:
 
     Raises:
         UsageError: When something cannot work, before anything is sampled; later, when samples are not finite.
+        UnwrittenError: When results were measured and could not be written; it holds what this would return.
     """
     results: list[dict[str, Any]] = []
+    unwritten: list[dict[str, Any]] = []
+    undrawn: dict[str, Draw] = {}
+    problem = None
     with load_job(Request(model=model, **settings)) as job:
         versions = {"hf_ddpm": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
         metadata = {"command": _command(job), "versions": versions}
         for measured_rows, pictures in _measure(job):
             rows = [row | metadata for row in measured_rows]
             results += rows
-            job.processes.on_main(partial(write_evaluation, job.out, job.weights, rows, pictures, job.repo_id))
-    return {"out": str(job.out), "weights_sha256": job.weights, "results": results, "card": job.out / "README.md"}
+            unwritten += rows
+            undrawn |= pictures
+            problem = job.processes.on_main(partial(_try_to_write, job, unwritten, undrawn))
+            if problem is None:
+                unwritten, undrawn = [], {}
+    result = {"out": str(job.out), "weights_sha256": job.weights, "results": results, "card": job.out / "README.md"}
+    if problem is not None:
+        raise UnwrittenError(
+            f"{len(unwritten)} of {len(results)} results could not be written into {str(job.out)!r}: {problem}. Make "
+            "room there, or give another --out",
+            result,
+        )
+    return result
+
+
+def _try_to_write(job: Job, rows: list[dict[str, Any]], pictures: dict[str, Draw]) -> str | None:
+    """Write results, which took minutes to measure, and return what kept them from being written."""
+    try:
+        write_evaluation(job.out, job.weights, rows, pictures, job.repo_id)
+    except (OSError, UsageError) as error:  # a UsageError is of a file that somebody edits
+        return in_one_line(error)
+    return None
 
 
 def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]:

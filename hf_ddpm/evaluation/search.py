@@ -25,6 +25,7 @@ from torch import Tensor
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.sampler import classes_in_turn, load_for_sampling, seeded_generators
 from hf_ddpm.sampling.schedulers import named_scheduler
@@ -57,25 +58,35 @@ def search_and_keep(
 
     Yields:
         The result for each number of steps, and the file that it was written to. None instead of the file where
-        uniform timesteps are as good, and for a model of the Hub, which has no folder here.
+        uniform timesteps are as good, for a model of the Hub, which has no folder here, and where it could not be
+        written.
 
     Raises:
         ValueError: When something cannot work, before the search; or when the model has been replaced since then.
-        OSError: When the folder cannot be read or written.
+        OSError: When the folder cannot be read.
+        RunError: At the end, when better timesteps could not be written.
     """
     folder, repo_id = find_model(model)
     if repo_id is None and not os.access(folder, os.W_OK):
         raise ValueError(f"model must be a folder to write to, got {model!r}")
     weights = weights_sha256(folder)
     pipeline, _ = load_for_sampling(model, "ddpm", device=device, dtype=dtype, compile=compile)
+    problem = None
     for result in search_timesteps(pipeline, num_steps, **settings):
         if weights_sha256(folder) != weights:  # a training run saves into the folder
             raise ValueError(f"model must keep its weights during the search, but {model!r} has others now: repeat it")
         is_kept = repo_id is None and result.distance < result.uniform_distance
         if is_kept:
-            write_searched(folder, [*{**read_searched(folder), result.key: result}.values()], weights)
-            write_card(folder)
+            try:
+                write_searched(folder, [*{**read_searched(folder), result.key: result}.values()], weights)
+                write_card(folder)
+            except (OSError, UsageError) as error:  # what took minutes to find is not lost by that
+                problem, is_kept = in_one_line(error), False
         yield result, folder / FILE if is_kept else None
+    if problem is not None:
+        raise RunError(
+            f"timesteps could not be written into {str(folder)!r}: {problem}. Make room there, and repeat it"
+        )
 
 
 class Trajectories:

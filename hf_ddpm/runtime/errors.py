@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from typing import Any
 
 # A token of the Hub, and whatever a request sends as one.
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|(?<=Bearer )[^\s'\"]+")
@@ -21,6 +22,19 @@ class MissingSplitError(UsageError):
 
 class RunError(RuntimeError):
     """The end of a run that could not continue; the message says why, and how to resume it."""
+
+
+class UnwrittenError(RunError):
+    """Results that were measured, but could not be written.
+
+    Args:
+        message: What could not be written, and why.
+        result: The results.
+    """
+
+    def __init__(self, message: str, result: dict[str, Any]):
+        super().__init__(message)
+        self.result = result
 
 
 class PushError(OSError):

@@ -66,6 +66,10 @@ class StopRequest:
             return f"max_train_hours = {self.max_hours:g} are over"
         return self.signal_reason
 
+    def is_due(self, num_steps: int) -> bool:
+        """Return whether the run is to end after so many steps of this start."""
+        return self.reason(num_steps) is not None
+
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal_reason is None:
             name = "the end of the launcher" if number == LAUNCHER_ENDED else signal.Signals(number).name

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.hub.download import find_model
-from hf_ddpm.network import compile_network
+from hf_ddpm.network import compile_network, require_finite
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import process_device
 from hf_ddpm.runtime.processes import Processes
@@ -56,7 +56,7 @@ def load_for_sampling(
         The pipeline and its number of steps.
 
     Raises:
-        ValueError: When there is no such model, scheduler, device, dtype or number of steps.
+        ValueError: When there is no such model, scheduler, device, dtype or number of steps, or weights are NaN.
         OSError: When a file of the model cannot be read.
     """
     if dtype not in (None, *DTYPES):
@@ -65,7 +65,9 @@ def load_for_sampling(
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
     checked_device = process_device(device)
     folder, _ = find_model(model)
-    pipeline = DDPMPipeline.from_pretrained(folder).to(checked_device)
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    require_finite(pipeline.unet.state_dict(), f"model {str(model)!r}")
+    pipeline.to(checked_device)
     pipeline.set_progress_bar_config(disable=True)
     if uniform:
         pipeline.searched_timesteps = {}

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from hf_ddpm.network import require_finite
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import flush_folder, sha256, write_flushed
 from hf_ddpm.runtime.run_files import checkpoint_names
@@ -205,13 +206,14 @@ def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:
     """Restore weights, optimizer and averages in place, from safetensors alone.
 
     Raises:
-        UsageError: The checkpoint lacks an average that the run needs, or is of another network.
+        UsageError: The checkpoint lacks an average that the run needs, is of another network, or is not finite.
     """
     unet, optimizer, ema = state.unet, state.optimizer, state.ema
     parameters = dict(unet.named_parameters())
     try:
         _check_network(json.loads(unet.to_json_string()), checkpoint)
         weights = load_file(checkpoint / "unet" / WEIGHTS)
+        require_finite(weights, checkpoint.name)
         load_moments(load_file(checkpoint / "optimizer.safetensors"), parameters, optimizer)
         load_into(weights, parameters)
         for name, buffer in unet.named_buffers():
@@ -221,6 +223,7 @@ def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:
             prefix, file = ("", f"unet_ema/{WEIGHTS}") if i == 0 else (f"{average}/", "averages.safetensors")
             tensors = load_file(checkpoint / file)
             whole = {name: tensors[f"{prefix}{name}"] for name in parameters}
+            require_finite(whole, f"{average} of {checkpoint.name}")
             load_into(whole, dict(zip(parameters, values, strict=True)))
     except (FileNotFoundError, KeyError) as error:
         raise UsageError(

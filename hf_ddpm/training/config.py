@@ -225,6 +225,14 @@ class TrainingConfig(DataConfig):
         resume="free",
         at_least=1,
     )
+    max_data_wait_minutes: float = setting(
+        60.0,
+        "Minutes without images from the processes that assemble batches, after which the run writes a checkpoint and "
+        "fails.",
+        group="optimization",
+        resume="free",
+        above=0,
+    )
     max_train_hours: float | None = setting(
         None,
         "Hours after which this start writes a checkpoint and exits with code 75; the next start counts anew.",

@@ -86,27 +86,27 @@ def estimate_cost(run: Run, progress: Progress, take_step: TakeStep) -> Cost:
     processes, device = run.processes, run.device
     print_once(processes, "a dry run: some steps are taken, and nothing of the run is written")
     memory, bytes_before, peak_of = _watch_memory(device)
-    loader = open_loader(run, progress, WARM_UP_STEPS + MAX_STEPS)
     seconds: list[float] = []
     failure, num_bad_steps = None, 0
     run.model.train()
-    for number in range(WARM_UP_STEPS + MAX_STEPS):
-        started = time.perf_counter()
-        micro_batches, failure = next_batches(loader, run.config.gradient_accumulation_steps)
-        is_enough = number >= WARM_UP_STEPS + MIN_STEPS and sum(seconds[WARM_UP_STEPS:]) > ENOUGH_SECONDS
-        if any(processes.any([is_enough, failure is not None])):
-            break
-        result = take_step(run, progress, micro_batches)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-        num_bad_steps += bool(result.is_bad)
-        progress = replace(progress, step=progress.step + 1, images=progress.images + run.global_batch_size)
-    peak_bytes = peak_of()
-    workers = loader.workers
-    explanations = processes.gather(lambda: None if failure is None else explain_loader_failure(failure, workers))
-    if failures := [text for text in explanations if text]:
-        raise RunError(failures[0]) from failure
+    with open_loader(run, progress, WARM_UP_STEPS + MAX_STEPS) as loader:
+        for number in range(WARM_UP_STEPS + MAX_STEPS):
+            started = time.perf_counter()
+            micro_batches, failure = next_batches(loader, run.config.gradient_accumulation_steps, lambda: False)
+            is_enough = number >= WARM_UP_STEPS + MIN_STEPS and sum(seconds[WARM_UP_STEPS:]) > ENOUGH_SECONDS
+            if any(processes.any([is_enough, failure is not None])):
+                break
+            result = take_step(run, progress, micro_batches)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+            num_bad_steps += bool(result.is_bad)
+            progress = replace(progress, step=progress.step + 1, images=progress.images + run.global_batch_size)
+        peak_bytes = peak_of()
+        workers = loader.workers
+        explanations = processes.gather(lambda: None if failure is None else explain_loader_failure(failure, workers))
+        if failures := [text for text in explanations if text]:
+            raise RunError(failures[0]) from failure
     del loader  # and its worker processes
 
     added_bytes = None if bytes_before is None else peak_bytes - bytes_before

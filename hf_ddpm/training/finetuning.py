@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 from diffusers import UNet2DModel
 
 from hf_ddpm.hub.download import find_model
+from hf_ddpm.network import require_finite
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler
 from hf_ddpm.training.checks import check_config
@@ -45,8 +46,13 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
 
 
 def load_weights(unet: UNet2DModel, network: Path) -> None:
-    """Load the weights in the folder `network` into a network of the same shape."""
+    """Load the weights in the folder `network` into a network of the same shape.
+
+    Raises:
+        UsageError: They are not finite.
+    """
     trained: Any = UNet2DModel.from_pretrained(network)
+    require_finite(trained.state_dict(), f"init_from {str(network)!r}")
     unet.load_state_dict(trained.state_dict())
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -166,43 +167,45 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
 
     Raises:
         StoppedOnPurpose: The run was asked to end; a checkpoint was written if there were new steps.
-        RunError: No images came, or no finite numbers; or the last checkpoint could not be written.
+        RunError: No images came, or no finite numbers, also in the last steps; or the last checkpoint could not be
+            written.
     """
     state = LoopState(run, progress)
-    loader = open_loader(run, progress, num_steps_left(run, progress))
-    run.model.train()
-    while progress.images < run.total_images:
-        micro_batches, failure = next_batches(loader, run.config.gradient_accumulation_steps)
-        is_stopped = stop.reason(progress.step - state.first.step) is not None
-        if any(run.processes.any([is_stopped, failure is not None])):
-            end_early(run, progress, state, stop, loader, failure)
-        if progress.stream is not None:
-            progress = advance_stream(progress, micro_batches)
-        result = take_step(run, progress, micro_batches)
-        state.meter.add([loss for loss, _, _ in result.evaluated], result.is_bad)
-        state.unread.append(result)
-        state.bar.update()
-        progress = replace(
-            progress,
-            step=progress.step + 1,
-            images=progress.images + run.global_batch_size,
-            seconds=state.seconds(),
-        )
-        due = due_after(run, progress)
-        if due.log:
-            progress = count_skipped_steps(run, progress, state)
-            log(run, progress, state, result)
-        save_snapshot(run, progress)
-        if due.validation:
-            validate(run, progress, state.evaluations)
-        if due.preview:
-            save_preview(run, progress.step)
-        if due.model and save_model(run, run.average, run.output_dir):
-            start_push(run, progress)
-        # While steps are skipped, the last good checkpoint stays the newest.
-        if due.checkpoint and (due.is_last or progress.bad_steps_in_a_row == 0):
-            checkpoint(run, progress, state, due)
+    with open_loader(run, progress, num_steps_left(run, progress)) as loader:
+        run.model.train()
+        while progress.images < run.total_images:
+            is_stopped = partial(stop.is_due, progress.step - state.first.step)
+            micro_batches, failure = next_batches(loader, run.config.gradient_accumulation_steps, is_stopped)
+            if any(run.processes.any([is_stopped(), failure is not None])):
+                end_early(run, progress, state, stop, loader, failure)
+            if progress.stream is not None:
+                progress = advance_stream(progress, micro_batches)
+            result = take_step(run, progress, micro_batches)
+            state.meter.add([loss for loss, _, _ in result.evaluated], result.is_bad)
+            state.unread.append(result)
+            state.bar.update()
+            progress = replace(
+                progress,
+                step=progress.step + 1,
+                images=progress.images + run.global_batch_size,
+                seconds=state.seconds(),
+            )
+            due = due_after(run, progress)
+            if due.log:
+                progress = count_skipped_steps(run, progress, state)
+                log(run, progress, state, result)
+            save_snapshot(run, progress)
+            if due.validation:
+                validate(run, progress, state.evaluations)
+            if due.preview:
+                save_preview(run, progress.step)
+            if due.model and save_model(run, run.average, run.output_dir):
+                start_push(run, progress)
+            # While steps are skipped, the last good checkpoint stays the newest.
+            if due.checkpoint and (due.is_last or progress.bad_steps_in_a_row == 0):
+                checkpoint(run, progress, state, due)
     state.bar.close()
+    require_finite_end(progress)
     return progress if progress.stream is None else merge_block_starts(run.processes, progress, state.first)
 
 
@@ -300,6 +303,21 @@ def count_skipped_steps(run: Run, progress: Progress, state: LoopState) -> Progr
             bad_steps_began=began,
         )
     return progress
+
+
+def require_finite_end(progress: Progress) -> None:
+    """Check that the end of a run is not made of skipped steps; a single last one is none that fails it.
+
+    Raises:
+        RunError: The run learned nothing in its last steps.
+    """
+    skipped = progress.bad_steps_in_a_row
+    if skipped >= 2 or skipped == progress.step > 0:
+        raise RunError(
+            f"the last {skipped} of {progress.step} steps had no finite loss and gradients: the run has "
+            f"failed. They began at {progress.bad_steps_began}. Look at these images, or train again with a lower "
+            "learning_rate or mixed_precision no"
+        )
 
 
 def describe_bad_images(run: Run, result: StepResult) -> str:

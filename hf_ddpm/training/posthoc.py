@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from hf_ddpm.network import require_finite
 from hf_ddpm.runtime.errors import UsageError
 
 TRACKED_STDS = (0.05, 0.10)
@@ -156,8 +157,8 @@ def reconstruct(run: Path, std: float, images: int | None = None) -> tuple[dict[
         Name -> float32 average, summed in float64, one file after the other; the images; the profile error.
 
     Raises:
-        UsageError: There are no snapshots, none at `images`, unlike or broken ones, or the profile error is above
-            MAX_PROFILE_ERROR.
+        UsageError: There are no snapshots, none at `images`, unlike or broken ones, weights that are not finite,
+            or the profile error is above MAX_PROFILE_ERROR.
     """
     gamma_from_std(std)
     files = snapshots(run)
@@ -193,7 +194,9 @@ def reconstruct(run: Path, std: float, images: int | None = None) -> tuple[dict[
                 if coefficient[prefix] != 0:
                     term = coefficient[prefix] * file.get_tensor(key).double()
                     total[name] = total[name].add_(term) if name in total else term
-    return {name: tensor.float() for name, tensor in total.items()}, images, error
+    average = {name: tensor.float() for name, tensor in total.items()}
+    require_finite(average, f"the snapshots in {str(run / 'ema')!r}")
+    return average, images, error
 
 
 def write_average(run: Path, std: float, out: Path | None = None, images: int | None = None) -> Path:

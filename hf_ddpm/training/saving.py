@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from hf_ddpm.network import require_finite
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.scheduler import DDPMScheduler
@@ -28,8 +29,12 @@ def save_model(run: Run, average: list[Tensor] | None, folder: Path) -> bool:
 
     Returns:
         On the first process, whether it could be written.
+
+    Raises:
+        UsageError: The weights are not finite.
     """
     unet = averaged_unet(run, average)
+    require_finite(unet.state_dict(), "the model")
 
     def write() -> None:
         _write_pipeline(run, unet, folder)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.sources import check_source
+from hf_ddpm.data.sources import check_source, files_below
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, noise, save_grays
 
@@ -170,6 +170,21 @@ def test_folder_saved_by_datasets_gives_images_and_labels(folder: Path, in_dict:
 def test_check_source_rejects_impossible_sources(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_source(DataConfig(**settings))
+
+
+def test_links_to_a_folder_above_lead_in_no_circle(folder: Path) -> None:
+    """Each of 40 levels would double the paths."""
+    save_grays(folder / "a", 2)
+    save_grays(folder / "b", 1)
+    for name in ("up", "above"):
+        (folder / "a" / name).symlink_to(folder, target_is_directory=True)
+    (folder / "b" / "other").symlink_to(folder / "a", target_is_directory=True)
+    assert [path.relative_to(folder).as_posix() for path in files_below(folder)] == [
+        "a/000.png",
+        "a/001.png",
+        "b/000.png",
+    ]
+    assert len(load_images(cache_config(folder))) == 3
 
 
 def test_check_source_rejects_folders_without_images(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
+from typer.testing import CliRunner
 
+from hf_ddpm.cli import app
 from hf_ddpm.evaluation import results as results_module
 from hf_ddpm.evaluation.results import write_evaluation
 from hf_ddpm.hub import card as cards
 from hf_ddpm.hub.card_metadata import eval_results
 from hf_ddpm.runtime.devices import device_name
+from hf_ddpm.runtime.errors import UnwrittenError
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 from tests.support.evaluations import (
@@ -46,6 +51,38 @@ def test_evaluate_writes_results_on_the_card(run: Path, measure: Any):
         assert f"(figures/{name})" in card.text
     # Where things lie is nobody's business.
     assert str(run.parent) not in card.content + json.dumps(results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_failures", [1, 100])
+def test_results_that_cannot_be_written_are_not_lost(
+    run: Path, measure: Any, network_file: Path, monkeypatch: pytest.MonkeyPatch, num_failures: int
+):
+    """The disk is full: for one write, after which all results are written with the next; or for good."""
+    left, flush = num_failures, os.fsync
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    settings: dict[str, Any] = {"metrics": ["kid"], "num_inference_steps": [1, 2]}
+    if num_failures == 1:
+        assert measure(run, **settings)["results"] == results_in(run)
+        assert len(results_in(run)) == 2
+        return
+    with pytest.raises(UnwrittenError, match=r"^2 of 2 results could not .*: \[Errno 28\] No space") as error:
+        measure(run, **settings)
+    assert [row["sampling"]["num_inference_steps"] for row in error.value.result["results"]] == [1, 2]
+    assert not (run / "evaluation.json").exists()
+    words = ["--metrics", "kid", "--num_inference_steps", "2", "--num_images", "40", "--network_path", network_file]
+    done = CliRunner().invoke(app, ["evaluate", str(run), *map(str, words)])
+    assert done.exit_code == 1
+    assert "error: 1 of 1 results could not be written" in done.stderr
+    assert "unipc, 2 steps" in done.stdout
 
 
 @pytest.mark.slow
@@ -186,7 +223,7 @@ def test_evaluate_leaves_files_alone_when_a_write_fails(run: Path, measure: Any,
         raise OSError("no space left on device")
 
     monkeypatch.setattr(results_module, "write_atomically", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UnwrittenError, match="no space left"):
         measure(run, metrics=["kid"], seed=1)
     assert files_in(run) == before
 

@@ -1,8 +1,10 @@
 """Searched timesteps: the descent finds minima; they are better than uniform ones, kept with the model and used."""
 
+import errno
 import itertools
 import json
 import math
+import os
 from typing import Any
 
 import pytest
@@ -203,6 +205,26 @@ def test_pipeline_names_a_scheduler_that_accepts_no_timesteps(model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("as_json", [False, True])
+def test_schedule_command_prints_what_it_could_not_write(model, monkeypatch, as_json):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    command = ["schedule", str(model), "--steps", "2,3", "--num_images", "2", *(["--json"] if as_json else [])]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert f"error: timesteps could not be written into '{model}': [Errno 28] No space left on device" in done.stderr
+    if as_json:
+        results = json.loads(done.stdout)["results"]
+        assert [(len(row["timesteps"]), row["path"]) for row in results] == [(2, None), (3, None)]
+    else:
+        assert done.stdout.count("timesteps=[") == 2
+        assert "0 of 2 schedules are kept" in done.stdout
+    assert not read_searched(model)
+
+
+@pytest.mark.slow
 def test_schedule_command_keeps_timesteps_and_samples_record_them(model, tmp_path):
     runner = CliRunner()
     command = ["schedule", str(model), "--steps", "2,4", "--num_images", "2"]
@@ -262,7 +284,7 @@ def test_schedule_command_rejects_a_damaged_model(model):
     pipeline.save_pretrained(model)
     done = CliRunner().invoke(app, ["schedule", str(model), "--steps", "3", "--num_images", "2"])
     assert done.exit_code == 2
-    assert "images must be finite, got NaN: the weights are damaged" in done.output
+    assert "must have finite weights, got NaN or infinity in 1 of" in done.output
     assert not (model / FILE).exists()
 
 

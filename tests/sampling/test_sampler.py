@@ -1,6 +1,7 @@
 """Loading a pipeline for sampling, and images as functions of their seeds."""
 
 import json
+import math
 from typing import Any
 
 import diffusers
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.sampler import classes_in_turn, iter_samples, load_for_sampling, sample_all, seeded_generators
 from hf_ddpm.sampling.schedulers import SCHEDULERS, named_scheduler
@@ -52,6 +54,14 @@ def test_load_for_sampling_rejects_pipelines_with_more_components(pipeline, tmp_
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="a LDMPipeline of scheduler, unet, vqvae"):
         load_for_sampling(str(tmp_path))
+
+
+def test_load_for_sampling_rejects_weights_that_are_not_finite(pipeline, tmp_path):
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias[0] = math.nan
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match=r"model .* must have finite weights, .* first in 'conv_out\.bias'"):
+        load_for_sampling(tmp_path / "model")
 
 
 @pytest.mark.slow

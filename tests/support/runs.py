@@ -61,7 +61,7 @@ processes.set_forkserver_preload(
     ["hf_ddpm.training.loop", "tests.support.runs", "datasets", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 )
 
-WORKER, TWICE = 1001, 1002
+WORKER, TWICE, SUSPEND = 1001, 1002, 1003
 
 
 def child(  # noqa: C901
@@ -69,8 +69,8 @@ def child(  # noqa: C901
 ) -> None:
     """Trains; at the `count`-th event, an optimizer's step or a flushed file, sends itself the signal `action`.
 
-    Other actions: TWICE, SIGTERM and again; WORKER, kills a process that loads data. Event `forward`: from the
-    `count`-th forward pass on, `action` of them give NaN.
+    Other actions: TWICE, SIGTERM and again; WORKER, kills a process that loads data; SUSPEND, suspends it. Event
+    `forward`: from the `count`-th forward pass on, `action` of them give NaN.
     """
     os.environ.update(environment)
     if "FSDP_VERSION" in environment:
@@ -90,6 +90,8 @@ def child(  # noqa: C901
             return
         if left == 0 and action == WORKER:
             multiprocessing.active_children()[0].kill()
+        elif left == 0 and action == SUSPEND:
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGSTOP)
         elif left == 0 and action == TWICE:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)

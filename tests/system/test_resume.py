@@ -26,7 +26,7 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import save_config
 from tests.support.networks import smallest_unet_config
-from tests.support.runs import TWICE, WORKER, differences, said, start, trace
+from tests.support.runs import SUSPEND, TWICE, WORKER, differences, said, start, trace
 
 ROOT = Path(__file__).parents[2]
 
@@ -204,6 +204,18 @@ def test_death_of_a_loader_worker_ends_the_run_with_a_checkpoint(whole):
     assert not differences(finish(config), unkilled)
 
 
+@pytest.mark.slow
+def test_suspended_loader_worker_ends_the_run_with_a_checkpoint(whole):
+    """Waiting for it would have no end, nor would the end of the process, which waits for its workers."""
+    unkilled, config = whole(dataloader_num_workers=1, max_train_steps=8, checkpointing_steps=8)
+    assert start(config, 1, "step", 1, SUSPEND) == [1]
+    message = said(config)
+    assert re.search(r"error: process \d+, which loads data, is suspended \(SIGSTOP\)\. The run ends after", message)
+    step = int(re.search(r"The run ends after step (\d)", message)[1])
+    assert (Path(config.output_dir) / f"checkpoint-{step}").is_dir()
+    assert not differences(finish(config), unkilled)
+
+
 def test_output_dir_takes_one_run_at_a_time(settings):
     config = TrainingConfig(**settings)
     Path(config.output_dir).mkdir()
@@ -274,10 +286,26 @@ def test_overflowing_loss_with_finite_gradients_is_skipped(settings):
 
     handle = register_module_forward_hook(overflow)
     try:
-        train(config)
+        with pytest.raises(RunError, match="the last 1 of 1 steps had no finite loss"):
+            train(config)
     finally:
         handle.remove()
     assert trace(config.output_dir)[-1]["bad_steps"] == 1
+
+
+@pytest.mark.slow
+def test_run_that_ends_in_skipped_steps_has_failed(settings):
+    """Resumed with more steps, it learns; resumed as it is, it has failed again."""
+    config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 4})
+    assert start(config, 1, "forward", 5, 4) == [1]
+    assert "the last 2 of 4 steps had no finite loss and gradients: the run has failed" in said(config)
+    folder = Path(config.output_dir)
+    assert not (folder / "run.json").exists()
+    assert verify(folder / "checkpoint-4") is None
+    resume = replace(config, resume_from_checkpoint="latest")
+    assert start(resume) == [1]
+    assert start(replace(resume, max_train_steps=5)) == [0]
+    assert json.loads((folder / "run.json").read_text())["training"]["num_bad_steps"] == 2
 
 
 @pytest.mark.slow

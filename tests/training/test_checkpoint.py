@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent: damage is found and said, and never costs more than one of them."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -157,6 +158,14 @@ def test_pruning_keeps_no_damaged_newer_checkpoint(state, tmp_path):
     flip_a_bit(save(state, tmp_path, 6) / "optimizer.safetensors")  # of its right size
     save(state, tmp_path, 5, total_limit=1)
     assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "checkpoint-5"
+
+
+def test_load_checkpoint_refuses_weights_that_are_not_finite(state, make_unet, tmp_path):
+    with torch.no_grad():
+        state.unet.conv_in.bias[0] = math.nan
+    save(state, tmp_path, 1)
+    with pytest.raises(UsageError, match=r"^checkpoint-1 must have finite weights"):
+        load_checkpoint(new_state(make_unet, 1), tmp_path / "checkpoint-1")
 
 
 def test_load_checkpoint_refuses_another_shape(state, make_unet, tmp_path):

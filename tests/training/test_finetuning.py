@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_ddpm import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
@@ -35,6 +35,13 @@ def save_model(folder: Path, scheduler: Any = None, channels: int = 1, **network
     scheduler = scheduler or diffusers.DDPMScheduler(30, variance_type="fixed_large", **SCHEDULE)
     diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
     return folder
+
+
+def spoil(model: Path, value: float) -> None:
+    """Put a value into one weight of a saved model."""
+    weights = load_file(model / WEIGHTS)
+    weights["conv_in.bias"][1] = value
+    save_file(weights, model / WEIGHTS)
 
 
 @pytest.fixture
@@ -69,6 +76,14 @@ def test_init_from_starts_with_the_weights_of_the_model(config: TrainingConfig, 
     index = json.loads((Path(config.output_dir) / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
     assert type(DDPMPipeline.from_pretrained(config.output_dir)) is DDPMPipeline
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_init_from_refuses_weights_that_are_not_finite(config: TrainingConfig, base: Path, value: float):
+    spoil(base, value)
+    with pytest.raises(UsageError, match=r"^init_from .*/base/unet' must have finite weights, .* in 1 of \d+ tensors"):
+        train(config)
+    assert not Path(config.output_dir).exists()
 
 
 @pytest.mark.slow

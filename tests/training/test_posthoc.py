@@ -202,6 +202,14 @@ def test_reconstruct_of_constant_weights_is_the_weights(tmp_path):
         assert state["scale"].shape == ()
 
 
+def test_reconstruct_refuses_weights_that_are_not_finite(tmp_path):
+    weights = {"weight": torch.tensor([1.0, math.inf])}
+    for n in range(1, 17):
+        save_snapshot(tmp_path, n, {std: weights for std in TRACKED_STDS})
+    with pytest.raises(UsageError, match=r"the snapshots in .* must have finite weights"):
+        reconstruct(tmp_path, TRACKED_STDS[0])
+
+
 def test_reconstruct_refuses_what_it_cannot_give(trained, tmp_path):
     run, _ = trained
     with pytest.raises(UsageError, match="has none"):
