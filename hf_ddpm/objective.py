@@ -150,7 +150,7 @@ class Objective:
 
         Args:
             uniform: u ~ U[0, 1) of B consecutive images of the global batch, (B,) floating point.
-            first_index: k of the first of them, in [0, G - B].
+            first_index: k of the first of them, in [0, G); after G - 1 comes 0.
             global_batch_size: G, the number of images of the whole batch; None if these B images are the whole.
 
         Returns:
@@ -159,7 +159,7 @@ class Objective:
         u = uniform
         if self.density != "uniform":
             count = len(uniform) if global_batch_size is None else global_batch_size
-            k = torch.arange(first_index, first_index + len(uniform), device=uniform.device)
+            k = torch.arange(first_index, first_index + len(uniform), device=uniform.device) % count
             u = (k + uniform) / count
         num_timesteps = len(self.scheduler)
         if self.density == "lognormal":
@@ -192,6 +192,9 @@ class Objective:
             v_prediction      sqrt(SNR + 1)                            min(SNR, gamma) / (SNR + 1)
             previous_sample   a, x_0's coefficient in Ho et al. Eq. 7   min(SNR, gamma) / a^2
 
+        The weight is 1 where the SNR is 0, at T - 1 with zero terminal SNR, as in Hang et al.'s published code. Of 0
+        the network would learn nothing there, where sampling begins.
+
         Args:
             t: Timesteps, (B,) int64 in [0, T).
 
@@ -218,7 +221,7 @@ class Objective:
                 weight_of_x_0 = snr.clamp(max=self.min_snr_gamma)
             case other:
                 raise ValueError(f"no weight is defined for the weighting {other!r}")
-        return (weight_of_x_0 / squared_factor).float()
+        return torch.where(snr == 0, 1.0, weight_of_x_0 / squared_factor).float()
 
 
 def posterior_means(

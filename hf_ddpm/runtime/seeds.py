@@ -5,6 +5,7 @@ IMAGE       t and eps of a training image                (seed, position of the 
 FLIP        whether an image is mirrored                 (seed, position)
 TOP, LEFT   where an image is cropped                    (seed, position)
 STEP + k    dropout of forward pass k of a step          (seed, number of the optimizer step)
+STRATUM     where the strata of t begin in a step        (seed, number of the optimizer step)
 
 The draws of IMAGE come from Philox4x32-10 (Salmon et al. 2011), which maps a counter of 128 bits, under a key of 64
 bits, to 128 random bits. The key is the seed, the counter is (position, stream, block of the image). All images of a
@@ -22,7 +23,7 @@ from torch import Tensor
 
 IMAGE, STEP = 1, 2
 # Beyond STEP + k for all k.
-FLIP, TOP, LEFT = 2**31, 2**31 + 1, 2**31 + 2
+FLIP, TOP, LEFT, STRATUM = 2**31, 2**31 + 1, 2**31 + 2, 2**31 + 3
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_INCREMENTS = 0x9E3779B9, 0xBB67AE85
@@ -153,3 +154,8 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
 def seed_step(seed: int, step: int, slot: int) -> None:
     """Seed the global generator, from which dropout draws, for forward pass `slot` of an optimizer step."""
     torch.manual_seed(int(hashed(seed, STEP + slot, np.array([step]))[0]))
+
+
+def first_stratum(seed: int, step: int, count: int) -> int:
+    """Return the stratum of t, in [0, count), that the first image of an optimizer step's batch is drawn from."""
+    return int(hashed(seed, STRATUM, np.array([step]))[0] % np.uint64(count))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -32,7 +33,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError
 from hf_ddpm.runtime.launch import reject_deepspeed
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.runtime.seeds import image_draws, seed_step
+from hf_ddpm.runtime.seeds import first_stratum, image_draws, seed_step
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress, save_checkpoint
@@ -211,7 +212,7 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
 
 def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]]) -> StepResult:
     """Take one optimizer step. Without finite loss and gradients, weights and optimizer stay as they are."""
-    config, accelerator, batch_size = run.config, run.accelerator, run.config.train_batch_size
+    config, accelerator = run.config, run.accelerator
     evaluated = []
 
     def on_device(batch: dict[str, Any], name: str) -> Tensor | None:
@@ -226,10 +227,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
         slot = micro * run.processes.size + run.processes.rank
         seed_step(config.seed, progress.step, slot)
         with sharding.gradient_sync(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
-            uniform, noise = image_draws(config.seed, batch["positions"], pixels.shape[1:], run.device)
-            t = run.objective.timesteps_from_uniform(
-                uniform, first_index=slot * batch_size, global_batch_size=run.global_batch_size
-            )
+            t, noise = draw(run, progress.step, slot, batch["positions"], pixels.shape[1:])
             loss = run.objective(
                 run.model,
                 to_x_0(pixels, run.images.max_value),
@@ -303,6 +301,28 @@ def count_skipped_steps(run: Run, progress: Progress, state: LoopState) -> Progr
             bad_steps_began=began,
         )
     return progress
+
+
+def draw(run: Run, step: int, slot: int, positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Draw timestep and noise of each image of a forward pass, as functions of the seed, the step and its position.
+
+    Where the strata of t begin differs from step to step. Otherwise the place of an image in its batch, which may also
+    decide the file or the class that it is from, would decide its t.
+
+    Args:
+        run: The run.
+        step: The number of optimizer steps before this one.
+        slot: The number of the forward pass among those of all processes in the step.
+        positions: Where each image is in the endless stream, (B,) integers.
+        shape: The shape of one image, (C, H, W).
+
+    Returns:
+        t, (B,) int64, and eps, (B, C, H, W) float32, on the device of the run.
+    """
+    seed, count = run.config.seed, run.global_batch_size
+    uniform, noise = image_draws(seed, positions, shape, run.device)
+    first = (slot * run.config.train_batch_size + first_stratum(seed, step, count)) % count
+    return run.objective.timesteps_from_uniform(uniform, first_index=first, global_batch_size=count), noise
 
 
 def require_finite_end(progress: Progress) -> None:

@@ -135,6 +135,25 @@ def test_lognormal_density_counts_levels_beyond_the_chain_at_its_ends():
         assert torch.bincount(draws, minlength=50).tolist() == [4510 if i == t else 10 for i in range(50)]
 
 
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction", "previous_sample"])
+def test_min_snr_trains_where_sampling_begins(prediction_type):
+    """At zero terminal SNR min(SNR, gamma) is 0 at T - 1; the published code takes 1."""
+    scheduler = DDPMScheduler(
+        10, prediction_type=prediction_type, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    weight = Objective(scheduler, weighting="min_snr").weight(torch.arange(10))
+    assert scheduler.snr(torch.tensor([9])).item() == 0
+    assert weight[9] == 1
+    assert (weight > 0).all()
+
+
+def test_strata_go_around():
+    """They may begin anywhere: after the last comes the first."""
+    objective, u = Objective(DDPMScheduler(), density="stratified"), torch.rand(8, generator=seeded())
+    t = objective.timesteps_from_uniform(u, first_index=6, global_batch_size=8)
+    assert (t // 125).tolist() == [6, 7, 0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("density", ["stratified", "lognormal"])
 def test_strata_are_those_of_the_global_batch(density):
     objective, u = Objective(DDPMScheduler(), density=density), torch.rand(8, generator=seeded())
