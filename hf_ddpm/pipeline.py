@@ -1,4 +1,4 @@
-"""DDPMPipeline: noise -> images, for any scheduler of diffusers.
+"""DDPMPipeline: noise -> images, for the schedulers of diffusers that sample such networks.
 
     x_T     initial noise, N(0, I); diffusers' name for it and for each x_t is `latents`
     x_t     the noisy image at timestep t: x_t <- scheduler.step(unet(x_t, t), t, x_t) for t in scheduler.timesteps
@@ -37,6 +37,22 @@ from hf_ddpm.timesteps import SearchedTimesteps, read_searched, solver_name, wri
 logger = logging.getLogger(__name__)
 
 
+# The schedulers of diffusers that sample a network of its own images with their mean and spread, as measured with a
+# network that is exact for a normal distribution (benchmarks/schedulers/table.md).
+SAMPLING_SCHEDULERS = (
+    *("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler"),
+    *("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler"),
+    *("SASolverScheduler", "UniPCMultistepScheduler"),
+    # For networks that were trained by flow matching.
+    *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    "LTXEulerAncestralRFScheduler",
+)
+# Their first step leaves noise of two values where almost nothing but noise is seen.
+_SENSITIVE_SCHEDULERS = ("HeunDiscreteScheduler", "PNDMScheduler")
+_MIN_FIRST_ALPHA_BAR = 1e-6
+
 StepCallback = Callable[["DDPMPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -73,7 +89,7 @@ class DDPMPipeline(DiffusionPipeline):
 
     Args:
         unet: The network.
-        scheduler: A `DDPMScheduler`, where stock's is turned into ours, or any other scheduler of diffusers.
+        scheduler: A `DDPMScheduler`, where stock's is turned into ours, or another of SAMPLING_SCHEDULERS.
 
     Attributes:
         searched_timesteps: The timesteps that replace the solver's own, by solver and number of steps. Empty it to
@@ -166,6 +182,7 @@ class DDPMPipeline(DiffusionPipeline):
             ValueError: When an argument cannot work, before the first network evaluation, or when PIL images would be
                 NaN.
         """
+        _check_scheduler(self.scheduler)
         num_train: int = self.scheduler.config.num_train_timesteps
         # Some of diffusers' solvers take more steps, repeat timesteps and return NaN.
         num_steps = require_num_inference_steps(
@@ -374,6 +391,16 @@ def _folder_of(unet: Any) -> Path:
     return folder.parent if folder.name == "unet" else folder
 
 
+def _check_scheduler(scheduler: Any) -> None:
+    """Reject the schedulers of diffusers whose images are wrong: they are for other networks, or for other tasks."""
+    cls = type(scheduler)
+    if cls.__module__.split(".")[0] == "diffusers" and cls.__name__ not in SAMPLING_SCHEDULERS:
+        raise ValueError(
+            f"scheduler must be one that samples this network from noise, got {cls.__name__}, which does not: use one "
+            f"of {', '.join(SAMPLING_SCHEDULERS)}"
+        )
+
+
 def _check_timesteps_of_other_schedulers(scheduler: Any, num_steps: int) -> None:
     """Reject the lists of diffusers' schedulers that end in wrong images.
 
@@ -386,6 +413,13 @@ def _check_timesteps_of_other_schedulers(scheduler: Any, num_steps: int) -> None
       numbers of steps (61, 103, 121, ...) get one timestep too many, and the last of them is -1.
     """
     timesteps = scheduler.timesteps
+    if type(scheduler).__name__ in _SENSITIVE_SCHEDULERS:
+        first = float(scheduler.alphas_cumprod[int(timesteps[0])])
+        if 0 < first < _MIN_FIRST_ALPHA_BAR:
+            raise ValueError(
+                f"{type(scheduler).__name__} gives noise of two values where alpha_bar = {first:.1e}, at which it "
+                "would begin: use timestep_spacing='leading', or another scheduler, as DPMSolverMultistepScheduler"
+            )
     noise_levels = getattr(scheduler, "sigmas", timesteps)[:num_steps]
     repeats = len(timesteps) == num_steps and len(noise_levels.unique()) < num_steps
     if repeats and scheduler.config.get("solver_order") != 1:

@@ -15,7 +15,6 @@ Sampling may skip timesteps: "x_{t-1}" is then x at the next timestep of the lis
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 import warnings
@@ -152,13 +151,9 @@ class DDPMScheduler(StockDDPMScheduler):
             steps_offset=steps_offset,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
-        if "_use_default_values" in self.config:
-            # Otherwise `from_config` would drop arguments that were given by position: see `complete_config`.
-            defaults = inspect.signature(StockDDPMScheduler.__init__).parameters
-            named = self.config["_use_default_values"]
-            self.register_to_config(
-                _use_default_values=[name for name in named if self.config[name] == defaults[name].default]
-            )
+        # Otherwise `from_config` would drop arguments that were given by position, see `complete_config`, and another
+        # class would take its own defaults for those that were not given: HeunDiscreteScheduler's betas end at 0.012.
+        self.register_to_config(_use_default_values=[])
         if trained_betas is not None:
             beta = torch.as_tensor(trained_betas, dtype=torch.float64)
         else:
