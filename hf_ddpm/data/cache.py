@@ -40,7 +40,8 @@ from hf_ddpm.data.decoding import (
     name_of,
     unreadable_image_error,
 )
-from hf_ddpm.data.sources import Source, files_below, find_source, license_of, open_dataset
+from hf_ddpm.data.image_folder import files_below
+from hf_ddpm.data.sources import Source, find_source, license_of, open_dataset
 from hf_ddpm.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ ROWS_PER_TASK = 16
 # The settings that decide what a cache holds.
 CACHED_SETTINGS = (
     "dataset_config_name",
+    "train_split",
     "image_column",
     "label_column",
     "resolution",

@@ -24,6 +24,12 @@ class DataConfig:
     train_data_dir: str | None = setting(
         None, "A folder of images; instead of `dataset_name`.", group="data", resume="free"
     )
+    train_split: str = setting(
+        "train",
+        "The split to train on, of data whose splits have other names; of a folder of images, the folder's name.",
+        group="data",
+        resume="fixed",
+    )
     resolution: int | None = setting(
         None,
         "The side of x_0 in pixels; default: the data's, if it is square and uniform.",

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.image_folder import readable_formats
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 NUM_HEADERS = 64  # The first so many headers decide what resolution=None and channels=None mean.
@@ -94,7 +95,7 @@ def open_image(encoded: Any) -> Image.Image:
     encoded = with_bytes(encoded)
     if encoded is None or encoded["bytes"] is None:
         raise ValueError("the row is empty")
-    return Image.open(io.BytesIO(encoded["bytes"]))
+    return Image.open(io.BytesIO(encoded["bytes"]), formats=readable_formats())
 
 
 def decode(encoded: Any, name: str, image_format: ImageFormat) -> np.ndarray:

@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.image_folder import (
+    METADATA_NAMES,
+    ImageFolder,
+    files_below,
+    list_images,
+    open_images,
+    split_folders,
+    split_kind,
+)
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line
 from hf_ddpm.runtime.files import naming_damage, read_mapping
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-IMAGE_NAME = re.compile(r".*\.(a?png|jpe?g|jpe|jfif|webp|bmp|dib|gif|tiff?|jp2|p[bgnp]m|tga|ico)", re.IGNORECASE)
-# A folder with `train` and one of these in it has splits, as `datasets` understands it.
-HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,15 @@ class Source:
         option: The setting by which the user named the source: "dataset_name" or "train_data_dir".
         kind: "digits", "images" (a folder of them), "parquet" (a folder), "saved" (by `datasets`) or "hub".
         name: The name of the folder without the folders above it, or the Hub id.
-        folder: The folder; None for the Hub.
+        folder: The folder; None for the Hub. Of a folder of images with splits, that of the split to train on.
+        splits: The folders of images that are splits, by their names.
     """
 
     option: str
     kind: str
     name: str
     folder: Path | None
+    splits: Mapping[str, Path] = field(default_factory=dict)
 
 
 def check_source(config: DataConfig, output_dir: str | None = None) -> None:
@@ -90,7 +95,7 @@ def find_source(config: DataConfig) -> Source:
     if name == "digits":
         source = Source(option, "digits", name, Path(str(resources.files("hf_ddpm.data") / "digits")))
     elif folder.is_dir():
-        source = _folder_source(option, folder)
+        source = _folder_source(option, folder, config.train_split)
     elif train_data_dir or folder.exists() or given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise UsageError(f"{option} must be a folder, got {given!r}: there is no folder {str(folder.absolute())!r}")
     else:
@@ -98,6 +103,8 @@ def find_source(config: DataConfig) -> Source:
 
         check_token()
         source = Source(option, "hub", given, None)
+    if config.train_split != "train" and source.kind == "digits":
+        raise UsageError(f"train_split must be train, which is all that digits has, got {config.train_split!r}")
     if config.dataset_config_name and source.kind not in ("hub", "parquet"):
         raise UsageError(
             f"dataset_config_name has no effect on {given!r}, got {config.dataset_config_name!r}: leave it out"
@@ -105,29 +112,44 @@ def find_source(config: DataConfig) -> Source:
     return source
 
 
-def _folder_source(option: str, folder: Path) -> Source:
-    kind, name = _folder_kind(option, folder), folder.resolve().name
-    has_splits = (folder / "train").is_dir() and any((folder / split).is_dir() for split in HELD_OUT_SPLITS)
-    if kind == "images" and has_splits:
-        folder = folder / "train"  # `datasets` loads this folder as the split `train`, too.
-    return Source(option, kind, name, folder)
+def _folder_source(option: str, folder: Path, train_split: str) -> Source:
+    kind, name = _folder_kind(option, folder, train_split), folder.resolve().name
+    if kind == "saved" and train_split != "train" and not (folder / "dataset_dict.json").is_file():
+        raise UsageError(f"train_split has no effect on {str(folder)!r}, which holds one split, got {train_split!r}")
+    if kind != "images":
+        return Source(option, kind, name, folder)
+    splits = split_folders(folder)
+    if train_split != "train":
+        chosen = [splits.get(train_split, folder / train_split)]
+        if not chosen[0].is_dir():
+            raise UsageError(f"train_split must be a folder in {str(folder)!r}, got {train_split!r}, which is none")
+    else:
+        chosen = [path for split, path in splits.items() if split_kind(split) == "train"]
+        if splits and len(chosen) != 1:
+            raise UsageError(
+                f"{option} must hold one folder to train on beside those of other splits, got {[*splits]} in "
+                f"{str(folder)!r}: give --train_split NAME"
+            )
+    return Source(option, kind, name, chosen[0] if chosen else folder, splits)
 
 
-def _folder_kind(option: str, folder: Path) -> str:
+def _folder_kind(option: str, folder: Path, train_split: str) -> str:
     """Return "saved", "images" or "parquet"; only `dataset_name` may name a folder that is not of images."""
     if option == "dataset_name" and (folder / "dataset_dict.json").is_file():
         with naming_damage(f"{folder / 'dataset_dict.json'} cannot be read", "save the data set again"):
             splits = read_mapping(folder / "dataset_dict.json", "save the data set again")["splits"]
-        if "train" not in splits:
+        if train_split not in splits:
             raise UsageError(
-                f"{option} must hold a split `train`, got {str(folder)!r} with {splits}: name a folder in it"
+                f"{option} must hold a split `{train_split}`, got {str(folder)!r} with {splits}: give --train_split, "
+                "or name a folder in it"
             )
         return "saved"
     if option == "dataset_name" and (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return "saved"
-    paths = [path for path in files_below(folder) if path.name != "metadata.parquet"]
-    has_images = any(IMAGE_NAME.fullmatch(path.name) for path in paths)
-    has_parquet = option == "dataset_name" and any(path.suffix == ".parquet" for path in paths)
+    has_images = bool(list_images(folder).images)
+    has_parquet = option == "dataset_name" and any(
+        path.suffix == ".parquet" and path.name != "metadata.parquet" for path in files_below(folder)
+    )
     if has_images and has_parquet:
         raise UsageError(f"{option} must hold images or parquet files, got both in {str(folder)!r}: name a sub-folder")
     if not has_images and not has_parquet:
@@ -136,35 +158,20 @@ def _folder_kind(option: str, folder: Path) -> str:
     return "images" if has_images else "parquet"
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its sub-folders, sorted in each; hidden ones are left out, as by `datasets`.
-
-    A folder that several links lead to is read once, so that links to a folder above lead in no circle.
-    """
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
-
-
-def open_dataset(config: DataConfig, split: str = "train", split_option: str = "split") -> Dataset:
+def open_dataset(config: DataConfig, split: str | None = None, split_option: str = "split") -> Dataset:
     """Open a split: the column of encoded images, and after it the column of classes if `label_column` is given.
 
     Args:
         config: The settings of the data.
-        split: The name of the split; only a parquet folder and a data set on the Hub have others than `train`.
+        split: The name of the split; only a parquet folder and a data set on the Hub have others than that of
+            training, which is the default.
         split_option: The setting by which the user named the split, for error messages.
 
     Raises:
         UsageError: When the source cannot be loaded, has no such split, is empty, or lacks the columns that the
             settings name.
     """
-    source = find_source(config)
+    source, split = find_source(config), split or config.train_split
     with as_usage_errors(source, config, split, split_option):
         loaded = _load_split(source, config, split)
     dataset: Any = choose_columns(loaded, config)
@@ -183,6 +190,10 @@ def _load_split(source: Source, config: DataConfig, split: str) -> Any:
     if source.kind == "digits":
         return datasets.load_dataset("parquet", data_files={"train": str(folder / "digits.parquet")}, **options)
     if source.kind == "images":
+        listed = list_images(folder)
+        if not (listed.has_metadata or listed.has_archives):
+            return open_images(listed)
+        options["split"] = "train"
         pattern = f"{glob.escape(str(folder))}/**"
         return datasets.load_dataset("imagefolder", data_files={"train": pattern}, **options)
     if source.kind == "parquet":
@@ -193,7 +204,7 @@ def _load_split(source: Source, config: DataConfig, split: str) -> Any:
 
 @contextlib.contextmanager
 def as_usage_errors(
-    source: Source, config: DataConfig, split: str = "train", split_option: str = "split"
+    source: Source, config: DataConfig, split: str | None = None, split_option: str = "split"
 ) -> Iterator[None]:
     """Turn what `datasets` raises for a source into a UsageError for the duration of a `with` block.
 
@@ -212,7 +223,7 @@ def as_usage_errors(
         raise no_images_error(source) from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = in_one_line(error, with_type=True)
-        if split != "train":
+        if split not in (None, config.train_split):
             # `datasets` raises a ValueError for an unknown split.
             raise (MissingSplitError if isinstance(error, ValueError) else UsageError)(
                 f"{split_option} must be a split of {source.option} {source.name!r}, got {split!r}: {reason}"
@@ -223,11 +234,32 @@ def as_usage_errors(
                 f"neither a folder here nor reachable on the Hub; check name, network and login ({reason})"
             ) from error
         raise UsageError(
-            f"{source.option} must be loadable with a split `train`, and with --dataset_config_name if there are "
-            f"several configurations, got {source.name!r} with {config.dataset_config_name!r}: {reason}"
+            f"{source.option} must be loadable with a split `{config.train_split}` (--train_split), and with "
+            "--dataset_config_name if there are several configurations, got "
+            f"{source.name!r} with {config.dataset_config_name!r}: {reason}"
         ) from error
     finally:
         hf_config.HF_UPDATE_DOWNLOAD_COUNTS = updates_counts
+
+
+def describe_unread(config: DataConfig, num_images: int) -> str:
+    """Return in words which files of a folder of images are not read, or "" if all are.
+
+    Args:
+        config: The settings of the data.
+        num_images: The number of images that were read or were unreadable.
+    """
+    source = find_source(config)
+    if source.kind != "images" or source.folder is None:
+        return ""
+    listed: ImageFolder = list_images(source.folder)
+    held_out = [split for split, path in source.splits.items() if path != source.folder]
+    above = [name for name in METADATA_NAMES if source.splits and (source.folder.parent / name).is_file()]
+    unread = [f"the split {split!r}" for split in held_out] + [f"{name} beside the splits" for name in above]
+    unread += [f"{count:,} {kind}" for kind, count in sorted(listed.unread.items())]
+    if listed.has_metadata and len(listed.images) > num_images:
+        unread.append(f"{len(listed.images) - num_images:,} images that no row of the metadata names")
+    return f"not read: {', '.join(unread)}" if unread else ""
 
 
 def choose_columns(dataset: Any, config: DataConfig) -> Any:

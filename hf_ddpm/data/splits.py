@@ -8,9 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.image_folder import split_kind
 from hf_ddpm.data.sources import Source, find_source, open_dataset
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 
@@ -31,7 +33,7 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
     if not re.fullmatch(r"\w+([.-]\w+)*", split):
         raise UsageError(f"{option} must be a name such as train or test, got {split!r}")
     source = find_source(config)
-    if split == "train":
+    if split in ("train", config.train_split):
         yield load_images(config)
     elif source.kind == "digits":
         raise MissingSplitError(f"{option} must be train, which is all that digits has, got {split!r}")
@@ -41,13 +43,15 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
         with tempfile.TemporaryDirectory(prefix="hf_ddpm-", ignore_cleanup_errors=True) as temporary:
             saved = Path(temporary) / "split"
             open_dataset(config, split, option).save_to_disk(saved)
-            yield load_images(replace(config, dataset_name=str(saved), dataset_config_name=None, cache_dir=temporary))
+            whole: dict[str, Any] = {"dataset_config_name": None, "train_split": "train", "cache_dir": temporary}
+            yield load_images(replace(config, dataset_name=str(saved), **whole))
 
 
 def _config_of_split_folder(source: Source, config: DataConfig, split: str, option: str) -> DataConfig:
     """Return the settings that name the folder of a split: images and saved data sets keep each split in its own."""
     root = Path(config.dataset_name or config.train_data_dir or "").expanduser()
-    folder = root / split
+    of_kind = [path for name, path in source.splits.items() if split_kind(name) == split_kind(split) is not None]
+    folder = source.splits.get(split) or (of_kind[0] if len(of_kind) == 1 else root / split)
     if not folder.is_dir():
         raise MissingSplitError(f"{option} must be in {source.option} as a folder, got {split!r} of {source.name!r}")
     if option != "split" and source.kind == "images" and source.folder == root:
@@ -56,5 +60,5 @@ def _config_of_split_folder(source: Source, config: DataConfig, split: str, opti
             "others in a folder `train` beside it"
         )
     if source.kind == "images":
-        return replace(config, dataset_name=None, train_data_dir=str(folder))
-    return replace(config, dataset_name=str(folder), train_data_dir=None)
+        return replace(config, dataset_name=None, train_data_dir=str(folder), train_split="train")
+    return replace(config, dataset_name=str(folder), train_data_dir=None, train_split="train")

@@ -1,9 +1,10 @@
 """A set of images of a model in a folder, which any number of processes write, and an interrupted run resumes.
 
-set           one image for each seed from the first one on
-samples.json  the settings that decide the images of a set; a folder holds one set
-grid.png      the first GRID_IMAGES of them
-group         the images that one process writes together: one PNG file, or a part file of many images
+set             one image for each seed from the first one on
+samples.json    the settings that decide the images of a set; a folder holds one set
+metadata.jsonl  of a set of PNG files: the seed of each, and its class, as `datasets` and `--dataset_name` read them
+grid.png        the first GRID_IMAGES of them, which is no image of the set
+group           the images that one process writes together: one PNG file, or a part file of many images
 """
 
 from __future__ import annotations
@@ -131,7 +132,10 @@ def _write_set(
 ) -> None:
     """Write the missing images of the set that `settings` describe, and the grid."""
     seed, num_images, format = settings["seed"], settings["num_images"], settings["format"]
-    image_set = PngSet(out, seed, num_images) if format == "png" else PartFiles(out, seed, labels, num_images, format)
+    if format == "png":
+        image_set: PngSet | PartFiles = PngSet(out, seed, labels, num_images)
+    else:
+        image_set = PartFiles(out, seed, labels, num_images, format)
 
     def check_and_record() -> list[int]:
         _check_folder(out, settings, image_set.existing())
@@ -173,17 +177,18 @@ class PngSet:
     Args:
         out: The folder of the set.
         seed: The seed of the first image.
+        labels: The class of each image, if the model has classes.
         num_images: The number of images in the set.
     """
 
-    def __init__(self, out: Path, seed: int, num_images: int):
-        self.out = out
+    def __init__(self, out: Path, seed: int, labels: Sequence[int] | None, num_images: int):
+        self.out, self.seed, self.labels = out, seed, labels
         self.names = [f"{seed + i:06d}.png" for i in range(num_images)]
 
     def existing(self) -> list[Path]:
         """Return the files of the set that exist."""
         names = set(os.listdir(self.out)) if self.out.is_dir() else set()
-        return [self.out / name for name in ["grid.png", *self.names] if name in names]
+        return [self.out / name for name in ["grid.png", "metadata.jsonl", *self.names] if name in names]
 
     def missing_groups(self) -> list[int]:
         """Return the numbers of the images that have no file; an image is a group of its own."""
@@ -200,7 +205,12 @@ class PngSet:
             write_atomically(self.out / self.names[i], png_bytes(picture))
 
     def finish(self) -> list[np.ndarray]:
-        """Return the first GRID_IMAGES images of the set, when all are written."""
+        """Write the metadata, when all images are written, and return the first GRID_IMAGES of them."""
+        rows = []
+        for i, name in enumerate(self.names):
+            label = {} if self.labels is None else {"label": self.labels[i]}
+            rows.append(json.dumps({"file_name": name, "seed": self.seed + i, **label}) + "\n")
+        write_atomically(self.out / "metadata.jsonl", "".join(rows))
         images = []
         for name in self.names[:GRID_IMAGES]:
             with Image.open(self.out / name) as image:

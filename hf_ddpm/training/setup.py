@@ -20,6 +20,7 @@ from diffusers.optimization import get_scheduler
 
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.shards import ImageStream, open_stream
+from hf_ddpm.data.sources import describe_unread
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.network import compile_network, make_unet
 from hf_ddpm.objective import Objective
@@ -217,6 +218,8 @@ def _load_images(
 
     config, images = processes.main_then_rest(load, accelerator.is_local_main_process)
     processes.require_equal(images.fingerprint, "images")
+    if processes.rank == 0:
+        print_once(processes, _describe_images(config, images))
     config = replace(
         config,
         dataset_name=config.dataset_name or (None if config.train_data_dir else "digits"),
@@ -225,6 +228,19 @@ def _load_images(
         mixed_precision=accelerator.mixed_precision,
     )
     return config, images
+
+
+def _describe_images(config: TrainingConfig, images: Images) -> str:
+    """Return in words what was read, and what was not."""
+    num_bad = getattr(images, "num_bad", 0)
+    count = "images" if images.num_images is None else f"{images.num_images:,} images"
+    parts = [f"{images.name}: {count}, {images.resolution} x {images.resolution}, channels {images.channels}"]
+    if images.num_classes:
+        parts.append(f"{images.num_classes:,} classes")
+    if num_bad:
+        parts.append(f"{num_bad:,} unreadable ones left out")
+    parts.append(describe_unread(config, (images.num_images or 0) + num_bad))
+    return "; ".join(filter(None, parts))
 
 
 def _find_start(config: TrainingConfig, images: Images, processes: Processes) -> _Start:

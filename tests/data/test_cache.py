@@ -16,7 +16,6 @@ from PIL import Image
 
 from hf_ddpm.data import cache
 from hf_ddpm.data.cache import load_images
-from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, micro_batches, noise, png, save_grays
 
@@ -195,7 +194,7 @@ def test_load_images_names_damaged_cache(folder: Path) -> None:
 def test_load_images_rejects_cache_dir_that_is_a_file(folder: Path) -> None:
     save_grays(folder, 1)
     config = cache_config(folder)
-    open_dataset(config)
+    (folder.parent / "cache").mkdir()
     (folder.parent / "cache" / "hf_ddpm").write_text("")
     with pytest.raises(UsageError, match="cache_dir must be a folder"):
         load_images(config)

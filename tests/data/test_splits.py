@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -10,6 +12,8 @@ from PIL import Image
 
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.shards import open_stream
+from hf_ddpm.data.sources import describe_unread
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, noise, save_grays
@@ -54,6 +58,84 @@ def test_open_split_rejects_unknown_splits(folder: Path, kind: str) -> None:
         open_split(cache_config(folder), "dev", "eval_split"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out", "split"),
+    [
+        ("Train", "Test", "test"),
+        ("training", "testing", "test"),
+        ("train", "holdout", "validation"),
+        ("images/train", "images/val", "validation"),
+        ("TRAINING", "Dev", "Dev"),
+    ],
+)
+def test_folders_named_like_splits_are_not_trained_on(folder: Path, trained: str, held_out: str, split: str) -> None:
+    save_grays(folder / trained, 3)
+    save_grays(folder / held_out, 2)
+    config = cache_config(folder)
+    assert len(load_images(config)) == 3
+    assert open_stream(replace(config, streaming=True)).num_images == 3
+    assert describe_unread(config, 3) == f"not read: the split '{Path(held_out).name}'"
+    for name in (split, Path(held_out).name):
+        with open_split(config, name, "eval_split") as images:
+            assert len(images) == 2
+
+
+def test_folder_beside_classes_is_a_class(folder: Path) -> None:
+    for name, count in {"train": 1, "car": 2, "plane": 3}.items():
+        save_grays(folder / name, count)
+    images = load_images(cache_config(folder, label_column="label"))
+    assert images.class_names == ["car", "plane", "train"]
+    assert len(images) == 6
+
+
+def test_names_of_files_and_parts_of_names_are_no_splits(folder: Path) -> None:
+    save_grays(folder, 2)
+    (folder / "000.png").rename(folder / "test_tube_1.png")
+    save_grays(folder / "training set", 1)
+    save_grays(folder / "my test", 1)
+    assert len(load_images(cache_config(folder))) == 4
+
+
+def test_splits_without_one_to_train_on_are_refused(folder: Path) -> None:
+    save_grays(folder / "test", 1)
+    save_grays(folder / "val", 2)
+    with pytest.raises(
+        UsageError, match=r"one folder to train on .* got \['test', 'val'\] .* give --train_split NAME"
+    ):
+        load_images(cache_config(folder))
+    assert len(load_images(cache_config(folder, train_split="val"))) == 2
+
+
+@pytest.mark.parametrize("kind", ["images", "parquet", "saved"])
+@pytest.mark.parametrize("read", [load_images, open_stream])
+def test_train_split_names_what_is_trained_on(folder: Path, kind: str, read: Any) -> None:
+    save_splits(folder, kind)
+    config = cache_config(folder, train_split="test", streaming=read is open_stream)
+    assert read(config).num_images == COUNTS["test"]
+    if read is load_images:
+        with open_split(config, "train") as images:
+            assert len(images) == COUNTS["test"]  # the split of training, whatever its name
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("images", "train_split must be a folder in .*, got 'first', which is none"),
+        ("parquet", "must be loadable with a split `first` \\(--train_split\\)"),
+        ("saved", "must hold a split `first`, got .* give --train_split"),
+        ("digits", "train_split must be train, which is all that digits has, got 'first'"),
+    ],
+)
+def test_train_split_that_is_not_there_is_named(folder: Path, kind: str, message: str) -> None:
+    config = cache_config(folder, train_split="first")
+    if kind == "digits":
+        config = DataConfig(dataset_name="digits", train_split="first")
+    else:
+        save_splits(folder, kind)
+    with pytest.raises(UsageError, match=message):
+        load_images(config)
 
 
 def test_open_split_rejects_a_split_that_is_trained_on(folder: Path) -> None:

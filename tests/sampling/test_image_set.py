@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
+from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.sampling import image_set
 from hf_ddpm.sampling.image_set import write_samples
@@ -84,8 +86,8 @@ def test_write_samples_writes_the_same_files_in_any_number_of_processes_and_batc
     runs = [{**arguments, "out": tmp_path / f"batches-of-{b}", "batch_size": b} for b in (64, 3)]
     assert sample(*runs) == [0]
     expected = contents(tmp_path / "batches-of-64")
-    assert sorted(expected) == [*(f"{seed:06d}.png" for seed in range(7, 27)), "grid.png"]
-    assert len(set(expected.values())) == 21
+    assert sorted(expected) == [*(f"{seed:06d}.png" for seed in range(7, 27)), "grid.png", "metadata.jsonl"]
+    assert len(set(expected.values())) == 22
     assert contents(tmp_path / "batches-of-3") == expected
     assert sample({**arguments, "out": tmp_path / "by-three"}, num_processes=3) == [0] * 3
     assert contents(tmp_path / "by-three") == expected
@@ -126,6 +128,16 @@ def test_write_samples_writes_equal_images_in_each_format(make_unet, tmp_path):
     assert rows["seed"][:] == [*range(5, 25)]
     assert rows["label"][:] == [seed % 3 for seed in range(5, 25)]
     assert np.array_equal(np.stack([np.asarray(image) for image in rows["image"]]), pixels)
+    # What one command writes, the others read, with its classes and without its grid.
+    for format in ("png", "parquet"):
+        settings = {"dataset_name": str(tmp_path / format), "cache_dir": str(tmp_path / "cache")}
+        images = load_images(DataConfig(**settings, label_column="label"))
+        assert len(images) == 20
+        assert images.labels is not None
+        assert images.labels.tolist() == [seed % 3 for seed in range(5, 25)]
+        assert np.array_equal(np.stack([images.image(i)[0] for i in range(20)]), pixels)
+    rows = [json.loads(line) for line in (tmp_path / "png/metadata.jsonl").read_text().splitlines()]
+    assert rows == [{"file_name": f"{seed:06d}.png", "seed": seed, "label": seed % 3} for seed in range(5, 25)]
     arrays = np.load(tmp_path / "npz" / "samples.npz")
     assert np.array_equal(arrays["arr_0"], np.stack(pixels)[..., None])
     assert arrays["seeds"].tolist() == [*range(5, 25)]
@@ -168,7 +180,8 @@ def test_write_samples_rejects_folders_with_other_content(arguments, tmp_path):
         with pytest.raises(ValueError, match=message):
             write_samples(**{**run, **change})
     write_samples(**{**run, "num_images": 3})  # more of the same
-    assert len(contents(out)) == 4
+    assert sorted(contents(out))[3:] == ["grid.png", "metadata.jsonl"]
+    assert len((out / "metadata.jsonl").read_text().splitlines()) == 3
 
     other = tmp_path / "other"
     other.mkdir()
@@ -190,7 +203,7 @@ def test_command_line_writes_images(pipeline, tmp_path):
     assert done.exit_code == 0, done.output
     assert sorted(p.name for p in out.iterdir()) == [
         *("000007.png", "000008.png", "000009.png"),
-        *("grid.png", "samples.json"),
+        *("grid.png", "metadata.jsonl", "samples.json"),
     ]
     pipeline.scheduler = named_scheduler("unipc", pipeline.scheduler.config, 5)
     ((_, expected),) = iter_samples(pipeline, [8], batch_size=1, num_inference_steps=5)

@@ -1,6 +1,7 @@
 """train(config) from images to a model that stock loads, and what a run must not lose."""
 
 import json
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -26,7 +27,7 @@ from hf_ddpm.data.shards import open_stream
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.runtime.seeds import image_draws
+from hf_ddpm.runtime.seeds import first_stratum, image_draws
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.setup import _find_start, learning_rate_schedule
@@ -38,9 +39,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_train_leaves_a_model_pictures_and_a_card(tiny_settings):
+def test_train_leaves_a_model_pictures_and_a_card(tiny_settings, capsys):
     config = TrainingConfig(**{**tiny_settings, "ddpm_num_inference_steps": None, "save_figures": True})
     assert type(train(config)) is DDPMPipeline
+    assert re.search(r"^images\d+: 24 images, 8 x 8, channels 1$", capsys.readouterr().err, re.MULTILINE)
     folder = Path(config.output_dir)
     pipeline = DDPMPipeline.from_pretrained(folder)
     stock = diffusers.DDPMPipeline.from_pretrained(folder)
@@ -242,7 +244,9 @@ def test_loss_uses_the_stable_target(tiny_settings, tmp_path, labels):
             lambda x_t, t, **_: SimpleNamespace(sample=torch.zeros_like(x_t)),
             to_x_0(batch["pixels"], 255),
             batch.get("labels"),
-            timesteps=objective.timesteps_from_uniform(uniform),
+            timesteps=objective.timesteps_from_uniform(
+                uniform, first_index=first_stratum(0, 0, 4), global_batch_size=4
+            ),
             noise=noise,
             extra_images=extra_images,
             extra_labels=batch.get("extra_labels") if num_extra_images else None,

@@ -1,0 +1,210 @@
+"""A folder of images: one listing of what is read and what is not, which everything that needs one shares.
+
+image      a file in a format of FORMATS, by its extension, or by its first bytes where the extension tells nothing
+metadata   a file of METADATA_NAMES, in which rows name images; `datasets` reads folders that hold one, or archives
+split      a folder with a name of SPLIT_NAMES, where all folders beside it have one: beside `car`, `train` is a class
+class      the name of the folder that an image is in, where all images are equally deep and there are several
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from hf_ddpm.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# The raster formats that Pillow decodes by itself or by a plugin, the most frequent ones first. Others are not opened:
+# for EPS it would start Ghostscript. The last ones cannot be told by their first bytes.
+FORMATS = (
+    *("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF", "JXL", "JPEG2000", "PPM", "DIB", "ICO"),
+    *("ICNS", "QOI", "PCX", "DCX", "SGI", "DDS", "XBM", "XPM", "PSD", "FITS", "FLI", "SUN", "PIXAR", "MSP", "CUR"),
+    *("BLP", "FTEX", "GBR", "MCIDAS", "XVTHUMB", "PCD", "IM", "IMT", "SPIDER", "TGA"),
+)
+# Format -> the package that lets Pillow read it, and the extensions that its files then have.
+PLUGINS = {
+    "AVIF": ("pillow-avif-plugin", (".avif", ".avifs")),
+    "HEIF": ("pillow-heif", (".heic", ".heif", ".hif")),
+    "JXL": ("pillow-jxl-plugin", (".jxl",)),
+}
+# Whole names of folders, in any case, that say which split they hold.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("val", "valid", "validation", "dev", "holdout"),
+}
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+ARCHIVE_EXTENSIONS = (".zip", ".tar", ".tar.gz", ".tgz")
+NUM_FIRST_BYTES = 16  # as Pillow looks at
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The files of a folder.
+
+    Args:
+        images: The images, in the order of their paths.
+        has_metadata: Whether there are metadata.
+        has_archives: Whether there are archives, which may hold more images.
+        unread: What is not read -> how many files.
+    """
+
+    images: list[Path]
+    has_metadata: bool
+    has_archives: bool
+    unread: Counter[str]
+
+
+def list_images(folder: Path) -> ImageFolder:
+    """List the files of a folder and of its sub-folders.
+
+    Raises:
+        UsageError: When a folder cannot be read.
+    """
+    images, unread = [], Counter[str]()
+    has_metadata = has_archives = False
+    for path in files_below(folder):
+        if path.name in METADATA_NAMES:
+            has_metadata = True
+        elif path.name.lower().endswith(ARCHIVE_EXTENSIONS):
+            has_archives = True
+        elif path.name == "grid.png" and path.with_name("samples.json").is_file():
+            unread["grid.png of `hf-ddpm sample`"] += 1
+        elif is_image(path):
+            images.append(path)
+        else:
+            unread[_kind_of(path)] += 1
+    return ImageFolder(sorted(images, key=lambda path: path.as_posix()), has_metadata, has_archives, unread)
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """Return the folders of splits by their names, in `folder` or in its folder `images`; empty if they are none.
+
+    Of `datasets`, parts of names and files are splits, too: it takes `test_tube_1.png` for a test image.
+    """
+    for level in (folder, folder / "images"):
+        if not level.is_dir():
+            continue
+        paths = [path for path in level.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+        if len(paths) > 1 and all(split_kind(path.name) for path in paths):
+            return {path.name: path for path in sorted(paths)}
+    return {}
+
+
+def split_kind(name: str) -> str | None:
+    """Return which split a folder of this name holds, by a name in SPLIT_NAMES; None if it says nothing of that."""
+    return next((kind for kind, names in SPLIT_NAMES.items() if name.lower() in names), None)
+
+
+def open_images(listed: ImageFolder) -> Dataset:
+    """Open the images as a data set with a column `image`, and `label` if their folders are classes."""
+    import datasets
+
+    columns: dict[str, Any] = {"image": [str(path.absolute()) for path in listed.images]}
+    features: dict[str, Any] = {"image": datasets.Image()}
+    labels = [path.parent.name for path in listed.images]
+    names = sorted(set(labels))
+    if len(names) > 1 and len({len(path.parts) for path in listed.images}) == 1:
+        columns["label"] = labels
+        features["label"] = datasets.ClassLabel(names=names)
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its sub-folders, sorted in each, without hidden ones.
+
+    A folder that several links lead to is read once, so that links to a folder above lead in no circle.
+
+    Raises:
+        UsageError: When a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UsageError(
+            f"each folder of images must be readable, got {str(error.filename)!r}: {error.strerror}; allow it, or "
+            "move it away"
+        ) from error
+
+    seen = set()
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file is an image by its extension, or by its first bytes if no format has the extension."""
+    extension = path.suffix.lower()
+    _, extensions = _formats()
+    if extension in extensions:
+        return True
+    if extension in Image.EXTENSION or not path.is_file():  # of a format that is not read; a link to nothing
+        return False
+    try:
+        with open(path, "rb") as file:
+            return _has_first_bytes(file.read(NUM_FIRST_BYTES).ljust(NUM_FIRST_BYTES, b"\0")) and _opens(path)
+    except OSError:
+        return False
+
+
+def readable_formats() -> tuple[str, ...]:
+    """Return the formats of FORMATS that Pillow reads here."""
+    return _formats()[0]
+
+
+@cache
+def _formats() -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return the formats that Pillow reads here, and their extensions."""
+    Image.init()
+    # Two of them register themselves when they are imported.
+    for module in ("pillow_heif", "pillow_jxl", "pillow_avif"):
+        with contextlib.suppress(ImportError):
+            getattr(import_module(module), "register_heif_opener", lambda: None)()
+    formats = tuple(name for name in FORMATS if name in Image.OPEN)
+    # What opens JPEG opens MPO, several of them in a file.
+    known = (*formats, "MPO")
+    return formats, frozenset(extension for extension, name in Image.EXTENSION.items() if name in known)
+
+
+def _has_first_bytes(first: bytes) -> bool:
+    for name in readable_formats():
+        accept = Image.OPEN[name][1]
+        # Pillow gives a text instead of True where it would need a plugin.
+        if accept is not None and accept(first) is True:
+            return True
+    return False
+
+
+def _opens(path: Path) -> bool:
+    """Return whether Pillow finds the header of an image; a text may begin with the same two letters."""
+    try:
+        with Image.open(path, formats=readable_formats()):
+            return True
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # Pillow raises nearly any class
+        return False
+
+
+def _kind_of(path: Path) -> str:
+    """Return what a file that is not read is called, with the package that would let Pillow read it."""
+    extension = path.suffix.lower()
+    for name, (package, extensions) in PLUGINS.items():
+        if extension in extensions and name not in readable_formats():
+            return f"{extension} (pip install {package})"
+    return extension or "without an extension"
