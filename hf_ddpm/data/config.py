@@ -24,9 +24,9 @@ class DataConfig:
     train_data_dir: str | None = setting(
         None, "A folder of images; instead of `dataset_name`.", group="data", resume="free"
     )
-    train_split: str = setting(
-        "train",
-        "The split to train on, of data whose splits have other names; of a folder of images, the folder's name.",
+    train_split: str | None = setting(
+        None,
+        "The split to train on; of a folder of images, the name of a folder in it; default: `train`.",
         group="data",
         resume="fixed",
     )

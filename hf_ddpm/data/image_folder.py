@@ -1,8 +1,9 @@
 """A folder of images: one listing of what is read and what is not, which everything that needs one shares.
 
 image      a file in a format of FORMATS, by its extension, or by its first bytes where the extension tells nothing
-metadata   a file of METADATA_NAMES, in which rows name images; `datasets` reads folders that hold one, or archives
-split      a folder with a name of SPLIT_NAMES, where all folders beside it have one: beside `car`, `train` is a class
+metadata   a file of METADATA_NAMES, in which rows name images; `datasets` reads folders that hold one
+archive    a file of ARCHIVE_EXTENSIONS, which is not opened: it may hold what lies beside it
+split      a folder with a name of SPLIT_NAMES, where others beside it have one, too: beside `car`, `train` is a class
 class      the name of the folder that an image is in, where all images are equally deep and there are several
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -46,6 +47,7 @@ SPLIT_NAMES = {
 }
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 ARCHIVE_EXTENSIONS = (".zip", ".tar", ".tar.gz", ".tgz")
+OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # which nobody else may read
 NUM_FIRST_BYTES = 16  # as Pillow looks at
 
 
@@ -56,13 +58,11 @@ class ImageFolder:
     Args:
         images: The images, in the order of their paths.
         has_metadata: Whether there are metadata.
-        has_archives: Whether there are archives, which may hold more images.
         unread: What is not read -> how many files.
     """
 
     images: list[Path]
     has_metadata: bool
-    has_archives: bool
     unread: Counter[str]
 
 
@@ -73,32 +73,38 @@ def list_images(folder: Path) -> ImageFolder:
         UsageError: When a folder cannot be read.
     """
     images, unread = [], Counter[str]()
-    has_metadata = has_archives = False
+    has_metadata = False
     for path in files_below(folder):
         if path.name in METADATA_NAMES:
             has_metadata = True
         elif path.name.lower().endswith(ARCHIVE_EXTENSIONS):
-            has_archives = True
+            unread[f"{path.suffix.lower()} (unpack it)"] += 1
         elif path.name == "grid.png" and path.with_name("samples.json").is_file():
             unread["grid.png of `hf-ddpm sample`"] += 1
         elif is_image(path):
             images.append(path)
         else:
             unread[_kind_of(path)] += 1
-    return ImageFolder(sorted(images, key=lambda path: path.as_posix()), has_metadata, has_archives, unread)
+    return ImageFolder(sorted(images, key=lambda path: path.as_posix()), has_metadata, unread)
 
 
-def split_folders(folder: Path) -> dict[str, Path]:
-    """Return the folders of splits by their names, in `folder` or in its folder `images`; empty if they are none.
+def split_folders(folder: Path, images: Sequence[Path]) -> dict[str, Path]:
+    """Return the folders of splits by their names, in `folder` or in its folder `images`; empty if there are none.
 
-    Of `datasets`, parts of names and files are splits, too: it takes `test_tube_1.png` for a test image.
+    They are splits if all are named so, or if one for training and one that is held out are among them. Parts of names
+    and files are none; `datasets` takes `test_tube_1.png` for a test image.
+
+    Args:
+        folder: The folder.
+        images: All images below it. Folders without any say nothing.
     """
     for level in (folder, folder / "images"):
-        if not level.is_dir():
-            continue
-        paths = [path for path in level.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
-        if len(paths) > 1 and all(split_kind(path.name) for path in paths):
-            return {path.name: path for path in sorted(paths)}
+        start = f"{level}{os.sep}"
+        places = (str(path)[len(start) :].split(os.sep) for path in images if str(path).startswith(start))
+        names = sorted({parts[0] for parts in places if len(parts) > 1})
+        kinds = {split_kind(name) for name in names}
+        if len(names) > 1 and (None not in kinds or ("train" in kinds and len(kinds) > 2)):
+            return {name: level / name for name in names}
     return {}
 
 
@@ -139,11 +145,12 @@ def files_below(folder: Path) -> Iterator[Path]:
     seen = set()
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        if status.st_ino:  # some network drives number no files
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")) and name not in OF_THE_SYSTEM)
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
 
 

@@ -35,7 +35,7 @@ from hf_ddpm.data.decoding import (
     unreadable_image_error,
     with_bytes,
 )
-from hf_ddpm.data.image_folder import ARCHIVE_EXTENSIONS, METADATA_NAMES, files_below, list_images
+from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, list_images
 from hf_ddpm.data.sources import (
     Source,
     as_usage_errors,
@@ -361,16 +361,16 @@ def _open_iterable(source: Source, config: DataConfig) -> _Shards:
             # Otherwise pyarrow keeps all that it has read of a file until the end of the file (apache/arrow#39808).
             options = ParquetFragmentScanOptions(pre_buffer=False)
             builder.config.fragment_scan_options = options  # pyright: ignore[reportAttributeAccessIssue]
-        dataset: Any = builder.as_streaming_dataset(split=config.train_split)
+        dataset: Any = builder.as_streaming_dataset(split=config.train_split or "train")
     if dataset.features is None:
         raise UsageError(
             f"dataset_name must name data whose columns are declared, to be streamed, got {source.name!r}: "
             "leave out --streaming"
         )
-    paths = [str(file) for file in (builder.config.data_files or {}).get(config.train_split, [])]
+    paths = [str(file) for file in (builder.config.data_files or {}).get(config.train_split or "train", [])]
     files = tuple(paths) if len(paths) == dataset.num_shards else ("",) * dataset.num_shards
     rows_per_shard = np.full(len(files), UNKNOWN)
-    split = (builder.info.splits or {}).get(config.train_split)
+    split = (builder.info.splits or {}).get(config.train_split or "train")
     num_images = split.num_examples if split else None
     identity: Any = paths or builder.hash
     if source.folder is not None:
@@ -391,8 +391,7 @@ def _names_and_sizes(source: Source) -> list[tuple[str, int]]:
     """Return path and size of each file that holds data, in a folder that may hold other files, too."""
     assert source.folder is not None
     if source.kind == "images":
-        others = (*METADATA_NAMES, *ARCHIVE_EXTENSIONS)
-        paths = [path for path in files_below(source.folder) if path.name.endswith(others)]
+        paths = [path for path in files_below(source.folder) if path.name in METADATA_NAMES]
         paths += list_images(source.folder).images
     else:
         ends = {"digits": (".parquet",), "saved": (".arrow", "state.json")}[source.kind]

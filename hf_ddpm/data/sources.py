@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
+import re
+import tarfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -20,6 +24,7 @@ from hf_ddpm.data.image_folder import (
     METADATA_NAMES,
     ImageFolder,
     files_below,
+    is_image,
     list_images,
     open_images,
     split_folders,
@@ -30,6 +35,9 @@ from hf_ddpm.runtime.files import naming_damage, read_mapping
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+SPLIT_NAME = r"\w+([.-]\w+)*"
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,12 @@ def check_source(config: DataConfig, output_dir: str | None = None) -> None:
     source = find_source(config)
     if source.folder is None or output_dir is None:
         return
-    if Path(output_dir).resolve().is_relative_to(source.folder.resolve()):
+    # Beside splits its pictures would make another folder of images.
+    folder = Path(config.dataset_name or config.train_data_dir or "").expanduser() if source.splits else source.folder
+    if Path(output_dir).resolve().is_relative_to(folder.resolve()):
         raise UsageError(
             f"output_dir must not be in the folder of images, where its pictures would be trained on, "
-            f"got {output_dir!r} in {str(source.folder)!r}: give another --output_dir"
+            f"got {output_dir!r} in {str(folder)!r}: give another --output_dir"
         )
 
 
@@ -103,7 +113,7 @@ def find_source(config: DataConfig) -> Source:
 
         check_token()
         source = Source(option, "hub", given, None)
-    if config.train_split != "train" and source.kind == "digits":
+    if config.train_split not in (None, "train") and source.kind == "digits":
         raise UsageError(f"train_split must be train, which is all that digits has, got {config.train_split!r}")
     if config.dataset_config_name and source.kind not in ("hub", "parquet"):
         raise UsageError(
@@ -112,50 +122,64 @@ def find_source(config: DataConfig) -> Source:
     return source
 
 
-def _folder_source(option: str, folder: Path, train_split: str) -> Source:
-    kind, name = _folder_kind(option, folder, train_split), folder.resolve().name
-    if kind == "saved" and train_split != "train" and not (folder / "dataset_dict.json").is_file():
-        raise UsageError(f"train_split has no effect on {str(folder)!r}, which holds one split, got {train_split!r}")
-    if kind != "images":
-        return Source(option, kind, name, folder)
-    splits = split_folders(folder)
-    if train_split != "train":
-        chosen = [splits.get(train_split, folder / train_split)]
-        if not chosen[0].is_dir():
-            raise UsageError(f"train_split must be a folder in {str(folder)!r}, got {train_split!r}, which is none")
-    else:
-        chosen = [path for split, path in splits.items() if split_kind(split) == "train"]
-        if splits and len(chosen) != 1:
-            raise UsageError(
-                f"{option} must hold one folder to train on beside those of other splits, got {[*splits]} in "
-                f"{str(folder)!r}: give --train_split NAME"
-            )
-    return Source(option, kind, name, chosen[0] if chosen else folder, splits)
-
-
-def _folder_kind(option: str, folder: Path, train_split: str) -> str:
-    """Return "saved", "images" or "parquet"; only `dataset_name` may name a folder that is not of images."""
+def _folder_source(option: str, folder: Path, train_split: str | None) -> Source:
+    if train_split is not None and not re.fullmatch(SPLIT_NAME, train_split):
+        raise UsageError(f"train_split must be a name such as train or test, got {train_split!r}")
+    name = folder.resolve().name
     if option == "dataset_name" and (folder / "dataset_dict.json").is_file():
-        with naming_damage(f"{folder / 'dataset_dict.json'} cannot be read", "save the data set again"):
-            splits = read_mapping(folder / "dataset_dict.json", "save the data set again")["splits"]
-        if train_split not in splits:
-            raise UsageError(
-                f"{option} must hold a split `{train_split}`, got {str(folder)!r} with {splits}: give --train_split, "
-                "or name a folder in it"
-            )
-        return "saved"
+        _check_saved_splits(option, folder, train_split or "train")
+        return Source(option, "saved", name, folder)
     if option == "dataset_name" and (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return "saved"
-    has_images = bool(list_images(folder).images)
-    has_parquet = option == "dataset_name" and any(
-        path.suffix == ".parquet" and path.name != "metadata.parquet" for path in files_below(folder)
-    )
+        if train_split is not None:
+            raise UsageError(
+                f"train_split has no effect on {str(folder)!r}, which holds one split, got {train_split!r}"
+            )
+        return Source(option, "saved", name, folder)
+    listed = list_images(folder)
+    if _is_of_parquet(option, folder, listed):
+        return Source(option, "parquet", name, folder)
+    if train_split is not None:
+        return Source(option, "images", name, *_chosen_split(folder, listed, train_split))
+    splits = split_folders(folder, listed.images)
+    trained = [path for split, path in splits.items() if split_kind(split) == "train"]
+    if splits and len(trained) != 1:
+        raise UsageError(
+            f"{option} must hold one folder to train on beside those of other splits, got {[*splits]} in "
+            f"{str(folder)!r}: give --train_split NAME"
+        )
+    return Source(option, "images", name, trained[0] if splits else folder, splits)
+
+
+def _chosen_split(folder: Path, listed: ImageFolder, train_split: str) -> tuple[Path, dict[str, Path]]:
+    """Return the folder of a split that the user named, and all folders beside it."""
+    path = next((level / train_split for level in (folder, folder / "images") if (level / train_split).is_dir()), None)
+    if path is None:
+        raise UsageError(f"train_split must be a folder in {str(folder)!r}, got {train_split!r}, which is none")
+    if not list_images(path).images:
+        raise UsageError(f"train_split must be a folder of images, got {str(path)!r}, which holds none")
+    beside = {each.name: each for each in sorted(path.parent.iterdir()) if each.is_dir() and each.name[0] != "."}
+    return path, beside
+
+
+def _check_saved_splits(option: str, folder: Path, train_split: str) -> None:
+    with naming_damage(f"{folder / 'dataset_dict.json'} cannot be read", "save the data set again"):
+        splits = read_mapping(folder / "dataset_dict.json", "save the data set again")["splits"]
+    if train_split not in splits:
+        raise UsageError(
+            f"{option} must hold a split `{train_split}`, got {str(folder)!r} with {splits}: give --train_split, or "
+            "name a folder in it"
+        )
+
+
+def _is_of_parquet(option: str, folder: Path, listed: ImageFolder) -> bool:
+    """Return whether a folder is of parquet files and not of images; only `dataset_name` may name one."""
+    has_images, has_parquet = bool(listed.images), option == "dataset_name" and ".parquet" in listed.unread
     if has_images and has_parquet:
         raise UsageError(f"{option} must hold images or parquet files, got both in {str(folder)!r}: name a sub-folder")
     if not has_images and not has_parquet:
         wanted = "images or parquet files" if option == "dataset_name" else "images (parquet files: --dataset_name)"
         raise UsageError(f"{option} must be a folder of {wanted}, got {str(folder)!r}: nothing below it is one")
-    return "images" if has_images else "parquet"
+    return has_parquet
 
 
 def open_dataset(config: DataConfig, split: str | None = None, split_option: str = "split") -> Dataset:
@@ -171,7 +195,7 @@ def open_dataset(config: DataConfig, split: str | None = None, split_option: str
         UsageError: When the source cannot be loaded, has no such split, is empty, or lacks the columns that the
             settings name.
     """
-    source, split = find_source(config), split or config.train_split
+    source, split = find_source(config), split or config.train_split or "train"
     with as_usage_errors(source, config, split, split_option):
         loaded = _load_split(source, config, split)
     dataset: Any = choose_columns(loaded, config)
@@ -191,7 +215,7 @@ def _load_split(source: Source, config: DataConfig, split: str) -> Any:
         return datasets.load_dataset("parquet", data_files={"train": str(folder / "digits.parquet")}, **options)
     if source.kind == "images":
         listed = list_images(folder)
-        if not (listed.has_metadata or listed.has_archives):
+        if not listed.has_metadata:
             return open_images(listed)
         options["split"] = "train"
         pattern = f"{glob.escape(str(folder))}/**"
@@ -221,9 +245,9 @@ def as_usage_errors(
         yield
     except IndexError as error:  # `datasets` raises it for a folder that it saved without rows.
         raise no_images_error(source) from error
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError, zipfile.BadZipFile, tarfile.TarError) as error:
         reason = in_one_line(error, with_type=True)
-        if split not in (None, config.train_split):
+        if split not in (None, config.train_split or "train"):
             # `datasets` raises a ValueError for an unknown split.
             raise (MissingSplitError if isinstance(error, ValueError) else UsageError)(
                 f"{split_option} must be a split of {source.option} {source.name!r}, got {split!r}: {reason}"
@@ -234,8 +258,8 @@ def as_usage_errors(
                 f"neither a folder here nor reachable on the Hub; check name, network and login ({reason})"
             ) from error
         raise UsageError(
-            f"{source.option} must be loadable with a split `{config.train_split}` (--train_split), and with "
-            "--dataset_config_name if there are several configurations, got "
+            f"{source.option} must be loadable with a split `{config.train_split or 'train'}` (--train_split), and "
+            "with --dataset_config_name if there are several configurations, got "
             f"{source.name!r} with {config.dataset_config_name!r}: {reason}"
         ) from error
     finally:
@@ -252,10 +276,16 @@ def describe_unread(config: DataConfig, num_images: int) -> str:
     source = find_source(config)
     if source.kind != "images" or source.folder is None:
         return ""
-    listed: ImageFolder = list_images(source.folder)
+    listed = list_images(source.folder)
     held_out = [split for split, path in source.splits.items() if path != source.folder]
-    above = [name for name in METADATA_NAMES if source.splits and (source.folder.parent / name).is_file()]
-    unread = [f"the split {split!r}" for split in held_out] + [f"{name} beside the splits" for name in above]
+    unread = [f"the folder {split!r}" for split in held_out]
+    if source.splits:
+        root = Path(config.dataset_name or config.train_data_dir or "").expanduser()
+        starts = tuple(f"{path}{os.sep}" for path in source.splits.values())
+        above = [path for path in files_below(root) if not str(path).startswith(starts)]
+        num_beside = sum(is_image(path) for path in above)
+        unread += [f"{num_beside:,} images beside the splits"] if num_beside else []
+        unread += [f"{path.name} beside the splits" for path in above if path.name in METADATA_NAMES]
     unread += [f"{count:,} {kind}" for kind, count in sorted(listed.unread.items())]
     if listed.has_metadata and len(listed.images) > num_images:
         unread.append(f"{len(listed.images) - num_images:,} images that no row of the metadata names")

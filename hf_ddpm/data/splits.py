@@ -13,13 +13,15 @@ from typing import Any
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import split_kind
-from hf_ddpm.data.sources import Source, find_source, open_dataset
+from hf_ddpm.data.sources import SPLIT_NAME, Source, find_source, open_dataset
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 
 
 @contextlib.contextmanager
 def open_split(config: DataConfig, split: str, option: str = "split") -> Iterator[ImageCache]:
     """Provide the images of a split for the duration of a `with` block; afterwards their files may be deleted.
+
+    "train" is the split that is trained on, whatever its name.
 
     Args:
         config: The settings of the data.
@@ -30,9 +32,11 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
         MissingSplitError: When there is no such split.
         UsageError: As `load_images` raises it.
     """
-    if not re.fullmatch(r"\w+([.-]\w+)*", split):
+    if not re.fullmatch(SPLIT_NAME, split):
         raise UsageError(f"{option} must be a name such as train or test, got {split!r}")
     source = find_source(config)
+    if split == config.train_split and option != "split":
+        raise MissingSplitError(f"{option} must be held out, got {split!r}, which is trained on (train_split)")
     if split in ("train", config.train_split):
         yield load_images(config)
     elif source.kind == "digits":
@@ -43,7 +47,7 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
         with tempfile.TemporaryDirectory(prefix="hf_ddpm-", ignore_cleanup_errors=True) as temporary:
             saved = Path(temporary) / "split"
             open_dataset(config, split, option).save_to_disk(saved)
-            whole: dict[str, Any] = {"dataset_config_name": None, "train_split": "train", "cache_dir": temporary}
+            whole: dict[str, Any] = {"dataset_config_name": None, "train_split": None, "cache_dir": temporary}
             yield load_images(replace(config, dataset_name=str(saved), **whole))
 
 
@@ -60,5 +64,5 @@ def _config_of_split_folder(source: Source, config: DataConfig, split: str, opti
             "others in a folder `train` beside it"
         )
     if source.kind == "images":
-        return replace(config, dataset_name=None, train_data_dir=str(folder), train_split="train")
-    return replace(config, dataset_name=str(folder), train_data_dir=None, train_split="train")
+        return replace(config, dataset_name=None, train_data_dir=str(folder), train_split=None)
+    return replace(config, dataset_name=str(folder), train_data_dir=None, train_split=None)

@@ -8,8 +8,9 @@ import sys
 from typing import Any
 
 # A token of the Hub, and whatever a request sends as one.
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|(?<=Bearer )[^\s'\"]+")
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|(?<=Bearer )[^\s'\"]{16,}")
 _HIDDEN = "hf_..."
+MIN_TOKEN_LENGTH = 16
 
 
 class UsageError(ValueError):
@@ -76,6 +77,8 @@ def without_tokens(text: str, *tokens: str | None) -> str:
         tokens: Tokens to hide beside those of the environment and of `hf auth login`.
     """
     for token in filter(None, (*tokens, *_known_tokens())):
+        if not token.startswith("hf_") and len(token) < MIN_TOKEN_LENGTH:
+            continue  # a placeholder as `none`, which is part of other words
         for part in re.findall(r"[A-Za-z0-9_.-]{4,}", token):
             text = text.replace(part, _HIDDEN)
     return _TOKEN.sub(_HIDDEN, text)

@@ -29,8 +29,8 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MPI_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # What `accelerate launch` tells every process, and torchrun too.
 LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-# The file to which workers write their exit codes.
 TOKEN_FLAG = "__hub_token"  # with hyphens as underscores
+# The file to which workers write their exit codes.
 OUTCOME_VARIABLE = "HF_DDPM_OUTCOME_FILE"
 NO_DEEPSPEED = (
     "distributed_type must not be DEEPSPEED, which hf_ddpm does not support: use FSDP 2 for a model that is too large "

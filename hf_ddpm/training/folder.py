@@ -24,6 +24,8 @@ def set_aside(output_dir: Path) -> bool:
         Whether there was a run.
     """
     partial = output_dir / f"partial-{REPLACED_RUN}"
+    if (output_dir / REPLACED_RUN).is_dir() and not (output_dir / MODEL_INDEX).is_file():
+        _restore(output_dir)
     forget_replaced(output_dir)
     paths = run_files(output_dir)
     if not paths:
@@ -47,10 +49,15 @@ def restore_replaced(output_dir: Path) -> bool:
     if not aside.is_dir() or (output_dir / MODEL_INDEX).is_file():
         return False
     with lock(output_dir):
-        _delete(output_dir, run_files(output_dir))
-        _link_files(aside, sorted(aside.iterdir(), key=lambda path: path.name == MODEL_INDEX), output_dir)
-        forget_replaced(output_dir)
+        _restore(output_dir)
     return True
+
+
+def _restore(output_dir: Path) -> None:
+    aside = output_dir / REPLACED_RUN
+    _delete(output_dir, run_files(output_dir))
+    _link_files(aside, sorted(aside.iterdir(), key=lambda path: path.name == MODEL_INDEX), output_dir)
+    forget_replaced(output_dir)
 
 
 def forget_replaced(output_dir: Path) -> None:

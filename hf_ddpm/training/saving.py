@@ -35,13 +35,10 @@ def save_model(run: Run, average: list[Tensor] | None, folder: Path) -> bool:
     """
     unet = averaged_unet(run, average)
     require_finite(unet.state_dict(), "the model")
-
-    def write() -> None:
-        _write_pipeline(run, unet, folder)
-        if folder == run.output_dir:
-            forget_replaced(folder)
-
-    return run.is_main and try_to_write(run, write)
+    is_written = run.is_main and try_to_write(run, lambda: _write_pipeline(run, unet, folder))
+    if is_written and folder == run.output_dir:
+        try_to_write(run, lambda: forget_replaced(folder))
+    return is_written
 
 
 def save_models(run: Run) -> bool:

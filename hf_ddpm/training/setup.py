@@ -161,9 +161,16 @@ def open_run(run: Run, progress: Progress) -> Iterator[Run]:
 def restore_output_dir(config: TrainingConfig, processes: Processes) -> None:
     """Put back the run that was to be overwritten if the one that replaces it was ended before it had a model.
 
+    Only a run that begins with a file of the old one needs that before it starts; any other takes the folder as it is,
+    once it is known to start.
+
     Raises:
         UsageError: A process is at work in the folder.
     """
+    inputs = [config.init_from, config.model_config_name_or_path]
+    output_dir = Path(config.output_dir).resolve()
+    if not any(path is not None and Path(path).resolve().is_relative_to(output_dir) for path in inputs):
+        return
     try:
         is_back = processes.on_main(lambda: restore_replaced(Path(config.output_dir)))
     except BlockingIOError as error:

@@ -102,6 +102,29 @@ def test_images_that_the_metadata_do_not_name_are_counted(folder: Path) -> None:
     assert describe_unread(cache_config(folder), 4) == "not read: 2 images that no row of the metadata names"
 
 
+def test_archive_beside_images_is_not_opened(folder: Path) -> None:
+    """It may hold the same images, or annotations, or be broken."""
+    save_grays(folder / "even", 2)
+    save_grays(folder / "odd", 2)
+    (folder / "old.zip").write_bytes(b"PK broken")
+    assert len(load_images(cache_config(folder, label_column="label"))) == 4
+    assert describe_unread(cache_config(folder), 4) == "not read: 1 .zip (unpack it)"
+
+
+def test_folders_of_a_drive_without_file_numbers_are_all_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_grays(folder / "a", 1)
+    save_grays(folder / "b", 1)
+    stat = os.stat
+
+    def without_number(path, **options):
+        found = list(stat(path, **options))
+        found[1] = 0
+        return os.stat_result(found)
+
+    monkeypatch.setattr(os, "stat", without_number)
+    assert len(names(folder)) == 2
+
+
 def test_eps_is_not_opened(folder: Path) -> None:
     """Pillow would start Ghostscript."""
     (folder / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")

@@ -13,9 +13,9 @@ from PIL import Image
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.shards import open_stream
-from hf_ddpm.data.sources import describe_unread
+from hf_ddpm.data.sources import check_source, describe_unread
 from hf_ddpm.data.splits import open_split
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 from tests.support.image_data import cache_config, noise, save_grays
 
 COUNTS = {"train": 4, "test": 3}
@@ -76,7 +76,7 @@ def test_folders_named_like_splits_are_not_trained_on(folder: Path, trained: str
     config = cache_config(folder)
     assert len(load_images(config)) == 3
     assert open_stream(replace(config, streaming=True)).num_images == 3
-    assert describe_unread(config, 3) == f"not read: the split '{Path(held_out).name}'"
+    assert describe_unread(config, 3) == f"not read: the folder '{Path(held_out).name}'"
     for name in (split, Path(held_out).name):
         with open_split(config, name, "eval_split") as images:
             assert len(images) == 2
@@ -88,6 +88,53 @@ def test_folder_beside_classes_is_a_class(folder: Path) -> None:
     images = load_images(cache_config(folder, label_column="label"))
     assert images.class_names == ["car", "plane", "train"]
     assert len(images) == 6
+
+
+def test_folders_without_images_beside_splits_say_nothing(folder: Path) -> None:
+    save_grays(folder / "train", 3)
+    save_grays(folder / "test", 2)
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "all.json").write_text("{}")
+    assert len(load_images(cache_config(folder))) == 3
+    assert describe_unread(cache_config(folder), 3) == "not read: the folder 'test'"
+
+
+def test_other_folders_beside_splits_are_not_trained_on(folder: Path) -> None:
+    for name, count in {"train": 3, "test": 2, "more": 1}.items():
+        save_grays(folder / name, count)
+    for config in (cache_config(folder), cache_config(folder, train_split="train")):
+        assert len(load_images(config)) == 3
+        assert describe_unread(config, 3) == "not read: the folder 'more', the folder 'test'"
+        for split, count in (("test", 2), ("more", 1)):
+            with open_split(config, split, "eval_split") as images:
+                assert len(images) == count
+
+
+def test_what_lies_beside_splits_is_counted(folder: Path) -> None:
+    save_grays(folder / "images" / "train", 3)
+    save_grays(folder / "images" / "val", 2)
+    save_grays(folder, 4)
+    (folder / "metadata.csv").write_text("file_name,kind\n")
+    said = describe_unread(cache_config(folder), 3)
+    assert said == "not read: the folder 'val', 4 images beside the splits, metadata.csv beside the splits"
+
+
+def test_output_dir_beside_splits_is_refused(folder: Path) -> None:
+    """Its pictures would make another folder of images, on which no run could be resumed."""
+    save_grays(folder / "train", 1)
+    save_grays(folder / "test", 1)
+    with pytest.raises(UsageError, match="output_dir must not be in the folder of images"):
+        check_source(cache_config(folder), str(folder / "run"))
+    check_source(cache_config(folder), str(folder.parent / "run"))
+
+
+def test_held_out_split_is_not_the_one_that_is_trained_on(folder: Path) -> None:
+    save_splits(folder, "saved")
+    config = cache_config(folder, train_split="test")
+    for option in ("eval_split", "test_split"):
+        message = f"{option} must be held out, got 'test', which is trained on"
+        with pytest.raises(MissingSplitError, match=message), open_split(config, "test", option):
+            pass
 
 
 def test_names_of_files_and_parts_of_names_are_no_splits(folder: Path) -> None:
@@ -125,11 +172,15 @@ def test_train_split_names_what_is_trained_on(folder: Path, kind: str, read: Any
         ("images", "train_split must be a folder in .*, got 'first', which is none"),
         ("parquet", "must be loadable with a split `first` \\(--train_split\\)"),
         ("saved", "must hold a split `first`, got .* give --train_split"),
+        ("../photos/train", "train_split must be a name such as train or test, got '../photos/train'"),
+        ("", "train_split must be a name such as train or test, got ''"),
         ("digits", "train_split must be train, which is all that digits has, got 'first'"),
     ],
 )
 def test_train_split_that_is_not_there_is_named(folder: Path, kind: str, message: str) -> None:
     config = cache_config(folder, train_split="first")
+    if kind in ("", "../photos/train"):
+        config, kind = cache_config(folder, train_split=kind), "images"
     if kind == "digits":
         config = DataConfig(dataset_name="digits", train_split="first")
     else:

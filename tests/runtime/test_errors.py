@@ -44,7 +44,13 @@ def test_error_of_a_header_shows_no_token(monkeypatch):
 def test_token_that_nobody_named_is_hidden(monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     assert without_tokens(f"got hf_{'a1' * 17}, hf_ddpm") == "got hf_..., hf_ddpm"
-    assert without_tokens("Authorization: Bearer abc/def.ghi") == "Authorization: Bearer hf_..."
+    assert without_tokens("Authorization: Bearer abc/def.ghi/jkl.mno") == "Authorization: Bearer hf_..."
+
+
+@pytest.mark.parametrize("placeholder", ["none", "test", "hub"])
+def test_placeholder_of_a_token_hides_no_other_words(placeholder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", placeholder)
+    assert without_tokens(f"{placeholder}, latest, a Bearer token") == f"{placeholder}, latest, a Bearer token"
 
 
 def test_message_of_an_error_is_one_line_and_never_empty():

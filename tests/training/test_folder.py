@@ -122,6 +122,21 @@ def test_folder_without_a_run_is_left_alone(tmp_path):
 
 
 @pytest.mark.slow
+def test_run_that_cannot_start_deletes_no_checkpoint(tiny_settings, tmp_path):
+    """Of a run that overwrites another one and has no model yet."""
+    config = TrainingConfig(**tiny_settings, overwrite_output_dir=True)
+    folder = Path(config.output_dir)
+    older_run(folder / REPLACED_RUN)
+    older_run(folder, FILES[4:])
+    before = contents(folder)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match="every image must be readable"):
+        train(replace(config, train_data_dir=str(tmp_path / "images")))
+    assert contents(folder) == before
+
+
+@pytest.mark.slow
 def test_run_that_begins_with_the_model_it_overwrites_may_be_killed(tiny_settings, tmp_path):
     first = TrainingConfig(**tiny_settings, ema_snapshots=0, use_ema=False)
     train(first)
