@@ -48,7 +48,6 @@ SPLIT_NAMES = {
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 ARCHIVE_EXTENSIONS = (".zip", ".tar", ".tar.gz", ".tgz")
 OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # which nobody else may read
-NUM_FIRST_BYTES = 16  # as Pillow looks at
 
 
 @dataclass(frozen=True)
@@ -162,10 +161,14 @@ def is_image(path: Path) -> bool:
         return True
     if extension in Image.EXTENSION or not path.is_file():  # of a format that is not read; a link to nothing
         return False
+    # A format without first bytes of its own, as TGA, would take any file for an image.
+    formats = [name for name in readable_formats() if Image.OPEN[name][1] is not None]
     try:
-        with open(path, "rb") as file:
-            return _has_first_bytes(file.read(NUM_FIRST_BYTES).ljust(NUM_FIRST_BYTES, b"\0")) and _opens(path)
-    except OSError:
+        with Image.open(path, formats=formats):
+            return True
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # Pillow raises nearly any class
         return False
 
 
@@ -186,26 +189,6 @@ def _formats() -> tuple[tuple[str, ...], frozenset[str]]:
     # What opens JPEG opens MPO, several of them in a file.
     known = (*formats, "MPO")
     return formats, frozenset(extension for extension, name in Image.EXTENSION.items() if name in known)
-
-
-def _has_first_bytes(first: bytes) -> bool:
-    for name in readable_formats():
-        accept = Image.OPEN[name][1]
-        # Pillow gives a text instead of True where it would need a plugin.
-        if accept is not None and accept(first) is True:
-            return True
-    return False
-
-
-def _opens(path: Path) -> bool:
-    """Return whether Pillow finds the header of an image; a text may begin with the same two letters."""
-    try:
-        with Image.open(path, formats=readable_formats()):
-            return True
-    except Image.DecompressionBombError:
-        return True
-    except Exception:  # Pillow raises nearly any class
-        return False
 
 
 def _kind_of(path: Path) -> str:

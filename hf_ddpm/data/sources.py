@@ -178,7 +178,11 @@ def _is_of_parquet(option: str, folder: Path, listed: ImageFolder) -> bool:
         raise UsageError(f"{option} must hold images or parquet files, got both in {str(folder)!r}: name a sub-folder")
     if not has_images and not has_parquet:
         wanted = "images or parquet files" if option == "dataset_name" else "images (parquet files: --dataset_name)"
-        raise UsageError(f"{option} must be a folder of {wanted}, got {str(folder)!r}: nothing below it is one")
+        unread = ", ".join(f"{count:,} {kind}" for kind, count in sorted(listed.unread.items()))
+        others = f", but {unread}" if unread else ""
+        raise UsageError(
+            f"{option} must be a folder of {wanted}, got {str(folder)!r}: nothing below it is one{others}"
+        )
     return has_parquet
 
 

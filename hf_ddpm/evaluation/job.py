@@ -203,7 +203,7 @@ def load_job(request: Request) -> Iterator[Job]:
         if weights is None:
             raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
         _check_out(out, weights, is_model_folder)
-        pipeline = _load_pipeline(folder, request)
+        pipeline, _ = load_for_sampling(str(folder), "ddpm", device=request.device, uniform=request.uniform)
         request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
         sampler_settings = _grid(pipeline, request.schedulers, request.num_inference_steps)
         distances = [metric for metric in DISTANCES if metric in request.metrics]
@@ -246,12 +246,6 @@ def _check_out(out: Path, weights: str, is_model_folder: bool) -> None:
     has_results = bool(stored_results(out, weights))
     if not is_model_folder and not has_results and (out / "evaluation.json").is_file():
         raise UsageError(f"out must not hold what was measured of other weights, got {str(out)!r}: name a new folder")
-
-
-def _load_pipeline(folder: Path, request: Request) -> DDPMPipeline:
-    """Load the model with the scheduler of all T steps."""
-    pipeline, _ = load_for_sampling(str(folder), "ddpm", device=request.device, uniform=request.uniform)
-    return pipeline
 
 
 def _grid(

@@ -229,7 +229,7 @@ class TrainingConfig(DataConfig):
         60.0,
         "Minutes without images from the processes that assemble batches, after which the run writes a checkpoint and "
         "fails.",
-        group="optimization",
+        group="data",
         resume="free",
         above=0,
     )

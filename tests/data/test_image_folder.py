@@ -52,6 +52,14 @@ def test_image_is_known_by_its_first_bytes_where_its_name_tells_nothing(folder: 
     assert len(load_images(cache_config(folder))) == 2
 
 
+def test_file_that_only_its_extension_makes_an_image_needs_it(folder: Path) -> None:
+    """TGA has no first bytes of its own: much that is no image would pass for one."""
+    picture = Image.fromarray(noise(16, 16))
+    picture.save(folder / "a.tga")
+    picture.save(folder / "a.bin", "TGA")
+    assert names(folder) == ["a.tga"]
+
+
 def test_text_that_begins_like_an_image_is_none(folder: Path) -> None:
     save_grays(folder, 1)
     for name, text in {"bmw": "BMW and others", "notes.md": "Python notes", "p": "P5", "e": "", "z": "\n"}.items():
@@ -109,6 +117,14 @@ def test_archive_beside_images_is_not_opened(folder: Path) -> None:
     (folder / "old.zip").write_bytes(b"PK broken")
     assert len(load_images(cache_config(folder, label_column="label"))) == 4
     assert describe_unread(cache_config(folder), 4) == "not read: 1 .zip (unpack it)"
+
+
+def test_folder_without_images_says_what_it_holds(folder: Path) -> None:
+    (folder / "photos.zip").write_bytes(b"")
+    (folder / "a.heic").write_bytes(b"")
+    message = r"nothing below it is one, but 1 \.heic \(pip install pillow-heif\), 1 \.zip \(unpack it\)"
+    with pytest.raises(UsageError, match=message):
+        load_images(cache_config(folder))
 
 
 def test_folders_of_a_drive_without_file_numbers_are_all_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,24 +193,17 @@ def test_resume_refuses_a_checkpoint_of_another_optimizer(whole):
 
 
 @pytest.mark.slow
-def test_death_of_a_loader_worker_ends_the_run_with_a_checkpoint(whole):
-    unkilled, config = whole(dataloader_num_workers=1, max_train_steps=4)
-    config = replace(config, dataloader_num_workers=1)
-    assert start(config, 1, "step", 1, WORKER) == [1]
-    message = said(config)
-    assert re.search(r"error: process \d+, which loads data, was killed by SIGKILL", message)
-    step = int(re.search(r"The run ends after step (\d)", message)[1])
-    assert (Path(config.output_dir) / f"checkpoint-{step}").is_dir()
-    assert not differences(finish(config), unkilled)
-
-
-@pytest.mark.slow
-def test_suspended_loader_worker_ends_the_run_with_a_checkpoint(whole):
-    """Waiting for it would have no end, nor would the end of the process, which waits for its workers."""
+@pytest.mark.parametrize(
+    ("action", "what"),
+    [(WORKER, "was killed by SIGKILL"), (SUSPEND, r"is suspended \(SIGSTOP\)")],
+    ids="ds",
+)
+def test_loader_worker_that_gives_nothing_ends_the_run_with_a_checkpoint(whole, action, what):
+    """Waiting for a stopped one would have no end, nor would the end of the process, which waits for its workers."""
     unkilled, config = whole(dataloader_num_workers=1, max_train_steps=8, checkpointing_steps=8)
-    assert start(config, 1, "step", 1, SUSPEND) == [1]
+    assert start(config, 1, "step", 1, action) == [1]
     message = said(config)
-    assert re.search(r"error: process \d+, which loads data, is suspended \(SIGSTOP\)\. The run ends after", message)
+    assert re.search(rf"error: process \d+, which loads data, {what}", message)
     step = int(re.search(r"The run ends after step (\d)", message)[1])
     assert (Path(config.output_dir) / f"checkpoint-{step}").is_dir()
     assert not differences(finish(config), unkilled)

@@ -115,6 +115,17 @@ def test_model_that_stands_is_not_replaced_by_the_old_one(tmp_path):
     assert contents(tmp_path).keys() == {"model_index.json", "notes.txt", "unet/notes.txt"}
 
 
+def test_old_run_stays_when_the_new_one_is_overwritten_before_it_has_a_model(tmp_path):
+    before = older_run(tmp_path)
+    set_aside(tmp_path)
+    (tmp_path / "config.yaml").write_text("new")
+    (tmp_path / "checkpoint-1").mkdir()
+    assert set_aside(tmp_path)
+    kept = {name: text for name, text in before.items() if not name.endswith("notes.txt")}
+    assert contents(tmp_path / REPLACED_RUN) == kept
+    assert not (tmp_path / "config.yaml").exists()
+
+
 def test_folder_without_a_run_is_left_alone(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     assert not set_aside(tmp_path)

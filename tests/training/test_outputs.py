@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from accelerate.tracking import TensorBoardTracker
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -29,6 +31,24 @@ def config(tiny_settings):
 
 def logged_steps(config):
     return [json.loads(line)["step"] for line in Path(config.output_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_model_that_is_not_finite_is_not_saved(tiny_settings):
+    """Whatever made it so, after a step whose gradients were finite."""
+    config = TrainingConfig(**tiny_settings, use_ema=False, ema_snapshots=0)
+
+    def spoil(optimizer, *_):
+        with torch.no_grad():
+            optimizer.param_groups[-1]["params"][0].fill_(math.nan)
+
+    handle = register_optimizer_step_post_hook(spoil)
+    try:
+        with pytest.raises(UsageError, match=r"^the model must have finite weights, got NaN or infinity in 1 of"):
+            train(config)
+    finally:
+        handle.remove()
+    assert not (Path(config.output_dir) / "model_index.json").exists()
 
 
 @pytest.mark.slow
