@@ -234,6 +234,7 @@ def _model_variables(records: _RunRecords) -> dict[str, Any]:
         "T": T,
         "example_steps": example_steps,
         "trajectory": trajectory,
+        "chain_steps": (records.facts.get("figures") or {}).get("reverse_chain_steps"),
         "few_steps": min(FEW_STEPS, T) if T and _is_solvable_by_stock(settings, unet) else None,
         "searched": [*read_searched(records.folder).values()],
     }

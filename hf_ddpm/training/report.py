@@ -104,6 +104,7 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
             "device": device_name(run.device),
         },
         "samples": preview_settings(run),
+        "figures": {"reverse_chain_steps": reverse_chain_steps(run)} if run.config.save_figures else {},
     }
 
 

@@ -55,6 +55,10 @@ def test_end_of_a_run_evaluates_the_network_no_more_often_than_it_says(tiny_sett
     assert batch_sizes.count(2) == 30
     assert "2 samples in 30 of 1,000 sampling steps (--no_save_figures leaves them out)" in capsys.readouterr().err
     assert figures_of(config) == {"samples.png", *DRAWN}
+    assert (
+        "from left to right, here in 30 of its 1000 steps. The rows"
+        in Path(config.output_dir, "README.md").read_text()
+    )
 
 
 @pytest.mark.slow
