@@ -225,14 +225,6 @@ class TrainingConfig(DataConfig):
         resume="free",
         at_least=1,
     )
-    max_data_wait_minutes: float = setting(
-        60.0,
-        "Minutes without images from the processes that assemble batches, after which the run writes a checkpoint and "
-        "fails.",
-        group="data",
-        resume="free",
-        above=0,
-    )
     max_train_hours: float | None = setting(
         None,
         "Hours after which this start writes a checkpoint and exits with code 75; the next start counts anew.",
@@ -473,6 +465,14 @@ class TrainingConfig(DataConfig):
         group="machine",
         resume="free",
         at_least=1,
+    )
+    max_data_wait_minutes: float = setting(
+        60.0,
+        "Minutes without images from the processes that assemble batches, after which the run writes a checkpoint and "
+        "fails.",
+        group="machine",
+        resume="free",
+        above=0,
     )
     enable_xformers_memory_efficient_attention: bool = setting(
         False, "Attention by xFormers instead of torch.", group="machine", resume="free"
