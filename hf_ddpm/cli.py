@@ -161,7 +161,8 @@ def sample(
 
 @app.command(cls=Command)
 @with_options_of(
-    DataConfig, ("dataset_name", "dataset_config_name", "image_column", "label_column", "center_crop", "cache_dir")
+    DataConfig,
+    ("dataset_name", "dataset_config_name", "image_column", "label_column", "center_crop", "value_range", "cache_dir"),
 )
 def evaluate(
     model: Model,
@@ -247,7 +248,8 @@ def evaluate(
 
 @app.command(cls=Command)
 @with_options_of(
-    DataConfig, ("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "cache_dir")
+    DataConfig,
+    ("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "value_range", "cache_dir"),
 )
 def reference(
     dataset: Annotated[

@@ -18,7 +18,7 @@ import os
 import shutil
 import uuid
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,6 +32,7 @@ from huggingface_hub.utils import tqdm
 
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
+    Decoded,
     ImageFormat,
     NeedsSixteenBits,
     decode,
@@ -47,7 +48,7 @@ from hf_ddpm.runtime.errors import UsageError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CACHE_FORMAT = 1  # Increase it when the content of a cache changes, so that no older cache is read.
+CACHE_FORMAT = 2  # Increase it when the content of a cache changes, so that no older cache is read.
 ROWS_PER_TASK = 16
 # The settings that decide what a cache holds.
 CACHED_SETTINGS = (
@@ -58,6 +59,7 @@ CACHED_SETTINGS = (
     "resolution",
     "channels",
     "center_crop",
+    "value_range",
     "preserve_input_precision",
     "on_bad_image",
 )
@@ -76,6 +78,8 @@ class ImageCache:
         labels: (N,) int64 in [0, num_classes); None without classes.
         class_names: The names of the classes; None where the data do not tell them.
         num_bad: The number of unreadable images that were left out.
+        losses: What files hold and the planes do not -> of how many images, see `losses_of`.
+        limits: The smallest and the largest value of all planes.
         fingerprint: The sha256 of pixels, shapes and labels; it is the same wherever the images lie.
         name: The name of the source.
         license: The license of the data; None if unknown.
@@ -89,6 +93,8 @@ class ImageCache:
     labels: np.ndarray | None
     class_names: list[str] | None
     num_bad: int
+    losses: dict[str, int]
+    limits: tuple[int, int]
     fingerprint: str
     name: str
     license: str | None
@@ -136,8 +142,8 @@ def load_images(config: DataConfig) -> ImageCache:
     """Return the images of the split `train`; the first call decodes and resizes them, later ones map the file.
 
     If `channels` is left open, gray images have 1 channel and others 3. Transparency is composited over white unless
-    there are 4 channels. Gray images of 16 bits keep them with `preserve_input_precision`; Pillow reads 16-bit color
-    as 8-bit. Of an animation the first frame is taken. The shorter side becomes `resolution`; with `center_crop` the
+    there are 4 channels. Gray images of 16 bits keep them; Pillow reads 16-bit color as 8-bit, and of an animation the
+    first frame is taken, which `losses` counts. The shorter side becomes `resolution`; with `center_crop` the
     longer one, too.
 
     Args:
@@ -243,13 +249,18 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
     dtype = np.dtype("<u2" if image_format.max_value == 65535 else "u1")
     digest = hashlib.sha256(f"{image_format.channels} {image_format.max_value}".encode())
     entries, rows, size = array("q"), array("q"), 0
+    losses: Counter[str] = Counter()
+    smallest, largest = image_format.max_value, 0
     decoded = tqdm(
         _decode_all(dataset, image_format), "Decoding", len(dataset), unit="image", disable=len(dataset) < 2000
     )
     with open(folder / "pixels.bin", "wb") as file:
-        for row, planes in enumerate(decoded):
-            if planes is None:
+        for row, image in enumerate(decoded):
+            if image is None:
                 continue
+            planes = image.planes
+            losses.update(image.losses)
+            smallest, largest = min(smallest, int(planes.min())), max(largest, int(planes.max()))
             content = np.ascontiguousarray(planes, dtype).tobytes()
             file.write(content)
             digest.update(content)
@@ -274,6 +285,8 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
         "resolution": image_format.resolution,
         "class_names": class_names,
         "num_bad": len(dataset) - len(rows),
+        "losses": losses,
+        "limits": [smallest, largest],
         "fingerprint": digest.hexdigest(),
         "dtype": dtype.str,
         "size": size,
@@ -305,8 +318,8 @@ def _find_classes(dataset: Dataset) -> tuple[np.ndarray | None, list[str] | None
     return np.array(values, "<i8"), names
 
 
-def _decode_all(dataset: Dataset, image_format: ImageFormat) -> Iterator[np.ndarray | None]:
-    """Yield the planes of each row in order, decoded by several threads; None for an image that is left out."""
+def _decode_all(dataset: Dataset, image_format: ImageFormat) -> Iterator[Decoded | None]:
+    """Yield the image of each row in order, decoded by several threads; None for an image that is left out."""
     num_threads = max(2, min(8, os.cpu_count() or 2))
     column, tasks = dataset.column_names[0], deque()
     with ThreadPoolExecutor(num_threads) as pool:
@@ -319,8 +332,8 @@ def _decode_all(dataset: Dataset, image_format: ImageFormat) -> Iterator[np.ndar
             yield from tasks.popleft().result()
 
 
-def _decode_rows(encoded_images: list[Any], first_row: int, image_format: ImageFormat) -> list[np.ndarray | None]:
-    decoded: list[np.ndarray | None] = []
+def _decode_rows(encoded_images: list[Any], first_row: int, image_format: ImageFormat) -> list[Decoded | None]:
+    decoded: list[Decoded | None] = []
     for row, encoded in enumerate(encoded_images, first_row):
         try:
             decoded.append(decode(encoded, name_of(encoded, row), image_format))

@@ -65,8 +65,20 @@ class DataConfig:
         resume="free",
         only_with={"dataset_name": GIVEN},
     )
-    preserve_input_precision: bool = setting(
-        True, "Keep 16-bit images in 16 bits; without it they become 8-bit.", group="data", resume="fixed"
+    value_range: list[float] | None = setting(  # noqa: RUF009
+        None,
+        "The values of an image file that become -1 and 1; default: the smallest and the largest that its type can "
+        "hold, as 0 255 or 0 65535.",
+        group="data",
+        resume="fixed",
+        num_values=2,
+    )
+    preserve_input_precision: bool | None = setting(
+        None,
+        "Keep 16-bit images in 16 bits, or with `--no_preserve_input_precision` make them 8-bit; default: keep gray "
+        "ones, as color of 16 bits cannot be kept.",
+        group="data",
+        resume="fixed",
     )
     on_bad_image: Literal["raise", "skip"] = setting(
         "raise",

@@ -203,6 +203,13 @@ def read_run(folder: Path) -> dict[str, Any]:
     return read_mapping(folder / "run.json")
 
 
+def run_folder_of(model: Path) -> Path:
+    """Return the folder of the run that a model belongs to: its own, or that above `best` or `ema/NAME`."""
+    if model.parent.name == "ema":
+        return model.parent.parent
+    return model.parent if model.name == "best" else model
+
+
 def read_evaluation(folder: Path) -> list[dict[str, Any]]:
     """Return the results in evaluation.json, or none if they were measured with other weights than the folder's."""
     evaluation = read_mapping(folder / "evaluation.json")

@@ -13,6 +13,7 @@ Whether a resumed run may change a setting:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -34,6 +35,7 @@ class SettingInfo:
         group: Its heading in `--help`.
         resume: Whether a resumed run may change it, see the top of this file.
         at_least: The smallest value; of a list, that of each number.
+        num_values: Of a list, how many numbers it has, which then rise.
         above: A value that it must exceed.
         below: A value that it must stay under. No number may be infinite.
         only_with: Other settings, each with the value or the tuple of values that this one takes effect with. A value
@@ -46,6 +48,7 @@ class SettingInfo:
     group: str
     resume: Resume
     at_least: float | None = None
+    num_values: int | None = None
     above: float | None = None
     below: float | None = None
     only_with: Mapping[str, Any] = field(default_factory=dict)
@@ -121,6 +124,11 @@ def _range_text(info: SettingInfo) -> str:
 
 
 def _check_list(name: str, values: list[float], info: SettingInfo) -> None:
+    if info.num_values is not None:
+        is_rising = all(low < high for low, high in itertools.pairwise(values))
+        if len(values) != info.num_values or not is_rising or not all(map(math.isfinite, values)):
+            raise UsageError(f"{name} must be {info.num_values} rising numbers, got {values}")
+        return
     # Folders are named by numbers in this format.
     has_equal = len({f"{value:g}" for value in values}) < len(values)
     smallest = -math.inf if info.at_least is None else info.at_least

@@ -108,8 +108,9 @@ def iter_samples(
     num_inference_steps: int | None = None,
     class_labels: Sequence[int] | None = None,
     deterministic: bool = False,
+    value_range: Sequence[float] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield one image per seed, a batch at a time, in order: the batch's seeds, and (B, C, H, W) uint8 on the CPU.
+    """Yield one image per seed, a batch at a time, in order: the batch's seeds, and (B, C, H, W) on the CPU.
 
     Args:
         seeds: The seeds of the images' generators.
@@ -117,6 +118,8 @@ def iter_samples(
         num_inference_steps: A number in [1, T]. None: T.
         class_labels: One for each seed, if the model has classes.
         deterministic: Whether to iterate the mean of each reverse step, without noise; for `ddpm` only.
+        value_range: The values in [0, 65535] that -1 and 1 stand for; the images are then uint16. None: they are
+            uint8, and the values are 0 and 255.
 
     Raises:
         ValueError: When an argument cannot work, or an image is not finite.
@@ -126,7 +129,12 @@ def iter_samples(
         if not bool(is_finite.all()):
             seed = batch_seeds[int(is_finite.int().argmin())]
             raise ValueError(f"samples must be finite, got NaN for seed {seed}: the weights are damaged or overflow")
-        yield batch_seeds, (images * 255).round().to(torch.uint8)
+        if value_range is None:
+            yield batch_seeds, (images * 255).round().to(torch.uint8)
+        else:
+            low, high = value_range
+            values = (images.double() * (high - low) + low).round()
+            yield batch_seeds, values.clamp(0, 65535).to(torch.uint16)
 
 
 def sample_all(

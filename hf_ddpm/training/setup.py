@@ -19,8 +19,8 @@ from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 
 from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.shards import ImageStream, open_stream
-from hf_ddpm.data.sources import describe_unread
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.network import compile_network, make_unet
 from hf_ddpm.objective import Objective
@@ -120,7 +120,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, processes: Proce
         model=model,
         optimizer=prepared,
         state=state,
-        objective=_make_objective(config, scheduler),
+        objective=_make_objective(config, scheduler, images.max_value),
         validation=validation,
         learning_rate=learning_rate_schedule(config, start.num_steps, progress.schedule_batch_size, processes),
         decays=decays,
@@ -226,7 +226,8 @@ def _load_images(
     config, images = processes.main_then_rest(load, accelerator.is_local_main_process)
     processes.require_equal(images.fingerprint, "images")
     if processes.rank == 0:
-        print_once(processes, _describe_images(config, images))
+        for line in describe_images(config, images):
+            print_once(processes, line)
     config = replace(
         config,
         dataset_name=config.dataset_name or (None if config.train_data_dir else "digits"),
@@ -235,19 +236,6 @@ def _load_images(
         mixed_precision=accelerator.mixed_precision,
     )
     return config, images
-
-
-def _describe_images(config: TrainingConfig, images: Images) -> str:
-    """Return in words what was read, and what was not."""
-    num_bad = getattr(images, "num_bad", 0)
-    count = "images" if images.num_images is None else f"{images.num_images:,} images"
-    parts = [f"{images.name}: {count}, {images.resolution} x {images.resolution}, channels {images.channels}"]
-    if images.num_classes:
-        parts.append(f"{images.num_classes:,} classes")
-    if num_bad:
-        parts.append(f"{num_bad:,} unreadable ones left out")
-    parts.append(describe_unread(config, (images.num_images or 0) + num_bad))
-    return "; ".join(filter(None, parts))
 
 
 def _find_start(config: TrainingConfig, images: Images, processes: Processes) -> _Start:
@@ -403,7 +391,7 @@ def _make_unet(config: TrainingConfig, images: Images, checkpoint: Path | None) 
     return unet
 
 
-def _make_objective(config: TrainingConfig, scheduler: DDPMScheduler) -> Objective:
+def _make_objective(config: TrainingConfig, scheduler: DDPMScheduler, max_value: int) -> Objective:
     return Objective(
         scheduler=scheduler,
         weighting=config.loss_weighting,
@@ -412,6 +400,7 @@ def _make_objective(config: TrainingConfig, scheduler: DDPMScheduler) -> Objecti
         noise_level_mean=config.noise_level_mean,
         noise_level_std=config.noise_level_std,
         autocast_dtype=sharding.AUTOCAST[config.mixed_precision or "no"],
+        max_value=max_value,
     )
 
 
