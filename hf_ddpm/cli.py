@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from hf_ddpm.runtime.errors import RunError, UnwrittenError, UsageError
 from hf_ddpm.runtime.launch import (
     exit_with_launcher,
     is_launched,
+    let_threads_sleep,
     start_missing_processes,
     start_processes,
 )
@@ -63,6 +65,7 @@ def main(context: typer.Context) -> None:
     """Train, measure and share pixel-space diffusion models on the Hugging Face stack."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    let_threads_sleep()  # before torch is loaded
 
 
 @app.command(cls=Command)
@@ -96,8 +99,11 @@ def train(
 
     train(settings)
     if not settings.dry_run:
-        folder = settings.output_dir
-        say(f"The model is in {folder}. Sample it with: hf-ddpm sample {folder} --out samples")
+        folder = shlex.quote(settings.output_dir)
+        say(
+            f"The model is in {folder}, with its card and its figures. Sample it with: hf-ddpm sample {folder} --out "
+            f"samples. Measure it with: hf-ddpm evaluate {folder}. Share it with: hf-ddpm push {folder} NAME"
+        )
 
 
 @app.command(cls=Command)

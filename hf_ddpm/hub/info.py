@@ -60,6 +60,7 @@ def model_info(model: str) -> dict[str, Any]:
         "prediction_type": scheduler.get("prediction_type"),
         "schedule": scheduler.get("beta_schedule"),
         "num_train_timesteps": scheduler.get("num_train_timesteps"),
+        "is_finished": progress.get("is_finished"),
         "steps_trained": progress.get("steps", progress.get("step")),
         "images_seen": progress.get("images"),
         "measured": read_evaluation(folder),
@@ -67,7 +68,7 @@ def model_info(model: str) -> dict[str, Any]:
 
 
 def _progress(folder: Path) -> dict[str, Any]:
-    """Return how far the run in `folder` has come: its own record if it is finished, else its last checkpoint."""
+    """Return how far the run in `folder` has come: its own record if there is one, else its last checkpoint."""
     if training := read_run(folder).get("training"):
         return training
     checkpoints = checkpoint_names(folder)

@@ -29,6 +29,8 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MPI_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # What `accelerate launch` tells every process, and torchrun too.
 LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+# How threads of OpenMP wait: of the standard, of GNU's library and of Intel's.
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 TOKEN_FLAG = "__hub_token"  # with hyphens as underscores
 # The file to which workers write their exit codes.
 OUTCOME_VARIABLE = "HF_DDPM_OUTCOME_FILE"
@@ -58,6 +60,16 @@ def reject_deepspeed() -> None:
 def is_main_process() -> bool:
     """Return whether this is the process that speaks for all of a run."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def let_threads_sleep() -> None:
+    """Let threads of OpenMP that have nothing to do sleep rather than spin, unless the user has said how they wait.
+
+    OpenMP reads this when torch is loaded. Beside other work, threads that spin take the processors from those that
+    they wait for: benchmarks/waiting.
+    """
+    if not any(name in os.environ for name in WAIT_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def exit_with_launcher() -> None:

@@ -336,7 +336,11 @@ class TrainingConfig(DataConfig):
         only_with={"logger": "tensorboard"},
     )
     save_images_epochs: int | None = setting(
-        None, "Epochs between previews; default: with each checkpoint.", group="output", resume="free", at_least=1
+        None,
+        "Epochs between previews; default: after 1/50, 1/20 and each tenth of the run, 10 steps apart at least.",
+        group="output",
+        resume="free",
+        at_least=1,
     )
     save_model_epochs: int | None = setting(
         None,
