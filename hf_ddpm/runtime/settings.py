@@ -38,6 +38,7 @@ class SettingInfo:
         num_values: Of a list, how many numbers it has, which then rise.
         above: A value that it must exceed.
         below: A value that it must stay under. No number may be infinite.
+        names: Of a text, the names that it may hold; several are separated by commas.
         only_with: Other settings, each with the value or the tuple of values that this one takes effect with. A value
             of this one that is neither its default nor `off` is an error beside any other.
         off: A value that switches it off, and so is no error where it has no effect.
@@ -51,6 +52,7 @@ class SettingInfo:
     num_values: int | None = None
     above: float | None = None
     below: float | None = None
+    names: tuple[str, ...] = ()
     only_with: Mapping[str, Any] = field(default_factory=dict)
     off: Any = None
     is_secret: bool = False
@@ -92,6 +94,8 @@ def check_values(config: Any) -> None:
                 raise UsageError(f"{name} must have a value, got None: leave the setting out for its default")
         elif choices and value not in choices:
             raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        elif info.names:
+            _check_names(name, value, info)
         elif isinstance(value, list):
             _check_list(name, value, info)
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -121,6 +125,14 @@ def _range_text(info: SettingInfo) -> str:
     if info.at_least is not None:
         return "must not be negative" if info.at_least == 0 else f"must be at least {info.at_least:g}"
     return "must be a finite number"
+
+
+def _check_names(name: str, value: str, info: SettingInfo) -> None:
+    given = value.split(",")
+    if not {*given} <= {*info.names} or len({*given}) < len(given):
+        raise UsageError(
+            f"{name} must be one of {', '.join(info.names)}, or several with commas and no spaces, got {value!r}"
+        )
 
 
 def _check_list(name: str, values: list[float], info: SettingInfo) -> None:
@@ -219,7 +231,8 @@ def _number(name: str, value: Any, what: str) -> float:
 def _is_allowed(value: Any, allowed: Any) -> bool:
     if allowed is GIVEN:
         return value is not None
-    return value in allowed if isinstance(allowed, tuple) else value == allowed
+    values = value.split(",") if isinstance(value, str) else [value]
+    return any(each in allowed if isinstance(allowed, tuple) else each == allowed for each in values)
 
 
 def _remedy(other: str, allowed: Any) -> str:

@@ -64,7 +64,7 @@ def _check_environment(config: TrainingConfig) -> None:
         if config.hub_token is None and get_token() is None:
             raise UsageError("push_to_hub needs a login: hf auth login, or HF_TOKEN in the environment")
         check_token(config.hub_token)
-    needed = [config.logger] if config.logger else []
+    needed = config.logger.split(",") if config.logger else []
     if config.enable_xformers_memory_efficient_attention:
         needed.append("xformers")
     for module in needed:

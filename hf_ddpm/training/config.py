@@ -325,8 +325,19 @@ class TrainingConfig(DataConfig):
     logging_steps: int = setting(
         10, "Steps between lines of metrics.jsonl.", group="output", resume="free", at_least=1
     )
-    logger: Literal["tensorboard", "wandb", "trackio"] | None = setting(
-        None, "A tracker beside metrics.jsonl.", group="output", resume="free"
+    logger: str | None = setting(
+        None,
+        "A tracker beside metrics.jsonl: tensorboard, wandb or trackio; or several, separated by commas.",
+        group="output",
+        resume="free",
+        names=("tensorboard", "wandb", "trackio"),
+    )
+    tracker_project: str = setting(
+        "hf_ddpm",
+        "The project of W&B or Trackio; a run in it has the name of its folder.",
+        group="output",
+        resume="free",
+        only_with={"logger": ("wandb", "trackio")},
     )
     logging_dir: str = setting(
         "logs",

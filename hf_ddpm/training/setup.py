@@ -73,7 +73,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     logging_dir = str(Path(config.output_dir) / config.logging_dir)
     return Accelerator(
         mixed_precision=config.mixed_precision,
-        log_with=config.logger,
+        log_with=config.logger.split(",") if config.logger else None,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=logging_dir),
         # Accelerate chooses the backend by the device when it is None.
         kwargs_handlers=[InitProcessGroupKwargs(backend=None, timeout=LONGEST_WAIT)],
@@ -481,8 +481,11 @@ def _start_trackers(run: Run, progress: Progress) -> Run:
         UsageError: A tracker cannot start: it has no login, no network or no folder.
     """
     config, accelerator = run.config, run.accelerator
+    run_name = {name: {"name": run.output_dir.resolve().name} for name in ("wandb", "trackio")}
     try:
-        run.processes.gather(lambda: accelerator.init_trackers(run.output_dir.name, config=_tracked_settings(config)))
+        run.processes.gather(
+            lambda: accelerator.init_trackers(config.tracker_project, _tracked_settings(config), run_name)
+        )
     except Exception as error:  # trackers have no common type of error
         if progress.step == 0 and run.is_main:
             (run.output_dir / "config.yaml").unlink()  # so that the same command may begin again

@@ -150,6 +150,9 @@ def test_first_prediction_is_zero():
         ("--local_rank 3", "local_rank must be the launcher's LOCAL_RANK, 0, got 3"),
         ("--push_to_hub", "push_to_hub needs a login: hf auth login"),
         ("--logger wandb", "wandb is not installed: pip install wandb"),
+        ("--logger tensorboard,mlflow", "logger must be one of tensorboard, .* got 'tensorboard,mlflow'"),
+        ("--logger wandb,wandb", "logger must be one of .* got 'wandb,wandb'"),
+        ("--tracker_project mine", "tracker_project = mine has no effect: give logger wandb or trackio"),
         ("--enable_xformers_memory_efficient_attention", "xformers is not installed: pip install xformers"),
     ],
 )
