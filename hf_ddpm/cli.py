@@ -140,7 +140,7 @@ def sample(
     with report_errors():
         _join_launcher()
         from hf_ddpm.sampling.image_set import write_samples
-        from hf_ddpm.sampling.schedulers import SCHEDULERS
+        from hf_ddpm.solvers import SCHEDULERS
 
         if scheduler is not None and scheduler not in SCHEDULERS:
             raise UsageError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")

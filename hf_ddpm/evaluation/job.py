@@ -39,7 +39,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import require_writable_folder, weights_sha256
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.sampling.sampler import DTYPES, classes_in_turn, forward_batch_of, load_for_sampling
-from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
+from hf_ddpm.solvers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
 from hf_ddpm.scheduler import DDPMScheduler, require_num_inference_steps
 
 METRICS = (*DISTANCES, "nll", "memorization")

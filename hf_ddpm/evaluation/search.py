@@ -28,7 +28,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.sampler import classes_in_turn, load_for_sampling, seeded_generators
-from hf_ddpm.sampling.schedulers import named_scheduler
+from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.timesteps import FILE, SearchedTimesteps, read_searched, write_searched
 
 SOLVERS = ("dpmsolver++", "ddim")

@@ -35,7 +35,7 @@ from hf_ddpm.sampling.sampler import (
     iter_samples,
     load_for_sampling,
 )
-from hf_ddpm.sampling.schedulers import default_scheduler
+from hf_ddpm.solvers import default_scheduler
 
 FORMATS = ("png", "parquet", "npz")
 GRID_IMAGES = 64

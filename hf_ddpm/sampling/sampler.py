@@ -20,7 +20,7 @@ from hf_ddpm.network import compile_network, require_finite
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import process_device
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
+from hf_ddpm.solvers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
 from hf_ddpm.scheduler import require_num_inference_steps
 
 # The types that the network can compute in.

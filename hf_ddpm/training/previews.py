@@ -15,7 +15,7 @@ from hf_ddpm import figures
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import read_metrics, write_atomically
 from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
-from hf_ddpm.sampling.schedulers import default_scheduler, default_steps, named_scheduler
+from hf_ddpm.solvers import default_scheduler, default_steps, named_scheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import swap_in
 from hf_ddpm.training.checkpoint import Progress

@@ -25,7 +25,7 @@ from hf_ddpm.evaluation.search import (
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.image_set import write_samples
 from hf_ddpm.sampling.sampler import load_for_sampling, seeded_generators
-from hf_ddpm.sampling.schedulers import named_scheduler
+from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.timesteps import FILE, SearchedTimesteps, read_searched, solver_name, write_searched
 
 T = 100

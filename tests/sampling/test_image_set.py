@@ -21,7 +21,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.sampling import image_set
 from hf_ddpm.sampling.image_set import write_samples
 from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling
-from hf_ddpm.sampling.schedulers import named_scheduler
+from hf_ddpm.solvers import named_scheduler
 from tests.support.runs import processes
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_ddpm import DDPMScheduler
-from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
+from hf_ddpm.solvers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps
 
 
