@@ -39,8 +39,8 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import require_writable_folder, weights_sha256
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.sampling.sampler import DTYPES, classes_in_turn, forward_batch_of, load_for_sampling
-from hf_ddpm.solvers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
-from hf_ddpm.scheduler import DDPMScheduler, require_num_inference_steps
+from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.solvers import SCHEDULERS, choose_sampler, named_scheduler
 
 METRICS = (*DISTANCES, "nll", "memorization")
 MEMORIZATION_QUANTILE = 0.01
@@ -253,13 +253,11 @@ def _grid(
 ) -> list[SamplerSetting]:
     """Return the settings of the grid, after checking that each of them can sample the model."""
     config = pipeline.scheduler.config
-    num_train = config["num_train_timesteps"]
     settings = []
     for scheduler in schedulers or [None]:
         for number in num_inference_steps or [None]:
-            name = scheduler or default_scheduler(config, pipeline.searched_timesteps, number)
-            steps = default_steps(name, num_train) if number is None else number
-            require_num_inference_steps(steps, num_train)
+            kept, searched = pipeline.kept_sampler, pipeline.searched_timesteps
+            name, steps = choose_sampler(config, scheduler, number, kept, searched)
             named_scheduler(name, config, steps).set_timesteps(steps)
             settings.append(SamplerSetting(name, steps))
     return list(dict.fromkeys(settings))

@@ -35,7 +35,7 @@ from hf_ddpm.sampling.sampler import (
     iter_samples,
     load_for_sampling,
 )
-from hf_ddpm.solvers import default_scheduler
+from hf_ddpm.solvers import choose_sampler
 
 FORMATS = ("png", "parquet", "npz")
 GRID_IMAGES = 64
@@ -106,11 +106,12 @@ def write_samples(
             labels = [class_label] * num_images
         pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)
         pipeline._conditions(labels and labels[:1], 1, pipeline.device)
-        searched = pipeline.searched_timesteps_for(steps)
+        searched, kept = pipeline.searched_timesteps_for(steps), pipeline.kept_sampler
+        name = choose_sampler(pipeline.scheduler.config, scheduler, steps, kept, pipeline.searched_timesteps).scheduler
         settings = {
             "model": str(model),
             "weights_sha256": weights_sha256(Path(unet.config["_name_or_path"])),
-            "scheduler": scheduler or default_scheduler(pipeline.scheduler.config, pipeline.searched_timesteps, steps),
+            "scheduler": name,
             "num_inference_steps": steps,
             "timesteps": None if searched is None else [*searched.timesteps],
             "seed": seed,

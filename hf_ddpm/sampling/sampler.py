@@ -20,8 +20,7 @@ from hf_ddpm.network import compile_network, require_finite
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import process_device
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.solvers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
-from hf_ddpm.scheduler import require_num_inference_steps
+from hf_ddpm.solvers import SCHEDULERS, choose_sampler, named_scheduler
 
 # The types that the network can compute in.
 DTYPES = ("fp32", "bf16")
@@ -43,9 +42,10 @@ def load_for_sampling(
 
     Args:
         model: A folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
-        scheduler: A name in SCHEDULERS. None: unipc; dpmsolver++ where timesteps that were searched for this number of
-            steps are better than unipc; ddpm where only that can sample the model.
-        num_inference_steps: A number in [1, T]. None: 20, or all T for the scheduler `ddpm`.
+        scheduler: A name in SCHEDULERS. None: the one that the model's folder keeps (`DDPMPipeline.use`), or unipc;
+            dpmsolver++ where timesteps that were searched for this number of steps are better than unipc; ddpm where
+            only that can sample the model.
+        num_inference_steps: A number in [1, T]. None: the kept one, or 20, or all T for the scheduler `ddpm`.
         device: None: the best device of this process; see `process_device`.
         dtype: The type that the network computes in, a name in DTYPES. x_t and the scheduler's arithmetic stay in
             float32. None: fp32.
@@ -78,10 +78,8 @@ def load_for_sampling(
             f"model must have a scheduler with a beta_schedule and a prediction_type, got {model!r} with "
             f"{type(pipeline.scheduler).__name__}: it is no DDPM"
         )
-    name = scheduler or default_scheduler(config, pipeline.searched_timesteps, num_inference_steps)
-    num_train = config["num_train_timesteps"]
-    steps = default_steps(name, num_train) if num_inference_steps is None else num_inference_steps
-    require_num_inference_steps(steps, num_train)
+    kept, searched = pipeline.kept_sampler, pipeline.searched_timesteps
+    name, steps = choose_sampler(config, scheduler, num_inference_steps, kept, searched)
     pipeline.scheduler = named_scheduler(name, config, steps)
     speed_up(pipeline, dtype, compile)
     return pipeline, steps
