@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_ddpm import recipes
-from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.config import DataConfig, check_data_paths
 from hf_ddpm.runtime.command_line import (
     Command,
     CommandLine,
@@ -34,7 +34,7 @@ from hf_ddpm.runtime.launch import (
     start_missing_processes,
     start_processes,
 )
-from hf_ddpm.runtime.settings import check_values, typed_values
+from hf_ddpm.runtime.settings import check_values, typed_values, with_plain_paths
 from hf_ddpm.training.config import TrainingConfig
 
 app = typer.Typer(
@@ -276,8 +276,9 @@ def reference(
     with report_errors():
         config = _data_config({**flags, "dataset_name": dataset})
         from hf_ddpm.evaluation.features import load_network
-        from hf_ddpm.evaluation.statistics import make_reference
+        from hf_ddpm.evaluation.statistics import check_new_reference, make_reference
 
+        check_new_reference(config, out)
         loaded = load_network(network or "inception", network_path, device)
         made = make_reference(config, split, loaded, out, num_features=num_features, batch_size=batch_size)
     data = made.metadata["data"]
@@ -476,8 +477,9 @@ def _join_launcher() -> None:
 
 
 def _data_config(flags: Mapping[str, Any]) -> DataConfig:
-    config = DataConfig(**typed_values(DataConfig, flags))
+    config = with_plain_paths(DataConfig(**typed_values(DataConfig, flags)), DataConfig)
     check_values(config)
+    check_data_paths(config)
     return config
 
 

@@ -32,11 +32,12 @@ from hf_ddpm.evaluation.memorization import MIN_SAMPLES
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT, Splits
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_warnings, load_reference, real_vs_real
+from hf_ddpm.hub.card import check_readme
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.hub.readme import named_repository
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import require_writable_folder, weights_sha256
+from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.sampling.sampler import DTYPES, classes_in_turn, forward_batch_of, load_for_sampling
 from hf_ddpm.scheduler import DDPMScheduler
@@ -196,7 +197,7 @@ def load_job(request: Request) -> Iterator[Job]:
             raise UsageError(
                 f"out must be a folder for what is measured, got none for {repo_id!r} of the Hub: give --out"
             )
-        out = folder if request.out is None else Path(request.out).expanduser()
+        out = folder if request.out is None else look_at("out", request.out)
         is_model_folder = out.resolve() == folder.resolve()
         weights = weights_sha256(folder)
         processes.require_equal(weights, "weights")
@@ -240,6 +241,7 @@ def _name_on_card(out: Path, model_folder: Path) -> str:
 def _check_out(out: Path, weights: str, is_model_folder: bool) -> None:
     """Check that results of these weights can be written to `out`."""
     require_writable_folder("out", out)
+    check_readme(out)
     weights_in_out = weights_sha256(out)
     if weights_in_out not in (None, weights):
         raise UsageError(f"out must not hold another model, got {str(out)!r} with the weights {weights_in_out}")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 FEW_STEPS = 20  # of the card's example with a solver
 MAX_TRAJECTORY_STEPS = 100  # up to which the example returns each step
 MAX_CLASS_NAMES = 20
+UNREADABLE = "README.md cannot be read", "correct it, or delete it"
 
 
 def write_card(output_dir: str | Path, repo_id: str | None = None, revision: str | None = None) -> Path:
@@ -56,18 +57,30 @@ def write_card(output_dir: str | Path, repo_id: str | None = None, revision: str
     path = Path(output_dir) / "README.md"
     if not path.parent.is_dir():
         raise UsageError(f"output_dir must be the folder of a run, got {str(output_dir)!r}, which is not a folder")
-    unreadable = ("README.md cannot be read", "correct it, or delete it")
-    with naming_damage(*unreadable):
-        readme = path.read_text(encoding="utf-8") if path.is_file() else ""
-        named = named_repository(readme)
-        repo_id = repo_id or (named if named is not None and is_hub_id(named) else None)
+    readme = check_readme(path.parent)
+    named = named_repository(readme)
+    repo_id = repo_id or (named if named is not None and is_hub_id(named) else None)
     edited_files = "config.yaml, run.json, metrics.jsonl or evaluation.json"
     with naming_damage("the card cannot be written", f"correct what was edited in {edited_files}"):
         card = str(_card(_RunRecords(path.parent), repo_id, revision))
-    with naming_damage(*unreadable):
+    with naming_damage(*UNREADABLE):
         new_readme = merge_readme(readme, card)
     write_atomically(path, new_readme)
     return path
+
+
+def check_readme(folder: Path) -> str:
+    """Return the text of the README.md in a folder, "" if there is none, after trying to put a card into it.
+
+    Raises:
+        UsageError: When it may not be read, or its metadata are damaged: no card could be written.
+    """
+    path = folder / "README.md"
+    with naming_damage(*UNREADABLE):
+        readme = path.read_text(encoding="utf-8") if path.is_file() else ""
+        named_repository(readme)
+        merge_readme(readme, f"---\ntags: []\n---\n{BEGIN}\n{END}\n")
+    return readme
 
 
 def result_cells(row: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_ddpm._version import __version__
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import read_mapping
+from hf_ddpm.runtime.files import look_at, read_mapping
 from hf_ddpm.runtime.run_files import checkpoint_names, read_evaluation, read_run
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub", "safetensors", "numpy")
@@ -44,7 +44,7 @@ def model_info(model: str) -> dict[str, Any]:
     Raises:
         UsageError: When there is no such model, or one of its files is damaged.
     """
-    folder = Path(model).expanduser()
+    folder = look_at("model", model)
     if not (folder / "model_index.json").is_file():
         from hf_ddpm.hub.download import find_model
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import naming_damage
 from hf_ddpm.runtime.signals import LAUNCHER_ENDED, SIGNALS, STOPPED
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -47,14 +48,28 @@ def is_launched() -> bool:
     return any(name in os.environ for name in (*RANK_VARIABLES, *MPI_VARIABLES, *LAUNCHER_VARIABLES))
 
 
-def reject_deepspeed() -> None:
-    """Reject a launch that asks for DeepSpeed, before Accelerate imports it.
+def check_launch() -> None:
+    """Check what the environment says of this process, before Accelerate and torch act on it.
 
     Raises:
-        UsageError: When `accelerate launch` or the environment asks for DeepSpeed.
+        UsageError: When a place among processes is no number, or DeepSpeed is asked for.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UsageError(NO_DEEPSPEED)
+    for name in (*RANK_VARIABLES, "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        environment_number(name, 0)
+
+
+def environment_number(name: str, default: int) -> int:
+    """Return a number that a launcher left in the environment.
+
+    Raises:
+        UsageError: When it is none.
+    """
+    text = os.environ.get(name, "").strip() or str(default)
+    if not text.isdecimal():
+        raise UsageError(f"{name} in the environment must be a whole number, got {text!r}: unset it, or correct it")
+    return int(text)
 
 
 def is_main_process() -> bool:
@@ -125,7 +140,8 @@ def start_processes(token: str | None = None) -> int | None:
         options = ["--multi_gpu", "--num_processes", str(num_gpus), "--num_machines", "1"]
         return _accelerate_launch([*options, "--mixed_precision", "no", "--dynamo_backend", "no"], token)
 
-    config: Any = load_config_from_file(default_config_file)
+    with naming_damage(f"{default_config_file} cannot be read", "write it anew by `accelerate config`"):
+        config: Any = load_config_from_file(default_config_file)
     if str(config.distributed_type).endswith("DEEPSPEED"):
         raise UsageError(NO_DEEPSPEED)
     if config.num_processes == 1:
@@ -148,7 +164,7 @@ def start_missing_processes(token: str | None = None) -> int | None:
     Raises:
         UsageError: When it cannot be found out how many processes were asked for, or they are on several machines.
     """
-    reject_deepspeed()
+    check_launch()
     # For more than one process Accelerate names their meeting point, even though it starts one; a launcher that starts
     # them all also gives each its rank.
     is_alone = not any(name in os.environ for name in ("RANK", "WORLD_SIZE", *MPI_VARIABLES))

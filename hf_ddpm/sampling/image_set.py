@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.figures import grid, png_bytes, to_pil
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.runtime.files import read_mapping, require_writable_folder, weights_sha256, write_atomically
+from hf_ddpm.runtime.files import look_at, read_mapping, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.run_files import read_run, run_folder_of
 from hf_ddpm.sampling.sampler import (
@@ -94,7 +94,7 @@ def write_samples(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
-    out = Path(out).expanduser()
+    out = look_at("out", out)
     require_writable_folder("out", out)
     with join_processes() as processes:
         pipeline, steps = load_for_sampling(model, scheduler, num_inference_steps, device, dtype, compile, uniform)

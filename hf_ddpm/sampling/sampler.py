@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.hub.download import find_model
-from hf_ddpm.network import compile_network, require_finite
+from hf_ddpm.network import compile_network, naming_weights, require_finite
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.runtime.devices import process_device
+from hf_ddpm.runtime.devices import process_device, require_compiler
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.solvers import SCHEDULERS, choose_sampler, named_scheduler
 
@@ -65,7 +65,10 @@ def load_for_sampling(
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
     checked_device = process_device(device)
     folder, _ = find_model(model)
-    pipeline = DDPMPipeline.from_pretrained(folder)
+    if compile:
+        require_compiler(checked_device)
+    with naming_weights(f"model {str(model)!r}"):
+        pipeline = DDPMPipeline.from_pretrained(folder)
     require_finite(pipeline.unet.state_dict(), f"model {str(model)!r}")
     pipeline.to(checked_device)
     pipeline.set_progress_bar_config(disable=True)

@@ -32,9 +32,10 @@ from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError
-from hf_ddpm.runtime.launch import reject_deepspeed
+from hf_ddpm.runtime.launch import check_launch
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import first_stratum, image_draws, seed_step
+from hf_ddpm.runtime.settings import with_plain_paths
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress, save_checkpoint
@@ -82,7 +83,8 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
         StoppedOnPurpose: A signal or `max_train_hours` ended the run; a checkpoint was written.
     """
     started = time.monotonic()
-    reject_deepspeed()
+    check_launch()
+    config = with_plain_paths(config, TrainingConfig)
     check_config(config)
     check_source(config, config.output_dir)
     accelerator = make_accelerator(config)

@@ -255,6 +255,7 @@ def test_write_card_names_a_damaged_file(tmp_path: Path, name: str, text: str):
     folder = make_run(tmp_path)
     (folder / name).write_text(text)
     said = {"README.md": r"README\.md cannot be read: ", "run.json": r"run\.json cannot be read: it must be a mapping"}
+    said["metrics.jsonl"] = r"metrics\.jsonl cannot be read: no step in line 1"
     with pytest.raises(UsageError, match=said.get(name, "the card cannot be written: ") + ".*: correct "):
         write_card(folder)
 
