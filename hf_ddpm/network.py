@@ -196,6 +196,11 @@ def _naming_config(source: str) -> Iterator[None]:
         raise UsageError(f"{source} must make a UNet2DModel that an image can pass, got {reason}") from error
 
 
+def num_classes_of(config: Mapping[str, Any]) -> int | None:
+    """Return how many classes a network takes: a UNet2DModel's, or a DiT's; None if it takes none, or does not say."""
+    return config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+
+
 def compile_network(network: Any, unet: Any, device: torch.device) -> Any:
     """Compile a network for each shape of its input.
 
@@ -222,7 +227,9 @@ def use_plain_attention(unet: Any, device: torch.device) -> None:
     each pair of pixels, so a network that attends on levels above MAX_ATTENTION_PIXELS keeps the kernel. So does every
     network on another device.
     """
-    config = unet.config
+    if not isinstance(unet, UNet2DModel):
+        return
+    config: Any = unet.config
     size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
     blocks = zip(config.down_block_types, reversed(config.up_block_types), strict=True)
     attention_levels = [level for level, kinds in enumerate(blocks) if "Attn" in "".join(kinds)]

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.figures import to_pil
+from hf_ddpm.network import num_classes_of
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, require_num_inference_steps
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler, read_sampler, write_sampler
@@ -90,7 +91,8 @@ class DDPMPipeline(DiffusionPipeline):
     """A network and a scheduler that together generate images.
 
     Args:
-        unet: The network.
+        unet: The network: a UNet2DModel, or another model of diffusers or of one's own that is called as it is, and
+            whose config has `sample_size` and `in_channels`. Stock diffusers samples only the first.
         scheduler: A `DDPMScheduler`, where stock's is turned into ours, or another of SAMPLING_SCHEDULERS.
 
     Attributes:
@@ -103,7 +105,7 @@ class DDPMPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents",)
 
-    def __init__(self, unet: UNet2DModel, scheduler: Any):
+    def __init__(self, unet: Any, scheduler: Any):
         super().__init__()
         if type(scheduler) is diffusers.DDPMScheduler:
             scheduler = as_our_scheduler(scheduler.config)
@@ -129,6 +131,10 @@ class DDPMPipeline(DiffusionPipeline):
         diffusers calls it after it has saved the weights.
         """
         super().save_config(save_directory, push_to_hub, **kwargs)
+        if not isinstance(self.unet, UNet2DModel):
+            logger.warning(
+                "stock diffusers has no pipeline that samples a %s: load it by hf_ddpm", type(self.unet).__name__
+            )
         if (sampler := self.sampler or self.kept_sampler) is not None:
             write_sampler(Path(save_directory), sampler)
         if not self.searched_timesteps:
@@ -343,7 +349,9 @@ class DDPMPipeline(DiffusionPipeline):
             if self._interrupt:
                 break
             network_input = x_t if scale_input is None else scale_input(x_t, t)
-            model_output = self.unet(network_input.to(network_dtype), t, **conditions).sample.to(dtype)
+            # A UNet2DModel takes one timestep for all images, as stock gives it; others need one for each.
+            timestep = t if isinstance(self.unet, UNet2DModel) else t.expand(len(x_t)).to(x_t.device)
+            model_output = self.unet(network_input.to(network_dtype), timestep, **conditions).sample.to(dtype)
             # Infinity would be clipped to an extreme image; NaN stays until the image is refused.
             model_output = torch.where(model_output.isfinite(), model_output, math.nan)
             if not splits_variance:
@@ -403,8 +411,8 @@ class DDPMPipeline(DiffusionPipeline):
         self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int, device: torch.device
     ) -> dict[str, Tensor]:
         """Return the keyword arguments by which the network is conditioned: `class_labels`, (B,), or none."""
-        num_classes = self.unet.config.num_class_embeds
-        conditioned = self.unet.config.class_embed_type is not None or num_classes is not None
+        num_classes = num_classes_of(self.unet.config)
+        conditioned = self.unet.config.get("class_embed_type") is not None or num_classes is not None
         if class_labels is None:
             if conditioned:
                 raise ValueError(f"class_labels must be given: the model is conditioned on {num_classes} classes")

@@ -20,6 +20,7 @@ import torch
 
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.decoding import center_crop, random_crop
+from hf_ddpm.data.given import GivenImages
 
 _DRAWS = ("order", "flip", "crop")
 
@@ -52,7 +53,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Item k belongs to step k // A, counted from the first of these steps. It is a dict of tensors:
 
-    - `pixels` (B, C, R, R), uint8, or int32 where the images have 16 bits;
+    - `pixels` (B, C, R, R), uint8, or int32 where the images have 16 bits, or float32 where they are x_0;
     - `positions` (B,) int64, positions in the stream;
     - `labels` (B,) int64, if the images have classes;
     - `extra_images` (num_extra_images, C, R, R) and, with classes, `extra_labels` (num_extra_images,): only if
@@ -75,7 +76,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         num_extra_images: The number of extra images; together with those of a step at most N.
     """
 
-    images: ImageCache
+    images: ImageCache | GivenImages
     _: KW_ONLY
     seed: int
     random_flip: bool
@@ -116,14 +117,17 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def _read(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         indices = self._draw_for("order", positions)
-        pixels = self._cropped(indices, positions)
+        if isinstance(self.images, GivenImages):
+            pixels, labels = self._read_given(self.images, indices, positions)
+        else:
+            pixels = self._cropped(self.images, indices, positions)
+            labels = None if self.images.labels is None else self.images.labels[indices]
         if self.random_flip:
             is_flipped = self._draw_for("flip", positions)[:, 0] < 0.5
             pixels[is_flipped] = pixels[is_flipped, :, :, ::-1]
         if pixels.dtype == np.uint16:
             pixels = pixels.astype(np.int32)
-        labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[indices])
-        return torch.from_numpy(pixels), labels
+        return torch.from_numpy(pixels), None if labels is None else torch.from_numpy(labels)
 
     def _draw_for(self, draw: str, positions: np.ndarray) -> np.ndarray:
         """Return what each position drew in its epoch; consecutive positions lie in few epochs."""
@@ -134,18 +138,33 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         ]
         return np.concatenate(draws)
 
-    def _cropped(self, indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        size, channels = self.images.resolution, self.images.channels
-        if self.images.is_uniform:
-            return np.asarray(self.images.pixels).reshape(-1, channels, size, size)[indices]
-        pixels = np.empty((len(indices), channels, size, size), self.images.pixels.dtype)
+    def _cropped(self, images: ImageCache, indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        size, channels = images.resolution, images.channels
+        if images.is_uniform:
+            return np.asarray(images.pixels).reshape(-1, channels, size, size)[indices]
+        pixels = np.empty((len(indices), channels, size, size), images.pixels.dtype)
         for target, i, (u, v) in zip(pixels, indices, self._draw_for("crop", positions), strict=True):
-            target[:] = random_crop(self.images.image(i), size, u, v)
+            target[:] = random_crop(images.image(i), size, u, v)
         return pixels
+
+    def _read_given(
+        self, images: GivenImages, indices: np.ndarray, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        crops, labels = [], []
+        for i, (u, v) in zip(indices.tolist(), self._draw_for("crop", positions), strict=True):
+            planes, label = images.read(i)
+            crops.append(random_crop(planes, images.resolution, u, v))
+            labels.append(label)
+        return np.stack(crops), None if images.class_names is None else np.array(labels, np.int64)
 
 
 def to_x_0(pixels: torch.Tensor, max_value: int) -> torch.Tensor:
-    """Return x_0 = pixels * (2 / max_value) - 1, float32 in [-1, 1], exact where `pixels` are 0 or `max_value`."""
+    """Return x_0 = pixels * (2 / max_value) - 1, float32 in [-1, 1], exact where `pixels` are 0 or `max_value`.
+
+    Floating-point `pixels` are x_0 already.
+    """
+    if pixels.is_floating_point():
+        return pixels.to(torch.float32)
     return pixels.to(torch.float32) * (2 / max_value) - 1
 
 

@@ -41,8 +41,9 @@ from hf_ddpm.data.decoding import (
     name_of,
     unreadable_image_error,
 )
+from hf_ddpm.data.given import NAME
 from hf_ddpm.data.image_folder import files_below
-from hf_ddpm.data.sources import Source, find_source, license_of, open_dataset
+from hf_ddpm.data.sources import Source, choose_columns, find_source, license_of, open_dataset
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at
 from hf_ddpm.runtime.format import format_amount
@@ -141,7 +142,7 @@ class ImageCache:
             self.__dict__["pixels"] = np.memmap(path, dtype=dtype, mode="r")
 
 
-def load_images(config: DataConfig, accept: Accept | None = None) -> ImageCache:
+def load_images(config: DataConfig, accept: Accept | None = None, dataset: Dataset | None = None) -> ImageCache:
     """Return the images of the split `train`; the first call decodes and resizes them, later ones map the file.
 
     If `channels` is left open, gray images have 1 channel and others 3. Transparency is composited over white unless
@@ -152,15 +153,19 @@ def load_images(config: DataConfig, accept: Accept | None = None) -> ImageCache:
     Args:
         config: The settings of the data.
         accept: A function of the resolution and the channels of the images, which is called before they are decoded.
+        dataset: A data set of `datasets` to take instead of the one that the settings name.
 
     Raises:
         UsageError: When `open_dataset` raises it, an image is unreadable and `on_bad_image` is "raise", no image is
             readable, or `resolution` or `channels` is left open and the images do not decide it.
     """
-    source = find_source(config)
-    if source.folder is None:
+    source = find_source(config) if dataset is None else Source("dataset", "given", NAME, None)
+    if dataset is not None:
+        dataset = choose_columns(dataset, config)
+        identity: Any = getattr(dataset, "_fingerprint", None)
+    elif source.folder is None:
         dataset = open_dataset(config)
-        identity: Any = dataset._fingerprint
+        identity = dataset._fingerprint
     else:
         dataset = None
         identity = _names_sizes_times(source.folder)

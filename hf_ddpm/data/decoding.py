@@ -196,7 +196,15 @@ def infer_format(images: Iterable[tuple[str, Any]], config: DataConfig) -> Image
         UsageError: When an image is unreadable and `on_bad_image` is "raise", when none is readable, or when
             `resolution` is left open and the images are not all squares of one size.
     """
-    headers = _read_headers(images, config)
+    return _format_of_headers(_read_headers(images, config), config)
+
+
+def format_of(image: Image.Image, name: str, config: DataConfig) -> ImageFormat:
+    """Decide what the settings leave open by one image; see `infer_format`."""
+    return _format_of_headers([_Header(name, image.size, image.mode, _is_gray(image))], config)
+
+
+def _format_of_headers(headers: list[_Header], config: DataConfig) -> ImageFormat:
     resolution = config.resolution
     if resolution is None:
         resolution = headers[0].size[0]

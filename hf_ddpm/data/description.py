@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.given import NAME, GivenImages
 from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, is_image, list_images
 from hf_ddpm.data.shards import NUM_FIRST_IMAGES, ImageStream
 from hf_ddpm.data.sources import find_source
@@ -15,7 +16,7 @@ from hf_ddpm.data.sources import find_source
 SMALLEST_SHARE = 0.5
 
 
-def describe_images(config: DataConfig, images: ImageCache | ImageStream) -> list[str]:
+def describe_images(config: DataConfig, images: ImageCache | ImageStream | GivenImages) -> list[str]:
     """Return what was read, what was not, and a warning where the values fill little of their range.
 
     Args:
@@ -30,14 +31,16 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream) -> lis
         parts.append(f"{images.num_classes:,} classes")
     if images.num_bad:
         parts.append(f"{images.num_bad:,} unreadable ones left out")
-    parts.append(describe_unread(config, (images.num_images or 0) + images.num_bad))
+    if images.name != NAME:
+        parts.append(describe_unread(config, (images.num_images or 0) + images.num_bad))
     lines = ["; ".join(filter(None, parts))]
-    among = f" of the first {NUM_FIRST_IMAGES}" if isinstance(images, ImageStream) else ""
+    among = {ImageStream: f" of the first {NUM_FIRST_IMAGES}", GivenImages: ", of which the first was read,"}
+    among = among.get(type(images), "")
     lines += [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
     return lines + _describe_range(config, images, among)
 
 
-def _describe_range(config: DataConfig, images: ImageCache | ImageStream, among: str) -> list[str]:
+def _describe_range(config: DataConfig, images: ImageCache | ImageStream | GivenImages, among: str) -> list[str]:
     """Return a warning, with the setting that mends it, where values fill less than SMALLEST_SHARE of their range."""
     low, high = config.value_range or (0, images.max_value)
     smallest, largest = (low + value * (high - low) / images.max_value for value in images.limits)

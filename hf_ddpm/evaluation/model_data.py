@@ -50,7 +50,9 @@ class Splits:
         self.data = data
         if (folder / "config.yaml").is_file():
             if data is None:
-                self.data = load_data_config(folder / "config.yaml")
+                recorded = load_data_config(folder / "config.yaml")
+                # A run on a data set that was passed to train() names none, and no default is meant.
+                self.data = recorded if recorded.dataset_name or recorded.train_data_dir else None
             elif read_mapping(folder / "config.yaml").get("random_flip"):  # the model has seen mirrored images, too
                 self.data = replace(data, random_flip=True)
         self._opened: dict[tuple[str, bool], ImageCache] = {}

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 FEW_STEPS = 20  # of the card's example with a solver
 MAX_TRAJECTORY_STEPS = 100  # up to which the example returns each step
+STOCK_NETWORK = "UNet2DModel"  # which stock's DDPMPipeline samples
 MAX_CLASS_NAMES = 20
 UNREADABLE = "README.md cannot be read", "correct it, or delete it"
 
@@ -196,7 +197,8 @@ class _RunRecords:
 
     @property
     def is_conditional(self) -> bool:
-        return any(self.unet.get(name) is not None for name in ("num_class_embeds", "class_embed_type"))
+        names = ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
+        return any(self.unet.get(name) is not None for name in names)
 
 
 def _card(records: _RunRecords, repo_id: str | None, revision: str | None) -> ModelCard:
@@ -246,10 +248,16 @@ def _model_variables(records: _RunRecords) -> dict[str, Any]:
         trajectory = f"range(0, {example_steps}, {example_steps // 10})"
     num_classes = None
     if records.is_conditional:
-        num_classes = len(records.data.get("class_names") or ()) or unet.get("num_class_embeds")
+        num_classes = (
+            len(records.data.get("class_names") or ())
+            or unet.get("num_class_embeds")
+            or unet.get("num_embeds_ada_norm")
+        )
     return {
         "unet": {"size": _format_size(unet.get("sample_size")), "channels": unet.get("in_channels")},
         "conditional": records.is_conditional,
+        "network": unet.get("_class_name", STOCK_NETWORK),
+        "is_stock_network": unet.get("_class_name", STOCK_NETWORK) == STOCK_NETWORK,
         "num_classes": num_classes,
         "step_denoiser": is_step_denoiser,
         "T": T,

@@ -62,7 +62,9 @@ def find_model(model: str | Path) -> tuple[Path, str | None]:
     index = read_mapping(folder / "model_index.json", remedy)
     classes = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
     components = {name for name, value in classes.items() if value is not None}
-    if classes.get("unet") != "UNet2DModel" or components != {"unet", "scheduler"}:
+    # Our pipeline takes any network that `train` was given; those of other pipelines are for other inputs.
+    is_ours = index.get("_class_name") == "DDPMPipeline" or classes.get("unet") == "UNet2DModel"
+    if not is_ours or components != {"unet", "scheduler"}:
         raise UsageError(
             f"model must be a DDPMPipeline of a UNet2DModel and a scheduler, got {str(model)!r}, a "
             f"{index.get('_class_name')} of {', '.join(sorted(components))}"

@@ -236,8 +236,9 @@ def look_at(name: str, path: str | Path) -> Path:
     if not str(path):
         raise UsageError(f"{name} must not be empty: leave it out for its default")
     shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
+    expanded = Path(path)
     try:
-        expanded = Path(path).expanduser()
+        expanded = expanded.expanduser()
         is_folder = stat.S_ISDIR(expanded.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return expanded

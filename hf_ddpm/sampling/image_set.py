@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_ddpm.figures import grid, png_bytes, to_pil
+from hf_ddpm.network import num_classes_of
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import look_at, read_mapping, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
@@ -101,7 +102,7 @@ def write_samples(
         unet = pipeline.unet
         if format != "npz" and unet.config.in_channels not in (1, 3, 4):
             raise ValueError(f"format must be 'npz' for images of {unet.config.in_channels} channels, got {format!r}")
-        labels = classes_in_turn(unet.config.num_class_embeds, range(seed, seed + num_images))
+        labels = classes_in_turn(num_classes_of(unet.config), range(seed, seed + num_images))
         if class_label is not None:
             labels = [class_label] * num_images
         pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)

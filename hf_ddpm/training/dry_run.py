@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from hf_ddpm.network import size_unit
+from hf_ddpm.network import num_classes_of, size_unit
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.files import existing_parent
@@ -164,10 +164,10 @@ def count_flops(unet: Any) -> tuple[int, int]:
     """
     config = unet.config
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        copy: Any = UNet2DModel.from_config(config)
+        copy: Any = type(unet).from_config(config)
         x_t = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
         t = torch.zeros(1, dtype=torch.int64)
-        conditions = {} if config.num_class_embeds is None else {"class_labels": t}
+        conditions = {} if num_classes_of(config) is None else {"class_labels": t}
         output = copy(x_t, t, **conditions).sample
         forward = counter.get_total_flops()
         output.square().mean().backward()
@@ -263,7 +263,10 @@ def _replaced_bytes(config: TrainingConfig, progress: Progress) -> int:
 
 
 def _sizes(run: Run) -> str:
-    num_levels, resolution = len(run.state.unet.config.block_out_channels), run.images.resolution
+    config: Any = run.state.unet.config
+    if not isinstance(run.state.unet, UNet2DModel):
+        return f"{run.images.resolution}, as the network that was passed"
+    num_levels, resolution = len(config.block_out_channels), run.images.resolution
     unit = size_unit(num_levels)
     nearest = " and ".join(str(side) for side in (resolution - unit, resolution + unit) if side > 0)
     return f"a multiple of {unit} (halvings of this network: {num_levels - 1}); next to {resolution}: {nearest}"

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.data.batches import MicroBatches, epoch_order
 from hf_ddpm.data.decoding import name_of
+from hf_ddpm.data.given import NAME
 from hf_ddpm.data.shard_batches import BlockStart, StreamBatches, newest_block_starts
 from hf_ddpm.data.shards import ImageStream
 from hf_ddpm.data.sources import open_dataset
@@ -251,6 +252,8 @@ def image_names(run: Run, positions: list[int]) -> list[str]:
     for position in positions:
         epoch, index = divmod(position, len(run.images))
         rows.append(int(epoch_order(run.config.seed, epoch, len(run.images))[index]))
+    if run.images.name == NAME:
+        return [f"item {row} of {NAME}" for row in rows]
     if run.images.num_bad:
         return [f"readable image {row}" for row in rows]
     try:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -52,7 +52,8 @@ from hf_ddpm.training.loader import (
     open_loader,
 )
 from hf_ddpm.training.metrics import LinesFile, Meter
-from hf_ddpm.training.previews import default_preview_steps, save_preview, validate
+from hf_ddpm.training.parts import Event, Parts, call_callbacks, check_parts
+from hf_ddpm.training.previews import default_preview_steps, preview_path, save_preview, validate
 from hf_ddpm.training.publishing import push_finished, start_push
 from hf_ddpm.training.report import finish_run, leave_model
 from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, describe_start, num_steps_left, print_once, track_values
@@ -69,10 +70,31 @@ from hf_ddpm.training.setup import (
 MAX_NAMED_IMAGES = 8
 
 
-def train(config: TrainingConfig) -> DDPMPipeline | None:
+def train(
+    config: TrainingConfig,
+    *,
+    dataset: Any = None,
+    network: Any = None,
+    objective: Callable[..., Tensor] | None = None,
+    callbacks: Sequence[Callable[[Event, Run], None]] = (),
+) -> DDPMPipeline | None:
     """Train a model; `output_dir` then holds a diffusers pipeline, its card, figures and checkpoints.
 
-    Each process of a distributed run calls it with the same config.
+    Each process of a distributed run calls it with the same arguments.
+
+    Args:
+        config: The settings.
+        dataset: The images, in place of those that the settings name: a `datasets.Dataset`, or any data set with a
+            length and an item for each index. An item is a PIL image, float32 values (C, R, R) in [-1, 1] that are
+            used as they are, or a dict with either as `image` and an integer `label`; then the data set's `classes`
+            names the classes. It is a function of its index. A run is resumed if the length and, where the data set
+            has one, its text `fingerprint` agree.
+        network: The network, in place of the one that the settings describe: a `ModelMixin` of diffusers that is
+            called as `network(x_t, t).sample`, with `class_labels=` where there are classes. It is trained in place.
+        objective: The training loss, called as `Objective` is: `objective(network, x_0, class_labels, timesteps=,
+            noise=, extra_images=, extra_labels=)` returns the loss of each image, (B,).
+        callbacks: Functions of an `Event` (`log`, `preview`, `checkpoint`, `end`) and the run. They are called on the
+            main process, and on all if they have the attribute `on_all_processes`. A failure ends the run.
 
     Returns:
         The pipeline with the averaged weights; None for a `dry_run`, which prints what the run would cost.
@@ -86,12 +108,15 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
     check_launch()
     config = with_plain_paths(config, TrainingConfig)
     check_config(config)
-    check_source(config, config.output_dir)
+    parts = Parts(dataset, network, objective, callbacks)
+    check_parts(config, parts)
+    if dataset is None:
+        check_source(config, config.output_dir)
     accelerator = make_accelerator(config)
     processes = Processes(LONGEST_WAIT)
     if config.overwrite_output_dir and not config.dry_run:
         restore_output_dir(config, processes)
-    run, progress = build_run(config, accelerator, processes)
+    run, progress = build_run(config, accelerator, processes, parts)
     if config.dry_run:
         print_cost(run, progress, estimate_cost(run, progress, take_step))
         end_processes(run)
@@ -101,6 +126,8 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
         with StopRequest(config.max_train_hours, started) as stop:
             progress = run_loop(run, progress, stop)
         pipeline = finish_run(run, progress)
+        event = Event("end", progress.step, progress.images, {"path": run.output_dir})
+        call_callbacks(run.callbacks, processes, run, [event])
         end_processes(run)
         push_finished(run)
     return pipeline
@@ -195,23 +222,51 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
                 images=progress.images + run.global_batch_size,
                 seconds=state.seconds(),
             )
-            due = due_after(run, progress)
-            if due.log:
-                progress = count_skipped_steps(run, progress, state)
-                log(run, progress, state, result)
-            save_snapshot(run, progress)
-            if due.validation:
-                validate(run, progress, state.evaluations)
-            if due.preview:
-                save_preview(run, progress.step)
-            if due.model and save_model(run, run.average, run.output_dir):
-                start_push(run, progress)
-            # While steps are skipped, the last good checkpoint stays the newest.
-            if due.checkpoint and (due.is_last or progress.bad_steps_in_a_row == 0):
-                checkpoint(run, progress, state, due)
+            progress, events = do_what_is_due(run, progress, state, result)
+            announce(run, progress, state, events)
     state.bar.close()
     require_finite_end(progress)
     return progress if progress.stream is None else merge_block_starts(run.processes, progress, state.first)
+
+
+def do_what_is_due(run: Run, progress: Progress, state: LoopState, result: StepResult) -> tuple[Progress, list[Event]]:
+    """Do what is due after a step; return the progress with the steps that were skipped, and what was done."""
+    due, events = due_after(run, progress), []
+
+    def note(name: str, values: dict[str, Any]) -> None:
+        events.append(Event(name, progress.step, progress.images, values))
+
+    if due.log:
+        progress = count_skipped_steps(run, progress, state)
+        note("log", log(run, progress, state, result))
+    save_snapshot(run, progress)
+    if due.validation:
+        validate(run, progress, state.evaluations)
+    if due.preview:
+        save_preview(run, progress.step)
+        note("preview", {"path": preview_path(run, progress.step)})
+    if due.model and save_model(run, run.average, run.output_dir):
+        start_push(run, progress)
+    # While steps are skipped, the last good checkpoint stays the newest.
+    if due.checkpoint and (due.is_last or progress.bad_steps_in_a_row == 0):
+        checkpoint(run, progress, state, due)
+        if state.saved_step == progress.step:
+            note("checkpoint", {"path": run.output_dir / f"checkpoint-{progress.step}"})
+    return progress, events
+
+
+def announce(run: Run, progress: Progress, state: LoopState, events: Sequence[Event]) -> None:
+    """Call the callbacks with what was done after a step.
+
+    Raises:
+        RunError: One of them failed; a checkpoint was written.
+    """
+    try:
+        call_callbacks(run.callbacks, run.processes, run, events)
+    except RunError as error:
+        state.bar.close()
+        _, how_to_resume = save_at_end(run, progress, state)
+        raise RunError(f"{error}. The run ends after step {progress.step}; {how_to_resume}") from error
 
 
 def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]]) -> StepResult:
@@ -222,6 +277,9 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
     def on_device(batch: dict[str, Any], name: str) -> Tensor | None:
         return batch[name].to(run.device, non_blocking=True) if name in batch else None
 
+    network = run.model
+    if run.loss is not run.objective:  # which makes its network compute in mixed precision by itself
+        network = sharding.under_autocast(run.model, run.device, config.mixed_precision)
     extra_pixels = on_device(micro_batches[0], "extra_images")
     extra_images = None if extra_pixels is None else to_x_0(extra_pixels, run.images.max_value)
     extra_labels = on_device(micro_batches[0], "extra_labels")
@@ -232,8 +290,8 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
         seed_step(config.seed, progress.step, slot)
         with sharding.gradient_sync(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
             t, noise = draw(run, progress.step, slot, batch["positions"], pixels.shape[1:])
-            loss = run.objective(
-                run.model,
+            loss = run.loss(
+                network,
                 to_x_0(pixels, run.images.max_value),
                 on_device(batch, "labels"),
                 timesteps=t,
@@ -365,8 +423,8 @@ def describe_bad_images(run: Run, result: StepResult) -> str:
     return heading + "; ".join(texts) + (f"; and {num_more} more" if num_more else "")
 
 
-def log(run: Run, progress: Progress, state: LoopState, result: StepResult) -> None:
-    """Append a line to metrics.jsonl, and give it to the trackers and to the progress bar."""
+def log(run: Run, progress: Progress, state: LoopState, result: StepResult) -> dict[str, Any]:
+    """Append a line to metrics.jsonl, give it to the trackers and to the progress bar, and return it."""
     record = metrics_line(run, progress, state, result)
     loss = record["loss"]
     state.bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_s=f"{record['images_per_second']:.0f}")
@@ -374,6 +432,7 @@ def log(run: Run, progress: Progress, state: LoopState, result: StepResult) -> N
     if problem is not None:
         print_once(run.processes, f"metrics.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
     track_values(run, {name: value for name, value in record.items() if name != "step"}, progress.step)
+    return record
 
 
 def metrics_line(run: Run, progress: Progress, state: LoopState, result: StepResult) -> dict[str, Any]:
@@ -442,11 +501,7 @@ def end_early(
     """
     state.bar.close()
     progress = count_skipped_steps(run, progress, state)
-    problem = write_state(run, progress, state) if progress.step > state.saved_step else None
-    saved_step = progress.step if problem is None else state.saved_step
-    how_to_resume = f"the same command with --resume_from_checkpoint latest resumes from step {saved_step}"
-    if problem is not None:
-        how_to_resume = f"checkpoint-{progress.step} could not be written: {problem}. {FREE_SPACE}; {how_to_resume}"
+    problem, how_to_resume = save_at_end(run, progress, state)
     explanations = run.processes.gather(
         lambda: None if failure is None else explain_loader_failure(failure, loader.workers)
     )
@@ -469,3 +524,17 @@ def end_early(
     print_once(run.processes, f"{reason}: the run ends after step {progress.step}{model}; {how_to_resume}")
     run.accelerator.wait_for_everyone()
     raise StoppedOnPurpose
+
+
+def save_at_end(run: Run, progress: Progress, state: LoopState) -> tuple[str | None, str]:
+    """Write a checkpoint of a run that ends before its last step, if there are new steps; all processes call it.
+
+    Returns:
+        Why it could not be written, or None; and how the run is resumed, in words.
+    """
+    problem = write_state(run, progress, state) if progress.step > state.saved_step else None
+    saved_step = progress.step if problem is None else state.saved_step
+    how_to_resume = f"the same command with --resume_from_checkpoint latest resumes from step {saved_step}"
+    if problem is not None:
+        how_to_resume = f"checkpoint-{progress.step} could not be written: {problem}. {FREE_SPACE}; {how_to_resume}"
+    return problem, how_to_resume

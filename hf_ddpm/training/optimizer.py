@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.averages import full, sharded_like
 from hf_ddpm.training.config import TrainingConfig
 
@@ -37,7 +38,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def make_optimizer(unet: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Make the optimizer of a run: fused AdamW for all parameters, or Muon with AdamW beside it."""
+    """Make the optimizer of a run: fused AdamW for all parameters, or Muon with AdamW beside it.
+
+    Raises:
+        UsageError: When the network has no matrices for Muon, whose learning rate AdamW alone could not take.
+    """
     adam: dict[str, Any] = {
         "lr": config.peak_learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -50,6 +55,10 @@ def make_optimizer(unet: nn.Module, config: TrainingConfig) -> torch.optim.Optim
     for name, parameter in unet.named_parameters():
         is_matrix = parameter.ndim >= 2 and name.startswith(BLOCKS) and "time_emb_proj" not in name
         (matrices if is_matrix else rest).append(parameter)
+    if not matrices:
+        raise UsageError(
+            f"optimizer must be adamw for a network without {', '.join(BLOCKS)}, got muon for a {type(unet).__name__}"
+        )
     # bfloat16 only where the run computes in it.
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     return Muon(matrices, rest, dtype=dtype, **adam)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,16 @@ def save_preview(run: Run, step: int) -> Image.Image:
     """Save a sheet of samples, give it to the trackers and return it; all processes call it."""
     sheet = sample_sheet(run)
     if run.is_main:
-        path = run.output_dir / f"previews/step-{step:07d}.png"
+        path = preview_path(run, step)
         try_to_write(run, lambda: write_atomically(path, figures.png_bytes(sheet)))
         for tracker in run.trackers:
             try_to_track(run, lambda tracker=tracker: _track_sheet(tracker, sheet, step))
     return sheet
+
+
+def preview_path(run: Run, step: int) -> Path:
+    """Return where the preview after a step is written."""
+    return run.output_dir / f"previews/step-{step:07d}.png"
 
 
 def sample_sheet(run: Run) -> Image.Image:

@@ -226,7 +226,9 @@ def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
     """Draw a training image that is carried through the Markov chain."""
     images = run.images
     scheduler, side = pipeline.scheduler, images.resolution
-    x_0 = to_x_0(torch.as_tensor(center_crop(images.image(0), side).astype("int32")), images.max_value)
+    planes = center_crop(images.image(0), side)
+    pixels = torch.from_numpy(planes.astype("int32" if planes.dtype.kind == "u" else planes.dtype))
+    x_0 = to_x_0(pixels, images.max_value)
     timesteps = _spread(len(scheduler), NUM_STRIP_COLUMNS - 1)
     chain = figures.forward_chain(x_0, scheduler, [-1, *timesteps], torch.Generator().manual_seed(0))
     labels = ["x_0", *(f"t = {t}" for t in timesteps)]

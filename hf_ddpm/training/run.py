@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.shards import ImageStream
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.objective import Objective
@@ -42,9 +43,11 @@ class Run:
             `gradient_accumulation_steps` are those of this start.
         model: The network as Accelerate prepared it; `state` holds the network itself.
         optimizer: The optimizer as Accelerate prepared it; `state` holds the optimizer itself.
+        loss: The training loss: `objective`, or what was passed to `train` in its place.
         validation: The held-out images; None if the run validates nothing.
         pusher: The background upload, on the first process of a run that goes to the Hub.
         trackers: Accelerate's trackers, on the first process.
+        callbacks: What is called with each event; see `train`.
         learning_rate: A function from the images seen to the learning rate.
         decays: A function from (images seen, images of the step) to the decay of each average, by its name.
         total_images: The number of images after which the run ends.
@@ -55,12 +58,13 @@ class Run:
     output_dir: Path
     accelerator: Accelerator
     processes: Processes
-    images: ImageCache | ImageStream
+    images: ImageCache | ImageStream | GivenImages
     scheduler: DDPMScheduler
     model: Any
     optimizer: Any
     state: TrainingState
     objective: Objective
+    loss: Callable[..., Tensor]
     validation: Validation | None
     learning_rate: Callable[[int], float]
     decays: Callable[[int, int], dict[str, float]]
@@ -68,6 +72,7 @@ class Run:
     global_batch_size: int
     pusher: Pusher | None = None
     trackers: tuple[Any, ...] = ()
+    callbacks: Sequence[Callable[[Any, Any], None]] = ()
 
     @property
     def device(self) -> torch.device:

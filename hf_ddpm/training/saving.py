@@ -67,18 +67,19 @@ def save_snapshot(run: Run, progress: Progress) -> None:
         try_to_write(run, lambda: write_atomically(path, snapshot_bytes(progress.images, averages)))
 
 
-def averaged_unet(run: Run, average: list[Tensor] | None) -> UNet2DModel:
+def averaged_unet(run: Run, average: list[Tensor] | None) -> Any:
     """Return the network with averaged weights, or its own, on the CPU; all processes call it."""
     unet = run.state.unet
     weights = full_tensors(run.names, run.parameters if average is None else average)
     buffers = {name: buffer.cpu() for name, buffer in unet.named_buffers() if name in unet.state_dict()}
-    with torch.device("meta"):
-        averaged: Any = UNet2DModel.from_config(unet.config)
+    # Other networks may have buffers that are not among their weights.
+    with torch.device("meta" if isinstance(unet, UNet2DModel) else "cpu"):
+        averaged: Any = type(unet).from_config(unet.config)
     averaged.load_state_dict({**buffers, **weights}, assign=True)
     return averaged.eval()
 
 
-def _write_pipeline(run: Run, unet: UNet2DModel, folder: Path) -> None:
+def _write_pipeline(run: Run, unet: Any, folder: Path) -> None:
     """Write the pipeline under a temporary name, then move its files into `folder`, model_index.json last."""
     partial = folder / "partial-model"
     shutil.rmtree(partial, ignore_errors=True)

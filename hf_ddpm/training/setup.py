@@ -15,11 +15,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.shards import ImageStream, open_stream
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme
@@ -39,6 +39,7 @@ from hf_ddpm.training.finetuning import load_weights, network_of, take_over
 from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import check_same_run
+from hf_ddpm.training.parts import Parts, check_network, load_dataset
 from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
 from hf_ddpm.training.publishing import create_run_repository, repository_of
 from hf_ddpm.training.run import FREE_SPACE, Run, print_once, try_to_track
@@ -49,7 +50,7 @@ from hf_ddpm.training.validation import check_validation_settings, open_validati
 # The longest that processes wait while one of them decodes the images, or writes the report.
 LONGEST_WAIT = timedelta(hours=2)
 
-Images = ImageCache | ImageStream
+Images = ImageCache | ImageStream | GivenImages
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,16 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     logging_dir = str(Path(config.output_dir) / config.logging_dir)
     return Accelerator(
         mixed_precision=config.mixed_precision,
-        log_with=config.logger.split(",") if config.logger else None,
+        log_with=[*config.logger.split(",")] if config.logger else None,  # pyright: ignore[reportArgumentType]
         project_config=ProjectConfiguration(config.output_dir, logging_dir=logging_dir),
         # Accelerate chooses the backend by the device when it is None.
         kwargs_handlers=[InitProcessGroupKwargs(backend=None, timeout=LONGEST_WAIT)],
     )
 
 
-def build_run(config: TrainingConfig, accelerator: Accelerator, processes: Processes) -> tuple[Run, Progress]:
+def build_run(
+    config: TrainingConfig, accelerator: Accelerator, processes: Processes, parts: Parts
+) -> tuple[Run, Progress]:
     """Build the run and return it with the progress that it starts from; nothing is written before `open_run`.
 
     Raises:
@@ -91,7 +94,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, processes: Proce
     """
     sharding.check(accelerator)
     _check_device(config, accelerator)
-    config, images = _load_images(config, accelerator, processes)
+    config, images = _load_images(config, accelerator, processes, parts)
     start = _find_start(config, images, processes)
     config, progress = start.config, start.progress
     _check_extra_images(config, images, start.global_batch_size)
@@ -99,7 +102,8 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, processes: Proce
     if config.eval_steps is not None:
         validation = open_validation(config, images, processes, accelerator.device)
     scheduler = make_scheduler(config)
-    new_unet = _make_unet(config, images, start.checkpoint)
+    objective = _make_objective(config, scheduler, images.max_value)
+    new_unet = _make_unet(config, images, start.checkpoint, parts.network)
     optimizer = make_optimizer(new_unet, config)
     model, prepared = accelerator.prepare(new_unet, optimizer)
     unet: Any = accelerator.unwrap_model(model)
@@ -123,7 +127,9 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, processes: Proce
         model=model,
         optimizer=prepared,
         state=state,
-        objective=_make_objective(config, scheduler, images.max_value),
+        objective=objective,
+        loss=objective if parts.objective is None else parts.objective,
+        callbacks=parts.callbacks,
         validation=validation,
         learning_rate=learning_rate_schedule(config, start.num_steps, progress.schedule_batch_size, processes),
         decays=decays,
@@ -220,7 +226,7 @@ def _check_device(config: TrainingConfig, accelerator: Accelerator) -> None:
 
 
 def _load_images(
-    requested: TrainingConfig, accelerator: Accelerator, processes: Processes
+    requested: TrainingConfig, accelerator: Accelerator, processes: Processes, parts: Parts
 ) -> tuple[TrainingConfig, Images]:
     """Load the images on each machine once; return them, and the config with what they and the launcher decide."""
 
@@ -231,10 +237,13 @@ def _load_images(
             check_readme(Path(config.output_dir))
         # What the settings leave open is tried as soon as the images have decided it.
         is_known = config.resolution is not None or config.model_config_name_or_path is not None
-        if is_known:
+        if is_known and parts.network is None:
             try_run(config, accelerator.device)
         is_open = not is_known or (config.model_config_name_or_path is not None and config.channels is None)
+        is_open = is_open and parts.network is None
         accept = partial(try_run, config, accelerator.device) if is_open else None
+        if parts.dataset is not None:
+            return config, load_dataset(parts.dataset, config, accept)
         if not config.streaming:
             return config, load_images(config, accept)
         stream = open_stream(config)
@@ -249,7 +258,7 @@ def _load_images(
             print_once(processes, line)
     config = replace(
         config,
-        dataset_name=config.dataset_name or (None if config.train_data_dir else "digits"),
+        dataset_name=config.dataset_name or (None if config.train_data_dir or parts.dataset is not None else "digits"),
         resolution=images.resolution,
         channels=images.channels,
         mixed_precision=accelerator.mixed_precision,
@@ -394,8 +403,16 @@ def _check_extra_images(config: TrainingConfig, images: Images, global_batch_siz
         )
 
 
-def _make_unet(config: TrainingConfig, images: Images, checkpoint: Path | None) -> UNet2DModel:
-    """Make the network of the run: that of the checkpoint or of `init_from`, one from a config, or a new one."""
+def _make_unet(config: TrainingConfig, images: Images, checkpoint: Path | None, given: Any) -> Any:
+    """Make the network of the run: that of the checkpoint or of `init_from`, one from a config, or a new one.
+
+    One that was passed to `train` is taken as it is.
+    """
+    if given is not None:
+        check_network(given, config, images)
+        if config.gradient_checkpointing:
+            given.enable_gradient_checkpointing()
+        return given
     network = None
     if checkpoint is not None and config.model_config_name_or_path is None:
         # Where this version makes another network for the data, or the model lies elsewhere, the run keeps its own.

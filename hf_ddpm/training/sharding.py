@@ -12,7 +12,7 @@ whose gradients are not finite: its attribute `found_inf` tells it to.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,16 @@ def autocast(device: torch.device, precision: str | None) -> torch.autocast:
     """Return the autocast that the network runs under, also outside of the model that Accelerate prepared."""
     dtype = AUTOCAST[precision or "no"]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def under_autocast(model: Any, device: torch.device, precision: str | None) -> Callable[..., Any]:
+    """Return a function that calls the model under the autocast of `precision`."""
+
+    def network(*arguments: Any, **options: Any) -> Any:
+        with autocast(device, precision):
+            return model(*arguments, **options)
+
+    return network
 
 
 def gradient_sync(accelerator: Accelerator, model: Any, is_last: bool) -> AbstractContextManager[None]:

@@ -20,6 +20,7 @@ from hf_ddpm.training.dry_run import Cost, count_flops, print_cost
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import save_config
+from hf_ddpm.training.parts import Parts
 from hf_ddpm.training.setup import build_run, make_accelerator, make_scheduler
 from tests.support.command_line import parse_config
 from tests.support.networks import tiny_unet_config
@@ -181,7 +182,7 @@ def test_dry_run_takes_steps_of_training(tiny_settings, capsys, monkeypatch):
 @pytest.mark.slow
 def test_print_cost_multiplies_steps_by_their_median(tiny_settings, capsys):
     config = TrainingConfig(**{**tiny_settings, "max_train_steps": 23_446})
-    run, progress = build_run(config, make_accelerator(config), Processes())
+    run, progress = build_run(config, make_accelerator(config), Processes(), Parts())
     cost = Cost(1.0, [2.0, 9.0, 4.0], "main memory", 3_000_000, 2_000_000, 1, 5_000_000)
     print_cost(run, progress, cost)
     rows, notes = table(capsys.readouterr().out)

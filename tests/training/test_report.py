@@ -29,7 +29,7 @@ def test_reverse_chain_takes_no_longer_than_five_percent_of_the_steps_or_ten_of_
     run = SimpleNamespace(
         config=config, scheduler=DDPMScheduler(1000), total_images=num_steps * size, global_batch_size=size
     )
-    steps = reverse_chain_steps(run)
+    steps = reverse_chain_steps(run, run.total_images)
     # A forward and a backward pass of each micro-batch, in forward passes of two images or fewer.
     cost_of_a_step = 3 * accumulation * min(batch_size, 2) / 2
     assert 1 <= steps <= max(0.05 * num_steps, 10) * cost_of_a_step

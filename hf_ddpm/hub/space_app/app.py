@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hf_ddpm.figures import to_pil
+from hf_ddpm.network import num_classes_of
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
 from hf_ddpm.solvers import SCHEDULERS, Sampler, choose_sampler, named_scheduler
@@ -66,7 +67,7 @@ class Model:
         self.scheduler: DDPMScheduler = as_our_scheduler(self.pipeline.scheduler.config)
         unet_config: Any = self.pipeline.unet.config
         self.channels: int = unet_config.in_channels
-        self.num_classes: int | None = unet_config.num_class_embeds
+        self.num_classes: int | None = num_classes_of(unet_config)
         size = unet_config.sample_size
         self.height, self.width = (size, size) if isinstance(size, int) else size
         if self.channels not in MODES:

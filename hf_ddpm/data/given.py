@@ -1,0 +1,198 @@
+"""A data set that the user's own code gives to `train`: read item by item, as it is needed.
+
+item    a PIL image; float32 values (C, R, R) in [-1, 1], which are x_0; or a dict with either as `image`, and an
+        integer `label` where there are classes. It is a function of its index, so that a resumed run sees the same.
+planes  as in decoding.py, or x_0 itself, float32 (C, R, R)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.decoding import ImageFormat, check_matches_format, format_of, to_planes
+from hf_ddpm.runtime.errors import UsageError, in_one_line
+
+NAME = "the data set that was passed to train()"
+
+
+@dataclass(frozen=True, eq=False)
+class GivenImages:
+    """The images of a map-style data set, read when they are needed; as `ImageCache`, but without a file.
+
+    Args:
+        dataset: What has a length, and an item for each index in [0, N).
+        image_format: The format of PIL images; of x_0 its resolution and channels.
+        is_x_0: Whether items are x_0 rather than PIL images.
+        class_names: The names of the classes; None without classes.
+        fingerprint: A hash of the length, the format, and the data set's own `fingerprint` if it has one.
+        limits: The smallest and the largest value of the first image; of x_0, all that there may be.
+    """
+
+    dataset: Any
+    image_format: ImageFormat
+    is_x_0: bool
+    class_names: list[str] | None
+    fingerprint: str
+    limits: tuple[int, int]
+    name: str = NAME
+    license: str | None = None
+    num_bad: int = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def num_images(self) -> int:
+        """The number of images, N."""
+        return len(self)
+
+    @property
+    def channels(self) -> int:
+        """The number of planes of each image."""
+        return self.image_format.channels
+
+    @property
+    def resolution(self) -> int:
+        """The shorter side of each image in pixels."""
+        return self.image_format.resolution
+
+    @property
+    def max_value(self) -> int:
+        """The largest value of a pixel: 255, or 65535; 255 for x_0, whose values are not counted."""
+        return self.image_format.max_value
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes; None without labels."""
+        return None if self.class_names is None else len(self.class_names)
+
+    @property
+    def losses(self) -> dict[str, int]:
+        """What is not read of the items: nothing that is known."""
+        return {}
+
+    def image(self, i: int) -> np.ndarray:
+        """Return the planes of image i, (C, h, w)."""
+        return self.read(i)[0]
+
+    def read(self, i: int) -> tuple[np.ndarray, int | None]:
+        """Read item i.
+
+        Returns:
+            The planes, (C, h, w), and the class; None without classes.
+
+        Raises:
+            UsageError: When the item cannot be read, or is not what the first one was.
+        """
+        try:
+            image, label = _parts(self.dataset[i])
+        except Exception as error:  # the data set is the user's code
+            raise _unreadable(i, error) from error
+        if self.class_names is None:
+            label = None
+        elif label is None or not 0 <= label < len(self.class_names):
+            raise UsageError(
+                f"item {i} of the data set must have a label in [0, {len(self.class_names)}), got {label}"
+            )
+        if self.is_x_0:
+            return _checked_x_0(image, i, (self.channels, self.resolution, self.resolution)), label
+        if not isinstance(image, Image.Image):
+            raise UsageError(f"item {i} of the data set must be a PIL image as item 0 is, got {type(image).__name__}")
+        check_matches_format(image, f"item {i}", self.image_format)
+        return to_planes(image.copy(), self.image_format, f"item {i}"), label
+
+
+def open_given(dataset: Any, config: DataConfig) -> GivenImages:
+    """Look at the first item of a data set, and return its images.
+
+    Classes are named by the data set's `classes`, as torchvision's data sets have them.
+
+    Args:
+        dataset: The data set.
+        config: The settings of the data.
+
+    Raises:
+        UsageError: When it is no map-style data set, is empty, or its first item is not an image.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise UsageError(
+            f"dataset must have a length and an item for each index, got {type(dataset).__name__}: a stream has "
+            "neither; train on its files with --streaming"
+        )
+    if len(dataset) == 0:
+        raise UsageError("dataset must not be empty, got 0 items")
+    try:
+        image, label = _parts(dataset[0])
+    except Exception as error:  # the data set is the user's code
+        raise _unreadable(0, error) from error
+    is_x_0 = not isinstance(image, Image.Image)
+    if is_x_0:
+        shape = _checked_x_0(image, 0, None).shape
+        for name, wanted, got in (
+            ("channels", config.channels, shape[0]),
+            ("resolution", config.resolution, shape[2]),
+        ):
+            if wanted not in (None, got):
+                raise UsageError(f"{name} must be that of the data set's x_0, {got}, got {wanted}: leave it out")
+        if config.value_range is not None:
+            raise UsageError("value_range must be left out for a data set of x_0, whose values are used as they are")
+        image_format = ImageFormat(config, shape[2], shape[0], 255)
+    else:
+        image_format = format_of(image, "item 0", config)
+        image.load()  # which closes its file
+    classes = getattr(dataset, "classes", None)
+    if label is not None and classes is None:
+        raise UsageError("dataset has labels, and must name its classes: give it the attribute `classes`, a list")
+    content = [len(dataset), is_x_0, image_format.resolution, image_format.channels, image_format.max_value]
+    content += [config.center_crop, config.value_range, getattr(dataset, "fingerprint", None)]
+    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    class_names = None if label is None else [*map(str, classes or ())]
+    images = GivenImages(dataset, image_format, is_x_0, class_names, fingerprint, (0, 255))
+    if is_x_0:
+        return images
+    planes = images.image(0)
+    return replace(images, limits=(int(planes.min()), int(planes.max())))
+
+
+def _unreadable(i: int, error: Exception) -> UsageError:
+    return UsageError(f"item {i} of the data set cannot be read: {in_one_line(error, with_type=True)}")
+
+
+def _parts(item: Any) -> tuple[Any, int | None]:
+    """Return the image of an item, and its label if it has one."""
+    if isinstance(item, dict):
+        label = item.get("label")
+        return item["image"], None if label is None else int(label)
+    return item, None
+
+
+def _checked_x_0(image: Any, i: int, shape: tuple[int, int, int] | None) -> np.ndarray:
+    """Return x_0 as an array, after checking it.
+
+    Args:
+        image: What an item holds.
+        i: The number of the item.
+        shape: The shape that it must have; None for any (C, R, R).
+    """
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        raise UsageError(
+            f"item {i} of the data set must be a PIL image or float32 values (C, R, R), got {type(image).__name__}"
+        )
+    values = image.numpy() if isinstance(image, torch.Tensor) else image
+    is_square = values.ndim == 3 and values.shape[1] == values.shape[2]
+    if values.dtype != np.float32 or not is_square or shape not in (None, values.shape):
+        wanted = "(C, R, R)" if shape is None else str(shape)
+        raise UsageError(f"item {i} of the data set must be float32 {wanted}, got {values.dtype} {values.shape}")
+    if not (np.isfinite(values).all() and np.abs(values).max() <= 1):
+        raise UsageError(
+            f"item {i} of the data set must have values in [-1, 1], got {values.min():g} to {values.max():g}"
+        )
+    return values

@@ -1,0 +1,158 @@
+"""The parts of a run that a user's own code gives to `train`, in place of those that the settings describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from hf_ddpm.data.cache import Accept, ImageCache, load_images
+from hf_ddpm.data.given import GivenImages, open_given
+from hf_ddpm.network import num_classes_of
+from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
+from hf_ddpm.runtime.processes import Processes
+from hf_ddpm.training.config import TrainingConfig
+
+# A part -> the settings that describe it.
+_REPLACED = {
+    "dataset": ("dataset_name", "train_data_dir", "train_split", "dataset_config_name", "streaming", "eval_steps"),
+    "network": ("model_config_name_or_path", "init_from", "enable_xformers_memory_efficient_attention"),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What was passed to `train` beside the config; see there.
+
+    Args:
+        dataset: The images; None for those that the settings name.
+        network: The network; None for one that the settings describe.
+        objective: The loss; None for that of the settings.
+        callbacks: What is called as the run goes on.
+    """
+
+    dataset: Any = None
+    network: Any = None
+    objective: Callable[..., torch.Tensor] | None = None
+    callbacks: Sequence[Callable[[Event, Any], None]] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a run has just done.
+
+    Args:
+        name: `log` after a line of metrics.jsonl, `preview`, `checkpoint`, or `end` when the model is whole.
+        step: The optimizer steps done.
+        images: The images seen.
+        values: The line of metrics.jsonl for `log`; else `path`, the file or folder that was written.
+    """
+
+    name: str
+    step: int
+    images: int
+    values: dict[str, Any]
+
+
+def check_parts(config: TrainingConfig, parts: Parts) -> None:
+    """Check that no setting describes a part that was passed.
+
+    Raises:
+        UsageError: When one does, or a part cannot be what it is for.
+    """
+    for part, names in _REPLACED.items():
+        given = [name for name in names if getattr(config, name) not in (None, False)]
+        if getattr(parts, part) is not None and given:
+            raise UsageError(f"{given[0]} must be left out with {part}=, got {getattr(config, given[0])!r}")
+    if parts.network is not None and not isinstance(parts.network, ModelMixin):
+        kind = type(parts.network).__name__
+        raise UsageError(f"network must be a ModelMixin of diffusers, which can be saved and loaded, got {kind}")
+    for part in (parts.objective, *parts.callbacks):
+        if part is not None and not callable(part):
+            raise UsageError(f"objective and callbacks must be functions, got {type(part).__name__}")
+
+
+def load_dataset(dataset: Any, config: TrainingConfig, accept: Accept | None) -> ImageCache | GivenImages:
+    """Return the images of a data set that was passed: of `datasets` from the cache, of others item by item.
+
+    Args:
+        dataset: A `datasets.Dataset`, or any map-style data set; see data/given.py.
+        config: The settings of the data.
+        accept: As of `load_images`.
+
+    Raises:
+        UsageError: When it is neither, or its images cannot be read.
+    """
+    import datasets
+
+    # A transform of the user's own decides what an item is, and the cache would not see it.
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
+        return load_images(config, accept, dataset)
+    if config.label_column is not None or config.image_column is not None:
+        raise UsageError("label_column and image_column are for data sets of `datasets`: items name theirs `label`")
+    images = open_given(dataset, config)
+    if accept is not None:
+        accept(images.resolution, images.channels)
+    return images
+
+
+def check_network(network: Any, config: TrainingConfig, images: Any) -> None:
+    """Check that a network that was passed takes the images, by one forward pass of two of them.
+
+    Raises:
+        UsageError: When its config or its output do not fit.
+    """
+    size, wanted = network.config.get("sample_size"), images.resolution
+    if size not in (wanted, [wanted, wanted], (wanted, wanted)):
+        raise UsageError(f"sample_size in the network's config must be the resolution, {wanted}, got {size}")
+    if network.config.get("in_channels") != images.channels:
+        got = network.config.get("in_channels")
+        raise UsageError(
+            f"in_channels in the network's config must be those of the images, {images.channels}, got {got}"
+        )
+    num_classes = num_classes_of(network.config)
+    if (num_classes is None) != (images.num_classes is None) or (num_classes or 0) < (images.num_classes or 0):
+        raise UsageError(f"the network must take the classes of the images, {images.num_classes}, got {num_classes}")
+    if frozen := [name for name, parameter in network.named_parameters() if not parameter.requires_grad]:
+        raise UsageError(f"the network must train all of its parameters, got {frozen[0]!r} without gradient")
+    channels = images.channels * (2 if config.variance_type == "learned_range" else 1)
+    x_t, t = torch.zeros(2, images.channels, wanted, wanted), torch.zeros(2, dtype=torch.int64)
+    conditions = {} if num_classes is None else {"class_labels": t}
+    try:
+        with torch.no_grad():
+            shape = tuple(network(x_t.to(network.device), t.to(network.device), **conditions).sample.shape)
+    except Exception as error:  # the network is the user's code
+        raise UsageError(f"the network must take x_t and t, got {in_one_line(error, with_type=True)}") from error
+    if shape != (2, channels, wanted, wanted):
+        raise UsageError(f"the network must give {(2, channels, wanted, wanted)} for two images, got {shape}")
+
+
+def call_callbacks(callbacks: Sequence[Any], processes: Processes, run: Any, events: Sequence[Event]) -> None:
+    """Call the callbacks with events, on the main process, or on all where one has `on_all_processes = True`.
+
+    Raises:
+        RunError: On all processes, when a callback fails on one of them.
+    """
+    if not callbacks or not events:
+        return
+    failures: list[Exception] = []
+
+    def call() -> str | None:
+        for event in events:
+            for callback in callbacks:
+                if processes.rank != 0 and not getattr(callback, "on_all_processes", False):
+                    continue
+                try:
+                    callback(event, run)
+                except Exception as error:  # it is the user's code
+                    failures.append(error)
+                    name = getattr(callback, "__name__", type(callback).__name__)
+                    return f"{name} failed at {event.name} of step {event.step}: {in_one_line(error, with_type=True)}"
+        return None
+
+    texts = [text for text in processes.gather(call) if text]
+    if texts:
+        raise RunError(f"a callback failed: {texts[0]}") from (failures[0] if failures else None)
