@@ -63,7 +63,9 @@ class TrajectoryStep:
     Args:
         timestep: t.
         x_t: The noisy image before the step, (B, C, H, W) on the CPU.
-        x_0_hat: The clean image that the network predicts from it, (B, C, H, W) on the CPU.
+        x_0_hat: The clean image that the network predicts from it, (B, C, H, W) on the CPU. It is the one from which
+            the scheduler computes the step: clipped or thresholded where the scheduler does that, as all of
+            `hf-ddpm sample` do for a model with `clip_sample`, and as the network puts it out where it does not.
     """
 
     timestep: int
@@ -308,7 +310,7 @@ class DDPMPipeline(DiffusionPipeline):
             if i in recorded_indices:
                 x_0_hat = getattr(result, "pred_original_sample", None)
                 if x_0_hat is None:
-                    x_0_hat = self._reference_scheduler().predict_original(model_output, network_input, t.long())
+                    x_0_hat = self._predict_original(model_output, network_input, t)
                 recorded.append(TrajectoryStep(int(t), x_t.cpu(), x_0_hat.cpu()))
             x_t = result.prev_sample
             if callback is not None:
@@ -375,14 +377,19 @@ class DDPMPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels must be in [0, {num_classes}), got {labels.tolist()}")
         return {"class_labels": labels}
 
-    def _reference_scheduler(self) -> DDPMScheduler:
-        """Return our scheduler of the same schedule and prediction type, for steps that do not return x_0_hat."""
+    def _predict_original(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return x_0_hat, clipped as the scheduler clips it, for a scheduler whose step does not return it."""
         config = {
             **complete_config(self.scheduler.config),
             "variance_type": "fixed_small",
             "timestep_spacing": "trailing",
         }
-        return DDPMScheduler.from_config(config)  # pyright: ignore[reportReturnType]
+        ours: Any = DDPMScheduler.from_config(config)
+        x_0_hat = ours.predict_original(model_output, x_t, t.long())
+        # A config may hold settings of another scheduler, which this one does not know: clip_sample, thresholding.
+        if self.scheduler.config.get("thresholding") and hasattr(self.scheduler, "_threshold_sample"):
+            x_0_hat = self.scheduler._threshold_sample(x_0_hat)
+        return x_0_hat
 
 
 def _folder_of(unet: Any) -> Path:
