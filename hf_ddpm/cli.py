@@ -297,7 +297,9 @@ def reference(
 def schedule(
     model: Model,
     steps: Annotated[str, option("steps", "Comma-separated numbers of steps.")] = "5,8,10",
-    scheduler: Annotated[str, option("scheduler", "The solver: dpmsolver++ or ddim.")] = "dpmsolver++",
+    scheduler: Annotated[
+        str, option("scheduler", "The solvers: unipc, dpmsolver++, ddim; several are separated by commas.")
+    ] = "unipc,dpmsolver++",
     num_images: Annotated[int, option("num_images", "Noises to search on, and to measure on.", min=1)] = 32,
     seed: Seed = 0,
     batch_size: Annotated[int, option("batch_size", "Images per forward pass.", min=1)] = 32,
@@ -308,7 +310,8 @@ def schedule(
 ) -> None:
     """Search timesteps for sampling in few steps.
 
-    Those whose images come nearest to the images of many steps are kept with the model.
+    Those whose images come nearest to the images of many steps are kept with the model, and the better solver becomes
+    its default for so many steps.
     """
     results: list[dict[str, Any]] = []
     failure = None
@@ -318,12 +321,16 @@ def schedule(
             raise UsageError(f"steps must be whole numbers, got {steps!r}")
         from dataclasses import asdict
 
+        from hf_ddpm.timesteps import check_search
+
+        check_search(numbers, split_commas(scheduler))
+        # torch is loaded here, so that a wrong number is answered before.
         from hf_ddpm.evaluation.search import search_and_keep
 
         found = search_and_keep(
             model,
             numbers,
-            scheduler=scheduler,
+            schedulers=split_commas(scheduler),
             num_images=num_images,
             seed=seed,
             batch_size=batch_size,
@@ -340,7 +347,7 @@ def schedule(
             failure = error
     kept = sum(result["path"] is not None for result in results)
     ending = (
-        f"{kept} of {len(results)} schedules are kept with the model; `hf-ddpm sample` uses them at so many steps."
+        f"{kept} of {len(results)} schedules are kept with the model; `hf-ddpm sample` uses the best at so many steps."
     )
     finish(json, {"results": results}, ending)
     if failure:
@@ -492,14 +499,21 @@ def _despite_the_disk(measure: Callable[..., dict[str, Any]], *arguments: Any, *
 
 
 def _describe_search(searched: Any, path: Path | None) -> list[str]:
-    is_nearer = searched.distance < searched.uniform_distance
-    reason = "there is no folder here that takes them" if is_nearer else "uniform ones are as good"
-    return [
+    is_better = searched.is_better_than_uniform
+    reason = "there is no folder here that takes them" if is_better else "uniform ones are as good"
+    lines = [
         f"{searched.scheduler}, {len(searched.timesteps)} steps: distance {searched.distance:.4f} to "
         f"{searched.reference_steps} steps, uniform {searched.uniform_distance:.4f}, unipc "
         f"{searched.unipc_distance:.4f}, " + (f"kept in {path}" if path else f"not kept: {reason}"),
         f"timesteps={[*searched.timesteps]}",
     ]
+    if searched.network is not None:
+        lines.insert(
+            1,
+            f"kernel distance of {searched.network} {searched.kernel_distance:.4f}, uniform "
+            f"{searched.uniform_kernel_distance:.4f}, unipc {searched.unipc_kernel_distance:.4f}",
+        )
+    return lines
 
 
 def _table_of_results(results: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -33,6 +33,8 @@ Weighting = Literal["constant", "min_snr"]
 VARIATIONAL_BOUND_WEIGHT = 1e-3
 # So much of the density `lognormal` is uniform: no t goes untrained.
 UNIFORM_FRACTION = 0.1
+# So much may float32 err in the logarithm of a ratio of probabilities.
+MAX_LOGIT_ERROR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -249,18 +251,56 @@ def posterior_means(
         same_class: Which extra images count for each image, (B, N) bool; None: all of them.
 
     Returns:
-        Both means, each (B, C, H, W). They equal x_0 and eps to the last bit where no extra image comes near. At the
-        smallest t, float32 does not tell apart images that differ from x_0 by one gray level in a few pixels.
+        Both means, each (B, C, H, W). They equal x_0 and eps to the last bit where no extra image comes near.
     """
     own, extra = x_0.flatten(1), extra_images.flatten(1)
-    snr = snr[:, None]
-    y = (snr * own + snr.sqrt() * eps.flatten(1)).float()
-    snr = snr.float()
-    logits = y @ extra.T - snr * torch.linalg.vector_norm(extra, dim=1).square() / 2
-    logits -= (y * own).sum(dim=1, keepdim=True) - snr * own.square().sum(dim=1, keepdim=True) / 2
+    logits = _log_odds(snr[:, None], own, eps.flatten(1), extra)
+    snr = snr[:, None].float()
     if same_class is not None:
         logits = logits.masked_fill(~same_class, -math.inf)
     weights = torch.cat([torch.zeros_like(snr), logits], dim=1).softmax(dim=1)
     mean = weights[:, :1] * own + weights[:, 1:] @ extra
     eps_shift = snr.sqrt() * (own - mean)
     return mean.view_as(x_0), eps + eps_shift.view_as(eps)
+
+
+def _log_odds(snr: Tensor, own: Tensor, eps: Tensor, extra: Tensor) -> Tensor:
+    """Return log p(x_i | x_t) - log p(x_0 | x_t) of `posterior_means`, (B, N) float32.
+
+    These are differences of numbers of the size snr |x|^2. At the smallest t, where snr is 1e4, float32 loses more of
+    them than the difference of two images that are alike but for a pixel. float64 computes what decides. On a CPU
+    these are the few pairs that float32 finds near, or cannot tell from near ones. A GPU, which would have to wait to
+    look for them, computes all pairs so.
+
+    Args:
+        snr: (B, 1).
+        own: x_0, (B, D) float32.
+        eps: Its noise, (B, D) float32.
+        extra: The extra images, (N, D) float32.
+    """
+    if own.device.type == "mps":  # it has no float64
+        return _log_odds(snr.cpu(), own.cpu(), eps.cpu(), extra.cpu()).to(own.device)
+    if own.device.type != "cpu":
+        return _log_odds_of_type(snr, own, eps, extra, torch.float64)
+    logits = _log_odds_of_type(snr, own, eps, extra, torch.float32)
+    dimensions = own.shape[1]
+    # |x|^2 is at most D, and a sum of D products errs by some sqrt(D) roundings.
+    error = snr.double() * dimensions**1.5 * torch.finfo(torch.float32).eps / 4
+    # Below -104 the probability is 0 in float32.
+    is_unsure = (error > MAX_LOGIT_ERROR) & (logits > -104 - error)
+    for pairs in is_unsure.nonzero().split(max(1, 2**22 // dimensions)):
+        i, j = pairs.unbind(dim=1)
+        d = extra[j].double() - own[i].double()
+        pair_snr = snr[i, 0].double()
+        pair_logits = pair_snr.sqrt() * (d * eps[i]).sum(dim=1) - pair_snr * d.square().sum(dim=1) / 2
+        logits[i, j] = pair_logits.float()
+    return logits
+
+
+def _log_odds_of_type(snr: Tensor, own: Tensor, eps: Tensor, extra: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `_log_odds`, computed in `dtype` by one matrix product."""
+    snr, own, eps, extra = (x.to(dtype) for x in (snr, own, eps, extra))
+    y = snr * own + snr.sqrt() * eps
+    extra_logits = y @ extra.T - snr * extra.square().sum(dim=1) / 2
+    own_logits = (y * own).sum(dim=1, keepdim=True) - snr * own.square().sum(dim=1, keepdim=True) / 2
+    return (extra_logits - own_logits).float()

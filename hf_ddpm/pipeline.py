@@ -35,7 +35,14 @@ from hf_ddpm.network import num_classes_of
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, require_num_inference_steps
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler, read_sampler, write_sampler
-from hf_ddpm.timesteps import SearchedTimesteps, read_searched, solver_name, write_searched
+from hf_ddpm.timesteps import (
+    SearchedTimesteps,
+    read_searched,
+    set_timesteps,
+    solver_name,
+    takes_timesteps,
+    write_searched,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +73,9 @@ class TrajectoryStep:
     Args:
         timestep: t.
         x_t: The noisy image before the step, (B, C, H, W) on the CPU.
-        x_0_hat: The clean image that the network predicts from it, (B, C, H, W) on the CPU.
+        x_0_hat: The clean image that the network predicts from it, (B, C, H, W) on the CPU. It is the one from which
+            the scheduler computes the step: clipped or thresholded where the scheduler does that, as all of
+            `hf-ddpm sample` do for a model with `clip_sample`, and as the network puts it out where it does not.
     """
 
     timestep: int
@@ -279,7 +288,7 @@ class DDPMPipeline(DiffusionPipeline):
         if timesteps is None:
             self.scheduler.set_timesteps(num_steps)
         else:
-            self.scheduler.set_timesteps(timesteps=[*timesteps])
+            set_timesteps(self.scheduler, timesteps)
         _check_timesteps_of_other_schedulers(self.scheduler, num_steps)
 
     def _recorded_indices(self, trajectory: bool | Sequence[int]) -> set[int]:
@@ -360,7 +369,7 @@ class DDPMPipeline(DiffusionPipeline):
             if i in recorded_indices:
                 x_0_hat = getattr(result, "pred_original_sample", None)
                 if x_0_hat is None:
-                    x_0_hat = self._reference_scheduler().predict_original(model_output, network_input, t.long())
+                    x_0_hat = self._predict_original(model_output, network_input, t)
                 recorded.append(TrajectoryStep(int(t), x_t.cpu(), x_0_hat.cpu()))
             x_t = result.prev_sample
             if callback is not None:
@@ -404,7 +413,7 @@ class DDPMPipeline(DiffusionPipeline):
         bounded = [num_train, *timesteps, -1]
         if len(bounded) < 3 or any(t <= s or s != int(s) for t, s in pairwise(bounded)):
             raise ValueError(f"timesteps must be integers that fall strictly in [0, {num_train}), got {[*timesteps]}")
-        if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+        if not takes_timesteps(self.scheduler):
             raise ValueError(f"timesteps must be None for {type(self.scheduler).__name__}, which takes none")
 
     def _conditions(
@@ -427,14 +436,19 @@ class DDPMPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels must be in [0, {num_classes}), got {labels.tolist()}")
         return {"class_labels": labels}
 
-    def _reference_scheduler(self) -> DDPMScheduler:
-        """Return our scheduler of the same schedule and prediction type, for steps that do not return x_0_hat."""
+    def _predict_original(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return x_0_hat, clipped as the scheduler clips it, for a scheduler whose step does not return it."""
         config = {
             **complete_config(self.scheduler.config),
             "variance_type": "fixed_small",
             "timestep_spacing": "trailing",
         }
-        return DDPMScheduler.from_config(config)  # pyright: ignore[reportReturnType]
+        ours: Any = DDPMScheduler.from_config(config)
+        x_0_hat = ours.predict_original(model_output, x_t, t.long())
+        # A config may hold settings of another scheduler, which this one does not know: clip_sample, thresholding.
+        if self.scheduler.config.get("thresholding") and hasattr(self.scheduler, "_threshold_sample"):
+            x_0_hat = self.scheduler._threshold_sample(x_0_hat)
+        return x_0_hat
 
 
 def _folder_of(unet: Any) -> Path:

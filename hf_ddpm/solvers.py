@@ -34,7 +34,7 @@ from hf_ddpm.scheduler import (
     is_solvable,
     require_num_inference_steps,
 )
-from hf_ddpm.timesteps import SearchedTimesteps
+from hf_ddpm.timesteps import SearchedTimesteps, best_solver
 
 SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 
@@ -115,8 +115,8 @@ def default_scheduler(
 ) -> str:
     """Return the name of the scheduler that samples a model best in few steps.
 
-    UniPC does not accept a list of timesteps. Where the images of searched timesteps of DPM-Solver++ are nearer to
-    those of many steps than UniPC's, they go before it.
+    It is UniPC, with searched timesteps where there are some, or DPM-Solver++ where its searched timesteps are better,
+    see `best_solver`.
 
     Args:
         config: The config of the model's scheduler.
@@ -126,8 +126,7 @@ def default_scheduler(
     if not is_solvable(config):
         return "ddpm"
     steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
-    timesteps = (searched or {}).get(("dpmsolver++", steps))
-    return "dpmsolver++" if timesteps is not None and timesteps.is_nearer_than_unipc else "unipc"
+    return best_solver(searched or {}, steps)
 
 
 def default_steps(scheduler: str, num_train: int) -> int:

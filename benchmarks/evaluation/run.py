@@ -38,7 +38,7 @@ def main() -> None:
         data = replace(data, dataset_name=options.dataset_name)
     for i, (solver, steps) in enumerate(GRID.items()):
         measure(options.run, data, solver, steps, ["memorization"] if i == 0 else [], uniform=True)
-    for _ in search_and_keep(str(options.run), SEARCHED, dtype="bf16", compile=True):
+    for _ in search_and_keep(str(options.run), SEARCHED, schedulers=["dpmsolver++"], dtype="bf16", compile=True):
         pass
     measure(options.run, data, "dpmsolver++", SEARCHED)
     evaluate(options.run, metrics=["nll"], data=data, num_images=1000, timesteps_per_image=10)

@@ -73,7 +73,7 @@ def main() -> None:
         pipeline.scheduler = own_scheduler
         timesteps = None
         if spacing == "searched":
-            (search,) = search_timesteps(pipeline, [steps], seed=NUM_IMAGES)
+            (search,) = search_timesteps(pipeline, [steps], schedulers=["dpmsolver++"], seed=NUM_IMAGES)
             timesteps = [*search.timesteps]
         elif isinstance(spacing, float):
             timesteps = [*spaced_timesteps(own_scheduler.config.num_train_timesteps, steps, spacing)]

@@ -141,6 +141,25 @@ def kernel_distance(X: Tensor, Y: Tensor) -> KernelDistance:
     return KernelDistance(within_x + within_y - 2 * between, standard_error)
 
 
+def paired_kernel_distance(X: Tensor, Y: Tensor) -> float:
+    """Return the unbiased MMD^2 of pairs (x_i, y_i), as images of two samplers from the same noises are.
+
+    It is the mean over i != j of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i), Gretton et al. 2012, Eq. 4.
+    The pairs are independent of each other; x_i and y_i need not be, so k(x_i, y_i) is left out. The more alike they
+    are, the less it varies: it is 0 for equal ones.
+
+    Raises:
+        UsageError: When there are fewer than 2 pairs.
+    """
+    _check_pair(X, Y)
+    if len(X) != len(Y):
+        raise UsageError(f"X and Y must have a row for each pair, got {len(X)} and {len(Y)}")
+    within = _kernel_sums(X, None, _polynomial_kernel)[0].sum() + _kernel_sums(Y, None, _polynomial_kernel)[0].sum()
+    of_pairs = torch.cat([_polynomial_kernel(x[None], y[None]) for x, y in zip(X.double(), Y.double(), strict=True)])
+    between = _kernel_sums(X, Y, _polynomial_kernel)[0].sum() - of_pairs.sum()
+    return (within - 2 * between).item() / (len(X) * (len(X) - 1))
+
+
 def cmmd(X: Tensor, Y: Tensor) -> KernelDistance:
     """Return CMMD of CLIP embeddings, which this function divides by their lengths.
 

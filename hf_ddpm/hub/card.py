@@ -246,6 +246,7 @@ def _model_variables(records: _RunRecords) -> dict[str, Any]:
         trajectory = "True"
     else:
         trajectory = f"range(0, {example_steps}, {example_steps // 10})"
+    searched = [*read_searched(records.folder).values()]
     num_classes = None
     if records.is_conditional:
         num_classes = (
@@ -265,7 +266,8 @@ def _model_variables(records: _RunRecords) -> dict[str, Any]:
         "trajectory": trajectory,
         "chain_steps": (records.facts.get("figures") or {}).get("reverse_chain_steps"),
         "few_steps": min(FEW_STEPS, T) if T and _is_solvable_by_stock(settings, unet) else None,
-        "searched": [*read_searched(records.folder).values()],
+        "searched": searched,
+        "kernel_network": next((row.network for row in searched if row.network), None),
     }
 
 

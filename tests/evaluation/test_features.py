@@ -10,13 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hf_ddpm.evaluation import features
-from hf_ddpm.evaluation.features import NETWORKS, FeatureNetwork, check_network, load_network, to_input
+from hf_ddpm.evaluation.features import (
+    IN_FLOAT,
+    NETWORKS,
+    FeatureNetwork,
+    check_network,
+    load_network,
+    resize_as_pillow,
+    to_input,
+)
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import sha256
 
@@ -254,6 +264,41 @@ def test_to_input_resizes_with_antialiasing_and_without_rounding(size: int):
     assert torch.allclose(to_input(images, published, 96), (expected - 127) / 128)
     if size != 96:
         assert not torch.equal(expected, expected.round())
+
+
+@pytest.mark.parametrize("size", [8, 32, 400])
+def test_clip_gets_the_input_of_the_published_processor(size: int):
+    """Black and white pixels overshoot in bicubic interpolation; Pillow's is clipped to [0, 255]."""
+    images = (noise(3, size=size) > 127).to(torch.uint8) * 255
+    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    )
+    expected = processor([x.permute(1, 2, 0).numpy() for x in images], return_tensors="pt")["pixel_values"]
+    actual = to_input(images, NETWORKS["clip"], 336)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    in_float = to_input(images, replace(NETWORKS["clip"], resize=IN_FLOAT), 336)
+    assert (in_float - expected).abs().max() > 0.1
+
+
+def test_clip_gets_the_square_in_the_middle_as_in_the_code_of_cmmd():
+    wide = noise(2, size=20)[:, :, 3:16]
+    for images in (wide, wide.mT):
+        height, width = images.shape[2:]
+        box = ((width - 13) // 2, (height - 13) // 2, (width - 13) // 2 + 13, (height - 13) // 2 + 13)
+        pixels = [Image.fromarray(x.permute(1, 2, 0).numpy()).crop(box) for x in images]
+        expected = [np.asarray(image.resize((336, 336), resample=Image.Resampling.BICUBIC)) for image in pixels]
+        assert np.array_equal(resize_as_pillow(images, 336).permute(0, 2, 3, 1).numpy(), np.stack(expected))
+
+
+@needs_efficientnet
+def test_only_efficientnet_has_another_size_than_the_published_one_and_its_results_say_so():
+    others = {name for name, published in NETWORKS.items() if published.input_size != published.published_size}
+    assert others == {"efficientnet-lite0"}
+    from efficientnet_lite_pytorch import EfficientNet
+
+    published_size = EfficientNet.get_image_size("efficientnet-lite0")
+    identity = load_network("efficientnet-lite0").identity
+    assert (identity["input_size"], identity["information"]["published_size"]) == (96, published_size)
 
 
 @pytest.mark.slow

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from typer.testing import CliRunner
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
+from hf_ddpm.evaluation import features
+from hf_ddpm.evaluation.distances import paired_kernel_distance
+from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.evaluation.search import (
     Trajectories,
     descend,
@@ -22,11 +24,19 @@ from hf_ddpm.evaluation.search import (
     starting_timesteps,
     uniform_timesteps,
 )
+from hf_ddpm.hub.card import write_card
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.image_set import write_samples
-from hf_ddpm.sampling.sampler import load_for_sampling, seeded_generators
+from hf_ddpm.sampling.sampler import load_for_sampling
 from hf_ddpm.solvers import named_scheduler
-from hf_ddpm.timesteps import FILE, SearchedTimesteps, read_searched, solver_name, write_searched
+from hf_ddpm.timesteps import (
+    FILE,
+    SOLVERS,
+    SearchedTimesteps,
+    best_solver,
+    read_searched,
+    write_searched,
+)
 
 T = 100
 
@@ -44,8 +54,10 @@ def model(make_unet, tmp_path):
     return tmp_path / "model"
 
 
-def found(*timesteps, scheduler="dpmsolver++"):
-    return SearchedTimesteps(scheduler, timesteps, 0.1, 0.2, num_images=2, seed=0, reference_steps=50)
+@pytest.fixture
+def without_network(monkeypatch):
+    """Without a feature network the distance of pixels decides, by which the model is better at searched timesteps."""
+    monkeypatch.setattr(features, "find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 20, 99])
@@ -83,9 +95,10 @@ def test_descend_finds_almost_the_best_quadrature():
 
 
 @pytest.mark.slow
-def test_trajectories_equal_the_pipeline_with_remembered_outputs_too(model):
-    pipeline, _ = load_for_sampling(str(model), "dpmsolver++", 4)
-    trajectories = Trajectories(pipeline, "dpmsolver++", range(3), batch_size=3)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_trajectories_equal_the_pipeline_with_remembered_outputs_too(model, solver):
+    pipeline, _ = load_for_sampling(str(model), solver, 4)
+    trajectories = Trajectories(pipeline, solver, range(3), batch_size=3)
     first, second = [99, 60, 40, 10], [99, 60, 35, 10]
     images = trajectories.images(first, remember=True)
     assert trajectories.network_evaluations == 4 * 3
@@ -101,10 +114,13 @@ def test_trajectories_equal_the_pipeline_with_remembered_outputs_too(model):
 @pytest.mark.slow
 def test_search_timesteps_finds_better_ones_than_uniform_on_unseen_noises(model):
     pipeline, _ = load_for_sampling(str(model), "ddpm")
-    for row in search_timesteps(pipeline, [3], num_images=4, reference_steps=20):
+    rows = [*search_timesteps(pipeline, [3], schedulers=["ddim", "unipc"], num_images=4, reference_steps=20)]
+    assert [row.key for row in rows] == [("ddim", 3), ("unipc", 3)]
+    for row in rows:
         assert row.distance < row.uniform_distance
         unseen = Trajectories(pipeline, "dpmsolver++", range(4, 8), batch_size=32)
         target = unseen.images(uniform_timesteps(pipeline.scheduler.config, "dpmsolver++", 20))
+        unseen = Trajectories(pipeline, row.scheduler, range(4, 8), batch_size=32)
         measured = (unseen.images(row.timesteps) - target).square().mean().sqrt()
         torch.testing.assert_close(float(measured), row.distance)
         n = len(row.timesteps)
@@ -119,99 +135,40 @@ def test_search_timesteps_finds_better_ones_than_uniform_on_unseen_noises(model)
 def test_search_timesteps_of_a_model_with_classes_and_learned_variance(make_unet):
     unet = make_unet(out_channels=6, num_class_embeds=3)
     scheduler = DDPMScheduler(T, variance_type="learned_range", beta_schedule="squaredcos_cap_v2")
-    (row,) = search_timesteps(DDPMPipeline(unet, scheduler), [3], num_images=4, reference_steps=10)
+    pipeline = DDPMPipeline(unet, scheduler)
+    (row,) = search_timesteps(pipeline, [3], schedulers=["unipc"], num_images=4, reference_steps=10)
     assert len(row.timesteps) == 3
 
 
 @pytest.mark.slow
-def test_pipeline_uses_searched_timesteps_for_their_number_of_steps(model):
-    write_searched(model, [found(99, 70, 20)], weights_sha256(model))
-    pipeline = DDPMPipeline.from_pretrained(model)
-    pipeline.set_progress_bar_config(disable=True)
-    config = pipeline.scheduler.config
-    pipeline.scheduler = named_scheduler("dpmsolver++", config)
-    generators = seeded_generators([0], pipeline.device)
-    images = pipeline(1, generators, num_inference_steps=3, output_type="pt").images
-    assert pipeline.scheduler.timesteps.tolist() == [99, 70, 20]
-    stock = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    stock.set_timesteps(timesteps=[99, 70, 20])
-    x_t = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for t in stock.timesteps:
-        with torch.no_grad():
-            x_t = stock.step(pipeline.unet(x_t, t).sample, t, x_t).prev_sample
-    assert torch.equal(images, (x_t / 2 + 0.5).clamp(0, 1))
-    for scheduler, steps in (("dpmsolver++", 4), ("ddim", 3), ("unipc", 3), ("ddpm", 3)):
-        pipeline.scheduler = named_scheduler(scheduler, config, steps)
-        pipeline(num_inference_steps=steps)
-        assert pipeline.scheduler.timesteps.tolist() == uniform_timesteps(config, scheduler, steps)
-    without, _ = load_for_sampling(str(model), "dpmsolver++", 3, uniform=True)
-    without(num_inference_steps=3)
-    assert without.scheduler.timesteps.tolist() == uniform_timesteps(without.scheduler.config, "dpmsolver++", 3)
-
-
-def test_searched_timesteps_are_saved_and_ignored_for_other_weights(model, tmp_path, caplog):
-    write_searched(model, [found(99, 50), found(99, 70, 20, scheduler="ddim")], weights_sha256(model))
-    DDPMPipeline.from_pretrained(model).save_pretrained(tmp_path / "again")
-    assert read_searched(tmp_path / "again") == read_searched(model)
-    assert {("dpmsolver++", 2), ("ddim", 3)} == set(read_searched(model))
-    pipeline = DDPMPipeline.from_pretrained(model)
-    with torch.no_grad():
-        pipeline.unet.conv_out.weight += 1
-    pipeline.save_pretrained(tmp_path / "changed")
-    assert not (tmp_path / "changed" / FILE).exists()
-    assert "searched timesteps are not saved: they were found for other weights" in caplog.text
-    assert DDPMPipeline.from_pretrained(model, unet=None).searched_timesteps == {}
-    pipeline.unet.save_pretrained(model / "unet")
-    assert read_searched(model) == {}
-    assert "belongs to other weights and is not used: run `hf-ddpm schedule` again" in caplog.text
-    (model / FILE).write_text("{")
-    with pytest.raises(ValueError, match=r"searched_timesteps\.json cannot be read: .*: remove it"):
-        DDPMPipeline.from_pretrained(model)
-
-
-def test_solver_name_names_the_solvers_that_can_be_searched():
-    config = DDPMScheduler(beta_schedule="squaredcos_cap_v2").config
-    assert solver_name(DPMSolverMultistepScheduler.from_config(config)) == "dpmsolver++"
-    assert solver_name(DPMSolverMultistepScheduler.from_config(config, solver_order=1)) == "ddim"
-    assert solver_name(DPMSolverMultistepScheduler.from_config(config, solver_order=3)) is None
-    assert solver_name(DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++")) is None
-    for own in ("karras_sigmas", "lu_lambdas", "exponential_sigmas", "beta_sigmas"):
-        assert solver_name(DPMSolverMultistepScheduler.from_config(config, **{f"use_{own}": True})) is None
-    for other in (DDIMScheduler, UniPCMultistepScheduler, DDPMScheduler):
-        assert solver_name(other.from_config(config)) is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    {
-        "both": ({"timesteps": [9, 1], "num_inference_steps": 3}, "without num_inference_steps, got 3 and 2"),
-        "rising": ({"timesteps": [1, 9]}, r"must be integers that fall strictly in \[0, 100\), got \[1, 9\]"),
-        "too large": ({"timesteps": [100, 9]}, "must be integers that fall strictly"),
-        "negative": ({"timesteps": [9, -1]}, "must be integers that fall strictly"),
-        "between": ({"timesteps": [9.5, 1]}, "must be integers that fall strictly"),
-        "none": ({"timesteps": []}, "must be integers that fall strictly"),
-    }.values(),
-)
-def test_pipeline_rejects_invalid_timesteps(model, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        DDPMPipeline.from_pretrained(model)(**arguments)
-
-
-def test_pipeline_names_a_scheduler_that_accepts_no_timesteps(model):
-    pipeline = DDPMPipeline.from_pretrained(model)
-    pipeline.scheduler = named_scheduler("unipc", pipeline.scheduler.config)
-    with pytest.raises(ValueError, match="timesteps must be None for UniPCMultistepScheduler"):
-        pipeline(timesteps=[9, 1])
+def test_kernel_distance_decides_where_a_network_is_at_hand(model, monkeypatch):
+    """The rows of one search hold the paired distances of its images, or none without a network."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason='needs pip install "hf_ddpm[evaluation]"')
+    pipeline, _ = load_for_sampling(str(model), "ddpm")
+    settings: Any = {"schedulers": ["unipc"], "num_images": 4, "reference_steps": 20}
+    (row,) = search_timesteps(pipeline, [2], **settings)
+    network = load_network("efficientnet-lite0")
+    unseen = {name: Trajectories(pipeline, name, range(4, 8), batch_size=32) for name in ("dpmsolver++", "unipc")}
+    lists = {"target": uniform_timesteps(pipeline.scheduler.config, "dpmsolver++", 20), "own": row.timesteps}
+    images = [unseen["dpmsolver++"].images(lists["target"]), unseen["unipc"].images(lists["own"])]
+    target, own = (network(((x + 1) * 127.5).round().to(torch.uint8)) for x in images)
+    assert row.network == "efficientnet-lite0"
+    assert row.kernel_distance == pytest.approx(paired_kernel_distance(own, target), abs=1e-4)
+    assert row.uniform_kernel_distance == row.unipc_kernel_distance
+    monkeypatch.setattr(features, "find_spec", lambda name: None)
+    (without,) = search_timesteps(pipeline, [2], **settings)
+    assert (without.timesteps, without.network, without.kernel_distance) == (row.timesteps, None, None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("as_json", [False, True])
-def test_schedule_command_prints_what_it_could_not_write(model, monkeypatch, as_json):
+def test_schedule_command_prints_what_it_could_not_write(model, monkeypatch, without_network, as_json):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    command = ["schedule", str(model), "--steps", "2,3", "--num_images", "2", *(["--json"] if as_json else [])]
+    command = ["schedule", str(model), "--steps", "2,3", "--num_images", "2", "--scheduler", "dpmsolver++"]
+    command += ["--json"] if as_json else []
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1
     assert f"error: timesteps could not be written into '{model}': [Errno 28] No space left on device" in done.stderr
@@ -221,31 +178,50 @@ def test_schedule_command_prints_what_it_could_not_write(model, monkeypatch, as_
     else:
         assert done.stdout.count("timesteps=[") == 2
         assert "0 of 2 schedules are kept" in done.stdout
+        # It says what it does while it works.
+        assert "Images of 100 steps: " in done.stderr
+        assert "dpmsolver++, 3 steps: " in done.stderr
     assert not read_searched(model)
 
 
 @pytest.mark.slow
-def test_schedule_command_keeps_timesteps_and_samples_record_them(model, tmp_path):
+def test_schedule_command_keeps_timesteps_and_samples_record_them(model, tmp_path, without_network):
     runner = CliRunner()
     command = ["schedule", str(model), "--steps", "2,4", "--num_images", "2"]
     done = runner.invoke(app, command)
     assert done.exit_code == 0, done.output
     stored = read_searched(model)
-    for n in (2, 4):
-        assert f"timesteps={[*stored['dpmsolver++', n].timesteps]}" in done.output
+    for row in stored.values():
+        assert f"timesteps={[*row.timesteps]}" in done.output
     assert runner.invoke(app, [*command[:2], "--steps", "3", "--num_images", "2"]).exit_code == 0
     assert {n for _, n in read_searched(model)} == {2, 3, 4}
     card = (model / "README.md").read_text()
     for (_, _), row in stored.items():
         timesteps = ", ".join(map(str, row.timesteps))
-        assert f"| dpmsolver++ | {timesteps} | {row.distance:.4f} | {row.uniform_distance:.4f} |" in card
+        assert f"| {row.scheduler} | {timesteps} | {row.distance:.4f} | {row.uniform_distance:.4f} |\n" in card
+    assert "`UniPCMultistepScheduler` takes none" in card
+    best = best_solver(stored, 4)
     for uniform in (False, True):
         out = tmp_path / f"uniform-{uniform}"
         write_samples(str(model), out, num_images=2, num_inference_steps=4, device="cpu", uniform=uniform)
         recorded = json.loads((out / "samples.json").read_text())
-        assert recorded["timesteps"] == (None if uniform else [*stored["dpmsolver++", 4].timesteps])
-        # UniPC, the default, takes no timesteps.
-        assert recorded["scheduler"] == ("unipc" if uniform else "dpmsolver++")
+        assert recorded["timesteps"] == (None if uniform else [*stored[best, 4].timesteps])
+        assert recorded["scheduler"] == ("unipc" if uniform else best)
+
+
+def test_card_shows_kernel_distances_where_they_were_measured(model):
+    kernels = {"kernel_distance": 0.01, "uniform_kernel_distance": 0.03, "unipc_kernel_distance": 0.03}
+    rows = [
+        SearchedTimesteps("unipc", (99, 50), 0.1, 0.2, 2, 0, 50, 0.2, "efficientnet-lite0", **kernels),
+        SearchedTimesteps("dpmsolver++", (99, 40), 0.1, 0.2, 2, 0, 50, 0.2),
+    ]
+    write_searched(model, rows, weights_sha256(model))
+    write_card(model)
+    card = (model / "README.md").read_text()
+    assert "compares the features of the same images by efficientnet-lite0; less is\nbetter" in card
+    assert "| unipc | 99, 50 | 0.1000 | 0.2000 | 0.0100 | 0.0300 |\n" in card
+    assert "| dpmsolver++ | 99, 40 | 0.1000 | 0.2000 |  |  |\n" in card
+    assert "\n|---|---|---|---|---|---|\n" in card
 
 
 @pytest.mark.parametrize(
@@ -255,7 +231,11 @@ def test_schedule_command_keeps_timesteps_and_samples_record_them(model, tmp_pat
         "all steps": (["--steps", "100"], "steps must be in [2, 100), got 100"),
         "words": (["--steps", "five"], "steps must be whole numbers, got 'five'"),
         "no steps": (["--steps", ","], "steps must be whole numbers, got ','"),
-        "solver": (["--scheduler", "unipc"], "scheduler must be one of dpmsolver++, ddim, got 'unipc'"),
+        "solver": (["--scheduler", "ddpm"], "scheduler must be one of unipc, dpmsolver++, ddim, got 'ddpm'"),
+        "no solver": (
+            ["--scheduler", ","],
+            "steps and scheduler must name something to search, got [5, 8, 10] and []",
+        ),
     }.values(),
 )
 def test_schedule_command_rejects_what_cannot_work(model, arguments, message):
@@ -265,9 +245,9 @@ def test_schedule_command_rejects_what_cannot_work(model, arguments, message):
 
 
 @pytest.mark.slow
-def test_search_and_keep_stops_when_the_weights_change(model, make_unet):
+def test_search_and_keep_stops_when_the_weights_change(model, make_unet, without_network):
     """A run trains in the folder, and saves while the search runs."""
-    search = search_and_keep(str(model), [2, 3], num_images=2)
+    search = search_and_keep(str(model), [2, 3], schedulers=["dpmsolver++"], num_images=2)
     next(search)
     assert read_searched(model)
     make_unet(seed=1).save_pretrained(model / "unet")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.solvers import SCHEDULERS, named_scheduler
 
 
 def seeded(seed=0):
@@ -101,6 +102,36 @@ def test_trajectory_estimates_x_0_for_other_schedulers(make_unet):
     last = output.trajectory[-1]
     # A first-order solver ends at its last estimate of x_0.
     torch.testing.assert_close((last.x_0_hat / 2 + 0.5).clamp(0, 1), output.images, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("settings", [{"clip_sample": True}, {"clip_sample": False}, {"thresholding": True}], ids=str)
+def test_trajectory_clips_x_0_hat_where_the_scheduler_does(make_unet, name, settings):
+    """The network's first x_0_hat is about 1e4 large, at a noise of alpha_bar = 2e-9."""
+    ours = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", **settings)
+    pipeline = quiet(DDPMPipeline(make_unet(), ours))
+    pipeline.scheduler = named_scheduler(name, ours.config, 4)
+    output: Any = pipeline(2, seeded(), num_inference_steps=4, output_type="pt", trajectory=True)
+    largest = max(float(step.x_0_hat.abs().max()) for step in output.trajectory)
+    assert (largest > 100) if settings == {"clip_sample": False} else (largest == 1)
+    if name != "ddpm":
+        first, scheduler = output.trajectory[0], named_scheduler(name, ours.config, 4)
+        scheduler.set_timesteps(4)
+        if scheduler.step_index is None:
+            scheduler._init_step_index(scheduler.timesteps[0])
+        with torch.no_grad():
+            network_output = pipeline.unet(first.x_t, first.timestep).sample
+        x_0_hat = scheduler.convert_model_output(network_output, sample=first.x_t)
+        torch.testing.assert_close(first.x_0_hat, x_0_hat, rtol=1e-3, atol=1e-5)
+
+
+def test_trajectory_does_not_clip_for_a_solver_that_does_not(make_unet):
+    """A solver that was made from a model's config holds clip_sample there, and does not know it."""
+    config = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing").config
+    pipeline = quiet(DDPMPipeline(make_unet(), diffusers.DPMSolverMultistepScheduler.from_config(config)))
+    assert pipeline.scheduler.config["clip_sample"]
+    output = pipeline(1, seeded(), num_inference_steps=4, output_type="pt", trajectory=[0])
+    assert output.trajectory[0].x_0_hat.abs().max() > 100
 
 
 def test_callback_sees_and_replaces_each_step(pipeline):
