@@ -27,6 +27,7 @@ from hf_ddpm.hub.download import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.files import weights_sha256
+from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.sampling.sampler import classes_in_turn, load_for_sampling, seeded_generators
 from hf_ddpm.sampling.schedulers import named_scheduler
 from hf_ddpm.timesteps import FILE, SearchedTimesteps, read_searched, write_searched
@@ -206,7 +207,7 @@ def search_timesteps(
     """
     num_train = pipeline.scheduler.config.num_train_timesteps
     reference_steps = min(reference_steps, num_train)
-    _check(pipeline, num_steps, scheduler, num_images, reference_steps)
+    _check(pipeline, num_steps, scheduler, num_images, seed, reference_steps)
     reference = uniform_timesteps(pipeline.scheduler.config, scheduler, reference_steps)
     labels = classes_in_turn(pipeline.unet.config.num_class_embeds, range(num_images))
     searched, unseen = (
@@ -236,7 +237,12 @@ def search_timesteps(
 
 
 def _check(
-    pipeline: DDPMPipeline, num_steps: Sequence[int], scheduler: str, num_images: int, reference_steps: int
+    pipeline: DDPMPipeline,
+    num_steps: Sequence[int],
+    scheduler: str,
+    num_images: int,
+    seed: int,
+    reference_steps: int,
 ) -> None:
     if scheduler not in SOLVERS:
         raise ValueError(f"scheduler must be one of {', '.join(SOLVERS)}, got {scheduler!r}")
@@ -246,6 +252,7 @@ def _check(
             raise ValueError(f"steps must be in [2, {reference_steps}), got {n}: a reference has {reference_steps}")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
+    check_seeds(seed, 2 * num_images)
     if pipeline.unet.config.class_embed_type is not None:
         kind = pipeline.unet.config.class_embed_type
         raise ValueError(f"model must have classes that are numbers, or none, got embeddings {kind!r}")

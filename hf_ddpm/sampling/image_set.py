@@ -25,6 +25,7 @@ from hf_ddpm.figures import grid, png_bytes, to_pil
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import look_at, read_mapping, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
+from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.sampling.sampler import (
     FORWARD_BATCH,
     classes_in_turn,
@@ -90,6 +91,7 @@ def write_samples(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
+    check_seeds(seed, num_images)
     out = look_at("out", out)
     require_writable_folder("out", out)
     with join_processes() as processes:
@@ -333,13 +335,18 @@ def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path])
     recorded = read_mapping(record, "choose another folder, or delete its set")
     # The model may have another name now, and a set of PNG files may become larger.
     may_differ = {"model"}
-    if settings["format"] == "png" and recorded.get("num_images", 0) <= settings["num_images"]:
+    if settings["format"] == "png" and _is_part_of(recorded, settings):
         may_differ.add("num_images")
     differing = [key for key in settings if key not in may_differ and recorded.get(key) != settings[key]]
     if differing:
         was = ", ".join(f"{key}={recorded.get(key)!r}" for key in differing)
         now = ", ".join(f"{key}={settings[key]!r}" for key in differing)
         raise ValueError(f"{out} holds samples with {was}, got {now}: choose another folder, or those settings")
+
+
+def _is_part_of(recorded: dict[str, Any], settings: dict[str, Any]) -> bool:
+    num_images = recorded.get("num_images")
+    return isinstance(num_images, int) and num_images <= settings["num_images"]
 
 
 def _pictures(pixels: np.ndarray) -> list[Image.Image]:
