@@ -47,7 +47,7 @@ app = typer.Typer(
 
 # Arguments and options of several commands.
 Model = Annotated[str, typer.Argument(help="A folder that holds a pipeline, or a Hub id.")]
-Seed = Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Image i has the seed SEED + i.")]
 BatchSize = Annotated[int, option("batch_size", "Images per forward pass; on a CPU always 16.", min=1)]
 Device = Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")]
 Dtype = Annotated[str, typer.Option(help="The network's arithmetic: fp32, or bf16, which is faster.")]

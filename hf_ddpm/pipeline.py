@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -229,6 +230,9 @@ class DDPMPipeline(DiffusionPipeline):
             ValueError: When an argument cannot work, before the first network evaluation, or when PIL images would be
                 NaN.
         """
+        _require_whole_number("batch_size", batch_size)
+        if num_inference_steps is not None:
+            _require_whole_number("num_inference_steps", num_inference_steps)
         with self._sampling_scheduler(num_inference_steps) as num_steps:
             self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, deterministic)
             device = self._execution_device
@@ -387,6 +391,18 @@ class DDPMPipeline(DiffusionPipeline):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        given = generator if isinstance(generator, list | tuple) else [] if generator is None else [generator]
+        if not all(isinstance(each, torch.Generator) for each in given):
+            raise ValueError(
+                f"generator must be a torch.Generator, or one for each image, got {generator!r}: "
+                "torch.Generator().manual_seed(SEED) makes one"
+            )
+        unet = self.unet.config
+        if unet.out_channels not in (unet.in_channels, 2 * unet.in_channels):
+            raise ValueError(
+                "unet must give as many channels as it takes, or twice as many with a learned variance, got "
+                f"{unet.out_channels} for {unet.in_channels}: it was trained for another task"
+            )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"a list of generators must hold batch_size = {batch_size}, got {len(generator)}")
         if output_type not in ("pil", "np", "pt"):
@@ -428,7 +444,14 @@ class DDPMPipeline(DiffusionPipeline):
             return {}
         if not conditioned:
             raise ValueError("class_labels must be None: the model was trained without classes")
-        labels = torch.as_tensor(class_labels, device=device)
+        try:
+            labels = torch.as_tensor(class_labels, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"class_labels must be numbers, one or as many as images, got {class_labels!r}"
+            ) from error
+        if num_classes is not None and (labels.is_floating_point() or labels.ndim > 1):
+            raise ValueError(f"class_labels must be whole numbers, one or as many as images, got {class_labels!r}")
         labels = labels.expand(batch_size) if labels.ndim == 0 else labels
         if labels.shape[0] != batch_size:
             raise ValueError(f"class_labels must hold batch_size = {batch_size} labels, got {labels.shape[0]}")
@@ -449,6 +472,13 @@ class DDPMPipeline(DiffusionPipeline):
         if self.scheduler.config.get("thresholding") and hasattr(self.scheduler, "_threshold_sample"):
             x_0_hat = self.scheduler._threshold_sample(x_0_hat)
         return x_0_hat
+
+
+def _require_whole_number(name: str, value: Any) -> None:
+    try:
+        operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def _folder_of(unet: Any) -> Path:

@@ -27,7 +27,7 @@ from hf_ddpm.data.image_folder import (
     split_kind,
 )
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line
-from hf_ddpm.runtime.files import naming_damage, read_mapping
+from hf_ddpm.runtime.files import look_at, naming_damage, read_mapping
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,7 +97,7 @@ def find_source(config: DataConfig) -> Source:
             "dataset_name must be a name, a folder or a Hub id, got '': leave it out, or give --dataset_name digits"
         )
     option = "dataset_name" if name else "train_data_dir"
-    folder = Path(given).expanduser()
+    folder = look_at(option, given)
     if name == "digits":
         source = Source(option, "digits", name, Path(str(resources.files("hf_ddpm.data") / "digits")))
     elif folder.is_dir():
@@ -159,7 +159,7 @@ def _chosen_split(folder: Path, listed: ImageFolder, train_split: str) -> tuple[
 
 def _check_saved_splits(option: str, folder: Path, train_split: str) -> None:
     with naming_damage(f"{folder / 'dataset_dict.json'} cannot be read", "save the data set again"):
-        splits = read_mapping(folder / "dataset_dict.json", "save the data set again")["splits"]
+        splits = [*map(str, read_mapping(folder / "dataset_dict.json", "save the data set again")["splits"])]
     if train_split not in splits:
         raise UsageError(
             f"{option} must hold a split `{train_split}`, got {str(folder)!r} with {splits}: give --train_split, or "
@@ -246,7 +246,10 @@ def as_usage_errors(
     except IndexError as error:  # `datasets` raises it for a folder that it saved without rows.
         raise no_images_error(source) from error
     except (OSError, ValueError, RuntimeError, DatasetsError, zipfile.BadZipFile, tarfile.TarError) as error:
-        reason = in_one_line(error, with_type=True)
+        cause = _first_cause(error)
+        reason = in_one_line(cause, with_type=True)
+        if (problem := _cache_problem(cause, config)) is not None:
+            raise UsageError(problem) from error
         if split not in (None, config.train_split or "train"):
             # `datasets` raises a ValueError for an unknown split.
             raise (MissingSplitError if isinstance(error, ValueError) else UsageError)(
@@ -264,6 +267,28 @@ def as_usage_errors(
         ) from error
     finally:
         hf_config.HF_UPDATE_DOWNLOAD_COUNTS = updates_counts
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Return the error that others followed: `datasets` says of most that "an error occurred"."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _cache_problem(error: BaseException, config: DataConfig) -> str | None:
+    """Return the message of an error that is none of the data, but of the folder that `datasets` keeps them in."""
+    from datasets import config as hf_config
+
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    folder = Path(config.cache_dir or hf_config.HF_DATASETS_CACHE).expanduser().resolve()
+    if not Path(str(error.filename)).resolve().is_relative_to(folder):
+        return None
+    name = "cache_dir" if config.cache_dir else "HF_HOME, the default of cache_dir,"
+    return (
+        f"{name} must be a folder that can be written, got {str(folder)!r}: {error.strerror}; give another --cache_dir"
+    )
 
 
 def choose_columns(dataset: Any, config: DataConfig) -> Any:

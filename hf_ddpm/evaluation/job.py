@@ -39,6 +39,8 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256
 from hf_ddpm.runtime.processes import Processes, join_processes
+from hf_ddpm.runtime.seeds import check_seeds
+from hf_ddpm.runtime.settings import check_values, with_plain_paths
 from hf_ddpm.sampling.sampler import DTYPES, classes_in_turn, forward_batch_of, load_for_sampling
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.solvers import SCHEDULERS, choose_sampler, named_scheduler
@@ -114,6 +116,10 @@ class Request:
         for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_seeds(self.seed, self.num_images)
+        if self.data is not None:
+            object.__setattr__(self, "data", with_plain_paths(self.data, DataConfig))
+            check_values(self.data)
         if self.other_reference is not None and self.reference is None:
             raise UsageError(
                 f"other_reference goes with a reference, got {str(self.other_reference)!r} alone: "

@@ -36,6 +36,7 @@ from hf_ddpm.hub.download import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.files import weights_sha256
+from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.sampling.sampler import classes_in_turn, load_for_sampling, seeded_generators
 from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.timesteps import (
@@ -239,7 +240,7 @@ def search_timesteps(
             finite.
     """
     reference_steps = min(reference_steps, pipeline.scheduler.config.num_train_timesteps)
-    _check(pipeline, num_steps, schedulers, num_images, reference_steps)
+    _check(pipeline, num_steps, schedulers, num_images, seed, reference_steps)
     labels = classes_in_turn(pipeline.unet.config.num_class_embeds, range(num_images))
 
     def trajectories(solver: str) -> list[Trajectories]:
@@ -312,13 +313,19 @@ def _to_uint8(images: Tensor) -> Tensor:
 
 
 def _check(
-    pipeline: DDPMPipeline, num_steps: Sequence[int], schedulers: Sequence[str], num_images: int, reference_steps: int
+    pipeline: DDPMPipeline,
+    num_steps: Sequence[int],
+    schedulers: Sequence[str],
+    num_images: int,
+    seed: int,
+    reference_steps: int,
 ) -> None:
     check_search(num_steps, schedulers, reference_steps)
     for solver in schedulers:
         named_scheduler(solver, pipeline.scheduler.config)
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
+    check_seeds(seed, 2 * num_images)
     if pipeline.unet.config.class_embed_type is not None:
         kind = pipeline.unet.config.class_embed_type
         raise ValueError(f"model must have classes that are numbers, or none, got embeddings {kind!r}")

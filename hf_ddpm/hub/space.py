@@ -14,6 +14,7 @@ import ast
 import os
 import runpy
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -46,15 +47,22 @@ def run_demo(model: str, port: int = 7860) -> None:
         port: The port of http://127.0.0.1.
 
     Raises:
-        UsageError: When gradio is not installed, or the folder holds no model.
-        OSError: When the port is taken, or the Hub has no such model.
+        UsageError: When gradio is not installed, the folder holds no model, or the port is taken.
+        OSError: When the Hub has no such model.
     """
     _check_gradio()
     folder = local_folder(model)
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that has just been closed
+        try:
+            free.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UsageError(f"port must be free, got {port}: {error.strerror}; give another --port") from error
     # What the app reads on a Space.
     os.environ.update(
         MODEL=str(folder.resolve()) if folder else model,
         GRADIO_SERVER_PORT=str(port),
+        GRADIO_NUM_PORTS="1",  # else it tries the 99 after it
         GRADIO_ANALYTICS_ENABLED="False",
     )
     print(f"The page of {model} is made: gradio, torch and the model are loaded first. Ctrl-C ends it.", flush=True)

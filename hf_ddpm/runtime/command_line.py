@@ -66,6 +66,7 @@ def exit_code_of(run: Callable[[], int | None]) -> int:
         0     The command did what it was asked for.
         2     The command line, a file or the data cannot work.
         75    A run was stopped on purpose: a checkpoint was written, from which it can be resumed.
+        130   Ctrl-C came when there was nothing to save.
         1     Anything else went wrong.
 
     Args:

@@ -165,13 +165,15 @@ def undo_later_steps(folder: Path, num_steps: int, num_images: int) -> None:
         num_images: The images that it has seen.
     """
     limits = {"delete later steps": num_steps, "delete later images": num_images}
+    # Lines are written anew, which may fail: nothing is deleted before.
+    for row in RUN_FILES:
+        if row.on_resume == "cut lines":
+            for path in _paths(folder, row):
+                cut_metrics(path, num_steps)
     for row in RUN_FILES:
         if row.on_resume == "delete":
             for path in _paths(folder, row):
                 _delete(path)
-        elif row.on_resume == "cut lines":
-            for path in _paths(folder, row):
-                cut_metrics(path, num_steps)
         elif row.on_resume in limits:
             for number, path in _numbered_paths(folder, row.pattern):
                 if number > limits[row.on_resume]:

@@ -21,14 +21,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.runtime.errors import UsageError
+
 IMAGE, STEP = 1, 2
 # Beyond STEP + k for all k.
 FLIP, TOP, LEFT, STRATUM = 2**31, 2**31 + 1, 2**31 + 2, 2**31 + 3
+
+MAX_SEED = 2**63 - 1
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_INCREMENTS = 0x9E3779B9, 0xBB67AE85
 _NUM_ROUNDS = 10
 _WORD = 2**32 - 1
+
+
+def check_seeds(first: int, count: int = 1) -> None:
+    """Check that each of so many seeds is one that torch and files of samples can hold.
+
+    Raises:
+        UsageError: When one is not in [0, 2**63).
+    """
+    if not 0 <= first <= MAX_SEED + 1 - count:
+        raise UsageError(
+            f"seed must be in [0, 2**63), got {first} as the first of {count:,}: begin with a smaller one"
+        )
 
 
 def hashed(seed: int, stream: int, index: np.ndarray) -> np.ndarray:

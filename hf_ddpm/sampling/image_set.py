@@ -29,6 +29,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import look_at, read_mapping, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.run_files import read_run, run_folder_of
+from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.sampling.sampler import (
     FORWARD_BATCH,
     classes_in_turn,
@@ -95,6 +96,7 @@ def write_samples(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
+    check_seeds(seed, num_images)
     out = look_at("out", out)
     require_writable_folder("out", out)
     with join_processes() as processes:
@@ -345,7 +347,7 @@ def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path])
     recorded = read_mapping(record, "choose another folder, or delete its set")
     # The model may have another name now, and a set of PNG files may become larger.
     may_differ = {"model"}
-    if settings["format"] == "png" and recorded.get("num_images", 0) <= settings["num_images"]:
+    if settings["format"] == "png" and _is_part_of(recorded, settings):
         may_differ.add("num_images")
     differing = [key for key in settings if key not in may_differ and recorded.get(key) != settings[key]]
     if differing:
@@ -369,6 +371,11 @@ def _value_range(unet: Any, format: str, processes: Processes) -> list[float] | 
             tqdm.write(text, file=sys.stderr)
         return None
     return data.get("value_range") or [0, 65535]
+
+
+def _is_part_of(recorded: dict[str, Any], settings: dict[str, Any]) -> bool:
+    num_images = recorded.get("num_images")
+    return isinstance(num_images, int) and num_images <= settings["num_images"]
 
 
 def _pictures(pixels: np.ndarray) -> list[Image.Image]:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hf_ddpm.network import require_finite
 from hf_ddpm.runtime.errors import UsageError, in_one_line
-from hf_ddpm.runtime.files import flush_folder, sha256, write_flushed
+from hf_ddpm.runtime.files import flush_folder, naming_damage, read_mapping, sha256, write_flushed
 from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.sharding import full_moments, full_tensors, is_sharded, load_into, load_moments
@@ -198,8 +198,14 @@ def verify(checkpoint: Path) -> str | None:
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """Read how far the run was at a checkpoint."""
-    return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+    """Read how far the run was at a checkpoint.
+
+    Raises:
+        UsageError: When the file is damaged.
+    """
+    path = checkpoint / "progress.json"
+    with naming_damage(f"{path} cannot be read", "resume from another checkpoint"):
+        return Progress(**read_mapping(path, "resume from another checkpoint"))
 
 
 def load_checkpoint(state: TrainingState, checkpoint: Path) -> None:

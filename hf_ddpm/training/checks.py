@@ -125,6 +125,11 @@ def _check_checkpoint(config: TrainingConfig, checkpoint: str, folder: Path) -> 
         raise UsageError(f"resume_from_checkpoint = {checkpoint!r}, but {config.output_dir!r} holds no config.yaml")
     if checkpoint == "latest":
         return
+    if Path(checkpoint).name != checkpoint and Path(checkpoint).resolve().parent != folder.resolve():
+        raise UsageError(
+            f"resume_from_checkpoint must be a checkpoint in output_dir, got {checkpoint!r}, which is not in "
+            f"{config.output_dir!r}: give that folder as output_dir"
+        )
     if Path(checkpoint).name not in names:
         raise UsageError(f"resume_from_checkpoint must be {' or '.join(['latest', *names])}, got {checkpoint!r}")
     if Path(checkpoint).name != names[-1]:

@@ -98,5 +98,6 @@ def prepare_folder(config: TrainingConfig, output_dir: Path, progress: Progress)
     """Delete what steps after `progress` wrote, and what a kill left half written; write config.yaml."""
     for folder in (output_dir / "previews", output_dir / "figures"):
         folder.mkdir(exist_ok=True)
-    undo_later_steps(output_dir, progress.step, progress.images)
+    # First what a full disk refuses, then what deletes.
     save_config(config, output_dir / "config.yaml")
+    undo_later_steps(output_dir, progress.step, progress.images)

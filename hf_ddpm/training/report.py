@@ -249,6 +249,7 @@ def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline, total: int) -> None:
         trajectory=frames,
         return_dict=False,
     )
+    pipeline.set_progress_bar_config()  # `train` returns this pipeline
     final = 2 * final.cpu() - 1
     steps = dict(zip(frames, trajectory, strict=True))
     rows, names = [], []
