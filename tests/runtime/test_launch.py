@@ -78,7 +78,7 @@ def begin(command, tmp_path):
     """Return a function: the same -> the worker, as a process that has begun; the workers it starts are fresh ones."""
 
     def begin(action: str, count: int) -> Process:
-        process = python(command(action, count), tmp_path, log=tmp_path / "said.txt")
+        process = python(command(action, count), tmp_path, None, tmp_path / "said.txt")
         process.start()
         return process
 

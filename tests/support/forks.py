@@ -113,28 +113,33 @@ class Process:
         return _mother.recv()
 
 
-def write_output_to(path: Path | str) -> None:
-    """Append what this process writes to stdout and stderr to a file."""
-    for stream in (1, 2):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
+def write_output_to(path: Path | str, errors: Path | str | None = None) -> None:
+    """Append what this process writes to stdout and stderr to a file, or to two."""
+    for stream, file in enumerate((path, errors or path), 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
 
 
 def python(
-    words: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None, log: Path | None = None
+    words: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str] | None,
+    log: Path,
+    errors: Path | None = None,
 ) -> Process:
-    """Return a process that does what `python WORDS` does in a folder; that has everything imported already.
+    """Return a process that does what `python WORDS` does in a folder, but has everything imported already.
 
     Args:
         words: A script, or `-m` and a module, or `-c` and code; and its arguments.
         environment: All of it; None for that of the tests.
-        log: Where it writes its stdout and stderr; None for those of the tests.
+        log: To what it appends its stdout and stderr.
+        errors: To what it appends its stderr instead, if not None.
     """
-    return Process(_be_python, (list(words), folder, dict(os.environ if environment is None else environment), log))
+    environment = dict(os.environ if environment is None else environment)
+    return Process(_be_python, (list(words), folder, environment, log, errors))
 
 
-def _be_python(words: list[str], folder: Path, environment: dict[str, str], log: Path | None) -> None:
-    if log is not None:
-        write_output_to(log)
+def _be_python(words: list[str], folder: Path, environment: dict[str, str], log: Path, errors: Path | None) -> None:
+    write_output_to(log, errors)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -43,7 +43,7 @@ def test_launch_config_trains(name, tmp_path):
     assert f"accelerate launch --config_file launch_configs/{name}.yaml train_accelerate.py" in config.read_text()
     words = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     words += ["--num_processes", "2", "--main_process_port", "0", str(script), str(out)]
-    launcher = python(words, tmp_path, log=tmp_path / "said.txt")
+    launcher = python(words, tmp_path, None, tmp_path / "said.txt")
     launcher.start()
     launcher.join()
     assert launcher.exitcode == 0, (tmp_path / "said.txt").read_text()
