@@ -26,7 +26,7 @@ def test_run_of_two_processes_ends_once(tmp_path):
     command += ["--dataset_name", "digits", "--output-dir", "run"]
     command += ["--model_config_name_or_path", "unet.json", "--ddpm_num_steps", "3", "--eval_batch_size", "2"]
     command += ["--max_train_steps", "2", "--train_batch_size", "2", "--lr_warmup_steps", "0", "--no_use_ema"]
-    command += ["--ema_snapshots", "0"]
+    command += ["--ema_snapshots", "0", "--no_save_figures"]
     process = python(command, tmp_path, environment, tmp_path / "said.txt")  # the two that it starts are fresh ones
     process.start()
     process.join()
