@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop():
+    """Fork the process from which others fork before anything happens here; if these tests need any."""
+    forks = sys.modules.get("tests.support.forks")
+    if forks is None:
+        return (yield)
+    with forks.mother_of_processes():
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,48 +30,21 @@ from hf_ddpm.training.loop import train
 from tests.support.hub_runs import (
     NAME,
     OTHER,
-    TOKEN,
     UPLOAD_WARNING,
     forget_connections,
-    nowhere,
     sample_images,
     save_model,
 )
-from tests.support.hub_server import HubServer, client_environment
+from tests.support.hub_server import HubServer
 from tests.support.inception import save_inception
 
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 
 
-LOAD = """
-import os, sys
-sys.modules["hf_ddpm"] = None  # importing it raises ImportError
-import diffusers, numpy, torch
-torch.set_num_threads(1)
-name, out = sys.argv[1:]
-for loader in (diffusers.DDPMPipeline, diffusers.DiffusionPipeline):
-    pipeline = loader.from_pretrained(name)
-    assert type(pipeline) is diffusers.DDPMPipeline and type(pipeline.scheduler) is diffusers.DDPMScheduler
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    images = pipeline(batch_size=2, generator=generator, num_inference_steps=20, output_type="np").images
-    numpy.save(f"{out}/{loader.__name__}.npy", images)
-for dtype in (torch.float16, torch.bfloat16):
-    assert loader.from_pretrained(name, torch_dtype=dtype).unet.dtype is dtype
-"""
-
-
-def load(environment: dict[str, str], out: Path) -> subprocess.CompletedProcess[str]:
-    out.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", LOAD, NAME, str(out)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")  # its successor is too new
-def test_stock_diffusers_and_we_load_a_private_repository_alike(
-    server: HubServer, run: Path, tmp_path: Path, monkeypatch: Any
-):
+def test_private_repository_is_loaded_as_its_folder(server: HubServer, run: Path, monkeypatch: Any):
+    """Stock diffusers loads it, too: tests/system/test_stock.py."""
     push(run, NAME)
     index = json.loads(server.repo(NAME).files["model_index.json"])
     assert {name: part for name, part in index.items() if not name.startswith("_")} == {
@@ -84,17 +55,10 @@ def test_stock_diffusers_and_we_load_a_private_repository_alike(
     assert not [name for name in server.repo(NAME).files if name.endswith((".py", ".bin", ".pkl"))]
     pipeline = DDPMPipeline.from_pretrained(NAME)
     assert type(pipeline.scheduler) is DDPMScheduler
-    expected = sample_images(pipeline)
+    expected = sample_images(DDPMPipeline.from_pretrained(run))
+    assert np.array_equal(sample_images(pipeline), expected)
     for dtype in (torch.float16, torch.bfloat16):
         assert DDPMPipeline.from_pretrained(NAME, torch_dtype=dtype).unet.dtype is dtype
-    environment = client_environment(server, tmp_path / "stock", TOKEN)
-    for more in ({}, {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": nowhere()}):
-        done = load(environment | more, tmp_path / "out")
-        assert done.returncode == 0, done.stderr
-        for loader in ("DDPMPipeline", "DiffusionPipeline"):
-            path = tmp_path / "out" / f"{loader}.npy"
-            assert np.array_equal(np.load(path), expected)
-            path.unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     forget_connections()
     assert np.array_equal(sample_images(DDPMPipeline.from_pretrained(NAME)), expected)

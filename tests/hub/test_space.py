@@ -101,7 +101,7 @@ CASES = [
 
 # In a folder that holds the Space and nothing else. Importing a package of which there is None raises ImportError.
 ALONE = """
-import json, sys
+import functools, json, sys
 from pathlib import Path
 folder = Path(sys.argv[1]).resolve()
 sys.path.insert(0, str(folder))
@@ -111,8 +111,9 @@ import numpy, torch
 torch.set_num_threads(1)
 import app
 from PIL import Image
+load = functools.lru_cache(app.Model)
 for name, model_folder, sampler, num_steps, labels in json.loads(sys.argv[2]):
-    model = app.Model(model_folder)
+    model = load(model_folder)
     images = model.sample(sampler, num_steps, [5, 6, 7], labels).images
     numpy.save(f"{name}-{sampler}-{num_steps}.npy", numpy.stack([numpy.asarray(image) for image in images]))
 app.build(model_folder)

@@ -13,6 +13,7 @@ import pytest
 from hf_ddpm.runtime import launch
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.signals import STOPPED
+from tests.support.forks import Process, python
 
 WORKER = """
 import ctypes, json, os, signal, sys, time
@@ -56,7 +57,7 @@ CONFIG = "compute_environment: LOCAL_MACHINE\ndistributed_type: {type}\nnum_proc
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Return a function: action and accelerate's config -> the command of a worker, whose folder is tmp_path."""
+    """Return a function: action and accelerate's config -> the words of a worker, whose folder is tmp_path."""
     for name in (*launch.RANK_VARIABLES, *launch.MPI_VARIABLES, *launch.LAUNCHER_VARIABLES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -67,17 +68,34 @@ def command(tmp_path, monkeypatch):
         file = tmp_path / "hf" / "accelerate" / "default_config.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(CONFIG.format(type="MULTI_CPU" if count > 1 else "NO", count=count))
-        return [sys.executable, "-W", "ignore", str(tmp_path / "worker.py"), action, str(tmp_path)]
+        return [str(tmp_path / "worker.py"), action, str(tmp_path)]
 
     return make
 
 
+@pytest.fixture
+def begin(command, tmp_path):
+    """Return a function: the same -> the worker, as a process that has begun; the workers it starts are fresh ones."""
+
+    def begin(action: str, count: int) -> Process:
+        process = python(command(action, count), tmp_path, None, tmp_path / "said.txt")
+        process.start()
+        return process
+
+    return begin
+
+
+def said(folder: Path) -> str:
+    return (folder / "said.txt").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("action", "code"), [("finish", 0), ("stop", STOPPED), ("usage", 2), ("fail", 1)])
-def test_all_processes_end_with_one_code(command, action, code, tmp_path):
-    done = subprocess.run(command(action, 2), capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
+def test_all_processes_end_with_one_code(begin, action, code, tmp_path):
+    process = begin(action, 2)
+    process.join()
+    assert process.exitcode == code, said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
     for rank in ("0", "1"):
         environment = json.loads((tmp_path / rank).read_text())
         assert (environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("2", rank)
@@ -88,9 +106,8 @@ def test_all_processes_end_with_one_code(command, action, code, tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_launch_on_the_cpu_gets_the_processes_it_left_out(command, tmp_path):
-    python, *worker = command("finish", 1)
-    launcher = [*("-m", "accelerate.commands.launch"), "--cpu", "--num_processes", "2"]
-    done = subprocess.run([python, *launcher, *worker[-3:]], capture_output=True, text=True, check=False)
+    launcher = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    done = subprocess.run([*launcher, *command("finish", 1)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = [json.loads((tmp_path / rank).read_text()) for rank in ("0", "1")]
     assert [environment["WORLD_SIZE"] for environment in told] == ["2", "2"]
@@ -98,20 +115,25 @@ def test_accelerate_launch_on_the_cpu_gets_the_processes_it_left_out(command, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_signal_reaches_all_processes(command, name, tmp_path):
-    with subprocess.Popen(command("signal", 2), stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        assert [parent.stdout.readline() for _ in range(2)] == ["listening\n"] * 2
+def test_signal_reaches_all_processes(begin, name, tmp_path):
+    os.mkfifo(tmp_path / "said.txt")
+    parent = begin("signal", 2)
+    with open(tmp_path / "said.txt") as file:
+        lines = (line for line in file if line == "listening\n")
+        assert [next(lines) for _ in range(2)] == ["listening\n"] * 2
         workers = psutil.Process(parent.pid).children(recursive=True)
-        parent.send_signal(getattr(signal, name))
-        assert parent.wait(60) == STOPPED
+        os.kill(parent.pid, getattr(signal, name))
+        rest = file.read()  # until all have closed it
+    parent.join()
+    assert parent.exitcode == STOPPED, rest
     assert not any(worker.is_running() for worker in workers)
 
 
 @pytest.mark.slow
-def test_config_of_one_process_starts_none(command, tmp_path):
-    done = subprocess.run(command("finish", 1), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_config_of_one_process_starts_none(begin, tmp_path):
+    process = begin("finish", 1)
+    process.join()
+    assert process.exitcode == 0, said(tmp_path)
     told = json.loads((tmp_path / "alone").read_text())
     assert told["ACCELERATE_USE_CPU"] == "true"
     assert told["signal_at_parent_end"] == 0  # It does not end with the shell that started it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from dataclasses import replace
 from datetime import timedelta
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.training.config import TrainingConfig
+from tests.support.forks import Process
 from tests.support.runs import said, start
 
 
@@ -97,8 +97,7 @@ def write_what_one_learns(rank: int, size: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_all_processes_learn_the_same(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    children = [context.Process(target=write_what_one_learns, args=(rank, 2, tmp_path)) for rank in range(2)]
+    children = [Process(target=write_what_one_learns, args=(rank, 2, tmp_path)) for rank in range(2)]
     for child in children:
         child.start()
     for child in children:

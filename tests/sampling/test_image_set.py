@@ -22,7 +22,7 @@ from hf_ddpm.sampling import image_set
 from hf_ddpm.sampling.image_set import write_samples
 from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling
 from hf_ddpm.solvers import named_scheduler
-from tests.support.runs import processes
+from tests.support.forks import Process
 
 
 def child(runs: list[dict], environment: dict[str, str], kill_after: int | None) -> None:
@@ -58,7 +58,7 @@ def sample(*runs: dict, num_processes: int = 1, kill_after: int | None = None) -
             environment |= {"LOCAL_WORLD_SIZE": f"{num_processes}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
         dies = kill_after if rank == num_processes - 1 else None
-        children.append(processes.Process(target=child, args=(list(runs), environment, dies)))
+        children.append(Process(target=child, args=(list(runs), environment, dies)))
         children[-1].start()
     if kill_after is not None:
         children[-1].join()

@@ -21,7 +21,6 @@ import os
 import re
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import traceback
@@ -31,8 +30,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
+from uuid import uuid4
 
 import yaml
+
+from tests.support.forks import python
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".gif")
 LARGEST_REGULAR_BYTES = 10_000
@@ -728,9 +730,12 @@ def client_environment(hub: HubServer, folder: Path, token: str | None = None) -
 
 def run_client(hub: HubServer, code: str, tmp_path: Path, token: str | None = None) -> str:
     """Return what `code` prints in a process of its own whose Hub is `hub`; a failure of it fails the test."""
-    environment = client_environment(hub, tmp_path / "hf", token)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    printed, complained = (tmp_path / f"{uuid4()}" for _ in range(2))
+    process = python(["-c", code], tmp_path, client_environment(hub, tmp_path / "hf", token), printed, complained)
+    process.start()
+    process.join()
+    said, errors = (path.read_text() for path in (printed, complained))
+    for path in (printed, complained):
+        path.unlink()
+    assert process.exitcode == 0, errors
+    return said

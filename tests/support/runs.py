@@ -20,6 +20,7 @@ from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
+from tests.support.forks import Process, write_output_to
 
 # When and how often it was started is all that may differ, and where it lies.
 OWN = ("run.json", "README.md", "config.yaml", "manifest.json", ".lock")
@@ -55,12 +56,6 @@ def differences(a: Path, b: Path) -> list[str]:
     return found
 
 
-# Children start from a process that has imported what takes seconds to import.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["hf_ddpm.training.loop", "tests.support.runs", "datasets", "matplotlib.figure", "matplotlib.backends.backend_agg"]
-)
-
 WORKER, TWICE, SUSPEND = 1001, 1002, 1003
 
 
@@ -77,8 +72,7 @@ def child(  # noqa: C901
         # Accelerate knows FSDP on GPUs only, and does without it elsewhere; gloo can do it.
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    for stream in (1, 2):
-        os.dup2(os.open(log_of(config), os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
+    write_output_to(log_of(config))
     multiprocessing.set_start_method("fork", force=True)  # for its loaders, as in a process of its own
     torch.set_num_threads(1)
     left = count
@@ -159,7 +153,7 @@ def start(
         is_victim = rank == victim
         own = last if last is not None and rank == num_processes - 1 else config
         arguments = (replace(own, local_rank=rank) if num_processes > 1 else own, event if is_victim else None)
-        children.append(processes.Process(target=child, args=(*arguments, count, action, environment)))
+        children.append(Process(target=child, args=(*arguments, count, action, environment)))
         children[-1].start()
     if event is not None and action == signal.SIGKILL:
         children[victim].join()

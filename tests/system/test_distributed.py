@@ -21,8 +21,9 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import load_config, save_config
+from tests.support.forks import Process, write_output_to
 from tests.support.networks import smallest_unet_config
-from tests.support.runs import child, differences, processes, said, start, trace
+from tests.support.runs import child, differences, log_of, said, start, trace
 
 ROOT = Path(__file__).parents[2]
 FSDP = {
@@ -142,7 +143,7 @@ def test_torchrun_restarts_a_process_that_died(runs, tmp_path):
     """torchrun's elastic restart, of all processes; the run is the one in which none died."""
     root, _ = runs
     config = load_config(str(root / "2 by 2" / "config.yaml"), output_dir=str(tmp_path / "run"))
-    agent = processes.Process(target=run_agent, args=(replace(config, resume_from_checkpoint="latest"),))
+    agent = Process(target=run_agent, args=(replace(config, resume_from_checkpoint="latest"),))
     agent.start()
     agent.join()
     assert agent.exitcode == 0, said(config)
@@ -152,6 +153,7 @@ def test_torchrun_restarts_a_process_that_died(runs, tmp_path):
 
 def run_agent(config):
     """Do what torchrun does, but fork the processes that train, which need not import all anew."""
+    write_output_to(log_of(config))
     os.environ |= {"ACCELERATE_USE_CPU": "true", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     settings: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test"}
     one_machine = LaunchConfig(1, 1, 2, start_method="fork", max_restarts=2, monitor_interval=0.1, **settings)

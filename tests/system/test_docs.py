@@ -75,7 +75,8 @@ def test_readme_commands_run(command):
 )
 @pytest.mark.filterwarnings("ignore:alpha_bar_T")
 def test_readme_python_runs(code, tmp_path):
-    code = code.replace("max_train_steps=200", "max_train_steps=1, ddpm_num_steps=10, eval_batch_size=1")
+    smaller = "max_train_steps=1, ddpm_num_steps=10, eval_batch_size=1, model_config_name_or_path='ddpm-model/unet'"
+    code = code.replace("max_train_steps=200", smaller)
     code = code.replace("(batch_size=16)", "(batch_size=2, num_inference_steps=10)")
     exec(compile(code, "README.md", "exec"), {})
 
@@ -84,9 +85,12 @@ def test_readme_python_runs(code, tmp_path):
 def test_readme_sharing_and_loading_work(tmp_path, image_folder):
     section = README.partition("## Share it")[2].partition("\n## ")[0]
     lines = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()
-    # Features of 24 images instead of 1,797.
-    few = f"--dataset_name {image_folder}"
-    lines = [line.replace("--dataset_name digits", few) if " evaluate " in line else line for line in lines]
+    # Features of 24 images instead of 1,797, and of 8 instead of 64.
+    few = {"--dataset_name digits": f"--dataset_name {image_folder}", "--num_images 64": "--num_images 8"}
+    (index,) = (i for i, line in enumerate(lines) if " evaluate " in line)
+    for words, fewer in few.items():
+        assert words in lines[index]
+        lines[index] = lines[index].replace(words, fewer)
     (tmp_path / "unet.json").write_text(json.dumps(smallest_unet_config(channels=1)))
     code = f"""
         import shlex
@@ -95,13 +99,14 @@ def test_readme_sharing_and_loading_work(tmp_path, image_folder):
             words = shlex.split(line)
             if words[0] == "accelerate":
                 words = words[3:] + ["--max_train_steps=2", "--eval_batch_size=2", "--cache_dir=cache"]
+                words += ["--no_save_figures"]
                 if "--init_from" not in words:
-                    words += ["--model_config_name_or_path=unet.json", "--ddpm_num_steps=10"]
+                    words += ["--model_config_name_or_path=unet.json", "--ddpm_num_steps=4"]
                 app(["train", *words], standalone_mode=False)
             else:
                 app(words[1:], standalone_mode=False)
         example = {re.findall("```python(.*?)```", section, re.DOTALL)[0].strip()!r}
-        exec(example.replace("batch_size=16", "batch_size=2, num_inference_steps=10"))
+        exec(example.replace("batch_size=16", "batch_size=2, num_inference_steps=4"))
         assert len(images) == 2
     """
     with HubServer(tokens={"hf_me": "me"}) as hub:

@@ -1,11 +1,11 @@
 """What `accelerate launch --config_file launch_configs/*.yaml` tells the processes that it starts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.forks import python
 
 ROOT = Path(__file__).parents[2]
 SAID = {
@@ -41,10 +41,12 @@ def test_launch_config_trains(name, tmp_path):
     out.mkdir()
     config = ROOT / f"launch_configs/{name}.yaml"
     assert f"accelerate launch --config_file launch_configs/{name}.yaml train_accelerate.py" in config.read_text()
-    command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", "2", "--main_process_port", "0", str(script), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    words = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+    words += ["--num_processes", "2", "--main_process_port", "0", str(script), str(out)]
+    launcher = python(words, tmp_path, None, tmp_path / "said.txt")
+    launcher.start()
+    launcher.join()
+    assert launcher.exitcode == 0, (tmp_path / "said.txt").read_text()
     for rank in ("0", "1"):
         environment = json.loads((out / rank).read_text())
         assert environment["WORLD_SIZE"] == "2"

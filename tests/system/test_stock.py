@@ -13,29 +13,58 @@ import torch
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
+from tests.support.hub_runs import NAME, TOKEN, nowhere, sample_images, save_run
+from tests.support.hub_server import HubServer, client_environment, run_client
 
 pytestmark = pytest.mark.slow  # all take the folders of a fixture that starts a process
 
-# Loads each folder with stock diffusers, samples, and saves the images, or the error, beside it.
+# With stock diffusers: loads a repository, with and without a network, and each folder; samples, and saves the images.
 STOCK = """
-import sys
+import os, sys
 sys.modules["hf_ddpm"] = None  # importing it raises ImportError
+from importlib import reload
 from pathlib import Path
-import diffusers, numpy, torch
+import diffusers, huggingface_hub, numpy, torch
+from huggingface_hub.utils import _http
 torch.set_num_threads(1)
-for folder in map(Path, sys.argv[1:]):
-    for name in ("DDPMPipeline", "DiffusionPipeline"):
-        pipeline = getattr(diffusers, name).from_pretrained(folder)
-        assert type(pipeline) is diffusers.DDPMPipeline and type(pipeline.scheduler) is diffusers.DDPMScheduler
-        pipeline.set_progress_bar_config(disable=True)
+name_on_hub, nowhere, *folders = sys.argv[1:]
+
+def load(name, loader, **settings):
+    pipeline = getattr(diffusers, loader).from_pretrained(name, **settings)
+    assert type(pipeline) is diffusers.DDPMPipeline and type(pipeline.scheduler) is diffusers.DDPMScheduler
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+def sample(pipeline, out):
+    generator = torch.Generator().manual_seed(0)
+    num_steps = len(pipeline.scheduler.betas)
+    images = pipeline(batch_size=2, generator=generator, num_inference_steps=num_steps, output_type="np").images
+    numpy.save(out, images)
+
+for state in ("online", "offline"):
+    os.mkdir(state)
+    if state == "offline":
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": nowhere}
+        reload(huggingface_hub.constants)  # which reads the environment when it is imported
+        assert huggingface_hub.constants.HF_HUB_OFFLINE and huggingface_hub.constants.ENDPOINT == nowhere
+        (getattr(_http, "close_session", None) or _http.reset_sessions)()
+    for loader in ("DDPMPipeline", "DiffusionPipeline"):
+        sample(load(name_on_hub, loader), f"{state}/{loader}.npy")
+    for dtype in (torch.float16, torch.bfloat16):
+        assert load(name_on_hub, loader, torch_dtype=dtype).unet.dtype is dtype
+for folder in map(Path, folders):
+    for loader in ("DDPMPipeline", "DiffusionPipeline"):
+        pipeline = load(folder, loader)
         try:
-            images = pipeline(
-                batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=25, output_type="np"
-            ).images
-            numpy.save(folder / f"{name}.npy", images)
+            sample(pipeline, folder / f"{loader}.npy")
         except ValueError as error:
             (folder / "error.txt").write_text(str(error))
 pipeline.save_pretrained(folder.parent / "saved_by_stock")
+"""
+PUSH = f"""
+from pathlib import Path
+from hf_ddpm.hub.upload import push
+push(Path("digits"), {NAME!r})
 """
 SETTINGS: dict[str, dict[str, Any]] = {
     "previous_sample": {"prediction_type": "previous_sample"},
@@ -47,7 +76,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pipelines of ours, saved, and then loaded by stock."""
+    """Pipelines of ours, saved and, of a run, pushed; and then loaded by stock."""
     root = tmp_path_factory.mktemp("stock")
     for name, settings in SETTINGS.items():
         torch.manual_seed(0)
@@ -66,7 +95,13 @@ def folder(tmp_path_factory):
             root / name
         )
     folders = [str(root / name) for name in SETTINGS]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, *folders], check=True)
+    save_run(root / "digits")
+    with HubServer(tokens={TOKEN: "alice"}) as hub:
+        run_client(hub, PUSH, root, TOKEN)
+        assert hub.repo(NAME).private
+        environment = client_environment(hub, root / "hf-of-stock", TOKEN)
+        command = [sys.executable, "-W", "ignore", "-c", STOCK, NAME, nowhere(), *folders]
+        subprocess.run(command, cwd=root, env=environment, check=True)
     return root
 
 
@@ -80,6 +115,13 @@ def test_stock_samples_the_same_images(folder, name):
     ).images
     for loader in ("DDPMPipeline", "DiffusionPipeline"):
         assert np.array_equal(np.load(folder / name / f"{loader}.npy"), ours)
+
+
+@pytest.mark.parametrize("state", ["online", "offline"])
+def test_stock_loads_a_private_repository(folder, state):
+    ours = sample_images(DDPMPipeline.from_pretrained(folder / "digits"))
+    for loader in ("DDPMPipeline", "DiffusionPipeline"):
+        assert np.array_equal(np.load(folder / state / f"{loader}.npy"), ours)
 
 
 def test_stock_refuses_what_it_cannot_express(folder):

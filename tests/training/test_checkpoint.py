@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from hf_ddpm.training.checkpoint import (
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import save_config
+from tests.support.forks import python
 from tests.support.networks import tiny_unet_config
 from tests.support.runs import differences
 
@@ -197,9 +197,16 @@ def test_resume_refuses_another_network_or_average(state, make_unet, tmp_path):
         load_checkpoint(unknown, checkpoint)
 
 
+# A process with its own mounts: what `unshare --user --map-root-user --mount` makes, CLONE_NEWUSER | CLONE_NEWNS.
 FULL_DISK = """
-import contextlib, os, shutil, subprocess
+import contextlib, ctypes, os, shutil, subprocess
 from hf_ddpm.cli import app
+
+ids = {{"uid_map": f"0 {{os.geteuid()}} 1", "gid_map": f"0 {{os.getegid()}} 1"}}
+assert ctypes.CDLL(None).unshare(0x10000000 | 0x00020000) == 0
+for name, text in {{"setgroups": "deny", **ids}}.items():
+    with open(f"/proc/self/{{name}}", "w") as file:
+        file.write(text)
 
 def mount(folder, kilobytes, *options):
     options = ",".join([*options, f"size={{kilobytes}}k"])
@@ -243,10 +250,10 @@ def test_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
     one = sum(p.stat().st_size for p in files if p.parts[-2] == "checkpoint-6" or p.parts[-3] == "checkpoint-6")
     save_config(replace(whole, output_dir="disk/run"), tmp_path / "config.yaml")
     sizes = {"small": int(1.7 * one) // 1024, "smaller": int(1.4 * one) // 1024}
-    command = [*namespace, sys.executable, "-W", "ignore", "-c", FULL_DISK.format(**sizes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, check=False, env=environment, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 0, done.stderr
+    process = python(["-c", FULL_DISK.format(**sizes)], tmp_path, None, tmp_path / "said.txt")
+    process.start()
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "said.txt").read_text()
     log = (tmp_path / "first.log").read_text()
     no_room = (tmp_path / "no_room.log").read_text()
     assert "a file could not be written, the run continues" in no_room

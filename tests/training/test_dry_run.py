@@ -23,8 +23,9 @@ from hf_ddpm.training.parsing import save_config
 from hf_ddpm.training.parts import Parts
 from hf_ddpm.training.setup import build_run, make_accelerator, make_scheduler
 from tests.support.command_line import parse_config
+from tests.support.forks import Process
 from tests.support.networks import tiny_unet_config
-from tests.support.runs import processes, said, start
+from tests.support.runs import said, start
 
 
 @pytest.fixture(autouse=True)
@@ -282,23 +283,21 @@ def test_dry_run_ends_when_images_cannot_be_read(tiny_settings, monkeypatch):
         train(TrainingConfig(**tiny_settings, dry_run=True))
 
 
-@pytest.mark.slow
-def hold_100_megabytes(sender) -> None:
+def hold_100_megabytes(path: Path) -> None:
     what, before, highest = dry_run._watch_memory(torch.device("cpu"))
     assert what == "main memory"
     held = torch.ones(25_000_000)
     del held
-    sender.send((-1 if before is None else highest() - before, dry_run._highest_resident()))
+    path.write_text(json.dumps([-1 if before is None else highest() - before, dry_run._highest_resident()]))
 
 
 @pytest.mark.slow
-def test_peak_memory_counts_what_was_held():
+def test_peak_memory_counts_what_was_held(tmp_path):
     # In a process of its own: here, what other tests held may be freed meanwhile, and its place be used.
-    answer, sender = processes.Pipe(duplex=False)
-    child = processes.Process(target=hold_100_megabytes, args=(sender,))
+    child = Process(target=hold_100_megabytes, args=(tmp_path / "held.json",))
     child.start()
-    added, highest = answer.recv()
     child.join()
+    added, highest = json.loads((tmp_path / "held.json").read_text())
     assert highest > 95_000_000
     if added == -1:
         pytest.skip("this system does not forget a peak")

@@ -1,7 +1,7 @@
 """Resuming in the folder of a run, and overwriting it."""
 
 import json
-import subprocess
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,16 @@ from tests.support.trained import assert_same_weights, losses, metrics, model_fi
 ROOT = Path(__file__).parents[2]
 
 
+def part(whole: TrainingConfig) -> TrainingConfig:
+    """Return a copy of a run that lost what came after its first checkpoint, as a kill leaves it."""
+    parted = replace(whole, output_dir=f"{whole.output_dir}-parted")
+    shutil.copytree(whole.output_dir, parted.output_dir)
+    for path in (Path(parted.output_dir) / name for name in (f"checkpoint-{whole.max_train_steps}", "unet")):
+        shutil.rmtree(path)
+    Path(parted.output_dir, "model_index.json").unlink()
+    return parted
+
+
 @pytest.mark.slow
 def test_resumed_run_equals_the_undisturbed_run(tiny_settings, tmp_path):
     settings = {
@@ -27,32 +37,25 @@ def test_resumed_run_equals_the_undisturbed_run(tiny_settings, tmp_path):
         "gradient_accumulation_steps": 2,
         "model_config_name_or_path": model_file(tmp_path, dropout=0.2),
     }
-    whole = TrainingConfig(**settings)
+    whole = TrainingConfig(**settings, checkpoints_total_limit=None)
     train(whole)
-    parted = replace(whole, output_dir=str(tmp_path / "parted"))
-    # The same run, whose last three steps are lost: what a kill after its first checkpoint leaves.
-    train(replace(parted, checkpoints_total_limit=None))
-    for name in ("checkpoint-6", "unet", "model_index.json"):
-        path = tmp_path / "parted" / name
-        subprocess.run(["rm", "-r", str(path)], check=True)
+    parted = part(whole)
     train(replace(parted, resume_from_checkpoint="latest"))
     assert losses(parted.output_dir) == losses(whole.output_dir)
     assert_same_weights(whole.output_dir, parted.output_dir)
-    assert json.loads((tmp_path / "parted/run.json").read_text())["training"]["num_resumes"] == 1
+    assert json.loads(Path(parted.output_dir, "run.json").read_text())["training"]["num_resumes"] == 1
 
 
 @pytest.mark.slow
-def test_resume_keeps_the_network_of_the_checkpoint(tiny_settings, tmp_path, monkeypatch):
+def test_resume_keeps_the_network_of_the_checkpoint(tiny_settings, monkeypatch):
     """Also where a later version sizes another for the data, whose weights have the same shapes."""
     settings = {**tiny_settings, "model_config_name_or_path": None, "dropout": 0.2}
+    settings |= {"max_train_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": None}
     with monkeypatch.context() as before:
         before.setattr(hf_ddpm.network, "MIN_GROUP_CHANNELS", 2)
         whole = TrainingConfig(**settings)
         train(whole)
-        parted = replace(whole, output_dir=str(tmp_path / "parted"))
-        train(replace(parted, checkpoints_total_limit=None))
-    for name in ("checkpoint-6", "unet", "model_index.json"):
-        subprocess.run(["rm", "-r", str(tmp_path / "parted" / name)], check=True)
+    parted = part(whole)
     train(replace(parted, resume_from_checkpoint="latest"))
     network = [json.loads(Path(run.output_dir, "unet/config.json").read_text()) for run in (whole, parted)]
     assert network[0] == network[1]
@@ -77,11 +80,11 @@ def test_resume_refuses_a_changed_model_config(tiny_settings, tmp_path):
 
 @pytest.mark.slow
 def test_resume_accepts_a_dropout_changed_in_the_config(tiny_settings):
-    config = TrainingConfig(**{**tiny_settings, "model_config_name_or_path": None, "max_train_steps": 3})
+    config = TrainingConfig(**{**tiny_settings, "model_config_name_or_path": None, "max_train_steps": 1})
     train(config)
     path = Path(config.output_dir, "config.yaml")
     path.write_text(path.read_text().replace("dropout: 0.0", "dropout: 0.2"))
-    train(replace(load_config(str(path)), max_train_steps=4, resume_from_checkpoint="latest"))
+    train(replace(load_config(str(path)), max_train_steps=2, resume_from_checkpoint="latest"))
     assert json.loads(Path(config.output_dir, "unet/config.json").read_text())["dropout"] == 0.2
 
 
