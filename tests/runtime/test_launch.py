@@ -9,9 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from hf_ddpm.cli import app
 from hf_ddpm.runtime import launch
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.launch import WAIT_VARIABLES, let_threads_sleep
 from hf_ddpm.runtime.signals import STOPPED
 from tests.support.forks import Process, python
 
@@ -229,3 +232,15 @@ def test_main_process_speaks(monkeypatch):
     assert launch.is_main_process()
     monkeypatch.setattr(os, "environ", {"RANK": "1"})
     assert not launch.is_main_process()
+
+
+def test_commands_let_threads_sleep_unless_the_user_says_how_they_wait(monkeypatch):
+    for name in WAIT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert CliRunner().invoke(app, ["train", "--no_such_flag"]).exit_code != 0
+    assert os.environ.pop("OMP_WAIT_POLICY") == "PASSIVE"
+    for name in WAIT_VARIABLES:
+        monkeypatch.setenv(name, "1")
+        let_threads_sleep()
+        assert {other: os.environ[other] for other in WAIT_VARIABLES if other in os.environ} == {name: "1"}
+        monkeypatch.delenv(name)
