@@ -26,6 +26,8 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import look_at, read_mapping, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
+from hf_ddpm.runtime.settings import require_choice
+from hf_ddpm.sampling.names import FORMATS
 from hf_ddpm.sampling.sampler import (
     FORWARD_BATCH,
     classes_in_turn,
@@ -35,7 +37,6 @@ from hf_ddpm.sampling.sampler import (
 )
 from hf_ddpm.sampling.schedulers import default_scheduler
 
-FORMATS = ("png", "parquet", "npz")
 GRID_IMAGES = 64
 # A set is written in at most MAX_PARTS part files, unless they would then hold more than MAX_PART_IMAGES each.
 MAX_PARTS, MAX_PART_IMAGES = 64, 1024
@@ -87,8 +88,7 @@ def write_samples(
         ValueError: Before sampling, when there is no such model, a setting cannot work, or `out` holds something else.
         OSError: When the model cannot be read, or `out` cannot be written.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    require_choice("format", format, FORMATS)
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     check_seeds(seed, num_images)

@@ -22,10 +22,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from hf_ddpm.runtime.settings import require_choice
+from hf_ddpm.sampling.names import SCHEDULERS
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, is_solvable
 from hf_ddpm.timesteps import SearchedTimesteps
-
-SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 
 # The steps of the solvers. benchmarks/solvers/table.md compares them; UniPC is the default by it.
 DEFAULT_STEPS = 20
@@ -74,8 +74,7 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
     Raises:
         ValueError: When there is no such name, or only `ddpm` can sample the model.
     """
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
+    require_choice("scheduler", name, SCHEDULERS)
     ddpm = as_our_scheduler(config)
     if name == "ddpm":
         return ddpm

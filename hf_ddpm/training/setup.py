@@ -21,6 +21,8 @@ from diffusers.optimization import get_scheduler
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.shards import ImageStream, open_stream
 from hf_ddpm.data.sources import describe_unread
+from hf_ddpm.data.splits import check_split
+from hf_ddpm.evaluation.features import check_network
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme
 from hf_ddpm.network import compile_network, make_unet
@@ -229,6 +231,9 @@ def _load_images(
         require_same_run(config)
         if not config.overwrite_output_dir:
             check_readme(Path(config.output_dir))
+        if config.eval_steps is not None:
+            check_split(config, config.eval_split, "eval_split")
+            check_network(config.eval_network, config.eval_network_path)
         # What the settings leave open is tried as soon as the images have decided it.
         is_known = config.resolution is not None or config.model_config_name_or_path is not None
         if is_known:

@@ -30,7 +30,8 @@ from hf_ddpm.hub import space
 from hf_ddpm.hub.readme import BEGIN, END
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, named_scheduler
+from hf_ddpm.sampling.names import SCHEDULERS
+from hf_ddpm.sampling.schedulers import default_scheduler, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import smallest_unet_config

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_ddpm import DDPMScheduler
-from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
+from hf_ddpm.sampling.names import SCHEDULERS
+from hf_ddpm.sampling.schedulers import default_scheduler, default_steps, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps
 
 

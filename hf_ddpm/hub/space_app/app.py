@@ -27,7 +27,8 @@ from torch import Tensor
 
 from hf_ddpm.figures import to_pil
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
+from hf_ddpm.sampling.names import SCHEDULERS
+from hf_ddpm.sampling.schedulers import default_scheduler, default_steps, named_scheduler
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
 
 MODEL = os.environ.get("MODEL", "")  # a Hub id, or a folder
