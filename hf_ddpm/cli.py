@@ -11,9 +11,12 @@ import typer
 
 from hf_ddpm import recipes
 from hf_ddpm.data.config import DataConfig, check_data_paths
+from hf_ddpm.evaluation.names import METRICS, NETWORK_NAMES
+from hf_ddpm.names import DTYPES, FORMATS, SCHEDULERS
 from hf_ddpm.runtime.command_line import (
     Command,
     CommandLine,
+    choice,
     completer,
     finish,
     option,
@@ -50,10 +53,12 @@ Model = Annotated[str, typer.Argument(help="A folder that holds a pipeline, or a
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Image i has the seed SEED + i.")]
 BatchSize = Annotated[int, option("batch_size", "Images per forward pass; on a CPU always 16.", min=1)]
 Device = Annotated[str | None, typer.Option(help="Default: cuda or mps if there is one, else cpu.")]
-Dtype = Annotated[str, typer.Option(help="The network's arithmetic: fp32, or bf16, which is faster.")]
+Dtype = Annotated[str, choice("dtype", "The network's arithmetic: fp32, or bf16, which is faster.", DTYPES)]
 Compile = Annotated[bool, switch("compile", "Compile the network; for many images.")]
 Uniform = Annotated[bool, switch("uniform", "Ignore the timesteps of `hf-ddpm schedule`.")]
-Network = Annotated[str | None, typer.Option(help="inception (for the FID), dinov2, clip or efficientnet-lite0.")]
+Network = Annotated[
+    str | None, choice("network", "inception (for the FID), dinov2, clip or efficientnet-lite0.", NETWORK_NAMES)
+]
 NetworkPath = Annotated[
     str | None, option("network_path", "The network's file; of dinov2 and clip a folder or Hub id.")
 ]
@@ -117,10 +122,11 @@ def sample(
     ] = None,
     scheduler: Annotated[
         str | None,
-        option(
+        choice(
             "scheduler",
             "ddpm, ddim, dpmsolver++ or unipc. Default: unipc; dpmsolver++ where its searched timesteps are "
             "nearer; ddpm where only that can sample the model.",
+            SCHEDULERS,
         ),
     ] = None,
     class_label: Annotated[int | None, option("class_label", "The class. Default: each in turn.", min=0)] = None,
@@ -130,7 +136,7 @@ def sample(
     dtype: Dtype = "fp32",
     compile: Compile = False,
     uniform: Uniform = False,
-    format: Annotated[str, option("format", "png, named by seed; parquet, for `datasets`; or npz.")] = "png",
+    format: Annotated[str, choice("format", "png, named by seed; parquet, for `datasets`; or npz.", FORMATS)] = "png",
     json: Json = False,
 ) -> None:
     """Sample images of a model.
@@ -140,10 +146,7 @@ def sample(
     with report_errors():
         _join_launcher()
         from hf_ddpm.sampling.image_set import write_samples
-        from hf_ddpm.solvers import SCHEDULERS
 
-        if scheduler is not None and scheduler not in SCHEDULERS:
-            raise UsageError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
         write_samples(
             model,
             out,
@@ -168,16 +171,21 @@ def sample(
 @app.command(cls=Command)
 @with_options_of(
     DataConfig,
-    ("dataset_name", "dataset_config_name", "image_column", "label_column", "center_crop", "value_range", "cache_dir"),
+    (
+        *("dataset_name", "dataset_config_name", "image_column", "label_column", "center_crop", "value_range"),
+        *("max_image_pixels", "cache_dir"),
+    ),
 )
 def evaluate(
     model: Model,
     metrics: Annotated[
         str,
-        option(
+        choice(
             "metrics",
             "Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
             "nll (bits per dimension), memorization.",
+            METRICS,
+            is_list=True,
         ),
     ] = "fd,kid,precision",
     reference: Annotated[
@@ -193,7 +201,9 @@ def evaluate(
     num_inference_steps: Annotated[
         str | None, option("num_inference_steps", "See `sample`; several are separated by commas.")
     ] = None,
-    scheduler: Annotated[str | None, option("scheduler", "See `sample`; several are separated by commas.")] = None,
+    scheduler: Annotated[
+        str | None, choice("scheduler", "See `sample`; several are separated by commas.", SCHEDULERS, is_list=True)
+    ] = None,
     network: Network = None,
     network_path: NetworkPath = None,
     timesteps_per_image: Annotated[
@@ -255,7 +265,10 @@ def evaluate(
 @app.command(cls=Command)
 @with_options_of(
     DataConfig,
-    ("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "value_range", "cache_dir"),
+    (
+        *("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "value_range"),
+        *("max_image_pixels", "cache_dir"),
+    ),
 )
 def reference(
     dataset: Annotated[
@@ -319,6 +332,8 @@ def schedule(
         numbers = split_numbers("steps", steps)
         if not numbers:
             raise UsageError(f"steps must be whole numbers, got {steps!r}")
+        if min(numbers) < 2:
+            raise UsageError(f"steps must be at least 2, got {min(numbers)}")
         from dataclasses import asdict
 
         from hf_ddpm.timesteps import check_search

@@ -26,7 +26,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.files import naming_damage, read_mapping, write_atomically
+from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.scheduler import (
     DDPMScheduler,
     as_our_scheduler,
@@ -35,8 +37,6 @@ from hf_ddpm.scheduler import (
     require_num_inference_steps,
 )
 from hf_ddpm.timesteps import SearchedTimesteps, best_solver
-
-SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 
 SAMPLER_FILE = Path("scheduler", "sampler.json")
 
@@ -150,8 +150,7 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
     Raises:
         ValueError: When there is no such name, or only `ddpm` can sample the model.
     """
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
+    require_choice("scheduler", name, SCHEDULERS)
     ddpm = as_our_scheduler(config)
     if name == "ddpm":
         return ddpm

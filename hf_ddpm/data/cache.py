@@ -66,6 +66,7 @@ CACHED_SETTINGS = (
     "value_range",
     "preserve_input_precision",
     "on_bad_image",
+    "max_image_pixels",
 )
 
 
@@ -347,7 +348,8 @@ def _find_classes(dataset: Dataset) -> tuple[np.ndarray | None, list[str] | None
     for row, value in enumerate(values):
         if value not in allowed:
             raise UsageError(
-                f"label_column must give each image a class, got {value} in row {row} of {column!r}: "
+                f"label_column must give each image a class, got {'an empty cell' if value is None else value} in row "
+                f"{row} of {column!r}: "
                 "give it one, or leave the row out"
             )
     distinct = sorted(allowed)

@@ -87,6 +87,13 @@ class DataConfig:
         group="data",
         resume="free",
     )
+    max_image_pixels: int | None = setting(
+        None,
+        "The most pixels of an image, against files that fill the memory; default: Pillow's limit, 179 million.",
+        group="data",
+        resume="free",
+        at_least=1,
+    )
     cache_dir: str | None = setting(
         None,
         "The folder for downloads and decoded images; default: Hugging Face's.",

@@ -11,7 +11,9 @@ loss            what a file holds and its planes do not: bits, bands or frames
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 NUM_HEADERS = 64  # The first so many headers decide what resolution=None and channels=None mean.
 MAX_ASPECT_RATIO = 100
+_LIMIT = threading.Lock()  # Pillow's limit is one for the process.
 GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"))
 
 
@@ -100,17 +103,33 @@ def with_bytes(encoded: Any) -> Any:
         raise NotFetchedError(in_one_line(error, with_type=True)) from error
 
 
-def open_image(encoded: Any) -> Image.Image:
+def open_image(encoded: Any, max_pixels: int | None = None) -> Image.Image:
     """Open an encoded image and read its header.
 
+    Args:
+        encoded: The encoded image.
+        max_pixels: The most pixels that an image may have; None: Pillow's own limit. It is Pillow's only while the
+            image is opened, and no longer that of the process.
+
     Raises:
-        ValueError: When the row holds neither bytes nor a path.
+        ValueError: When the row holds neither bytes nor a path, or the image has more pixels.
         Exception: When the file cannot be read or is no image; Pillow raises nearly any class.
     """
     encoded = with_bytes(encoded)
     if encoded is None or encoded["bytes"] is None:
         raise ValueError("the row is empty")
-    return Image.open(io.BytesIO(encoded["bytes"]), formats=readable_formats())
+    content = io.BytesIO(encoded["bytes"])
+    if max_pixels is None:
+        return Image.open(content, formats=readable_formats())
+    with _LIMIT:
+        pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(content, formats=readable_formats())
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillows
+    if image.width * image.height > max_pixels:
+        raise Image.DecompressionBombError(f"{image.width * image.height} pixels, more than {max_pixels}")
+    return image
 
 
 def decode(encoded: Any, name: str, image_format: ImageFormat) -> Decoded:
@@ -127,7 +146,7 @@ def decode(encoded: Any, name: str, image_format: ImageFormat) -> Decoded:
         NeedsSixteenBits: When the image has 16 bits and the format has 8.
         Exception: When the file is broken; Pillow's decoders raise nearly any class.
     """
-    with open_image(encoded) as image:
+    with open_image(encoded, image_format.config.max_image_pixels) as image:
         # Loading forgets how many bits and bands there were.
         losses = losses_of(image, image_format)
         check_keeps_precision(image, name, image_format.config)
@@ -177,6 +196,11 @@ def unreadable_image_error(name: str, error: Exception) -> UsageError:
     reason = in_one_line(error)
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that Pillow knows"
+    if isinstance(error, Image.DecompressionBombError):
+        return UsageError(
+            f"every image must be within the limit of pixels, got {name}: {reason}; if it is no attack on the memory, "
+            "give --max_image_pixels, or leave out all such images with --on_bad_image skip"
+        )
     if is_transient(error):
         return UsageError(f"every image must be readable, got {name}: {reason}; try again, or remove it")
     return UsageError(
@@ -225,7 +249,7 @@ def _read_headers(images: Iterable[tuple[str, Any]], config: DataConfig) -> list
     num_unreadable = 0
     for name, encoded in images:
         try:
-            with open_image(encoded) as image:
+            with open_image(encoded, config.max_image_pixels) as image:
                 check_keeps_precision(image, name, config)
                 headers.append(_Header(name, image.size, image.mode, _is_gray(image)))
         except UsageError:
@@ -283,7 +307,8 @@ def to_planes(image: Image.Image, image_format: ImageFormat, name: str) -> np.nd
         NeedsSixteenBits: When the image has 16 bits and the format has 8, though the settings would preserve 16.
     """
     max_value, config = image_format.max_value, image_format.config
-    ImageOps.exif_transpose(image, in_place=True)
+    with contextlib.suppress(Exception):  # Damaged text beside pixels that are whole; Pillow raises nearly any class.
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("pixels of mode F are 32-bit floats, whose range is unknown")
     is_deep = image.mode.startswith("I")

@@ -303,12 +303,26 @@ def choose_columns(dataset: Any, config: DataConfig) -> Any:
     if label is not None and label not in dataset.features:
         raise UsageError(f"label_column must be one of {list(dataset.features)}, got {label!r}: --label_column")
     if label is not None and not _holds_classes(dataset.features[label]):
+        _require_no_empty_cell(dataset, label)
         raise UsageError(
             "label_column must hold integers, classes or strings, "
             f"got {label!r} of {dataset.features[label]}: --label_column"
         )
     columns = [column] if label is None else [column, label]
     return dataset.select_columns(columns).cast_column(column, datasets.Image(decode=False))
+
+
+def _require_no_empty_cell(dataset: Any, label: str) -> None:
+    """Name an empty cell of a column of numbers: by it, whole numbers become floats in tables."""
+    rows = getattr(dataset, "num_rows", None)  # a stream has none
+    if rows is None or not str(getattr(dataset.features[label], "dtype", "")).startswith(("float", "null")):
+        return
+    for row, value in enumerate(dataset.select_columns([label])[:][label]):
+        if value is None or value != value:
+            raise UsageError(
+                f"label_column must give each image a class, got an empty cell in row {row} of {label!r}: "
+                "give it one, or leave the row out"
+            )
 
 
 def _image_column(features: Any, column: str | None) -> str:

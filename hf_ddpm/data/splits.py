@@ -32,15 +32,10 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
         MissingSplitError: When there is no such split.
         UsageError: As `load_images` raises it.
     """
-    if not re.fullmatch(SPLIT_NAME, split):
-        raise UsageError(f"{option} must be a name such as train or test, got {split!r}")
+    check_split(config, split, option)
     source = find_source(config)
-    if split == config.train_split and option != "split":
-        raise MissingSplitError(f"{option} must be held out, got {split!r}, which is trained on (train_split)")
     if split in ("train", config.train_split):
         yield load_images(config)
-    elif source.kind == "digits":
-        raise MissingSplitError(f"{option} must be train, which is all that digits has, got {split!r}")
     elif source.kind in ("images", "saved"):
         yield load_images(_config_of_split_folder(source, config, split, option))
     else:
@@ -51,17 +46,44 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
             yield load_images(replace(config, dataset_name=str(saved), **whole))
 
 
+def check_split(config: DataConfig, split: str, option: str = "split") -> None:
+    """Check what names alone tell of a split, before any image is decoded.
+
+    Raises:
+        MissingSplitError: When there is no such split.
+        UsageError: When it can be no name of one.
+    """
+    if not re.fullmatch(SPLIT_NAME, split):
+        raise UsageError(f"{option} must be a name such as train or test, got {split!r}")
+    source = find_source(config)
+    if split == config.train_split and option != "split":
+        raise MissingSplitError(f"{option} must be held out, got {split!r}, which is trained on (train_split)")
+    if split in ("train", config.train_split):
+        return
+    if source.kind == "digits":
+        raise MissingSplitError(f"{option} must be train, which is all that digits has, got {split!r}")
+    if source.kind in ("images", "saved"):
+        _config_of_split_folder(source, config, split, option)
+
+
 def _config_of_split_folder(source: Source, config: DataConfig, split: str, option: str) -> DataConfig:
     """Return the settings that name the folder of a split: images and saved data sets keep each split in its own."""
     root = Path(config.dataset_name or config.train_data_dir or "").expanduser()
     of_kind = [path for name, path in source.splits.items() if split_kind(name) == split_kind(split) is not None]
     folder = source.splits.get(split) or (of_kind[0] if len(of_kind) == 1 else root / split)
     if not folder.is_dir():
-        raise MissingSplitError(f"{option} must be in {source.option} as a folder, got {split!r} of {source.name!r}")
+        there = f", which has {', '.join(source.splits)}" if source.splits else ""
+        raise MissingSplitError(
+            f"{option} must be in {source.option} as a folder, got {split!r} of {source.name!r}{there}"
+        )
     if option != "split" and source.kind == "images" and source.folder == root:
         raise MissingSplitError(
-            f"{option} must be held out, got {split!r} of {source.name!r}, all of which is trained on: put the "
-            "others in a folder `train` beside it"
+            f"{option} must be held out, got {split!r} of {source.name!r}, all of which is trained on: "
+            + (
+                "give --train_split train"
+                if (root / "train").is_dir()
+                else "put the others in a folder `train` beside it"
+            )
         )
     if source.kind == "images":
         return replace(config, dataset_name=None, train_data_dir=str(folder), train_split=None)

@@ -22,7 +22,6 @@ from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.job import MEMORIZATION_QUANTILE, Comparison, Job, Request, SamplerSetting, load_job, num_terms
 from hf_ddpm.evaluation.likelihood import Likelihood, draw_bound
 from hf_ddpm.evaluation.measure import (
-    DISTANCES,
     NEIGHBORS,
     Samples,
     measure_distances,
@@ -32,6 +31,7 @@ from hf_ddpm.evaluation.measure import (
 )
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT
+from hf_ddpm.evaluation.names import DISTANCES
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
 from hf_ddpm.runtime.devices import device_name
@@ -303,10 +303,23 @@ def _memorization_row(
             **{name: value for name, value in asdict(measured).items() if name != "pairs"},
             "mirrored": job.data.random_flip,
         },
-        "remark": f"a model that does not copy has so many with probability {measured.near_p_value:.2g}; "
-        f"Z = {measured.z:.2f}, of which the probability is {measured.z_p_value:.2g}",
+        "remark": _describe_copies(measured),
     }
     return row | ({"network": comparison.network.identity} if space == "features" else {})
+
+
+def _describe_copies(measured: Memorization) -> str:
+    """Return in words how probable so many near samples are, and on which side of real images samples lie."""
+    if measured.z > 3:
+        side = "samples are nearer to training images than held-out ones are, beyond chance"
+    elif measured.z < -3:
+        side = "samples are farther from training images than held-out ones are, so they are no copies as a whole"
+    else:
+        side = "samples are as far from training images as held-out ones are, within chance"
+    return (
+        f"of models that do not copy, {measured.near_p_value:.2g} have at least so many near samples; "
+        f"Z = {measured.z:.2f}: {side}"
+    )
 
 
 def _command(job: Job) -> str:

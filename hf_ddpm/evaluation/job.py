@@ -20,32 +20,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from hf_ddpm.data.batches import center_pixels, epoch_order
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.evaluation.features import FeatureNetwork, check_network, load_network
 from hf_ddpm.evaluation.likelihood import inclusion_probabilities
-from hf_ddpm.evaluation.measure import DISTANCES, NEIGHBORS, Measured, first_images, measure_distances
+from hf_ddpm.evaluation.measure import NEIGHBORS, Measured, first_images, measure_distances
 from hf_ddpm.evaluation.memorization import MIN_SAMPLES
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT, Splits
+from hf_ddpm.evaluation.names import DISTANCES, METRICS
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_warnings, load_reference, real_vs_real
 from hf_ddpm.hub.card import check_readme
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.hub.readme import named_repository
+from hf_ddpm.names import DTYPES, SCHEDULERS
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
-from hf_ddpm.runtime.settings import check_values, with_plain_paths
-from hf_ddpm.sampling.sampler import DTYPES, classes_in_turn, forward_batch_of, load_for_sampling
+from hf_ddpm.runtime.settings import check_values, require_choice, with_plain_paths
+from hf_ddpm.sampling.sampler import classes_in_turn, forward_batch_of, load_for_sampling
 from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.solvers import SCHEDULERS, choose_sampler, named_scheduler
+from hf_ddpm.solvers import choose_sampler, named_scheduler
 
-METRICS = (*DISTANCES, "nll", "memorization")
 MEMORIZATION_QUANTILE = 0.01
 
 
@@ -108,11 +108,9 @@ class Request:
     def __post_init__(self) -> None:
         if not self.metrics or set(self.metrics) - set(METRICS):
             raise UsageError(f"metrics must be of {', '.join(METRICS)}, got {', '.join(self.metrics) or 'none'}")
-        unknown = sorted(set(self.schedulers) - set(SCHEDULERS))
-        if unknown:
-            raise UsageError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {unknown[0]!r}")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for scheduler in self.schedulers:
+            require_choice("scheduler", scheduler, SCHEDULERS)
+        require_choice("dtype", self.dtype, DTYPES)
         for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -205,6 +203,7 @@ def load_job(request: Request) -> Iterator[Job]:
             )
         out = folder if request.out is None else look_at("out", request.out)
         is_model_folder = out.resolve() == folder.resolve()
+        _check_network(request)
         weights = weights_sha256(folder)
         processes.require_equal(weights, "weights")
         if weights is None:
@@ -279,15 +278,23 @@ def _load_comparison(
         return None
     channels = pipeline.unet.config.in_channels
     reference = None if request.reference is None else load_reference(request.reference)
-    network = _load_network(request, reference, channels, pipeline.device)
+    if channels not in (1, 3):
+        raise UsageError(f"feature networks take 1 or 3 channels, got a model of {channels}: only nll can be measured")
+    # MPS has no float64, and what it computes is not reproducible.
+    device = "cpu" if pipeline.device.type == "mps" else pipeline.device
+    network = load_network(_network_name(request, reference), request.network_path, device)
     if not distances:
         return Comparison(network)
+    # The features of all images of a split take minutes: counts are compared before.
+    _check_count("num_images", request.num_images, distances, network)
     if reference is not None:
         check_comparable(reference, network, splits.resolution, channels)
         other_reference = None if request.other_reference is None else load_reference(request.other_reference)
+        _check_count("the reference", reference.count, distances, network)
+        _check_count("the reference's features", len(reference.features), [*{*distances} - {"fd"}], network)
     else:
+        _check_count("the reference", len(splits.open(request.split)), distances, network)
         reference, other_reference = splits.references(network, request.split, request.test_split)
-    _check_counts(distances, network, reference, request.num_images)
     compared = f"halves of {reference.metadata['data']['split']}"
     if other_reference is not None:
         compared = f"{other_reference.metadata['data']['split']} against {reference.metadata['data']['split']}"
@@ -298,30 +305,29 @@ def _load_comparison(
     return Comparison(network, reference, measured, compared)
 
 
-def _load_network(
-    request: Request, reference: Reference | None, channels: int, device: torch.device
-) -> FeatureNetwork:
-    name = request.network or (reference.metadata["network"]["network"] if reference else "inception")
+def _network_name(request: Request, reference: Reference | None) -> str:
+    return request.network or (reference.metadata["network"]["network"] if reference else "inception")
+
+
+def _check_network(request: Request) -> None:
+    """Look for the feature network, if one is needed, before the model is loaded."""
+    if not {*DISTANCES, "memorization"} & {*request.metrics}:
+        return
+    reference = None if request.reference is None else load_reference(request.reference)
+    name = _network_name(request, reference)
     if "cmmd" in request.metrics and name != "clip":
         raise UsageError(f"cmmd is of CLIP's embeddings, got the network {name!r}: --network clip")
-    if channels not in (1, 3):
-        raise UsageError(f"feature networks take 1 or 3 channels, got a model of {channels}: only nll can be measured")
     check_network(name, request.network_path)
-    # MPS has no float64, and what it computes is not reproducible.
-    return load_network(name, request.network_path, "cpu" if device.type == "mps" else device)
 
 
-def _check_counts(metrics: list[str], network: FeatureNetwork, reference: Reference, num_images: int) -> None:
-    """Check that there are enough samples and real images for each metric."""
+def _check_count(name: str, count: int, metrics: Sequence[str], network: FeatureNetwork) -> None:
+    """Check that so many images are enough for each metric."""
     if "fd" in metrics:
-        for count, name in ((num_images, "num_images"), (reference.count, "the reference")):
-            warnings = frechet_warnings(count, network)
-            if warnings:
-                raise UsageError(f"{name} must be more for fd, got {count:,}: {warnings[0]}")
-    least = max({"fd": 2, "kid": 4, "cmmd": 4, "precision": NEIGHBORS + 1}[metric] for metric in metrics)
-    for count, name in ((num_images, "num_images"), (len(reference.features), "the reference's features")):
-        if count < least:
-            raise UsageError(f"{name} must be at least {least} for {', '.join(metrics)}, got {count}")
+        for warning in frechet_warnings(count, network):
+            raise UsageError(f"{name} must be more for fd, got {count:,}: {warning}")
+    least = max(({"fd": 2, "kid": 4, "cmmd": 4, "precision": NEIGHBORS + 1}[each] for each in metrics), default=0)
+    if count < least:
+        raise UsageError(f"{name} must be at least {least} for {', '.join(metrics)}, got {count}")
 
 
 def _choose_classes(unet: Any, splits: Splits, request: Request) -> tuple[list[int] | None, str | None]:

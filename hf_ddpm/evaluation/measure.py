@@ -31,13 +31,6 @@ from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.sampler import iter_samples
 from hf_ddpm.scheduler import DDPMScheduler
 
-# Metrics that compare features of samples with a reference -> the names of their results.
-DISTANCES = {
-    "fd": ("fd",),
-    "kid": ("kid",),
-    "cmmd": ("cmmd",),
-    "precision": ("precision", "recall", "density", "coverage"),
-}
 NEIGHBORS = 5  # k of precision, recall, density and coverage
 
 

@@ -16,13 +16,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hf_ddpm.evaluation.measure import DISTANCES, NEIGHBORS
+from hf_ddpm.evaluation.measure import NEIGHBORS
+from hf_ddpm.evaluation.names import DISTANCES
 from hf_ddpm.figures import Curve, Level, draw_curves
 from hf_ddpm.hub.card import write_card
+from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, read_mapping, write_atomically
 from hf_ddpm.runtime.run_files import EVALUATION_PICTURES
-from hf_ddpm.solvers import SCHEDULERS
 
 FORMAT = 1
 SAMPLER_KEYS = ("scheduler", "num_inference_steps", "timesteps")

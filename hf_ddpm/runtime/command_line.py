@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from hf_ddpm.runtime.errors import PushError, RunError, UsageError, in_one_line, without_tokens
 from hf_ddpm.runtime.launch import is_main_process, report_outcome, take_token_from_argv
-from hf_ddpm.runtime.settings import SettingInfo, choices_of, did_you_mean, settings_of
+from hf_ddpm.runtime.settings import SettingInfo, choices_of, did_you_mean, require_choice, settings_of
 from hf_ddpm.runtime.signals import STOPPED, StoppedOnPurpose
 
 # The base of all that Typer says about a wrong command line. Typer itself exports this one of its subclasses only.
@@ -250,6 +250,20 @@ def completer(choices: Sequence[str]) -> Callable[[str], list[str]]:
 def option(name: str, help: str, **settings: Any) -> Any:
     """Return a Typer option whose flag is its name, with underscores."""
     return typer.Option(f"--{name}", help=help, **settings)
+
+
+def choice(name: str, help: str, choices: Sequence[str], is_list: bool = False) -> Any:
+    """Return a Typer option that takes one of `choices`, or several that commas separate.
+
+    A wrong one is answered while the command line is read, before the command loads what it needs.
+    """
+
+    def check(value: str | None) -> str | None:
+        for each in split_commas(value) if is_list else [] if value is None else [value]:
+            require_choice(name, each, choices)
+        return value
+
+    return option(name, help, callback=check, autocompletion=completer(choices))
 
 
 def switch(name: str, help: str) -> Any:

@@ -24,12 +24,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_ddpm.figures import grid, png_bytes, to_pil
+from hf_ddpm.names import FORMATS
 from hf_ddpm.network import num_classes_of
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import look_at, read_mapping, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.run_files import read_run, run_folder_of
 from hf_ddpm.runtime.seeds import check_seeds
+from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.sampling.sampler import (
     FORWARD_BATCH,
     classes_in_turn,
@@ -39,7 +41,6 @@ from hf_ddpm.sampling.sampler import (
 )
 from hf_ddpm.solvers import choose_sampler
 
-FORMATS = ("png", "parquet", "npz")
 GRID_IMAGES = 64
 # A set is written in at most MAX_PARTS part files, unless they would then hold more than MAX_PART_IMAGES each.
 MAX_PARTS, MAX_PART_IMAGES = 64, 1024
@@ -92,8 +93,7 @@ def write_samples(
         ValueError: Before sampling, when there is no such model, a setting cannot work, or `out` holds something else.
         OSError: When the model cannot be read, or `out` cannot be written.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    require_choice("format", format, FORMATS)
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     check_seeds(seed, num_images)

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.hub.download import find_model
+from hf_ddpm.names import DTYPES, SCHEDULERS
 from hf_ddpm.network import compile_network, naming_weights, require_finite
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import process_device, require_compiler
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.solvers import SCHEDULERS, choose_sampler, named_scheduler
+from hf_ddpm.runtime.settings import require_choice
+from hf_ddpm.solvers import choose_sampler, named_scheduler
 
-# The types that the network can compute in.
-DTYPES = ("fp32", "bf16")
 # From 16 images on, PyTorch chooses a CPU's 1x1 convolution without regard to the number of threads, which differs
 # between one process and several; from 64 images on, diffusers lays out what it enlarges in another way.
 FORWARD_BATCH = 16
@@ -59,10 +59,10 @@ def load_for_sampling(
         ValueError: When there is no such model, scheduler, device, dtype or number of steps, or weights are NaN.
         OSError: When a file of the model cannot be read.
     """
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if scheduler is not None and scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
+    if dtype is not None:
+        require_choice("dtype", dtype, DTYPES)
+    if scheduler is not None:
+        require_choice("scheduler", scheduler, SCHEDULERS)
     checked_device = process_device(device)
     folder, _ = find_model(model)
     if compile:

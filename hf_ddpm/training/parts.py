@@ -99,7 +99,7 @@ def load_dataset(dataset: Any, config: TrainingConfig, accept: Accept | None) ->
     return images
 
 
-def check_network(network: Any, config: TrainingConfig, images: Any) -> None:
+def check_given_network(network: Any, config: TrainingConfig, images: Any) -> None:
     """Check that a network that was passed takes the images, by one forward pass of two of them.
 
     Raises:

@@ -21,6 +21,8 @@ from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.shards import ImageStream, open_stream
+from hf_ddpm.data.splits import check_split
+from hf_ddpm.evaluation.features import check_network
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme
 from hf_ddpm.network import compile_network, make_unet
@@ -39,7 +41,7 @@ from hf_ddpm.training.finetuning import load_weights, network_of, take_over
 from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import check_same_run
-from hf_ddpm.training.parts import Parts, check_network, load_dataset
+from hf_ddpm.training.parts import Parts, check_given_network, load_dataset
 from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
 from hf_ddpm.training.publishing import create_run_repository, repository_of
 from hf_ddpm.training.run import FREE_SPACE, Run, print_once, try_to_track
@@ -235,6 +237,9 @@ def _load_images(
         require_same_run(config)
         if not config.overwrite_output_dir:
             check_readme(Path(config.output_dir))
+        if config.eval_steps is not None:
+            check_split(config, config.eval_split, "eval_split")
+            check_network(config.eval_network, config.eval_network_path)
         # What the settings leave open is tried as soon as the images have decided it.
         is_known = config.resolution is not None or config.model_config_name_or_path is not None
         if is_known and parts.network is None:
@@ -409,7 +414,7 @@ def _make_unet(config: TrainingConfig, images: Images, checkpoint: Path | None, 
     One that was passed to `train` is taken as it is.
     """
     if given is not None:
-        check_network(given, config, images)
+        check_given_network(given, config, images)
         if config.gradient_checkpointing:
             given.enable_gradient_checkpointing()
         return given

@@ -30,6 +30,9 @@ def hf_ddpm(*arguments):
         (["train", "--train_batch_size", "0"], "error: train_batch_size must be at least 1, got 0\n"),
         (["sample", "model", "--out", "x", "--num_image", "4"], "did you mean --num_images?\n"),
         (["sample", "model", "--out", "x", "--scheduler", "euler"], "scheduler must be one of ddpm, ddim,"),
+        (["evaluate", "model", "--scheduler", "ddim,unpic"], "got 'unpic'; did you mean unipc?\n"),
+        (["train", "--batch_size", "8"], "no such option: --batch_size; did you mean --train_batch_size?\n"),
+        (["train", "--ddpm_beta_schedule", "cosine"], "got 'cosine'; did you mean squaredcos_cap_v2?\n"),
         (["push", "run", "name", "--publc"], "did you mean --public?\n"),
         (["evaluate", "model", "--center_crop"], "center_crop needs --dataset_name, got none"),
         (["reference", "digits", "--out", "x", "--channels", "2"], "channels must be one of 1, 3, 4, got '2'\n"),
@@ -55,7 +58,12 @@ def test_usage_errors_come_before_torch():
     code = """
 import sys
 from hf_ddpm.cli import app
-for arguments in (["--help"], ["train", "--help"], ["train", "--resoluton", "8"], ["train", "--seed", "-1"]):
+wrong = [["train", "--resoluton", "8"], ["train", "--seed", "-1"], ["train", "--ddpm_beta_schedule", "cosine"]]
+wrong += [["sample", "m", "--out", "x", *flag] for flag in (["--scheduler", "heun"], ["--format", "jpg"])]
+wrong += [["evaluate", "m", *flag] for flag in (["--metrics", "fid"], ["--scheduler", "heun"], ["--dtype", "fp16"])]
+wrong += [["schedule", "m", *flag] for flag in (["--steps", "5-8"], ["--steps", "1"], ["--scheduler", "heun"])]
+wrong += [["reference", "digits", "--out", "x", "--network", "vgg"]]
+for arguments in (["--help"], ["train", "--help"], *wrong):
     try:
         app(arguments)
     except SystemExit as error:

@@ -14,6 +14,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from typer.testing import CliRunner
 
 from hf_ddpm.cli import app
+from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.evaluation.statistics import make_reference
 from hf_ddpm.runtime.errors import UsageError
@@ -140,6 +141,39 @@ def test_evaluate_rejects_references_of_another_kind(
     make_reference(config_of(few, resolution=8, channels=1), "train", network, tmp_path / "small")
     with pytest.raises(UsageError, match="the reference must be more for fd, got 8"):
         measure(run, reference=tmp_path / "small")
+
+
+@pytest.mark.usefixtures("no_sampling")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_images": 8}, "num_images must be more for fd, got 8"),
+        ({"split": "few"}, "the reference must be more for fd, got 5"),
+        ({"split": "few", "metrics": ["precision"]}, "the reference must be at least 6 for precision, got 5"),
+    ],
+)
+def test_evaluate_counts_images_before_their_features(
+    run: Path, measure: Any, digits: Path, tmp_path: Path, settings, message
+):
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    (data / "few").mkdir()
+    for i in range(5):
+        shutil.copy(data / "train" / f"{i:04}.png", data / "few")
+    config = replace(config_of(data), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match=message):
+        measure(run, data=config, **settings)
+    assert not (tmp_path / "cache" / "hf_ddpm" / "references").exists()
+
+
+def test_missing_network_is_answered_first_and_names_one_that_needs_no_download(
+    run: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    (run / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")  # which nobody reads before
+    message = "or --network efficientnet-lite0, which is installed here and needs no download"
+    with pytest.raises(UsageError, match=message):
+        evaluate(run)
 
 
 def test_evaluate_writes_nothing_for_samples_that_are_not_finite(run: Path, measure: Any):

@@ -227,7 +227,7 @@ def test_card_shows_kernel_distances_where_they_were_measured(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     {
-        "one step": (["--steps", "1"], "steps must be in [2, 100), got 1"),
+        "one step": (["--steps", "1"], "steps must be at least 2, got 1"),
         "all steps": (["--steps", "100"], "steps must be in [2, 100), got 100"),
         "words": (["--steps", "five"], "steps must be whole numbers, got 'five'"),
         "no steps": (["--steps", ","], "steps must be whole numbers, got ','"),

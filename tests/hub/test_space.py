@@ -28,9 +28,10 @@ from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app as cli
 from hf_ddpm.hub import space
 from hf_ddpm.hub.readme import BEGIN, END
+from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.solvers import SCHEDULERS, default_scheduler, named_scheduler
+from hf_ddpm.solvers import default_scheduler, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import smallest_unet_config

@@ -24,7 +24,7 @@ from typing import Any
 IMPORTED = ("hf_ddpm.cli", "hf_ddpm.training.loop", "datasets", "matplotlib.figure", "matplotlib.backends.backend_agg")
 
 forking = multiprocessing.get_context("fork")
-_mother: Connection | None = None
+_mother: Any = None
 
 
 @contextmanager

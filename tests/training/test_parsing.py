@@ -172,6 +172,11 @@ def test_load_config_rejects_file(text, message, tmp_path):
         load_config(str(tmp_path / "run.yaml"))
 
 
+def test_name_that_is_part_of_others_means_the_first_of_them():
+    with pytest.raises(UsageError, match="unknown setting 'batch_size'; did you mean train_batch_size"):
+        load_config(batch_size=4)
+
+
 def test_init_from_rejects_flags_that_the_model_decides(tmp_path):
     with pytest.raises(UsageError, match="prediction_type is that of the model in init_from"):
         parse_config(["--init_from", "me/digits", "--prediction_type", "v_prediction"])  # the default's value, too

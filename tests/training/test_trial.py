@@ -100,6 +100,21 @@ def test_images_decide_the_size_before_they_are_decoded(config, tmp_path, image_
     assert "resolution must be a multiple of 4, got 30" in refused(replace(config, **settings))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_split": "test"}, "eval_split must be in train_data_dir as a folder, got 'test'"),
+        ({"eval_split": "../x"}, "eval_split must be a name such as train or test, got '../x'"),
+        ({"eval_split": "validation", "eval_network_path": "nothing"}, "network_path must be the weights file"),
+    ],
+)
+def test_what_a_validation_needs_is_looked_for_first(config, tmp_path, image_folder, settings, message):
+    for split in ("train", "validation"):
+        shutil.copytree(image_folder, tmp_path / "data" / split)
+    data = {"train_data_dir": str(tmp_path / "data"), "eval_steps": 1}
+    assert message in refused(replace(config, **data, **settings))
+
+
 def test_memory_that_suffices_is_not_refused(config):
     trial = try_network(model_config=config.model_config_name_or_path, resolution=8)
     require_memory(config, trial, CPU)

@@ -26,10 +26,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hf_ddpm.figures import to_pil
+from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.network import num_classes_of
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
-from hf_ddpm.solvers import SCHEDULERS, Sampler, choose_sampler, named_scheduler
+from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler
 
 MODEL = os.environ.get("MODEL", "")  # a Hub id, or a folder
 

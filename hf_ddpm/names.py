@@ -1,0 +1,7 @@
+"""The words by which sampling is asked for; they stand apart and answer a wrong one before torch loads."""
+
+SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
+# The types that the network can compute in.
+DTYPES = ("fp32", "bf16")
+# Of the files of a set of images.
+FORMATS = ("png", "parquet", "npz")

@@ -1,0 +1,112 @@
+"""What is wrong with data is blamed on what is wrong, and what can be read is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.shards import open_stream
+from hf_ddpm.data.splits import open_split
+from hf_ddpm.runtime.errors import UsageError
+from tests.support.image_data import cache_config, load_one, noise, save_grays
+
+
+def test_damaged_exif_text_leaves_the_pixels_as_they_are(folder: Path) -> None:
+    values = noise(8, 8)
+    text = PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n    10\nno hex digits")
+    assert (load_one(folder, Image.fromarray(values), save={"pnginfo": text}) == values).all()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_image_beyond_the_limit_of_pixels_names_limit_and_setting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    (values,) = save_grays(folder, 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    load = open_stream if streaming else load_images
+    with pytest.raises(UsageError, match=r"64 pixels\) exceeds limit of 40 pixels.* give --max_image_pixels"):
+        load(cache_config(folder, streaming=streaming))
+    with pytest.raises(UsageError, match=r"got row 0 .*: 64 pixels, more than 63; if it .* give --max_image_pixels"):
+        load(cache_config(folder, streaming=streaming, max_image_pixels=63))
+    images = load(cache_config(folder, streaming=streaming, max_image_pixels=64))
+    assert images.resolution == 8
+    if not streaming:
+        assert (np.asarray(images.pixels).reshape(8, 8) == values).all()  # pyright: ignore[reportAttributeAccessIssue]
+    assert Image.MAX_IMAGE_PIXELS == 20
+
+
+def test_skipped_image_is_decoded_when_the_limit_allows_it(folder: Path) -> None:
+    save_grays(folder, 1)
+    Image.fromarray(noise(8, 9)).save(folder / "b.png")
+    config = {"on_bad_image": "skip", "resolution": 8}
+    assert len(load_images(cache_config(folder, **config, max_image_pixels=64))) == 1
+    assert len(load_images(cache_config(folder, **config, max_image_pixels=72))) == 2
+
+
+# `datasets` leaves the file of metadata to be closed by the garbage collection.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+def test_empty_cell_of_labels_is_named(folder: Path) -> None:
+    save_grays(folder, 3)
+    for labels, kind in (((1, 2, ""), "whole numbers"), (("a", "b", ""), "texts")):
+        rows = [f"{i:03}.png,{label}" for i, label in enumerate(labels)]
+        (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]) + "\n")
+        with pytest.raises(UsageError, match="label_column must give each image a class, got an empty cell in row 2"):
+            load_images(cache_config(folder, label_column="label", cache_dir=str(folder.parent / kind)))
+
+
+def test_folder_of_the_cache_is_blamed_for_what_is_its_own(tmp_path: Path) -> None:
+    """A file in the place of a folder refuses every user, as a folder without permission refuses all but one."""
+    save_grays(tmp_path / "data", 2)
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": "000.png"}) + "\n")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "imagefolder").write_text("")
+    with pytest.raises(UsageError, match=r"^cache_dir must be a folder that can be written, got .*/cache': "):
+        load_images(cache_config(tmp_path / "data"))
+
+
+def test_first_cause_of_what_datasets_raises_is_told(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UsageError, match="Parquet magic bytes not found") as error:
+        load_images(cache_config(tmp_path / "data"))
+    assert "An error occurred while generating" not in str(error.value)
+
+
+def test_remedy_for_a_split_that_is_trained_on_is_not_yet_done(tmp_path: Path) -> None:
+    for name in ("train", "mine"):
+        save_grays(tmp_path / "data" / name, 2)
+    config = cache_config(tmp_path / "data")
+    message = "eval_split must be held out, got 'mine' of 'data', all of which is trained on: give --train_split train"
+    with pytest.raises(UsageError, match=message), open_split(config, "mine", "eval_split"):
+        pass
+    shutil.rmtree(tmp_path / "data" / "train")
+    save_grays(tmp_path / "data" / "other", 2)
+    with (
+        pytest.raises(UsageError, match="put the others in a folder `train` beside it"),
+        open_split(config, "mine", "eval_split"),
+    ):
+        pass
+
+
+def test_missing_split_names_those_that_are_there(tmp_path: Path) -> None:
+    for name in ("train", "holdout"):
+        save_grays(tmp_path / "data" / name, 2)
+    with (
+        pytest.raises(UsageError, match="got 'test' of 'data', which has holdout, train"),
+        open_split(cache_config(tmp_path / "data"), "test", "eval_split"),
+    ):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    datasets.disable_progress_bars()
