@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_ddpm import recipes
-from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.config import DataConfig, check_data_paths
 from hf_ddpm.runtime.command_line import (
     Command,
     CommandLine,
@@ -29,10 +30,11 @@ from hf_ddpm.runtime.errors import RunError, UnwrittenError, UsageError
 from hf_ddpm.runtime.launch import (
     exit_with_launcher,
     is_launched,
+    let_threads_sleep,
     start_missing_processes,
     start_processes,
 )
-from hf_ddpm.runtime.settings import check_values, typed_values
+from hf_ddpm.runtime.settings import check_values, typed_values, with_plain_paths
 from hf_ddpm.training.config import TrainingConfig
 
 app = typer.Typer(
@@ -63,6 +65,7 @@ def main(context: typer.Context) -> None:
     """Train, measure and share pixel-space diffusion models on the Hugging Face stack."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    let_threads_sleep()  # before torch is loaded
 
 
 @app.command(cls=Command)
@@ -96,8 +99,11 @@ def train(
 
     train(settings)
     if not settings.dry_run:
-        folder = settings.output_dir
-        say(f"The model is in {folder}. Sample it with: hf-ddpm sample {folder} --out samples")
+        folder = shlex.quote(settings.output_dir)
+        say(
+            f"The model is in {folder}, with its card and its figures. Sample it with: hf-ddpm sample {folder} --out "
+            f"samples. Measure it with: hf-ddpm evaluate {folder}. Share it with: hf-ddpm push {folder} NAME"
+        )
 
 
 @app.command(cls=Command)
@@ -134,7 +140,7 @@ def sample(
     with report_errors():
         _join_launcher()
         from hf_ddpm.sampling.image_set import write_samples
-        from hf_ddpm.sampling.schedulers import SCHEDULERS
+        from hf_ddpm.solvers import SCHEDULERS
 
         if scheduler is not None and scheduler not in SCHEDULERS:
             raise UsageError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
@@ -161,7 +167,8 @@ def sample(
 
 @app.command(cls=Command)
 @with_options_of(
-    DataConfig, ("dataset_name", "dataset_config_name", "image_column", "label_column", "center_crop", "cache_dir")
+    DataConfig,
+    ("dataset_name", "dataset_config_name", "image_column", "label_column", "center_crop", "value_range", "cache_dir"),
 )
 def evaluate(
     model: Model,
@@ -247,7 +254,8 @@ def evaluate(
 
 @app.command(cls=Command)
 @with_options_of(
-    DataConfig, ("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "cache_dir")
+    DataConfig,
+    ("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "value_range", "cache_dir"),
 )
 def reference(
     dataset: Annotated[
@@ -268,8 +276,9 @@ def reference(
     with report_errors():
         config = _data_config({**flags, "dataset_name": dataset})
         from hf_ddpm.evaluation.features import load_network
-        from hf_ddpm.evaluation.statistics import make_reference
+        from hf_ddpm.evaluation.statistics import check_new_reference, make_reference
 
+        check_new_reference(config, out)
         loaded = load_network(network or "inception", network_path, device)
         made = make_reference(config, split, loaded, out, num_features=num_features, batch_size=batch_size)
     data = made.metadata["data"]
@@ -475,8 +484,9 @@ def _join_launcher() -> None:
 
 
 def _data_config(flags: Mapping[str, Any]) -> DataConfig:
-    config = DataConfig(**typed_values(DataConfig, flags))
+    config = with_plain_paths(DataConfig(**typed_values(DataConfig, flags)), DataConfig)
     check_values(config)
+    check_data_paths(config)
     return config
 
 

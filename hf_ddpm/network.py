@@ -14,24 +14,32 @@ is normalized alone and loses its mean and scale.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_ddpm import recipes
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import UsageError, in_one_line
+from hf_ddpm.runtime.files import look_at, parse_mapping
+from hf_ddpm.runtime.settings import require_choice, shortened
 
 HEAD_CHANNELS = 64
 MAX_ATTENTION_PIXELS = 16
 MIN_GROUP_CHANNELS = 4
+TIME_EMBEDDINGS = ("positional", "fourier", "learned")
+# What a wrong value in a config or a file that is cut off makes Python, torch and diffusers raise.
+_LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, NameError)
 
 
 def make_unet(
@@ -43,6 +51,7 @@ def make_unet(
     variance_type: str = "fixed_small",
     dropout: float | None = None,
     seed: int = 0,
+    source: str = "the model config",
 ) -> UNet2DModel:
     """Make a new network for images of `channels` x `resolution` x `resolution`.
 
@@ -58,31 +67,133 @@ def make_unet(
         variance_type: The scheduler's variance type; `learned_range` doubles the channels of the output.
         dropout: The dropout; None: what `model_config` says, and 0 for a network that is sized for the data.
         seed: The seed of the initial weights.
+        source: What error messages call `model_config`.
 
     Raises:
         UsageError: When the model config does not fit the data or the variance type.
     """
-    out_channels = channels * (2 if variance_type == "learned_range" else 1)
-    name = model_config
-    if name is None:
+    if model_config is None:
+        out_channels = channels * _outputs_per_channel(variance_type)
         settings = sized_config(resolution, channels, out_channels, num_classes, dropout or 0.0)
     else:
-        settings = _load_config(name)
-        size = settings.get("sample_size")
-        if isinstance(size, list | tuple) and size[0] == size[1]:
-            settings["sample_size"] = size[0]
-        _check_fit(settings, variance_type, channels, out_channels, resolution, num_classes)
+        settings = _load_config(model_config, source)
+        _check_fit(settings, variance_type, channels, resolution, source)
+        _require(settings, "num_class_embeds", num_classes, "the classes of label_column", source)
         if dropout is not None:
             settings["dropout"] = dropout
     torch.manual_seed(seed)
-    try:
+    with _naming_config(source):
         unet: UNet2DModel = UNet2DModel.from_config(settings)  # pyright: ignore[reportAssignmentType]
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UsageError(f"the model config {name!r} makes no UNet2DModel: {error}") from error
     torch.nn.init.zeros_(unet.conv_out.weight)
     if unet.conv_out.bias is not None:
         torch.nn.init.zeros_(unet.conv_out.bias)
     return unet
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a pass of one image through a network without numbers tells of it.
+
+    Args:
+        num_parameters: The number of its parameters.
+        largest_output: The number of values that its largest layer gives for an image.
+        channels: The channels of its images.
+        resolution: Their height and width.
+    """
+
+    num_parameters: int
+    largest_output: int
+    channels: int
+    resolution: int
+
+
+def try_network(
+    channels: int | None = None,
+    resolution: int | None = None,
+    *,
+    model_config: str | None = None,
+    variance_type: str = "fixed_small",
+    source: str = "the model config",
+) -> Trial:
+    """Pass an image through a network that has shapes and no numbers, which takes no memory and little time.
+
+    Args:
+        channels: The channels of the images; None: those of `model_config`, or 3.
+        resolution: The height and width of the images; None: that of `model_config`.
+        model_config: As of `make_unet`.
+        variance_type: As of `make_unet`.
+        source: As of `make_unet`.
+
+    Raises:
+        UsageError: When there is no such network, or an image cannot pass.
+    """
+    if model_config is None:
+        assert resolution is not None
+        count = channels or 3
+        settings = sized_config(resolution, count, count * _outputs_per_channel(variance_type))
+    else:
+        settings = _load_config(model_config, source)
+        _check_fit(settings, variance_type, channels, resolution, source)
+    largest = 0
+
+    def note(_: Any, __: Any, output: Any) -> None:
+        nonlocal largest
+        largest = max(largest, output.numel() if isinstance(output, Tensor) else 0)
+
+    with _naming_config(source), torch.device("meta"), torch.no_grad():
+        unet: Any = UNet2DModel.from_config(settings)
+        hooks = [module.register_forward_hook(note) for module in unet.modules()]
+        config = unet.config
+        size = config.sample_size
+        x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size))
+        t = torch.zeros(1, dtype=torch.int64)
+        unet(x_t, t, **({} if config.num_class_embeds is None else {"class_labels": t}))
+        for hook in hooks:
+            hook.remove()
+    return Trial(sum(p.numel() for p in unet.parameters()), largest, config.in_channels, max(x_t.shape[2:]))
+
+
+def load_unet(folder: Path, source: str) -> UNet2DModel:
+    """Load a network whose weights are whole and finite.
+
+    Args:
+        folder: A folder with config.json and weights.
+        source: What error messages call it.
+
+    Raises:
+        UsageError: When they are not.
+    """
+    with naming_weights(source):
+        unet: Any = UNet2DModel.from_pretrained(folder)
+    require_finite(unet.state_dict(), source)
+    return unet
+
+
+@contextmanager
+def naming_weights(source: str) -> Iterator[None]:
+    """Turn what diffusers raises for damaged files of a model in a `with` block into a UsageError.
+
+    Args:
+        source: What the message calls the model.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (*_LOADING_ERRORS, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
+        raise UsageError(
+            f"{source} must hold a whole model, got {in_one_line(error, with_type=True)[:400]}: save or download it "
+            "again, or take another"
+        ) from error
+
+
+@contextmanager
+def _naming_config(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (*_LOADING_ERRORS, RuntimeError, ArithmeticError) as error:
+        reason = in_one_line(error, with_type=True)[:400]
+        raise UsageError(f"{source} must make a UNet2DModel that an image can pass, got {reason}") from error
 
 
 def compile_network(network: Any, unet: Any, device: torch.device) -> Any:
@@ -192,71 +303,92 @@ def _check_halvings(resolution: int, num_levels: int) -> None:
         )
 
 
-def _load_config(name: str) -> dict[str, Any]:
+def _outputs_per_channel(variance_type: str) -> int:
+    return 2 if variance_type == "learned_range" else 1
+
+
+def _load_config(name: str, source: str) -> dict[str, Any]:
     """Read the config of a UNet2DModel from a JSON file, a recipe, a folder or the Hub."""
-    path = Path(name)
+    path = look_at("model_config_name_or_path", name)
     shipped = recipes.model_config(name)
-    if path.is_file() or (shipped is not None and not path.exists()):
-        file = path if path.is_file() else shipped
-        assert file is not None
+    files = [path / "unet" / "config.json", path / "config.json"] if path.is_dir() else [path, shipped]
+    file = next((file for file in files if file is not None and file.is_file()), None)
+    if file is not None:
+        settings = parse_mapping(file.read_bytes(), file, "a model config is a JSON object", is_json=True)
+    elif path.exists() or Path(name).suffix == ".json":
+        raise UsageError(f"model_config_name_or_path must be a JSON file or a folder with config.json, got {name!r}")
+    else:
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"model_config_name_or_path {name!r} is not JSON: {error}") from error
-        if not isinstance(settings, dict):
+            settings = dict(_of_the_hub(name))
+        except (OSError, ValueError) as error:
             raise UsageError(
-                f"model_config_name_or_path {name!r} must hold a JSON object, got {type(settings).__name__}"
-            )
-        return settings
-    subfolder = "unet" if (path / "unet" / "config.json").is_file() else None
+                "model_config_name_or_path must be a JSON file, a folder with config.json, a recipe that ships one or "
+                f"a Hub model, got {name!r}, which is none that can be reached"
+            ) from error
+    size = settings.get("sample_size")
+    sides = size if isinstance(size, list | tuple) else [size, size]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise UsageError(f"sample_size of {source} must be a whole number above 0, got {shortened(size)}")
+    return {**settings, "sample_size": sides[0] if sides[0] == sides[1] else size}
+
+
+def _of_the_hub(name: str) -> Any:
     try:
-        loaded: Any = UNet2DModel.load_config(name, subfolder=subfolder)
-        return dict(loaded)
-    except OSError as error:
-        raise UsageError(
-            f"model_config_name_or_path must be a JSON file, a folder with config.json, a recipe that ships one or a "
-            f"Hub model, got {name!r}, which is none that can be reached"
-        ) from error
+        return UNet2DModel.load_config(name, subfolder="unet")
+    except OSError:
+        return UNet2DModel.load_config(name)
 
 
 def _check_fit(
-    settings: dict[str, Any],
-    variance_type: str,
-    channels: int,
-    out_channels: int,
-    resolution: int,
-    num_classes: int | None,
+    settings: dict[str, Any], variance_type: str, channels: int | None, resolution: int | None, source: str
 ) -> None:
-    """Raise a UsageError if a model config does not fit the data or the variance type."""
+    """Raise a UsageError if a model config does not fit the data, as far as they are known, or the variance type."""
     parameters = inspect.signature(UNet2DModel.__init__).parameters
     unknown = [name for name in settings if name not in parameters and not name.startswith("_")]
     if unknown:
-        raise UsageError(f"the model config has settings that UNet2DModel does not know: {', '.join(unknown)}")
+        raise UsageError(f"{source} has settings that UNet2DModel does not know: {', '.join(unknown)}")
     if settings.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise UsageError(f"the model config must be of a UNet2DModel, got {settings['_class_name']}")
-    for name, needed, reason in (
-        ("in_channels", channels, "the channels of the data; change it or give --channels"),
-        ("out_channels", out_channels, f"for variance_type {variance_type}"),
-        ("sample_size", resolution, "the resolution; change it or give --resolution"),
-        ("num_class_embeds", num_classes, "the classes of label_column"),
-    ):
-        got = settings.get(name, parameters[name].default)
-        if got != needed:
-            raise UsageError(f"the model config's {name} must be {needed}, {reason}; got {got}")
+        raise UsageError(f"{source} must be of a UNet2DModel, got {settings['_class_name']}")
+    require_choice(
+        f"time_embedding_type of {source}", settings.get("time_embedding_type", "positional"), TIME_EMBEDDINGS
+    )
+    if channels is not None:
+        _require(settings, "in_channels", channels, "the channels of the data; change it or give --channels", source)
+    if resolution is not None:
+        _require(settings, "sample_size", resolution, "the resolution; change it or give --resolution", source)
+    needed = settings.get("in_channels", parameters["in_channels"].default)
+    if isinstance(needed, int):
+        needed *= _outputs_per_channel(variance_type)
+    _require(settings, "out_channels", needed, f"for variance_type {variance_type}", source)
     widths = settings.get("block_out_channels", parameters["block_out_channels"].default)
-    _check_halvings(resolution, len(widths))
+    if not isinstance(widths, list | tuple) or not widths:
+        raise UsageError(f"block_out_channels of {source} must be a list of whole numbers, got {shortened(widths)}")
+    if isinstance(settings["sample_size"], int):
+        _check_halvings(settings["sample_size"], len(widths))
+
+
+def _require(settings: dict[str, Any], name: str, needed: Any, reason: str, source: str) -> None:
+    got = settings.get(name, inspect.signature(UNet2DModel.__init__).parameters[name].default)
+    if got != needed:
+        raise UsageError(f"{name} of {source} must be {needed}, {reason}; got {shortened(got)}")
 
 
 def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Check that weights are numbers.
+    """Check that weights are there, and finite numbers.
 
     Args:
         tensors: Name -> tensor, of any shape and type.
         source: Where they are from, as the message names it.
 
     Raises:
-        UsageError: When one holds NaN or infinity.
+        UsageError: When one is missing, or holds NaN or infinity.
     """
+    missing = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if missing:  # diffusers leaves them without numbers
+        raise UsageError(
+            f"{source} must hold a whole model, got none of the weights {shortened(missing[:3])} of {len(tensors)}: "
+            "save or download it again, or take another"
+        )
     bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise UsageError(

@@ -54,6 +54,7 @@ class Objective:
         noise_level_mean: The mean of log sigma_t, for `lognormal`.
         noise_level_std: The standard deviation of log sigma_t, above 0, for `lognormal`.
         autocast_dtype: The type that the network runs in; None: the type of its weights.
+        max_value: The largest value of a pixel, 255 or 65535, which decides the bins of the bound's decoder.
 
     Raises:
         ValueError: When a setting is not one of these or not in its range.
@@ -66,6 +67,7 @@ class Objective:
     noise_level_mean: float = -0.4
     noise_level_std: float = 1.2
     autocast_dtype: torch.dtype | None = None
+    max_value: int = 255
 
     def __post_init__(self) -> None:
         if self.weighting not in get_args(Weighting):
@@ -133,7 +135,7 @@ class Objective:
         if self.scheduler.config.variance_type in LEARNED_VARIANCES:
             # The bound trains the variance alone; the mean is left to the weighted loss.
             with_fixed_mean = torch.cat([prediction.detach(), variance_output], dim=1)
-            bound = variational_bound(self.scheduler, with_fixed_mean, x_0, x_t, t)
+            bound = variational_bound(self.scheduler, with_fixed_mean, x_0, x_t, t, self.max_value)
             loss = loss + VARIATIONAL_BOUND_WEIGHT * len(self.scheduler) * bound
         return loss
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,7 @@ from torch import Tensor
 from hf_ddpm.figures import to_pil
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, require_num_inference_steps
+from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler, read_sampler, write_sampler
 from hf_ddpm.timesteps import (
     SearchedTimesteps,
     read_searched,
@@ -103,6 +105,8 @@ class DDPMPipeline(DiffusionPipeline):
     Attributes:
         searched_timesteps: The timesteps that replace the solver's own, by solver and number of steps. Empty it to
             sample without them.
+        sampler: How `use` said that the pipeline samples; None: by its own scheduler, as stock does.
+        kept_sampler: What `use()` takes: the sampler that the folder of the model keeps, if there is one.
     """
 
     model_cpu_offload_seq = "unet"
@@ -115,22 +119,27 @@ class DDPMPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self.searched_timesteps: dict[tuple[str, int], SearchedTimesteps] = {}
         self._searched_weights: str | None = None
+        self.sampler: Sampler | None = None
+        self.kept_sampler: Sampler | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Load a pipeline as `diffusers.DiffusionPipeline` does, with the searched timesteps beside its weights."""
         pipeline: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         folder = _folder_of(pipeline.unet)
+        pipeline.kept_sampler = read_sampler(folder)
         if searched := read_searched(folder):
             pipeline.searched_timesteps, pipeline._searched_weights = searched, weights_sha256(folder)
         return pipeline
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the config as `diffusers.DiffusionPipeline` does, and the searched timesteps.
+        """Save the config as `diffusers.DiffusionPipeline` does, the searched timesteps, and what `use` chose.
 
         diffusers calls it after it has saved the weights.
         """
         super().save_config(save_directory, push_to_hub, **kwargs)
+        if (sampler := self.sampler or self.kept_sampler) is not None:
+            write_sampler(Path(save_directory), sampler)
         if not self.searched_timesteps:
             return
         if weights_sha256(Path(save_directory)) == self._searched_weights:
@@ -146,6 +155,28 @@ class DDPMPipeline(DiffusionPipeline):
         ours = (DDPMScheduler.__module__, DDPMScheduler.__name__)
         stock = ("diffusers", diffusers.DDPMScheduler.__name__)
         super().register_to_config(**{name: stock if value == ours else value for name, value in kwargs.items()})
+
+    def use(self, scheduler: str | None = None, num_inference_steps: int | None = None) -> DDPMPipeline:
+        """Choose how later calls sample, as the commands do: in 20 steps of UniPC unless something else is asked for.
+
+        The pipeline's own scheduler, which stock diffusers loads, stays as it is. A pipeline that is saved keeps the
+        choice: the commands and `hf_ddpm.sample` take it, and so does `use()` without arguments.
+
+        Args:
+            scheduler: `ddpm`, `ddim`, `dpmsolver++` or `unipc`. None: the one that the folder keeps, or the best.
+            num_inference_steps: The number of steps of calls that give none. None: as for `scheduler`.
+
+        Returns:
+            The pipeline itself.
+
+        Raises:
+            ValueError: When there is no such scheduler, it cannot sample the model, or the number is not in [1, T].
+        """
+        config = self.scheduler.config
+        sampler = choose_sampler(config, scheduler, num_inference_steps, self.kept_sampler, self.searched_timesteps)
+        named_scheduler(sampler.scheduler, config, sampler.num_inference_steps)
+        self.sampler = sampler
+        return self
 
     @torch.no_grad()
     def __call__(
@@ -169,7 +200,8 @@ class DDPMPipeline(DiffusionPipeline):
             batch_size: B.
             generator: The generator of the initial noise and of the noise of each step. A list of B generators gives
                 each image its own; the image then depends on its batch by rounding alone.
-            num_inference_steps: The number of steps of the scheduler; None: T, the steps of training.
+            num_inference_steps: The number of steps of the scheduler; None: T, the steps of training, or what `use`
+                chose.
             output_type: `pil`, `np` or `pt`.
             return_dict: Return a `DDPMPipelineOutput` rather than a tuple.
             class_labels: For a model that is conditioned on classes, one class for all images or B of them.
@@ -191,34 +223,46 @@ class DDPMPipeline(DiffusionPipeline):
             ValueError: When an argument cannot work, before the first network evaluation, or when PIL images would be
                 NaN.
         """
-        _check_scheduler(self.scheduler)
-        num_train: int = self.scheduler.config.num_train_timesteps
-        # Some of diffusers' solvers take more steps, repeat timesteps and return NaN.
-        num_steps = require_num_inference_steps(
-            num_train if num_inference_steps is None else num_inference_steps, num_train
-        )
-        self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, deterministic)
-        device = self._execution_device
-        conditions = self._conditions(class_labels, batch_size, device)
-        if timesteps is not None:
-            self._check_timesteps(timesteps, num_inference_steps)
-        self._set_timesteps(num_steps, timesteps)
-        recorded_indices = self._recorded_indices(trajectory)
-        x_T = self._initial_noise(batch_size, generator, latents, device)
+        with self._sampling_scheduler(num_inference_steps) as num_steps:
+            self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, deterministic)
+            device = self._execution_device
+            conditions = self._conditions(class_labels, batch_size, device)
+            if timesteps is not None:
+                self._check_timesteps(timesteps, num_inference_steps)
+            self._set_timesteps(num_steps, timesteps)
+            recorded_indices = self._recorded_indices(trajectory)
+            x_T = self._initial_noise(batch_size, generator, latents, device)
 
-        x_0, recorded = self._denoise(
-            x_T,
-            conditions,
-            self._step_arguments(generator, deterministic),
-            recorded_indices,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        images = _decode(x_0, output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,) if trajectory is False else (images, recorded)
-        return DDPMPipelineOutput(images=images, trajectory=None if trajectory is False else recorded)
+            x_0, recorded = self._denoise(
+                x_T,
+                conditions,
+                self._step_arguments(generator, deterministic),
+                recorded_indices,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+            )
+            images = _decode(x_0, output_type)
+            self.maybe_free_model_hooks()
+            if not return_dict:
+                return (images,) if trajectory is False else (images, recorded)
+            return DDPMPipelineOutput(images=images, trajectory=None if trajectory is False else recorded)
+
+    @contextmanager
+    def _sampling_scheduler(self, num_inference_steps: int | None) -> Iterator[int]:
+        """Put the scheduler that `use` chose in the place of the pipeline's own, and give the number of steps."""
+        own, num_steps = self.scheduler, num_inference_steps
+        if self.sampler is not None:
+            num_steps = self.sampler.num_inference_steps if num_steps is None else num_steps
+        num_train: int = own.config.num_train_timesteps
+        # Some of diffusers' solvers take more steps, repeat timesteps and return NaN.
+        num_steps = require_num_inference_steps(num_train if num_steps is None else num_steps, num_train)
+        if self.sampler is not None:
+            self.scheduler = named_scheduler(self.sampler.scheduler, own.config, num_steps)
+        try:
+            _check_scheduler(self.scheduler)
+            yield num_steps
+        finally:
+            self.scheduler = own
 
     def searched_timesteps_for(self, num_inference_steps: int) -> SearchedTimesteps | None:
         """Return the searched timesteps for the pipeline's scheduler and this number of steps, if there are any."""

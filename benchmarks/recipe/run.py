@@ -34,7 +34,7 @@ from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.network import compile_network, sized_config, use_plain_attention
 from hf_ddpm.objective import posterior_means
 from hf_ddpm.sampling.sampler import iter_samples, speed_up
-from hf_ddpm.sampling.schedulers import named_scheduler
+from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.training.averages import assign
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.optimizer import make_optimizer

@@ -27,8 +27,8 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.runtime.run_files import read_run
 from hf_ddpm.sampling.sampler import FORWARD_BATCH, load_for_sampling, seeded_generators
-from hf_ddpm.sampling.schedulers import named_scheduler
 from hf_ddpm.scheduler import complete_config
+from hf_ddpm.solvers import named_scheduler
 
 ROWS = Path(__file__).with_name("rows.jsonl")
 NUM_IMAGES, NUM_ANCESTRAL = 512, 256

@@ -18,8 +18,8 @@ import os
 import shutil
 import uuid
 from array import array
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,6 +32,7 @@ from huggingface_hub.utils import tqdm
 
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
+    Decoded,
     ImageFormat,
     NeedsSixteenBits,
     decode,
@@ -43,12 +44,15 @@ from hf_ddpm.data.decoding import (
 from hf_ddpm.data.image_folder import files_below
 from hf_ddpm.data.sources import Source, find_source, license_of, open_dataset
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import look_at
+from hf_ddpm.runtime.format import format_amount
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CACHE_FORMAT = 1  # Increase it when the content of a cache changes, so that no older cache is read.
+CACHE_FORMAT = 2  # Increase it when the content of a cache changes, so that no older cache is read.
 ROWS_PER_TASK = 16
+Accept = Callable[[int, int], None]
 # The settings that decide what a cache holds.
 CACHED_SETTINGS = (
     "dataset_config_name",
@@ -58,6 +62,7 @@ CACHED_SETTINGS = (
     "resolution",
     "channels",
     "center_crop",
+    "value_range",
     "preserve_input_precision",
     "on_bad_image",
 )
@@ -76,6 +81,8 @@ class ImageCache:
         labels: (N,) int64 in [0, num_classes); None without classes.
         class_names: The names of the classes; None where the data do not tell them.
         num_bad: The number of unreadable images that were left out.
+        losses: What files hold and the planes do not -> of how many images, see `losses_of`.
+        limits: The smallest and the largest value of all planes.
         fingerprint: The sha256 of pixels, shapes and labels; it is the same wherever the images lie.
         name: The name of the source.
         license: The license of the data; None if unknown.
@@ -89,6 +96,8 @@ class ImageCache:
     labels: np.ndarray | None
     class_names: list[str] | None
     num_bad: int
+    losses: dict[str, int]
+    limits: tuple[int, int]
     fingerprint: str
     name: str
     license: str | None
@@ -132,16 +141,17 @@ class ImageCache:
             self.__dict__["pixels"] = np.memmap(path, dtype=dtype, mode="r")
 
 
-def load_images(config: DataConfig) -> ImageCache:
+def load_images(config: DataConfig, accept: Accept | None = None) -> ImageCache:
     """Return the images of the split `train`; the first call decodes and resizes them, later ones map the file.
 
     If `channels` is left open, gray images have 1 channel and others 3. Transparency is composited over white unless
-    there are 4 channels. Gray images of 16 bits keep them with `preserve_input_precision`; Pillow reads 16-bit color
-    as 8-bit. Of an animation the first frame is taken. The shorter side becomes `resolution`; with `center_crop` the
+    there are 4 channels. Gray images of 16 bits keep them; Pillow reads 16-bit color as 8-bit, and of an animation the
+    first frame is taken, which `losses` counts. The shorter side becomes `resolution`; with `center_crop` the
     longer one, too.
 
     Args:
         config: The settings of the data.
+        accept: A function of the resolution and the channels of the images, which is called before they are decoded.
 
     Raises:
         UsageError: When `open_dataset` raises it, an image is unreadable and `on_bad_image` is "raise", no image is
@@ -154,11 +164,14 @@ def load_images(config: DataConfig) -> ImageCache:
     else:
         dataset = None
         identity = _names_sizes_times(source.folder)
-    root = Path(config.cache_dir or huggingface_hub.constants.HF_HOME).expanduser() / "hf_ddpm"
+    root = cache_folder(config)
     folder = root / _cache_key(config, source, identity)
     if not folder.is_dir():
-        _create_cache(folder, open_dataset(config) if dataset is None else dataset, source, config)
+        _create_cache(folder, open_dataset(config) if dataset is None else dataset, source, config, accept)
+        accept = None
     images = _read_cache(folder, source.name)
+    if accept is not None:
+        accept(images.resolution, images.channels)
     # A run writes the resolution and channels that were decided here into its config.yaml. Those settings have another
     # key, which only a link can lead to this folder: to hash what is decided, each call would have to open the images.
     decided = replace(config, resolution=images.resolution, channels=images.channels)
@@ -167,6 +180,17 @@ def load_images(config: DataConfig) -> ImageCache:
         with contextlib.suppress(OSError):  # Some file systems have no links.
             link.symlink_to(folder.name, target_is_directory=True)
     return images
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Return the folder of all that this package caches, which need not exist.
+
+    Raises:
+        UsageError: When it may not be read.
+    """
+    if config.cache_dir is None:
+        return look_at("HF_HOME, the default of cache_dir,", huggingface_hub.constants.HF_HOME) / "hf_ddpm"
+    return look_at("cache_dir", config.cache_dir) / "hf_ddpm"
 
 
 def _names_sizes_times(folder: Path) -> list[tuple[str, int, int]]:
@@ -182,7 +206,9 @@ def _cache_key(config: DataConfig, source: Source, identity: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def _create_cache(folder: Path, dataset: Dataset, source: Source, config: DataConfig) -> None:
+def _create_cache(
+    folder: Path, dataset: Dataset, source: Source, config: DataConfig, accept: Accept | None = None
+) -> None:
     """Decode all images into a new folder, which gets its name when it is whole."""
     root = folder.parent
     part = root / f"{folder.name}.{uuid.uuid4().hex}.part"
@@ -192,6 +218,9 @@ def _create_cache(folder: Path, dataset: Dataset, source: Source, config: DataCo
         raise UsageError(f"cache_dir must be a folder to write to, got {str(root.parent)!r}: {error}") from error
     try:
         image_format = _infer_format(dataset, config)
+        if accept is not None:
+            accept(image_format.resolution, image_format.channels)
+        _require_room(root, len(dataset), image_format)
         try:
             meta = _write_images(part, dataset, image_format)
         except NeedsSixteenBits:
@@ -208,6 +237,18 @@ def _create_cache(folder: Path, dataset: Dataset, source: Source, config: DataCo
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _require_room(root: Path, num_images: int, image_format: ImageFormat) -> None:
+    """Check that the disk holds the decoded images, of which none has less than a square."""
+    size = num_images * image_format.channels * image_format.resolution**2 * np.dtype(image_format.dtype).itemsize
+    free = shutil.disk_usage(root).free
+    if size > free:
+        raise UsageError(
+            f"{num_images:,} images of {image_format.resolution} x {image_format.resolution} pixels take "
+            f"{format_amount(size, 'B')}, got {format_amount(free, 'B')} free on the disk of {str(root)!r}: free "
+            "space, or give another --cache_dir, a smaller --resolution, or --streaming, which keeps none"
+        )
 
 
 def _rename_unless_present(part: Path, folder: Path) -> None:
@@ -243,13 +284,18 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
     dtype = np.dtype("<u2" if image_format.max_value == 65535 else "u1")
     digest = hashlib.sha256(f"{image_format.channels} {image_format.max_value}".encode())
     entries, rows, size = array("q"), array("q"), 0
+    losses: Counter[str] = Counter()
+    smallest, largest = image_format.max_value, 0
     decoded = tqdm(
         _decode_all(dataset, image_format), "Decoding", len(dataset), unit="image", disable=len(dataset) < 2000
     )
     with open(folder / "pixels.bin", "wb") as file:
-        for row, planes in enumerate(decoded):
-            if planes is None:
+        for row, image in enumerate(decoded):
+            if image is None:
                 continue
+            planes = image.planes
+            losses.update(image.losses)
+            smallest, largest = min(smallest, int(planes.min())), max(largest, int(planes.max()))
             content = np.ascontiguousarray(planes, dtype).tobytes()
             file.write(content)
             digest.update(content)
@@ -274,6 +320,8 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
         "resolution": image_format.resolution,
         "class_names": class_names,
         "num_bad": len(dataset) - len(rows),
+        "losses": losses,
+        "limits": [smallest, largest],
         "fingerprint": digest.hexdigest(),
         "dtype": dtype.str,
         "size": size,
@@ -305,8 +353,8 @@ def _find_classes(dataset: Dataset) -> tuple[np.ndarray | None, list[str] | None
     return np.array(values, "<i8"), names
 
 
-def _decode_all(dataset: Dataset, image_format: ImageFormat) -> Iterator[np.ndarray | None]:
-    """Yield the planes of each row in order, decoded by several threads; None for an image that is left out."""
+def _decode_all(dataset: Dataset, image_format: ImageFormat) -> Iterator[Decoded | None]:
+    """Yield the image of each row in order, decoded by several threads; None for an image that is left out."""
     num_threads = max(2, min(8, os.cpu_count() or 2))
     column, tasks = dataset.column_names[0], deque()
     with ThreadPoolExecutor(num_threads) as pool:
@@ -319,8 +367,8 @@ def _decode_all(dataset: Dataset, image_format: ImageFormat) -> Iterator[np.ndar
             yield from tasks.popleft().result()
 
 
-def _decode_rows(encoded_images: list[Any], first_row: int, image_format: ImageFormat) -> list[np.ndarray | None]:
-    decoded: list[np.ndarray | None] = []
+def _decode_rows(encoded_images: list[Any], first_row: int, image_format: ImageFormat) -> list[Decoded | None]:
+    decoded: list[Decoded | None] = []
     for row, encoded in enumerate(encoded_images, first_row):
         try:
             decoded.append(decode(encoded, name_of(encoded, row), image_format))

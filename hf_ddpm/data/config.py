@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from hf_ddpm.runtime.files import read_mapping
-from hf_ddpm.runtime.settings import GIVEN, check_values, setting, typed_values
+from hf_ddpm.runtime.files import look_at, read_mapping, require_writable_folder
+from hf_ddpm.runtime.settings import GIVEN, check_paths, check_values, setting, typed_values
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class DataConfig:
         "`datasets`. Training runs the recipe `digits` with neither this nor `train_data_dir`, `config` or `recipe`.",
         group="data",
         resume="free",
+        is_path=True,
     )
     train_data_dir: str | None = setting(
-        None, "A folder of images; instead of `dataset_name`.", group="data", resume="free"
+        None, "A folder of images; instead of `dataset_name`.", group="data", resume="free", is_path=True
     )
     train_split: str | None = setting(
         None,
@@ -65,8 +66,20 @@ class DataConfig:
         resume="free",
         only_with={"dataset_name": GIVEN},
     )
-    preserve_input_precision: bool = setting(
-        True, "Keep 16-bit images in 16 bits; without it they become 8-bit.", group="data", resume="fixed"
+    value_range: list[float] | None = setting(  # noqa: RUF009
+        None,
+        "The values of an image file that become -1 and 1; default: the smallest and the largest that its type can "
+        "hold, as 0 255 or 0 65535.",
+        group="data",
+        resume="fixed",
+        num_values=2,
+    )
+    preserve_input_precision: bool | None = setting(
+        None,
+        "Keep 16-bit images in 16 bits, or with `--no_preserve_input_precision` make them 8-bit; default: keep gray "
+        "ones, as color of 16 bits cannot be kept.",
+        group="data",
+        resume="fixed",
     )
     on_bad_image: Literal["raise", "skip"] = setting(
         "raise",
@@ -79,6 +92,7 @@ class DataConfig:
         "The folder for downloads and decoded images; default: Hugging Face's.",
         group="data",
         resume="free",
+        is_path=True,
     )
     streaming: bool = setting(
         False,
@@ -99,6 +113,19 @@ class DataConfig:
     )
 
 
+def check_data_paths(config: DataConfig) -> None:
+    """Look at each path of a config, and whether a cache that does not exist can be made.
+
+    A cache that exists may be one that others have filled, and that nobody may write to.
+
+    Raises:
+        UsageError: When one cannot be what its setting says.
+    """
+    check_paths(config)
+    if config.cache_dir is not None and not look_at("cache_dir", config.cache_dir).exists():
+        require_writable_folder("cache_dir", look_at("cache_dir", config.cache_dir))
+
+
 def load_data_config(path: Path) -> DataConfig:
     """Load the settings of the data from the config.yaml of a run; those of training are left out.
 
@@ -107,6 +134,7 @@ def load_data_config(path: Path) -> DataConfig:
     """
     names = {each.name for each in fields(DataConfig)}
     given = {name: value for name, value in read_mapping(path).items() if name in names}
-    config = DataConfig(**typed_values(DataConfig, given))
+    config = DataConfig(**typed_values(DataConfig, given, str(path)))
     check_values(config)
+    check_data_paths(config)
     return config

@@ -5,6 +5,8 @@ header          the beginning of an image file, which tells its size and mode wi
 mode            Pillow's name of what a pixel is: "L" is 8-bit gray, "I;16" 16-bit gray, "RGB" color, ...
 image format    the resolution, the channels and the largest value that all images of a data set are brought to
 planes          a decoded image, (C, h, w) uint8 or uint16 in [0, max_value], its shorter side being the resolution
+value range     the values of a file that become 0 and max_value: [0, 255] or [0, 65535], or the setting `value_range`
+loss            what a file holds and its planes do not: bits, bands or frames
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import readable_formats
@@ -50,6 +52,18 @@ class ImageFormat:
         return np.uint8 if self.max_value == 255 else np.uint16
 
 
+class Decoded(NamedTuple):
+    """A decoded image.
+
+    Args:
+        planes: (C, h, w) in [0, max_value], of the format's type.
+        losses: What the file holds and the planes do not, see `losses_of`.
+    """
+
+    planes: np.ndarray
+    losses: list[str]
+
+
 class NeedsSixteenBits(Exception):
     """The signal that a 16-bit image came after the first headers had promised 8 bits."""
 
@@ -62,6 +76,7 @@ class _Header(NamedTuple):
     name: str
     size: tuple[int, int]  # width, height
     mode: str
+    is_gray: bool
 
 
 def with_bytes(encoded: Any) -> Any:
@@ -98,7 +113,7 @@ def open_image(encoded: Any) -> Image.Image:
     return Image.open(io.BytesIO(encoded["bytes"]), formats=readable_formats())
 
 
-def decode(encoded: Any, name: str, image_format: ImageFormat) -> np.ndarray:
+def decode(encoded: Any, name: str, image_format: ImageFormat) -> Decoded:
     """Decode an image, convert it to the given format and resize it.
 
     Args:
@@ -106,18 +121,45 @@ def decode(encoded: Any, name: str, image_format: ImageFormat) -> np.ndarray:
         name: What error messages call the image.
         image_format: The format to bring it to.
 
-    Returns:
-        The planes, (C, h, w) in [0, max_value], of the format's type.
-
     Raises:
-        UsageError: When the image differs from the first images, which decided the format.
+        UsageError: When the image differs from the first images, which decided the format, has values outside
+            `value_range`, or has bits or bands that settings ask for and Pillow does not give.
         NeedsSixteenBits: When the image has 16 bits and the format has 8.
         Exception: When the file is broken; Pillow's decoders raise nearly any class.
     """
     with open_image(encoded) as image:
-        image.load()
+        # Loading forgets how many bits and bands there were.
+        losses = losses_of(image, image_format)
+        check_keeps_precision(image, name, image_format.config)
         check_matches_format(image, name, image_format)
-        return to_planes(image, image_format)
+        image.load()
+        return Decoded(to_planes(image, image_format, name), losses)
+
+
+def losses_of(image: Image.Image, image_format: ImageFormat) -> list[str]:
+    """Return in words what an opened image holds and its planes will not, without what the settings give up."""
+    losses = []
+    # The further pictures of these two formats are previews, depth or layers of the first one.
+    if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
+        losses.append("frames after the first of an animation or a stack")
+    if _has_deep_colors(image) and image_format.config.preserve_input_precision is not False:
+        losses.append("the lower 8 of 16 bits of color or transparency, which Pillow drops")
+    if _has_unnamed_bands(image) and image_format.channels != 4:
+        losses.append("bands beyond the colors that are no transparency")
+    return losses
+
+
+def check_keeps_precision(image: Image.Image, name: str, config: DataConfig) -> None:
+    """Check that an opened image keeps its bits if the settings ask for that.
+
+    Raises:
+        UsageError: When `preserve_input_precision` is True and Pillow will drop bits.
+    """
+    if config.preserve_input_precision and _has_deep_colors(image):
+        raise UsageError(
+            f"preserve_input_precision can keep 16 bits of gray images only, got 16-bit {image.mode} in {name}: leave "
+            "it out, or convert the images to 8 bits"
+        )
 
 
 def is_transient(error: Exception) -> bool:
@@ -160,13 +202,13 @@ def infer_format(images: Iterable[tuple[str, Any]], config: DataConfig) -> Image
         resolution = headers[0].size[0]
         unequal = [header for header in headers if header.size != (resolution, resolution)]
         if unequal:
-            name, (width, height), _ = unequal[-1]
+            name, (width, height) = unequal[-1].name, unequal[-1].size
             raise UsageError(
                 f"resolution must be given unless all images are squares of one size: {name} is {width}x{height}; "
                 "give --resolution"
             )
-    is_gray = all(header.mode in GRAY_MODES for header in headers)
-    is_deep = any(header.mode.startswith("I") for header in headers) and config.preserve_input_precision
+    is_gray = all(header.is_gray for header in headers)
+    is_deep = config.preserve_input_precision is not False and any(header.mode.startswith("I") for header in headers)
     return ImageFormat(config, resolution, config.channels or (1 if is_gray else 3), 65535 if is_deep else 255)
 
 
@@ -176,7 +218,10 @@ def _read_headers(images: Iterable[tuple[str, Any]], config: DataConfig) -> list
     for name, encoded in images:
         try:
             with open_image(encoded) as image:
-                headers.append(_Header(name, image.size, image.mode))
+                check_keeps_precision(image, name, config)
+                headers.append(_Header(name, image.size, image.mode, _is_gray(image)))
+        except UsageError:
+            raise
         except Exception as error:
             if config.on_bad_image == "raise" or is_transient(error):
                 raise unreadable_image_error(name, error) from error
@@ -195,8 +240,8 @@ def check_matches_format(image: Image.Image, name: str, image_format: ImageForma
     """Check that an image has the size and the colors that the first images promised.
 
     Raises:
-        UsageError: When `resolution` was left open and the size differs, or `channels` was and a color image follows
-            gray ones.
+        UsageError: When `resolution` was left open and the size differs, `channels` was and a color image follows
+            gray ones, or `value_range` was given for 16-bit images and this one has 8 bits.
     """
     side, config = image_format.resolution, image_format.config
     if config.resolution is None and image.size != (side, side):
@@ -204,22 +249,28 @@ def check_matches_format(image: Image.Image, name: str, image_format: ImageForma
             f"resolution must be given unless all images are squares of one size: {name} is "
             f"{image.width}x{image.height}, others are {side}x{side}; give --resolution"
         )
-    if config.channels is None and image_format.channels == 1 and image.mode not in GRAY_MODES:
+    if config.value_range and image_format.max_value == 65535 and not image.mode.startswith("I"):
+        raise UsageError(
+            f"value_range must be that of all images: other images have 16 bits, {name} has 8; convert it to 16 bits"
+        )
+    if config.channels is None and image_format.channels == 1 and not _is_gray(image):
         raise UsageError(
             f"channels must be given: the first images are gray, {name} has colors; --channels 3, or 1 for luma"
         )
 
 
-def to_planes(image: Image.Image, image_format: ImageFormat) -> np.ndarray:
+def to_planes(image: Image.Image, image_format: ImageFormat, name: str) -> np.ndarray:
     """Convert a loaded image to planes.
 
-    The EXIF orientation is applied. Transparency is composited over white unless there are 4 channels. Values of 8
-    bits become 16 bits by v * 257, and those of 16 bits become 8 by round(v * 255 / 65535).
+    The EXIF orientation is applied. Transparency is composited over white unless there are 4 channels. A value v of a
+    value range [low, high] becomes round((v - low) * max_value / (high - low)). Without `value_range`, values of 8
+    bits become 16 bits by v * 257.
 
     Returns:
         The planes, (C, h, w) in [0, max_value], of the format's type; (C, R, R) with `center_crop`.
 
     Raises:
+        UsageError: When a value lies outside `value_range`, or 4 channels are asked for and Pillow drops the fourth.
         ValueError: When the range of the pixels is unknown, or the image is too oblong.
         NeedsSixteenBits: When the image has 16 bits and the format has 8, though the settings would preserve 16.
     """
@@ -228,12 +279,16 @@ def to_planes(image: Image.Image, image_format: ImageFormat) -> np.ndarray:
     if image.mode == "F":
         raise ValueError("pixels of mode F are 32-bit floats, whose range is unknown")
     is_deep = image.mode.startswith("I")
-    image = _deep_to_float(image) if is_deep else _to_mode(image, image_format.channels)
-    if is_deep and config.preserve_input_precision and max_value == 255:
-        raise NeedsSixteenBits
+    low, high = config.value_range or (0, 65535)
+    if is_deep:
+        image = _deep_to_float(image, low, high, name)
+        if config.preserve_input_precision is not False and max_value == 255:
+            raise NeedsSixteenBits
+    else:
+        image = _to_mode(image, config, image_format.channels, name)
     values = np.asarray(_resized(image, image_format.resolution))
     if is_deep:
-        scaled = values if max_value == 65535 else values * 255 / 65535
+        scaled = (values.astype(np.float64) - low) * max_value / (high - low)
         values = np.clip(np.rint(scaled), 0, max_value).astype(image_format.dtype)
     elif max_value == 65535:
         values = values.astype(np.uint16) * 257
@@ -280,27 +335,102 @@ def _gray_to_channels(values: np.ndarray, image_format: ImageFormat) -> np.ndarr
     return planes
 
 
-def _deep_to_float(image: Image.Image) -> Image.Image:
+def _is_gray(image: Image.Image) -> bool:
+    # Pillow opens 16-bit gray with transparency as color.
+    return image.mode in GRAY_MODES or any("LA;16" in str(arguments) for arguments in _decoder_arguments(image))
+
+
+def _has_deep_colors(image: Image.Image) -> bool:
+    """Return whether an opened image has 16 bits of which Pillow will keep 8."""
+    if image.mode.startswith(("I", "F")):
+        return False
+    if image.format == "PPM":  # The last of them is the largest value of a pixel.
+        return any(isinstance(each, tuple) and each[-1] > 255 for each in _decoder_arguments(image))
+    return any(";16" in str(each) for each in _decoder_arguments(image))
+
+
+def _decoder_arguments(image: Image.Image) -> list[Any]:
+    """Return what Pillow will decode the parts of an opened file with; it names the layout of the file's pixels."""
+    return [tile.args for tile in getattr(image, "tile", ())]
+
+
+def _has_unnamed_bands(image: Image.Image) -> bool:
+    """Return whether a TIFF file of color has further bands that it does not call transparency, such as infrared.
+
+    ExtraSamples calls a band so by 1 or 2, and 0 leaves its meaning open (TIFF 6.0, Section 18); 999 is CorelDRAW's.
+    """
+    if image.format != "TIFF":
+        return False
+    tags: Any = image.tag_v2  # pyright: ignore[reportAttributeAccessIssue]
+    is_rgb = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 2
+    extra_samples = tags.get(TiffImagePlugin.EXTRASAMPLES, ())
+    return is_rgb and tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > 3 and not {1, 2, 999} & {*extra_samples}
+
+
+def _deep_to_float(image: Image.Image, low: float, high: float, name: str) -> Image.Image:
     """Convert a 16-bit or 32-bit integer image to mode "F", whose pixels Pillow resizes without rounding them."""
     values = np.asarray(image).astype(np.float64)
-    if values.min() < 0 or values.max() > 65535:
+    if _is_white_zero(image):
+        values = 65535 - values
+    if (low, high) == (0, 65535) and (values.min() < 0 or values.max() > 65535):
         raise ValueError(
             f"pixels of mode {image.mode} must be in [0, 65535], got [{values.min():.0f}, {values.max():.0f}]"
         )
-    if "transparency" in image.info:
-        values[values == image.info["transparency"]] = 65535
+    transparent = values == image.info.get("transparency")
+    visible = values[~transparent]
+    if visible.size:
+        _check_in_range(visible.min(), visible.max(), low, high, name)
+    values[transparent] = high
     return Image.fromarray(values.astype(np.float32))
 
 
-def _to_mode(image: Image.Image, channels: int) -> Image.Image:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+def _is_white_zero(image: Image.Image) -> bool:
+    """Return whether 0 is white in a 16-bit TIFF file; Pillow inverts 8 bits by itself, and leaves 16 as they are."""
+    return (
+        image.format == "TIFF"
+        and image.mode.startswith("I;16")
+        and image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+
+def _check_in_range(smallest: float, largest: float, low: float, high: float, name: str) -> None:
+    if smallest < low or largest > high:
+        raise UsageError(
+            f"value_range must hold all values, got {low:g} {high:g} and {name} with values from {smallest:g} to "
+            f"{largest:g}: widen it"
+        )
+
+
+def _to_mode(image: Image.Image, config: DataConfig, channels: int, name: str) -> Image.Image:
+    """Convert an image with 8 bits to gray, RGB or RGBA, its colors stretched from `value_range` to [0, 255]."""
+    if _has_unnamed_bands(image):
+        if channels == 4 and image.mode != "RGBA":
+            raise UsageError(
+                f"channels must not be 4: Pillow drops the fourth band of {name}, which ExtraSamples calls unspecified"
+            )
+        image = image if channels == 4 else Image.merge("RGB", image.split()[:3])
+        image = _stretched(image, config, name, num_bands=len(image.getbands()))
+    elif image.has_transparency_data:
+        image = _stretched(image.convert("RGBA"), config, name, num_bands=3)
         if channels != 4:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode not in GRAY_MODES:
-        image = image.convert("RGB")
+    else:
+        image = image.convert("L" if image.mode in GRAY_MODES else "RGB")
+        image = _stretched(image, config, name, num_bands=len(image.getbands()))
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     return image if image.mode == mode else image.convert(mode)
+
+
+def _stretched(image: Image.Image, config: DataConfig, name: str, num_bands: int) -> Image.Image:
+    """Stretch the first bands of an image from `value_range` to [0, 255]; without it, return the image as it is."""
+    if config.value_range is None:
+        return image
+    low, high = config.value_range
+    values = np.asarray(image).reshape(image.height, image.width, -1)[:, :, :num_bands]
+    _check_in_range(values.min(), values.max(), low, high, name)
+    table = np.clip(np.rint((np.arange(256) - low) * 255 / (high - low)), 0, 255).astype(int).tolist()
+    bands = len(image.getbands())
+    return image.point(table * num_bands + [*range(256)] * (bands - num_bands))
 
 
 def _resized(image: Image.Image, resolution: int) -> Image.Image:

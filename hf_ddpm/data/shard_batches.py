@@ -158,9 +158,9 @@ class _Substream:
         for block, first in self._blocks_from(j):
             for i in range(len(block)):
                 example = block[(first + i) % len(block)]
-                planes = stream.decode(example)
-                if planes is not None:
-                    return planes, stream.label(example), num_unreadable > 0
+                decoded = stream.decode(example)
+                if decoded is not None:
+                    return decoded.planes, stream.label(example), num_unreadable > 0
                 num_unreadable += 1
             if num_unreadable >= max(100, self.batches.shuffle_buffer_images):
                 raise UsageError(

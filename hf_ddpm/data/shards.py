@@ -15,9 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ import numpy as np
 from hf_ddpm.data import decoding
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
+    Decoded,
     ImageFormat,
     NeedsSixteenBits,
     NotFetchedError,
@@ -49,6 +51,7 @@ from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 
 STREAM_FORMAT = 1  # Increase it when the order of the stream changes, so that no older run is resumed.
 ROWS_PER_TABLE = 256
+NUM_FIRST_IMAGES = 16  # which are decoded when a stream is opened, for what they lose and how large their values are
 # Local files that `datasets` maps into memory have no shards of their own. To open a shard takes about a millisecond.
 ROWS_PER_SHARD = 64
 UNKNOWN = -1  # the number of rows of a shard that has not been read to its end
@@ -102,6 +105,8 @@ class ImageStream:
         license: The license of the data; None if unknown.
         num_images: The number of images; None where only reading would tell.
         num_bad: 0. Unreadable images are counted as they come, in the batches.
+        losses: What the first images hold and their planes do not -> of how many of them.
+        limits: The smallest and the largest value of the first images.
     """
 
     dataset: Any
@@ -114,6 +119,8 @@ class ImageStream:
     license: str | None
     num_images: int | None
     num_bad: int = 0
+    losses: dict[str, int] = field(default_factory=dict)
+    limits: tuple[int, int] = (0, 0)
 
     @property
     def channels(self) -> int:
@@ -142,10 +149,10 @@ class ImageStream:
             UsageError: When there are not so many readable images, or as `decode` raises it.
         """
         for example in self.examples():
-            planes = self.decode(example)
-            if planes is not None:
+            decoded = self.decode(example)
+            if decoded is not None:
                 if i == 0:
-                    return planes
+                    return decoded.planes
                 i -= 1
         raise UsageError(
             "on_bad_image='skip' must leave some images, got unreadable ones only: repair or replace them"
@@ -178,11 +185,8 @@ class ImageStream:
         except Exception as error:  # datasets, pyarrow and file systems raise nearly any class.
             raise self._reading_error(self._name_of_shard(shard), error) from error
 
-    def decode(self, example: Example) -> np.ndarray | None:
-        """Decode an example.
-
-        Returns:
-            The planes, (C, h, w), uint8 or uint16; None for an unreadable image if `on_bad_image` is "skip".
+    def decode(self, example: Example) -> Decoded | None:
+        """Decode an example; None for an unreadable image if `on_bad_image` is "skip".
 
         Raises:
             UsageError: When the image is unreadable, or differs from the first images, which decided the format.
@@ -198,7 +202,7 @@ class ImageStream:
             remedy = "" if is_skipped else "; with --on_bad_image skip a run continues without images that vanish"
             raise self._reading_error(self.name_of(example), error, remedy) from error
         try:
-            planes = decoding.decode(encoded, self.name_of(example), self.image_format)
+            decoded = decoding.decode(encoded, self.name_of(example), self.image_format)
         except NeedsSixteenBits:
             raise UsageError(
                 "preserve_input_precision must be off: the first images have 8 bits, "
@@ -210,7 +214,7 @@ class ImageStream:
             if is_skipped and not is_transient(error):
                 return None
             raise unreadable_image_error(self.name_of(example), error) from error
-        return np.ascontiguousarray(planes)
+        return decoded._replace(planes=np.ascontiguousarray(decoded.planes))
 
     def check_row_count(self, shard: int, expected: int, actual: int) -> None:
         """Check that a shard has as many rows as it had before.
@@ -300,10 +304,23 @@ def open_stream(config: DataConfig) -> ImageStream:
         image_format.channels,
         image_format.max_value,
         config.center_crop,
-        config.preserve_input_precision,
+        config.preserve_input_precision is not False,
+        config.value_range,
     ]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return replace(stream, image_format=image_format, fingerprint=fingerprint)
+    stream = replace(stream, image_format=image_format, fingerprint=fingerprint)
+    losses, limits = _losses_and_limits(stream)
+    return replace(stream, losses=losses, limits=limits)
+
+
+def _losses_and_limits(stream: ImageStream) -> tuple[dict[str, int], tuple[int, int]]:
+    """Decode the first images of a stream for what they lose and the limits of their values."""
+    losses: Counter[str] = Counter()
+    limits = (stream.max_value, 0)
+    for decoded in filter(None, map(stream.decode, islice(stream.examples(), NUM_FIRST_IMAGES))):
+        losses.update(decoded.losses)
+        limits = (min(limits[0], int(decoded.planes.min())), max(limits[1], int(decoded.planes.max())))
+    return losses, limits
 
 
 def _class_names(dataset: Any, column: str) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import os
 import re
 import tarfile
 import zipfile
@@ -21,10 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import (
-    METADATA_NAMES,
     ImageFolder,
-    files_below,
-    is_image,
     list_images,
     open_images,
     split_folders,
@@ -268,32 +264,6 @@ def as_usage_errors(
         ) from error
     finally:
         hf_config.HF_UPDATE_DOWNLOAD_COUNTS = updates_counts
-
-
-def describe_unread(config: DataConfig, num_images: int) -> str:
-    """Return in words which files of a folder of images are not read, or "" if all are.
-
-    Args:
-        config: The settings of the data.
-        num_images: The number of images that were read or were unreadable.
-    """
-    source = find_source(config)
-    if source.kind != "images" or source.folder is None:
-        return ""
-    listed = list_images(source.folder)
-    held_out = [split for split, path in source.splits.items() if path != source.folder]
-    unread = [f"the folder {split!r}" for split in held_out]
-    if source.splits:
-        root = Path(config.dataset_name or config.train_data_dir or "").expanduser()
-        starts = tuple(f"{path}{os.sep}" for path in source.splits.values())
-        above = [path for path in files_below(root) if not str(path).startswith(starts)]
-        num_beside = sum(is_image(path) for path in above)
-        unread += [f"{num_beside:,} images beside the splits"] if num_beside else []
-        unread += [f"{path.name} beside the splits" for path in above if path.name in METADATA_NAMES]
-    unread += [f"{count:,} {kind}" for kind, count in sorted(listed.unread.items())]
-    if listed.has_metadata and len(listed.images) > num_images:
-        unread.append(f"{len(listed.images) - num_images:,} images that no row of the metadata names")
-    return f"not read: {', '.join(unread)}" if unread else ""
 
 
 def choose_columns(dataset: Any, config: DataConfig) -> Any:

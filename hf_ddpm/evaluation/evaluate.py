@@ -38,7 +38,7 @@ from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import UnwrittenError, UsageError, in_one_line
 from hf_ddpm.runtime.format import finite_or_none
 from hf_ddpm.sampling.sampler import iter_samples, speed_up
-from hf_ddpm.sampling.schedulers import named_scheduler
+from hf_ddpm.solvers import named_scheduler
 
 NUM_MEMORIZATION_SAMPLES = 1000
 

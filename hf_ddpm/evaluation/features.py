@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from hf_ddpm.hub.token import check_token
 from hf_ddpm.runtime.devices import require_device
 from hf_ddpm.runtime.errors import UsageError, in_one_line
-from hf_ddpm.runtime.files import sha256
+from hf_ddpm.runtime.files import look_at, sha256
 
 # Only these files of a repository or folder are read: no code, no pickle.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -215,7 +215,7 @@ def check_network(name: str, path: str | Path | None = None) -> Path:
         if missing:
             raise UsageError(f'{name} needs {" and ".join(missing)}: pip install "hf_ddpm[evaluation]"')
     if path is not None:
-        file = Path(path).expanduser()
+        file = look_at("network_path", path)
         if not file.is_file():
             raise UsageError(f"network_path must be the weights file of {name}, got {str(path)!r}, which is no file")
     elif name == "efficientnet-lite0":
@@ -374,7 +374,7 @@ def _load_transformer(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def _find_folder(name: str, source: str) -> Path:
     """Return the folder of a transformers model, downloaded if `source` is a Hub id."""
-    folder = Path(source).expanduser()
+    folder = look_at("network_path", source)
     published = NETWORKS[name].source
     cls = "Dinov2Model" if name == "dinov2" else "CLIPVisionModelWithProjection"
     # OpenAI's repositories hold pickles; transformers reads only their tensors.

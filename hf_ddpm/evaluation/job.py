@@ -32,15 +32,16 @@ from hf_ddpm.evaluation.memorization import MIN_SAMPLES
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT, Splits
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_warnings, load_reference, real_vs_real
+from hf_ddpm.hub.card import check_readme
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.hub.readme import named_repository
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import require_writable_folder, weights_sha256
+from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.sampling.sampler import DTYPES, classes_in_turn, forward_batch_of, load_for_sampling
-from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
-from hf_ddpm.scheduler import DDPMScheduler, require_num_inference_steps
+from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.solvers import SCHEDULERS, choose_sampler, named_scheduler
 
 METRICS = (*DISTANCES, "nll", "memorization")
 MEMORIZATION_QUANTILE = 0.01
@@ -196,7 +197,7 @@ def load_job(request: Request) -> Iterator[Job]:
             raise UsageError(
                 f"out must be a folder for what is measured, got none for {repo_id!r} of the Hub: give --out"
             )
-        out = folder if request.out is None else Path(request.out).expanduser()
+        out = folder if request.out is None else look_at("out", request.out)
         is_model_folder = out.resolve() == folder.resolve()
         weights = weights_sha256(folder)
         processes.require_equal(weights, "weights")
@@ -240,6 +241,7 @@ def _name_on_card(out: Path, model_folder: Path) -> str:
 def _check_out(out: Path, weights: str, is_model_folder: bool) -> None:
     """Check that results of these weights can be written to `out`."""
     require_writable_folder("out", out)
+    check_readme(out)
     weights_in_out = weights_sha256(out)
     if weights_in_out not in (None, weights):
         raise UsageError(f"out must not hold another model, got {str(out)!r} with the weights {weights_in_out}")
@@ -253,13 +255,11 @@ def _grid(
 ) -> list[SamplerSetting]:
     """Return the settings of the grid, after checking that each of them can sample the model."""
     config = pipeline.scheduler.config
-    num_train = config["num_train_timesteps"]
     settings = []
     for scheduler in schedulers or [None]:
         for number in num_inference_steps or [None]:
-            name = scheduler or default_scheduler(config, pipeline.searched_timesteps, number)
-            steps = default_steps(name, num_train) if number is None else number
-            require_num_inference_steps(steps, num_train)
+            kept, searched = pipeline.kept_sampler, pipeline.searched_timesteps
+            name, steps = choose_sampler(config, scheduler, number, kept, searched)
             named_scheduler(name, config, steps).set_timesteps(steps)
             settings.append(SamplerSetting(name, steps))
     return list(dict.fromkeys(settings))

@@ -14,9 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-
-from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.cache import ImageCache, cache_folder, load_images
 from hf_ddpm.data.config import DataConfig, load_data_config
 from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import open_split
@@ -151,7 +149,7 @@ class Splits:
     def _reference(self, network: FeatureNetwork, split: str) -> Reference:
         """Return the reference of a split from the cache; make it if it is missing."""
         config = self.config
-        root = Path(config.cache_dir or huggingface_hub.constants.HF_HOME).expanduser() / "hf_ddpm"
+        root = cache_folder(config)
         identity = {key: value for key, value in network.identity.items() if key != "information"}
         key = [REFERENCE_FORMAT, split, self.open(split).fingerprint, config.center_crop, identity]
         folder = root / "references" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]

@@ -22,7 +22,7 @@ from hf_ddpm.hub.card import write_card
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, read_mapping, write_atomically
 from hf_ddpm.runtime.run_files import EVALUATION_PICTURES
-from hf_ddpm.sampling.schedulers import SCHEDULERS
+from hf_ddpm.solvers import SCHEDULERS
 
 FORMAT = 1
 SAMPLER_KEYS = ("scheduler", "num_inference_steps", "timesteps")

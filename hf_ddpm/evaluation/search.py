@@ -31,13 +31,13 @@ from torch import Tensor
 
 from hf_ddpm.evaluation.distances import paired_kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, network_at_hand
-from hf_ddpm.hub.card import write_card
+from hf_ddpm.hub.card import check_readme, write_card
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.sampler import classes_in_turn, load_for_sampling, seeded_generators
-from hf_ddpm.sampling.schedulers import named_scheduler
+from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.timesteps import (
     FILE,
     REFERENCE_STEPS,
@@ -85,6 +85,8 @@ def search_and_keep(
     folder, repo_id = find_model(model)
     if repo_id is None and not os.access(folder, os.W_OK):
         raise ValueError(f"model must be a folder to write to, got {model!r}")
+    if repo_id is None:
+        check_readme(folder)
     weights = weights_sha256(folder)
     pipeline, _ = load_for_sampling(model, "ddpm", device=device, dtype=dtype, compile=compile)
     problem = None

@@ -29,13 +29,14 @@ from hf_ddpm._version import __version__
 from hf_ddpm.data.batches import MicroBatches
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.sources import find_source
+from hf_ddpm.data.sources import check_source, find_source
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import Moments
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import (
     flush_folder,
+    look_at,
     naming_damage,
     read_mapping,
     require_writable_folder,
@@ -134,12 +135,7 @@ def make_reference(
         UsageError: When `out` exists or `channels` is not 1 or 3, both before an image is read, or when the images
             cannot be loaded.
     """
-    out = Path(out).expanduser()
-    if out.exists():
-        raise UsageError(f"out must be a new folder, got {str(out)!r}, which exists: delete it or name another")
-    require_writable_folder("out", out)
-    if config.channels not in (None, 1, 3):
-        raise UsageError(f"channels must be 1 or 3, as networks take, got {config.channels}: --channels 3, or 1")
+    out = check_new_reference(config, out)
     # The networks take 8 bits. Labels would change the fingerprint.
     config = replace(config, preserve_input_precision=False, label_column=None)
     with open_split(config, split) as images:
@@ -160,6 +156,22 @@ def make_reference(
     reference = Reference(statistics.moments, statistics.features, metadata)
     _write(reference, out)
     return reference
+
+
+def check_new_reference(config: DataConfig, out: str | Path) -> Path:
+    """Check what can be known of a reference before its network is loaded, and return its folder.
+
+    Raises:
+        UsageError: When `out` exists or cannot be made, no source can be meant, or `channels` is not 1 or 3.
+    """
+    out = look_at("out", out)
+    if out.exists():
+        raise UsageError(f"out must be a new folder, got {str(out)!r}, which exists: delete it or name another")
+    require_writable_folder("out", out)
+    if config.channels not in (None, 1, 3):
+        raise UsageError(f"channels must be 1 or 3, as networks take, got {config.channels}: --channels 3, or 1")
+    check_source(config)
+    return out
 
 
 def describe_images(images: ImageCache, config: DataConfig, split: str, oblong_crop: str = "center") -> dict[str, Any]:
@@ -187,7 +199,7 @@ def load_reference(path: str | Path) -> Reference:
     Raises:
         UsageError: When there is none, or it is damaged.
     """
-    folder = Path(path).expanduser()
+    folder = look_at("reference", path)
     if not (folder / "reference.json").is_file():
         raise UsageError(
             f"reference must be a folder with reference.json, got {str(path)!r}: make one with `hf-ddpm reference`"

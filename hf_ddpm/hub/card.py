@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 FEW_STEPS = 20  # of the card's example with a solver
 MAX_TRAJECTORY_STEPS = 100  # up to which the example returns each step
 MAX_CLASS_NAMES = 20
+UNREADABLE = "README.md cannot be read", "correct it, or delete it"
 
 
 def write_card(output_dir: str | Path, repo_id: str | None = None, revision: str | None = None) -> Path:
@@ -44,7 +45,7 @@ def write_card(output_dir: str | Path, repo_id: str | None = None, revision: str
     Args:
         output_dir: The folder of a run. The card leaves out whatever the run did not record.
         repo_id: The repository that the card's examples load. Default: the one that they load already, or the run's
-            `hub_model_id`, or the folder's name.
+            `hub_model_id`; the path of the folder as long as there is none.
         revision: The branch of the repository, if it is not `main`.
 
     Returns:
@@ -56,17 +57,30 @@ def write_card(output_dir: str | Path, repo_id: str | None = None, revision: str
     path = Path(output_dir) / "README.md"
     if not path.parent.is_dir():
         raise UsageError(f"output_dir must be the folder of a run, got {str(output_dir)!r}, which is not a folder")
-    unreadable = ("README.md cannot be read", "correct it, or delete it")
-    with naming_damage(*unreadable):
-        readme = path.read_text(encoding="utf-8") if path.is_file() else ""
-        repo_id = repo_id or named_repository(readme)
+    readme = check_readme(path.parent)
+    named = named_repository(readme)
+    repo_id = repo_id or (named if named is not None and is_hub_id(named) else None)
     edited_files = "config.yaml, run.json, metrics.jsonl or evaluation.json"
     with naming_damage("the card cannot be written", f"correct what was edited in {edited_files}"):
         card = str(_card(_RunRecords(path.parent), repo_id, revision))
-    with naming_damage(*unreadable):
+    with naming_damage(*UNREADABLE):
         new_readme = merge_readme(readme, card)
     write_atomically(path, new_readme)
     return path
+
+
+def check_readme(folder: Path) -> str:
+    """Return the text of the README.md in a folder, "" if there is none, after trying to put a card into it.
+
+    Raises:
+        UsageError: When it may not be read, or its metadata are damaged: no card could be written.
+    """
+    path = folder / "README.md"
+    with naming_damage(*UNREADABLE):
+        readme = path.read_text(encoding="utf-8") if path.is_file() else ""
+        named_repository(readme)
+        merge_readme(readme, f"---\ntags: []\n---\n{BEGIN}\n{END}\n")
+    return readme
 
 
 def result_cells(row: Mapping[str, Any]) -> dict[str, str]:
@@ -186,8 +200,10 @@ class _RunRecords:
 
 
 def _card(records: _RunRecords, repo_id: str | None, revision: str | None) -> ModelCard:
-    repo_id = str(repo_id or records.config.get("hub_model_id") or records.folder.resolve().name)
-    title = repo_id.split("/")[-1]
+    hub_model_id = records.config.get("hub_model_id")
+    title = str(repo_id or hub_model_id or records.folder.resolve().name).split("/")[-1]
+    # A name without a namespace is one of the Hub only for whoever pushes it.
+    name = repo_id or (hub_model_id if is_hub_id(str(hub_model_id)) else _loadable_path(records.folder))
     metadata = card_metadata(
         title,
         license=records.data.get("license"),
@@ -200,7 +216,7 @@ def _card(records: _RunRecords, repo_id: str | None, revision: str | None) -> Mo
         "begin": BEGIN,
         "end": END,
         "revision": revision,
-        "from_pretrained_arguments": json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision else ""),
+        "from_pretrained_arguments": json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else ""),
         "base_model": records.base_model,
         "figures": [path.name for path in records.folder.glob("figures/*")],
         **_model_variables(records),
@@ -210,6 +226,11 @@ def _card(records: _RunRecords, repo_id: str | None, revision: str | None) -> Mo
     # What ModelCard.from_template does, but that compiles the template each time.
     content = _compiled(_template()).render(card_data=metadata.to_yaml(), **{**metadata.to_dict(), **variables})
     return ModelCard(content)
+
+
+def _loadable_path(folder: Path) -> str:
+    """Return a path that `from_pretrained` cannot take for the name of a repository."""
+    return folder.as_posix() if folder.is_absolute() else f"./{folder.as_posix()}"
 
 
 def _model_variables(records: _RunRecords) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_ddpm.hub.errors import hub_error, status_of
 from hf_ddpm.hub.token import check_token
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import read_mapping
+from hf_ddpm.runtime.files import look_at, read_mapping
 from hf_ddpm.runtime.run_files import MODEL_INDEX, REPLACED_RUN
 
 
@@ -30,7 +30,7 @@ def local_folder(model: str | Path) -> Path | None:
     Raises:
         UsageError: When `model` is neither, or a folder without a pipeline.
     """
-    folder = Path(model).expanduser()
+    folder = look_at("model", model)
     if not folder.exists():
         if is_hub_id(str(model)):
             return None
@@ -50,20 +50,25 @@ def find_model(model: str | Path) -> tuple[Path, str | None]:
     """Return the folder of a saved pipeline, downloaded if need be, and its Hub id if it came from there.
 
     Raises:
-        UsageError: When there is no such model, or it is not a pipeline of a UNet2DModel and a scheduler.
+        UsageError: When there is no such model, or it is not a pipeline of a UNet2DModel and a scheduler, or one
+            of its configs is damaged.
     """
     folder = local_folder(model)
     repo_id = None
     if folder is None:
         repo_id = str(model)
         folder = _download(repo_id)
-    index = read_mapping(folder / "model_index.json", "save or download the model again")
-    components = {name for name, value in index.items() if isinstance(value, list) and value[1] is not None}
-    if index.get("unet", ["", ""])[1] != "UNet2DModel" or components != {"unet", "scheduler"}:
+    remedy = "save or download the model again"
+    index = read_mapping(folder / "model_index.json", remedy)
+    classes = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
+    components = {name for name, value in classes.items() if value is not None}
+    if classes.get("unet") != "UNet2DModel" or components != {"unet", "scheduler"}:
         raise UsageError(
             f"model must be a DDPMPipeline of a UNet2DModel and a scheduler, got {str(model)!r}, a "
             f"{index.get('_class_name')} of {', '.join(sorted(components))}"
         )
+    for config in ("unet/config.json", "config.json", "scheduler/scheduler_config.json", "scheduler_config.json"):
+        read_mapping(folder / config, remedy)
     return folder, repo_id
 
 

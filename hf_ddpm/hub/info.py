@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_ddpm._version import __version__
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import read_mapping
+from hf_ddpm.runtime.files import look_at, read_mapping
 from hf_ddpm.runtime.run_files import checkpoint_names, read_evaluation, read_run
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub", "safetensors", "numpy")
@@ -44,7 +44,7 @@ def model_info(model: str) -> dict[str, Any]:
     Raises:
         UsageError: When there is no such model, or one of its files is damaged.
     """
-    folder = Path(model).expanduser()
+    folder = look_at("model", model)
     if not (folder / "model_index.json").is_file():
         from hf_ddpm.hub.download import find_model
 
@@ -60,6 +60,7 @@ def model_info(model: str) -> dict[str, Any]:
         "prediction_type": scheduler.get("prediction_type"),
         "schedule": scheduler.get("beta_schedule"),
         "num_train_timesteps": scheduler.get("num_train_timesteps"),
+        "is_finished": progress.get("is_finished"),
         "steps_trained": progress.get("steps", progress.get("step")),
         "images_seen": progress.get("images"),
         "measured": read_evaluation(folder),
@@ -67,7 +68,7 @@ def model_info(model: str) -> dict[str, Any]:
 
 
 def _progress(folder: Path) -> dict[str, Any]:
-    """Return how far the run in `folder` has come: its own record if it is finished, else its last checkpoint."""
+    """Return how far the run in `folder` has come: its own record if there is one, else its last checkpoint."""
     if training := read_run(folder).get("training"):
         return training
     checkpoints = checkpoint_names(folder)

@@ -57,6 +57,7 @@ def run_demo(model: str, port: int = 7860) -> None:
         GRADIO_SERVER_PORT=str(port),
         GRADIO_ANALYTICS_ENABLED="False",
     )
+    print(f"The page of {model} is made: gradio, torch and the model are loaded first. Ctrl-C ends it.", flush=True)
     runpy.run_path(str(APP), run_name="__main__")
 
 

@@ -5,9 +5,24 @@ from __future__ import annotations
 import os
 import unicodedata
 
-from huggingface_hub import get_token
+import huggingface_hub
 
 from hf_ddpm.runtime.errors import UsageError
+
+
+def stored_token() -> str | None:
+    """Return the token that the client finds, or None.
+
+    Raises:
+        UsageError: When the file of the token may not be read.
+    """
+    try:
+        return huggingface_hub.get_token()
+    except OSError as error:
+        raise UsageError(
+            f"the token of hf auth login must be readable, got {error.filename!r}: {error.strerror}; allow it, or put "
+            "a folder of your own into HF_HOME"
+        ) from error
 
 
 def check_token(token: str | None = None) -> None:
@@ -21,7 +36,7 @@ def check_token(token: str | None = None) -> None:
     """
     origin = "the token that was given"
     if token is None:
-        token = get_token() or ""  # which strips spaces and line breaks at its ends
+        token = stored_token() or ""  # which strips spaces and line breaks at its ends
         origin = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the token of hf auth login"
     for number, character in enumerate(token, 1):
         if not "!" <= character <= "~":

@@ -28,6 +28,7 @@ from hf_ddpm.hub.readme import author_text, merge_readme
 from hf_ddpm.hub.token import check_token
 from hf_ddpm.runtime.errors import PushError, UsageError, in_one_line
 from hf_ddpm.runtime.files import (
+    look_at,
     parse_mapping,
     read_mapping,
     read_metrics,
@@ -90,7 +91,7 @@ def push(
         UsageError: When `folder` holds no model that may be published, or no request can carry the token.
         PushError: When the Hub refuses, or cannot be reached.
     """
-    folder = Path(folder).expanduser()
+    folder = look_at("run", folder)
     check_token(token)
     _check_publishable(folder)
     api = HfApi(token=token)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import json
@@ -16,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from hf_ddpm.runtime.errors import PushError, RunError, UsageError, in_one_line, without_tokens
 from hf_ddpm.runtime.launch import is_main_process, report_outcome, take_token_from_argv
-from hf_ddpm.runtime.settings import SettingInfo, choices_of, settings_of
+from hf_ddpm.runtime.settings import SettingInfo, choices_of, did_you_mean, settings_of
 from hf_ddpm.runtime.signals import STOPPED, StoppedOnPurpose
 
 # The base of all that Typer says about a wrong command line. Typer itself exports this one of its subclasses only.
@@ -119,9 +118,8 @@ def _explain(error: Any) -> str:
     if type(error).__name__ != "NoSuchOption":
         return text
     options = [option for param in error.ctx.command.params for option in (*param.opts, *param.secondary_opts)]
-    closest = difflib.get_close_matches(error.option_name, options, n=1)
-    remedy = f"did you mean {closest[0]}?" if closest else f"see {error.ctx.command_path} --help"
-    return f"no such option: {error.option_name}; {remedy}"
+    remedy = did_you_mean(error.option_name, options) or f"; see {error.ctx.command_path} --help"
+    return f"no such option: {error.option_name}{remedy}"
 
 
 def with_underscores(name: str) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sys
+import sysconfig
 from pathlib import Path
 
 import torch
 
-from hf_ddpm.runtime.errors import in_one_line
+from hf_ddpm.runtime.errors import UsageError, in_one_line
+from hf_ddpm.runtime.launch import environment_number
 
 
 def process_device(device: str | torch.device | None = None) -> torch.device:
@@ -26,7 +30,7 @@ def process_device(device: str | torch.device | None = None) -> torch.device:
         device = "cpu" if on_cpu else best_device()
     device = require_device(device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        return torch.device("cuda", environment_number("LOCAL_RANK", 0) % torch.cuda.device_count())
     return device
 
 
@@ -50,6 +54,38 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of a device's memory, whoever holds them now; of a CPU those of the machine with its swap."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    return psutil.virtual_memory().total + psutil.swap_memory().total
+
+
+def require_compiler(device: torch.device) -> None:
+    """Check that torch.compile finds what it compiles a network with.
+
+    Raises:
+        UsageError: When there is no compiler, or a CPU's lacks Python's header files.
+    """
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    names = [os.environ.get("CXX", default)]
+    if device.type != "cpu":  # Triton takes one of C, too
+        names += [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, names)):
+        raise UsageError(
+            f"compile needs a compiler of C++, got none called {names[0]!r}: install it (Debian: apt install g++), "
+            "name one in CXX, or leave --compile out"
+        )
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if device.type == "cpu" and not header.is_file():
+        raise UsageError(
+            f"compile needs the header files of Python, got no {header}: install them (Debian: apt install "
+            "python3-dev), or leave --compile out"
+        )
 
 
 def device_name(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -87,4 +88,6 @@ def without_tokens(text: str, *tokens: str | None) -> str:
 def _known_tokens() -> list[str | None]:
     tokens = [os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     hub = sys.modules.get("huggingface_hub")  # what has not been imported has not sent a token
-    return tokens if hub is None else [*tokens, hub.get_token()]
+    with contextlib.suppress(OSError):  # what may not be read has not been sent either
+        return tokens if hub is None else [*tokens, hub.get_token()]
+    return tokens

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,11 +123,22 @@ def weights_sha256(folder: Path) -> str | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file of JSON lines, without lines that a killed run left unfinished."""
+    """Return the lines of a file of JSON lines, without lines that a killed run left unfinished.
+
+    Raises:
+        UsageError: When a line is JSON, but holds no step, as a run writes none.
+    """
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    with naming_damage(f"{path} cannot be read", "correct it, or move it away"):
+        content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut off, also within a character
+            continue
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise UsageError(f"{path} cannot be read: no step in line {number}: correct that line, or delete it")
+        records.append(record)
     return records
 
 
@@ -147,22 +158,53 @@ def read_mapping(path: Path, remedy: str = "correct it") -> dict[str, Any]:
     Raises:
         UsageError: When the file is damaged, or holds something else than a mapping.
     """
-    return parse_mapping(path.read_bytes(), path, remedy) if path.is_file() else {}
-
-
-def parse_mapping(content: bytes, path: Path, remedy: str = "correct it") -> dict[str, Any]:
-    """Return the mapping that `content`, which was read from `path`, holds; see `read_mapping`."""
     with naming_damage(f"{path} cannot be read", remedy):
-        text = content.decode("utf-8")
-        mapping = (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)) or {}
-        if not isinstance(mapping, dict):
+        content = path.read_bytes() if path.is_file() else None
+    return {} if content is None else parse_mapping(content, path, remedy)
+
+
+def parse_mapping(
+    content: bytes | str, path: Path | str, remedy: str = "correct it", is_json: bool | None = None
+) -> dict[str, Any]:
+    """Return the mapping that `content`, which was read from `path`, holds; see `read_mapping`.
+
+    Args:
+        content: What was read.
+        path: The file, for error messages.
+        remedy: See `read_mapping`.
+        is_json: Whether it is JSON, whatever its name says.
+    """
+    with naming_damage(f"{path} cannot be read", remedy):
+        text = content if isinstance(content, str) else content.decode("utf-8")
+        if str(path).endswith(".json") if is_json is None else is_json:
+            mapping = json.loads(text, object_pairs_hook=_unique)
+        else:
+            mapping = yaml.load(text, _UniqueLoader)
+        if not isinstance(mapping, dict | None):
             raise ValueError(f"it must be a mapping, got {mapping!r}")
-        return mapping
+        return mapping or {}
+
+
+class _UniqueLoader(yaml.SafeLoader):
+    """A loader of plain values for which a key that stands twice is a mistake: YAML's own takes the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            _unique([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return mapping
 
 
 @contextmanager
 def naming_damage(failure: str, remedy: str) -> Iterator[None]:
-    """Turn the errors that a damaged file causes in a `with` block into a UsageError: failure, cause, remedy.
+    """Turn the errors that reading a damaged file causes in a `with` block into a UsageError: failure, cause, remedy.
 
     Args:
         failure: What could not be done, for example "config.yaml cannot be read".
@@ -175,10 +217,38 @@ def naming_damage(failure: str, remedy: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"{failure}: {in_one_line(error)}: {remedy}") from error
     except (LookupError, TypeError, AttributeError) as error:  # without the type, their messages say too little
         raise UsageError(f"{failure}: {in_one_line(error, with_type=True)}: {remedy}") from error
+
+
+def look_at(name: str, path: str | Path) -> Path:
+    """Return a path that the user named, `~` expanded, after a look at what is there: it may be nothing.
+
+    Args:
+        name: The setting that names the path, for the error message.
+        path: A path, or what may be one, as a Hub id.
+
+    Raises:
+        UsageError: When the path is empty or too long, of an unknown user, or what it names may not be read.
+    """
+    if not str(path):
+        raise UsageError(f"{name} must not be empty: leave it out for its default")
+    shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
+    try:
+        expanded = Path(path).expanduser()
+        is_folder = stat.S_ISDIR(expanded.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return expanded
+    except RuntimeError as error:  # what pathlib raises for a home that it does not find
+        raise UsageError(f"{name} must be a path of a user of this machine, got {shown!r}") from error
+    except (OSError, ValueError) as error:  # a ValueError is of a path with a zero byte
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{name} must be a path that can be looked at, got {shown!r}: {reason}") from error
+    if not os.access(expanded, os.R_OK | os.X_OK if is_folder else os.R_OK):
+        raise UsageError(f"{name} must be readable, got {shown!r}: you lack the permission")
+    return expanded
 
 
 def require_writable_folder(name: str, folder: Path) -> None:
@@ -191,6 +261,7 @@ def require_writable_folder(name: str, folder: Path) -> None:
     Raises:
         UsageError: When it is a file, lies in one, or may not be written.
     """
+    look_at(name, folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{name} must be a folder, got {str(folder)!r}, which is a file")
     existing = existing_parent(folder)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import naming_damage
 from hf_ddpm.runtime.signals import LAUNCHER_ENDED, SIGNALS, STOPPED
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -29,6 +30,8 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MPI_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # What `accelerate launch` tells every process, and torchrun too.
 LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+# How threads of OpenMP wait: of the standard, of GNU's library and of Intel's.
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 TOKEN_FLAG = "__hub_token"  # with hyphens as underscores
 # The file to which workers write their exit codes.
 OUTCOME_VARIABLE = "HF_DDPM_OUTCOME_FILE"
@@ -45,19 +48,43 @@ def is_launched() -> bool:
     return any(name in os.environ for name in (*RANK_VARIABLES, *MPI_VARIABLES, *LAUNCHER_VARIABLES))
 
 
-def reject_deepspeed() -> None:
-    """Reject a launch that asks for DeepSpeed, before Accelerate imports it.
+def check_launch() -> None:
+    """Check what the environment says of this process, before Accelerate and torch act on it.
 
     Raises:
-        UsageError: When `accelerate launch` or the environment asks for DeepSpeed.
+        UsageError: When a place among processes is no number, or DeepSpeed is asked for.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UsageError(NO_DEEPSPEED)
+    for name in (*RANK_VARIABLES, "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        environment_number(name, 0)
+
+
+def environment_number(name: str, default: int) -> int:
+    """Return a number that a launcher left in the environment.
+
+    Raises:
+        UsageError: When it is none.
+    """
+    text = os.environ.get(name, "").strip() or str(default)
+    if not text.isdecimal():
+        raise UsageError(f"{name} in the environment must be a whole number, got {text!r}: unset it, or correct it")
+    return int(text)
 
 
 def is_main_process() -> bool:
     """Return whether this is the process that speaks for all of a run."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def let_threads_sleep() -> None:
+    """Let threads of OpenMP that have nothing to do sleep rather than spin, unless the user has said how they wait.
+
+    OpenMP reads this when torch is loaded. Beside other work, threads that spin take the processors from those that
+    they wait for: benchmarks/waiting.
+    """
+    if not any(name in os.environ for name in WAIT_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def exit_with_launcher() -> None:
@@ -113,7 +140,8 @@ def start_processes(token: str | None = None) -> int | None:
         options = ["--multi_gpu", "--num_processes", str(num_gpus), "--num_machines", "1"]
         return _accelerate_launch([*options, "--mixed_precision", "no", "--dynamo_backend", "no"], token)
 
-    config: Any = load_config_from_file(default_config_file)
+    with naming_damage(f"{default_config_file} cannot be read", "write it anew by `accelerate config`"):
+        config: Any = load_config_from_file(default_config_file)
     if str(config.distributed_type).endswith("DEEPSPEED"):
         raise UsageError(NO_DEEPSPEED)
     if config.num_processes == 1:
@@ -136,7 +164,7 @@ def start_missing_processes(token: str | None = None) -> int | None:
     Raises:
         UsageError: When it cannot be found out how many processes were asked for, or they are on several machines.
     """
-    reject_deepspeed()
+    check_launch()
     # For more than one process Accelerate names their meeting point, even though it starts one; a launcher that starts
     # them all also gives each its rank.
     is_alone = not any(name in os.environ for name in ("RANK", "WORLD_SIZE", *MPI_VARIABLES))

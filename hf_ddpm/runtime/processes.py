@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.runtime.errors import UsageError, in_one_line
+from hf_ddpm.runtime.launch import environment_number
 
 Value = TypeVar("Value")
 
@@ -190,7 +191,7 @@ def join_processes() -> Iterator[Processes]:
 
     A process group that exists already is used, and left as it is. Without either, this process works alone.
     """
-    is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    is_launched = environment_number("WORLD_SIZE", 1) > 1
     must_join = is_launched and dist.is_available() and not dist.is_initialized()
     if must_join:
         dist.init_process_group("gloo")
@@ -211,7 +212,7 @@ def share_cores(num_processes: int = 1, num_threads: int | None = None) -> None:
         num_threads: The number of threads. None: the cores divided by the processes, unless OMP_NUM_THREADS asks for
             more than one.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", str(num_processes)))
+    processes = environment_number("LOCAL_WORLD_SIZE", num_processes)
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_threads is not None:
         torch.set_num_threads(num_threads)

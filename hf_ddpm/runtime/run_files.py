@@ -68,7 +68,7 @@ def _picture(name: str, is_replaced: bool = False, names_weights: str | None = N
 RUN_FILES = (
     # What the run was told, and what it recorded.
     RunFile("config.yaml", is_uploaded=True),  # every setting
-    RunFile("run.json", is_uploaded=True, is_replaced=True, on_resume="delete"),  # the facts of a finished run
+    RunFile("run.json", is_uploaded=True, is_replaced=True, on_resume="delete"),  # the facts of a run at its end
     RunFile("metrics.jsonl", is_uploaded=True, on_resume="cut lines"),  # one line per logged step
     RunFile("eval.jsonl", is_uploaded=True, is_replaced=True, on_resume="cut lines"),  # one line per measurement
     RunFile("README.md", is_uploaded=True),  # the model card
@@ -199,8 +199,15 @@ def _numbered_paths(folder: Path, pattern: str) -> list[tuple[int, Path]]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return the facts of a finished run, which run.json holds, or an empty mapping."""
+    """Return the facts of a run that is finished or stopped, which run.json holds, or an empty mapping."""
     return read_mapping(folder / "run.json")
+
+
+def run_folder_of(model: Path) -> Path:
+    """Return the folder of the run that a model belongs to: its own, or that above `best` or `ema/NAME`."""
+    if model.parent.name == "ema":
+        return model.parent.parent
+    return model.parent if model.name == "best" else model
 
 
 def read_evaluation(folder: Path) -> list[dict[str, Any]]:

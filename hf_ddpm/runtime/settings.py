@@ -13,16 +13,28 @@ Whether a resumed run may change a setting:
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import look_at
 
 Resume = Literal["fixed", "free", "start"]
 # For `only_with`: any value but None.
 GIVEN = object()
+# The type in an annotation, in words, and the types of values that it takes.
+_TYPES = (
+    (list[float], "a list of numbers", (int, float)),
+    (bool, "true or false", (bool,)),
+    (int, "a whole number", (int,)),
+    (float, "a number", (int, float)),
+)
 
 
 @dataclass(frozen=True)
@@ -34,23 +46,31 @@ class SettingInfo:
         group: Its heading in `--help`.
         resume: Whether a resumed run may change it, see the top of this file.
         at_least: The smallest value; of a list, that of each number.
+        num_values: Of a list, how many numbers it has, which then rise.
         above: A value that it must exceed.
         below: A value that it must stay under. No number may be infinite.
+        names: Of a text, the names that it may hold; several are separated by commas.
         only_with: Other settings, each with the value or the tuple of values that this one takes effect with. A value
             of this one that is neither its default nor `off` is an error beside any other.
         off: A value that switches it off, and so is no error where it has no effect.
         is_secret: Whether its value is never shown.
+        is_path: Whether it names a file or folder, or may do so.
+        also_called: Other words for its values, as people call them elsewhere -> the value.
     """
 
     help: str
     group: str
     resume: Resume
     at_least: float | None = None
+    num_values: int | None = None
     above: float | None = None
     below: float | None = None
+    names: tuple[str, ...] = ()
     only_with: Mapping[str, Any] = field(default_factory=dict)
     off: Any = None
     is_secret: bool = False
+    is_path: bool = False
+    also_called: Mapping[str, str] = field(default_factory=dict)
 
 
 def setting(default: Any, help: str, *, group: str, resume: Resume, repr: bool = True, **about: Any) -> Any:
@@ -74,8 +94,37 @@ def settings_of(config: Any) -> Iterator[tuple[str, Any, SettingInfo]]:
         yield each.name, each.default, each.metadata["setting"]
 
 
+def with_plain_paths(config: Any, config_type: type) -> Any:
+    """Return a config whose paths are texts with `~` expanded, as a shell would have given them.
+
+    Raises:
+        UsageError: When it is no config, or a path cannot be looked at.
+    """
+    if not isinstance(config, config_type):
+        name, got = config_type.__name__, type(config).__name__
+        raise UsageError(f"config must be a {name}, got a {got}: hf_ddpm.load_config(**settings) makes a config")
+    paths = {}
+    for name, _, info in settings_of(config):
+        value = getattr(config, name)
+        if info.is_path and isinstance(value, str | Path):
+            paths[name] = str(look_at(name, value)) if str(value).startswith("~") else str(value)
+    return replace(config, **paths)
+
+
+def check_paths(config: Any) -> None:
+    """Look at each path of a config.
+
+    Raises:
+        UsageError: When one cannot be a path, or what it names may not be read; the message names the setting.
+    """
+    for name, _, info in settings_of(config):
+        value = getattr(config, name)
+        if info.is_path and value is not None:
+            look_at(name, value)
+
+
 def check_values(config: Any) -> None:
-    """Check each setting by itself: that it has a value, its type's choices, its range.
+    """Check each setting by itself: that it has a value, its type, its type's choices, its range.
 
     Raises:
         UsageError: When a setting cannot have its value; the message names the first of them.
@@ -87,12 +136,61 @@ def check_values(config: Any) -> None:
         if value is None:
             if type(None) not in get_args(hint):
                 raise UsageError(f"{name} must have a value, got None: leave the setting out for its default")
-        elif choices and value not in choices:
-            raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-        elif isinstance(value, list):
-            _check_list(name, value, info)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            _check_range(name, value, info)
+        elif choices:
+            require_choice(name, value, choices, info.also_called)
+        else:
+            _check_type(name, value, hint)
+            if info.names:
+                _check_names(name, value, info)
+            elif isinstance(value, list):
+                _check_list(name, value, info)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                _check_range(name, value, info)
+
+
+def require_choice(
+    name: str, value: Any, choices: Sequence[Any], also_called: Mapping[str, str] | None = None
+) -> None:
+    """Check that a value is one of those that are allowed.
+
+    Raises:
+        UsageError: When it is none; the message names the nearest one.
+    """
+    if value not in choices:
+        texts = [str(choice) for choice in choices]
+        hint = did_you_mean(str(value), texts, also_called)
+        raise UsageError(f"{name} must be one of {', '.join(texts)}, got {shortened(value)}{hint}")
+
+
+def did_you_mean(given: str, names: Sequence[str], also_called: Mapping[str, str] | None = None) -> str:
+    """Return the name that is probably meant as the end of a message, or "" if none is near.
+
+    A name that contains the given word is meant before one that is spelled alike.
+    """
+    alike = difflib.get_close_matches(given, names, n=1)
+    word = given.strip("-")
+    meant = [(also_called or {}).get(given), *(name for name in names if len(word) > 2 and word in name), *alike]
+    first = next(filter(None, meant), None)
+    return f"; did you mean {first}?" if first else ""
+
+
+def shortened(value: Any) -> str:
+    """Return a value for a message, its beginning if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    kinds = {hint, *get_args(hint)}
+    types = ((what, allowed) for kind, what, allowed in _TYPES if kind in kinds)
+    what, allowed = next(types, ("a text", (str,)))
+    values = value if isinstance(value, list) else [value]
+    has_type = all(isinstance(each, allowed) and (bool in allowed or type(each) is not bool) for each in values)
+    if not has_type or isinstance(value, list) is not (list[float] in kinds):
+        raise UsageError(f"{name} must be {what}, got {shortened(value)}")
 
 
 def _check_range(name: str, value: float, info: SettingInfo) -> None:
@@ -103,9 +201,9 @@ def _check_range(name: str, value: float, info: SettingInfo) -> None:
         and (isinstance(value, int) or math.isfinite(value))
     )
     if not is_in_range:
-        raise UsageError(f"{name} {_range_text(info)}, got {value}")
+        raise UsageError(f"{name} {_range_text(info)}, got {shortened(value)}")
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise UsageError(f"{name} must fit in 64 bits, got {value}")
+        raise UsageError(f"{name} must fit in 64 bits, got {shortened(value)}")
 
 
 def _range_text(info: SettingInfo) -> str:
@@ -120,12 +218,25 @@ def _range_text(info: SettingInfo) -> str:
     return "must be a finite number"
 
 
+def _check_names(name: str, value: str, info: SettingInfo) -> None:
+    given = value.split(",")
+    if not {*given} <= {*info.names} or len({*given}) < len(given):
+        raise UsageError(
+            f"{name} must be one of {', '.join(info.names)}, or several with commas and no spaces, got {value!r}"
+        )
+
+
 def _check_list(name: str, values: list[float], info: SettingInfo) -> None:
-    # Folders are named by numbers in this format.
-    has_equal = len({f"{value:g}" for value in values}) < len(values)
+    if info.num_values is not None:
+        is_rising = all(low < high for low, high in itertools.pairwise(values))
+        if len(values) != info.num_values or not is_rising or not all(map(math.isfinite, values)):
+            raise UsageError(f"{name} must be {info.num_values} rising numbers, got {shortened(values)}")
+        return
     smallest = -math.inf if info.at_least is None else info.at_least
-    if not values or has_equal or not all(smallest <= value < math.inf for value in values):
-        raise UsageError(f"{name} must be different numbers of at least {smallest:g}, got {values}")
+    is_in_range = all(smallest <= value <= sys.float_info.max for value in values)
+    # Folders are named by numbers in this format.
+    if not values or not is_in_range or len({f"{value:g}" for value in values}) < len(values):
+        raise UsageError(f"{name} must be different numbers of at least {smallest:g}, got {shortened(values)}")
 
 
 def check_effects(config: Any) -> None:
@@ -150,14 +261,20 @@ def choices_of(hint: Any) -> list[Any]:
     return [choice for part in parts if get_origin(part) is Literal for choice in get_args(part) if choice is not None]
 
 
-def typed_values(config_type: type, given: Mapping[str, Any]) -> dict[str, Any]:
+def typed_values(config_type: type, given: Mapping[str, Any], source: str = "") -> dict[str, Any]:
     """Convert values from YAML or from a command line to the types of their settings.
+
+    Args:
+        config_type: The dataclass of the settings.
+        given: The values by the names of their settings.
+        source: The file that they are from, which a message then names.
 
     Raises:
         UsageError: When a value cannot be converted.
     """
     hints = get_type_hints(config_type)
-    return {name: typed_value(name, value, hints[name]) for name, value in given.items()}
+    start = f"{source}: " if source else ""
+    return {name: typed_value(f"{start}{name}", value, hints[name]) for name, value in given.items()}
 
 
 def typed_value(name: str, value: Any, hint: Any) -> Any:
@@ -179,14 +296,14 @@ def typed_value(name: str, value: Any, hint: Any) -> Any:
     if float in kinds:
         return _number(name, value, "a number")
     if isinstance(value, list | tuple | dict):
-        raise UsageError(f"{name} must be a text, got {value!r}")
+        raise UsageError(f"{name} must be a text, got {shortened(value)}")
     return str(value)
 
 
 def _truth(name: str, value: Any) -> bool:
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if str(value).lower() not in words:
-        raise UsageError(f"{name} must be true or false, got {value!r}")
+        raise UsageError(f"{name} must be true or false, got {shortened(value)}")
     return words[str(value).lower()]
 
 
@@ -196,7 +313,7 @@ def _whole_number(name: str, value: Any) -> int:
             raise ValueError
         return int(value)
     except (TypeError, ValueError):
-        raise UsageError(f"{name} must be a whole number, got {value!r}") from None
+        raise UsageError(f"{name} must be a whole number, got {shortened(value)}") from None
 
 
 def _number(name: str, value: Any, what: str) -> float:
@@ -205,13 +322,14 @@ def _number(name: str, value: Any, what: str) -> float:
             raise ValueError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{name} must be {what}, got {value!r}") from None
+        raise UsageError(f"{name} must be {what}, got {shortened(value)}") from None
 
 
 def _is_allowed(value: Any, allowed: Any) -> bool:
     if allowed is GIVEN:
         return value is not None
-    return value in allowed if isinstance(allowed, tuple) else value == allowed
+    values = value.split(",") if isinstance(value, str) else [value]
+    return any(each in allowed if isinstance(allowed, tuple) else each == allowed for each in values)
 
 
 def _remedy(other: str, allowed: Any) -> str:

@@ -3,7 +3,8 @@
 set             one image for each seed from the first one on
 samples.json    the settings that decide the images of a set; a folder holds one set
 metadata.jsonl  of a set of PNG files: the seed of each, and its class, as `datasets` and `--dataset_name` read them
-grid.png        the first GRID_IMAGES of them, which is no image of the set
+grid.png        the first GRID_IMAGES of them, in 8 bits, which is no image of the set
+value range     the values that -1 and 1 stand for in the 16-bit images of a model that was trained on 16-bit images
 group           the images that one process writes together: one PNG file, or a part file of many images
 """
 
@@ -13,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.figures import grid, png_bytes, to_pil
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.runtime.files import read_mapping, require_writable_folder, weights_sha256, write_atomically
+from hf_ddpm.runtime.files import look_at, read_mapping, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
+from hf_ddpm.runtime.run_files import read_run, run_folder_of
 from hf_ddpm.sampling.sampler import (
     FORWARD_BATCH,
     classes_in_turn,
@@ -32,7 +35,7 @@ from hf_ddpm.sampling.sampler import (
     iter_samples,
     load_for_sampling,
 )
-from hf_ddpm.sampling.schedulers import default_scheduler
+from hf_ddpm.solvers import choose_sampler
 
 FORMATS = ("png", "parquet", "npz")
 GRID_IMAGES = 64
@@ -69,7 +72,8 @@ def write_samples(
     Args:
         model: A folder that holds a pipeline, or a Hub id; see `load_for_sampling`.
         out: A new folder, or one that holds a part of this set.
-        num_images: The number of images in the set.
+        num_images: The number of images in the set. They have 16 bits where the model was trained on such images,
+            and the values that those had before `--value_range`; see `_value_range`.
         seed: The seed of the first image.
         num_inference_steps: See `load_for_sampling`.
         scheduler: See `load_for_sampling`.
@@ -90,7 +94,7 @@ def write_samples(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
-    out = Path(out).expanduser()
+    out = look_at("out", out)
     require_writable_folder("out", out)
     with join_processes() as processes:
         pipeline, steps = load_for_sampling(model, scheduler, num_inference_steps, device, dtype, compile, uniform)
@@ -102,11 +106,12 @@ def write_samples(
             labels = [class_label] * num_images
         pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)
         pipeline._conditions(labels and labels[:1], 1, pipeline.device)
-        searched = pipeline.searched_timesteps_for(steps)
+        searched, kept = pipeline.searched_timesteps_for(steps), pipeline.kept_sampler
+        name = choose_sampler(pipeline.scheduler.config, scheduler, steps, kept, pipeline.searched_timesteps).scheduler
         settings = {
             "model": str(model),
             "weights_sha256": weights_sha256(Path(unet.config["_name_or_path"])),
-            "scheduler": scheduler or default_scheduler(pipeline.scheduler.config, pipeline.searched_timesteps, steps),
+            "scheduler": name,
             "num_inference_steps": steps,
             "timesteps": None if searched is None else [*searched.timesteps],
             "seed": seed,
@@ -116,6 +121,7 @@ def write_samples(
             "dtype": dtype or "fp32",
             "compile": compile,
             "format": format,
+            "value_range": _value_range(unet, format, processes),
             "device": pipeline.device.type,
             "forward_batch": forward_batch_of(pipeline.device, batch_size),
         }
@@ -155,6 +161,7 @@ def _write_set(
             num_inference_steps=settings["num_inference_steps"],
             class_labels=None if labels is None else [labels[i] for i in indices],
             deterministic=settings["deterministic"],
+            value_range=settings["value_range"],
         )
         label, is_quiet = processes.label("Sampling"), processes.rank > 0
         with tqdm(total=len(indices), unit="image", desc=label, disable=is_quiet) as progress:
@@ -165,7 +172,11 @@ def _write_set(
     def finish() -> None:
         first_images = image_set.finish()
         if first_images[0].shape[2] in (1, 3, 4):
-            write_atomically(out / "grid.png", png_bytes(grid(_pictures(np.stack(first_images)))))
+            pixels = np.stack(first_images)
+            if settings["value_range"] is not None:
+                low, high = settings["value_range"]
+                pixels = np.clip(np.rint((pixels.astype(np.float64) - low) * 255 / (high - low)), 0, 255)
+            write_atomically(out / "grid.png", png_bytes(grid(_pictures(pixels.astype(np.uint8)))))
 
     processes.gather(write_share)
     processes.on_main(finish)
@@ -256,7 +267,7 @@ class PartFiles:
         return range(group * self.part_images, min((group + 1) * self.part_images, self.num_images))
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
-        """Take the images with these numbers, (B, H, W, C) uint8, and write each part that has all of its images."""
+        """Take the images with these numbers, (B, H, W, C) uint8 or uint16, and write each part that is then whole."""
         self.unwritten.update(zip(indices, images, strict=True))
         for part in sorted({i // self.part_images for i in self.unwritten}):
             members = self.members(part)
@@ -342,8 +353,27 @@ def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path])
         raise ValueError(f"{out} holds samples with {was}, got {now}: choose another folder, or those settings")
 
 
+def _value_range(unet: Any, format: str, processes: Processes) -> list[float] | None:
+    """Return the values that -1 and 1 stand for in images of 16 bits; None for 8 bits.
+
+    A model makes 16-bit images if run.json says that it was trained on them. Pillow writes only gray ones.
+    """
+    folder = Path(unet.config["_name_or_path"])
+    data = read_run(run_folder_of(folder.parent if folder.name == "unet" else folder)).get("data", {})
+    if data.get("max_value", 255) == 255:
+        return None
+    if format != "npz" and unet.config.in_channels > 1:
+        if processes.rank == 0:
+            text = f"the images get 8 bits: of 16 bits, {format} files hold gray ones only; --format npz holds all"
+            tqdm.write(text, file=sys.stderr)
+        return None
+    return data.get("value_range") or [0, 65535]
+
+
 def _pictures(pixels: np.ndarray) -> list[Image.Image]:
-    """Return (B, H, W, C) uint8 as pictures."""
+    """Return (B, H, W, C) uint8 or uint16, or (B, H, W, 1) uint16, as pictures."""
+    if pixels.dtype == np.uint16:
+        return [Image.fromarray(values[:, :, 0]) for values in pixels]
     return to_pil(pixels.transpose(0, 3, 1, 2))
 
 

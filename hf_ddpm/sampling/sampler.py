@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.hub.download import find_model
-from hf_ddpm.network import compile_network, require_finite
+from hf_ddpm.network import compile_network, naming_weights, require_finite
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.runtime.devices import process_device
+from hf_ddpm.runtime.devices import process_device, require_compiler
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
-from hf_ddpm.scheduler import require_num_inference_steps
+from hf_ddpm.solvers import SCHEDULERS, choose_sampler, named_scheduler
 
 # The types that the network can compute in.
 DTYPES = ("fp32", "bf16")
@@ -43,9 +42,10 @@ def load_for_sampling(
 
     Args:
         model: A folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
-        scheduler: A name in SCHEDULERS. None: unipc; dpmsolver++ where timesteps that were searched for this number of
-            steps are better than unipc; ddpm where only that can sample the model.
-        num_inference_steps: A number in [1, T]. None: 20, or all T for the scheduler `ddpm`.
+        scheduler: A name in SCHEDULERS. None: the one that the model's folder keeps (`DDPMPipeline.use`), or unipc;
+            dpmsolver++ where timesteps that were searched for this number of steps are better than unipc; ddpm where
+            only that can sample the model.
+        num_inference_steps: A number in [1, T]. None: the kept one, or 20, or all T for the scheduler `ddpm`.
         device: None: the best device of this process; see `process_device`.
         dtype: The type that the network computes in, a name in DTYPES. x_t and the scheduler's arithmetic stay in
             float32. None: fp32.
@@ -65,7 +65,10 @@ def load_for_sampling(
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
     checked_device = process_device(device)
     folder, _ = find_model(model)
-    pipeline = DDPMPipeline.from_pretrained(folder)
+    if compile:
+        require_compiler(checked_device)
+    with naming_weights(f"model {str(model)!r}"):
+        pipeline = DDPMPipeline.from_pretrained(folder)
     require_finite(pipeline.unet.state_dict(), f"model {str(model)!r}")
     pipeline.to(checked_device)
     pipeline.set_progress_bar_config(disable=True)
@@ -78,10 +81,8 @@ def load_for_sampling(
             f"model must have a scheduler with a beta_schedule and a prediction_type, got {model!r} with "
             f"{type(pipeline.scheduler).__name__}: it is no DDPM"
         )
-    name = scheduler or default_scheduler(config, pipeline.searched_timesteps, num_inference_steps)
-    num_train = config["num_train_timesteps"]
-    steps = default_steps(name, num_train) if num_inference_steps is None else num_inference_steps
-    require_num_inference_steps(steps, num_train)
+    kept, searched = pipeline.kept_sampler, pipeline.searched_timesteps
+    name, steps = choose_sampler(config, scheduler, num_inference_steps, kept, searched)
     pipeline.scheduler = named_scheduler(name, config, steps)
     speed_up(pipeline, dtype, compile)
     return pipeline, steps
@@ -108,8 +109,9 @@ def iter_samples(
     num_inference_steps: int | None = None,
     class_labels: Sequence[int] | None = None,
     deterministic: bool = False,
+    value_range: Sequence[float] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield one image per seed, a batch at a time, in order: the batch's seeds, and (B, C, H, W) uint8 on the CPU.
+    """Yield one image per seed, a batch at a time, in order: the batch's seeds, and (B, C, H, W) on the CPU.
 
     Args:
         seeds: The seeds of the images' generators.
@@ -117,6 +119,8 @@ def iter_samples(
         num_inference_steps: A number in [1, T]. None: T.
         class_labels: One for each seed, if the model has classes.
         deterministic: Whether to iterate the mean of each reverse step, without noise; for `ddpm` only.
+        value_range: The values in [0, 65535] that -1 and 1 stand for; the images are then uint16. None: they are
+            uint8, and the values are 0 and 255.
 
     Raises:
         ValueError: When an argument cannot work, or an image is not finite.
@@ -126,7 +130,12 @@ def iter_samples(
         if not bool(is_finite.all()):
             seed = batch_seeds[int(is_finite.int().argmin())]
             raise ValueError(f"samples must be finite, got NaN for seed {seed}: the weights are damaged or overflow")
-        yield batch_seeds, (images * 255).round().to(torch.uint8)
+        if value_range is None:
+            yield batch_seeds, (images * 255).round().to(torch.uint8)
+        else:
+            low, high = value_range
+            values = (images.double() * (high - low) + low).round()
+            yield batch_seeds, values.clamp(0, 65535).to(torch.uint16)
 
 
 def sample_all(

@@ -11,13 +11,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_ddpm.data.config import check_data_paths
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import require_writable_folder
+from hf_ddpm.runtime.launch import environment_number
 from hf_ddpm.runtime.run_files import checkpoint_names, run_files
 from hf_ddpm.runtime.settings import check_effects, check_values
 
 if TYPE_CHECKING:
     from hf_ddpm.training.config import TrainingConfig
+
+PRECISIONS = ("no", "fp16", "bf16")
+THREADS_PER_CORE = 16  # Far more of them end the process.
 
 
 def check_config(config: TrainingConfig) -> None:
@@ -27,6 +32,7 @@ def check_config(config: TrainingConfig) -> None:
         UsageError: When a value cannot work, or cannot take effect beside the others.
     """
     check_values(config)
+    check_data_paths(config)
     _check_relations(config)
     check_effects(config)
     _check_environment(config)
@@ -53,18 +59,28 @@ def _check_relations(config: TrainingConfig) -> None:
 
 def _check_environment(config: TrainingConfig) -> None:
     """Check what a run needs of this machine: a launcher's rank, a login, a package."""
-    local_rank = int(os.environ.get("LOCAL_RANK", config.local_rank))
+    local_rank = environment_number("LOCAL_RANK", max(0, config.local_rank))
     if config.local_rank not in (-1, local_rank):
         raise UsageError(f"local_rank must be the launcher's LOCAL_RANK, {local_rank}, got {config.local_rank}")
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"mixed_precision must be one of {', '.join(PRECISIONS)}, got {precision!r} of `accelerate config` or of "
+            "ACCELERATE_MIXED_PRECISION in the environment: give --mixed_precision, or change it there"
+        )
+    most_threads = THREADS_PER_CORE * (os.cpu_count() or 1)
+    if (config.cpu_threads_per_process or 1) > most_threads:
+        raise UsageError(
+            f"cpu_threads_per_process must be at most {most_threads} with the cores of this machine, got "
+            f"{config.cpu_threads_per_process}"
+        )
     if config.push_to_hub:
-        from huggingface_hub import get_token
+        from hf_ddpm.hub.token import check_token, stored_token
 
-        from hf_ddpm.hub.token import check_token
-
-        if config.hub_token is None and get_token() is None:
+        if config.hub_token is None and stored_token() is None:
             raise UsageError("push_to_hub needs a login: hf auth login, or HF_TOKEN in the environment")
         check_token(config.hub_token)
-    needed = [config.logger] if config.logger else []
+    needed = config.logger.split(",") if config.logger else []
     if config.enable_xformers_memory_efficient_attention:
         needed.append("xformers")
     for module in needed:

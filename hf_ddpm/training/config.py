@@ -40,12 +40,14 @@ class TrainingConfig(DataConfig):
         "A model to begin with, a folder or Hub id: its weights, network, prediction type and noise schedule.",
         group="model",
         resume="fixed",
+        is_path=True,
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction", "previous_sample"] = setting(
         "v_prediction",
         "What the network predicts: the noise, the clean image, the velocity, or x_{t-1}.",
         group="model",
         resume="fixed",
+        also_called={"eps": "epsilon", "noise": "epsilon", "v": "v_prediction", "x_0": "sample", "x0": "sample"},
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = setting(
         "fixed_small",
@@ -60,6 +62,7 @@ class TrainingConfig(DataConfig):
         group="model",
         resume="fixed",
         only_with={"init_from": None},
+        is_path=True,
     )
     dropout: float = setting(
         0.0,
@@ -74,7 +77,11 @@ class TrainingConfig(DataConfig):
         1000, "T, the length of the Markov chain.", group="model", resume="fixed", at_least=1
     )
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = setting(
-        "squaredcos_cap_v2", "How beta_t grows with t.", group="model", resume="fixed"
+        "squaredcos_cap_v2",
+        "How beta_t grows with t.",
+        group="model",
+        resume="fixed",
+        also_called={"cosine": "squaredcos_cap_v2"},
     )
     ddpm_beta_start: float = setting(
         1e-4,
@@ -199,7 +206,11 @@ class TrainingConfig(DataConfig):
         off=0,
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
-        None, "The network's arithmetic; default: what `accelerate launch` says.", group="optimization", resume="free"
+        None,
+        "The network's arithmetic; default: what `accelerate launch` says.",
+        group="optimization",
+        resume="free",
+        also_called={"fp32": "no", "float32": "no", "float16": "fp16", "bfloat16": "bf16"},
     )
     seed: int = setting(
         0,
@@ -299,6 +310,7 @@ class TrainingConfig(DataConfig):
         "The folder of the run's model, card, pictures, metrics and checkpoints; shared by all machines of a run.",
         group="output",
         resume="free",
+        is_path=True,
     )
     resume_from_checkpoint: str | None = setting(
         None,
@@ -325,8 +337,19 @@ class TrainingConfig(DataConfig):
     logging_steps: int = setting(
         10, "Steps between lines of metrics.jsonl.", group="output", resume="free", at_least=1
     )
-    logger: Literal["tensorboard", "wandb", "trackio"] | None = setting(
-        None, "A tracker beside metrics.jsonl.", group="output", resume="free"
+    logger: str | None = setting(
+        None,
+        "A tracker beside metrics.jsonl: tensorboard, wandb or trackio; or several, separated by commas.",
+        group="output",
+        resume="free",
+        names=("tensorboard", "wandb", "trackio"),
+    )
+    tracker_project: str = setting(
+        "hf_ddpm",
+        "The project of W&B or Trackio; a run in it has the name of its folder.",
+        group="output",
+        resume="free",
+        only_with={"logger": ("wandb", "trackio")},
     )
     logging_dir: str = setting(
         "logs",
@@ -336,7 +359,11 @@ class TrainingConfig(DataConfig):
         only_with={"logger": "tensorboard"},
     )
     save_images_epochs: int | None = setting(
-        None, "Epochs between previews; default: with each checkpoint.", group="output", resume="free", at_least=1
+        None,
+        "Epochs between previews; default: after 1/50, 1/20 and each tenth of the run, 10 steps apart at least.",
+        group="output",
+        resume="free",
+        at_least=1,
     )
     save_model_epochs: int | None = setting(
         None,
@@ -396,6 +423,7 @@ class TrainingConfig(DataConfig):
         group="output",
         resume="free",
         only_with=_VALIDATION,
+        is_path=True,
     )
 
     # Sharing

@@ -24,6 +24,7 @@ import torch
 from diffusers import UNet2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from hf_ddpm.network import size_unit
 from hf_ddpm.runtime.devices import device_name
@@ -84,12 +85,14 @@ def estimate_cost(run: Run, progress: Progress, take_step: TakeStep) -> Cost:
         RunError: There are no images to take a step with.
     """
     processes, device = run.processes, run.device
-    print_once(processes, "a dry run: some steps are taken, and nothing of the run is written")
+    text = f"a dry run: {WARM_UP_STEPS + MIN_STEPS} to {WARM_UP_STEPS + MAX_STEPS} steps are taken, nothing is written"
+    print_once(processes, text)
     memory, bytes_before, peak_of = _watch_memory(device)
     seconds: list[float] = []
     failure, num_bad_steps = None, 0
     run.model.train()
-    with open_loader(run, progress, WARM_UP_STEPS + MAX_STEPS) as loader:
+    bar = tqdm(desc="Measuring", unit="step", disable=not run.is_main, leave=False)
+    with bar, open_loader(run, progress, WARM_UP_STEPS + MAX_STEPS) as loader:
         for number in range(WARM_UP_STEPS + MAX_STEPS):
             started = time.perf_counter()
             micro_batches, failure = next_batches(loader, run.config.gradient_accumulation_steps, lambda: False)
@@ -101,6 +104,7 @@ def estimate_cost(run: Run, progress: Progress, take_step: TakeStep) -> Cost:
                 torch.accelerator.synchronize(device)
             seconds.append(time.perf_counter() - started)
             num_bad_steps += bool(result.is_bad)
+            bar.update()
             progress = replace(progress, step=progress.step + 1, images=progress.images + run.global_batch_size)
         peak_bytes = peak_of()
         workers = loader.workers
@@ -221,7 +225,7 @@ def _time_rows(run: Run, progress: Progress, cost: Cost) -> list[tuple[str, str,
 def _figures(run: Run, step_seconds: float) -> str:
     if not run.config.save_figures:
         return "none (--no_save_figures)"
-    num_steps = reverse_chain_steps(run)
+    num_steps = reverse_chain_steps(run, run.total_images)
     if not num_steps:
         return "no reverse chain: it would take too long"
     longest = format_duration(num_steps * step_seconds / passes_of_a_step(run))

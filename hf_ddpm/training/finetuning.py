@@ -13,9 +13,10 @@ from typing import Any, get_args, get_type_hints
 from diffusers import UNet2DModel
 
 from hf_ddpm.hub.download import find_model
-from hf_ddpm.network import require_finite
+from hf_ddpm.network import load_unet, naming_weights
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler
+from hf_ddpm.runtime.files import read_mapping
+from hf_ddpm.scheduler import as_our_scheduler
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
 from hf_ddpm.training.parsing import load_config
@@ -45,15 +46,13 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
     return config
 
 
-def load_weights(unet: UNet2DModel, network: Path) -> None:
+def load_weights(unet: UNet2DModel, network: Path, source: str) -> None:
     """Load the weights in the folder `network` into a network of the same shape.
 
     Raises:
-        UsageError: They are not finite.
+        UsageError: They are not whole, or not finite.
     """
-    trained: Any = UNet2DModel.from_pretrained(network)
-    require_finite(trained.state_dict(), f"init_from {str(network)!r}")
-    unet.load_state_dict(trained.state_dict())
+    unet.load_state_dict(load_unet(network, source).state_dict())
 
 
 def network_of(model: str) -> Path:
@@ -65,8 +64,8 @@ def network_of(model: str) -> Path:
 def _settings_of(model: str) -> dict[str, Any]:
     """Return the settings that a model decides, by their names in TrainingConfig."""
     folder, _ = find_model(model)
-    subfolder = "scheduler" if (folder / "scheduler").is_dir() else None
-    stored: Any = DDPMScheduler.load_config(folder, subfolder=subfolder)
+    subfolder = "scheduler" if (folder / "scheduler").is_dir() else ""
+    stored: Any = read_mapping(folder / subfolder / "scheduler_config.json")
     if "beta_schedule" not in stored or stored.get("trained_betas") is not None:
         raise UsageError(
             f"init_from needs a model with a noise schedule by name, got {model!r} with "
@@ -79,14 +78,15 @@ def _settings_of(model: str) -> dict[str, Any]:
             raise UsageError(
                 f"init_from needs a model whose {theirs} is one of {', '.join(choices)}, got {stored[theirs]!r}"
             )
-    scheduler = as_our_scheduler(stored)
+    with naming_weights(f"init_from {model!r}"):
+        scheduler = as_our_scheduler(stored)
     known = {ours: scheduler.config[theirs] for ours, theirs in SCHEDULER_SETTINGS.items()}
     if known["ddpm_beta_schedule"] == "squaredcos_cap_v2":  # which has no ends to choose
         del known["ddpm_beta_start"], known["ddpm_beta_end"]
-    network: Any = UNet2DModel.load_config(folder / "unet" if (folder / "unet").is_dir() else folder)
-    size = network["sample_size"]
-    if isinstance(size, list | tuple) and size[0] == size[1]:
+    network = read_mapping(network_of(model) / "config.json")
+    size, channels = network.get("sample_size"), network.get("in_channels", 3)
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     if not isinstance(size, int):
         raise UsageError(f"init_from needs a model of square images, got {model!r} of {size}")
-    return {**known, "resolution": size, "channels": network["in_channels"]}
+    return {**known, "resolution": size, "channels": channels}

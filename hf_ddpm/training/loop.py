@@ -16,6 +16,7 @@ never stopped.
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,9 +32,10 @@ from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError
-from hf_ddpm.runtime.launch import reject_deepspeed
+from hf_ddpm.runtime.launch import check_launch
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import first_stratum, image_draws, seed_step
+from hf_ddpm.runtime.settings import with_plain_paths
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress, save_checkpoint
@@ -50,10 +52,10 @@ from hf_ddpm.training.loader import (
     open_loader,
 )
 from hf_ddpm.training.metrics import LinesFile, Meter
-from hf_ddpm.training.previews import save_preview, validate
+from hf_ddpm.training.previews import default_preview_steps, save_preview, validate
 from hf_ddpm.training.publishing import push_finished, start_push
-from hf_ddpm.training.report import finish_run
-from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, num_steps_left, print_once, track_values
+from hf_ddpm.training.report import finish_run, leave_model
+from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, describe_start, num_steps_left, print_once, track_values
 from hf_ddpm.training.saving import save_model, save_snapshot
 from hf_ddpm.training.setup import (
     LONGEST_WAIT,
@@ -81,7 +83,8 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
         StoppedOnPurpose: A signal or `max_train_hours` ended the run; a checkpoint was written.
     """
     started = time.monotonic()
-    reject_deepspeed()
+    check_launch()
+    config = with_plain_paths(config, TrainingConfig)
     check_config(config)
     check_source(config, config.output_dir)
     accelerator = make_accelerator(config)
@@ -93,6 +96,7 @@ def train(config: TrainingConfig) -> DDPMPipeline | None:
         print_cost(run, progress, estimate_cost(run, progress, take_step))
         end_processes(run)
         return None
+    print_once(processes, describe_start(run, progress))
     with open_run(run, progress) as run:
         with StopRequest(config.max_train_hours, started) as stop:
             progress = run_loop(run, progress, stop)
@@ -255,9 +259,10 @@ def due_after(run: Run, progress: Progress) -> Due:
     config, done = run.config, progress.step
     steps_per_epoch = (run.images.num_images or 0) / run.global_batch_size
 
-    def is_due(epochs: int | None) -> bool:
-        interval = config.checkpointing_steps if epochs is None else max(1, round(epochs * steps_per_epoch))
-        return done % interval == 0 and not is_last
+    def is_due(epochs: int | None, default: bool) -> bool:
+        if epochs is None:
+            return default and not is_last
+        return done % max(1, round(epochs * steps_per_epoch)) == 0 and not is_last
 
     is_last = progress.images >= run.total_images
     is_checkpoint = done % config.checkpointing_steps == 0 or is_last
@@ -265,8 +270,8 @@ def due_after(run: Run, progress: Progress) -> Due:
         is_last=is_last,
         log=done % config.logging_steps == 0 or is_checkpoint,
         checkpoint=is_checkpoint,
-        preview=is_due(config.save_images_epochs),
-        model=is_due(config.save_model_epochs),
+        preview=is_due(config.save_images_epochs, done in default_preview_steps(done + num_steps_left(run, progress))),
+        model=is_due(config.save_model_epochs, is_checkpoint),
         validation=run.validation is not None and (done % (config.eval_steps or 1) == 0 or is_last),
     )
 
@@ -429,6 +434,8 @@ def end_early(
 ) -> NoReturn:
     """End a run before its last step, with a checkpoint if there are new steps; all processes call it.
 
+    A run that was asked to end also leaves its model, card and pictures.
+
     Raises:
         StoppedOnPurpose: The run was asked to end.
         RunError: No images came, or the checkpoint could not be written.
@@ -449,6 +456,16 @@ def end_early(
     reason = next(text for text in run.processes.gather(lambda: stop.reason(1)) if text)
     if problem is not None:
         raise RunError(f"{reason}, but {how_to_resume}")
-    print_once(run.processes, f"{reason}: the run ends after step {progress.step}; {how_to_resume}")
+    has_model = False
+    if progress.step > 0:
+        print_once(
+            run.processes,
+            f"{reason}: checkpoint-{progress.step} is written, then model, card and pictures; a second signal ends "
+            "the run at once",
+        )
+        has_model = leave_model(run, progress)
+    folder = shlex.quote(str(run.output_dir))
+    model = f". Its model samples: hf-ddpm sample {folder} --out samples" if has_model else ""
+    print_once(run.processes, f"{reason}: the run ends after step {progress.step}{model}; {how_to_resume}")
     run.accelerator.wait_for_everyone()
     raise StoppedOnPurpose

@@ -6,7 +6,6 @@ A setting has the value of its flag or keyword argument; else that of the file o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,8 +15,8 @@ import yaml
 
 from hf_ddpm import recipes
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import write_atomically
-from hf_ddpm.runtime.settings import settings_of, typed_values
+from hf_ddpm.runtime.files import look_at, parse_mapping, write_atomically
+from hf_ddpm.runtime.settings import did_you_mean, require_choice, settings_of, typed_values, with_plain_paths
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
 
@@ -65,7 +64,8 @@ def load_config(path: str | None = None, recipe: str | None = None, **settings: 
         loaded = _recipe_settings(recipe)
     if path is not None:
         loaded = override(loaded, _file_settings(path))
-    return TrainingConfig(**typed_values(TrainingConfig, override(loaded, settings)))
+    config = TrainingConfig(**override(loaded, typed_values(TrainingConfig, settings)))
+    return with_plain_paths(config, TrainingConfig)
 
 
 def override(settings: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +105,7 @@ def check_same_run(config: TrainingConfig, path: Path) -> None:
     resume_of = {name: info.resume for name, _, info in settings_of(config)}
     for name, value in _saved_settings(config).items():
         has_no_effect = name == "lr_warmup_steps" and config.lr_scheduler == "constant"
+        has_no_effect |= name in ("resolution", "channels") and value is None  # before the images decide it
         if resume_of[name] == "fixed" and not has_no_effect and value != before[name]:
             raise UsageError(
                 f"{name} was {before[name]} in this run, got {value}: resume with --config {path}, "
@@ -122,35 +123,29 @@ def _saved_settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _recipe_settings(recipe: str) -> dict[str, Any]:
-    if recipe not in recipes.names():
-        raise UsageError(f"recipe must be one of {', '.join(recipes.names())}, got {recipe!r}")
-    return _parse_yaml(recipes.settings(recipe), f"recipe {recipe}")
+    require_choice("recipe", recipe, recipes.names())
+    return _settings_in(recipes.settings(recipe), f"recipe {recipe}")
 
 
 def _file_settings(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
+    file = look_at("config", path)
+    if not file.is_file():
         raise UsageError(f"config must be a YAML file, got {path!r}, which is not there")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"config must be a YAML file in UTF-8, got {path!r}: {error}") from error
-    return _parse_yaml(text, path)
+    settings = _settings_in(file.read_bytes(), path)
+    if not settings:
+        raise UsageError(f"config must hold settings, got {path!r}, which holds none: write `name: value` lines")
+    return settings
 
 
-def _parse_yaml(text: str, source: str) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"{source} is not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"{source} must hold `name: value` lines, got {type(settings).__name__}")
+def _settings_in(content: bytes | str, source: str) -> dict[str, Any]:
+    settings = parse_mapping(content, source, "write a line `name: value` for each setting")
     _check_names(settings, source)
     if "hub_token" in settings:
         raise UsageError(
             f"hub_token must not stand in a file, which others may read, but does in {source}: delete that line, and "
             "use hf auth login, or HF_TOKEN in the environment"
         )
-    return settings
+    return typed_values(TrainingConfig, settings, source)
 
 
 def _check_names(settings: Mapping[str, Any], source: str) -> None:
@@ -162,6 +157,5 @@ def _check_names(settings: Mapping[str, Any], source: str) -> None:
     names = [each.name for each in fields(TrainingConfig)]
     for name in settings:
         if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1)
-            remedy = f"did you mean {close[0]!r}?" if close else "see --help for the names"
-            raise UsageError(f"{source}: unknown setting {name!r}; {remedy}")
+            remedy = did_you_mean(str(name), names) or "; see --help for the names"
+            raise UsageError(f"{source}: unknown setting {name!r}{remedy}")

@@ -32,8 +32,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from hf_ddpm.network import require_finite
+from hf_ddpm.network import naming_weights, require_finite
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import look_at
 
 TRACKED_STDS = (0.05, 0.10)
 MAX_STD = 1 / math.sqrt(12)  # gamma = 0, where every image counts alike
@@ -212,7 +213,8 @@ def write_average(run: Path, std: float, out: Path | None = None, images: int | 
     Raises:
         UsageError: Nothing can be reconstructed, `run` is no pipeline or another run's, or `out` holds anything else.
     """
-    out = run / "ema" / f"std-{std:g}" if out is None else out
+    run = look_at("run", run)
+    out = run / "ema" / f"std-{std:g}" if out is None else look_at("out", out)
     for name in (*_COPIED, _WEIGHTS):
         if not (run / name).is_file():
             raise UsageError(f"{run} must be a run that has saved its pipeline: {name} is not there")
@@ -222,7 +224,8 @@ def write_average(run: Path, std: float, out: Path | None = None, images: int | 
         raise UsageError(f"{out} must be new, empty or an earlier average: {min(foreign, default='it')} would be lost")
 
     state, images, error = reconstruct(run, std, images)
-    tensors = load_file(run / _WEIGHTS)
+    with naming_weights(f"run {str(run)!r}"):
+        tensors = load_file(run / _WEIGHTS)
     for name, tensor in state.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise UsageError(f"the snapshots must be of the network in {run / 'unet'}, which has no such {name}")

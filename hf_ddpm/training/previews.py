@@ -15,7 +15,7 @@ from hf_ddpm import figures
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import read_metrics, write_atomically
 from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
-from hf_ddpm.sampling.schedulers import default_scheduler, default_steps, named_scheduler
+from hf_ddpm.solvers import default_scheduler, default_steps, named_scheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import swap_in
 from hf_ddpm.training.checkpoint import Progress
@@ -24,9 +24,26 @@ from hf_ddpm.training.run import FREE_SPACE, Run, print_once, track_values, try_
 from hf_ddpm.training.saving import save_model
 from hf_ddpm.training.validation import VALIDATION_SETTINGS, measure_validation
 
+# A preview of 36 images in 20 steps takes about as long as 8 training steps of 32 images.
+MIN_STEPS_BETWEEN = 10
+
 
 def save_preview(run: Run, step: int) -> Image.Image:
-    """Sample seeds 0, 1, ... into one sheet: the same seeds at each step and for any number of processes."""
+    """Save a sheet of samples, give it to the trackers and return it; all processes call it."""
+    sheet = sample_sheet(run)
+    if run.is_main:
+        path = run.output_dir / f"previews/step-{step:07d}.png"
+        try_to_write(run, lambda: write_atomically(path, figures.png_bytes(sheet)))
+        for tracker in run.trackers:
+            try_to_track(run, lambda tracker=tracker: _track_sheet(tracker, sheet, step))
+    return sheet
+
+
+def sample_sheet(run: Run) -> Image.Image:
+    """Sample seeds 0, 1, ... into one sheet: the same seeds at each step and for any number of processes.
+
+    All processes call it.
+    """
     num_images, num_classes = run.config.eval_batch_size, run.images.num_classes
     with averaged_pipeline(run) as pipeline:
         samples = sample_all(
@@ -37,13 +54,24 @@ def save_preview(run: Run, step: int) -> Image.Image:
             num_inference_steps=preview_steps(run),
             class_labels=classes_in_turn(num_classes, range(num_images)),
         )
-    sheet = figures.grid(figures.to_pil(samples))
-    if run.is_main:
-        path = run.output_dir / f"previews/step-{step:07d}.png"
-        try_to_write(run, lambda: write_atomically(path, figures.png_bytes(sheet)))
-        for tracker in run.trackers:
-            try_to_track(run, lambda tracker=tracker: _track_sheet(tracker, sheet, step))
-    return sheet
+    return figures.grid(figures.to_pil(samples))
+
+
+def default_preview_steps(num_steps: int) -> list[int]:
+    """Return the steps of a run after which there is a preview unless the settings say when.
+
+    They are 1/50, 1/20 and each tenth of the run, without those within MIN_STEPS_BETWEEN of the one before, of the
+    start or of the end, where there is a preview anyway. Steps decide, so that a resumed run has the same ones.
+
+    Args:
+        num_steps: The steps of the whole run.
+    """
+    steps = [0]
+    for percent in (2, 5, *range(10, 100, 10)):
+        step = -(-num_steps * percent // 100)
+        if min(step - steps[-1], num_steps - step) >= MIN_STEPS_BETWEEN:
+            steps.append(step)
+    return steps[1:]
 
 
 def validate(run: Run, progress: Progress, evaluations: LinesFile) -> None:

@@ -1,4 +1,4 @@
-"""What a finished run leaves for people: figures, `run.json` (the facts of the run) and the card.
+"""What a run leaves for people: figures, `run.json` (the facts of the run) and the card.
 
 The card is written from the files of `output_dir` alone, so that each of its numbers is one that the run recorded.
 """
@@ -26,8 +26,8 @@ from hf_ddpm.sampling.sampler import classes_in_turn, seeded_generators
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress
-from hf_ddpm.training.previews import preview_settings, save_preview
-from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, print_once
+from hf_ddpm.training.previews import preview_settings, sample_sheet, save_preview
+from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, num_steps_left, print_once, try_to_write
 from hf_ddpm.training.saving import averaged_unet, save_models
 from hf_ddpm.training.validation import draw_validation_curves
 
@@ -47,8 +47,7 @@ def finish_run(run: Run, progress: Progress) -> DDPMPipeline:
     if not save_models(run):
         raise RunError(f"the model could not be written, its last checkpoint is whole. {FREE_SPACE}; {FINISHES}")
     samples = save_preview(run, progress.step)
-    averaged: Any = averaged_unet(run, run.average)
-    pipeline = DDPMPipeline(averaged.to(run.device), DDPMScheduler.from_config(run.scheduler.config))
+    pipeline = _averaged_pipeline(run)
     try:
         run.processes.on_main(lambda: write_report(run, progress, pipeline, samples))
     except (OSError, UsageError) as error:  # a UsageError is of a file that somebody edits, and has a remedy
@@ -57,19 +56,61 @@ def finish_run(run: Run, progress: Progress) -> DDPMPipeline:
     return pipeline
 
 
-def write_report(run: Run, progress: Progress, pipeline: DDPMPipeline, samples: Image.Image) -> None:
-    """Write `figures/`, `run.json` and `README.md` of a finished run; one process calls it."""
+def leave_model(run: Run, progress: Progress) -> bool:
+    """Write what a run leaves that is stopped before its end: model, card and pictures, as far as it gets.
+
+    They come in this order, because whoever stopped the run may end it at any moment. A run that is resumed needs none
+    of them, so what cannot be written is printed. All processes call it.
+
+    Returns:
+        On all processes, whether the model was written.
+    """
+    # Until there are new ones, the pictures of an earlier stop would pass for those of this model.
+    run.processes.on_main(lambda: try_to_write(run, lambda: _delete_pictures(run.output_dir)))
+    try:
+        if not save_models(run):
+            return False
+    except UsageError as error:
+        print_once(run.processes, f"no model is written: {error}")
+        return False
+    pipeline = _averaged_pipeline(run)
+
+    def write(samples: Image.Image | None) -> None:
+        try:
+            write_report(run, progress, pipeline, samples)
+        except (OSError, UsageError) as error:
+            print_once(run.processes, f"card and pictures could not be written, the model is whole: {error}")
+
+    run.processes.on_main(lambda: write(None))
+    samples = sample_sheet(run)
+    run.processes.on_main(lambda: write(samples))
+    return True
+
+
+def _delete_pictures(output_dir: Path) -> None:
+    for name in ("samples.png", "loss.png", "forward.png", "reverse.png", "reverse.gif"):
+        (output_dir / "figures" / name).unlink(missing_ok=True)
+
+
+def _averaged_pipeline(run: Run) -> DDPMPipeline:
+    averaged: Any = averaged_unet(run, run.average)
+    return DDPMPipeline(averaged.to(run.device), DDPMScheduler.from_config(run.scheduler.config))
+
+
+def write_report(run: Run, progress: Progress, pipeline: DDPMPipeline, samples: Image.Image | None) -> None:
+    """Write `figures/`, `run.json` and `README.md` of a run; without samples no figures. One process calls it."""
     output_dir = run.output_dir
-    samples.save(output_dir / "figures" / "samples.png")
-    draw_validation_curves(read_metrics(output_dir / "eval.jsonl"), output_dir / "figures")
-    if run.config.save_figures:
-        _draw_figures(run, pipeline)
+    if samples is not None:
+        samples.save(output_dir / "figures" / "samples.png")
+        draw_validation_curves(read_metrics(output_dir / "eval.jsonl"), output_dir / "figures")
+        if run.config.save_figures:
+            _draw_figures(run, progress, pipeline)
     facts = run_facts(run, progress, pipeline)
     write_atomically(output_dir / "run.json", json.dumps(facts, indent=2) + "\n")
     try:
         write_card(output_dir)
     except BaseException:
-        (output_dir / "run.json").unlink()  # run.json says that the run is finished
+        (output_dir / "run.json").unlink()  # run.json says that the report is whole
         raise
 
 
@@ -84,6 +125,8 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
             "num_bad_images": progress.num_bad_images,
             "resolution": images.resolution,
             "channels": images.channels,
+            "max_value": images.max_value,
+            "value_range": run.config.value_range,
             "class_names": images.class_names,
             "fingerprint": images.fingerprint,
             "license": images.license,
@@ -94,6 +137,8 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
         },
         "training": {
             "steps": progress.step,
+            "total_steps": progress.step + num_steps_left(run, progress),
+            "is_finished": progress.images >= run.total_images,
             "images": progress.images,
             "seconds": round(progress.seconds, 1),
             "num_resumes": progress.num_resumes,
@@ -104,17 +149,27 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
             "device": device_name(run.device),
         },
         "samples": preview_settings(run),
-        "figures": {"reverse_chain_steps": reverse_chain_steps(run)} if run.config.save_figures else {},
+        "figures": _facts_of_figures(run, progress),
     }
 
 
-def reverse_chain_steps(run: Run) -> int:
+def _facts_of_figures(run: Run, progress: Progress) -> dict[str, Any]:
+    if not (run.output_dir / "figures/reverse.png").is_file() or not run.config.save_figures:
+        return {}
+    return {"reverse_chain_steps": reverse_chain_steps(run, progress.images)}
+
+
+def reverse_chain_steps(run: Run, num_images: int) -> int:
     """Return the number of sampling steps in the figure of the reverse chain: all T, or as many as the run can spare.
 
     A step denoiser is its chain: it gets all T steps, or 0 and no figure. Counts decide, and not the clock, so that a
     resumed run draws the same figure.
+
+    Args:
+        run: The run.
+        num_images: The images that it has seen when the figure is drawn.
     """
-    num_steps = max(CHAIN_SHARE * run.total_images / run.global_batch_size, CHAIN_STEPS)
+    num_steps = max(CHAIN_SHARE * num_images / run.global_batch_size, CHAIN_STEPS)
     spared = int(num_steps * passes_of_a_step(run))
     if run.config.prediction_type == "previous_sample" and spared < len(run.scheduler):
         return 0
@@ -131,9 +186,9 @@ def passes_of_a_step(run: Run) -> float:
     return 3 * config.gradient_accumulation_steps * min(1.0, config.train_batch_size / CHAIN_SIZE)
 
 
-def _draw_figures(run: Run, pipeline: DDPMPipeline) -> None:
+def _draw_figures(run: Run, progress: Progress, pipeline: DDPMPipeline) -> None:
     """Draw the loss and both Markov chains, and say what they take."""
-    total, num_steps = len(pipeline.scheduler), reverse_chain_steps(run)
+    total, num_steps = len(pipeline.scheduler), reverse_chain_steps(run, progress.images)
     chain = f"{CHAIN_SIZE} samples in {num_steps:,} of {total:,} sampling steps"
     if not num_steps:
         chain = f"no samples, as {total:,} sampling steps would take longer than {CHAIN_SHARE:.0%} of the run's steps"

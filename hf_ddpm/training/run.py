@@ -18,6 +18,7 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.shards import ImageStream
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.objective import Objective
+from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import in_one_line
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.scheduler import DDPMScheduler
@@ -97,6 +98,19 @@ class Run:
 def num_steps_left(run: Run, progress: Progress) -> int:
     """Return the number of steps from `progress` to the end of the run."""
     return math.ceil((run.total_images - progress.images) / run.global_batch_size)
+
+
+def describe_start(run: Run, progress: Progress) -> str:
+    """Return in words how large a run is, and where it writes."""
+    last = progress.step + num_steps_left(run, progress)
+    seen = f"{last * run.global_batch_size:,} images"
+    if run.images.num_images is not None:
+        seen += f", {last * run.global_batch_size / run.images.num_images:,.1f} epochs"
+    begun = f"after step {progress.step:,} of {last:,}" if progress.step else f"for {last:,} steps"
+    return (
+        f"a network of {sum(p.numel() for p in run.parameters):,} parameters trains {begun} of "
+        f"{run.global_batch_size:,} images ({seen}) on {device_name(run.device)}; it is written to {run.output_dir}"
+    )
 
 
 def print_once(processes: Processes, text: str) -> None:

@@ -19,11 +19,13 @@ from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 
 from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.shards import ImageStream, open_stream
-from hf_ddpm.data.sources import describe_unread
 from hf_ddpm.hub.background import Pusher
+from hf_ddpm.hub.card import check_readme
 from hf_ddpm.network import compile_network, make_unet
 from hf_ddpm.objective import Objective
+from hf_ddpm.runtime.devices import require_compiler
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import lock
 from hf_ddpm.runtime.processes import Processes, share_cores
@@ -41,6 +43,7 @@ from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
 from hf_ddpm.training.publishing import create_run_repository, repository_of
 from hf_ddpm.training.run import FREE_SPACE, Run, print_once, try_to_track
 from hf_ddpm.training.saving import HALFLIFE_PREFIX
+from hf_ddpm.training.trial import network_source, try_run
 from hf_ddpm.training.validation import check_validation_settings, open_validation
 
 # The longest that processes wait while one of them decodes the images, or writes the report.
@@ -73,7 +76,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     logging_dir = str(Path(config.output_dir) / config.logging_dir)
     return Accelerator(
         mixed_precision=config.mixed_precision,
-        log_with=config.logger,
+        log_with=config.logger.split(",") if config.logger else None,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=logging_dir),
         # Accelerate chooses the backend by the device when it is None.
         kwargs_handlers=[InitProcessGroupKwargs(backend=None, timeout=LONGEST_WAIT)],
@@ -120,7 +123,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, processes: Proce
         model=model,
         optimizer=prepared,
         state=state,
-        objective=_make_objective(config, scheduler),
+        objective=_make_objective(config, scheduler, images.max_value),
         validation=validation,
         learning_rate=learning_rate_schedule(config, start.num_steps, progress.schedule_batch_size, processes),
         decays=decays,
@@ -207,6 +210,8 @@ def make_scheduler(config: TrainingConfig) -> DDPMScheduler:
 
 
 def _check_device(config: TrainingConfig, accelerator: Accelerator) -> None:
+    if config.compile:
+        require_compiler(accelerator.device)
     if accelerator.device.type != "cpu":
         return
     if accelerator.mixed_precision == "fp16":
@@ -221,12 +226,27 @@ def _load_images(
 
     def load() -> tuple[TrainingConfig, Images]:
         config = take_over(requested)
-        return config, open_stream(config) if config.streaming else load_images(config)
+        require_same_run(config)
+        if not config.overwrite_output_dir:
+            check_readme(Path(config.output_dir))
+        # What the settings leave open is tried as soon as the images have decided it.
+        is_known = config.resolution is not None or config.model_config_name_or_path is not None
+        if is_known:
+            try_run(config, accelerator.device)
+        is_open = not is_known or (config.model_config_name_or_path is not None and config.channels is None)
+        accept = partial(try_run, config, accelerator.device) if is_open else None
+        if not config.streaming:
+            return config, load_images(config, accept)
+        stream = open_stream(config)
+        if accept is not None:
+            accept(stream.resolution, stream.channels)
+        return config, stream
 
     config, images = processes.main_then_rest(load, accelerator.is_local_main_process)
     processes.require_equal(images.fingerprint, "images")
     if processes.rank == 0:
-        print_once(processes, _describe_images(config, images))
+        for line in describe_images(config, images):
+            print_once(processes, line)
     config = replace(
         config,
         dataset_name=config.dataset_name or (None if config.train_data_dir else "digits"),
@@ -235,19 +255,6 @@ def _load_images(
         mixed_precision=accelerator.mixed_precision,
     )
     return config, images
-
-
-def _describe_images(config: TrainingConfig, images: Images) -> str:
-    """Return in words what was read, and what was not."""
-    num_bad = getattr(images, "num_bad", 0)
-    count = "images" if images.num_images is None else f"{images.num_images:,} images"
-    parts = [f"{images.name}: {count}, {images.resolution} x {images.resolution}, channels {images.channels}"]
-    if images.num_classes:
-        parts.append(f"{images.num_classes:,} classes")
-    if num_bad:
-        parts.append(f"{num_bad:,} unreadable ones left out")
-    parts.append(describe_unread(config, (images.num_images or 0) + num_bad))
-    return "; ".join(filter(None, parts))
 
 
 def _find_start(config: TrainingConfig, images: Images, processes: Processes) -> _Start:
@@ -312,9 +319,7 @@ def _find_checkpoint(
     if config.resume_from_checkpoint is None:
         return None, None
     output_dir, name = Path(config.output_dir), config.resume_from_checkpoint
-    if (output_dir / "config.yaml").is_file():
-        check_same_run(config, output_dir / "config.yaml")
-        check_validation_settings(config, output_dir / "eval.jsonl")
+    require_same_run(config)
     checkpoint, problems = processes.on_main(lambda: find_checkpoint(output_dir, name))
     for problem in problems:
         print_once(processes, problem)
@@ -336,6 +341,18 @@ def _find_checkpoint(
             _print_new_batch(processes, progress.global_batch_size, requested_batch)
         progress = replace(progress, global_batch_size=requested_batch, **requested)
     return checkpoint, progress
+
+
+def require_same_run(config: TrainingConfig) -> None:
+    """Check that a resumed run has the settings of the run.
+
+    Raises:
+        UsageError: It has others.
+    """
+    output_dir = Path(config.output_dir)
+    if config.resume_from_checkpoint is not None and (output_dir / "config.yaml").is_file():
+        check_same_run(config, output_dir / "config.yaml")
+        check_validation_settings(config, output_dir / "eval.jsonl")
 
 
 def _split_global_batch(config: TrainingConfig, global_batch_size: int, processes: Processes) -> TrainingConfig:
@@ -393,9 +410,10 @@ def _make_unet(config: TrainingConfig, images: Images, checkpoint: Path | None) 
         variance_type=config.variance_type,
         dropout=None if config.model_config_name_or_path or config.init_from else config.dropout,
         seed=config.seed,
+        source=network_source(config) if checkpoint is None else f"the network of {checkpoint.name}",
     )
     if network is not None and checkpoint is None:
-        load_weights(unet, network)
+        load_weights(unet, network, network_source(config))
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
@@ -403,7 +421,7 @@ def _make_unet(config: TrainingConfig, images: Images, checkpoint: Path | None) 
     return unet
 
 
-def _make_objective(config: TrainingConfig, scheduler: DDPMScheduler) -> Objective:
+def _make_objective(config: TrainingConfig, scheduler: DDPMScheduler, max_value: int) -> Objective:
     return Objective(
         scheduler=scheduler,
         weighting=config.loss_weighting,
@@ -412,6 +430,7 @@ def _make_objective(config: TrainingConfig, scheduler: DDPMScheduler) -> Objecti
         noise_level_mean=config.noise_level_mean,
         noise_level_std=config.noise_level_std,
         autocast_dtype=sharding.AUTOCAST[config.mixed_precision or "no"],
+        max_value=max_value,
     )
 
 
@@ -492,8 +511,11 @@ def _start_trackers(run: Run, progress: Progress) -> Run:
         UsageError: A tracker cannot start: it has no login, no network or no folder.
     """
     config, accelerator = run.config, run.accelerator
+    run_name = {name: {"name": run.output_dir.resolve().name} for name in ("wandb", "trackio")}
     try:
-        run.processes.gather(lambda: accelerator.init_trackers(run.output_dir.name, config=_tracked_settings(config)))
+        run.processes.gather(
+            lambda: accelerator.init_trackers(config.tracker_project, _tracked_settings(config), run_name)
+        )
     except Exception as error:  # trackers have no common type of error
         if progress.step == 0 and run.is_main:
             (run.output_dir / "config.yaml").unlink()  # so that the same command may begin again

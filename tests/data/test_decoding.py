@@ -154,7 +154,7 @@ def test_decode_of_every_mode_gives_planes_or_an_error_that_names_the_mode(
     )
     mode, problem = Image.open(io.BytesIO(encoded["bytes"])).mode, None
     try:
-        planes = decode(encoded, "row 0", ImageFormat(config, resolution, channels, max_value))
+        planes = decode(encoded, "row 0", ImageFormat(config, resolution, channels, max_value)).planes
     except NeedsSixteenBits:
         assert mode.startswith("I")
         assert preserve
@@ -184,7 +184,7 @@ def test_to_planes_of_every_mode_gives_planes_or_an_error_that_names_the_mode(mo
     image_format = ImageFormat(DataConfig(), 3, 3, 65535)
     image, problem = Image.new(mode, (4, 3)), None
     try:
-        planes = to_planes(image, image_format)
+        planes = to_planes(image, image_format, "row 0")
     except ValueError as error:
         problem = str(error)
     if problem is None:
@@ -215,7 +215,7 @@ def test_decode_gives_the_same_planes_for_gray_in_every_mode(gray: list[int], ch
     for variant in (*variants, as_palette, as_deep):
         buffer = io.BytesIO()
         variant.save(buffer, "PNG")
-        planes = decode({"bytes": buffer.getvalue(), "path": None}, "row 0", image_format)
+        planes = decode({"bytes": buffer.getvalue(), "path": None}, "row 0", image_format).planes
         assert np.array_equal(planes, expected), variant.mode
 
 

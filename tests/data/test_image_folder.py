@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.description import describe_unread
 from hf_ddpm.data.image_folder import FORMATS, list_images, readable_formats
 from hf_ddpm.data.shards import open_stream
-from hf_ddpm.data.sources import describe_unread
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, noise, save_grays
 from tests.support.streams import stream_config

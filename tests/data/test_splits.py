@@ -12,8 +12,9 @@ from PIL import Image
 
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.description import describe_unread
 from hf_ddpm.data.shards import open_stream
-from hf_ddpm.data.sources import check_source, describe_unread
+from hf_ddpm.data.sources import check_source
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 from tests.support.image_data import cache_config, noise, save_grays

@@ -205,7 +205,7 @@ def test_run_with_damaged_data_resumes_bit_for_bit_when_they_are_restored(
         train_and_harm(run_config, harm, 1)
     message = str(raised.value)
     assert "\n" not in message
-    step = re.search(r"ends after step (\d); the same command .*--resume_from_checkpoint latest resumes", message)[1]
+    step = re.search(r"ends after step (\d).*; the same command .*--resume_from_checkpoint latest resumes", message)[1]
     assert verify(Path(run_config.output_dir) / f"checkpoint-{step}") is None
     resumed = replace(run_config, resume_from_checkpoint="latest")
     with pytest.raises(UsageError, match="whole parquet files" if kind == "parquet" else "trained on other images"):

@@ -84,7 +84,7 @@ def test_write_card_of_empty_folder_has_no_number(tmp_path: Path):
     prose = re.sub(r"```.*?```", "", card.split("---\n", 2)[2], flags=re.S)
     assert not re.search(r"\d", prose.replace("x_0", "").replace("_0_hat", "")), prose
     assert "figures/" not in card
-    assert '"photos"' in card
+    assert f'"{folder}"' in card
     assert_no_trace_of_absence(card)
     with pytest.raises(UsageError, match="not a folder"):
         write_card(tmp_path / "nothing")
@@ -202,6 +202,20 @@ def test_examples_load_the_revision(tmp_path: Path):
     assert named_repository(text) == "me/photos"
 
 
+@pytest.mark.parametrize("hub_model_id", [None, "photos"])
+def test_examples_of_a_run_that_is_not_on_the_hub_load_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_model_id: str | None
+):
+    make_run(tmp_path / "runs/emoji", config=CONFIG | {"hub_model_id": hub_model_id})
+    monkeypatch.chdir(tmp_path)
+    for folder, name in (("runs/emoji", "./runs/emoji"), (tmp_path / "runs/emoji", f"{tmp_path}/runs/emoji")):
+        text = write_card(folder).read_text(encoding="utf-8")
+        assert all(f'from_pretrained("{name}")' in code for code in snippets(text))
+        assert f"# {hub_model_id or 'emoji'}\n" in text
+    assert 'from_pretrained("me/emoji")' in write_card("runs/emoji", "me/emoji").read_text(encoding="utf-8")
+    assert 'from_pretrained("me/emoji")' in write_card("runs/emoji").read_text(encoding="utf-8")
+
+
 def test_write_card_names_the_base_model_of_a_finetuned_model(tmp_path: Path):
     text = card_of(tmp_path, config=CONFIG | {"init_from": "google/ddpm-cifar10-32"})
     assert "began with the weights of [google/ddpm-cifar10-32]" in text
@@ -241,6 +255,7 @@ def test_write_card_names_a_damaged_file(tmp_path: Path, name: str, text: str):
     folder = make_run(tmp_path)
     (folder / name).write_text(text)
     said = {"README.md": r"README\.md cannot be read: ", "run.json": r"run\.json cannot be read: it must be a mapping"}
+    said["metrics.jsonl"] = r"metrics\.jsonl cannot be read: no step in line 1"
     with pytest.raises(UsageError, match=said.get(name, "the card cannot be written: ") + ".*: correct "):
         write_card(folder)
 

@@ -30,7 +30,7 @@ from hf_ddpm.hub import space
 from hf_ddpm.hub.readme import BEGIN, END
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, named_scheduler
+from hf_ddpm.solvers import SCHEDULERS, default_scheduler, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import smallest_unet_config
@@ -214,7 +214,7 @@ def test_write_space_writes_the_page_and_what_it_imports(app: Any, folders: dict
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "app.py", "hf_ddpm", "requirements.txt"]
 
     modules = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.glob("hf_ddpm/**/*.py")}
-    assert {"hf_ddpm/scheduler.py", "hf_ddpm/pipeline.py", "hf_ddpm/sampling/schedulers.py"} <= modules.keys()
+    assert {"hf_ddpm/scheduler.py", "hf_ddpm/pipeline.py", "hf_ddpm/solvers.py"} <= modules.keys()
     assert not [name for name in modules if "training" in name or "evaluation" in name or "hub" in name]
     assert all((space.PACKAGE.parent / name).read_bytes() == content for name, content in modules.items())
     source, written = Path(app.__file__).read_text(), (out / "app.py").read_text()

@@ -9,12 +9,22 @@ from hf_ddpm.bound import _discretized_log_likelihood, variational_bound
 from hf_ddpm.scheduler import DDPMScheduler
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dtype", "max_value"), [(torch.float32, 255), (torch.float64, 255), (torch.float64, 65535)])
 @pytest.mark.parametrize(("mean", "log_variance"), [(0.1, -3.0), (-0.97, -9.0), (2.0, 0.5)])
-def test_decoder_is_a_distribution_over_256_values(dtype, mean, log_variance):
-    x_0 = (torch.arange(256, dtype=dtype) / 127.5 - 1).view(1, 1, 16, 16)
-    log_mass = _discretized_log_likelihood(x_0, torch.full_like(x_0, mean), torch.full_like(x_0, log_variance))
+def test_decoder_is_a_distribution_over_all_values(dtype, max_value, mean, log_variance):
+    side = math.isqrt(max_value + 1)
+    x_0 = (torch.arange(max_value + 1, dtype=dtype) * 2 / max_value - 1).view(1, 1, side, side)
+    means, log_variances = torch.full_like(x_0, mean), torch.full_like(x_0, log_variance)
+    log_mass = _discretized_log_likelihood(x_0, means, log_variances, max_value)
     assert log_mass.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_bound_has_the_bins_of_its_values():
+    """Where a bin is narrow, its mass is its width times the density: 256 times less costs 8 bits more."""
+    scheduler = DDPMScheduler(prediction_type="sample", clip_sample=False, beta_start=0.1, beta_end=0.2)
+    x_0, t = torch.zeros(1, 1, 2, 2, dtype=torch.float64), 0
+    of_8, of_16 = (variational_bound(scheduler, x_0, x_0, x_0, t, max_value).item() for max_value in (255, 65535))
+    assert of_16 - of_8 == pytest.approx(8, abs=0.01)
 
 
 def test_bound_is_zero_for_the_true_posterior():

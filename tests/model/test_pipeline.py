@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
-from hf_ddpm.sampling.schedulers import SCHEDULERS, named_scheduler
+from hf_ddpm.solvers import SCHEDULERS, named_scheduler
 
 
 def seeded(seed=0):

@@ -35,14 +35,14 @@ def test_read_mapping_names_file_problem_and_remedy(tmp_path: Path, name: str, c
         read_mapping(tmp_path / name, "move it away")
 
 
-def test_naming_damage_names_a_missing_key_and_passes_on_usage_errors():
+def test_naming_damage_names_a_missing_key_and_what_may_not_be_read():
     message = r"^x cannot be read: KeyError: 'y': remove it$"
     with pytest.raises(UsageError, match=message), naming_damage("x cannot be read", "remove it"):
         raise KeyError("y")
     with pytest.raises(UsageError, match=r"^mine$"), naming_damage("x cannot be read", "remove it"):
         raise UsageError("mine")
-    with pytest.raises(OSError, match="disk"), naming_damage("x cannot be read", "remove it"):
-        raise OSError("disk")
+    with pytest.raises(UsageError, match=r"^x cannot be read: denied"), naming_damage("x cannot be read", "remove it"):
+        raise PermissionError("denied")
 
 
 def test_weights_sha256_is_that_of_the_contents_in_the_order_of_names(tmp_path: Path):

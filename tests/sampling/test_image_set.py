@@ -20,8 +20,8 @@ from hf_ddpm.data.config import DataConfig
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.sampling import image_set
 from hf_ddpm.sampling.image_set import write_samples
-from hf_ddpm.sampling.sampler import iter_samples
-from hf_ddpm.sampling.schedulers import named_scheduler
+from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling
+from hf_ddpm.solvers import named_scheduler
 from tests.support.runs import processes
 
 
@@ -144,6 +144,39 @@ def test_write_samples_writes_equal_images_in_each_format(make_unet, tmp_path):
     assert arrays["labels"].tolist() == [seed % 3 for seed in range(5, 25)]
     assert len({(tmp_path / format / "grid.png").read_bytes() for format in ("png", "parquet", "npz")}) == 1
     assert sorted(path.name for path in (tmp_path / "npz").iterdir()) == ["grid.png", "samples.json", "samples.npz"]
+
+
+@pytest.mark.parametrize("value_range", [None, [0, 4095]])
+def test_write_samples_of_a_model_of_deep_images_keeps_their_bits_and_their_values(make_unet, tmp_path, value_range):
+    scheduler = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
+    DDPMPipeline(make_unet(channels=1), scheduler).save_pretrained(tmp_path / "model")
+    record = {"data": {"max_value": 65535, "value_range": value_range}}
+    (tmp_path / "model/run.json").write_text(json.dumps(record))
+    common = {"model": str(tmp_path / "model"), "num_images": 2, "num_inference_steps": 2}
+    for format in ("png", "parquet", "npz"):
+        write_samples(**common, out=tmp_path / format, format=format)
+    arrays = np.load(tmp_path / "npz/samples.npz")["arr_0"][..., 0]
+    assert arrays.dtype == np.uint16
+    for format in ("png", "parquet"):
+        images = load_images(DataConfig(dataset_name=str(tmp_path / format), cache_dir=str(tmp_path / "cache")))
+        assert images.max_value == 65535
+        assert np.array_equal(np.stack([images.image(i)[0] for i in range(2)]), arrays)
+    # Undone again, they are the model's own values: `--value_range` takes them back.
+    pipeline, steps = load_for_sampling(str(tmp_path / "model"), num_inference_steps=2)
+    expected = np.stack(
+        [
+            pixels.numpy()[0]
+            for _, batch in iter_samples(
+                pipeline, [0, 1], batch_size=2, num_inference_steps=steps, value_range=(0, 65535)
+            )
+            for pixels in batch
+        ]
+    )
+    high = 65535 if value_range is None else value_range[1]
+    assert np.abs(arrays.astype(float) / high - expected.astype(float) / 65535).max() <= 0.51 / high
+    with Image.open(tmp_path / "png/grid.png") as sheet:
+        shown = np.asarray(sheet)[:64, :64][:: 64 // arrays.shape[1], :: 64 // arrays.shape[2]]
+    assert np.abs(shown - arrays[0] * 255.0 / high).max() <= 0.5
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.sampler import classes_in_turn, iter_samples, load_for_sampling, sample_all, seeded_generators
-from hf_ddpm.sampling.schedulers import SCHEDULERS, named_scheduler
+from hf_ddpm.solvers import SCHEDULERS, named_scheduler
 
 
 @pytest.mark.parametrize("name", ["PNDM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "DDIM"])

@@ -29,6 +29,7 @@ from tests.support.networks import smallest_unet_config
 from tests.support.runs import SUSPEND, TWICE, WORKER, differences, said, start, trace
 
 ROOT = Path(__file__).parents[2]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -107,8 +108,22 @@ def test_signal_ends_the_run_after_a_checkpoint(whole, name):
     assert start(config, 1, "step", 3, getattr(signal, name)) == [75]
     folder = Path(config.output_dir)
     assert (folder / "checkpoint-3").is_dir()
-    assert f"{name} was noticed: the run ends after step 3; the same command with" in said(config)
+    last_line = said(config).strip().splitlines()[-1]
+    assert last_line.startswith(f"{name} was noticed: the run ends after step 3. Its model samples: hf-ddpm sample ")
+    assert last_line.endswith("; the same command with --resume_from_checkpoint latest resumes from step 3")
+    # The model is the average that the checkpoint holds, the card says how far it is, and its pictures are there.
+    model, average = (load_file(folder / part / WEIGHTS) for part in ("unet", "checkpoint-3/unet_ema"))
+    assert model.keys() == average.keys()
+    assert all(torch.equal(model[key], average[key]) for key in model)
+    training = json.loads((folder / "run.json").read_text())["training"]
+    assert (training["is_finished"], training["steps"], training["total_steps"]) == (False, 3, 4)
+    card = (folder / "README.md").read_text()
+    assert "stopped after 3 of 4 steps" in card
+    assert "figures/samples.png" in card
+    assert (folder / "figures/samples.png").is_file()
     assert not differences(finish(config), unkilled)
+    assert json.loads((folder / "run.json").read_text())["training"]["is_finished"]
+    assert "stopped after" not in (folder / "README.md").read_text()
 
 
 @pytest.mark.slow

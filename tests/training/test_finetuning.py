@@ -81,7 +81,7 @@ def test_init_from_starts_with_the_weights_of_the_model(config: TrainingConfig, 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_init_from_refuses_weights_that_are_not_finite(config: TrainingConfig, base: Path, value: float):
     spoil(base, value)
-    with pytest.raises(UsageError, match=r"^init_from .*/base/unet' must have finite weights, .* in 1 of \d+ tensors"):
+    with pytest.raises(UsageError, match=r"^init_from .*/base' must have finite weights, .* in 1 of \d+ tensors"):
         train(config)
     assert not Path(config.output_dir).exists()
 
@@ -204,7 +204,7 @@ def nothing(base: Path) -> None:
             nothing,
             "model_config_name_or_path = . has no effect: init_from is given",
         ),
-        ({}, with_classes, "num_class_embeds must be None, the classes of label_column; got 10"),
+        ({}, with_classes, "num_class_embeds of init_from .* must be None, the classes of label_column; got 10"),
         ({}, reschedule(trained_betas=[0.1] * 30), "a noise schedule by name, got '.*' with .* betas of its own"),
         ({}, reschedule(beta_schedule="laplace"), "beta_schedule is one of linear, .*, got 'laplace'"),
         ({}, reschedule(beta_schedule="unheard of"), "beta_schedule is one of linear, .*, got 'unheard of'"),

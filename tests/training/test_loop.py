@@ -285,7 +285,7 @@ def test_unknown_number_of_images_allows_nothing_by_epochs(tiny_settings, epochs
     [
         ("--train_data_dir nothing", "there is no folder"),
         ("--dataset_name digits --resolution 30", "the nearest is 28 or 32"),
-        ("--dataset_name digits --model_config_name_or_path cifar10-ddpm", "in_channels must be 1"),
+        ("--dataset_name digits --model_config_name_or_path cifar10-ddpm", "in_channels of the model config"),
         ("--dataset_name digits --image_column img", "image_column must be one of ['image']"),
         ("--dataset_name digits --label_column class", "label_column must be one of"),
     ],

@@ -13,7 +13,9 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from accelerate import tracking
 from accelerate.tracking import TensorBoardTracker
+from accelerate.utils import LoggerType
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_ddpm.runtime.errors import RunError, UsageError
@@ -78,6 +80,31 @@ def test_failing_tracker_does_not_end_the_run(config, monkeypatch, capsys):
     train(replace(config, logger="tensorboard"))
     assert "a tracker failed, the run continues: RuntimeError: its server is gone" in capsys.readouterr().err
     assert Path(config.output_dir, "run.json").exists()
+
+
+@pytest.mark.slow
+def test_several_trackers_get_a_run_by_its_name_in_one_project(config, tmp_path, monkeypatch):
+    """A package of this name writes down how it is called, as the real one asks a server."""
+    package, calls = tmp_path / "packages/trackio", tmp_path / "calls.jsonl"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import json\n"
+        "from types import SimpleNamespace\n"
+        "config = SimpleNamespace(update=lambda *_, **__: None)\n"
+        "class Run:\n"
+        "    def __getattr__(self, name): return lambda *_, **__: None\n"
+        "def init(**settings):\n"
+        f"    with open({str(calls)!r}, 'a') as file:\n"
+        "        file.write(json.dumps(settings) + '\\n')\n"
+        "    return Run()\n"
+        "def finish(): pass\n"
+    )
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setattr(tracking, "_available_trackers", [*LoggerType])  # those found when it was imported
+    train(replace(config, logger="tensorboard,trackio", tracker_project="photos", max_train_steps=2))
+    (call,) = map(json.loads, calls.read_text().splitlines())
+    assert (call["project"], call["name"]) == ("photos", Path(config.output_dir).name)
+    assert list(Path(config.output_dir).rglob("events.out.tfevents.*"))
 
 
 def test_append_lines_appends_all_or_nothing(tmp_path):

@@ -154,9 +154,9 @@ def test_yaml_value_has_type_of_setting(line, name, value, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rates: 1", "unknown setting 'learning_rates'; did you mean 'learning_rate'"),
-        ("- a", "must hold `name: value` lines, got list"),
-        ("a: [", "is not valid YAML"),
+        ("learning_rates: 1", "unknown setting 'learning_rates'; did you mean learning_rate"),
+        ("- a", "it must be a mapping, got \\['a'\\]: write a line"),
+        ("a: [", "run.yaml cannot be read"),
         ("max_train_steps: many", "max_train_steps must be a whole number, got 'many'"),
         ("train_batch_size: 1.5", "train_batch_size must be a whole number, got 1.5"),
         ("learning_rate: true", "learning_rate must be a number, got True"),

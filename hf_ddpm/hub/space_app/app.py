@@ -27,8 +27,8 @@ from torch import Tensor
 
 from hf_ddpm.figures import to_pil
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
+from hf_ddpm.solvers import SCHEDULERS, Sampler, choose_sampler, named_scheduler
 
 MODEL = os.environ.get("MODEL", "")  # a Hub id, or a folder
 
@@ -89,13 +89,18 @@ class Model:
             return ["ddpm", NOISELESS]
         if not is_solvable(self.scheduler.config):
             return ["ddpm"]
-        best = default_scheduler(self.scheduler.config, self.pipeline.searched_timesteps)
+        best = self._default.scheduler
         return [best, *(name for name in reversed(SCHEDULERS) if name != best)]
 
     @property
     def default_steps(self) -> int:
         """The number of steps with which the page begins."""
-        return default_steps(self.samplers[0], self.num_timesteps)
+        return self._default.num_inference_steps
+
+    @property
+    def _default(self) -> Sampler:
+        kept, searched = self.pipeline.kept_sampler, self.pipeline.searched_timesteps
+        return choose_sampler(self.scheduler.config, kept=kept, searched=searched)
 
     def sample(
         self,

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ddpm import DDPMScheduler
-from hf_ddpm.sampling.schedulers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
+from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.sampling.sampler import load_for_sampling
+from hf_ddpm.solvers import SCHEDULERS, default_scheduler, default_steps, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps
 
 
@@ -162,3 +164,70 @@ def test_named_scheduler_samples_step_denoisers_by_ddpm_alone():
         named_scheduler("ddim", config)
     with pytest.raises(ValueError, match=r"scheduler must be one of ddpm, ddim, dpmsolver\+\+, unipc, got 'euler'"):
         named_scheduler("euler", config)
+
+
+def trained(tmp_path, make_unet):
+    """Save a model as a run does, and return its folder."""
+    scheduler = DDPMScheduler(30, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    DDPMPipeline(make_unet(), scheduler).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def images_of(pipeline, **arguments):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(2, torch.Generator().manual_seed(0), output_type="np", **arguments).images
+
+
+def test_use_samples_as_the_commands_do(make_unet, tmp_path):
+    folder = trained(tmp_path, make_unet)
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    as_stock = images_of(pipeline)
+    assert np.array_equal(as_stock, images_of(diffusers.DDPMPipeline.from_pretrained(folder), num_inference_steps=30))
+    own = pipeline.scheduler
+    assert pipeline.use() is pipeline
+    assert pipeline.sampler == ("unipc", 20)
+    by_command, steps = load_for_sampling(str(folder), device="cpu")
+    assert np.array_equal(images_of(pipeline), images_of(by_command, num_inference_steps=steps))
+    # A call's own number of steps goes before, and the scheduler that is saved stays.
+    by_name, _ = load_for_sampling(str(folder), "unipc", 5, device="cpu")
+    assert np.array_equal(images_of(pipeline, num_inference_steps=5), images_of(by_name, num_inference_steps=5))
+    assert pipeline.scheduler is own
+    assert np.array_equal(images_of(pipeline.use("ddpm")), as_stock)
+
+
+def test_sampler_that_was_chosen_is_kept_beside_a_model_that_stays_stock(make_unet, tmp_path):
+    pipeline = DDPMPipeline.from_pretrained(trained(tmp_path, make_unet))
+    pipeline.use("dpmsolver++", 7).save_pretrained(tmp_path / "chosen")
+    loaded = DDPMPipeline.from_pretrained(tmp_path / "chosen")
+    stock = diffusers.DDPMPipeline.from_pretrained(tmp_path / "chosen")
+    assert np.array_equal(images_of(loaded), images_of(stock, num_inference_steps=30))
+    assert loaded.use().sampler == ("dpmsolver++", 7)
+    by_command, steps = load_for_sampling(str(tmp_path / "chosen"), device="cpu")
+    assert steps == 7
+    assert np.array_equal(images_of(loaded), images_of(by_command, num_inference_steps=7))
+    assert loaded.use("unipc").sampler == ("unipc", 20)
+    assert loaded.use(num_inference_steps=3).sampler == ("dpmsolver++", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("euler",), "scheduler must be one of ddpm, ddim, .* got 'euler'"),
+        (("unipc", 31), r"num_inference_steps must be in \[1, 30\], got 31"),
+        (("unipc", 0), r"num_inference_steps must be in \[1, 30\], got 0"),
+    ],
+)
+def test_use_rejects_what_cannot_sample(make_unet, arguments, message):
+    scheduler = DDPMScheduler(30, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    pipeline = DDPMPipeline(make_unet(), scheduler)
+    with pytest.raises(ValueError, match=message):
+        pipeline.use(*arguments)
+    assert pipeline.sampler is None
+
+
+def test_damaged_sampler_is_named(make_unet, tmp_path):
+    folder = trained(tmp_path, make_unet)
+    for content in ('{"scheduler": "euler", "num_inference_steps": 3}', '{"scheduler": "unipc"}', "{"):
+        (folder / "scheduler/sampler.json").write_text(content)
+        with pytest.raises(UsageError, match=r"sampler\.json cannot be read: .*remove it"):
+            DDPMPipeline.from_pretrained(folder)

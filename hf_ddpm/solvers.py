@@ -6,6 +6,8 @@
     dpmsolver++   DPMSolverMultistepScheduler    2      no     Lu et al. 2022, arXiv 2211.01095
     unipc         UniPCMultistepScheduler        2      no     Zhao et al. 2023
 
+sampler       such a name and a number of steps: how a model is sampled; one may be kept in its folder
+
 DDIM is first-order DPM-Solver++ (Lu et al., Sec. 4). diffusers' own `DDIMScheduler` steps to t - T // n whatever its
 list of timesteps says.
 """
@@ -13,22 +15,97 @@ list of timesteps says.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, is_solvable
+from hf_ddpm.runtime.files import naming_damage, read_mapping, write_atomically
+from hf_ddpm.scheduler import (
+    DDPMScheduler,
+    as_our_scheduler,
+    complete_config,
+    is_solvable,
+    require_num_inference_steps,
+)
 from hf_ddpm.timesteps import SearchedTimesteps, best_solver
 
 SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 
+SAMPLER_FILE = Path("scheduler", "sampler.json")
+
 # The steps of the solvers. benchmarks/solvers/table.md compares them; UniPC is the default by it.
 DEFAULT_STEPS = 20
+
+
+class Sampler(NamedTuple):
+    """How a model is sampled.
+
+    Args:
+        scheduler: A name in SCHEDULERS.
+        num_inference_steps: The number of steps.
+    """
+
+    scheduler: str
+    num_inference_steps: int
+
+
+def read_sampler(folder: Path) -> Sampler | None:
+    """Read the sampler that is kept in a pipeline's folder; None if there is none.
+
+    Raises:
+        UsageError: When the file is damaged.
+    """
+    path = folder / SAMPLER_FILE
+    content = read_mapping(path, "remove it")
+    if not content:
+        return None
+    with naming_damage(f"{path} cannot be read", "remove it"):
+        sampler = Sampler(**content)
+        if sampler.scheduler not in SCHEDULERS or type(sampler.num_inference_steps) is not int:
+            raise ValueError(f"it must name one of {', '.join(SCHEDULERS)} and a number of steps, got {content}")
+    return sampler
+
+
+def write_sampler(folder: Path, sampler: Sampler) -> None:
+    """Keep a sampler in a pipeline's folder, where stock diffusers does not read it."""
+    write_atomically(folder / SAMPLER_FILE, json.dumps(sampler._asdict(), indent=2) + "\n")
+
+
+def choose_sampler(
+    config: Any,
+    scheduler: str | None = None,
+    num_inference_steps: int | None = None,
+    kept: Sampler | None = None,
+    searched: Mapping[tuple[str, int], SearchedTimesteps] | None = None,
+) -> Sampler:
+    """Return how a model is sampled, by what was asked for, what is kept in its folder and what is best by default.
+
+    Args:
+        config: The config of the model's scheduler.
+        scheduler: A name in SCHEDULERS. None: the kept one, or that of `default_scheduler`.
+        num_inference_steps: The number of steps. None: the kept one for the kept scheduler, or `default_steps`.
+        kept: The sampler in the model's folder.
+        searched: The model's searched timesteps.
+
+    Raises:
+        ValueError: When the number of steps is not in [1, T].
+    """
+    num_train = config["num_train_timesteps"]
+    name = scheduler or (kept.scheduler if kept is not None else None)
+    name = name or default_scheduler(config, searched, num_inference_steps)
+    steps = num_inference_steps
+    if steps is None and kept is not None and kept.scheduler == name:
+        steps = kept.num_inference_steps
+    if steps is None:
+        steps = default_steps(name, num_train)
+    return Sampler(name, require_num_inference_steps(steps, num_train))
 
 
 def default_scheduler(

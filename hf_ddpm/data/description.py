@@ -1,0 +1,81 @@
+"""What a run reads, and what it does not, in lines for the person who started it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, is_image, list_images
+from hf_ddpm.data.shards import NUM_FIRST_IMAGES, ImageStream
+from hf_ddpm.data.sources import find_source
+
+# Values that fill less of their range than this are warned of: photographs fill nearly all of it.
+SMALLEST_SHARE = 0.5
+
+
+def describe_images(config: DataConfig, images: ImageCache | ImageStream) -> list[str]:
+    """Return what was read, what was not, and a warning where the values fill little of their range.
+
+    Args:
+        config: The settings of the data.
+        images: The images that they led to.
+    """
+    count = "images" if images.num_images is None else f"{images.num_images:,} images"
+    parts = [f"{images.name}: {count}, {images.resolution} x {images.resolution}, channels {images.channels}"]
+    if images.max_value > 255:
+        parts.append("16 bits")
+    if images.num_classes:
+        parts.append(f"{images.num_classes:,} classes")
+    if images.num_bad:
+        parts.append(f"{images.num_bad:,} unreadable ones left out")
+    parts.append(describe_unread(config, (images.num_images or 0) + images.num_bad))
+    lines = ["; ".join(filter(None, parts))]
+    among = f" of the first {NUM_FIRST_IMAGES}" if isinstance(images, ImageStream) else ""
+    lines += [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
+    return lines + _describe_range(config, images, among)
+
+
+def _describe_range(config: DataConfig, images: ImageCache | ImageStream, among: str) -> list[str]:
+    """Return a warning, with the setting that mends it, where values fill less than SMALLEST_SHARE of their range."""
+    low, high = config.value_range or (0, images.max_value)
+    smallest, largest = (low + value * (high - low) / images.max_value for value in images.limits)
+    if smallest >= largest or largest - smallest >= SMALLEST_SHARE * (high - low):
+        return []
+    # What a camera or a mask can hold is mostly a power of two less one, and begins at 0.
+    wanted = (0, 2 ** round(largest).bit_length() - 1)
+    if smallest < 0 or largest - smallest < SMALLEST_SHARE * wanted[1]:
+        wanted = (round(smallest), round(largest))
+    text = (
+        f"warning: the values of the images{among} fill little of their range: they go from {smallest:.0f} to "
+        f"{largest:.0f}, and -1 and 1 stand for {low:g} and {high:g}; --value_range {wanted[0]} {wanted[1]} stretches "
+        "them, if no image can hold others"
+    )
+    return [text]
+
+
+def describe_unread(config: DataConfig, num_images: int) -> str:
+    """Return in words which files of a folder of images are not read, or "" if all are.
+
+    Args:
+        config: The settings of the data.
+        num_images: The number of images that were read or were unreadable.
+    """
+    source = find_source(config)
+    if source.kind != "images" or source.folder is None:
+        return ""
+    listed = list_images(source.folder)
+    held_out = [split for split, path in source.splits.items() if path != source.folder]
+    unread = [f"the folder {split!r}" for split in held_out]
+    if source.splits:
+        root = Path(config.dataset_name or config.train_data_dir or "").expanduser()
+        starts = tuple(f"{path}{os.sep}" for path in source.splits.values())
+        above = [path for path in files_below(root) if not str(path).startswith(starts)]
+        num_beside = sum(is_image(path) for path in above)
+        unread += [f"{num_beside:,} images beside the splits"] if num_beside else []
+        unread += [f"{path.name} beside the splits" for path in above if path.name in METADATA_NAMES]
+    unread += [f"{count:,} {kind}" for kind, count in sorted(listed.unread.items())]
+    if listed.has_metadata and len(listed.images) > num_images:
+        unread.append(f"{len(listed.images) - num_images:,} images that no row of the metadata names")
+    return f"not read: {', '.join(unread)}" if unread else ""
