@@ -46,3 +46,15 @@ def test_bound_is_the_kl_of_two_gaussians():
     nats = (math.log(beta / variance) - 1 + (variance + mean**2) / beta) / 2
     bound = variational_bound(scheduler, torch.full_like(zeros, 0.5), zeros, zeros, t)
     assert bound.item() == pytest.approx(nats / math.log(2), rel=1e-3)
+
+
+def test_bound_is_that_of_p_which_clips_x_0_hat():
+    """The variance of the hybrid loss is trained by this bound; p samples with the clipped x_0_hat."""
+    x_0, noise, t = torch.rand(3, 1, 4, 4) * 2 - 1, torch.randn(3, 1, 4, 4), torch.tensor([2, 400, 999])
+    x_0_hat = 3 * torch.randn(3, 1, 4, 4)
+    settings = {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"}
+    clips, free = (DDPMScheduler(**settings, clip_sample=clip) for clip in (True, False))
+    x_t = clips.add_noise(x_0, noise, t)
+    bound = variational_bound(clips, x_0_hat, x_0, x_t, t)
+    assert torch.equal(bound, variational_bound(free, x_0_hat.clamp(-1, 1), x_0, x_t, t))
+    assert (bound < variational_bound(free, x_0_hat, x_0, x_t, t)).all()
