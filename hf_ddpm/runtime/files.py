@@ -236,14 +236,14 @@ def look_at(name: str, path: str | Path) -> Path:
     if not str(path):
         raise UsageError(f"{name} must not be empty: leave it out for its default")
     shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
-    expanded = Path(path)
     try:
-        expanded = expanded.expanduser()
+        expanded = Path(path).expanduser()
+    except RuntimeError as error:  # what pathlib raises for a home that it does not find
+        raise UsageError(f"{name} must be a path of a user of this machine, got {shown!r}") from error
+    try:
         is_folder = stat.S_ISDIR(expanded.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return expanded
-    except RuntimeError as error:  # what pathlib raises for a home that it does not find
-        raise UsageError(f"{name} must be a path of a user of this machine, got {shown!r}") from error
     except (OSError, ValueError) as error:  # a ValueError is of a path with a zero byte
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UsageError(f"{name} must be a path that can be looked at, got {shown!r}: {reason}") from error

@@ -236,6 +236,7 @@ def test_pipeline_of_a_run_has_bars_of_its_own_name(tiny_settings, capsys):
 def test_interrupt_in_imports_ends_as_the_signal_does(tmp_path):
     code = f"""
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a program in the background ignores
 class Interrupt:
     def find_spec(self, name, *_):
         if name == "torch":
