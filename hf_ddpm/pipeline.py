@@ -263,13 +263,13 @@ class DDPMPipeline(DiffusionPipeline):
         own, num_steps = self.scheduler, num_inference_steps
         if self.sampler is not None:
             num_steps = self.sampler.num_inference_steps if num_steps is None else num_steps
+        _check_scheduler(own)
         num_train: int = own.config.num_train_timesteps
         # Some of diffusers' solvers take more steps, repeat timesteps and return NaN.
         num_steps = require_num_inference_steps(num_train if num_steps is None else num_steps, num_train)
         if self.sampler is not None:
             self.scheduler = named_scheduler(self.sampler.scheduler, own.config, num_steps)
         try:
-            _check_scheduler(self.scheduler)
             yield num_steps
         finally:
             self.scheduler = own

@@ -41,7 +41,7 @@ from hf_ddpm.data.decoding import (
     name_of,
     unreadable_image_error,
 )
-from hf_ddpm.data.given import NAME
+from hf_ddpm.data.given import NAME, GivenImages, open_given
 from hf_ddpm.data.image_folder import files_below
 from hf_ddpm.data.sources import Source, choose_columns, find_source, license_of, open_dataset
 from hf_ddpm.runtime.errors import UsageError
@@ -185,6 +185,30 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
     if not link.exists():
         with contextlib.suppress(OSError):  # Some file systems have no links.
             link.symlink_to(folder.name, target_is_directory=True)
+    return images
+
+
+def load_dataset(dataset: Any, config: DataConfig, accept: Accept | None) -> ImageCache | GivenImages:
+    """Return the images of a data set that was passed: of `datasets` from the cache, of others item by item.
+
+    Args:
+        dataset: A `datasets.Dataset`, or any map-style data set; see data/given.py.
+        config: The settings of the data.
+        accept: As of `load_images`.
+
+    Raises:
+        UsageError: When it is neither, or its images cannot be read.
+    """
+    import datasets
+
+    # A transform of the user's own decides what an item is, and the cache would not see it.
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
+        return load_images(config, accept, dataset)
+    if config.label_column is not None or config.image_column is not None:
+        raise UsageError("label_column and image_column are for data sets of `datasets`: items name theirs `label`")
+    images = open_given(dataset, config)
+    if accept is not None:
+        accept(images.resolution, images.channels)
     return images
 
 

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from hf_ddpm.data.cache import Accept, ImageCache, load_images
-from hf_ddpm.data.given import GivenImages, open_given
 from hf_ddpm.network import num_classes_of
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.processes import Processes
@@ -73,30 +71,6 @@ def check_parts(config: TrainingConfig, parts: Parts) -> None:
     for part in (parts.objective, *parts.callbacks):
         if part is not None and not callable(part):
             raise UsageError(f"objective and callbacks must be functions, got {type(part).__name__}")
-
-
-def load_dataset(dataset: Any, config: TrainingConfig, accept: Accept | None) -> ImageCache | GivenImages:
-    """Return the images of a data set that was passed: of `datasets` from the cache, of others item by item.
-
-    Args:
-        dataset: A `datasets.Dataset`, or any map-style data set; see data/given.py.
-        config: The settings of the data.
-        accept: As of `load_images`.
-
-    Raises:
-        UsageError: When it is neither, or its images cannot be read.
-    """
-    import datasets
-
-    # A transform of the user's own decides what an item is, and the cache would not see it.
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
-        return load_images(config, accept, dataset)
-    if config.label_column is not None or config.image_column is not None:
-        raise UsageError("label_column and image_column are for data sets of `datasets`: items name theirs `label`")
-    images = open_given(dataset, config)
-    if accept is not None:
-        accept(images.resolution, images.channels)
-    return images
 
 
 def check_given_network(network: Any, config: TrainingConfig, images: Any) -> None:

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
-from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.cache import ImageCache, load_dataset, load_images
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.shards import ImageStream, open_stream
@@ -41,7 +41,7 @@ from hf_ddpm.training.finetuning import load_weights, network_of, take_over
 from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import check_same_run
-from hf_ddpm.training.parts import Parts, check_given_network, load_dataset
+from hf_ddpm.training.parts import Parts, check_given_network
 from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
 from hf_ddpm.training.publishing import create_run_repository, repository_of
 from hf_ddpm.training.run import FREE_SPACE, Run, print_once, try_to_track

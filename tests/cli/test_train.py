@@ -29,7 +29,7 @@ def test_run_of_two_processes_ends_once(tmp_path):
     command += ["--ema_snapshots", "0", "--no_save_figures"]
     process = python(command, tmp_path, environment, tmp_path / "said.txt")  # the two that it starts are fresh ones
     process.start()
-    process.join()
+    process.join(600)
     said = (tmp_path / "said.txt").read_text()
     assert process.exitcode == 0, said
     assert said.count("The model is in run.") == 1

@@ -236,7 +236,10 @@ def test_load_images_reports_unknown_hub_data_set(tmp_path: Path, monkeypatch: p
         ({"image_column": "back", "label_column": "kind"}, "one of .*'weight'.*, got 'kind'.*--label_column"),
         ({"image_column": "back", "label_column": "weight"}, "strings, got 'weight' of .*float64.*--label_column"),
         ({"image_column": "back", "label_column": "front"}, "strings, got 'front'.*--label_column"),
-        ({"image_column": "back", "label_column": "hole"}, "label_column must .*, got None in row 1 of 'hole'"),
+        (
+            {"image_column": "back", "label_column": "hole"},
+            "label_column must .*, got an empty cell in row 1 of 'hole'",
+        ),
     ],
 )
 def test_load_images_rejects_wrong_columns(folder: Path, settings: dict[str, Any], message: str) -> None:

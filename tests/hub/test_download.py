@@ -151,7 +151,7 @@ def test_pickle_with_code_is_not_executed(foreign: Path, push_settings: dict[str
         path.write_bytes(content)
         with pytest.raises(OSError, match=re.escape(path.name)):
             DDPMPipeline.from_pretrained(foreign)
-        assert CliRunner().invoke(app, ["sample", str(foreign), "--out", str(tmp_path / "o")]).exit_code == 1
+        assert CliRunner().invoke(app, ["sample", str(foreign), "--out", str(tmp_path / "o")]).exit_code == 2
         assert not executed.exists()
     del push_settings["model_config_name_or_path"], push_settings["ddpm_num_steps"]
     with pytest.raises((OSError, UsageError)):

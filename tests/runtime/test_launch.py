@@ -48,7 +48,7 @@ def work():
         raise StoppedOnPurpose
     if action == "signal":
         with StopRequest(None, 0.0) as stop:
-            print("listening", flush=True)
+            os.write(1, b"listening\\n")  # at once: several write to one pipe
             while stop.reason(0) is None:
                 time.sleep(0.05)
         raise StoppedOnPurpose
@@ -80,8 +80,8 @@ def command(tmp_path, monkeypatch):
 def begin(command, tmp_path):
     """Return a function: the same -> the worker, as a process that has begun; the workers it starts are fresh ones."""
 
-    def begin(action: str, count: int) -> Process:
-        process = python(command(action, count), tmp_path, None, tmp_path / "said.txt")
+    def begin(action: str, count: int, errors: Path | None = None) -> Process:
+        process = python(command(action, count), tmp_path, None, tmp_path / "said.txt", errors)
         process.start()
         return process
 
@@ -120,15 +120,13 @@ def test_accelerate_launch_on_the_cpu_gets_the_processes_it_left_out(command, tm
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_reaches_all_processes(begin, name, tmp_path):
     os.mkfifo(tmp_path / "said.txt")
-    parent = begin("signal", 2)
-    with open(tmp_path / "said.txt") as file:
-        lines = (line for line in file if line == "listening\n")
-        assert [next(lines) for _ in range(2)] == ["listening\n"] * 2
+    parent = begin("signal", 2, tmp_path / "complained.txt")
+    with open(tmp_path / "said.txt") as pipe:
+        assert [pipe.readline() for _ in range(2)] == ["listening\n"] * 2
         workers = psutil.Process(parent.pid).children(recursive=True)
         os.kill(parent.pid, getattr(signal, name))
-        rest = file.read()  # until all have closed it
-    parent.join()
-    assert parent.exitcode == STOPPED, rest
+        parent.join(60)
+    assert parent.exitcode == STOPPED, (tmp_path / "complained.txt").read_text()
     assert not any(worker.is_running() for worker in workers)
 
 

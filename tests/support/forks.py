@@ -24,7 +24,7 @@ from typing import Any
 IMPORTED = ("hf_ddpm.cli", "hf_ddpm.training.loop", "datasets", "matplotlib.figure", "matplotlib.backends.backend_agg")
 
 forking = multiprocessing.get_context("fork")
-_mother: Any = None
+_mother: Any = None  # the connection to it
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def _forget_pytest() -> None:
 
 
 def _serve(requests: Connection) -> None:
-    """Start a process for each target, and answer with its id; wait for a process for each id."""
+    """Start a process for each target, and answer with its id; wait for a process for each id and time."""
     children: dict[int, Any] = {}
     while True:
         try:
@@ -77,9 +77,9 @@ def _serve(requests: Connection) -> None:
             children[child.pid] = child
             requests.send(child.pid)
         else:
-            child = children.pop(request)
-            child.join()
-            requests.send(child.exitcode)
+            pid, timeout = request
+            children[pid].join(timeout)
+            requests.send(children[pid].exitcode)
 
 
 def _run(pickled: bytes) -> None:
@@ -98,16 +98,16 @@ class Process:
     def start(self) -> None:
         self.pid = self._ask(self.pickled)
 
-    def join(self) -> None:
+    def join(self, timeout: float | None = None) -> None:
         if self.exitcode is None:
-            self.exitcode = self._ask(self.pid)
+            self.exitcode = self._ask((self.pid, timeout))
 
     def kill(self) -> None:
         if self.exitcode is None:
             os.kill(self.pid, signal.SIGKILL)
 
     @staticmethod
-    def _ask(request: bytes | int) -> int:
+    def _ask(request: bytes | tuple[int, float | None]) -> Any:
         assert _mother is not None, "conftest.py forks it when tests.support.forks was imported with the tests"
         _mother.send(request)
         return _mother.recv()

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from hf_ddpm.cli import app
+from tests.support.forks import Process
 from tests.support.networks import smallest_unet_config
-from tests.support.runs import processes
 
 NOBODY = 65534
 LONG = "x" * 5000
@@ -121,7 +121,7 @@ def test_what_may_not_be_looked_at_is_named_in_a_line(place, tmp_path):
     commands += [case.split() for case, _ in OTHERS]
     out = Path(tempfile.mkdtemp(dir=place))
     out.chmod(0o777)
-    child = processes.Process(target=answers, args=(place, commands, out))
+    child = Process(target=answers, args=(place, commands, out))
     child.start()
     child.join()
     wrong = []

@@ -271,7 +271,7 @@ def test_bad_images_are_named_without_their_files(settings, tmp_path):
 
 def train_without_files(config, images):
     def spoil(module, _, output):
-        if isinstance(module, UNet2DModel):
+        if isinstance(module, UNet2DModel) and not output.sample.is_meta:  # as where a network is only tried
             shutil.rmtree(images, ignore_errors=True)
             output.sample = output.sample * math.nan
 
@@ -289,7 +289,7 @@ def test_overflowing_loss_with_finite_gradients_is_skipped(settings):
     config = replace(config, ema_halflife_images=None, ema_snapshots=16)
 
     def overflow(module, _, output):
-        if isinstance(module, UNet2DModel) and module.training:
+        if isinstance(module, UNet2DModel) and module.training and not output.sample.is_meta:
             output.sample = output.sample + 1e20
 
     handle = register_module_forward_hook(overflow)
