@@ -74,10 +74,15 @@ def test_folder_of_the_cache_is_blamed_for_what_is_its_own(tmp_path: Path) -> No
 
 
 def test_first_cause_of_what_datasets_raises_is_told(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UsageError, match="Parquet magic bytes not found") as error:
+    file = tmp_path / "data" / "a.parquet"
+    file.parent.mkdir()
+    columns = {"image": [{"bytes": bytes(1000), "path": None}], "kind": ["a"]}
+    datasets.Dataset.from_dict(columns).to_parquet(file)
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + b"?" * 60 + content[64:])  # whole at its end, where a reader begins
+    with pytest.raises(UsageError) as error:
         load_images(cache_config(tmp_path / "data"))
+    assert "dataset_name must be loadable" in str(error.value)
     assert "An error occurred while generating" not in str(error.value)
 
 
