@@ -201,6 +201,11 @@ def num_classes_of(config: Mapping[str, Any]) -> int | None:
     return config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
 
 
+def timestep_for(network: Any, t: Tensor, x_t: Tensor) -> Tensor:
+    """Return t as a network takes it: a UNet2DModel one for all images, as stock gives it, others one for each."""
+    return t if isinstance(network, UNet2DModel) else t.expand(len(x_t)).to(x_t.device)
+
+
 def compile_network(network: Any, unet: Any, device: torch.device) -> Any:
     """Compile a network for each shape of its input.
 

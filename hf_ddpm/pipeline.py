@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.figures import to_pil
-from hf_ddpm.network import num_classes_of
+from hf_ddpm.network import num_classes_of, timestep_for
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, require_num_inference_steps
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler, read_sampler, write_sampler
@@ -123,6 +123,7 @@ class DDPMPipeline(DiffusionPipeline):
         self.searched_timesteps: dict[tuple[str, int], SearchedTimesteps] = {}
         self._searched_weights: str | None = None
         self.sampler: Sampler | None = None
+        self._scheduler_of_sampler: Any = None
         self.kept_sampler: Sampler | None = None
 
     @classmethod
@@ -180,9 +181,14 @@ class DDPMPipeline(DiffusionPipeline):
             ValueError: When there is no such scheduler, it cannot sample the model, or the number is not in [1, T].
         """
         config = self.scheduler.config
+        if "beta_schedule" not in config or "prediction_type" not in config:
+            raise ValueError(
+                f"scheduler of the pipeline must have a beta_schedule and a prediction_type, got "
+                f"{type(self.scheduler).__name__}: call the pipeline with its own scheduler"
+            )
         sampler = choose_sampler(config, scheduler, num_inference_steps, self.kept_sampler, self.searched_timesteps)
         named_scheduler(sampler.scheduler, config, sampler.num_inference_steps)
-        self.sampler = sampler
+        self.sampler, self._scheduler_of_sampler = sampler, self.scheduler
         return self
 
     @torch.no_grad()
@@ -261,6 +267,8 @@ class DDPMPipeline(DiffusionPipeline):
     def _sampling_scheduler(self, num_inference_steps: int | None) -> Iterator[int]:
         """Put the scheduler that `use` chose in the place of the pipeline's own, and give the number of steps."""
         own, num_steps = self.scheduler, num_inference_steps
+        if own is not self._scheduler_of_sampler:  # Somebody has set another since, which then counts.
+            self.sampler = None
         if self.sampler is not None:
             num_steps = self.sampler.num_inference_steps if num_steps is None else num_steps
         _check_scheduler(own)
@@ -362,8 +370,7 @@ class DDPMPipeline(DiffusionPipeline):
             if self._interrupt:
                 break
             network_input = x_t if scale_input is None else scale_input(x_t, t)
-            # A UNet2DModel takes one timestep for all images, as stock gives it; others need one for each.
-            timestep = t if isinstance(self.unet, UNet2DModel) else t.expand(len(x_t)).to(x_t.device)
+            timestep = timestep_for(self.unet, t, x_t)
             model_output = self.unet(network_input.to(network_dtype), timestep, **conditions).sample.to(dtype)
             # Infinity would be clipped to an extreme image; NaN stays until the image is refused.
             model_output = torch.where(model_output.isfinite(), model_output, math.nan)
@@ -398,10 +405,11 @@ class DDPMPipeline(DiffusionPipeline):
                 "torch.Generator().manual_seed(SEED) makes one"
             )
         unet = self.unet.config
-        if unet.out_channels not in (unet.in_channels, 2 * unet.in_channels):
+        out_channels = unet.get("out_channels") or unet.in_channels
+        if out_channels not in (unet.in_channels, 2 * unet.in_channels):
             raise ValueError(
                 "unet must give as many channels as it takes, or twice as many with a learned variance, got "
-                f"{unet.out_channels} for {unet.in_channels}: it was trained for another task"
+                f"{out_channels} for {unet.in_channels}: it was trained for another task"
             )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"a list of generators must hold batch_size = {batch_size}, got {len(generator)}")

@@ -85,6 +85,7 @@ class ImageCache:
         num_bad: The number of unreadable images that were left out.
         losses: What files hold and the planes do not -> of how many images, see `losses_of`.
         limits: The smallest and the largest value of all planes.
+        file_max: The largest value that the files can hold: 255 or 65535.
         fingerprint: The sha256 of pixels, shapes and labels; it is the same wherever the images lie.
         name: The name of the source.
         license: The license of the data; None if unknown.
@@ -100,6 +101,7 @@ class ImageCache:
     num_bad: int
     losses: dict[str, int]
     limits: tuple[int, int]
+    file_max: int
     fingerprint: str
     name: str
     license: str | None
@@ -254,7 +256,7 @@ def _create_cache(
         try:
             meta = _write_images(part, dataset, image_format)
         except NeedsSixteenBits:
-            meta = _write_images(part, dataset, replace(image_format, max_value=65535))
+            meta = _write_images(part, dataset, replace(image_format, max_value=65535, file_max=65535))
         meta["license"] = license_of(source, dataset)
         (part / "meta.json").write_text(json.dumps(meta))
         _rename_unless_present(part, folder)
@@ -352,6 +354,7 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
         "num_bad": len(dataset) - len(rows),
         "losses": losses,
         "limits": [smallest, largest],
+        "file_max": image_format.file_max,
         "fingerprint": digest.hexdigest(),
         "dtype": dtype.str,
         "size": size,

@@ -42,12 +42,14 @@ class ImageFormat:
         resolution: The shorter side in pixels.
         channels: 1, 3 or 4.
         max_value: 255, or 65535 for 16-bit images.
+        file_max: The same of the files, of which `max_value` may be a reduction.
     """
 
     config: DataConfig
     resolution: int
     channels: int
     max_value: int
+    file_max: int = 255
 
     @property
     def dtype(self) -> type[np.uint8] | type[np.uint16]:
@@ -240,8 +242,9 @@ def _format_of_headers(headers: list[_Header], config: DataConfig) -> ImageForma
                 "give --resolution"
             )
     is_gray = all(header.is_gray for header in headers)
-    is_deep = config.preserve_input_precision is not False and any(header.mode.startswith("I") for header in headers)
-    return ImageFormat(config, resolution, config.channels or (1 if is_gray else 3), 65535 if is_deep else 255)
+    file_max = 65535 if any(header.mode.startswith("I") for header in headers) else 255
+    max_value = 255 if config.preserve_input_precision is False else file_max
+    return ImageFormat(config, resolution, config.channels or (1 if is_gray else 3), max_value, file_max)
 
 
 def _read_headers(images: Iterable[tuple[str, Any]], config: DataConfig) -> list[_Header]:
@@ -281,7 +284,7 @@ def check_matches_format(image: Image.Image, name: str, image_format: ImageForma
             f"resolution must be given unless all images are squares of one size: {name} is "
             f"{image.width}x{image.height}, others are {side}x{side}; give --resolution"
         )
-    if config.value_range and image_format.max_value == 65535 and not image.mode.startswith("I"):
+    if config.value_range and image_format.file_max == 65535 and not image.mode.startswith("I"):
         raise UsageError(
             f"value_range must be that of all images: other images have 16 bits, {name} has 8; convert it to 16 bits"
         )

@@ -42,7 +42,7 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
 
 def _describe_range(config: DataConfig, images: ImageCache | ImageStream | GivenImages, among: str) -> list[str]:
     """Return a warning, with the setting that mends it, where values fill less than SMALLEST_SHARE of their range."""
-    low, high = config.value_range or (0, images.max_value)
+    low, high = config.value_range or (0, images.file_max)
     smallest, largest = (low + value * (high - low) / images.max_value for value in images.limits)
     if smallest >= largest or largest - smallest >= SMALLEST_SHARE * (high - low):
         return []

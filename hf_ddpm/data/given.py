@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.decoding import ImageFormat, check_matches_format, format_of, to_planes
+from hf_ddpm.data.decoding import (
+    ImageFormat,
+    NeedsSixteenBits,
+    check_keeps_precision,
+    check_matches_format,
+    format_of,
+    losses_of,
+    to_planes,
+)
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 NAME = "the data set that was passed to train()"
@@ -34,6 +42,7 @@ class GivenImages:
         class_names: The names of the classes; None without classes.
         fingerprint: A hash of the length, the format, and the data set's own `fingerprint` if it has one.
         limits: The smallest and the largest value of the first image; of x_0, all that there may be.
+        losses: What the first item holds and its planes do not.
     """
 
     dataset: Any
@@ -42,6 +51,7 @@ class GivenImages:
     class_names: list[str] | None
     fingerprint: str
     limits: tuple[int, int]
+    losses: dict[str, int] = field(default_factory=dict)
     name: str = NAME
     license: str | None = None
     num_bad: int = 0
@@ -70,14 +80,14 @@ class GivenImages:
         return self.image_format.max_value
 
     @property
+    def file_max(self) -> int:
+        """The largest value that the items can hold: 255, or 65535."""
+        return self.image_format.file_max
+
+    @property
     def num_classes(self) -> int | None:
         """The number of classes; None without labels."""
         return None if self.class_names is None else len(self.class_names)
-
-    @property
-    def losses(self) -> dict[str, int]:
-        """What is not read of the items: nothing that is known."""
-        return {}
 
     def image(self, i: int) -> np.ndarray:
         """Return the planes of image i, (C, h, w)."""
@@ -106,8 +116,7 @@ class GivenImages:
             return _checked_x_0(image, i, (self.channels, self.resolution, self.resolution)), label
         if not isinstance(image, Image.Image):
             raise UsageError(f"item {i} of the data set must be a PIL image as item 0 is, got {type(image).__name__}")
-        check_matches_format(image, f"item {i}", self.image_format)
-        return to_planes(image.copy(), self.image_format, f"item {i}"), label
+        return _planes(image, f"item {i}", self.image_format), label
 
 
 def open_given(dataset: Any, config: DataConfig) -> GivenImages:
@@ -122,6 +131,30 @@ def open_given(dataset: Any, config: DataConfig) -> GivenImages:
     Raises:
         UsageError: When it is no map-style data set, is empty, or its first item is not an image.
     """
+    (image, label), fingerprint = _first_parts(dataset), _own_fingerprint(dataset, config)
+    is_x_0, losses = not isinstance(image, Image.Image), {}
+    if is_x_0:
+        image_format = _format_of_x_0(_checked_x_0(image, 0, None).shape, config)
+    else:
+        image_format = format_of(image, "item 0", config)
+        losses = dict.fromkeys(losses_of(image, image_format), 1)
+        image.load()  # which closes its file
+    classes = getattr(dataset, "classes", None)
+    if label is not None and classes is None:
+        raise UsageError("dataset has labels, and must name its classes: give it the attribute `classes`, a list")
+    content = [len(dataset), is_x_0, image_format.resolution, image_format.channels, image_format.max_value]
+    content += [config.center_crop, config.value_range, fingerprint]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    class_names = None if label is None else [*map(str, classes or ())]
+    images = GivenImages(dataset, image_format, is_x_0, class_names, digest, (0, 255), losses)
+    if is_x_0:
+        return images
+    planes = images.image(0)
+    return replace(images, limits=(int(planes.min()), int(planes.max())))
+
+
+def _first_parts(dataset: Any) -> tuple[Any, int | None]:
+    """Return the image and the label of the first item."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(
             f"dataset must have a length and an item for each index, got {type(dataset).__name__}: a stream has "
@@ -130,36 +163,50 @@ def open_given(dataset: Any, config: DataConfig) -> GivenImages:
     if len(dataset) == 0:
         raise UsageError("dataset must not be empty, got 0 items")
     try:
-        image, label = _parts(dataset[0])
+        return _parts(dataset[0])
     except Exception as error:  # the data set is the user's code
         raise _unreadable(0, error) from error
-    is_x_0 = not isinstance(image, Image.Image)
-    if is_x_0:
-        shape = _checked_x_0(image, 0, None).shape
-        for name, wanted, got in (
-            ("channels", config.channels, shape[0]),
-            ("resolution", config.resolution, shape[2]),
-        ):
-            if wanted not in (None, got):
-                raise UsageError(f"{name} must be that of the data set's x_0, {got}, got {wanted}: leave it out")
-        if config.value_range is not None:
-            raise UsageError("value_range must be left out for a data set of x_0, whose values are used as they are")
-        image_format = ImageFormat(config, shape[2], shape[0], 255)
-    else:
-        image_format = format_of(image, "item 0", config)
-        image.load()  # which closes its file
-    classes = getattr(dataset, "classes", None)
-    if label is not None and classes is None:
-        raise UsageError("dataset has labels, and must name its classes: give it the attribute `classes`, a list")
-    content = [len(dataset), is_x_0, image_format.resolution, image_format.channels, image_format.max_value]
-    content += [config.center_crop, config.value_range, getattr(dataset, "fingerprint", None)]
-    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    class_names = None if label is None else [*map(str, classes or ())]
-    images = GivenImages(dataset, image_format, is_x_0, class_names, fingerprint, (0, 255))
-    if is_x_0:
-        return images
-    planes = images.image(0)
-    return replace(images, limits=(int(planes.min()), int(planes.max())))
+
+
+def _own_fingerprint(dataset: Any, config: DataConfig) -> str | None:
+    """Return the data set's own fingerprint, after a look at settings that would have no effect on it."""
+    for name, default in (("on_bad_image", "raise"), ("max_image_pixels", None)):
+        if getattr(config, name) != default:
+            raise UsageError(f"{name} has no effect on a data set that reads its own items, leave it out")
+    fingerprint = getattr(dataset, "fingerprint", None)
+    if not isinstance(fingerprint, str | None):
+        raise UsageError(f"fingerprint of the data set must be a text, got {type(fingerprint).__name__}")
+    return fingerprint
+
+
+def _format_of_x_0(shape: tuple[int, ...], config: DataConfig) -> ImageFormat:
+    """Return the format of x_0 of this shape, after a comparison with the settings."""
+    for name, got in (("channels", shape[0]), ("resolution", shape[2])):
+        wanted = getattr(config, name)
+        if wanted not in (None, got):
+            raise UsageError(f"{name} must be that of the data set's x_0, {got}, got {wanted}: leave it out")
+    if shape[0] not in (1, 3, 4):
+        raise UsageError(f"channels must be 1, 3 or 4, of which there are pictures, got x_0 with {shape[0]}")
+    if config.value_range is not None:
+        raise UsageError("value_range must be left out for a data set of x_0, whose values are used as they are")
+    return ImageFormat(config, shape[2], shape[0], 255)
+
+
+def _planes(image: Image.Image, name: str, image_format: ImageFormat) -> np.ndarray:
+    """Decode an image and convert it; the user's own image stays as it is."""
+    check_keeps_precision(image, name, image_format.config)
+    check_matches_format(image, name, image_format)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # `to_planes` turns an image where it stands
+        image = image.copy()
+    try:
+        return to_planes(image, image_format, name)
+    except NeedsSixteenBits:
+        raise UsageError(
+            f"preserve_input_precision must be off: item 0 has 8 bits, {name} has 16; --no_preserve_input_precision"
+        ) from None
+    except ValueError as error:
+        raise error if isinstance(error, UsageError) else UsageError(f"{name} cannot be used: {error}") from error
 
 
 def _unreadable(i: int, error: Exception) -> UsageError:
@@ -186,7 +233,7 @@ def _checked_x_0(image: Any, i: int, shape: tuple[int, int, int] | None) -> np.n
         raise UsageError(
             f"item {i} of the data set must be a PIL image or float32 values (C, R, R), got {type(image).__name__}"
         )
-    values = image.numpy() if isinstance(image, torch.Tensor) else image
+    values = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
     is_square = values.ndim == 3 and values.shape[1] == values.shape[2]
     if values.dtype != np.float32 or not is_square or shape not in (None, values.shape):
         wanted = "(C, R, R)" if shape is None else str(shape)

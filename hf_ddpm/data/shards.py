@@ -133,6 +133,11 @@ class ImageStream:
         return self.image_format.max_value
 
     @property
+    def file_max(self) -> int:
+        """The largest value that the files can hold: 255, or 65535."""
+        return self.image_format.file_max
+
+    @property
     def resolution(self) -> int:
         """The shorter side of each image in pixels."""
         return self.image_format.resolution

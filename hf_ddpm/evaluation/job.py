@@ -32,10 +32,11 @@ from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT, Splits
 from hf_ddpm.evaluation.names import DISTANCES, METRICS
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_warnings, load_reference, real_vs_real
-from hf_ddpm.hub.card import check_readme
-from hf_ddpm.hub.download import find_model
+from hf_ddpm.hub.card import check_readme, loadable_path
+from hf_ddpm.hub.download import find_model, is_hub_id
 from hf_ddpm.hub.readme import named_repository
 from hf_ddpm.names import DTYPES, SCHEDULERS
+from hf_ddpm.network import num_classes_of
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256
@@ -237,10 +238,10 @@ def load_job(request: Request) -> Iterator[Job]:
 
 
 def _name_on_card(out: Path, model_folder: Path) -> str:
-    """Return what the card in one of the folders loads, or else the name of the model's folder."""
+    """Return the repository that the card in one of the folders loads, or else the path of the model's folder."""
     readmes = (folder / "README.md" for folder in (out, model_folder))
     names = (named_repository(readme.read_text(encoding="utf-8")) for readme in readmes if readme.is_file())
-    return next((name for name in names if name), model_folder.resolve().name)
+    return next((name for name in names if name and is_hub_id(name)), loadable_path(model_folder))
 
 
 def _check_out(out: Path, weights: str, is_model_folder: bool) -> None:
@@ -336,12 +337,10 @@ def _choose_classes(unet: Any, splits: Splits, request: Request) -> tuple[list[i
     Returns:
         The classes, and in words how they were chosen; None and None for a model without classes.
     """
-    num_classes, num_images, split = unet.num_class_embeds, request.num_images, request.split
+    num_classes, num_images, split = num_classes_of(unet), request.num_images, request.split
     if num_classes is None:
-        if unet.class_embed_type is not None:
-            raise UsageError(
-                f"classes must be numbers for this, got a model with embeddings {unet.class_embed_type!r}"
-            )
+        if (kind := unet.get("class_embed_type")) is not None:
+            raise UsageError(f"classes must be numbers for this, got a model with embeddings {kind!r}")
         return None, None
     if not splits.has_labels:
         if num_images < num_classes:

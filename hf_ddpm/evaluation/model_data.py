@@ -87,7 +87,7 @@ class Splits:
         """
         if self.data is None:
             raise UsageError(
-                "the data must be known for this, but the model's folder has no config.yaml of a run: "
+                "the data must be known for this, but the model's folder has no config.yaml of a run that names them: "
                 "give --dataset_name or, for distances alone, --reference"
             )
         for name, value in (("resolution", self.resolution), ("channels", self._channels)):

@@ -33,6 +33,7 @@ from hf_ddpm.evaluation.distances import paired_kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, network_at_hand
 from hf_ddpm.hub.card import check_readme, write_card
 from hf_ddpm.hub.download import find_model
+from hf_ddpm.network import num_classes_of, timestep_for
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.files import weights_sha256
@@ -182,7 +183,8 @@ class Trajectories:
         for first in range(0, len(x_t), self.batch_size):
             batch = slice(first, first + self.batch_size)
             conditions = {} if self.labels is None else {"class_labels": self.labels[batch]}
-            parts.append(self.unet(x_t[batch], t, **conditions).sample[:, : x_t.shape[1]].float())
+            timestep = timestep_for(self.unet, t, x_t[batch])
+            parts.append(self.unet(x_t[batch], timestep, **conditions).sample[:, : x_t.shape[1]].float())
         self.network_evaluations += len(x_t)
         return torch.cat(parts)
 
@@ -241,7 +243,7 @@ def search_timesteps(
     """
     reference_steps = min(reference_steps, pipeline.scheduler.config.num_train_timesteps)
     _check(pipeline, num_steps, schedulers, num_images, seed, reference_steps)
-    labels = classes_in_turn(pipeline.unet.config.num_class_embeds, range(num_images))
+    labels = classes_in_turn(num_classes_of(pipeline.unet.config), range(num_images))
 
     def trajectories(solver: str) -> list[Trajectories]:
         """Return those of the search, and those on which results are measured."""
@@ -326,8 +328,7 @@ def _check(
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     check_seeds(seed, 2 * num_images)
-    if pipeline.unet.config.class_embed_type is not None:
-        kind = pipeline.unet.config.class_embed_type
+    if (kind := pipeline.unet.config.get("class_embed_type")) is not None:
         raise ValueError(f"model must have classes that are numbers, or none, got embeddings {kind!r}")
 
 

@@ -205,7 +205,7 @@ def _card(records: _RunRecords, repo_id: str | None, revision: str | None) -> Mo
     hub_model_id = records.config.get("hub_model_id")
     title = str(repo_id or hub_model_id or records.folder.resolve().name).split("/")[-1]
     # A name without a namespace is one of the Hub only for whoever pushes it.
-    name = repo_id or (hub_model_id if is_hub_id(str(hub_model_id)) else _loadable_path(records.folder))
+    name = repo_id or (hub_model_id if is_hub_id(str(hub_model_id)) else loadable_path(records.folder))
     metadata = card_metadata(
         title,
         license=records.data.get("license"),
@@ -230,7 +230,7 @@ def _card(records: _RunRecords, repo_id: str | None, revision: str | None) -> Mo
     return ModelCard(content)
 
 
-def _loadable_path(folder: Path) -> str:
+def loadable_path(folder: Path) -> str:
     """Return a path that `from_pretrained` cannot take for the name of a repository."""
     return folder.as_posix() if folder.is_absolute() else f"./{folder.as_posix()}"
 

@@ -59,6 +59,8 @@ def _noise_schedule(settings: Mapping[str, Any]) -> str:
 
 
 def _loss_weight(settings: Mapping[str, Any]) -> str:
+    if settings.get("has_own_objective"):
+        return "that of an objective of its own"
     match settings.get("loss_weighting"):
         case "constant":
             return "1"

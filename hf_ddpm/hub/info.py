@@ -55,7 +55,7 @@ def model_info(model: str) -> dict[str, Any]:
         "model": model,
         "size": unet.get("sample_size"),
         "channels": unet.get("in_channels"),
-        "classes": unet.get("num_class_embeds"),
+        "classes": unet.get("num_class_embeds") or unet.get("num_embeds_ada_norm"),
         "parameters": _num_parameters(folder / "unet"),
         "prediction_type": scheduler.get("prediction_type"),
         "schedule": scheduler.get("beta_schedule"),

@@ -55,13 +55,19 @@ class RunFile:
     is_deleted: bool = True
 
 
-def _picture(name: str, is_replaced: bool = False, names_weights: str | None = None) -> RunFile:
+def _picture(
+    name: str,
+    is_replaced: bool = False,
+    names_weights: str | None = None,
+    on_resume: Literal["keep", "delete"] = "keep",
+) -> RunFile:
     return RunFile(
         f"figures/{name}",
         is_uploaded=True,
         is_replaced=is_replaced,
         is_of_weights=True,
         names_weights=names_weights,
+        on_resume=on_resume,
     )
 
 
@@ -96,14 +102,14 @@ RUN_FILES = (
     _picture("seconds.png", is_replaced=True, names_weights=EVALUATION),
     _picture("bound.png", is_replaced=True, names_weights=EVALUATION),
     _picture("memorization.png", is_replaced=True, names_weights=EVALUATION),
-    # Pictures of a finished run, and those that people add.
-    _picture("samples.png"),
-    _picture("loss.png"),
+    # Pictures of a run at its end, and those that people add.
+    _picture("samples.png", on_resume="delete"),
+    _picture("loss.png", on_resume="delete"),
     _picture("kid.png", is_replaced=True),
     _picture("val_loss.png", is_replaced=True),
-    _picture("forward.png"),
-    _picture("reverse.png"),
-    _picture("reverse.gif"),
+    _picture("forward.png", on_resume="delete"),
+    _picture("reverse.png", on_resume="delete"),
+    _picture("reverse.gif", on_resume="delete"),
     RunFile("figures/*.png", is_uploaded=True, is_of_weights=True, is_deleted=False),
     RunFile("figures/*.gif", is_uploaded=True, is_of_weights=True, is_deleted=False),
     # What stays on this machine.
@@ -125,6 +131,10 @@ RUN_FILES = (
 
 UPLOADED = tuple(row.pattern for row in RUN_FILES if row.is_uploaded)
 REPLACED = tuple(row.pattern for row in RUN_FILES if row.is_replaced)
+# The pictures that a run draws at its end, which are those of another model as soon as it goes on.
+LAST_PICTURES = tuple(
+    row.pattern for row in RUN_FILES if row.pattern.startswith("figures/") and row.on_resume == "delete"
+)
 OF_WEIGHTS = tuple(row.pattern for row in RUN_FILES if row.is_of_weights)
 # The file that names the weights -> the files that are valid for those weights alone.
 VALID_WITH = {

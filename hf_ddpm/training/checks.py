@@ -112,8 +112,8 @@ def _check_checkpoint(config: TrainingConfig, checkpoint: str, folder: Path) -> 
     names = checkpoint_names(folder)
     if not names and (folder / "run.json").exists():
         raise UsageError(
-            f"resume_from_checkpoint = {checkpoint!r}, but {config.output_dir!r} holds a finished run without "
-            "checkpoints: choose another folder, or --overwrite_output_dir to replace it"
+            f"resume_from_checkpoint = {checkpoint!r}, but {config.output_dir!r} holds a run that has ended, "
+            "without checkpoints: choose another folder, or --overwrite_output_dir to replace it"
         )
     has_config = (folder / "config.yaml").is_file()
     if not names and not has_config and run_files(folder):

@@ -165,7 +165,8 @@ def count_flops(unet: Any) -> tuple[int, int]:
     config = unet.config
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         copy: Any = type(unet).from_config(config)
-        x_t = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
+        size = config.sample_size
+        x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size))
         t = torch.zeros(1, dtype=torch.int64)
         conditions = {} if num_classes_of(config) is None else {"class_labels": t}
         output = copy(x_t, t, **conditions).sample

@@ -53,7 +53,7 @@ from hf_ddpm.training.loader import (
 )
 from hf_ddpm.training.metrics import LinesFile, Meter
 from hf_ddpm.training.parts import Event, Parts, call_callbacks, check_parts
-from hf_ddpm.training.previews import default_preview_steps, preview_path, save_preview, validate
+from hf_ddpm.training.previews import default_preview_steps, preview_path, save_preview, steps_per_preview, validate
 from hf_ddpm.training.publishing import push_finished, start_push
 from hf_ddpm.training.report import finish_run, leave_model
 from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, describe_start, num_steps_left, print_once, track_values
@@ -108,7 +108,7 @@ def train(
     check_launch()
     config = with_plain_paths(config, TrainingConfig)
     check_config(config)
-    parts = Parts(dataset, network, objective, callbacks)
+    parts = Parts(dataset, network, objective, callbacks if callable(callbacks) else tuple(callbacks))
     check_parts(config, parts)
     if dataset is None:
         check_source(config, config.output_dir)
@@ -126,10 +126,11 @@ def train(
         with StopRequest(config.max_train_hours, started) as stop:
             progress = run_loop(run, progress, stop)
         pipeline = finish_run(run, progress)
-        event = Event("end", progress.step, progress.images, {"path": run.output_dir})
-        call_callbacks(run.callbacks, processes, run, [event])
+        failure = announce_end(run, progress)
         end_processes(run)
         push_finished(run)
+    if failure is not None:
+        raise failure
     return pipeline
 
 
@@ -244,7 +245,8 @@ def do_what_is_due(run: Run, progress: Progress, state: LoopState, result: StepR
         validate(run, progress, state.evaluations)
     if due.preview:
         save_preview(run, progress.step)
-        note("preview", {"path": preview_path(run, progress.step)})
+        if preview_path(run, progress.step).exists():
+            note("preview", {"path": preview_path(run, progress.step)})
     if due.model and save_model(run, run.average, run.output_dir):
         start_push(run, progress)
     # While steps are skipped, the last good checkpoint stays the newest.
@@ -265,8 +267,20 @@ def announce(run: Run, progress: Progress, state: LoopState, events: Sequence[Ev
         call_callbacks(run.callbacks, run.processes, run, events)
     except RunError as error:
         state.bar.close()
+        progress = count_skipped_steps(run, progress, state)
         _, how_to_resume = save_at_end(run, progress, state)
         raise RunError(f"{error}. The run ends after step {progress.step}; {how_to_resume}") from error
+
+
+def announce_end(run: Run, progress: Progress) -> RunError | None:
+    """Call the callbacks with the last preview and the end; return the error of one, which the model outlives."""
+    paths = {"preview": preview_path(run, progress.step), "end": run.output_dir}
+    events = [Event(name, progress.step, progress.images, {"path": path}) for name, path in paths.items()]
+    try:
+        call_callbacks(run.callbacks, run.processes, run, [event for event in events if event.values["path"].exists()])
+    except RunError as error:
+        return RunError(f"{error}. The run is finished, and its model whole in {str(run.output_dir)!r}")
+    return None
 
 
 def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]]) -> StepResult:
@@ -299,6 +313,8 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
                 extra_images=extra_images,
                 extra_labels=extra_labels,
             )
+            if loss.shape != (len(pixels),):
+                raise RunError(f"objective must return a loss for each image, ({len(pixels)},), got {(*loss.shape,)}")
             mean = loss.mean()
             # The gradients of a loss that is not finite are made NaN: by their norm every process learns of it.
             mark = torch.where(mean.detach().isfinite(), 1.0, math.nan)
@@ -324,11 +340,12 @@ def due_after(run: Run, progress: Progress) -> Due:
 
     is_last = progress.images >= run.total_images
     is_checkpoint = done % config.checkpointing_steps == 0 or is_last
+    is_default_preview = done in default_preview_steps(done + num_steps_left(run, progress), steps_per_preview(run))
     return Due(
         is_last=is_last,
         log=done % config.logging_steps == 0 or is_checkpoint,
         checkpoint=is_checkpoint,
-        preview=is_due(config.save_images_epochs, done in default_preview_steps(done + num_steps_left(run, progress))),
+        preview=is_due(config.save_images_epochs, is_default_preview),
         model=is_due(config.save_model_epochs, is_checkpoint),
         validation=run.validation is not None and (done % (config.eval_steps or 1) == 0 or is_last),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from hf_ddpm.training.config import TrainingConfig
 # A part -> the settings that describe it.
 _REPLACED = {
     "dataset": ("dataset_name", "train_data_dir", "train_split", "dataset_config_name", "streaming", "eval_steps"),
-    "network": ("model_config_name_or_path", "init_from", "enable_xformers_memory_efficient_attention"),
+    "network": ("model_config_name_or_path", "init_from", "dropout", "enable_xformers_memory_efficient_attention"),
+    "objective": ("loss_weighting", "min_snr_gamma"),
 }
 
 
@@ -62,12 +63,15 @@ def check_parts(config: TrainingConfig, parts: Parts) -> None:
         UsageError: When one does, or a part cannot be what it is for.
     """
     for part, names in _REPLACED.items():
-        given = [name for name in names if getattr(config, name) not in (None, False)]
+        defaults = {each.name: each.default for each in fields(config)}
+        given = [name for name in names if getattr(config, name) != defaults[name]]
         if getattr(parts, part) is not None and given:
             raise UsageError(f"{given[0]} must be left out with {part}=, got {getattr(config, given[0])!r}")
     if parts.network is not None and not isinstance(parts.network, ModelMixin):
         kind = type(parts.network).__name__
         raise UsageError(f"network must be a ModelMixin of diffusers, which can be saved and loaded, got {kind}")
+    if callable(parts.callbacks):
+        raise UsageError("callbacks must be a list of functions, got one function: put it into a list")
     for part in (parts.objective, *parts.callbacks):
         if part is not None and not callable(part):
             raise UsageError(f"objective and callbacks must be functions, got {type(part).__name__}")
@@ -112,7 +116,7 @@ def call_callbacks(callbacks: Sequence[Any], processes: Processes, run: Any, eve
     """
     if not callbacks or not events:
         return
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
 
     def call() -> str | None:
         for event in events:
@@ -121,7 +125,7 @@ def call_callbacks(callbacks: Sequence[Any], processes: Processes, run: Any, eve
                     continue
                 try:
                     callback(event, run)
-                except Exception as error:  # it is the user's code
+                except (Exception, SystemExit) as error:  # it is the user's code
                     failures.append(error)
                     name = getattr(callback, "__name__", type(callback).__name__)
                     return f"{name} failed at {event.name} of step {event.step}: {in_one_line(error, with_type=True)}"

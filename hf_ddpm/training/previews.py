@@ -25,7 +25,6 @@ from hf_ddpm.training.run import FREE_SPACE, Run, print_once, track_values, try_
 from hf_ddpm.training.saving import save_model
 from hf_ddpm.training.validation import VALIDATION_SETTINGS, measure_validation
 
-# A preview of 36 images in 20 steps takes about as long as 8 training steps of 32 images.
 MIN_STEPS_BETWEEN = 10
 
 
@@ -63,21 +62,28 @@ def sample_sheet(run: Run) -> Image.Image:
     return figures.grid(figures.to_pil(samples))
 
 
-def default_preview_steps(num_steps: int) -> list[int]:
+def default_preview_steps(num_steps: int, steps_per_preview: float) -> list[int]:
     """Return the steps of a run after which there is a preview unless the settings say when.
 
-    They are 1/50, 1/20 and each tenth of the run, without those within MIN_STEPS_BETWEEN of the one before, of the
-    start or of the end, where there is a preview anyway. Steps decide, so that a resumed run has the same ones.
+    They are 1/50, 1/20 and each tenth of the run. Between two, and from the start and to the end, where there is a
+    preview anyway, there are at least MIN_STEPS_BETWEEN steps, and as many as take as long as a preview. Steps decide,
+    so that a resumed run has the same ones.
 
     Args:
         num_steps: The steps of the whole run.
+        steps_per_preview: The training steps that take as long as a preview.
     """
-    steps = [0]
+    steps, least = [0], max(MIN_STEPS_BETWEEN, steps_per_preview)
     for percent in (2, 5, *range(10, 100, 10)):
         step = -(-num_steps * percent // 100)
-        if min(step - steps[-1], num_steps - step) >= MIN_STEPS_BETWEEN:
+        if min(step - steps[-1], num_steps - step) >= least:
             steps.append(step)
     return steps[1:]
+
+
+def steps_per_preview(run: Run) -> float:
+    """Return how many training steps take as long as a preview: one takes three forward passes of its images."""
+    return run.config.eval_batch_size * preview_steps(run) / (3 * run.global_batch_size)
 
 
 def validate(run: Run, progress: Progress, evaluations: LinesFile) -> None:

@@ -22,6 +22,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.files import read_metrics, write_atomically
+from hf_ddpm.runtime.run_files import LAST_PICTURES
 from hf_ddpm.sampling.sampler import classes_in_turn, seeded_generators
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
@@ -88,8 +89,8 @@ def leave_model(run: Run, progress: Progress) -> bool:
 
 
 def _delete_pictures(output_dir: Path) -> None:
-    for name in ("samples.png", "loss.png", "forward.png", "reverse.png", "reverse.gif"):
-        (output_dir / "figures" / name).unlink(missing_ok=True)
+    for name in LAST_PICTURES:
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def _averaged_pipeline(run: Run) -> DDPMPipeline:
@@ -144,6 +145,7 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
             "num_resumes": progress.num_resumes,
             "num_bad_steps": progress.num_bad_steps,
             "global_batch_size": run.global_batch_size,
+            "has_own_objective": run.loss is not run.objective,
             "num_processes": run.processes.size,
             "mixed_precision": run.config.mixed_precision,
             "device": device_name(run.device),

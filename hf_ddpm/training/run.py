@@ -124,7 +124,7 @@ def print_once(processes: Processes, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-def try_to_write(run: Run, write: Callable[[], None]) -> bool:
+def try_to_write(run: Run, write: Callable[[], Any]) -> bool:
     """Write a file that a run can do without, and return whether that succeeded."""
     try:
         write()

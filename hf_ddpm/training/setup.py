@@ -24,7 +24,7 @@ from hf_ddpm.data.shards import ImageStream, open_stream
 from hf_ddpm.data.splits import check_split
 from hf_ddpm.evaluation.features import check_network
 from hf_ddpm.hub.background import Pusher
-from hf_ddpm.hub.card import check_readme
+from hf_ddpm.hub.card import check_readme, write_card
 from hf_ddpm.network import compile_network, make_unet
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.devices import require_compiler
@@ -44,7 +44,7 @@ from hf_ddpm.training.parsing import check_same_run
 from hf_ddpm.training.parts import Parts, check_given_network
 from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
 from hf_ddpm.training.publishing import create_run_repository, repository_of
-from hf_ddpm.training.run import FREE_SPACE, Run, print_once, try_to_track
+from hf_ddpm.training.run import FREE_SPACE, Run, print_once, try_to_track, try_to_write
 from hf_ddpm.training.saving import HALFLIFE_PREFIX
 from hf_ddpm.training.trial import network_source, try_run
 from hf_ddpm.training.validation import check_validation_settings, open_validation
@@ -258,9 +258,8 @@ def _load_images(
 
     config, images = processes.main_then_rest(load, accelerator.is_local_main_process)
     processes.require_equal(images.fingerprint, "images")
-    if processes.rank == 0:
-        for line in describe_images(config, images):
-            print_once(processes, line)
+    for line in processes.on_main(lambda: describe_images(config, images)):
+        print_once(processes, line)
     config = replace(
         config,
         dataset_name=config.dataset_name or (None if config.train_data_dir or parts.dataset is not None else "digits"),
@@ -520,6 +519,8 @@ def _take_folder(run: Run, progress: Progress, cleanup: ExitStack) -> None:
         gradient_accumulation_steps=progress.gradient_accumulation_steps,
     )
     prepare_folder(requested, run.output_dir, progress)
+    if (run.output_dir / "README.md").is_file():  # its card is of the end before this one
+        try_to_write(run, lambda: write_card(run.output_dir))
 
 
 def _busy(config: TrainingConfig, error: BlockingIOError) -> UsageError:

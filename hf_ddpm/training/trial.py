@@ -6,6 +6,7 @@ Whatever fails here has cost seconds, and the corrected command finds everything
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -72,9 +73,12 @@ def require_memory(config: TrainingConfig, trial: Trial, device: torch.device) -
     batch = config.train_batch_size
     # Weights, gradients, one moment of the optimizer, and the average; input and output of the largest layer.
     copies = 4 if config.use_ema else 3
+    # FSDP divides all of these among its processes.
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    shards = int(os.environ.get("WORLD_SIZE", "1")) if is_sharded else 1
     size = f"{trial.resolution} x {trial.resolution} pixels"
     parts = {
-        f"{trial.num_parameters:,} parameters of the network": copies * FLOAT_BYTES * trial.num_parameters,
+        f"{trial.num_parameters:,} parameters of the network": copies * FLOAT_BYTES * trial.num_parameters // shards,
         f"the largest layer for train_batch_size {batch} of {size}": FLOAT_BYTES * trial.largest_output * batch,
         f"the images of gradient_accumulation_steps {config.gradient_accumulation_steps} batches": image
         * batch

@@ -25,6 +25,7 @@ from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.figures import Curve, draw_curves
+from hf_ddpm.network import num_classes_of
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
@@ -160,7 +161,7 @@ def _sample_features(
         processes,
         batch_size=BATCH_SIZE,
         num_inference_steps=num_inference_steps,
-        class_labels=classes_in_turn(pipeline.unet.config.num_class_embeds, seeds),
+        class_labels=classes_in_turn(num_classes_of(pipeline.unet.config), seeds),
     )
     rows = [validation.network(samples[part]) for part in _batches(processes, len(seeds))]
     return processes.gather_rows(torch.cat(rows), len(seeds))

@@ -32,6 +32,6 @@ def test_run_of_two_processes_ends_once(tmp_path):
     process.join(600)
     said = (tmp_path / "said.txt").read_text()
     assert process.exitcode == 0, said
-    assert said.count("The model is in run.") == 1
+    assert said.count("The model is in run, with its card") == 1
     assert "Traceback" not in said
     assert json.loads((tmp_path / "run" / "run.json").read_text())["training"]["num_processes"] == 2

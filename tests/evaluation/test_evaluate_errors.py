@@ -199,7 +199,7 @@ def test_evaluate_refuses_a_folder_with_results_of_another_model(run: Path, stoc
     out = run.with_name("elsewhere") / "results"
     measure(run, metrics=["kid"], out=out)
     assert "--out results" in results_in(out)[0]["command"]
-    assert 'from_pretrained("run")' in (out / "README.md").read_text()
+    assert f'from_pretrained("{run}")' in (out / "README.md").read_text()
     unet = UNet2DModel.from_pretrained(stock / "unet")
     with torch.no_grad():
         unet.conv_out.weight *= 2

@@ -117,7 +117,7 @@ def test_push_continues_an_upload_that_broke_once(server: HubServer, run: Path):
 @pytest.mark.slow
 def test_push_keeps_what_somebody_commits_in_between(server: HubServer, run: Path):
     push(run, NAME)
-    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
     hold = server.hold(COMMIT)
     done: list[Any] = []
     thread = threading.Thread(target=lambda: done.append(push(run, NAME)))
@@ -131,5 +131,5 @@ def test_push_keeps_what_somebody_commits_in_between(server: HubServer, run: Pat
     assert done[0].is_new
     assert [request.status for request in server.requests_to("POST", COMMIT)] == [200, 412, 200]
     now = server.repo(NAME).files
-    assert (now["notes.txt"], now["metrics.jsonl"]) == (b"mine", b"{}\n")
+    assert (now["notes.txt"], now["metrics.jsonl"]) == (b"mine", b'{"step": 1}\n')
     assert b"In between." in now["README.md"]

@@ -193,6 +193,11 @@ def test_use_samples_as_the_commands_do(make_unet, tmp_path):
     by_name, _ = load_for_sampling(str(folder), "unipc", 5, device="cpu")
     assert np.array_equal(images_of(pipeline, num_inference_steps=5), images_of(by_name, num_inference_steps=5))
     assert pipeline.scheduler is own
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(own.config)  # as users of diffusers do, and it counts
+    by_ddim = images_of(pipeline, num_inference_steps=5)
+    assert not np.array_equal(by_ddim, images_of(by_name, num_inference_steps=5))
+    assert pipeline.sampler is None
+    pipeline.scheduler = own
     assert np.array_equal(images_of(pipeline.use("ddpm")), as_stock)
 
 

@@ -55,8 +55,10 @@ def mother_of_processes() -> Iterator[None]:
 
 
 def _forget_pytest() -> None:
-    """Write to stdout and stderr again, as they are in each process that forks."""
+    """Write to stdout and stderr again, as they are in each process that forks; make no error of a warning."""
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    warnings.resetwarnings()
+    warnings.simplefilter("ignore", DeprecationWarning)
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", ()):
             if type(handler) is logging.StreamHandler:

@@ -196,14 +196,14 @@ def test_overwriting_keeps_foreign_pictures_among_the_previews(config):
 
 
 @pytest.mark.slow
-def test_unreadable_readme_ends_the_run_with_a_remedy(config):
+def test_unreadable_readme_is_refused_before_the_run_goes_on(config):
     train(config)
     readme = Path(config.output_dir, "README.md")
     readme.write_text("---\nlicense: [\n---\n")
     more = replace(config, resume_from_checkpoint="latest", max_train_steps=8)
-    with pytest.raises(RunError, match=r"README\.md cannot be read: .*: correct it, or delete it; .*finishes the run"):
+    with pytest.raises(UsageError, match=r"README\.md cannot be read: .*: correct it, or delete it"):
         train(more)
-    assert not Path(config.output_dir, "run.json").exists()
+    assert Path(config.output_dir, "run.json").exists()
     readme.unlink()
     train(more)
     assert readme.exists()

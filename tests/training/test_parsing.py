@@ -246,6 +246,11 @@ def values_of(hint, info) -> st.SearchStrategy:
     strategy = st.text("abcABC019 _-:#'\"[]{}!&*%@`|>?,=~é√\n\t", min_size=1)
     if choices := choices_of(hint):
         strategy = st.sampled_from(choices)
+    elif info.names:
+        strategy = st.lists(st.sampled_from(info.names), min_size=1, unique=True).map(",".join)
+    elif info.num_values:
+        numbers = st.integers(-1000, 65535).map(float)
+        strategy = st.lists(numbers, min_size=info.num_values, max_size=info.num_values, unique=True).map(sorted)
     elif list[float] in kinds:
         numbers = st.floats(info.at_least, 1e12, allow_nan=False)
         strategy = st.lists(numbers, min_size=1, max_size=4, unique_by=lambda number: f"{number:g}")

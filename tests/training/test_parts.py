@@ -22,6 +22,7 @@ from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.signals import StoppedOnPurpose
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.previews import default_preview_steps
 from hf_ddpm.training.setup import make_scheduler
 from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
@@ -126,7 +127,7 @@ def test_network_of_diffusers_that_is_no_unet_is_trained_saved_and_sampled(witho
     config = replace(without_folder, model_config_name_or_path=None, stable_target_images=0, max_train_steps=4)
     config = replace(config, optimizer="adamw", learning_rate=1e-3)
     torch.manual_seed(0)
-    shape = {"sample_size": 8, "patch_size": 2, "in_channels": 1, "out_channels": 1}
+    shape = {"sample_size": 8, "patch_size": 2, "in_channels": 1}
     network = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, num_layers=1, num_embeds_ada_norm=2, norm_num_groups=1, **shape
     )
@@ -184,20 +185,22 @@ def test_callbacks_hear_of_what_was_done(config):
             assert json.loads(last) == event.values
 
     train(replace(config, save_images_epochs=1, logging_steps=2), callbacks=[note])
-    logged = [("log", 2), ("log", 3), ("checkpoint", 3), ("log", 4), ("log", 6), ("checkpoint", 6), ("end", 6)]
+    logged = [("log", 2), ("log", 3), ("checkpoint", 3), ("log", 4), ("log", 6), ("checkpoint", 6)]
+    logged += [("preview", 6), ("end", 6)]
     assert events == logged
     assert Path(config.output_dir, "previews/step-0000006.png").exists()
 
 
 @pytest.mark.slow
-def test_callback_that_fails_ends_the_run_with_a_checkpoint(config, tmp_path):
+@pytest.mark.parametrize("error", [KeyError, SystemExit])
+def test_callback_that_fails_ends_the_run_with_a_checkpoint(config, tmp_path, error):
     train(replace(config, output_dir=str(tmp_path / "whole")))
 
     def fail(event: Any, run: Any) -> None:
         if event.step == 2:
-            raise KeyError("of mine")
+            raise error("of mine")
 
-    message = r"a callback failed: fail failed at log of step 2: KeyError: 'of mine'.*resumes from step 2"
+    message = rf"a callback failed: fail failed at log of step 2: {error.__name__}: '?of mine.*resumes from step 2"
     with pytest.raises(RunError, match=message):
         train(config, callbacks=[fail])
     train(replace(config, resume_from_checkpoint="latest"))
@@ -214,6 +217,7 @@ def test_callback_that_fails_ends_the_run_with_a_checkpoint(config, tmp_path):
         ([np.zeros((1, 8, 8))], r"item 0 of the data set must be float32 \(C, R, R\), got float64"),
         ([np.zeros((1, 8, 6), np.float32)], r"must be float32 \(C, R, R\), got float32 \(1, 8, 6\)"),
         ([np.full((1, 8, 8), 2, np.float32)], r"must have values in \[-1, 1\], got 2 to 2"),
+        ([np.zeros((2, 8, 8), np.float32)], "channels must be 1, 3 or 4, .* got x_0 with 2"),
         ([{"image": np.zeros((1, 8, 8), np.float32), "label": 0}], "dataset has labels, and must name its classes"),
         ([np.zeros((1, 8, 8), np.float32)] * 5 + [np.ones((1, 4, 4), np.float32)] * 5, r"must be float32 \(1, 8, 8\)"),
     ],
@@ -233,8 +237,21 @@ def test_parts_that_cannot_work_are_refused(config, without_folder, tmp_path):
         ({"network": torch.nn.Identity()}, plain, "network must be a ModelMixin of diffusers, .* got Identity"),
         ({"dataset": images, "network": network}, plain, r"in_channels .* must be those of the images, 1, got 3"),
         ({"dataset": images, "callbacks": [3]}, plain, "objective and callbacks must be functions, got int"),
+        ({"dataset": images, "callbacks": print}, plain, "callbacks must be a list of functions, got one"),
+        (
+            {"objective": print},
+            replace(config, loss_weighting="min_snr"),
+            "loss_weighting must be left out with objective=",
+        ),
         ({"dataset": images}, replace(plain, label_column="label"), "label_column and image_column are for data sets"),
     ):
         with pytest.raises(UsageError, match=message):
             train(settings, **arguments)
     assert not Path(plain.output_dir).exists()
+
+
+def test_default_previews_come_early_and_never_cost_more_than_the_steps_between_them():
+    assert default_preview_steps(1000, 8) == [20, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900]
+    assert default_preview_steps(60, 8) == [12, 24, 36, 48]
+    assert default_preview_steps(9, 8) == []
+    assert default_preview_steps(1000, 375) == [400]
