@@ -118,14 +118,14 @@ def sample(
     num_images: Annotated[int, option("num_images", "How many images.", min=1)] = 16,
     seed: Seed = 0,
     num_inference_steps: Annotated[
-        int | None, option("num_inference_steps", "Default: 20; all T of ddpm.", min=1)
+        int | None, option("num_inference_steps", "Default: the model's own choice; else 20, or all T of ddpm.", min=1)
     ] = None,
     scheduler: Annotated[
         str | None,
         choice(
             "scheduler",
-            "ddpm, ddim, dpmsolver++ or unipc. Default: unipc; dpmsolver++ where its searched timesteps are "
-            "nearer; ddpm where only that can sample the model.",
+            "ddpm, ddim, dpmsolver++ or unipc. Default: the model's own choice; else unipc, dpmsolver++ where its "
+            "searched timesteps are better, or ddpm where only that can sample the model.",
             SCHEDULERS,
         ),
     ] = None,

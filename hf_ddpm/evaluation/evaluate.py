@@ -34,6 +34,7 @@ from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT
 from hf_ddpm.evaluation.names import DISTANCES
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
+from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import UnwrittenError, UsageError, in_one_line
 from hf_ddpm.runtime.format import finite_or_none
@@ -358,7 +359,9 @@ def _command(job: Job) -> str:
         "--compile": request.compile,
         "--uniform": request.uniform,
     }
-    words = ["hf-ddpm", "evaluate", job.repo_id or Path(request.model).resolve().name]
+    # The command stands on the card, which may be shared: no folder above the model's is named there.
+    is_on_hub = job.repo_id is not None and is_hub_id(job.repo_id)
+    words = ["hf-ddpm", "evaluate", str(job.repo_id) if is_on_hub else Path(request.model).resolve().name]
     for name, value in options.items():
         if value is not None:
             is_path = name == "out" or (isinstance(value, str | Path) and Path(value).exists())

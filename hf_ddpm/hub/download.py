@@ -50,8 +50,8 @@ def find_model(model: str | Path) -> tuple[Path, str | None]:
     """Return the folder of a saved pipeline, downloaded if need be, and its Hub id if it came from there.
 
     Raises:
-        UsageError: When there is no such model, or it is not a pipeline of a UNet2DModel and a scheduler, or one
-            of its configs is damaged.
+        UsageError: When there is no such model, or it is not a pipeline of a network and a scheduler, or one of
+            its configs is damaged.
     """
     folder = local_folder(model)
     repo_id = None
@@ -66,7 +66,7 @@ def find_model(model: str | Path) -> tuple[Path, str | None]:
     is_ours = index.get("_class_name") == "DDPMPipeline" or classes.get("unet") == "UNet2DModel"
     if not is_ours or components != {"unet", "scheduler"}:
         raise UsageError(
-            f"model must be a DDPMPipeline of a UNet2DModel and a scheduler, got {str(model)!r}, a "
+            f"model must be a DDPMPipeline of a network and a scheduler, got {str(model)!r}, a "
             f"{index.get('_class_name')} of {', '.join(sorted(components))}"
         )
     for config in ("unet/config.json", "config.json", "scheduler/scheduler_config.json", "scheduler_config.json"):

@@ -214,7 +214,7 @@ class PngSet:
         return range(group, group + 1)
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
-        """Write the images with these numbers, (B, H, W, C) uint8."""
+        """Write the images with these numbers, (B, H, W, C) uint8 or uint16."""
         for i, picture in zip(indices, _pictures(images), strict=True):
             write_atomically(self.out / self.names[i], png_bytes(picture))
 
@@ -379,7 +379,7 @@ def _is_part_of(recorded: dict[str, Any], settings: dict[str, Any]) -> bool:
 
 
 def _pictures(pixels: np.ndarray) -> list[Image.Image]:
-    """Return (B, H, W, C) uint8 or uint16, or (B, H, W, 1) uint16, as pictures."""
+    """Return (B, H, W, C) uint8, or (B, H, W, 1) uint16, as pictures."""
     if pixels.dtype == np.uint16:
         return [Image.fromarray(values[:, :, 0]) for values in pixels]
     return to_pil(pixels.transpose(0, 3, 1, 2))
