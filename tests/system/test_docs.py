@@ -77,6 +77,7 @@ def test_readme_commands_run(command):
 def test_readme_python_runs(code, tmp_path):
     smaller = "max_train_steps=1, ddpm_num_steps=10, eval_batch_size=1, model_config_name_or_path='ddpm-model/unet'"
     code = code.replace("max_train_steps=200", smaller)
+    code = code.replace("max_train_steps=20,", "max_train_steps=1, ddpm_num_steps=10, ddpm_num_inference_steps=2,")
     code = code.replace("(batch_size=16)", "(batch_size=2, num_inference_steps=10)")
     exec(compile(code, "README.md", "exec"), {})
 
