@@ -92,7 +92,7 @@ def make_unet(
 
 @dataclass(frozen=True)
 class Trial:
-    """What a pass of one image through a network without numbers tells of it.
+    """The size of a network, as a pass of one image through it without numbers tells it.
 
     Args:
         num_parameters: The number of its parameters.

@@ -45,7 +45,7 @@ DEFAULT_STEPS = 20
 
 
 class Sampler(NamedTuple):
-    """How a model is sampled.
+    """A way to sample a model: a scheduler and a number of steps.
 
     Args:
         scheduler: A name in SCHEDULERS.

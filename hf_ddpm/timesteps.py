@@ -72,7 +72,7 @@ class SearchedTimesteps:
 
     @property
     def is_better_than_uniform(self) -> bool:
-        """Whether these timesteps are better than the solver's own: by the kernel distance, else by that of pixels."""
+        """True if these timesteps are better than the solver's own: by the kernel distance, else by that of pixels."""
         if self.kernel_distance is not None and self.uniform_kernel_distance is not None:
             return self.kernel_distance < self.uniform_kernel_distance
         return self.distance < self.uniform_distance

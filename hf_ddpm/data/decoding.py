@@ -57,6 +57,38 @@ class ImageFormat:
         return np.uint8 if self.max_value == 255 else np.uint16
 
 
+class InFormat:
+    """The properties of images that were brought to one format, and whose classes have names or do not exist."""
+
+    image_format: ImageFormat
+    class_names: list[str] | None
+
+    @property
+    def channels(self) -> int:
+        """The number of planes of each image."""
+        return self.image_format.channels
+
+    @property
+    def max_value(self) -> int:
+        """The largest value of a pixel: 255, or 65535."""
+        return self.image_format.max_value
+
+    @property
+    def file_max(self) -> int:
+        """The largest value that the files can hold: 255, or 65535."""
+        return self.image_format.file_max
+
+    @property
+    def resolution(self) -> int:
+        """The shorter side of each image in pixels."""
+        return self.image_format.resolution
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes; None without labels."""
+        return None if self.class_names is None else len(self.class_names)
+
+
 class Decoded(NamedTuple):
     """A decoded image.
 

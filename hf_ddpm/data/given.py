@@ -19,6 +19,7 @@ from PIL import ExifTags, Image
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
     ImageFormat,
+    InFormat,
     NeedsSixteenBits,
     check_keeps_precision,
     check_matches_format,
@@ -32,7 +33,7 @@ NAME = "the data set that was passed to train()"
 
 
 @dataclass(frozen=True, eq=False)
-class GivenImages:
+class GivenImages(InFormat):
     """The images of a map-style data set, read when they are needed; as `ImageCache`, but without a file.
 
     Args:
@@ -63,31 +64,6 @@ class GivenImages:
     def num_images(self) -> int:
         """The number of images, N."""
         return len(self)
-
-    @property
-    def channels(self) -> int:
-        """The number of planes of each image."""
-        return self.image_format.channels
-
-    @property
-    def resolution(self) -> int:
-        """The shorter side of each image in pixels."""
-        return self.image_format.resolution
-
-    @property
-    def max_value(self) -> int:
-        """The largest value of a pixel: 255, or 65535; 255 for x_0, whose values are not counted."""
-        return self.image_format.max_value
-
-    @property
-    def file_max(self) -> int:
-        """The largest value that the items can hold: 255, or 65535."""
-        return self.image_format.file_max
-
-    @property
-    def num_classes(self) -> int | None:
-        """The number of classes; None without labels."""
-        return None if self.class_names is None else len(self.class_names)
 
     def image(self, i: int) -> np.ndarray:
         """Return the planes of image i, (C, h, w)."""

@@ -30,6 +30,7 @@ from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
     Decoded,
     ImageFormat,
+    InFormat,
     NeedsSixteenBits,
     NotFetchedError,
     infer_format,
@@ -89,7 +90,7 @@ def examples_in(table: Any, shard: int, first_row: int, rows: Iterable[int]) -> 
 
 
 @dataclass(frozen=True, eq=False)
-class ImageStream:
+class ImageStream(InFormat):
     """Images that are decoded when they are needed; as `ImageCache`, but without a length.
 
     Args:
@@ -121,31 +122,6 @@ class ImageStream:
     num_bad: int = 0
     losses: dict[str, int] = field(default_factory=dict)
     limits: tuple[int, int] = (0, 0)
-
-    @property
-    def channels(self) -> int:
-        """The number of planes of each image."""
-        return self.image_format.channels
-
-    @property
-    def max_value(self) -> int:
-        """The largest value of a pixel: 255, or 65535."""
-        return self.image_format.max_value
-
-    @property
-    def file_max(self) -> int:
-        """The largest value that the files can hold: 255, or 65535."""
-        return self.image_format.file_max
-
-    @property
-    def resolution(self) -> int:
-        """The shorter side of each image in pixels."""
-        return self.image_format.resolution
-
-    @property
-    def num_classes(self) -> int | None:
-        """The number of classes; None without labels."""
-        return None if self.class_names is None else len(self.class_names)
 
     def image(self, i: int) -> np.ndarray:
         """Return readable image i in the order of the files, (C, h, w). The images before it are read, too.

@@ -278,14 +278,14 @@ def search_timesteps(
 
 
 def _sample_reference(pipeline: DDPMPipeline, trajectories: Sequence[Trajectories], num_steps: int) -> _Reference:
-    """Sample the reference, and load a feature network if one is at hand."""
+    """Load a feature network if one is at hand, and sample the reference."""
+    is_comparable = len(trajectories[1].x_T) > 1 and pipeline.unet.config.in_channels in (1, 3)
+    network = network_at_hand(pipeline.device) if is_comparable else None
     timesteps = uniform_timesteps(pipeline.scheduler.config, REFERENCE_SOLVER, num_steps)
     with tqdm(total=len(trajectories) * num_steps, desc=f"Images of {num_steps} steps", unit="step") as progress:
         searched, unseen = (each.images(timesteps, on_step=progress.update) for each in trajectories)
     if not (searched.isfinite().all() and unseen.isfinite().all()):
         raise ValueError("images must be finite, got NaN: the weights are damaged or overflow")
-    is_comparable = len(unseen) > 1 and unseen.shape[1] in (1, 3)
-    network = network_at_hand(pipeline.device) if is_comparable else None
     features = None if network is None else network(_to_uint8(unseen))
     return _Reference(searched, unseen, network, features)
 

@@ -24,7 +24,7 @@ _REPLACED = {
 
 @dataclass(frozen=True)
 class Parts:
-    """What was passed to `train` beside the config; see there.
+    """The arguments of `train` beside the config; see there.
 
     Args:
         dataset: The images; None for those that the settings name.
@@ -99,11 +99,14 @@ def check_given_network(network: Any, config: TrainingConfig, images: Any) -> No
     channels = images.channels * (2 if config.variance_type == "learned_range" else 1)
     x_t, t = torch.zeros(2, images.channels, wanted, wanted), torch.zeros(2, dtype=torch.int64)
     conditions = {} if num_classes is None else {"class_labels": t}
+    mode = network.training
+    network.eval()  # running statistics of a network in training would take the zeros for images
     try:
         with torch.no_grad():
             shape = tuple(network(x_t.to(network.device), t.to(network.device), **conditions).sample.shape)
     except Exception as error:  # the network is the user's code
         raise UsageError(f"the network must take x_t and t, got {in_one_line(error, with_type=True)}") from error
+    network.train(mode)
     if shape != (2, channels, wanted, wanted):
         raise UsageError(f"the network must give {(2, channels, wanted, wanted)} for two images, got {shape}")
 

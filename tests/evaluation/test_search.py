@@ -114,10 +114,10 @@ def test_trajectories_equal_the_pipeline_with_remembered_outputs_too(model, solv
 @pytest.mark.slow
 def test_search_timesteps_finds_better_ones_than_uniform_on_unseen_noises(model):
     pipeline, _ = load_for_sampling(str(model), "ddpm")
-    rows = [*search_timesteps(pipeline, [3], schedulers=["ddim", "unipc"], num_images=4, reference_steps=20)]
-    assert [row.key for row in rows] == [("ddim", 3), ("unipc", 3)]
+    rows = [*search_timesteps(pipeline, [3], schedulers=["dpmsolver++", "unipc"], num_images=4, reference_steps=20)]
+    assert [row.key for row in rows] == [("dpmsolver++", 3), ("unipc", 3)]
     for row in rows:
-        assert row.distance < 1.01 * row.uniform_distance  # on noises that the search has not seen
+        assert row.distance < row.uniform_distance
         unseen = Trajectories(pipeline, "dpmsolver++", range(4, 8), batch_size=32)
         target = unseen.images(uniform_timesteps(pipeline.scheduler.config, "dpmsolver++", 20))
         unseen = Trajectories(pipeline, row.scheduler, range(4, 8), batch_size=32)
