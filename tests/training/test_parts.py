@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 
 from hf_ddpm import DDPMPipeline, Objective, evaluate
 from hf_ddpm.runtime.errors import RunError, UsageError
+from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.signals import StoppedOnPurpose
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.parts import Parts
 from hf_ddpm.training.previews import default_preview_steps
-from hf_ddpm.training.setup import make_scheduler
+from hf_ddpm.training.setup import build_run, make_accelerator, make_scheduler
 from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
 
@@ -255,3 +257,13 @@ def test_default_previews_come_early_and_never_cost_more_than_the_steps_between_
     assert default_preview_steps(60, 8) == [12, 24, 36, 48]
     assert default_preview_steps(9, 8) == []
     assert default_preview_steps(1000, 375) == [400]
+
+
+@pytest.mark.parametrize(("dtype", "max_value"), [(np.uint8, 255), (np.uint16, 65535)])
+def test_objective_of_a_run_has_the_bins_of_its_images(tiny_settings, tmp_path, dtype, max_value):
+    for i in range(4):
+        (tmp_path / "deep").mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), i, dtype)).save(tmp_path / f"deep/{i}.png")
+    config = TrainingConfig(**{**tiny_settings, "train_data_dir": str(tmp_path / "deep")})
+    run, _ = build_run(config, make_accelerator(config), Processes(), Parts())
+    assert run.objective.max_value == max_value
