@@ -140,13 +140,14 @@ def try_network(
         nonlocal largest
         largest = max(largest, output.numel() if isinstance(output, Tensor) else 0)
 
-    with _naming_config(source), torch.device("meta"), torch.no_grad():
-        unet: Any = UNet2DModel.from_config(settings)
+    with _naming_config(source), torch.no_grad():
+        with torch.device("meta"):
+            unet: Any = UNet2DModel.from_config(settings)
         hooks = [module.register_forward_hook(note) for module in unet.modules()]
         config = unet.config
         size = config.sample_size
-        x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size))
-        t = torch.zeros(1, dtype=torch.int64)
+        x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size), device="meta")
+        t = torch.zeros(1, dtype=torch.int64, device="meta")
         unet(x_t, t, **({} if config.num_class_embeds is None else {"class_labels": t}))
         for hook in hooks:
             hook.remove()

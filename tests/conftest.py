@@ -5,6 +5,7 @@ What takes seconds to import is imported where it is used: the process that hand
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -27,6 +28,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop():
     """Fork the process from which others fork before anything happens here; if these tests need any."""
+    gc.collect()
+    gc.freeze()  # else each full collection visits all that was imported, which is a million objects
     forks = sys.modules.get("tests.support.forks")
     if forks is None:
         return (yield)

@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
 IMPORTED = ("hf_ddpm.cli", "hf_ddpm.training.loop", "datasets", "matplotlib.figure", "matplotlib.backends.backend_agg")
 
 forking = multiprocessing.get_context("fork")
@@ -33,6 +35,9 @@ def mother_of_processes() -> Iterator[None]:
     global _mother
     for name in IMPORTED:
         import_module(name)
+    # torch names the caller in each event of its elastic agent. It looks through the thousands of modules that are
+    # imported here for each caller that is in none of them, which takes more time than all else that the agent does.
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
     _mother, there = multiprocessing.Pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, of which the copy has none
