@@ -105,9 +105,12 @@ def train(
     train(settings)
     if not settings.dry_run:
         folder = shlex.quote(settings.output_dir)
+        pictures = "figures/" if settings.save_figures else "figures/samples.png"
         say(
-            f"The model is in {folder}, with its card and its figures. Sample it with: hf-ddpm sample {folder} --out "
-            f"samples. Measure it with: hf-ddpm evaluate {folder}. Share it with: hf-ddpm push {folder} NAME"
+            f"The model is in {folder}, with its card, README.md, and its pictures, {pictures}\n"
+            f"Sample it with: hf-ddpm sample {folder} --out samples\n"
+            f"Measure it with: hf-ddpm evaluate {folder}\n"
+            f"Share it with: hf-ddpm push {folder} NAME"
         )
 
 

@@ -45,7 +45,7 @@ from hf_ddpm.data.given import NAME, GivenImages, open_given
 from hf_ddpm.data.image_folder import files_below
 from hf_ddpm.data.sources import Source, choose_columns, find_source, license_of, open_dataset
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import look_at
+from hf_ddpm.runtime.files import lock, look_at
 from hf_ddpm.runtime.format import format_amount
 
 if TYPE_CHECKING:
@@ -243,11 +243,30 @@ def _create_cache(
 ) -> None:
     """Decode all images into a new folder, which gets its name when it is whole."""
     root = folder.parent
-    part = root / f"{folder.name}.{uuid.uuid4().hex}.part"
+    new = root / f"{folder.name}.{uuid.uuid4().hex}.new"
     try:
-        part.mkdir(parents=True)
+        new.mkdir(parents=True)
     except OSError as error:
         raise UsageError(f"cache_dir must be a folder to write to, got {str(root.parent)!r}: {error}") from error
+    _delete_abandoned(root)
+    with lock(new):  # before it has a name under which another process would look for an abandoned one
+        part = new.rename(new.with_suffix(".part"))
+        _fill_cache(part, folder, dataset, source, config, accept)
+
+
+def _delete_abandoned(root: Path) -> None:
+    """Delete what processes that were killed have left of their decoding: nobody holds its lock."""
+    for part in root.glob("*.part"):
+        with contextlib.suppress(OSError), lock(part) as is_locked:
+            if is_locked:
+                shutil.rmtree(part)
+
+
+def _fill_cache(
+    part: Path, folder: Path, dataset: Dataset, source: Source, config: DataConfig, accept: Accept | None
+) -> None:
+    """Decode all images into `part`, and rename it to `folder`."""
+    root = folder.parent
     try:
         image_format = _infer_format(dataset, config)
         if accept is not None:
@@ -259,6 +278,7 @@ def _create_cache(
             meta = _write_images(part, dataset, replace(image_format, max_value=65535, file_max=65535))
         meta["license"] = license_of(source, dataset)
         (part / "meta.json").write_text(json.dumps(meta))
+        (part / ".lock").unlink(missing_ok=True)
         _rename_unless_present(part, folder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

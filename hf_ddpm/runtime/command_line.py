@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from hf_ddpm.runtime.errors import PushError, RunError, UsageError, in_one_line, without_tokens
+from hf_ddpm.runtime.errors import PushError, RunError, UsageError, explain_full_memory, in_one_line, without_tokens
 from hf_ddpm.runtime.launch import is_main_process, report_outcome, take_token_from_argv
 from hf_ddpm.runtime.settings import SettingInfo, choices_of, did_you_mean, require_choice, settings_of
 from hf_ddpm.runtime.signals import STOPPED, StoppedOnPurpose
@@ -91,18 +91,14 @@ def report_errors() -> Iterator[None]:
     Training does without it: a ValueError there is a fault of the program, and needs its traceback.
     """
     try:
-        yield
+        with explain_full_memory("Give a smaller --batch_size, or --device cpu."):
+            yield
     except (UsageError, RunError, PushError):
         raise
     except ValueError as error:
         raise UsageError(in_one_line(error)) from error
     except OSError as error:
         raise RunError(in_one_line(error)) from error
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name
-            raise
-        remedy = "Give a smaller --batch_size, or --device cpu."
-        raise RunError(f"{without_tokens(str(error).splitlines()[0])} {remedy}") from error
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # A token of the Hub, and whatever a request sends as one.
@@ -65,6 +67,24 @@ def in_one_line(error: BaseException, with_type: bool = False) -> str:
     name = type(error).__name__
     text = f"{name}: {message}" if with_type and message else message or name
     return without_tokens(text)
+
+
+@contextmanager
+def explain_full_memory(remedy: str) -> Iterator[None]:
+    """Raise what torch and numpy say of memory that they do not get as a RunError, with a remedy.
+
+    Args:
+        remedy: What the user can do about it, a sentence or more.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch, which is not imported for the name of its error, has one of GPUs and none of the CPU.
+        is_of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        if not (is_of_torch or isinstance(error, MemoryError)):
+            raise
+        first_line = without_tokens(str(error).partition("\n")[0]).rstrip(".")
+        raise RunError(f"the memory is full: {first_line or 'MemoryError'}. {remedy}") from error
 
 
 def without_tokens(text: str, *tokens: str | None) -> str:

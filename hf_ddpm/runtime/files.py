@@ -77,10 +77,13 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[bool]:
     """Hold the lock of a folder for the duration of a `with` block; a killed process leaves no lock behind.
 
     Windows and file systems without locks do not lock: there, two processes can be in the block at once.
+
+    Yields:
+        Whether the folder is locked.
 
     Raises:
         BlockingIOError: When another process holds the lock.
@@ -88,16 +91,18 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield False
         return
     with open(folder / ".lock", "a") as file:
         try:
             # This lock belongs to the process alone: a process that it forks does not hold it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise BlockingIOError(error.errno, "another process has locked it", str(folder)) from error
-        yield
+            is_locked = False
+        yield is_locked
 
 
 def sha256(*paths: Path) -> str:

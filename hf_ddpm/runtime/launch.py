@@ -22,7 +22,7 @@ from typing import Any
 
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage
-from hf_ddpm.runtime.signals import LAUNCHER_ENDED, SIGNALS, STOPPED
+from hf_ddpm.runtime.signals import LAUNCHER_ENDED, STOPPED, noted_signals
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What launchers tell a process about its place among several.
@@ -254,7 +254,7 @@ def _wait_for_workers(start: Callable[[], Any], environment: dict[str, str], tok
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "outcomes"
         variables = {
-            "PET_SIGNALS_TO_HANDLE": ",".join(["SIGHUP", "SIGQUIT", *(number.name for number in SIGNALS)]),
+            "PET_SIGNALS_TO_HANDLE": ",".join(["SIGQUIT", *(number.name for number in noted_signals())]),
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
             OUTCOME_VARIABLE: str(path),
             **({} if token is None else {"HF_TOKEN": token}),

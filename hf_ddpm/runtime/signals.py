@@ -1,21 +1,25 @@
-"""A run that is asked to end: by a signal, or by its time being up.
+"""A run that is asked to end: by a signal, by the loss of whoever reads its output, or by its time being up.
 
-first SIGTERM, SIGINT or SIGUSR1     The step is finished and a checkpoint written; the exit code is STOPPED.
-second                               The process ends at once, as the signal does by default.
-LAUNCHER_ENDED                       It counts as a first signal, never as a second.
+first of SIGNALS      The step is finished and a checkpoint written; the exit code is STOPPED.
+second                The process ends at once, as the signal does by default.
+LAUNCHER_ENDED        It counts as a first signal, never as a second.
+SIGHUP under nohup    It stays ignored.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 # torchrun passes signals on to its workers, which a terminal or scheduler may have sent to all processes already.
 SAME_SECONDS = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 # The signal that `launch.exit_with_launcher` asks the kernel for.
@@ -29,8 +33,13 @@ class StoppedOnPurpose(SystemExit):
         super().__init__(STOPPED)
 
 
+def noted_signals() -> list[signal.Signals]:
+    """Return those of SIGNALS that end a run: SIGHUP does not under nohup, which lets it be ignored."""
+    return [n for n in SIGNALS if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
+
+
 class StopRequest:
-    """A context in which signals are noted instead of obeyed.
+    """A context in which signals are noted instead of obeyed, and output that cannot be written is dropped.
 
     Only the main thread of a process receives signals; in another thread only the time counts.
 
@@ -45,16 +54,21 @@ class StopRequest:
         self.signal_reason: str | None = None
         self.signal_time = 0.0
         self.handlers: dict[int, Any] = {}
+        self.streams: tuple[Any, Any] | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            numbers = [*SIGNALS, LAUNCHER_ENDED] if LAUNCHER_ENDED is not None else SIGNALS
+            numbers = noted_signals() + ([] if LAUNCHER_ENDED is None else [LAUNCHER_ENDED])
             self.handlers = {number: signal.signal(number, self._note) for number in numbers}
+            self.streams = sys.stdout, sys.stderr
+            sys.stdout, sys.stderr = (Output(stream, self._note_lost_reader) for stream in self.streams)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, signal.SIG_IGN if number == LAUNCHER_ENDED else handler)
+        if self.streams is not None:
+            sys.stdout, sys.stderr = self.streams
 
     def reason(self, num_steps: int) -> str | None:
         """Return why the run is to end, or None if it is not.
@@ -78,8 +92,53 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    def _note_lost_reader(self) -> None:
+        if self.signal_reason is None:
+            self.signal_reason, self.signal_time = "nobody reads the output any more", time.monotonic()
+
+
+class Output:
+    """A text stream that drops what cannot be written, since no line is worth a run.
+
+    Args:
+        stream: The stream to write to; it may be None, as `sys.stdout` without a console.
+        note_lost_reader: A function to call when nobody reads the stream any more: a closed pipe or terminal.
+    """
+
+    def __init__(self, stream: Any, note_lost_reader: Callable[[], None]):
+        self.stream = stream
+        self.note_lost_reader = note_lost_reader
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it."""
+        try:
+            return len(text) if self.stream is None else self.stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written, or drop it."""
+        try:
+            if self.stream is not None:
+                self.stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _drop(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # as a full disk, on which there may be room again
+            return
+        self.note_lost_reader()
+        # What follows is written to nothing, also by other writers and when the process ends.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self.stream.fileno())
+        os.close(nothing)
+
 
 def leave_signals_to_parent(_: int) -> None:
-    """Ignore Ctrl-C and SIGUSR1, which are meant for the process that trains, in a process that loads data."""
+    """Ignore signals but SIGTERM, which are meant for the process that trains, in a process that loads data."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)

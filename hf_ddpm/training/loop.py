@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.runtime.errors import RunError
+from hf_ddpm.runtime.errors import RunError, explain_full_memory
 from hf_ddpm.runtime.launch import check_launch
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import first_stratum, image_draws, seed_step
@@ -67,9 +67,15 @@ from hf_ddpm.training.setup import (
     restore_output_dir,
 )
 
-MAX_NAMED_IMAGES = 8
+MAX_NAMED_IMAGES = 3
+LESS_MEMORY = (
+    "Give a smaller --train_batch_size and as many times more --gradient_accumulation_steps, which trains the same "
+    "model; or --gradient_checkpointing; or, if it was in a preview, a smaller --eval_batch_size. A run that wrote a "
+    "checkpoint goes on from it with --resume_from_checkpoint latest"
+)
 
 
+@explain_full_memory(LESS_MEMORY)
 def train(
     config: TrainingConfig,
     *,

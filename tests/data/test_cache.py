@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,41 @@ from PIL import Image
 from hf_ddpm.data import cache
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.runtime.errors import UsageError
+from tests.support.forks import Process
 from tests.support.image_data import cache_config, micro_batches, noise, png, save_grays
+
+# Processes that are killed, and processes that are not
+
+
+def decode(folder: Path, resolution: int) -> None:
+    load_images(cache_config(folder, resolution=resolution))
+
+
+def decode_and_be_killed(folder: Path) -> None:
+    load_images(cache_config(folder), lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_what_a_killed_process_has_decoded_is_deleted_and_what_a_living_one_has_is_not(folder: Path) -> None:
+    save_grays(folder, 3)
+    root = folder.parent / "cache" / "hf_ddpm"
+    killed = Process(decode_and_be_killed, (folder,))
+    killed.start()
+    killed.join()
+    (abandoned,) = root.glob("*.part")
+
+    def decode_in_another_process(*_: int) -> None:
+        (mine,) = root.glob("*.part")
+        assert mine != abandoned
+        other = Process(decode, (folder, 4))
+        other.start()
+        other.join()
+        assert other.exitcode == 0
+        assert list(root.glob("*.part")) == [mine]
+
+    images = load_images(cache_config(folder), decode_in_another_process)
+    assert len(images) == 3
+    assert not [path for path in root.rglob("*") if path.suffix in (".part", ".new") or path.name == ".lock"]
+
 
 # Unreadable images
 
@@ -150,7 +186,7 @@ def test_load_images_uses_cache_of_a_faster_process(folder: Path, monkeypatch: p
     rename = Path.rename
 
     def rename_as_second(self: Path, target: Path) -> Path:
-        if not target.exists():
+        if not target.exists() and not target.suffix:  # the one that makes it whole
             shutil.copytree(self, target)
         return rename(self, target)
 

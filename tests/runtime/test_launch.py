@@ -117,7 +117,7 @@ def test_accelerate_launch_on_the_cpu_gets_the_processes_it_left_out(command, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_signal_reaches_all_processes(begin, name, tmp_path):
     os.mkfifo(tmp_path / "said.txt")
     parent = begin("signal", 2, tmp_path / "complained.txt")

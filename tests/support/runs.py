@@ -56,7 +56,7 @@ def differences(a: Path, b: Path) -> list[str]:
     return found
 
 
-WORKER, TWICE, SUSPEND = 1001, 1002, 1003
+WORKER, TWICE, SUSPEND, UNREAD = 1001, 1002, 1003, 1004
 
 
 def child(  # noqa: C901
@@ -64,7 +64,8 @@ def child(  # noqa: C901
 ) -> None:
     """Trains; at the `count`-th event, an optimizer's step or a flushed file, sends itself the signal `action`.
 
-    Other actions: TWICE, SIGTERM and again; WORKER, kills a process that loads data; SUSPEND, suspends it. Event
+    Other actions: TWICE, SIGTERM and again; WORKER, kills a process that loads data; SUSPEND, suspends it; UNREAD,
+    closes the only end at which its output is read. Event
     `forward`: from the `count`-th forward pass on, `action` of them give NaN.
     """
     os.environ.update(environment)
@@ -86,6 +87,11 @@ def child(  # noqa: C901
             multiprocessing.active_children()[0].kill()
         elif left == 0 and action == SUSPEND:
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGSTOP)
+        elif left == 0 and action == UNREAD:
+            end, beginning = os.pipe()
+            os.close(end)
+            for stream in (1, 2):
+                os.dup2(beginning, stream)
         elif left == 0 and action == TWICE:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)

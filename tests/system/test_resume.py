@@ -20,13 +20,12 @@ from torch.nn.modules.module import register_module_forward_hook
 from hf_ddpm.runtime.errors import RunError
 from hf_ddpm.runtime.files import lock
 from hf_ddpm.runtime.seeds import seed_step
-from hf_ddpm.runtime.signals import LAUNCHER_ENDED, StopRequest
 from hf_ddpm.training.checkpoint import verify
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import save_config
 from tests.support.networks import smallest_unet_config
-from tests.support.runs import SUSPEND, TWICE, WORKER, differences, said, start, trace
+from tests.support.runs import SUSPEND, TWICE, UNREAD, WORKER, differences, said, start, trace
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -102,7 +101,7 @@ def test_streaming_run_killed_resumes_to_the_same_bits(whole, num_processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_signal_ends_the_run_after_a_checkpoint(whole, name):
     unkilled, config = whole(dataloader_num_workers=0, max_train_steps=4)
     assert start(config, 1, "step", 3, getattr(signal, name)) == [75]
@@ -124,6 +123,15 @@ def test_signal_ends_the_run_after_a_checkpoint(whole, name):
     assert not differences(finish(config), unkilled)
     assert json.loads((folder / "run.json").read_text())["training"]["is_finished"]
     assert "stopped after" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_output_that_nobody_reads_ends_the_run_after_a_checkpoint(whole):
+    unkilled, config = whole(dataloader_num_workers=0, max_train_steps=4)
+    assert start(config, 1, "step", 2, UNREAD) == [75]
+    (name,) = (path.name for path in Path(config.output_dir).glob("checkpoint-*"))
+    assert name in ("checkpoint-2", "checkpoint-3")  # tqdm does not write after each step
+    assert not differences(finish(config), unkilled)
 
 
 @pytest.mark.slow
@@ -344,12 +352,3 @@ def test_dropout_differs_by_step_and_by_forward_pass():
 
     assert mask(3, 1) == mask(3, 1)
     assert len({tuple(mask(step, slot)) for step in (0, 1) for slot in (0, 1)}) == 4
-
-
-def test_end_of_the_launcher_is_never_a_second_signal():
-    if LAUNCHER_ENDED is None:
-        pytest.skip("no such signal here")
-    with StopRequest(None, 0.0) as stop:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(LAUNCHER_ENDED)
-        assert stop.reason(0) == "SIGTERM was noticed"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.network import try_network
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.sampling.sampler import load_for_sampling
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
@@ -181,3 +181,13 @@ def test_setting_at_odds_with_a_resumed_run_is_named_before_decoding(config):
     with pytest.raises(UsageError, match=r"learning_rate was 0\.003 in this run, got 0\.1"):
         train(replace(config, resume_from_checkpoint="latest", learning_rate=0.1))
     assert not Path(config.cache_dir or "").exists()
+
+
+def test_full_memory_ends_the_run_in_a_line_with_the_remedy(config):
+    def take_all(*_, **__):
+        return torch.empty(2**50)
+
+    message = r"^the memory is full: [^\n]*allocate[^\n]*smaller --train_batch_size[^\n]*--gradient_accumulation_steps"
+    for asked in (config, replace(config, dry_run=True)):
+        with pytest.raises(RunError, match=message):
+            train(asked, objective=take_all)
