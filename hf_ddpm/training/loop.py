@@ -534,6 +534,13 @@ def end_early(
     reason = next(text for text in run.processes.gather(lambda: stop.reason(1)) if text)
     if problem is not None:
         raise RunError(f"{reason}, but {how_to_resume}")
+    if progress.step > state.saved_step:
+        path = run.output_dir / f"checkpoint-{progress.step}"
+        try:
+            event = Event("checkpoint", progress.step, progress.images, {"path": path})
+            call_callbacks(run.callbacks, run.processes, run, [event])
+        except RunError as error:
+            raise RunError(f"{error}. The run ends after step {progress.step}; {how_to_resume}") from error
     has_model = False
     if progress.step > 0:
         print_once(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,21 @@ def test_callback_that_fails_ends_the_run_with_a_checkpoint(config, tmp_path, er
         train(config, callbacks=[fail])
     train(replace(config, resume_from_checkpoint="latest"))
     assert not differences(Path(config.output_dir), tmp_path / "whole")
+
+
+def test_callbacks_hear_of_the_checkpoint_of_a_run_that_is_stopped(config):
+    heard = []
+
+    def stop(event: Any, run: Any) -> None:
+        heard.append((event.name, event.step, event.values.get("path")))
+        if event.name == "log" and event.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(StoppedOnPurpose):
+        train(replace(config, logging_steps=1, checkpointing_steps=100), callbacks=[stop])
+    path = Path(config.output_dir) / "checkpoint-2"
+    assert heard[-1] == ("checkpoint", 2, path)
+    assert path.is_dir()
 
 
 @pytest.mark.parametrize(
