@@ -190,9 +190,9 @@ class Objective:
     def weight(self, t: Tensor) -> Tensor:
         """Return the weight of the squared error of the network's output.
 
-        The weighting `min_snr` stands for min(SNR, gamma) |x_0_hat - x_0|^2 (Hang et al. 2023). An error of x_0_hat
-        appears in the network's output multiplied by a factor, so the weight is min(SNR, gamma) over its square.
-        Factor and weight, by prediction type::
+        The weighting `min_snr` gives min(SNR, gamma) to the squared error of x_0_hat (Hang et al. 2023). An error of
+        x_0_hat appears in the network's output multiplied by a factor, so the weight is min(SNR, gamma) over its
+        square. Factor and weight, by prediction type::
 
             epsilon           sqrt(SNR)                                min(SNR, gamma) / SNR
             sample            1                                        min(SNR, gamma)

@@ -72,7 +72,7 @@ class TrajectoryStep:
     """One step of sampling.
 
     Args:
-        timestep: t.
+        timestep: t of the step.
         x_t: The noisy image before the step, (B, C, H, W) on the CPU.
         x_0_hat: The clean image that the network predicts from it, (B, C, H, W) on the CPU. It is the one from which
             the scheduler computes the step: clipped or thresholded where the scheduler does that, as all of
@@ -103,7 +103,8 @@ class DDPMPipeline(DiffusionPipeline):
     Args:
         unet: The network: a UNet2DModel, or another model of diffusers or of one's own that is called as it is, and
             whose config has `sample_size` and `in_channels`. Stock diffusers samples only the first.
-        scheduler: A `DDPMScheduler`, where stock's is turned into ours, or another of SAMPLING_SCHEDULERS.
+        scheduler: A `DDPMScheduler`, where stock's is turned into ours, or another of diffusers' that samples such a
+            network: one of SAMPLING_SCHEDULERS.
 
     Attributes:
         searched_timesteps: The timesteps that replace the solver's own, by solver and number of steps. Empty it to
@@ -210,7 +211,7 @@ class DDPMPipeline(DiffusionPipeline):
         """Sample images.
 
         Args:
-            batch_size: B.
+            batch_size: B, the number of images.
             generator: The generator of the initial noise and of the noise of each step. A list of B generators gives
                 each image its own; the image then depends on its batch by rounding alone.
             num_inference_steps: The number of steps of the scheduler; None: T, the steps of training, or what `use`

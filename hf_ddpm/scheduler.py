@@ -67,7 +67,7 @@ class DDPMScheduler(StockDDPMScheduler):
         num_train_timesteps: T, at least 1.
         beta_start: beta of t = 0, for the schedules that have ends.
         beta_end: beta of t = T - 1, for the schedules that have ends.
-        beta_schedule: The name of a schedule of `_beta_table`.
+        beta_schedule: `linear`, `scaled_linear`, `squaredcos_cap_v2`, `laplace` or `sigmoid`, see `_beta_table`.
         trained_betas: T values of beta instead of a schedule.
         variance_type: One of stock's six. The network's output for `learned` is a log-variance, that for
             `learned_range` is the v of Nichol & Dhariwal 2021, Eq. 15. With either the network has twice the
@@ -76,7 +76,7 @@ class DDPMScheduler(StockDDPMScheduler):
         prediction_type: `epsilon`, `sample` (x_0), `v_prediction` (Salimans & Ho 2022) or `previous_sample`, the step
             denoiser, whose output is the mean of x_{t-1}.
         thresholding: Threshold x_0_hat dynamically (Saharia et al. 2022, Sec. 2.3) instead.
-        dynamic_thresholding_ratio: The quantile of |x_0_hat| that becomes the threshold.
+        dynamic_thresholding_ratio: The quantile of the absolute values of x_0_hat that becomes the threshold.
         clip_sample_range: The bound of clipping.
         sample_max_value: The largest threshold.
         timestep_spacing: How `set_timesteps` spaces the steps of sampling.

@@ -33,12 +33,12 @@ class SearchedTimesteps:
     """The result of one search.
 
     A distance is the root of the mean squared difference of pixels in [-1, 1] to the images of `reference_steps` steps
-    from the same noises, which the search did not use. A kernel distance compares the features of the same images, see
-    `paired_kernel_distance`. The distance of pixels does not tell which of two solvers makes the better images, so the
-    kernel distance decides where it was measured.
+    from the same noises, which the search did not use. A kernel distance compares the features of the same images. The
+    distance of pixels does not tell which of two solvers makes the better images, so the kernel distance decides where
+    it was measured.
 
     Args:
-        scheduler: The name of the solver, one of SOLVERS.
+        scheduler: The name of the solver: `unipc`, `dpmsolver++` or `ddim`.
         timesteps: The timesteps, falling, in [0, T).
         distance: The distance of the images of these timesteps.
         uniform_distance: The distance of the images of as many steps with the solver's own spacing.

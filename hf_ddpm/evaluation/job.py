@@ -68,14 +68,16 @@ class Request:
         num_images: The number of samples, from the seeds `seed`, `seed` + 1, ...; nll takes at most as many images of
             the test split.
         seed: The first seed.
-        num_inference_steps: The numbers of steps of a grid. Empty: the default of `load_for_sampling`.
-        schedulers: The schedulers of a grid. Empty: the default of `load_for_sampling`.
-        network: The feature network; see `load_network`. None: that of the reference, or inception.
-        network_path: The file of the feature network; see `load_network`.
+        num_inference_steps: The numbers of steps of a grid. Empty: the default of `sample`.
+        schedulers: The schedulers of a grid. Empty: the default of `sample`.
+        network: The feature network: `inception`, `dinov2`, `clip` or `efficientnet-lite0`. None: that of the
+            reference, or inception.
+        network_path: The file of the feature network; of `dinov2` and `clip` a folder or a Hub id. None: the
+            published weights.
         timesteps_per_image: K of nll, the number of terms of the bound for each image. None: 20, or all T of a model
             that has fewer.
-        batch_size: Images per network evaluation; on a CPU always FORWARD_BATCH. Elsewhere it changes rounding.
-        device: None: the best device of this process; see `process_device`.
+        batch_size: Images per network evaluation; on a CPU always 16. Elsewhere it changes rounding.
+        device: A device of torch. None: the best one of this process.
         dtype: The type that the network computes in when it samples, fp32 or bf16; nll is always one of float32.
         compile: Whether the network is compiled when it samples.
         uniform: Whether to ignore timesteps that were searched for.

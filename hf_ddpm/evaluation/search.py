@@ -228,9 +228,9 @@ def search_timesteps(
     channels.
 
     Args:
-        pipeline: A pipeline of `load_for_sampling`.
+        pipeline: A pipeline, as `DDPMPipeline.from_pretrained` loads it, on the device that is to compute.
         num_steps: The numbers of timesteps to search, each in [2, reference_steps).
-        schedulers: The solvers, names in SOLVERS.
+        schedulers: The solvers, of `unipc`, `dpmsolver++` and `ddim`.
         num_images: The number of noises to search on; the result is measured on as many others. A model of classes
             samples each class in turn.
         seed: Image i has the seed `seed` + i.

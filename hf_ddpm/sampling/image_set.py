@@ -65,7 +65,8 @@ def write_samples(
 ) -> None:
     """Sample a model into the folder `out`: one image for each seed from `seed` on, and the first 64 as grid.png.
 
-    Each process that was launched writes its share. Images of the same set that `out` holds already are kept.
+    Each process that was launched writes its share. Images of the same set that `out` holds already are kept. The
+    files, by format::
 
         format    files                                      lost when a process is killed
         png       000000.png, named by seed                  the images of a forward pass
@@ -73,21 +74,23 @@ def write_samples(
         npz       samples.npz: arr_0 (N,H,W,C), seeds        a 64th of the set, of at most 1024 images
 
     Args:
-        model: A folder that holds a pipeline, or a Hub id; see `load_for_sampling`.
+        model: A folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
         out: A new folder, or one that holds a part of this set.
         num_images: The number of images in the set. They have 16 bits where the model was trained on such images,
-            and the values that those had before `--value_range`; see `_value_range`.
+            and the values that those had before `--value_range`.
         seed: The seed of the first image.
-        num_inference_steps: See `load_for_sampling`.
-        scheduler: See `load_for_sampling`.
+        num_inference_steps: A number in [1, T]. None: the one that the model's folder keeps (`DDPMPipeline.use`), or
+            20, or all T of `ddpm`.
+        scheduler: `ddpm`, `ddim`, `dpmsolver++` or `unipc`. None: the one that the model's folder keeps, or unipc;
+            dpmsolver++ where its searched timesteps are better; ddpm where only that can sample the model.
         class_label: The class of all images. None: each class in turn, if the model has classes.
-        deterministic: See `iter_samples`.
-        batch_size: See `iter_samples`.
-        device: See `load_for_sampling`.
-        dtype: See `load_for_sampling`.
-        compile: See `load_for_sampling`.
-        uniform: See `load_for_sampling`.
-        format: A name in FORMATS.
+        deterministic: Whether to iterate the mean of each reverse step, without noise; for `ddpm` only.
+        batch_size: Images per forward pass; on a CPU there are always 16.
+        device: A device of torch. None: the best one of this process.
+        dtype: The type that the network computes in, `fp32` or `bf16`. None: fp32.
+        compile: Whether `torch.compile` compiles the network, at its first forward pass.
+        uniform: Whether to ignore timesteps that were searched for.
+        format: `png`, `parquet` or `npz`.
 
     Raises:
         ValueError: Before sampling, when there is no such model, a setting cannot work, or `out` holds something else.

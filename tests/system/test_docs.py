@@ -1,9 +1,10 @@
-"""What README and the card tell people to type is what the package takes."""
+"""What README, the pages of `docs/` and the card tell people to type is what the package takes."""
 
 import json
 import re
-import shlex
+import runpy
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 
@@ -12,79 +13,120 @@ from diffusers import UNet2DModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import hf_ddpm
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
 from hf_ddpm.runtime.files import write_atomically
+from hf_ddpm.runtime.settings import settings_of
+from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
+from tests.support import pages
 from tests.support.command_line import parse_config
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import smallest_unet_config
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+API = sorted((pages.ROOT / "docs/api").glob("*.md"))
+COMMANDS = pages.distinct_commands()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def commands(program):
-    lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split(" && ")]
-    return [shlex.split(line) for line in lines if line.startswith(program)]
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_with_a_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # parsing asks whether there is one
-    monkeypatch.chdir(tmp_path)
-    scheduler = DDPMScheduler(timestep_spacing="trailing")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
     unet = UNet2DModel(**smallest_unet_config(channels=1))
-    DDPMPipeline(unet, scheduler).save_pretrained("ddpm-model")
+    DDPMPipeline(unet, DDPMScheduler(timestep_spacing="trailing")).save_pretrained(folder)
     for images in (50, 100):
         write_atomically(
-            snapshot_path(Path("ddpm-model"), images),
+            snapshot_path(folder, images),
             snapshot_bytes(images, {std: dict(unet.named_parameters()) for std in TRACKED_STDS}),
         )
+    return folder
 
 
-TRAINING = [c for c in [*commands("accelerate launch"), *commands("torchrun")] if "train_accelerate.py" in c]
+@pytest.fixture
+def in_a_folder_with_a_model(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # parsing asks whether there is one
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "ddpm-model")
+
+
+def arguments_of(command, program):
+    """The words after `program`, two words or one; None if the command does not start it."""
+    words = program.split()
+    for i in range(len(command) - len(words) + 1):
+        if command[i : i + len(words)] == words:
+            return command[i + len(words) :]
+    return None
+
+
+def is_known(command):
+    """Whether a command that starts nothing of ours does what it says: installs an extra that exists, and so on."""
+    line = " ".join(command)
+    if extra := re.fullmatch(r"pip install -e \.\[(\w+)\]", line):
+        return f"\n{extra[1]} = [" in (pages.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    if module := re.match(r"python -m (benchmarks\.\w+\.\w+)\b", line):
+        return find_spec(module[1]) is not None
+    return line in ("pip install -e .", "python -m pytest", "accelerate config", "hf auth login")
+
+
+TRAINING = [c for c in COMMANDS if "train_accelerate.py" in c or c[:2] == ["hf-ddpm", "train"]]
+OURS = [c for c in COMMANDS if c not in TRAINING and (c[0] == "hf-ddpm" or "hf_ddpm" in c)]
+OTHERS = [c for c in COMMANDS if c not in TRAINING and c not in OURS]
 
 
 @pytest.mark.parametrize("command", TRAINING, ids=" ".join)
-def test_readme_training_commands_parse(command, tmp_path):
-    shutil.rmtree("ddpm-model")
-    arguments = command[command.index("train_accelerate.py") + 1 :]
+@pytest.mark.usefixtures("in_a_folder_with_a_model")
+def test_training_commands_parse(command):
+    arguments = arguments_of(command, "train_accelerate.py") or arguments_of(command, "hf-ddpm train") or []
+    if "ddpm-model" not in arguments:
+        shutil.rmtree("ddpm-model")
     if "--config" in arguments:
-        (tmp_path / "runs/photos/checkpoint-500").mkdir(parents=True)
-        (tmp_path / "runs/photos/config.yaml").write_text("output_dir: runs/photos\n")
+        config = Path(arguments[arguments.index("--config") + 1])
+        (config.parent / "checkpoint-500").mkdir(parents=True)
+        config.write_text(f"output_dir: {config.parent}\n")
     assert parse_config(arguments)
 
 
-@pytest.mark.parametrize("command", commands("hf-ddpm"), ids=" ".join)
-def test_readme_commands_run(command):
-    if command[1] in ("sample", "average") and command[2] == "ddpm-model":
-        result = CliRunner().invoke(app, ["4" if word in ("64", "50000") else word for word in command[1:]])
+@pytest.mark.parametrize("command", OURS, ids=" ".join)
+@pytest.mark.usefixtures("in_a_folder_with_a_model")
+def test_commands_run(command):
+    arguments = arguments_of(command, "hf-ddpm") or arguments_of(command, "-m hf_ddpm") or []
+    if arguments[0] in ("sample", "average") and arguments[1] == "ddpm-model":
+        result = CliRunner().invoke(app, ["4" if word in ("64", "50000") else word for word in arguments])
         assert result.exit_code == 0, result.output
-    else:  # they need data and a feature network
+    elif arguments != ["--help"]:  # they need data, a feature network or the Hub
         group = get_command(app)
-        group.commands[command[1]].make_context(command[1], command[2:])
+        group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize("command", OTHERS, ids=" ".join)
+def test_other_commands_are_known(command):
+    assert is_known(command), (
+        "give it a comment before its block, <!-- not run: reason -->, or say here what checks it"
+    )
+
+
+def python_blocks(page):
+    # The test of README's section about sharing runs the block with a model of the Hub.
+    on_hub = 'from_pretrained("me/digits")' if page == pages.README else None
+    return [b for b in pages.blocks(page, "python") if b.reason is None and (on_hub is None or on_hub not in b.text)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "code", [code for code in blocks("python") if "me/digits" not in code], ids=lambda code: code.split("\n")[0]
-)
+@pytest.mark.parametrize("page", [page for page in pages.PAGES if python_blocks(page)], ids=pages.name_of)
 @pytest.mark.filterwarnings("ignore:alpha_bar_T")
-def test_readme_python_runs(code, tmp_path):
-    smaller = "max_train_steps=1, ddpm_num_steps=10, eval_batch_size=1, model_config_name_or_path='ddpm-model/unet'"
-    code = code.replace("max_train_steps=200", smaller)
-    code = code.replace("max_train_steps=20,", "max_train_steps=1, ddpm_num_steps=10, ddpm_num_inference_steps=2,")
-    code = code.replace("(batch_size=16)", "(batch_size=2, num_inference_steps=10)")
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.usefixtures("in_a_folder_with_a_model")
+def test_python_runs(page):
+    """The blocks of a page share their names, as in a notebook."""
+    names = {}
+    for block in python_blocks(page):
+        lines = "\n" * (block.line - 1)  # a traceback names the line of the page
+        exec(compile(lines + pages.with_small_sizes(block.text), str(page), "exec"), names)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_a_folder_with_a_model")
 def test_readme_sharing_and_loading_work(tmp_path, image_folder):
-    section = README.partition("## Share it")[2].partition("\n## ")[0]
+    section = pages.README.read_text(encoding="utf-8").partition("## Share it")[2].partition("\n## ")[0]
     lines = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()
     # Features of 24 images instead of 1,797, and of 8 instead of 64.
     few = {"--dataset_name digits": f"--dataset_name {image_folder}", "--num_images 64": "--num_images 8"}
@@ -120,7 +162,19 @@ def test_readme_sharing_and_loading_work(tmp_path, image_folder):
     assert "init_from: me/digits" in (tmp_path / "further" / "config.yaml").read_text()
 
 
-def test_readme_pictures_and_links_exist():
-    root = Path(__file__).parents[2]
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (root / target).exists(), target
+@pytest.mark.parametrize("page", [*pages.PAGES, *API], ids=pages.name_of)
+def test_pictures_and_links_exist(page):
+    assert not [target for target in pages.links(page) if not (page.parent / target).exists()]
+
+
+def test_api_reference_has_every_public_name():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in API)
+    documented = re.findall(r"^\.\. auto(?:class|function|exception):: hf_ddpm\.(\w+)(?:\(.*\))?$", text, re.MULTILINE)
+    assert sorted([*documented, "__version__"]) == sorted(hf_ddpm.__all__)
+
+
+def test_table_of_settings_has_every_setting_once():
+    table = runpy.run_path(str(pages.ROOT / "docs/_settings.py"))
+    names = re.findall(r"^\| `(\w+)` \|", table["tables"](), re.MULTILINE)
+    assert sorted(names) == sorted(name for name, _, _ in settings_of(TrainingConfig))
+    assert table["PLACE"] in (pages.ROOT / "docs/settings.md").read_text(encoding="utf-8")

@@ -59,6 +59,11 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert "python -m pytest" in CI_RUN
 
 
+def test_ci_builds_the_documentation_with_warnings_as_errors():
+    assert "\nsphinx-build -q -W -b html docs docs/_build\n" in CI_RUN
+    assert "`sphinx-build -W -b html docs docs/_build`" in CONTRIBUTING
+
+
 @pytest.mark.parametrize("hook", ["ruff-check", "ruff-format", "codespell", "lint-imports", "basedpyright"])
 def test_pre_commit_and_ci_run_the_same_commands(hook):
     entries = {entry["id"]: entry["entry"] for repo in PRE_COMMIT["repos"] for entry in repo["hooks"]}
