@@ -255,7 +255,11 @@ def _model_variables(records: _RunRecords) -> dict[str, Any]:
             or unet.get("num_embeds_ada_norm")
         )
     return {
-        "unet": {"size": _format_size(unet.get("sample_size")), "channels": unet.get("in_channels")},
+        "unet": {
+            "size": _format_size(unet.get("sample_size")),
+            "channels": unet.get("in_channels"),
+            "is_square": isinstance(unet.get("sample_size"), int),
+        },
         "conditional": records.is_conditional,
         "network": unet.get("_class_name", STOCK_NETWORK),
         "is_stock_network": unet.get("_class_name", STOCK_NETWORK) == STOCK_NETWORK,

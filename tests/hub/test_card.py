@@ -7,12 +7,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 
+import hf_ddpm
 from hf_ddpm.hub import card as card_module
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.readme import named_repository
@@ -32,6 +34,7 @@ from tests.support.cards import (
     numbers,
     snippets,
 )
+from tests.support.networks import smallest_unet_config
 
 HO_2020 = yaml.safe_load("""
     {ddpm_num_steps: 1000, ddpm_beta_schedule: linear, ddpm_beta_start: 0.0001, ddpm_beta_end: 0.02,
@@ -160,11 +163,12 @@ def test_examples_import_only_what_they_announce(tmp_path: Path, parts: dict[str
 @pytest.mark.slow
 def test_examples_fit_the_model(tmp_path: Path):
     codes = {name: snippets(card_of(tmp_path, **parts)) for name, parts in VARIANTS.items()}
-    assert [len(code) for code in codes.values()] == [3, 3, 2, 1, 1]
+    assert [len(code) for code in codes.values()] == [3, 3, 2, 1, 2]
     assert "num_inference_steps=500" in codes["plain"][0]
     assert "num_inference_steps" not in codes["T=1000"][0]
     assert "num_inference_steps=500" in codes["step denoiser"][0]
-    assert "class_labels=[i % 10 for i in range(16)]" in codes["classes"][0]
+    assert "ConsistencyModelPipeline" in codes["classes"][0]
+    assert all("[i % 10 for i in range(16)]" in code for code in codes["classes"])
     assert "cannot sample it" in card_of(tmp_path, **VARIANTS["step denoiser"])
     learned = SCHEDULER | {"variance_type": "learned_range"}
     assert len(snippets(card_of(tmp_path, scheduler=learned))) == 3
@@ -172,10 +176,12 @@ def test_examples_fit_the_model(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_classes", [None, 4])
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
-def test_examples_run(tmp_path: Path, one_thread: None):
+def test_examples_run(tmp_path: Path, one_thread: None, num_classes: int | None):
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    blocks |= {"num_class_embeds": num_classes}
     unet = UNet2DModel(8, 1, 1, norm_num_groups=4, layers_per_block=1, add_attention=False, **blocks)
     scheduler = DDPMScheduler(
         30, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
@@ -183,12 +189,26 @@ def test_examples_run(tmp_path: Path, one_thread: None):
     DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
     card = write_card(tmp_path, str(tmp_path)).read_text(encoding="utf-8")
     codes = snippets(card)
-    assert len(codes) == 3
+    assert len(codes) == (3 if num_classes is None else 2)
     for code in codes:
         names: dict[str, Any] = {}
         exec(code, names)
         assert [image.size for image in names["images"]] == [(8, 8)] * 16
     assert names["trajectory"][0].x_0_hat.shape == (16, 1, 8, 8)
+
+
+def test_stock_pipeline_that_the_card_names_samples_the_classes_of_ours(tmp_path: Path):
+    unet = UNet2DModel(**smallest_unet_config(1, num_class_embeds=4))
+    scheduler = DDPMScheduler(8, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    images = []
+    for kind in (ConsistencyModelPipeline, hf_ddpm.DDPMPipeline):
+        pipeline: Any = kind.from_pretrained(tmp_path)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        settings = {"num_inference_steps": 8, "class_labels": [1, 3], "output_type": "np"}
+        images.append(pipeline(batch_size=2, generator=generator, **settings).images)
+    assert np.array_equal(*images)
 
 
 def test_write_card_never_shows_a_token(tmp_path: Path):
