@@ -255,11 +255,14 @@ def sized_config(
 
     The channels of its levels are, by resolution::
 
-        8        64, 64
+        8        32, 48
         16       64, 128
         28, 32   32, 64, 64
         64       64, 128, 128, 256
         128      64, 128, 128, 256, 256
+
+    Each level has two layers. Up to a resolution of 8 there is one, and the first level does not attend: a larger
+    network takes longer, for images that are no better.
 
     Args:
         resolution: The height and width of the images.
@@ -273,8 +276,9 @@ def sized_config(
     """
     num_levels = 1 + max(1, math.ceil(math.log2(resolution / 8)))
     _check_halvings(resolution, num_levels)
-    if resolution <= 8:
-        widths = [64, 64]
+    is_tiny = resolution <= 8
+    if is_tiny:
+        widths = [32, 48]
     elif resolution <= 16:
         widths = [64, 128]
     elif resolution <= 32:
@@ -282,6 +286,8 @@ def sized_config(
     else:
         widths = [64, 128, 128, *[256] * (num_levels - 3)]
     attends = [resolution >> level <= MAX_ATTENTION_PIXELS for level in range(num_levels)]
+    if is_tiny:
+        attends[0] = False
     return {
         "sample_size": resolution,
         "in_channels": channels,
@@ -289,8 +295,8 @@ def sized_config(
         "block_out_channels": widths,
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "layers_per_block": 2,
-        "attention_head_dim": HEAD_CHANNELS,
+        "layers_per_block": 1 if is_tiny else 2,
+        "attention_head_dim": min(HEAD_CHANNELS, widths[-1]),
         "norm_num_groups": widths[0] // MIN_GROUP_CHANNELS,
         "resnet_time_scale_shift": "scale_shift",
         "dropout": dropout,

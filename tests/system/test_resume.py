@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ from hf_ddpm.training.checkpoint import verify
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import save_config
+from tests.support.forks import Process
 from tests.support.networks import smallest_unet_config
 from tests.support.runs import SUSPEND, TWICE, UNREAD, WORKER, differences, said, start, trace
 
@@ -123,6 +125,39 @@ def test_signal_ends_the_run_after_a_checkpoint(whole, name):
     assert not differences(finish(config), unkilled)
     assert json.loads((folder / "run.json").read_text())["training"]["is_finished"]
     assert "stopped after" not in (folder / "README.md").read_text()
+
+
+def stop_and_be_killed(config: TrainingConfig, step: int) -> None:
+    """End a run after a step, and kill it when it samples the pictures of its model."""
+    is_asked = []
+
+    def ask(event, _) -> None:
+        if event.name == "log" and event.step == step:
+            is_asked.append(True)
+            signal.raise_signal(signal.SIGTERM)
+
+    def kill(module, *_) -> None:
+        if is_asked and isinstance(module, UNet2DModel) and not module.training:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    register_module_forward_hook(kill)
+    train(config, callbacks=[ask])
+
+
+@pytest.mark.slow
+def test_stopped_run_shows_no_pictures_of_an_earlier_stop(settings):
+    config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "logging_steps": 1})
+    folder = Path(config.output_dir)
+    assert start(config, 1, "step", 2, signal.SIGTERM) == [75]
+    assert (folder / "figures/samples.png").is_file()
+    process = Process(stop_and_be_killed, (replace(config, resume_from_checkpoint="latest"), 4))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (folder / "figures/samples.png").exists()
+    card = (folder / "README.md").read_text()
+    assert "stopped after 4 of 8 steps" in card
+    assert "samples.png" not in card
 
 
 @pytest.mark.slow
