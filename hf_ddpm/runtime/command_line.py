@@ -75,7 +75,9 @@ def exit_code_of(run: Callable[[], int | None]) -> int:
     try:
         with raise_usage_errors():
             return run() or 0
-    except StoppedOnPurpose:
+    except StoppedOnPurpose as stop:
+        if is_main_process():
+            typer.echo(str(stop), err=True)
         return STOPPED
     except typer.Abort:
         return 1

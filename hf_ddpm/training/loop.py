@@ -19,6 +19,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -65,6 +66,7 @@ from hf_ddpm.training.setup import (
     make_accelerator,
     open_run,
     restore_output_dir,
+    restored_process,
 )
 
 MAX_NAMED_IMAGES = 8
@@ -102,7 +104,7 @@ def train(
     Raises:
         UsageError: Settings or data cannot work; nothing was written.
         RunError: Data or numbers went wrong, or the disk is full; the message says how to resume.
-        StoppedOnPurpose: A signal or `max_train_hours` ended the run; a checkpoint was written.
+        StoppedOnPurpose: A signal or `max_train_hours` ended the run; a checkpoint was written. It is a RunError.
     """
     started = time.monotonic()
     check_launch()
@@ -112,6 +114,12 @@ def train(
     check_parts(config, parts)
     if dataset is None:
         check_source(config, config.output_dir)
+    with restored_process():
+        return train_with(config, parts, started)
+
+
+def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipeline | None:
+    """Train a model from what `train` has checked; `started` is the start of the run by `time.monotonic`."""
     accelerator = make_accelerator(config)
     processes = Processes(LONGEST_WAIT)
     if config.overwrite_output_dir and not config.dry_run:
@@ -204,7 +212,7 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             written.
     """
     state = LoopState(run, progress)
-    with open_loader(run, progress, num_steps_left(run, progress)) as loader:
+    with closing(state.bar), open_loader(run, progress, num_steps_left(run, progress)) as loader:
         run.model.train()
         while progress.images < run.total_images:
             is_stopped = partial(stop.is_due, progress.step - state.first.step)
@@ -225,7 +233,6 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             )
             progress, events = do_what_is_due(run, progress, state, result)
             announce(run, progress, state, events)
-    state.bar.close()
     require_finite_end(progress)
     return progress if progress.stream is None else merge_block_starts(run.processes, progress, state.first)
 
@@ -266,7 +273,6 @@ def announce(run: Run, progress: Progress, state: LoopState, events: Sequence[Ev
     try:
         call_callbacks(run.callbacks, run.processes, run, events)
     except RunError as error:
-        state.bar.close()
         progress = count_skipped_steps(run, progress, state)
         _, how_to_resume = save_at_end(run, progress, state)
         raise RunError(f"{error}. The run ends after step {progress.step}; {how_to_resume}") from error
@@ -538,9 +544,8 @@ def end_early(
         has_model = leave_model(run, progress)
     folder = shlex.quote(str(run.output_dir))
     model = f". Its model samples: hf-ddpm sample {folder} --out samples" if has_model else ""
-    print_once(run.processes, f"{reason}: the run ends after step {progress.step}{model}; {how_to_resume}")
     run.accelerator.wait_for_everyone()
-    raise StoppedOnPurpose
+    raise StoppedOnPurpose(f"{reason}: the run ends after step {progress.step}{model}; {how_to_resume}")
 
 
 def save_at_end(run: Run, progress: Progress, state: LoopState) -> tuple[str | None, str]:
