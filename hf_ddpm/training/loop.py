@@ -57,7 +57,16 @@ from hf_ddpm.training.parts import Event, Parts, call_callbacks, check_parts
 from hf_ddpm.training.previews import default_preview_steps, preview_path, save_preview, steps_per_preview, validate
 from hf_ddpm.training.publishing import push_finished, start_push
 from hf_ddpm.training.report import finish_run, leave_model
-from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, describe_start, num_steps_left, print_once, track_values
+from hf_ddpm.training.run import (
+    FINISHES,
+    FREE_SPACE,
+    Run,
+    describe_start,
+    num_steps_left,
+    print_once,
+    send_alert,
+    track_values,
+)
 from hf_ddpm.training.saving import save_model, save_snapshot
 from hf_ddpm.training.setup import (
     LONGEST_WAIT,
@@ -220,7 +229,10 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             if any(run.processes.any([is_stopped(), failure is not None])):
                 end_early(run, progress, state, stop, loader, failure)
             if progress.stream is not None:
+                num_bad_images = progress.num_bad_images
                 progress = advance_stream(progress, micro_batches)
+                if progress.num_bad_images > num_bad_images == state.first.num_bad_images:
+                    send_alert(run, "images are lost", "an unreadable image was met, and left out")
             result = take_step(run, progress, micro_batches)
             state.meter.add([loss for loss, _, _ in result.evaluated], result.is_bad)
             state.unread.append(result)
@@ -372,7 +384,9 @@ def count_skipped_steps(run: Run, progress: Progress, state: LoopState) -> Progr
         in_a_row, began = progress.bad_steps_in_a_row + 1, progress.bad_steps_began
         if in_a_row == 1:
             began = f"step {result.step}: {describe_bad_images(run, result)}"
-            print_once(run.processes, f"a step is skipped, its loss or gradients are not finite: {began}")
+            text = f"a step is skipped, its loss or gradients are not finite: {began}"
+            print_once(run.processes, text)
+            send_alert(run, "a step is skipped", text)
         if in_a_row >= run.config.max_bad_steps:
             saved = f"The last checkpoint is checkpoint-{state.saved_step}"
             raise RunError(
@@ -484,10 +498,9 @@ def checkpoint(run: Run, progress: Progress, state: LoopState, due: Due) -> None
     elif due.is_last:
         raise RunError(f"the last checkpoint could not be written: {problem}. {FREE_SPACE}; {FINISHES}")
     else:
-        print_once(
-            run.processes,
-            f"checkpoint-{progress.step} could not be written, the run continues: {problem}. {FREE_SPACE}",
-        )
+        text = f"checkpoint-{progress.step} could not be written, the run continues: {problem}. {FREE_SPACE}"
+        print_once(run.processes, text)
+        send_alert(run, "a checkpoint could not be written", text)
 
 
 def write_state(run: Run, progress: Progress, state: LoopState) -> str | None:
@@ -530,6 +543,7 @@ def end_early(
     )
     failures = [text for text in explanations if text]
     if failures:
+        send_alert(run, "images are lost", failures[0])
         raise RunError(f"{failures[0]}. The run ends after step {progress.step}; {how_to_resume}") from failure
     reason = next(text for text in run.processes.gather(lambda: stop.reason(1)) if text)
     if problem is not None:

@@ -44,7 +44,7 @@ from hf_ddpm.training.parsing import check_same_run
 from hf_ddpm.training.parts import Parts, check_given_network
 from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
 from hf_ddpm.training.publishing import create_run_repository, repository_of
-from hf_ddpm.training.run import FREE_SPACE, Run, print_once, try_to_track, try_to_write
+from hf_ddpm.training.run import FREE_SPACE, Run, print_once, send_alert, try_to_track, try_to_write
 from hf_ddpm.training.saving import HALFLIFE_PREFIX
 from hf_ddpm.training.trial import network_source, try_run
 from hf_ddpm.training.validation import check_validation_settings, open_validation
@@ -187,6 +187,8 @@ def open_run(run: Run, progress: Progress) -> Iterator[Run]:
         if config.logger is not None:
             cleanup.callback(_finish_trackers, run)
             run = _start_trackers(run, progress)
+            if run.images.num_bad:
+                send_alert(run, "images are lost", f"unreadable images were left out: {run.images.num_bad:,}")
         yield run
 
 
