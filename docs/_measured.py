@@ -44,5 +44,6 @@ def with_links(text: str) -> str:
     linked as a file.
     """
     text = text.replace("](../benchmarks/README.md", f"]({FOLDER}/index.md")
+    text = re.sub(r"\]\(\.\./(examples/\w+\.ipynb)", r"](\1", text)
     text = re.sub(r"\]\(\.\./benchmarks/(\w+)/table\.md", rf"]({FOLDER}/\1.md", text)
     return re.sub(r"\]\((\.\./[^)#\s]+\.md)\)", r"](path:\1)", text)

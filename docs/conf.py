@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -50,9 +51,18 @@ html_show_sphinx = False
 
 
 def setup(app: Sphinx) -> None:
-    """Make what is derived from other files: a page for each measured table, and the table of settings."""
+    """Make what is derived from other files: pages of measured tables and notebooks, and the table of settings."""
     app.connect("builder-inited", lambda _: _measured.write_pages(DOCS))
+    app.connect("builder-inited", _copy_notebooks)
     app.connect("source-read", _fill_page)
+
+
+def _copy_notebooks(_: Sphinx) -> None:
+    """Copy the notebooks to where Sphinx reads them, `docs/examples/`, which git ignores."""
+    shutil.rmtree(DOCS / "examples", ignore_errors=True)
+    (DOCS / "examples").mkdir()
+    for path in sorted((DOCS.parent / "examples").glob("*.ipynb")):
+        shutil.copy2(path, DOCS / "examples")
 
 
 def _fill_page(app: Sphinx, docname: str, source: list[str]) -> None:

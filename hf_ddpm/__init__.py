@@ -12,6 +12,7 @@ from hf_ddpm._version import __version__
 
 if TYPE_CHECKING:
     from hf_ddpm.bound import variational_bound
+    from hf_ddpm.display import plot_metrics, show
     from hf_ddpm.evaluation.evaluate import evaluate
     from hf_ddpm.evaluation.search import search_timesteps
     from hf_ddpm.hub.card import write_card
@@ -36,9 +37,11 @@ __all__ = [
     "__version__",
     "evaluate",
     "load_config",
+    "plot_metrics",
     "push",
     "sample",
     "search_timesteps",
+    "show",
     "train",
     "variational_bound",
     "write_card",
@@ -55,9 +58,11 @@ _PUBLIC = {
     "UsageError": ("hf_ddpm.runtime.errors", "UsageError"),
     "evaluate": ("hf_ddpm.evaluation.evaluate", "evaluate"),
     "load_config": ("hf_ddpm.training.parsing", "load_config"),
+    "plot_metrics": ("hf_ddpm.display", "plot_metrics"),
     "push": ("hf_ddpm.hub.upload", "push"),
     "sample": ("hf_ddpm.sampling.image_set", "write_samples"),
     "search_timesteps": ("hf_ddpm.evaluation.search", "search_timesteps"),
+    "show": ("hf_ddpm.display", "show"),
     "train": ("hf_ddpm.training.loop", "train"),
     "variational_bound": ("hf_ddpm.bound", "variational_bound"),
     "write_card": ("hf_ddpm.hub.card", "write_card"),

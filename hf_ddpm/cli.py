@@ -429,12 +429,13 @@ def push(
 def demo(
     model: Model,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port of http://127.0.0.1.")] = 7860,
+    mcp_server: Annotated[bool, switch("mcp_server", "Serve what the page does to agents, too, as tools.")] = False,
 ) -> None:
     """Open a page that shows a model on this machine."""
     with report_errors():
         from hf_ddpm.hub.space import run_demo
 
-        run_demo(model, port)
+        run_demo(model, port, mcp_server)
 
 
 @app.command(cls=Command)

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+    from hf_ddpm.pipeline import TrajectoryStep
     from hf_ddpm.scheduler import DDPMScheduler
 
 Images: TypeAlias = Sequence[Image.Image]
 
+NUM_STRIP_COLUMNS = 11
 MIN_SIDE = 64  # pixels; smaller images are enlarged
 GRID_PADDING, STRIP_PADDING = 2, 6  # pixels
 STRIP_FONT_SIZE = 14  # pixels
@@ -143,6 +145,31 @@ def strip(
     for i, label in enumerate(row_labels or ()):
         draw.text((left - 2 * STRIP_PADDING, top + i * row_height + height / 2), label, _INK, font, anchor="rm")
     return sheet
+
+
+def reverse_strip(
+    steps: Sequence[TrajectoryStep], images: Tensor | None = None, max_images: int | None = None
+) -> Image.Image:
+    """Return the reverse chain as a strip: two rows for each image, x_t and below it x_0_hat, under the timesteps.
+
+    Args:
+        steps: At least one step of sampling.
+        images: What the chain ends at, (B, C, H, W) in [-1, 1], as a last column; None: no such column.
+        max_images: How many of the B images are shown at most; None: all.
+    """
+    rows, names = [], []
+    for i in range(len(steps[0].x_t))[:max_images]:
+        end = [] if images is None else [images[i]]
+        for states in ([step.x_t[i] for step in steps], [step.x_0_hat[i] for step in steps]):
+            rows.append(to_pil(torch.stack([*states, *end]) / 2 + 0.5))
+        names += ["x_t", "x_0_hat"]
+    return strip(rows, [f"t = {step.timestep}" for step in steps] + ([] if images is None else ["image"]), names)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return at most `count` whole numbers from 0 to total - 1, evenly spaced."""
+    count = min(count, total)
+    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
 
 
 @torch.no_grad()
@@ -259,34 +286,74 @@ def draw_curves(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    series = [_drawable(curve, log_x, log_y) for curve in curves]
     # What the user's own matplotlibrc says would change the picture from machine to machine.
     with style.context("default"):
         figure = Figure(PLOT_SIZE, PLOT_DPI, layout="constrained")
         axes: Axes = figure.subplots()
         axes.set_title(title)
         axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        _set_axis(axes, "x", [x for x, _, _ in series], log_x, margin=0.02)
-        heights = [values for _, y, error in series for values in (y, y + error)]
-        if not log_y:  # On a logarithmic axis, a band that comes near 0 would take all the room.
-            heights += [y - error for _, y, error in series]
-        if level is not None:
-            heights.append(np.array([level.value]))
-        _set_axis(axes, "y", heights, log_y, margin=0.05, with_zero=y_from_zero)
-        axes.grid(color="#E6E6E6")
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        has_band = _draw_lines(axes, curves, series, level)
-        if len(axes.get_legend_handles_labels()[1]) > 1 or has_band:
+        needs_legend = plot_curves(axes, curves, y_label, log_x, log_y, y_from_zero, level)
+        if needs_legend:
             _add_legend(figure, axes)
-        if not any(len(x) for x, _, _ in series):
-            axes.text(0.5, 0.5, "no finite values", ha="center", va="center", transform=axes.transAxes)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()  # once; savefig draws twice
         picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     picture.save(path, "PNG", dpi=(PLOT_DPI, PLOT_DPI))
+
+
+def plot_curves(
+    axes: Axes,
+    curves: Sequence[Curve],
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    y_from_zero: bool = False,
+    level: Level | None = None,
+) -> bool:
+    """Draw curves as `draw_curves` does, on axes that somebody else has made.
+
+    Returns:
+        Whether they need a legend: there are two labels, or a band.
+
+    Raises:
+        ValueError: When a curve has not as many x as y.
+    """
+    series = [_drawable(curve, log_x, log_y) for curve in curves]
+    axes.set_ylabel(y_label)
+    _set_axis(axes, "x", [x for x, _, _ in series], log_x, margin=0.02)
+    heights = [values for _, y, error in series for values in (y, y + error)]
+    if not log_y:  # On a logarithmic axis, a band that comes near 0 would take all the room.
+        heights += [y - error for _, y, error in series]
+    if level is not None:
+        heights.append(np.array([level.value]))
+    _set_axis(axes, "y", heights, log_y, margin=0.05, with_zero=y_from_zero)
+    axes.grid(color="#E6E6E6")
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    has_band = _draw_lines(axes, curves, series, level)
+    if not any(len(x) for x, _, _ in series):
+        axes.text(0.5, 0.5, "no finite values", ha="center", va="center", transform=axes.transAxes)
+    return has_band or len(axes.get_legend_handles_labels()[1]) > 1
+
+
+def loss_curves(records: Sequence[dict[str, Any]]) -> list[Curve]:
+    """Return logged losses and their centered geometric mean, which lies in their middle on a logarithmic axis.
+
+    Args:
+        records: The lines of metrics.jsonl.
+    """
+    records = [record for record in records if record["loss"] is not None]
+    steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
+    half = len(losses) // 40
+    if not half or min(losses) <= 0:
+        return [Curve("loss as logged", steps, losses)]
+    window = 2 * half + 1
+    means = np.exp(np.convolve(np.log(losses), np.full(window, 1 / window), mode="valid"))
+    return [
+        Curve("loss as logged", steps, losses, is_background=True),
+        Curve(f"geometric mean of {window} values, centered", steps[half:-half], means),
+    ]
 
 
 _Series: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]

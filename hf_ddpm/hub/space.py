@@ -39,18 +39,22 @@ CPU_ONLY = "--extra-index-url https://download.pytorch.org/whl/cpu"
 FILES = ("app.py", "requirements.txt", "README.md", "hf_ddpm/*")
 
 
-def run_demo(model: str, port: int = 7860) -> None:
+def run_demo(model: str, port: int = 7860, mcp_server: bool = False) -> None:
     """Serve the page of a model on this machine until it is interrupted.
 
     Args:
         model: A folder that holds a pipeline, or a Hub id.
         port: The port of http://127.0.0.1.
+        mcp_server: Whether agents find what the page does as tools, by the Model Context Protocol.
 
     Raises:
-        UsageError: When gradio is not installed, the folder holds no model, or the port is taken.
+        UsageError: When gradio or what it needs for `mcp_server` is not installed, the folder holds no model, or the
+            port is taken.
         OSError: When the Hub has no such model.
     """
     _check_gradio()
+    if mcp_server and find_spec("mcp") is None:
+        raise UsageError('mcp_server needs the package mcp, which is not installed: pip install "gradio[mcp]"')
     folder = local_folder(model)
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that has just been closed
@@ -64,8 +68,11 @@ def run_demo(model: str, port: int = 7860) -> None:
         GRADIO_SERVER_PORT=str(port),
         GRADIO_NUM_PORTS="1",  # else it tries the 99 after it
         GRADIO_ANALYTICS_ENABLED="False",
+        GRADIO_MCP_SERVER=str(mcp_server),
     )
     print(f"The page of {model} is made: gradio, torch and the model are loaded first. Ctrl-C ends it.", flush=True)
+    if mcp_server:
+        print(f"Agents will find its tools at http://127.0.0.1:{port}/gradio_api/mcp/", flush=True)
     runpy.run_path(str(APP), run_name="__main__")
 
 

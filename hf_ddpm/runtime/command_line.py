@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
@@ -75,7 +75,10 @@ def exit_code_of(run: Callable[[], int | None]) -> int:
     try:
         with raise_usage_errors():
             return run() or 0
-    except StoppedOnPurpose:
+    except StoppedOnPurpose as stop:
+        if is_main_process():
+            with suppress(OSError):  # whoever read it may be gone, which is why the run was stopped
+                typer.echo(str(stop), err=True)
         return STOPPED
     except typer.Abort:
         return 1

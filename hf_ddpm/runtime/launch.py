@@ -22,14 +22,12 @@ from typing import Any
 
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage
-from hf_ddpm.runtime.signals import LAUNCHER_ENDED, STOPPED, noted_signals
+from hf_ddpm.runtime.signals import LAUNCHER_ENDED, LAUNCHER_VARIABLES, STOPPED, noted_signals
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What launchers tell a process about its place among several.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MPI_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-# What `accelerate launch` tells every process, and torchrun too.
-LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 # How threads of OpenMP wait: of the standard, of GNU's library and of Intel's.
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 TOKEN_FLAG = "__hub_token"  # with hyphens as underscores

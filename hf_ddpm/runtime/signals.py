@@ -1,7 +1,8 @@
 """A run that is asked to end: by a signal, by the loss of whoever reads its output, or by its time being up.
 
 first of SIGNALS      The step is finished and a checkpoint written; the exit code is STOPPED.
-second                The process ends at once, as the signal does by default.
+second                The process ends at once, as the signal does by default. In a notebook, whose process is to live
+                      on, a second SIGINT raises KeyboardInterrupt.
 LAUNCHER_ENDED        It counts as a first signal, never as a second.
 SIGHUP under nohup    It stays ignored.
 """
@@ -18,19 +19,20 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from hf_ddpm.runtime.errors import RunError
+
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 # torchrun passes signals on to its workers, which a terminal or scheduler may have sent to all processes already.
 SAME_SECONDS = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+# What `accelerate launch` tells every process, and torchrun too.
+LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 # The signal that `launch.exit_with_launcher` asks the kernel for.
 LAUNCHER_ENDED = getattr(signal, "SIGRTMIN", None)
 
 
-class StoppedOnPurpose(SystemExit):
-    """The end of a run that was asked to end: the exit code is STOPPED, and a checkpoint was written."""
-
-    def __init__(self) -> None:
-        super().__init__(STOPPED)
+class StoppedOnPurpose(RunError):
+    """The end of a run that was asked to end; a checkpoint was written. A command then ends with the code STOPPED."""
 
 
 def noted_signals() -> list[signal.Signals]:
@@ -65,8 +67,10 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # What is left to do after the steps is not worth ending for the end of the launcher.
+        is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
         for number, handler in self.handlers.items():
-            signal.signal(number, signal.SIG_IGN if number == LAUNCHER_ENDED else handler)
+            signal.signal(number, signal.SIG_IGN if number == LAUNCHER_ENDED and is_launched else handler)
         if self.streams is not None:
             sys.stdout, sys.stderr = self.streams
 
@@ -89,7 +93,8 @@ class StopRequest:
             name = "the end of the launcher" if number == LAUNCHER_ENDED else signal.Signals(number).name
             self.signal_reason, self.signal_time = f"{name} was noticed", time.monotonic()
         elif number != LAUNCHER_ENDED and time.monotonic() > self.signal_time + SAME_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
+            is_interactive = number == signal.SIGINT and hasattr(sys, "ps1")  # as in a notebook
+            signal.signal(number, (is_interactive and self.handlers[number]) or signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def _note_lost_reader(self) -> None:

@@ -19,6 +19,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -56,7 +57,16 @@ from hf_ddpm.training.parts import Event, Parts, call_callbacks, check_parts
 from hf_ddpm.training.previews import default_preview_steps, preview_path, save_preview, steps_per_preview, validate
 from hf_ddpm.training.publishing import push_finished, start_push
 from hf_ddpm.training.report import finish_run, leave_model
-from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, describe_start, num_steps_left, print_once, track_values
+from hf_ddpm.training.run import (
+    FINISHES,
+    FREE_SPACE,
+    Run,
+    describe_start,
+    num_steps_left,
+    print_once,
+    send_alert,
+    track_values,
+)
 from hf_ddpm.training.saving import save_model, save_snapshot
 from hf_ddpm.training.setup import (
     LONGEST_WAIT,
@@ -65,6 +75,7 @@ from hf_ddpm.training.setup import (
     make_accelerator,
     open_run,
     restore_output_dir,
+    restored_process,
 )
 
 MAX_NAMED_IMAGES = 3
@@ -108,7 +119,7 @@ def train(
     Raises:
         UsageError: Settings or data cannot work; nothing was written.
         RunError: Data or numbers went wrong, or the disk is full; the message says how to resume.
-        StoppedOnPurpose: A signal or `max_train_hours` ended the run; a checkpoint was written.
+        StoppedOnPurpose: A signal or `max_train_hours` ended the run; a checkpoint was written. It is a RunError.
     """
     started = time.monotonic()
     check_launch()
@@ -118,6 +129,12 @@ def train(
     check_parts(config, parts)
     if dataset is None:
         check_source(config, config.output_dir)
+    with restored_process():
+        return train_with(config, parts, started)
+
+
+def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipeline | None:
+    """Train a model from what `train` has checked; `started` is the start of the run by `time.monotonic`."""
     accelerator = make_accelerator(config)
     processes = Processes(LONGEST_WAIT)
     if config.overwrite_output_dir and not config.dry_run:
@@ -210,7 +227,7 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             written.
     """
     state = LoopState(run, progress)
-    with open_loader(run, progress, num_steps_left(run, progress)) as loader:
+    with closing(state.bar), open_loader(run, progress, num_steps_left(run, progress)) as loader:
         run.model.train()
         while progress.images < run.total_images:
             is_stopped = partial(stop.is_due, progress.step - state.first.step)
@@ -218,7 +235,10 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             if any(run.processes.any([is_stopped(), failure is not None])):
                 end_early(run, progress, state, stop, loader, failure)
             if progress.stream is not None:
+                num_bad_images = progress.num_bad_images
                 progress = advance_stream(progress, micro_batches)
+                if progress.num_bad_images > num_bad_images == state.first.num_bad_images:
+                    send_alert(run, "images are lost", "an unreadable image was met, and left out")
             result = take_step(run, progress, micro_batches)
             state.meter.add([loss for loss, _, _ in result.evaluated], result.is_bad)
             state.unread.append(result)
@@ -231,7 +251,6 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             )
             progress, events = do_what_is_due(run, progress, state, result)
             announce(run, progress, state, events)
-    state.bar.close()
     require_finite_end(progress)
     return progress if progress.stream is None else merge_block_starts(run.processes, progress, state.first)
 
@@ -272,7 +291,6 @@ def announce(run: Run, progress: Progress, state: LoopState, events: Sequence[Ev
     try:
         call_callbacks(run.callbacks, run.processes, run, events)
     except RunError as error:
-        state.bar.close()
         progress = count_skipped_steps(run, progress, state)
         _, how_to_resume = save_at_end(run, progress, state)
         raise RunError(f"{error}. The run ends after step {progress.step}; {how_to_resume}") from error
@@ -372,7 +390,9 @@ def count_skipped_steps(run: Run, progress: Progress, state: LoopState) -> Progr
         in_a_row, began = progress.bad_steps_in_a_row + 1, progress.bad_steps_began
         if in_a_row == 1:
             began = f"step {result.step}: {describe_bad_images(run, result)}"
-            print_once(run.processes, f"a step is skipped, its loss or gradients are not finite: {began}")
+            text = f"a step is skipped, its loss or gradients are not finite: {began}"
+            print_once(run.processes, text)
+            send_alert(run, "a step is skipped", text)
         if in_a_row >= run.config.max_bad_steps:
             saved = f"The last checkpoint is checkpoint-{state.saved_step}"
             raise RunError(
@@ -484,10 +504,9 @@ def checkpoint(run: Run, progress: Progress, state: LoopState, due: Due) -> None
     elif due.is_last:
         raise RunError(f"the last checkpoint could not be written: {problem}. {FREE_SPACE}; {FINISHES}")
     else:
-        print_once(
-            run.processes,
-            f"checkpoint-{progress.step} could not be written, the run continues: {problem}. {FREE_SPACE}",
-        )
+        text = f"checkpoint-{progress.step} could not be written, the run continues: {problem}. {FREE_SPACE}"
+        print_once(run.processes, text)
+        send_alert(run, "a checkpoint could not be written", text)
 
 
 def write_state(run: Run, progress: Progress, state: LoopState) -> str | None:
@@ -530,6 +549,7 @@ def end_early(
     )
     failures = [text for text in explanations if text]
     if failures:
+        send_alert(run, "images are lost", failures[0])
         raise RunError(f"{failures[0]}. The run ends after step {progress.step}; {how_to_resume}") from failure
     reason = next(text for text in run.processes.gather(lambda: stop.reason(1)) if text)
     if problem is not None:
@@ -551,9 +571,8 @@ def end_early(
         has_model = leave_model(run, progress)
     folder = shlex.quote(str(run.output_dir))
     model = f". Its model samples: hf-ddpm sample {folder} --out samples" if has_model else ""
-    print_once(run.processes, f"{reason}: the run ends after step {progress.step}{model}; {how_to_resume}")
     run.accelerator.wait_for_everyone()
-    raise StoppedOnPurpose
+    raise StoppedOnPurpose(f"{reason}: the run ends after step {progress.step}{model}; {how_to_resume}")
 
 
 def save_at_end(run: Run, progress: Progress, state: LoopState) -> tuple[str | None, str]:

@@ -155,6 +155,10 @@ def _save_best(run: Run, record: dict[str, Any]) -> None:
 
 
 def _track_sheet(tracker: Any, sheet: Image.Image, step: int) -> None:
-    if hasattr(tracker, "log_images"):
+    if tracker.name == "trackio":  # of which Accelerate tracks no images
+        import trackio  # pyright: ignore[reportMissingImports]
+
+        tracker.log({"samples": trackio.Image(sheet.convert("RGB"))}, step=step)
+    elif hasattr(tracker, "log_images"):
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": np.asarray(sheet.convert("RGB"))[None]}, step=step, **layout)

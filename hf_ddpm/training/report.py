@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -32,7 +31,6 @@ from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, num_steps_left, prin
 from hf_ddpm.training.saving import averaged_unet, save_models
 from hf_ddpm.training.validation import draw_validation_curves
 
-NUM_STRIP_COLUMNS = 11
 NUM_GIF_FRAMES = 60
 CHAIN_SIZE = 2  # images
 # The reverse chain takes less time than this share of the run's steps, or than so many steps, whichever is more.
@@ -203,20 +201,10 @@ def _draw_figures(run: Run, progress: Progress, pipeline: DDPMPipeline) -> None:
 
 
 def _draw_loss(output_dir: Path) -> None:
-    """Draw the logged losses and their centered geometric mean, which lies in their middle on a logarithmic axis."""
-    records = [r for r in read_metrics(output_dir / "metrics.jsonl") if r["loss"] is not None]
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    curves = [figures.Curve("loss as logged", steps, losses, is_background=True)]
-    half = len(losses) // 40
-    window = 2 * half + 1
-    if half and min(losses) > 0:
-        means = np.exp(np.convolve(np.log(losses), np.full(window, 1 / window), mode="valid"))
-        curves.append(figures.Curve(f"geometric mean of {window} values, centered", steps[half:-half], means))
-    else:
-        curves[0] = figures.Curve("loss as logged", steps, losses)
+    """Draw the logged losses and their mean."""
     figures.draw_curves(
         output_dir / "figures" / "loss.png",
-        curves,
+        figures.loss_curves(read_metrics(output_dir / "metrics.jsonl")),
         title="Training loss",
         x_label="optimizer step",
         y_label="loss\n(lower is better)",
@@ -231,7 +219,7 @@ def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
     planes = center_crop(images.image(0), side)
     pixels = torch.from_numpy(planes.astype("int32" if planes.dtype.kind == "u" else planes.dtype))
     x_0 = to_x_0(pixels, images.max_value)
-    timesteps = _spread(len(scheduler), NUM_STRIP_COLUMNS - 1)
+    timesteps = figures.spread(len(scheduler), figures.NUM_STRIP_COLUMNS - 1)
     chain = figures.forward_chain(x_0, scheduler, [-1, *timesteps], torch.Generator().manual_seed(0))
     labels = ["x_0", *(f"t = {t}" for t in timesteps)]
     figures.strip([figures.to_pil(chain / 2 + 0.5)], labels).save(run.output_dir / "figures" / "forward.png")
@@ -239,13 +227,13 @@ def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
 
 def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline, total: int) -> None:
     """Draw samples that emerge in `total` steps: x_t and x_0_hat as a strip, x_t as an animation."""
-    columns = [total - 1 - t for t in reversed(_spread(total, NUM_STRIP_COLUMNS - 1))]
-    frames = sorted({*_spread(total, NUM_GIF_FRAMES), *columns})
+    columns = [total - 1 - t for t in reversed(figures.spread(total, figures.NUM_STRIP_COLUMNS - 1))]
+    frames = sorted({*figures.spread(total, NUM_GIF_FRAMES), *columns})
     pipeline.set_progress_bar_config(desc="reverse chain", leave=False)
     final, trajectory = pipeline(
         batch_size=CHAIN_SIZE,
         generator=seeded_generators(range(CHAIN_SIZE), pipeline.device),
-        timesteps=_spread(len(pipeline.scheduler), total)[::-1],
+        timesteps=figures.spread(len(pipeline.scheduler), total)[::-1],
         output_type="pt",
         class_labels=classes_in_turn(run.images.num_classes, range(CHAIN_SIZE)),
         trajectory=frames,
@@ -254,19 +242,8 @@ def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline, total: int) -> None:
     pipeline.set_progress_bar_config()  # `train` returns this pipeline
     final = 2 * final.cpu() - 1
     steps = dict(zip(frames, trajectory, strict=True))
-    rows, names = [], []
-    for i in range(CHAIN_SIZE):
-        for states in ([steps[k].x_t[i] for k in columns], [steps[k].x_0_hat[i] for k in columns]):
-            rows.append(figures.to_pil(torch.stack([*states, final[i]]) / 2 + 0.5))
-        names += ["x_t", "x_0_hat"]
-    column_labels = [*(f"t = {steps[k].timestep}" for k in columns), "image"]
-    figures.strip(rows, column_labels, names).save(run.output_dir / "figures" / "reverse.png")
+    strip = figures.reverse_strip([steps[k] for k in columns], final)
+    strip.save(run.output_dir / "figures" / "reverse.png")
     states = [*(step.x_t for step in steps.values()), final]
     pictures = [figures.grid(figures.to_pil(x / 2 + 0.5), columns=CHAIN_SIZE) for x in states]
     figures.chain_gif(pictures, run.output_dir / "figures" / "reverse.gif")
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """Return at most `count` whole numbers from 0 to total - 1, evenly spaced."""
-    count = min(count, total)
-    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]

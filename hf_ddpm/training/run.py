@@ -130,7 +130,9 @@ def try_to_write(run: Run, write: Callable[[], Any]) -> bool:
         write()
         return True
     except (OSError, SafetensorError) as error:
-        print_once(run.processes, f"a file could not be written, the run continues: {error}. {FREE_SPACE}")
+        text = f"a file could not be written, the run continues: {error}. {FREE_SPACE}"
+        print_once(run.processes, text)
+        send_alert(run, "a file could not be written", text)
         return False
 
 
@@ -140,6 +142,13 @@ def try_to_track(run: Run, track: Callable[[], None]) -> None:
         track()
     except Exception as error:
         print_once(run.processes, f"a tracker failed, the run continues: {in_one_line(error, with_type=True)}")
+
+
+def send_alert(run: Run, title: str, text: str) -> None:
+    """Send an alert to the trackers that have alerts, as Trackio has; the dashboard shows it, or a webhook."""
+    for tracker in run.trackers:
+        if tracker.name == "trackio":
+            try_to_track(run, lambda tracker=tracker: tracker.tracker.alert(title, text))
 
 
 def track_values(run: Run, values: dict[str, Any], step: int) -> None:

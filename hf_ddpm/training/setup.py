@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
@@ -44,13 +44,16 @@ from hf_ddpm.training.parsing import check_same_run
 from hf_ddpm.training.parts import Parts, check_given_network
 from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
 from hf_ddpm.training.publishing import create_run_repository, repository_of
-from hf_ddpm.training.run import FREE_SPACE, Run, print_once, try_to_track, try_to_write
+from hf_ddpm.training.run import FREE_SPACE, Run, print_once, send_alert, try_to_track, try_to_write
 from hf_ddpm.training.saving import HALFLIFE_PREFIX
 from hf_ddpm.training.trial import network_source, try_run
 from hf_ddpm.training.validation import check_validation_settings, open_validation
 
 # The longest that processes wait while one of them decodes the images, or writes the report.
 LONGEST_WAIT = timedelta(hours=2)
+
+# What Accelerate keeps for the whole process beside the devices and their processes.
+_ACCELERATE_STATES = (AcceleratorState, GradientState)
 
 Images = ImageCache | ImageStream | GivenImages
 
@@ -72,10 +75,27 @@ class _Start:
     num_steps: int
 
 
+@contextmanager
+def restored_process() -> Iterator[None]:
+    """Leave the process as it was, however a `with` block ends: Accelerate's state, torch's number of threads.
+
+    A notebook goes on after a run, also after one that failed. Its next run may ask for another precision, as may an
+    `Accelerator` of the user's own, and one that the user has made before still works.
+    """
+    states, num_threads = [dict(kind._shared_state) for kind in _ACCELERATE_STATES], torch.get_num_threads()
+    try:
+        yield
+    finally:
+        for kind, state in zip(_ACCELERATE_STATES, states, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
+        torch.set_num_threads(num_threads)
+
+
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Make Accelerate's view of this process; it writes nothing."""
-    # A second run in one process, of a notebook, may ask for another precision.
-    AcceleratorState._reset_state()
+    """Make Accelerate's view of this process, whatever the process did with Accelerate before; it writes nothing."""
+    for kind in _ACCELERATE_STATES:
+        kind._reset_state()
     logging_dir = str(Path(config.output_dir) / config.logging_dir)
     return Accelerator(
         mixed_precision=config.mixed_precision,
@@ -165,7 +185,10 @@ def open_run(run: Run, progress: Progress) -> Iterator[Run]:
             cleanup.callback(pusher.close, seconds=0)
             run = replace(run, pusher=pusher)
         if config.logger is not None:
+            cleanup.callback(_finish_trackers, run)
             run = _start_trackers(run, progress)
+            if run.images.num_bad:
+                send_alert(run, "images are lost", f"unreadable images were left out: {run.images.num_bad:,}")
         yield run
 
 
@@ -194,8 +217,8 @@ def end_processes(run: Run) -> None:
     """Wait for all processes, then end the trackers and the process group."""
     # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
     run.accelerator.wait_for_everyone()
-    try_to_track(run, run.accelerator.end_training)
-    run.accelerator.state.destroy_process_group()  # a tracker that fails leaves it undone
+    _finish_trackers(run)
+    run.accelerator.state.destroy_process_group()
 
 
 def make_scheduler(config: TrainingConfig) -> DDPMScheduler:
@@ -545,6 +568,13 @@ def _start_trackers(run: Run, progress: Progress) -> Run:
         reason = in_one_line(error, with_type=True)
         raise UsageError(f"logger must be able to start, got {config.logger!r}: {reason}") from error
     return replace(run, trackers=tuple(accelerator.trackers) if run.is_main else ())
+
+
+def _finish_trackers(run: Run) -> None:
+    """Finish the trackers of a run that did not end by `end_processes`, so that a next one gets its own."""
+    trackers, run.accelerator.trackers = run.accelerator.trackers, []
+    for tracker in trackers:
+        try_to_track(run, tracker.finish)
 
 
 def _tracked_settings(config: TrainingConfig) -> dict[str, Any]:

@@ -249,3 +249,11 @@ app({["train", "--output_dir", str(tmp_path / "run")]!r})
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "")
     assert json.dumps([path.name for path in tmp_path.iterdir()]) == "[]"
+
+
+def test_demo_for_agents_says_what_is_not_installed(monkeypatch):
+    pytest.importorskip("gradio", reason='needs pip install "hf_ddpm[demo]"')
+    monkeypatch.setitem(sys.modules, "mcp", None)
+    result = CliRunner().invoke(app, ["demo", "model", "--mcp_server"])
+    assert result.exit_code == 2
+    assert 'mcp_server needs the package mcp, which is not installed: pip install "gradio[mcp]"' in result.output

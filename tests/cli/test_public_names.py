@@ -23,9 +23,11 @@ CLASSES = {
 FUNCTIONS = {
     "evaluate",
     "load_config",
+    "plot_metrics",
     "push",
     "sample",
     "search_timesteps",
+    "show",
     "train",
     "variational_bound",
     "write_card",

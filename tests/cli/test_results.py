@@ -105,7 +105,7 @@ def test_info_names_versions_and_devices():
         (UsageError("a setting"), 2, "error: a setting\n"),
         (RunError("the run ended"), 1, "error: the run ended\n"),
         (PushError("the Hub"), 1, "error: the Hub\n"),
-        (StoppedOnPurpose(), 75, ""),
+        (StoppedOnPurpose("the run is stopped"), 75, "the run is stopped\n"),
     ],
 )
 def test_exit_code_and_line_of_error(error, code, text, capsys):

@@ -45,13 +45,13 @@ def work():
     if action == "usage":
         raise UsageError("a setting")
     if action == "stop":
-        raise StoppedOnPurpose
+        raise StoppedOnPurpose("asked")
     if action == "signal":
         with StopRequest(None, 0.0) as stop:
             os.write(1, b"listening\\n")  # at once: several write to one pipe
             while stop.reason(0) is None:
                 time.sleep(0.05)
-        raise StoppedOnPurpose
+        raise StoppedOnPurpose("asked")
 
 sys.exit(report_outcome(exit_code_of(work)))
 """

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.run_files import checkpoint_names
+from hf_ddpm.runtime.signals import STOPPED, StoppedOnPurpose
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from tests.support.forks import Process, write_output_to
@@ -118,6 +119,10 @@ def child(  # noqa: C901
         register_module_forward_hook(spoil)
     try:
         train(config)
+    except StoppedOnPurpose as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        sys.exit(STOPPED)
     except (UsageError, RunError) as error:
         sys.exit(f"error: {error}")
 

@@ -97,6 +97,19 @@ def test_citation_names_the_version():
     assert citation["version"] == __version__
 
 
+def test_script_says_what_a_job_of_the_hub_needs():
+    """The header of PEP 723, found as the PEP says, with the table that `hf jobs uv run` reads."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    script = (ROOT / "train_accelerate.py").read_text(encoding="utf-8")
+    (block,) = re.finditer(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", script)
+    header = tomllib.loads("".join(re.sub(r"(?m)^# ?", "", block["content"])))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert block["type"] == "script"
+    assert header["requires-python"] == project["requires-python"]
+    assert header["dependencies"] == [project["name"]]
+    assert header["tool"]["hf-jobs"] == {"flavor": "t4-small", "timeout": "2h", "secrets": ["HF_TOKEN"]}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a script of bash")
 def test_large_files_are_refused(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
