@@ -26,7 +26,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]  # MyST-NB writes the second beside the first
 nitpicky = False
 
 # Markdown. Equations stand between dollars; headings are targets of links.
