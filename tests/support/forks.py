@@ -46,6 +46,7 @@ def mother_of_processes() -> Iterator[None]:
         try:
             _mother.close()
             _forget_pytest()
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup lets be ignored
             gc.freeze()  # else each process visits, and so copies, all that it has in common with this one
             _serve(there)
         finally:

@@ -43,6 +43,15 @@ def state_of_the_process() -> dict:
     }
 
 
+@pytest.fixture(autouse=True)
+def process_of_a_notebook():
+    """Let Ctrl-C interrupt, which a shell lets jobs in its background ignore, and forget what other tests began."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    AcceleratorState._reset_state()
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("callback", "error", "message"),
