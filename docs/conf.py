@@ -27,7 +27,6 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build", "jupyter_execute"]  # MyST-NB writes the second beside the first
-nitpicky = False
 
 # Markdown. Equations stand between dollars; headings are targets of links.
 myst_enable_extensions = ["dollarmath"]

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -138,9 +139,8 @@ class Output:
             return
         self.note_lost_reader()
         # What follows is written to nothing, also by other writers and when the process ends.
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, self.stream.fileno())
-        os.close(nothing)
+        with suppress(OSError), open(os.devnull, "w") as nothing:  # the stream of a notebook has no number
+            os.dup2(nothing.fileno(), self.stream.fileno())
 
 
 def leave_signals_to_parent(_: int) -> None:

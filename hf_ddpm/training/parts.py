@@ -106,7 +106,8 @@ def check_given_network(network: Any, config: TrainingConfig, images: Any) -> No
             shape = tuple(network(x_t.to(network.device), t.to(network.device), **conditions).sample.shape)
     except Exception as error:  # the network is the user's code
         raise UsageError(f"the network must take x_t and t, got {in_one_line(error, with_type=True)}") from error
-    network.train(mode)
+    finally:
+        network.train(mode)
     if shape != (2, channels, wanted, wanted):
         raise UsageError(f"the network must give {(2, channels, wanted, wanted)} for two images, got {shape}")
 
