@@ -22,6 +22,7 @@ from hf_ddpm.runtime.command_line import (
     option,
     report_errors,
     say,
+    say_loading,
     split_commas,
     split_numbers,
     switch,
@@ -96,6 +97,7 @@ def train(
 
     settings = config_from_flags(flags, config, recipe)
     check_source(settings, settings.output_dir)
+    say_loading()
     code = start_processes(settings.hub_token)
     if code is not None:
         raise typer.Exit(code)
@@ -291,6 +293,7 @@ def reference(
     """Measure a data set to compare samples with."""
     with report_errors():
         config = _data_config({**flags, "dataset_name": dataset})
+        say_loading()
         from hf_ddpm.evaluation.features import load_network
         from hf_ddpm.evaluation.statistics import check_new_reference, make_reference
 
@@ -343,6 +346,7 @@ def schedule(
 
         check_search(numbers, split_commas(scheduler))
         # torch is loaded here, so that a wrong number is answered before.
+        say_loading()
         from hf_ddpm.evaluation.search import search_and_keep
 
         found = search_and_keep(
@@ -500,6 +504,7 @@ def _join_launcher() -> None:
         from hf_ddpm.runtime.processes import share_cores
 
         share_cores()
+    say_loading()
 
 
 def _data_config(flags: Mapping[str, Any]) -> DataConfig:

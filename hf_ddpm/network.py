@@ -14,11 +14,13 @@ is normalized alone and loses its mean and scale.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -134,23 +136,28 @@ def try_network(
     else:
         settings = _load_config(model_config, source)
         _check_fit(settings, variance_type, channels, resolution, source)
+    with _naming_config(source):
+        return _try_settings(json.dumps(settings, sort_keys=True))
+
+
+@cache
+def _try_settings(settings: str) -> Trial:
+    """Pass an image through the network of a config, as JSON. Runs in one process often have the same network."""
     largest = 0
 
     def note(_: Any, __: Any, output: Any) -> None:
         nonlocal largest
         largest = max(largest, output.numel() if isinstance(output, Tensor) else 0)
 
-    with _naming_config(source), torch.no_grad():
-        with torch.device("meta"):
-            unet: Any = UNet2DModel.from_config(settings)
-        hooks = [module.register_forward_hook(note) for module in unet.modules()]
+    with torch.device("meta"), torch.no_grad():
+        unet: Any = UNet2DModel.from_config(json.loads(settings))
+        for module in unet.modules():
+            module.register_forward_hook(note)
         config = unet.config
         size = config.sample_size
-        x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size), device="meta")
-        t = torch.zeros(1, dtype=torch.int64, device="meta")
+        x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size))
+        t = torch.zeros(1, dtype=torch.int64)
         unet(x_t, t, **({} if config.num_class_embeds is None else {"class_labels": t}))
-        for hook in hooks:
-            hook.remove()
     return Trial(sum(p.numel() for p in unet.parameters()), largest, config.in_channels, max(x_t.shape[2:]))
 
 

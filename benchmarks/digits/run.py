@@ -10,13 +10,14 @@ its model, 1,000 samples in 20 steps are compared with the digits, all in pixels
 
 So that a model that repeats its training images does not look good, the same settings also train on 1,200 of the
 digits, and the share of samples is given that are nearer to one of these than the nearest 5 % of the 597 held-out
-digits are. Appends a line to `rows.jsonl` for each pair of runs, and writes `table.md`.
+digits are. Appends a line to `rows.jsonl` for each pair of runs. Writes `table.md`, and `loss.png` of the first run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,7 @@ def main() -> None:
         command = [sys.executable, "-m", "hf_ddpm", "train", "--output_dir", str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - started
+        shutil.copyfile(out / "figures" / "loss.png", FOLDER / "loss.png")
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
         kept, held_out = pixels[order[:NUM_TRAIN]], pixels[order[NUM_TRAIN:]]
         few, images = Path(folder) / "few", Path(folder) / "images"

@@ -4,8 +4,7 @@
         --output_dir runs/fashion
     python -m benchmarks.evaluation.run runs/fashion
 
-Writes `table.md`, `steps.png`, `bound.png` and `memorization.png` from what `hf-ddpm evaluate` wrote into the folder
-of the run.
+Writes `table.md`, `steps.png` and `memorization.png` from what `hf-ddpm evaluate` wrote into the folder of the run.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def write(run: Path, folder: Path) -> None:
     commands = dict.fromkeys(row["command"] for row in rows)
     text += "\n\n```\n" + "\n".join(commands) + "\n```\n"
     (folder / "table.md").write_text(text)
-    for name in ("steps.png", "bound.png", "memorization.png"):
+    for name in ("steps.png", "memorization.png"):
         shutil.copy(run / "figures" / name, folder / name)
     print(text)
 

@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     run, target = parser.parse_args().run, Path(__file__).parent
-    for name in ("samples.png", "forward.png", "reverse.png", "reverse.gif", "loss.png"):
+    for name in ("samples.png", "forward.png", "reverse.png", "reverse.gif"):
         shutil.copyfile(run / "figures" / name, target / name)
     shutil.copyfile(run / "run.json", target / "run.json")
 

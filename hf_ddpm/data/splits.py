@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.image_folder import split_kind
 from hf_ddpm.data.sources import SPLIT_NAME, Source, find_source, open_dataset
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
@@ -44,6 +45,21 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
             open_dataset(config, split, option).save_to_disk(saved)
             whole: dict[str, Any] = {"dataset_config_name": None, "train_split": None, "cache_dir": temporary}
             yield load_images(replace(config, dataset_name=str(saved), **whole))
+
+
+def describe_split(config: DataConfig, split: str, images: ImageCache) -> list[str]:
+    """Return what was read of a split, and what was not.
+
+    Args:
+        config: The settings of the data.
+        split: The name of the split.
+        images: What `open_split` provides for it.
+    """
+    source = find_source(config)
+    if split not in ("train", config.train_split) and source.kind in ("images", "saved"):
+        config = _config_of_split_folder(source, config, split, "split")
+    first, *others = describe_images(config, replace(images, name=source.name))
+    return [f"split {split} of {first}", *others]
 
 
 def check_split(config: DataConfig, split: str, option: str = "split") -> None:

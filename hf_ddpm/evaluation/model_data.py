@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from hf_ddpm.data.cache import ImageCache, cache_folder, load_images
 from hf_ddpm.data.config import DataConfig, load_data_config
 from hf_ddpm.data.sources import find_source
-from hf_ddpm.data.splits import open_split
+from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.statistics import FORMAT as REFERENCE_FORMAT
-from hf_ddpm.evaluation.statistics import Reference, load_reference, make_reference
+from hf_ddpm.evaluation.statistics import Reference, load_reference, write_reference
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 from hf_ddpm.runtime.files import read_mapping
 from hf_ddpm.runtime.processes import Processes
@@ -119,9 +122,13 @@ class Splits:
         """
         config = self.config if is_labeled else replace(self.config, label_column=None)
         if (split, is_labeled) not in self._opened:
-            self._opened[split, is_labeled] = self._processes.main_then_rest(
+            images = self._processes.main_then_rest(
                 lambda: self._stack.enter_context(open_split(config, split, option))
             )
+            if self._processes.rank == 0 and not any(name == split for name, _ in self._opened):
+                for line in describe_split(config, split, images):
+                    tqdm.write(line, file=sys.stderr)
+            self._opened[split, is_labeled] = images
         return self._opened[split, is_labeled]
 
     def references(self, network: FeatureNetwork, split: str, test_split: str) -> tuple[Reference, Reference | None]:
@@ -159,7 +166,7 @@ class Splits:
         def load_or_make() -> Reference:
             if not folder.is_dir():
                 try:
-                    make_reference(config, split, network, folder)
+                    write_reference(self.open(split), config, split, network, folder)
                 except UsageError:
                     if not folder.is_dir():  # Otherwise another evaluation has made the same one meanwhile.
                         raise

@@ -22,8 +22,8 @@ from hf_ddpm.figures import Curve, Level, draw_curves
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import naming_damage, read_mapping, write_atomically
-from hf_ddpm.runtime.run_files import EVALUATION_PICTURES
+from hf_ddpm.runtime.files import lock, naming_damage, read_mapping, write_atomically
+from hf_ddpm.runtime.run_files import EVALUATION_LOCK, EVALUATION_PICTURES
 
 FORMAT = 1
 SAMPLER_KEYS = ("scheduler", "num_inference_steps", "timesteps")
@@ -53,13 +53,22 @@ def write_evaluation(
     Returns:
         The card's path.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    # Another evaluation may read and write at the same time: without the lock, the rows of one would be lost.
+    with lock(out, EVALUATION_LOCK, waits=True):
+        return _add_results(out, weights, rows, pictures or {}, repo_id)
+
+
+def _add_results(
+    out: Path, weights: str, rows: list[dict[str, Any]], pictures: dict[str, Draw], repo_id: str | None
+) -> Path:
     before = stored_results(out, weights)
     if not before:
         for name in EVALUATION_PICTURES:
             (out / "figures" / name).unlink(missing_ok=True)
     new = {_key(row): row for row in rows}
     results = [row for row in before if _key(row) not in new] + [*new.values()]
-    for name, draw in {**(pictures or {}), **_grid_pictures(results, rows)}.items():
+    for name, draw in {**pictures, **_grid_pictures(results, rows)}.items():
         if draw is None:
             (out / "figures" / name).unlink(missing_ok=True)
             continue

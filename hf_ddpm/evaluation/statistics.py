@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from hf_ddpm.data.batches import MicroBatches
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.sources import check_source, find_source
-from hf_ddpm.data.splits import open_split
+from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.distances import Moments
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.runtime.errors import UsageError, in_one_line
@@ -139,11 +140,31 @@ def make_reference(
     # The networks take 8 bits. Labels would change the fingerprint.
     config = replace(config, preserve_input_precision=False, label_column=None)
     with open_split(config, split) as images:
-        statistics = collect(network, _batches(images, batch_size), num_features)
-        data = describe_images(images, config, split, oblong_crop="random, seed 0")
-        data["resize"] = f"bilinear by Pillow, the shorter side to {images.resolution}"
-        if config.center_crop:
-            data["crop"] = "center"
+        for line in describe_split(config, split, images):
+            tqdm.write(line, file=sys.stderr)
+        return write_reference(images, config, split, network, out, num_features=num_features, batch_size=batch_size)
+
+
+def write_reference(
+    images: ImageCache,
+    config: DataConfig,
+    split: str,
+    network: FeatureNetwork,
+    out: Path,
+    *,
+    num_features: int = NUM_FEATURES,
+    batch_size: int = 64,
+) -> Reference:
+    """Do what `make_reference` does, with the images of a split that is open.
+
+    Args:
+        images: What `open_split` provides, with 8 bits and without labels.
+    """
+    statistics = collect(network, _batches(images, batch_size), num_features)
+    data = describe_images(images, config, split, oblong_crop="random, seed 0")
+    data["resize"] = f"bilinear by Pillow, the shorter side to {images.resolution}"
+    if config.center_crop:
+        data["crop"] = "center"
     packages = ("torch", "datasets", "Pillow", "numpy")
     metadata = {
         "format": FORMAT,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import inspect
 import json
 import sys
@@ -31,6 +33,8 @@ class CommandLine(TyperGroup):
             options["args"] = take_token_from_argv()
         run = functools.partial(super().main, *args, standalone_mode=False, **options)
         if standalone_mode:
+            # Else Python visits each object of torch and diffusers again as it ends: three seconds before the prompt.
+            atexit.register(gc.freeze)
             sys.exit(report_outcome(exit_code_of(run)))
         with raise_usage_errors():
             return run()
@@ -296,6 +300,12 @@ def say(*lines: str) -> None:
     """Print lines, if this is the process that speaks for all."""
     for line in lines if is_main_process() else ():
         typer.echo(line)
+
+
+def say_loading() -> None:
+    """Tell the person at a terminal what the next ten seconds pass with."""
+    if is_main_process() and sys.stderr.isatty():
+        typer.echo("loading torch and diffusers", err=True)
 
 
 def table(rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -9,6 +9,7 @@ Bytes are of one process: counted ones of the first, measured ones of the larges
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import statistics
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +164,15 @@ def count_flops(unet: Any) -> tuple[int, int]:
     They are counted on a copy that has shapes and no numbers, so they are the same on every device and however the
     network is sharded. Counted are matrix products and convolutions; a multiplication and its addition are two.
     """
-    config = unet.config
+    return _count_flops(type(unet), unet.to_json_string())
+
+
+@cache
+def _count_flops(kind: Any, settings: str) -> tuple[int, int]:
+    """Count them for the config of a network, as JSON. Dry runs in one process often have the same network."""
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        copy: Any = type(unet).from_config(config)
+        copy = kind.from_config(json.loads(settings))
+        config = copy.config
         size = config.sample_size
         x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size))
         t = torch.zeros(1, dtype=torch.int64)

@@ -11,6 +11,7 @@ The draws are functions of the image's number, so that training does not change 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_ddpm.data.batches import epoch_order, to_x_0
 from hf_ddpm.data.cache import ImageCache
-from hf_ddpm.data.splits import open_split
+from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.distances import kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.figures import Curve, draw_curves
@@ -97,6 +99,9 @@ def open_validation(config: TrainingConfig, images: Any, processes: Processes, d
             )
         if len(held_out) < 4:
             raise UsageError(f"eval_split must hold at least 4 images, got {len(held_out)} of {config.eval_split!r}")
+        if processes.rank == 0:
+            for line in describe_split(config, config.eval_split, held_out):
+                tqdm.write(line, file=sys.stderr)
         rows = epoch_order(0, 0, len(held_out))[: config.eval_num_images]
         pixels, labels = _copy(held_out, rows)
     parts = [network(_to_uint8(pixels[part], images.max_value)) for part in _batches(processes, len(pixels))]

@@ -1,8 +1,11 @@
 """The command line: forms of flags, errors in one line with their exit codes, help, completion."""
 
+import os
+import pty
 import subprocess
 import sys
 from dataclasses import fields
+from textwrap import dedent
 
 import pytest
 from typer.main import get_command
@@ -12,6 +15,7 @@ from hf_ddpm.cli import app
 from hf_ddpm.runtime.command_line import split_commas, split_numbers
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
+from tests.support import forks
 
 COMMANDS = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -74,6 +78,30 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage: " not in done.stderr
+
+
+def test_process_does_not_collect_garbage_as_it_ends():
+    code = """
+        import atexit, gc
+        atexit.register(lambda: print("frozen:", gc.get_freeze_count() > 0))
+        from hf_ddpm.cli import app
+        app(["--help"])
+    """
+    ended = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=True)
+    assert ended.stdout.endswith("frozen: True\n")
+
+
+@pytest.mark.slow
+def test_command_at_a_terminal_says_that_it_loads(tmp_path):
+    terminal, its_end = pty.openpty()
+    process = forks.python(["-m", "hf_ddpm", "sample", "nothing", "--out", "x"], tmp_path, None, os.ttyname(its_end))
+    process.start()
+    process.join()
+    os.close(its_end)
+    lines = os.read(terminal, 4096).decode().splitlines()
+    os.close(terminal)
+    assert lines[0] == "loading torch and diffusers"
+    assert lines[1].startswith("error: model must be")
 
 
 def test_help_of_train_groups_each_setting():

@@ -15,7 +15,7 @@ from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_unread
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.sources import check_source
-from hf_ddpm.data.splits import open_split
+from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 from tests.support.image_data import cache_config, noise, save_grays
 
@@ -49,6 +49,19 @@ def test_open_split_gives_the_images_of_the_split(folder: Path, kind: str) -> No
         with open_split(cache_config(folder, label_column=label_column), split) as images:
             assert (images.pixels == alone.pixels).all()
             assert images.labels is None or images.labels.tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("kind", ["images", "parquet", "saved"])
+def test_describe_split_counts_what_is_read_and_what_is_not(folder: Path, kind: str) -> None:
+    save_splits(folder, kind)
+    if kind == "images":
+        (folder / "test/more.npy").touch()
+    config = cache_config(folder)
+    unread = "; not read: 1 .npy" if kind == "images" else ""
+    with open_split(config, "test") as images:
+        assert describe_split(config, "test", images) == [
+            f"split test of {folder.name}: 3 images, 8 x 8, channels 1{unread}"
+        ]
 
 
 @pytest.mark.parametrize("kind", ["images", "parquet", "saved"])

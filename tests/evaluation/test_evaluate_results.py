@@ -23,6 +23,7 @@ from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import UnwrittenError
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
+from tests.support import forks
 from tests.support.evaluations import (
     ALL_METRICS,
     by_metric,
@@ -34,8 +35,11 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarnin
 
 
 @pytest.mark.slow
-def test_evaluate_writes_results_on_the_card(run: Path, measure: Any):
+def test_evaluate_writes_results_on_the_card(run: Path, measure: Any, capsys: pytest.CaptureFixture[str]):
     measure(run, metrics=ALL_METRICS, num_inference_steps=[1, 3], schedulers=["ddpm", "unipc"])
+    said = capsys.readouterr().err.splitlines()
+    for line in ("split train of digits: 300 images, 8 x 8, channels 1", "split test of digits: 120 images, 8 x 8"):
+        assert len([text for text in said if text.startswith(line)]) == 1
     card = ModelCard.load(run / "README.md")
     results = results_in(run)
     found = card.data.eval_results
@@ -153,6 +157,28 @@ def test_results_replace_only_those_measured_in_the_same_way(run: Path, measure:
     assert [row["value"] for row in again] == [first[1]["value"]]
     assert results_in(run) == [*kept, *again]
     assert cards.read_evaluation(run) == results_in(run)
+
+
+def add_rows(folder: Path, name: str) -> None:
+    """Write five results, each by itself."""
+    data = {"name": "digits", "split": "test", "count": 9, "fingerprint": name}
+    row = {"metric": "nll", "name": "Bits per dimension", "value": 3.0, "standard_error": 0.1, "num_compared": [9]}
+    for seed in range(5):
+        likelihood = {"num_images": 9, "timesteps_per_image": 1, "seed": seed}
+        new = row | {"reference": data, "likelihood": likelihood, "command": "x"}
+        write_evaluation(folder, weights_sha256(folder), [new])
+
+
+@pytest.mark.slow
+def test_evaluations_that_write_at_once_lose_no_results(run: Path):
+    processes = [forks.Process(add_rows, (run, name)) for name in ("a", "b", "c")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    written = {(row["reference"]["fingerprint"], row["likelihood"]["seed"]) for row in results_in(run)}
+    assert written == {(name, seed) for name in ("a", "b", "c") for seed in range(5)}
 
 
 @pytest.mark.slow

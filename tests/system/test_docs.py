@@ -128,8 +128,8 @@ def test_python_runs(page):
 def test_readme_sharing_and_loading_work(tmp_path, image_folder):
     section = pages.README.read_text(encoding="utf-8").partition("## Share it")[2].partition("\n## ")[0]
     lines = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()
-    # Features of 24 images instead of 1,797, and of 8 instead of 64.
-    few = {"--dataset_name digits": f"--dataset_name {image_folder}", "--num_images 64": "--num_images 8"}
+    # Features of 24 images instead of 1,797, and of 8 instead of 5,000.
+    few = {"--dataset_name digits": f"--dataset_name {image_folder}", "--num_images 5000": "--num_images 8"}
     (index,) = (i for i, line in enumerate(lines) if " evaluate " in line)
     for words, fewer in few.items():
         assert words in lines[index]
@@ -140,8 +140,8 @@ def test_readme_sharing_and_loading_work(tmp_path, image_folder):
         from hf_ddpm.cli import app
         for line in {lines!r}:
             words = shlex.split(line)
-            if words[0] == "accelerate":
-                words = words[3:] + ["--max_train_steps=2", "--eval_batch_size=2", "--cache_dir=cache"]
+            if words[1] == "train":
+                words = words[2:] + ["--max_train_steps=2", "--eval_batch_size=2", "--cache_dir=cache"]
                 words += ["--no_save_figures"]
                 if "--init_from" not in words:
                     words += ["--model_config_name_or_path=unet.json", "--ddpm_num_steps=4"]
