@@ -51,7 +51,7 @@ from hf_ddpm.runtime.format import format_amount
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CACHE_FORMAT = 3  # Increase it when the content of a cache changes, so that no older cache is read.
+CACHE_FORMAT = 4  # Increase it when the content of a cache changes, so that no older cache is read.
 ROWS_PER_TASK = 16
 Accept = Callable[[int, int], None]
 # The settings that decide what a cache holds.

@@ -197,8 +197,11 @@ def losses_of(image: Image.Image, image_format: ImageFormat) -> list[str]:
         losses.append("frames after the first of an animation or a stack")
     if _has_deep_colors(image) and image_format.config.preserve_input_precision is not False:
         losses.append("the lower 8 of 16 bits of color or transparency, which Pillow drops")
-    if _has_unnamed_bands(image) and image_format.channels != 4:
-        losses.append("bands beyond the colors that are no transparency")
+    if image_format.channels != 4:
+        if _has_unnamed_bands(image):
+            losses.append("bands beyond the colors that are no transparency")
+        elif image.has_transparency_data:
+            losses.append("transparency, which becomes white (--channels 4 keeps it)")
     return losses
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 import re
 import tarfile
 import zipfile
@@ -121,7 +122,7 @@ def find_source(config: DataConfig) -> Source:
 def _folder_source(option: str, folder: Path, train_split: str | None) -> Source:
     if train_split is not None and not re.fullmatch(SPLIT_NAME, train_split):
         raise UsageError(f"train_split must be a name such as train or test, got {train_split!r}")
-    name = folder.resolve().name
+    name = Path(os.path.abspath(folder)).name  # of the link, where it is one
     if option == "dataset_name" and (folder / "dataset_dict.json").is_file():
         _check_saved_splits(option, folder, train_split or "train")
         return Source(option, "saved", name, folder)
@@ -300,6 +301,11 @@ def choose_columns(dataset: Any, config: DataConfig) -> Any:
     import datasets
 
     column, label = _image_column(dataset.features, config.image_column), config.label_column
+    if label is not None and [*dataset.features] == [column]:
+        raise UsageError(
+            f"label_column must name a column of classes, got {label!r}, and there is none: put the images of each "
+            "class in a folder of its own, or name their classes in metadata.csv"
+        )
     if label is not None and label not in dataset.features:
         raise UsageError(f"label_column must be one of {list(dataset.features)}, got {label!r}: --label_column")
     if label is not None and not _holds_classes(dataset.features[label]):

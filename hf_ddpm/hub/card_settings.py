@@ -112,7 +112,8 @@ def _average(settings: Mapping[str, Any]) -> str:
         average = "{ema_max_decay:g} per step"
     if "ema_rampup_ratio" in settings:
         return average + ", at most {ema_rampup_ratio:g} of the images seen"
-    return average + ", at most 1 - (1 + k / {ema_inv_gamma:g})^-{ema_power:g} at step k"
+    k = "k" if settings.get("ema_inv_gamma") == 1 else "k / {ema_inv_gamma:g}"
+    return f"{average}, at most 1 - (1 + {k})^-{{ema_power:g}} at step k"
 
 
 def _yes_or_no(settings: Mapping[str, Any], name: str) -> str:

@@ -379,7 +379,7 @@ class TrainingConfig(DataConfig):
         group="output",
         resume="free",
     )
-    eval_batch_size: int = setting(36, "The images of a preview.", group="output", resume="free", at_least=1)
+    eval_batch_size: int = setting(16, "The images of a preview.", group="output", resume="free", at_least=1)
     ddpm_num_inference_steps: int | None = setting(
         None,
         "The steps of a preview; default: 20 of UniPC, all T where only ddpm can sample the model.",

@@ -87,7 +87,7 @@ def estimate_cost(run: Run, progress: Progress, take_step: TakeStep) -> Cost:
         RunError: There are no images to take a step with.
     """
     processes, device = run.processes, run.device
-    text = f"a dry run: {WARM_UP_STEPS + MIN_STEPS} to {WARM_UP_STEPS + MAX_STEPS} steps are taken, nothing is written"
+    text = f"a dry run: {WARM_UP_STEPS + MIN_STEPS} to {WARM_UP_STEPS + MAX_STEPS} steps are taken and forgotten"
     print_once(processes, text)
     memory, bytes_before, peak_of = _watch_memory(device)
     seconds: list[float] = []

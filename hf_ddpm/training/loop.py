@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -54,7 +54,7 @@ from hf_ddpm.training.loader import (
 )
 from hf_ddpm.training.metrics import LinesFile, Meter
 from hf_ddpm.training.parts import Event, Parts, call_callbacks, check_parts
-from hf_ddpm.training.previews import default_preview_steps, preview_path, save_preview, steps_per_preview, validate
+from hf_ddpm.training.previews import next_preview, preview_path, save_preview, validate
 from hf_ddpm.training.publishing import push_finished, start_push
 from hf_ddpm.training.report import finish_run, leave_model
 from hf_ddpm.training.run import (
@@ -144,7 +144,8 @@ def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipe
         print_cost(run, progress, estimate_cost(run, progress, take_step))
         end_processes(run)
         return None
-    print_once(processes, describe_start(run, progress))
+    num_steps = progress.step + num_steps_left(run, progress)
+    print_once(processes, describe_start(run, progress, next_preview(run, progress.step, num_steps)))
     with open_run(run, progress) as run:
         with StopRequest(config.max_train_hours, started) as stop:
             progress = run_loop(run, progress, stop)
@@ -267,19 +268,30 @@ def do_what_is_due(run: Run, progress: Progress, state: LoopState, result: StepR
         note("log", log(run, progress, state, result))
     save_snapshot(run, progress)
     if due.validation:
-        validate(run, progress, state.evaluations)
+        with naming(state.bar, "validation"):
+            validate(run, progress, state.evaluations)
     if due.preview:
-        save_preview(run, progress.step)
+        with naming(state.bar, "preview"):
+            save_preview(run, progress.step)
         if preview_path(run, progress.step).exists():
             note("preview", {"path": preview_path(run, progress.step)})
     if due.model and save_model(run, run.average, run.output_dir):
         start_push(run, progress)
     # While steps are skipped, the last good checkpoint stays the newest.
     if due.checkpoint and (due.is_last or progress.bad_steps_in_a_row == 0):
-        checkpoint(run, progress, state, due)
+        with naming(state.bar, "checkpoint"):
+            checkpoint(run, progress, state, due)
         if state.saved_step == progress.step:
             note("checkpoint", {"path": run.output_dir / f"checkpoint-{progress.step}"})
     return progress, events
+
+
+@contextmanager
+def naming(bar: tqdm, work: str) -> Iterator[None]:
+    """Say on the bar of the steps what it waits for, for the duration of a `with` block."""
+    bar.set_description(work)
+    yield
+    bar.set_description()
 
 
 def announce(run: Run, progress: Progress, state: LoopState, events: Sequence[Event]) -> None:
@@ -355,22 +367,19 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
 def due_after(run: Run, progress: Progress) -> Due:
     """Return what is due after the step that brought the run to `progress`."""
     config, done = run.config, progress.step
-    steps_per_epoch = (run.images.num_images or 0) / run.global_batch_size
-
-    def is_due(epochs: int | None, default: bool) -> bool:
-        if epochs is None:
-            return default and not is_last
-        return done % max(1, round(epochs * steps_per_epoch)) == 0 and not is_last
-
+    num_steps = done + num_steps_left(run, progress)
     is_last = progress.images >= run.total_images
     is_checkpoint = done % config.checkpointing_steps == 0 or is_last
-    is_default_preview = done in default_preview_steps(done + num_steps_left(run, progress), steps_per_preview(run))
+    saves_model = is_checkpoint
+    if config.save_model_epochs is not None:
+        steps_per_epoch = (run.images.num_images or 0) / run.global_batch_size
+        saves_model = done % max(1, round(config.save_model_epochs * steps_per_epoch)) == 0
     return Due(
         is_last=is_last,
         log=done % config.logging_steps == 0 or is_checkpoint,
         checkpoint=is_checkpoint,
-        preview=is_due(config.save_images_epochs, is_default_preview),
-        model=is_due(config.save_model_epochs, is_checkpoint),
+        preview=not is_last and next_preview(run, done - 1, num_steps) == done,
+        model=not is_last and saves_model,
         validation=run.validation is not None and (done % (config.eval_steps or 1) == 0 or is_last),
     )
 
@@ -470,7 +479,7 @@ def log(run: Run, progress: Progress, state: LoopState, result: StepResult) -> d
     """Append a line to metrics.jsonl, give it to the trackers and to the progress bar, and return it."""
     record = metrics_line(run, progress, state, result)
     loss = record["loss"]
-    state.bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_s=f"{record['images_per_second']:.0f}")
+    state.bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_s=f"{record['images_per_second']:.3g}")
     problem = state.metrics.write(record) if run.is_main else None
     if problem is not None:
         print_once(run.processes, f"metrics.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")

@@ -28,9 +28,9 @@ from hf_ddpm.training.validation import VALIDATION_SETTINGS, measure_validation
 MIN_STEPS_BETWEEN = 10
 
 
-def save_preview(run: Run, step: int) -> Image.Image:
+def save_preview(run: Run, step: int, has_bar: bool = False) -> Image.Image:
     """Save a sheet of samples, give it to the trackers and return it; all processes call it."""
-    sheet = sample_sheet(run)
+    sheet = sample_sheet(run, has_bar)
     if run.is_main:
         path = preview_path(run, step)
         try_to_write(run, lambda: write_atomically(path, figures.png_bytes(sheet)))
@@ -44,13 +44,17 @@ def preview_path(run: Run, step: int) -> Path:
     return run.output_dir / f"previews/step-{step:07d}.png"
 
 
-def sample_sheet(run: Run) -> Image.Image:
+def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
     """Sample seeds 0, 1, ... into one sheet: the same seeds at each step and for any number of processes.
 
     All processes call it.
+
+    Args:
+        has_bar: Whether each forward batch has a progress bar of its sampling steps.
     """
     num_images, num_classes = run.config.eval_batch_size, run.images.num_classes
     with averaged_pipeline(run) as pipeline:
+        pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not (has_bar and run.is_main))
         samples = sample_all(
             pipeline,
             range(num_images),
@@ -60,6 +64,21 @@ def sample_sheet(run: Run) -> Image.Image:
             class_labels=classes_in_turn(num_classes, range(num_images)),
         )
     return figures.grid(figures.to_pil(samples))
+
+
+def next_preview(run: Run, done: int, num_steps: int) -> int:
+    """Return the step after which the next preview is saved.
+
+    Args:
+        done: The steps that are done.
+        num_steps: The steps of the whole run; at its end there is a preview anyway.
+    """
+    if run.config.save_images_epochs is None:
+        steps = default_preview_steps(num_steps, steps_per_preview(run))
+        return next((step for step in steps if step > done), num_steps)
+    steps_per_epoch = (run.images.num_images or 0) / run.global_batch_size
+    every = max(1, round(run.config.save_images_epochs * steps_per_epoch))
+    return min(num_steps, (done // every + 1) * every)
 
 
 def default_preview_steps(num_steps: int, steps_per_preview: float) -> list[int]:

@@ -45,7 +45,7 @@ def finish_run(run: Run, progress: Progress) -> DDPMPipeline:
     """
     if not save_models(run):
         raise RunError(f"the model could not be written, its last checkpoint is whole. {FREE_SPACE}; {FINISHES}")
-    samples = save_preview(run, progress.step)
+    samples = save_preview(run, progress.step, has_bar=True)
     pipeline = _averaged_pipeline(run)
     try:
         run.processes.on_main(lambda: write_report(run, progress, pipeline, samples))
@@ -81,7 +81,7 @@ def leave_model(run: Run, progress: Progress) -> bool:
             print_once(run.processes, f"card and pictures could not be written, the model is whole: {error}")
 
     run.processes.on_main(lambda: write(None))
-    samples = sample_sheet(run)
+    samples = sample_sheet(run, has_bar=True)
     run.processes.on_main(lambda: write(samples))
     return True
 

@@ -105,8 +105,8 @@ def num_steps_left(run: Run, progress: Progress) -> int:
     return math.ceil((run.total_images - progress.images) / run.global_batch_size)
 
 
-def describe_start(run: Run, progress: Progress) -> str:
-    """Return in words how large a run is, and where it writes."""
+def describe_start(run: Run, progress: Progress, next_preview: int) -> str:
+    """Return in words how large a run is, where it writes, and after which step there is something to look at."""
     last = progress.step + num_steps_left(run, progress)
     seen = f"{last * run.global_batch_size:,} images"
     if run.images.num_images is not None:
@@ -114,7 +114,8 @@ def describe_start(run: Run, progress: Progress) -> str:
     begun = f"after step {progress.step:,} of {last:,}" if progress.step else f"for {last:,} steps"
     return (
         f"a network of {sum(p.numel() for p in run.parameters):,} parameters trains {begun} of "
-        f"{run.global_batch_size:,} images ({seen}) on {device_name(run.device)}; it is written to {run.output_dir}"
+        f"{run.global_batch_size:,} images ({seen}) on {device_name(run.device)}; it is written to {run.output_dir}, "
+        f"the next preview after step {next_preview:,}"
     )
 
 

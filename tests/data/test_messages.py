@@ -115,3 +115,16 @@ def test_missing_split_names_those_that_are_there(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def quiet() -> None:
     datasets.disable_progress_bars()
+
+
+def test_classes_of_images_in_one_folder_are_asked_for(folder: Path) -> None:
+    save_grays(folder, 2)
+    with pytest.raises(UsageError, match=r"got 'label', and there is none: put the images of each class in a folder"):
+        load_images(cache_config(folder, label_column="label"))
+
+
+def test_data_have_the_name_of_the_link_to_them(folder: Path) -> None:
+    save_grays(folder, 1)
+    link = folder.with_name("photos")
+    link.symlink_to(folder, target_is_directory=True)
+    assert load_images(cache_config(link)).name == "photos"

@@ -20,7 +20,7 @@ from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.settings import check_values
-from tests.support.image_data import cache_config, load_one, noise
+from tests.support.image_data import cache_config, load_one, noise, save_grays
 
 
 def tiff(image: Image.Image, old: bytes = b"", new: bytes = b"") -> bytes:
@@ -174,6 +174,15 @@ def test_frames_after_the_first_are_said_to_be_left(folder: Path) -> None:
         frames[0].save(folder / name, save_all=True, append_images=frames[1:])
     frames[0].save(folder / "e.png")
     assert lines_of(folder)[1] == "not read in 4 images: frames after the first of an animation or a stack"
+
+
+def test_transparency_is_read_into_a_fourth_channel_alone(folder: Path) -> None:
+    save_grays(folder, 2)
+    Image.fromarray(noise(8, 8, 4)).save(folder / "b.png")
+    said = "not read in 1 images: transparency, which becomes white (--channels 4 keeps it)"
+    assert lines_of(folder, channels=3)[1] == said
+    assert len(lines_of(folder, channels=4)) == 1
+
 
 
 def test_decode_inverts_sixteen_bits_whose_zero_is_white(folder: Path) -> None:

@@ -58,9 +58,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for name, settings in SETTINGS.items():
         torch.manual_seed(0)
-        changes: dict[str, Any] = {"out_channels": 6} if name.startswith("learned") else {}
-        changes |= {"num_class_embeds": 4} if name == "classes" else {}
-        unet = UNet2DModel(**smallest_unet_config(3, **changes))
+        channels, num_classes = 6 if name.startswith("learned") else 3, 4 if name == "classes" else None
+        unet = UNet2DModel(**smallest_unet_config(3, out_channels=channels, num_class_embeds=num_classes))
         scheduler = DDPMScheduler.from_config(
             {"num_train_timesteps": T, "beta_schedule": "squaredcos_cap_v2", **settings}
         )

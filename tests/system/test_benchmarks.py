@@ -31,3 +31,21 @@ def test_benchmark_index_links_exist():
     links = re.findall(r"\]\(([^)]+)\)", INDEX)
     assert links
     assert not [link for link in links if not (BENCHMARKS / link).exists()]
+
+
+def test_benchmark_index_says_answer_command_machine_and_date():
+    _, _, *rows = [line.strip("| ").split(" | ") for line in INDEX.splitlines() if line.startswith("|")]
+    for question, answer, command, machine, date in rows:
+        assert "? [" in question
+        assert answer.endswith(".")
+        assert command.startswith("`python -m benchmarks.")
+        assert machine
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", date)
+
+
+def test_every_picture_of_a_benchmark_is_shown_on_a_page():
+    pages = [ROOT / "README.md", BENCHMARKS / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    pictures = [path for path in BENCHMARKS.rglob("*") if path.suffix in (".png", ".gif")]
+    assert pictures
+    assert not [path for path in pictures if f"{path.parent.name}/{path.name}" not in text]

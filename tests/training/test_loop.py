@@ -40,9 +40,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_train_leaves_a_model_pictures_and_a_card(tiny_settings, capsys):
-    config = TrainingConfig(**{**tiny_settings, "ddpm_num_inference_steps": None, "save_figures": True})
+    changes = {"ddpm_num_inference_steps": None, "save_figures": True, "save_images_epochs": 1, "max_train_steps": 8}
+    config = TrainingConfig(**{**tiny_settings, **changes})
     assert type(train(config)) is DDPMPipeline
-    assert re.search(r"^images\d+: 24 images, 8 x 8, channels 1$", capsys.readouterr().err, re.MULTILINE)
+    said = capsys.readouterr().err
+    assert re.search(r"^images\d+: 24 images, 8 x 8, channels 1$", said, re.MULTILINE)
+    assert "it is written to " in said
+    assert "the next preview after step 6\n" in said
+    for work in ("preview", "checkpoint", "samples"):
+        assert f"{work}:  " in said  # on a bar
     folder = Path(config.output_dir)
     pipeline = DDPMPipeline.from_pretrained(folder)
     stock = diffusers.DDPMPipeline.from_pretrained(folder)
@@ -57,7 +63,7 @@ def test_train_leaves_a_model_pictures_and_a_card(tiny_settings, capsys):
     for name in ("samples.png", "loss.png", "forward.png", "reverse.png", "reverse.gif"):
         with Image.open(folder / "figures" / name) as image:
             image.load()
-    assert [p.name for p in sorted((folder / "previews").iterdir())] == ["step-0000006.png"]
+    assert [p.name for p in sorted((folder / "previews").iterdir())] == ["step-0000006.png", "step-0000008.png"]
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4, 5, 6]
     assert [line["images"] for line in metrics(folder)] == [4, 8, 12, 16, 20, 24]
 

@@ -25,7 +25,7 @@ from hf_ddpm.runtime.signals import StoppedOnPurpose
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parts import Parts
-from hf_ddpm.training.previews import default_preview_steps
+from hf_ddpm.training.previews import default_preview_steps, next_preview
 from hf_ddpm.training.setup import build_run, make_accelerator, make_scheduler
 from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
@@ -273,6 +273,17 @@ def test_default_previews_come_early_and_never_cost_more_than_the_steps_between_
     assert default_preview_steps(60, 8) == [12, 24, 36, 48]
     assert default_preview_steps(9, 8) == []
     assert default_preview_steps(1000, 375) == [400]
+
+
+def test_next_preview_comes_by_steps_or_by_epochs(tiny_settings):
+    def next_ones(**settings):
+        config = TrainingConfig(**tiny_settings, **settings)
+        run, _ = build_run(config, make_accelerator(config), Processes(), Parts())
+        return [next_preview(run, done, 100) for done in (0, 10, 95)]
+
+    assert next_ones() == [10, 20, 100]
+    assert next_ones(save_images_epochs=2) == [12, 12, 96]  # of 24 images, in batches of 4
+    assert next_ones(save_images_epochs=20) == [100, 100, 100]
 
 
 @pytest.mark.parametrize(("dtype", "max_value"), [(np.uint8, 255), (np.uint16, 65535)])
