@@ -184,7 +184,6 @@ def test_transparency_is_read_into_a_fourth_channel_alone(folder: Path) -> None:
     assert len(lines_of(folder, channels=4)) == 1
 
 
-
 def test_decode_inverts_sixteen_bits_whose_zero_is_white(folder: Path) -> None:
     values = noise(4, 4, high=65536)
     entry = struct.Struct("<HHIHH")  # tag, type, count, value
