@@ -5,6 +5,7 @@ What takes seconds to import is imported where it is used: the process that hand
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from tests.support.networks import smallest_unet_config, tiny_unet_config
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
+gc.disable()  # until all is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -28,8 +30,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop():
     """Fork the process from which others fork before anything happens here; if these tests need any."""
-    gc.collect()
     gc.freeze()  # else each full collection visits all that was imported, which is a million objects
+    gc.enable()
+    atexit.register(gc.freeze)  # nor is it visited once more at the end
     forks = sys.modules.get("tests.support.forks")
     if forks is None:
         return (yield)
@@ -94,6 +97,7 @@ def tiny_settings(tmp_path, image_folder) -> dict:
         "checkpointing_steps": 3,
         "eval_batch_size": 4,
         "logging_steps": 1,
+        "ema_snapshots": 2,
         "save_figures": False,
         "cpu_threads_per_process": 1,
     }

@@ -22,8 +22,8 @@ from hf_ddpm.figures import Curve, Level, draw_curves
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import lock, naming_damage, read_mapping, write_atomically
-from hf_ddpm.runtime.run_files import EVALUATION_LOCK, EVALUATION_PICTURES
+from hf_ddpm.runtime.files import naming_damage, one_at_a_time, read_mapping, write_atomically
+from hf_ddpm.runtime.run_files import EVALUATION_PICTURES
 
 FORMAT = 1
 SAMPLER_KEYS = ("scheduler", "num_inference_steps", "timesteps")
@@ -54,8 +54,8 @@ def write_evaluation(
         The card's path.
     """
     out.mkdir(parents=True, exist_ok=True)
-    # Another evaluation may read and write at the same time: without the lock, the rows of one would be lost.
-    with lock(out, EVALUATION_LOCK, waits=True):
+    # Another evaluation may read and write at the same time: without waiting, the rows of one would be lost.
+    with one_at_a_time(out):
         return _add_results(out, weights, rows, pictures or {}, repo_id)
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,37 +77,52 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def lock(folder: Path, name: str = ".lock", *, waits: bool = False) -> Iterator[bool]:
-    """Hold a lock of a folder for the duration of a `with` block; a killed process leaves no lock behind.
+def lock(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder for the duration of a `with` block; a killed process leaves no lock behind.
 
     Windows and file systems without locks do not lock: there, two processes can be in the block at once.
-
-    Args:
-        folder: The folder.
-        name: The file in it that is locked; it is left there.
-        waits: Whether to wait for another process that holds the lock.
 
     Yields:
         Whether the folder is locked.
 
     Raises:
-        BlockingIOError: When another process holds the lock, without `waits`.
+        BlockingIOError: When another process holds the lock.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield False
         return
-    with open(folder / name, "a") as file:
+    with open(folder / ".lock", "a") as file:
         try:
             # This lock belongs to the process alone: a process that it forks does not hold it.
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_locked = True
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise BlockingIOError(error.errno, "another process has locked it", str(folder)) from error
             is_locked = False
         yield is_locked
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let other processes wait that come to a `with` block of this function for the same folder; it holds no file.
+
+    As with `lock`, nobody waits on Windows and on file systems without locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sha256(*paths: Path) -> str:

@@ -24,7 +24,6 @@ EVALUATION = "evaluation.json"
 SEARCHED_TIMESTEPS = "scheduler/searched_timesteps.json"
 MODEL_INDEX = "model_index.json"
 REPLACED_RUN = "replaced-run"
-EVALUATION_LOCK = ".evaluation-lock"
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,6 @@ RUN_FILES = (
     RunFile("ema/std-*"),
     RunFile("ema/snapshot-*.safetensors", is_numbered=True, on_resume="delete later images"),
     RunFile(".lock", is_deleted=False),  # held by the run that overwrites
-    RunFile(EVALUATION_LOCK, is_deleted=False),  # held while results are written
     RunFile(REPLACED_RUN, is_deleted=False),  # the run that was overwritten, until the new model stands
     # What a killed process left unfinished.
     RunFile("partial-checkpoint-*", on_resume="delete"),

@@ -125,6 +125,6 @@ def test_classes_of_images_in_one_folder_are_asked_for(folder: Path) -> None:
 
 def test_data_have_the_name_of_the_link_to_them(folder: Path) -> None:
     save_grays(folder, 1)
-    link = folder.with_name("photos")
+    link = folder.with_name("a link to them")
     link.symlink_to(folder, target_is_directory=True)
-    assert load_images(cache_config(link)).name == "photos"
+    assert load_images(cache_config(link)).name == "a link to them"

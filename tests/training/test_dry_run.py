@@ -209,7 +209,7 @@ def test_too_small_a_disk_is_noted(tiny_settings, capsys, monkeypatch):
         free = 200_000
 
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage)
-    rows, notes = dry(TrainingConfig(**tiny_settings, ema_snapshots=0, checkpoints_total_limit=None), capsys)
+    rows, notes = dry(TrainingConfig(**{**tiny_settings, "ema_snapshots": 0, "checkpoints_total_limit": None}), capsys)
     needed, rest = rows["disk"][1].split(" for ")
     assert number(needed) == pytest.approx(2 * number(rows["checkpoint"][1]), rel=0.01)
     assert rest == "2 checkpoints at once; 200 kB are free"
@@ -259,7 +259,7 @@ def test_count_flops_agrees_with_the_formulas(size, classes):
     [
         {"streaming": True},
         {"mixed_precision": "bf16"},
-        {"use_ema": False},
+        {"use_ema": False, "ema_snapshots": 0},
         {"dataloader_num_workers": 1},
         {"variance_type": "learned_range"},
     ],

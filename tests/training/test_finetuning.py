@@ -53,7 +53,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def config(tiny_settings: dict[str, Any], base: Path) -> TrainingConfig:
     del tiny_settings["model_config_name_or_path"], tiny_settings["ddpm_num_steps"]
-    return TrainingConfig(**tiny_settings, init_from=str(base), ema_snapshots=0)
+    return TrainingConfig(**{**tiny_settings, "init_from": str(base), "ema_snapshots": 0})
 
 
 def written(config: TrainingConfig) -> dict[str, Any]:

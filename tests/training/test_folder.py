@@ -149,7 +149,7 @@ def test_run_that_cannot_start_deletes_no_checkpoint(tiny_settings, tmp_path):
 
 @pytest.mark.slow
 def test_run_that_begins_with_the_model_it_overwrites_may_be_killed(tiny_settings, tmp_path):
-    first = TrainingConfig(**tiny_settings, ema_snapshots=0, use_ema=False)
+    first = TrainingConfig(**{**tiny_settings, "ema_snapshots": 0, "use_ema": False})
     train(first)
     folder = Path(first.output_dir)
     shutil.copytree(folder, tmp_path / "model")

@@ -38,7 +38,7 @@ def logged_steps(config):
 @pytest.mark.slow
 def test_model_that_is_not_finite_is_not_saved(tiny_settings):
     """Whatever made it so, after a step whose gradients were finite."""
-    config = TrainingConfig(**tiny_settings, use_ema=False, ema_snapshots=0)
+    config = TrainingConfig(**{**tiny_settings, "use_ema": False, "ema_snapshots": 0})
 
     def spoil(optimizer, *_):
         with torch.no_grad():
