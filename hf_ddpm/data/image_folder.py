@@ -13,6 +13,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -65,12 +66,34 @@ class ImageFolder:
     unread: Counter[str]
 
 
+_listed: ContextVar[dict[Path, ImageFolder] | None] = ContextVar("_listed", default=None)
+
+
+@contextlib.contextmanager
+def listed_once() -> Iterator[None]:
+    """List each folder once for the duration of a `with` block, however many functions ask for its images."""
+    token = _listed.set({})
+    try:
+        yield
+    finally:
+        _listed.reset(token)
+
+
 def list_images(folder: Path) -> ImageFolder:
     """List the files of a folder and of its sub-folders.
 
     Raises:
         UsageError: When a folder cannot be read.
     """
+    known = _listed.get()
+    if known is None:
+        return _list_images(folder)
+    if folder not in known:
+        known[folder] = _list_images(folder)
+    return known[folder]
+
+
+def _list_images(folder: Path) -> ImageFolder:
     images, unread = [], Counter[str]()
     has_metadata = False
     for path in files_below(folder):

@@ -24,6 +24,7 @@ import numpy as np
 from hf_ddpm.data.batches import center_pixels, epoch_order
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.evaluation.features import FeatureNetwork, check_network, load_network
 from hf_ddpm.evaluation.likelihood import inclusion_probabilities
 from hf_ddpm.evaluation.measure import NEIGHBORS, Measured, first_images, measure_distances
@@ -198,7 +199,7 @@ def load_job(request: Request) -> Iterator[Job]:
     Raises:
         UsageError: When something cannot work.
     """
-    with join_processes() as processes:
+    with join_processes() as processes, listed_once():
         folder, repo_id = find_model(request.model)
         if request.out is None and repo_id is not None:
             raise UsageError(

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.data.batches import to_x_0
+from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, explain_full_memory
@@ -139,7 +140,8 @@ def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipe
     processes = Processes(LONGEST_WAIT)
     if config.overwrite_output_dir and not config.dry_run:
         restore_output_dir(config, processes)
-    run, progress = build_run(config, accelerator, processes, parts)
+    with listed_once():
+        run, progress = build_run(config, accelerator, processes, parts)
     if config.dry_run:
         print_cost(run, progress, estimate_cost(run, progress, take_step))
         end_processes(run)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.description import describe_unread
-from hf_ddpm.data.image_folder import FORMATS, list_images, readable_formats
+from hf_ddpm.data.image_folder import FORMATS, list_images, listed_once, readable_formats
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, noise, save_grays
@@ -164,3 +164,12 @@ def test_folder_that_cannot_be_read_is_named() -> None:
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         closed.chmod(0o755)
     assert f"each folder of images must be readable, got '{closed}': Permission denied; allow it" in done.stderr
+
+
+def test_folder_is_listed_once_in_a_block(folder: Path) -> None:
+    save_grays(folder, 2)
+    with listed_once():
+        assert len(list_images(folder).images) == 2
+        save_grays(folder, 3)
+        assert len(list_images(folder).images) == 2
+    assert len(list_images(folder).images) == 3
