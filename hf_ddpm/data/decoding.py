@@ -29,6 +29,7 @@ from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 NUM_HEADERS = 64  # The first so many headers decide what resolution=None and channels=None mean.
 MAX_ASPECT_RATIO = 100
+TRANSPARENCY = "transparency, which becomes white"
 _LIMIT = threading.Lock()  # Pillow's limit is one for the process.
 GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"))
 
@@ -186,7 +187,7 @@ def decode(encoded: Any, name: str, image_format: ImageFormat) -> Decoded:
         check_keeps_precision(image, name, image_format.config)
         check_matches_format(image, name, image_format)
         image.load()
-        return Decoded(to_planes(image, image_format, name), losses)
+        return Decoded(to_planes(image, image_format, name), without_opaque(losses, image))
 
 
 def losses_of(image: Image.Image, image_format: ImageFormat) -> list[str]:
@@ -197,12 +198,17 @@ def losses_of(image: Image.Image, image_format: ImageFormat) -> list[str]:
         losses.append("frames after the first of an animation or a stack")
     if _has_deep_colors(image) and image_format.config.preserve_input_precision is not False:
         losses.append("the lower 8 of 16 bits of color or transparency, which Pillow drops")
-    if image_format.channels != 4:
-        if _has_unnamed_bands(image):
-            losses.append("bands beyond the colors that are no transparency")
-        elif image.has_transparency_data:
-            losses.append("transparency, which becomes white (--channels 4 keeps it)")
+    if _has_unnamed_bands(image) and image_format.channels != 4:
+        losses.append("bands beyond the colors that are no transparency")
+    elif image_format.channels != 4 and image.has_transparency_data:
+        losses.append(TRANSPARENCY)
     return losses
+
+
+def without_opaque(losses: list[str], image: Image.Image) -> list[str]:
+    """Return the losses of an image that is loaded now: without TRANSPARENCY where all its pixels are opaque."""
+    is_opaque = image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] == 255
+    return [loss for loss in losses if loss != TRANSPARENCY or not is_opaque]
 
 
 def check_keeps_precision(image: Image.Image, name: str, config: DataConfig) -> None:

@@ -26,6 +26,7 @@ from hf_ddpm.data.decoding import (
     format_of,
     losses_of,
     to_planes,
+    without_opaque,
 )
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
@@ -113,8 +114,9 @@ def open_given(dataset: Any, config: DataConfig) -> GivenImages:
         image_format = _format_of_x_0(_checked_x_0(image, 0, None).shape, config)
     else:
         image_format = format_of(image, "item 0", config)
-        losses = dict.fromkeys(losses_of(image, image_format), 1)
+        lost = losses_of(image, image_format)
         image.load()  # which closes its file
+        losses = dict.fromkeys(without_opaque(lost, image), 1)
     classes = getattr(dataset, "classes", None)
     if label is not None and classes is None:
         raise UsageError("dataset has labels, and must name its classes: give it the attribute `classes`, a list")

@@ -303,8 +303,8 @@ def choose_columns(dataset: Any, config: DataConfig) -> Any:
     column, label = _image_column(dataset.features, config.image_column), config.label_column
     if label is not None and [*dataset.features] == [column]:
         raise UsageError(
-            f"label_column must name a column of classes, got {label!r}, and there is none: put the images of each "
-            "class in a folder of its own, or name their classes in metadata.csv"
+            f"label_column must name a column of classes, got {label!r}, and there is none: in a folder of images, "
+            "put each class in a folder of its own, or name the classes in metadata.csv"
         )
     if label is not None and label not in dataset.features:
         raise UsageError(f"label_column must be one of {list(dataset.features)}, got {label!r}: --label_column")

@@ -56,7 +56,10 @@ def describe_split(config: DataConfig, split: str, images: ImageCache) -> list[s
         images: What `open_split` provides for it.
     """
     source = find_source(config)
-    if split not in ("train", config.train_split) and source.kind in ("images", "saved"):
+    if split in ("train", config.train_split):
+        if source.kind == "images" and source.splits:  # what is in other folders is the business of other splits
+            config = replace(config, dataset_name=None, train_data_dir=str(source.folder), train_split=None)
+    elif source.kind in ("images", "saved"):
         config = _config_of_split_folder(source, config, split, "split")
     first, *others = describe_images(config, replace(images, name=source.name))
     return [f"split {split} of {first}", *others]

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hf_ddpm.runtime.errors import PushError, RunError, UsageError, explain_full_memory, in_one_line, without_tokens
-from hf_ddpm.runtime.launch import is_main_process, report_outcome, take_token_from_argv
+from hf_ddpm.runtime.launch import is_launched, is_main_process, report_outcome, take_token_from_argv
 from hf_ddpm.runtime.settings import SettingInfo, choices_of, did_you_mean, require_choice, settings_of
 from hf_ddpm.runtime.signals import STOPPED, StoppedOnPurpose
 
@@ -304,7 +304,7 @@ def say(*lines: str) -> None:
 
 def say_loading() -> None:
     """Tell the person at a terminal what the next ten seconds pass with."""
-    if is_main_process() and sys.stderr.isatty():
+    if not is_launched() and sys.stderr is not None and sys.stderr.isatty():
         typer.echo("loading torch and diffusers", err=True)
 
 

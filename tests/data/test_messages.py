@@ -119,7 +119,7 @@ def quiet() -> None:
 
 def test_classes_of_images_in_one_folder_are_asked_for(folder: Path) -> None:
     save_grays(folder, 2)
-    with pytest.raises(UsageError, match=r"got 'label', and there is none: put the images of each class in a folder"):
+    with pytest.raises(UsageError, match=r"got 'label', and there is none: in a folder of images, put each class"):
         load_images(cache_config(folder, label_column="label"))
 
 

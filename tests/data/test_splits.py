@@ -62,6 +62,10 @@ def test_describe_split_counts_what_is_read_and_what_is_not(folder: Path, kind: 
         assert describe_split(config, "test", images) == [
             f"split test of {folder.name}: 3 images, 8 x 8, channels 1{unread}"
         ]
+    with open_split(config, "train") as images:
+        assert describe_split(config, "train", images) == [
+            f"split train of {folder.name}: 4 images, 8 x 8, channels 1"
+        ]
 
 
 @pytest.mark.parametrize("kind", ["images", "parquet", "saved"])

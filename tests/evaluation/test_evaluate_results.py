@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from hf_ddpm.cli import app
+from hf_ddpm.data import image_folder
 from hf_ddpm.evaluation import results as results_module
 from hf_ddpm.evaluation.results import write_evaluation
 from hf_ddpm.hub import card as cards
@@ -179,6 +180,14 @@ def test_evaluations_that_write_at_once_lose_no_results(run: Path):
     assert [process.exitcode for process in processes] == [0, 0, 0]
     written = {(row["reference"]["fingerprint"], row["likelihood"]["seed"]) for row in results_in(run)}
     assert written == {(name, seed) for name in ("a", "b", "c") for seed in range(5)}
+
+
+@pytest.mark.slow
+def test_evaluation_lists_each_folder_once(run: Path, measure: Any, monkeypatch: pytest.MonkeyPatch):
+    listed, list_anew = [], image_folder._list_images
+    monkeypatch.setattr(image_folder, "_list_images", lambda folder: (listed.append(folder), list_anew(folder))[1])
+    measure(run, metrics=["kid"])
+    assert sorted(listed) == sorted(set(listed))
 
 
 @pytest.mark.slow

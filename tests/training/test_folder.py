@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_ddpm.data import image_folder
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import lock
@@ -169,3 +170,11 @@ def test_run_that_begins_with_the_model_it_overwrites_may_be_killed(tiny_setting
     undisturbed = replace(over, init_from=str(tmp_path / "model"), output_dir=str(tmp_path / "undisturbed"))
     train(undisturbed)
     assert not differences(folder, tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_start_of_a_run_lists_its_images_once_more_than_the_check_of_its_settings(tiny_settings, monkeypatch):
+    listed, list_anew = [], image_folder._list_images
+    monkeypatch.setattr(image_folder, "_list_images", lambda folder: (listed.append(folder), list_anew(folder))[1])
+    train(TrainingConfig(**tiny_settings))
+    assert len(listed) == 2
