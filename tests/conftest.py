@@ -32,7 +32,9 @@ def pytest_runtestloop():
     """Fork the process from which others fork before anything happens here; if these tests need any."""
     gc.freeze()  # else each full collection visits all that was imported, which is a million objects
     gc.enable()
-    atexit.register(gc.freeze)  # nor is it visited once more at the end
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # All is reported by then. Python would take seconds to delete what the tests imported, object by object.
+        atexit.register(os._exit, 0)
     forks = sys.modules.get("tests.support.forks")
     if forks is None:
         return (yield)
