@@ -207,8 +207,9 @@ def losses_of(image: Image.Image, image_format: ImageFormat) -> list[str]:
 
 def without_opaque(losses: list[str], image: Image.Image) -> list[str]:
     """Return the losses of an image that is loaded now: without TRANSPARENCY where all its pixels are opaque."""
-    is_opaque = image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] == 255
-    return [loss for loss in losses if loss != TRANSPARENCY or not is_opaque]
+    if TRANSPARENCY in losses and image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] == 255:
+        return [loss for loss in losses if loss != TRANSPARENCY]
+    return losses
 
 
 def check_keeps_precision(image: Image.Image, name: str, config: DataConfig) -> None:

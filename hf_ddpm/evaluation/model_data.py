@@ -23,7 +23,7 @@ from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.statistics import FORMAT as REFERENCE_FORMAT
-from hf_ddpm.evaluation.statistics import Reference, load_reference, write_reference
+from hf_ddpm.evaluation.statistics import Reference, check_new_reference, load_reference, write_reference
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 from hf_ddpm.runtime.files import read_mapping
 from hf_ddpm.runtime.processes import Processes
@@ -166,6 +166,7 @@ class Splits:
         def load_or_make() -> Reference:
             if not folder.is_dir():
                 try:
+                    check_new_reference(config, folder)
                     write_reference(self.open(split), config, split, network, folder)
                 except UsageError:
                     if not folder.is_dir():  # Otherwise another evaluation has made the same one meanwhile.

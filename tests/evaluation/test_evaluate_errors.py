@@ -14,6 +14,8 @@ from diffusers import DDPMPipeline, UNet2DModel
 from typer.testing import CliRunner
 
 from hf_ddpm.cli import app
+from hf_ddpm.data.cache import cache_folder
+from hf_ddpm.evaluation import statistics
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.evaluation.statistics import make_reference
@@ -120,6 +122,18 @@ def test_evaluate_rejects_folders_before_sampling(
     pipeline.save_pretrained(run)
     with pytest.raises(UsageError, match=r"must have finite weights, got NaN .* first in 'conv_out"):
         measure(run, data=config_of(digits))
+
+
+@pytest.mark.usefixtures("no_sampling")
+def test_references_that_cannot_be_written_are_refused_before_their_features_are_computed(
+    run: Path, measure: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data = replace(config_of(digits), cache_dir=str(tmp_path / "cache"))
+    cache_folder(data).mkdir(parents=True)
+    (cache_folder(data) / "references").write_text("a file where a folder is to be")
+    monkeypatch.setattr(statistics, "collect", lambda *_: pytest.fail("features were computed before"))
+    with pytest.raises(UsageError, match=r"out must be a folder that can be written, got .*references"):
+        measure(run, data=data)
 
 
 @pytest.mark.slow
