@@ -97,6 +97,19 @@ class DDPMPipelineOutput(BaseOutput):
     trajectory: list[TrajectoryStep] | None = None
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What each evaluation of the network takes beside x_t and t. It is the same in all steps of a call.
+
+    Args:
+        network_dtype: The type of the network's weights, which it takes x_t in.
+        class_labels: The class of each image, (B,); None for a model without classes.
+    """
+
+    network_dtype: torch.dtype
+    class_labels: Tensor | None = None
+
+
 class DDPMPipeline(DiffusionPipeline):
     """A network and a scheduler that together generate images.
 
@@ -351,32 +364,22 @@ class DDPMPipeline(DiffusionPipeline):
     def _denoise(
         self,
         x_T: Tensor,
-        conditions: dict[str, Tensor],
+        conditions: Conditions,
         step_arguments: dict[str, Any],
         recorded_indices: set[int],
         callback: StepCallback | None,
         callback_tensors: Sequence[str],
     ) -> tuple[Tensor, list[TrajectoryStep]]:
         """Take all steps of the scheduler; return x_0 and the recorded steps."""
-        x_t, dtype = x_T, x_T.dtype
-        network_dtype = self.unet.dtype  # read once: it walks through all modules
-        # Schedulers of flow matching have no `scale_model_input`.
-        scale_input = getattr(self.scheduler, "scale_model_input", None)
-        # Only DDPM's schedulers use a learned variance; the others get the first half of the output.
-        splits_variance = isinstance(self.scheduler, diffusers.DDPMScheduler)
+        x_t = x_T
         self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
         recorded: list[TrajectoryStep] = []
         progress: Any = self.progress_bar(self.scheduler.timesteps)  # pyright: ignore[reportCallIssue, reportArgumentType]
         for i, t in enumerate(progress):
             if self._interrupt:
                 break
-            network_input = x_t if scale_input is None else scale_input(x_t, t)
-            timestep = timestep_for(self.unet, t, x_t)
-            model_output = self.unet(network_input.to(network_dtype), timestep, **conditions).sample.to(dtype)
-            # Infinity would be clipped to an extreme image; NaN stays until the image is refused.
-            model_output = torch.where(model_output.isfinite(), model_output, math.nan)
-            if not splits_variance:
-                model_output = model_output[:, : x_t.shape[1]]
+            network_input = self._network_input(x_t, t)
+            model_output = self._predict(network_input, t, conditions)
             result = self.scheduler.step(model_output, t, x_t, **step_arguments)
             if i in recorded_indices:
                 x_0_hat = getattr(result, "pred_original_sample", None)
@@ -388,6 +391,29 @@ class DDPMPipeline(DiffusionPipeline):
                 returned = callback(self, i, t, {name: x_t for name in callback_tensors}) or {}
                 x_t = returned.get("latents", x_t)
         return x_t, recorded
+
+    def _predict(self, network_input: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Return the network's output at x_t as the scheduler's `step` takes it, (B, C or 2C, H, W).
+
+        Args:
+            network_input: x_t as `_network_input` scales it, (B, C, H, W).
+            t: The timestep, ().
+            conditions: What `_conditions` returned.
+        """
+        keywords = {} if conditions.class_labels is None else {"class_labels": conditions.class_labels}
+        timestep = timestep_for(self.unet, t, network_input)
+        model_output = self.unet(network_input.to(conditions.network_dtype), timestep, **keywords).sample
+        model_output = model_output.to(network_input.dtype)
+        # Infinity would be clipped to an extreme image; NaN stays until the image is refused.
+        model_output = torch.where(model_output.isfinite(), model_output, math.nan)
+        # Only DDPM's schedulers use a learned variance; the others get the first half of the output.
+        is_ddpm = isinstance(self.scheduler, diffusers.DDPMScheduler)
+        return model_output if is_ddpm else model_output[:, : network_input.shape[1]]
+
+    def _network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return x_t in the scale that the network takes. Schedulers of flow matching have no `scale_model_input`."""
+        scale_input = getattr(self.scheduler, "scale_model_input", None)
+        return x_t if scale_input is None else scale_input(x_t, t)
 
     def _check_inputs(
         self,
@@ -443,14 +469,14 @@ class DDPMPipeline(DiffusionPipeline):
 
     def _conditions(
         self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int, device: torch.device
-    ) -> dict[str, Tensor]:
-        """Return the keyword arguments by which the network is conditioned: `class_labels`, (B,), or none."""
+    ) -> Conditions:
+        """Check the classes of the images, and return what each evaluation of the network takes beside x_t and t."""
         num_classes = num_classes_of(self.unet.config)
         conditioned = self.unet.config.get("class_embed_type") is not None or num_classes is not None
         if class_labels is None:
             if conditioned:
                 raise ValueError(f"class_labels must be given: the model is conditioned on {num_classes} classes")
-            return {}
+            return Conditions(self.unet.dtype)
         if not conditioned:
             raise ValueError("class_labels must be None: the model was trained without classes")
         try:
@@ -466,7 +492,7 @@ class DDPMPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels must hold batch_size = {batch_size} labels, got {labels.shape[0]}")
         if num_classes is not None and not bool(((labels >= 0) & (labels < num_classes)).all()):
             raise ValueError(f"class_labels must be in [0, {num_classes}), got {labels.tolist()}")
-        return {"class_labels": labels}
+        return Conditions(self.unet.dtype, labels)
 
     def _predict_original(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return x_0_hat, clipped as the scheduler clips it, for a scheduler whose step does not return it."""
