@@ -315,6 +315,9 @@ class DDPMPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(num_steps)
         else:
             set_timesteps(self.scheduler, timesteps)
+        if hasattr(self.scheduler, "set_begin_index"):
+            # Else a list whose first two timesteps are equal is taken from the second on, and ends too early.
+            self.scheduler.set_begin_index(0)
         _check_timesteps_of_other_schedulers(self.scheduler, num_steps)
 
     def _recorded_indices(self, trajectory: bool | Sequence[int]) -> set[int]:
