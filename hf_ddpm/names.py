@@ -5,3 +5,5 @@ SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 DTYPES = ("fp32", "bf16")
 # Of the files of a set of images.
 FORMATS = ("png", "parquet", "npz")
+# How two predictions are combined.
+GUIDANCE_METHODS = ("cfg", "cfg-zero*", "apg", "tcfg")
