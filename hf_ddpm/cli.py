@@ -134,7 +134,9 @@ def sample(
             SCHEDULERS,
         ),
     ] = None,
-    class_label: Annotated[int | None, option("class_label", "The class. Default: each in turn.", min=0)] = None,
+    class_label: Annotated[
+        str | None, option("class_label", "The class, by its name or number. Default: each in turn.")
+    ] = None,
     deterministic: Annotated[bool, switch("deterministic", "With ddpm: iterate the mean, add no noise.")] = False,
     batch_size: BatchSize = 64,
     device: Device = None,

@@ -63,7 +63,7 @@ def make_unet(
     Args:
         channels: The channels of the images.
         resolution: The height and width of the images.
-        num_classes: The number of classes that the network is conditioned on; None: it is unconditional.
+        num_classes: The number of embeddings of classes, see `Classes`; None: it is unconditional.
         model_config: The config of a UNet2DModel: a JSON file, a folder, the name of a recipe or a Hub id; None: the
             network is sized for the data.
         variance_type: The scheduler's variance type; `learned_range` doubles the channels of the output.
@@ -80,7 +80,11 @@ def make_unet(
     else:
         settings = _load_config(model_config, source)
         _check_fit(settings, variance_type, channels, resolution, source)
-        _require(settings, "num_class_embeds", num_classes, "the classes of label_column", source)
+        if num_classes is None or settings.get("num_class_embeds") is not None:
+            reason = "for the classes of label_column, and one more for class_dropout; --class_dropout 0 needs none"
+            reason = "as no label_column is given" if num_classes is None else reason
+            _require(settings, "num_class_embeds", num_classes, reason, source)
+        settings["num_class_embeds"] = num_classes
         if dropout is not None:
             settings["dropout"] = dropout
     torch.manual_seed(seed)

@@ -55,6 +55,8 @@ class Objective:
         noise_level_std: The standard deviation of log sigma_t, above 0, for `lognormal`.
         autocast_dtype: The type that the network runs in; None: the type of its weights.
         max_value: The largest value of a pixel, 255 or 65535, which decides the bins of the bound's decoder.
+        unconditional_class: The class that stands for every class; the images of all classes count for its stable
+            target. None: there is none.
 
     Raises:
         ValueError: When a setting is not one of these or not in its range.
@@ -68,6 +70,7 @@ class Objective:
     noise_level_std: float = 1.2
     autocast_dtype: torch.dtype | None = None
     max_value: int = 255
+    unconditional_class: int | None = None
 
     def __post_init__(self) -> None:
         if self.weighting not in get_args(Weighting):
@@ -102,7 +105,8 @@ class Objective:
             timesteps: t, (B,) int64 in [0, T). Draws of the objective's density are `timesteps_from_uniform`.
             noise: eps, (B, C, H, W) float32, N(0, I).
             extra_images: Further images of the data, (N, C, H, W) in [-1, 1]. The target is then the stable one of
-                `posterior_means`, over each image and those of these that have its label. Without them it is the
+                `posterior_means`, over each image and those of these that have its label, or all of these for the
+                label `unconditional_class`. Without them it is the
                 target of the image alone.
             extra_labels: The class of each extra image, (N,) int64; given with `extra_images` and `class_labels`.
 
@@ -127,7 +131,7 @@ class Objective:
 
         x_0_target, eps_target = x_0, eps
         if extra_images is not None:
-            same_class = None if class_labels is None else class_labels[:, None] == extra_labels
+            same_class = None if class_labels is None else self._same_class(class_labels, extra_labels)
             x_0_target, eps_target = posterior_means(self.scheduler.snr(t), x_0, eps, extra_images.float(), same_class)
         target = self.scheduler.training_target(x_0_target, eps_target, t)
         loss = self.weight(t) * (prediction - target).square().flatten(1).mean(dim=1)
@@ -141,6 +145,13 @@ class Objective:
             bound = variational_bound(self.scheduler, with_fixed_mean, x_0, x_t, t, self.max_value)
             loss = loss + VARIATIONAL_BOUND_WEIGHT * len(self.scheduler) * bound
         return loss
+
+    def _same_class(self, class_labels: Tensor, extra_labels: Tensor | None) -> Tensor:
+        """Return which extra images count for the stable target of each image, (B, N) bool."""
+        same_class = class_labels[:, None] == extra_labels
+        if self.unconditional_class is None:
+            return same_class
+        return same_class | (class_labels[:, None] == self.unconditional_class)
 
     def timesteps_from_uniform(
         self, uniform: Tensor, *, first_index: int = 0, global_batch_size: int | None = None

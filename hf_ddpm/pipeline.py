@@ -31,6 +31,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from hf_ddpm.classes import Classes, check_embeddings, numbered_classes, read_classes, write_classes
 from hf_ddpm.figures import to_pil
 from hf_ddpm.network import num_classes_of, timestep_for
 from hf_ddpm.runtime.files import weights_sha256
@@ -64,6 +65,7 @@ SAMPLING_SCHEDULERS = (
 _SENSITIVE_SCHEDULERS = ("HeunDiscreteScheduler", "PNDMScheduler")
 _MIN_FIRST_ALPHA_BAR = 1e-6
 
+ClassLabels = int | str | Sequence[int | str] | Tensor | None
 StepCallback = Callable[["DDPMPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -124,6 +126,7 @@ class DDPMPipeline(DiffusionPipeline):
             sample without them.
         sampler: How `use` said that the pipeline samples; None: by its own scheduler, as stock does.
         kept_sampler: What `use()` takes: the sampler that the folder of the model keeps, if there is one.
+        classes: The classes that the network is conditioned on, with their names; None for a network without classes.
     """
 
     model_cpu_offload_seq = "unet"
@@ -139,19 +142,23 @@ class DDPMPipeline(DiffusionPipeline):
         self.sampler: Sampler | None = None
         self._scheduler_of_sampler: Any = None
         self.kept_sampler: Sampler | None = None
+        self.classes: Classes | None = None if unet is None else _unnamed_classes(unet.config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load a pipeline as `diffusers.DiffusionPipeline` does, with the searched timesteps beside its weights."""
+        """Load a pipeline as `diffusers.DiffusionPipeline` does, with what `save_config` keeps beside its weights."""
         pipeline: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         folder = _folder_of(pipeline.unet)
         pipeline.kept_sampler = read_sampler(folder)
+        if (classes := read_classes(folder)) is not None:
+            check_embeddings(classes, num_classes_of(pipeline.unet.config))
+            pipeline.classes = classes
         if searched := read_searched(folder):
             pipeline.searched_timesteps, pipeline._searched_weights = searched, weights_sha256(folder)
         return pipeline
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the config as `diffusers.DiffusionPipeline` does, the searched timesteps, and what `use` chose.
+        """Save the config as `diffusers.DiffusionPipeline` does, classes, searched timesteps, and what `use` chose.
 
         diffusers calls it after it has saved the weights.
         """
@@ -162,6 +169,8 @@ class DDPMPipeline(DiffusionPipeline):
             )
         if (sampler := self.sampler or self.kept_sampler) is not None:
             write_sampler(Path(save_directory), sampler)
+        if self.classes is not None:
+            write_classes(Path(save_directory), self.classes)
         if not self.searched_timesteps:
             return
         if weights_sha256(Path(save_directory)) == self._searched_weights:
@@ -213,7 +222,7 @@ class DDPMPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: ClassLabels = None,
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -231,7 +240,9 @@ class DDPMPipeline(DiffusionPipeline):
                 chose.
             output_type: `pil`, `np` or `pt`.
             return_dict: Return a `DDPMPipelineOutput` rather than a tuple.
-            class_labels: For a model that is conditioned on classes, one class for all images or B of them.
+            class_labels: For a model that is conditioned on classes, one class for all images or B of them, each by
+                its name or its number. None: images of no class in particular, by a model that was trained with
+                `class_dropout`.
             latents: x_T, (B, C, H, W), instead of noise from `generator`.
             callback_on_step_end: A function that is called after each step as `callback(pipeline, i, t, tensors)`,
                 with i the number of the step and `tensors` {"latents": x_t}. If it returns {"latents": x}, then x
@@ -470,32 +481,35 @@ class DDPMPipeline(DiffusionPipeline):
         if not takes_timesteps(self.scheduler):
             raise ValueError(f"timesteps must be None for {type(self.scheduler).__name__}, which takes none")
 
-    def _conditions(
-        self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int, device: torch.device
-    ) -> Conditions:
+    def _conditions(self, class_labels: ClassLabels, batch_size: int, device: torch.device) -> Conditions:
         """Check the classes of the images, and return what each evaluation of the network takes beside x_t and t."""
-        num_classes = num_classes_of(self.unet.config)
-        conditioned = self.unet.config.get("class_embed_type") is not None or num_classes is not None
+        return Conditions(self.unet.dtype, self._labels(class_labels, batch_size, device))
+
+    def _labels(self, class_labels: ClassLabels, batch_size: int, device: torch.device) -> Tensor | None:
+        """Return the class of each image as the network takes it, (B,); None for a network without classes."""
+        classes, kind = self.classes, self.unet.config.get("class_embed_type")
+        if classes is None and kind is None:
+            if class_labels is not None:
+                raise ValueError("class_labels must be None: the model was trained without classes")
+            return None
         if class_labels is None:
-            if conditioned:
-                raise ValueError(f"class_labels must be given: the model is conditioned on {num_classes} classes")
-            return Conditions(self.unet.dtype)
-        if not conditioned:
-            raise ValueError("class_labels must be None: the model was trained without classes")
+            if classes is None or classes.unconditional is None:
+                count = "labels" if classes is None else f"{len(classes)} classes"
+                raise ValueError(f"class_labels must be given: the model is conditioned on {count}")
+            return torch.full((batch_size,), classes.unconditional, device=device)
+        labels = class_labels
+        if classes is not None:
+            labels = _numbers_of(classes, class_labels)
         try:
-            labels = torch.as_tensor(class_labels, device=device)
+            labels = torch.as_tensor(labels, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"class_labels must be numbers, one or as many as images, got {class_labels!r}"
             ) from error
-        if num_classes is not None and (labels.is_floating_point() or labels.ndim > 1):
-            raise ValueError(f"class_labels must be whole numbers, one or as many as images, got {class_labels!r}")
         labels = labels.expand(batch_size) if labels.ndim == 0 else labels
         if labels.shape[0] != batch_size:
             raise ValueError(f"class_labels must hold batch_size = {batch_size} labels, got {labels.shape[0]}")
-        if num_classes is not None and not bool(((labels >= 0) & (labels < num_classes)).all()):
-            raise ValueError(f"class_labels must be in [0, {num_classes}), got {labels.tolist()}")
-        return Conditions(self.unet.dtype, labels)
+        return labels
 
     def _predict_original(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return x_0_hat, clipped as the scheduler clips it, for a scheduler whose step does not return it."""
@@ -510,6 +524,25 @@ class DDPMPipeline(DiffusionPipeline):
         if self.scheduler.config.get("thresholding") and hasattr(self.scheduler, "_threshold_sample"):
             x_0_hat = self.scheduler._threshold_sample(x_0_hat)
         return x_0_hat
+
+
+def _unnamed_classes(config: Any) -> Classes | None:
+    """Return the classes that a network's config tells of; one that embeds something else has none."""
+    num_classes = num_classes_of(config) if config.get("class_embed_type") is None else None
+    return None if num_classes is None else numbered_classes(num_classes)
+
+
+def _numbers_of(classes: Classes, class_labels: Any) -> int | list[int]:
+    """Return the number of each class, or of the only one.
+
+    Raises:
+        ValueError: When one is no class, or `class_labels` is neither a class nor a list of classes.
+    """
+    if isinstance(class_labels, Tensor | np.ndarray):
+        class_labels = class_labels.tolist()
+    if not isinstance(class_labels, Sequence) or isinstance(class_labels, str):
+        return classes.number_of(class_labels)
+    return [classes.number_of(label) for label in class_labels]
 
 
 def _require_whole_number(name: str, value: Any) -> None:

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from hf_ddpm.classes import numbered_classes
 from hf_ddpm.data.batches import center_pixels, epoch_order
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
@@ -37,7 +38,6 @@ from hf_ddpm.hub.card import check_readme, loadable_path
 from hf_ddpm.hub.download import find_model, is_hub_id
 from hf_ddpm.hub.readme import named_repository
 from hf_ddpm.names import DTYPES, SCHEDULERS
-from hf_ddpm.network import num_classes_of
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256
@@ -219,7 +219,7 @@ def load_job(request: Request) -> Iterator[Job]:
         distances = [metric for metric in DISTANCES if metric in request.metrics]
         with closing(Splits(processes, request.data, folder, pipeline.unet.config)) as splits:
             comparison = _load_comparison(request, distances, processes, pipeline, splits)
-            class_labels, class_choice = _choose_classes(pipeline.unet.config, splits, request)
+            class_labels, class_choice = _choose_classes(pipeline, splits, request)
             held_out, training = _open_images(request, pipeline.scheduler, splits, class_labels is not None)
             yield Job(
                 request=request,
@@ -334,29 +334,33 @@ def _check_count(name: str, count: int, metrics: Sequence[str], network: Feature
         raise UsageError(f"{name} must be at least {least} for {', '.join(metrics)}, got {count}")
 
 
-def _choose_classes(unet: Any, splits: Splits, request: Request) -> tuple[list[int] | None, str | None]:
+def _choose_classes(pipeline: DDPMPipeline, splits: Splits, request: Request) -> tuple[list[int] | None, str | None]:
     """Choose a class for each sample of a model with classes: those of the data in a random order, or each in turn.
 
     Returns:
         The classes, and in words how they were chosen; None and None for a model without classes.
     """
-    num_classes, num_images, split = num_classes_of(unet), request.num_images, request.split
-    if num_classes is None:
-        if (kind := unet.get("class_embed_type")) is not None:
+    classes, num_images, split = pipeline.classes, request.num_images, request.split
+    if classes is None:
+        if (kind := pipeline.unet.config.get("class_embed_type")) is not None:
             raise UsageError(f"classes must be numbers for this, got a model with embeddings {kind!r}")
         return None, None
+    num_classes = len(classes)
     if not splits.has_labels:
         if num_images < num_classes:
             raise UsageError(f"num_images must be at least {num_classes}, as many as classes, got {num_images}")
-        return classes_in_turn(num_classes, range(request.seed, request.seed + num_images)), "each in turn"
+        return classes_in_turn(classes, range(request.seed, request.seed + num_images)), "each in turn"
     images = splits.open(split, is_labeled=True)
     assert images.labels is not None
-    names = images.class_names or [str(i) for i in range(num_classes)]
     if images.num_classes != num_classes:
         raise UsageError(f"the data must have the model's {num_classes} classes, got {images.num_classes} in {split}")
+    names = tuple(images.class_names or classes.names)
+    if classes.names != numbered_classes(num_classes).names and names != classes.names:
+        raise UsageError(f"the data must have the model's classes, {classes.names}, in this order, got {names}")
     counts = np.bincount(images.labels, minlength=num_classes)
     if not counts.all():
-        raise UsageError(f"each class must have images in {split}, got none of {names[int(counts.argmin())]!r}")
+        name = names[int(counts.argmin())]
+        raise UsageError(f"each class must have images in {split}, got none of {name!r}")
     order = epoch_order(0, 0, len(images))
     return images.labels[np.resize(order, num_images)].tolist(), f"as in {split}"
 

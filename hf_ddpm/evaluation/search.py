@@ -33,7 +33,7 @@ from hf_ddpm.evaluation.distances import paired_kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, network_at_hand
 from hf_ddpm.hub.card import check_readme, write_card
 from hf_ddpm.hub.download import find_model
-from hf_ddpm.network import num_classes_of, timestep_for
+from hf_ddpm.network import timestep_for
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.files import weights_sha256
@@ -243,7 +243,7 @@ def search_timesteps(
     """
     reference_steps = min(reference_steps, pipeline.scheduler.config.num_train_timesteps)
     _check(pipeline, num_steps, schedulers, num_images, seed, reference_steps)
-    labels = classes_in_turn(num_classes_of(pipeline.unet.config), range(num_images))
+    labels = classes_in_turn(pipeline.classes, range(num_images))
 
     def trajectories(solver: str) -> list[Trajectories]:
         """Return those of the search, and those on which results are measured."""

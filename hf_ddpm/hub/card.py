@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
+from hf_ddpm.classes import Classes, numbered_classes, read_classes
 from hf_ddpm.hub.card_metadata import card_metadata
 from hf_ddpm.hub.card_settings import settings_rows
 from hf_ddpm.hub.download import is_hub_id
@@ -195,6 +196,14 @@ class _RunRecords:
         name = self.config.get("init_from")
         return name if name is not None and is_hub_id(name) else None
 
+    @cached_property
+    def classes(self) -> Classes | None:
+        """The classes of the model, with names if it keeps any."""
+        count = self.unet.get("num_class_embeds") or self.unet.get("num_embeds_ada_norm")
+        if self.unet.get("class_embed_type") is not None or count is None:
+            return None
+        return read_classes(self.folder) or numbered_classes(count)
+
     @property
     def is_conditional(self) -> bool:
         names = ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
@@ -247,13 +256,6 @@ def _model_variables(records: _RunRecords) -> dict[str, Any]:
     else:
         trajectory = f"range(0, {example_steps}, {example_steps // 10})"
     searched = [*read_searched(records.folder).values()]
-    num_classes = None
-    if records.is_conditional:
-        num_classes = (
-            len(records.data.get("class_names") or ())
-            or unet.get("num_class_embeds")
-            or unet.get("num_embeds_ada_norm")
-        )
     return {
         "unet": {
             "size": _format_size(unet.get("sample_size")),
@@ -263,7 +265,9 @@ def _model_variables(records: _RunRecords) -> dict[str, Any]:
         "conditional": records.is_conditional,
         "network": unet.get("_class_name", STOCK_NETWORK),
         "is_stock_network": unet.get("_class_name", STOCK_NETWORK) == STOCK_NETWORK,
-        "num_classes": num_classes,
+        "num_classes": None if records.classes is None else len(records.classes),
+        "unconditional": None if records.classes is None else records.classes.unconditional,
+        "first_class": None if records.classes is None else json.dumps(records.classes.names[0], ensure_ascii=False),
         "step_denoiser": is_step_denoiser,
         "T": T,
         "example_steps": example_steps,
@@ -298,7 +302,7 @@ def _training_variables(records: _RunRecords) -> dict[str, Any]:
         "settings": settings_rows(records.settings),
         "monitor": {name: format_value(config.get(f"eval_{name}")) for name in ("network", "num_images", "split")},
         "size": _format_size(data.get("resolution")),
-        "classes": _format_classes(data.get("class_names")),
+        "classes": None if records.classes is None else _format_classes(records.classes.names),
         "time": None if seconds is None else _format_time(seconds),
         "last_loss": {name: format_value(losses[-1][name]) for name in ("loss", "step")} if losses else None,
         "speed": format_value(statistics.median(speeds)) if speeds else None,
@@ -339,10 +343,8 @@ def _format_size(side: int | list[int] | None) -> str | None:
     return f"{width} x {height}"
 
 
-def _format_classes(names: list[str] | None) -> str | None:
-    if not names:
-        return None
-    first_names = format_value(", ".join(map(str, names[:MAX_CLASS_NAMES])))
+def _format_classes(names: Sequence[str]) -> str:
+    first_names = format_value(", ".join(names[:MAX_CLASS_NAMES]))
     return f"{len(names):,}: {first_names}{', ...' if len(names) > MAX_CLASS_NAMES else ''}"
 
 

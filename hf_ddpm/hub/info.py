@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ddpm._version import __version__
+from hf_ddpm.classes import read_classes
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, read_mapping
 from hf_ddpm.runtime.run_files import checkpoint_names, read_evaluation, read_run
@@ -55,7 +56,7 @@ def model_info(model: str) -> dict[str, Any]:
         "model": model,
         "size": unet.get("sample_size"),
         "channels": unet.get("in_channels"),
-        "classes": unet.get("num_class_embeds") or unet.get("num_embeds_ada_norm"),
+        "classes": _classes(folder, unet),
         "parameters": _num_parameters(folder / "unet"),
         "prediction_type": scheduler.get("prediction_type"),
         "schedule": scheduler.get("beta_schedule"),
@@ -65,6 +66,12 @@ def model_info(model: str) -> dict[str, Any]:
         "images_seen": progress.get("images"),
         "measured": read_evaluation(folder),
     }
+
+
+def _classes(folder: Path, unet: dict[str, Any]) -> list[str] | int | None:
+    """Return the names of the classes if the model keeps them, else their number."""
+    classes = read_classes(folder)
+    return unet.get("num_class_embeds") or unet.get("num_embeds_ada_norm") if classes is None else [*classes.names]
 
 
 def _progress(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 stream      what is drawn from it                        function of
 IMAGE       t and eps of a training image                (seed, position of the image in the endless stream)
 FLIP        whether an image is mirrored                 (seed, position)
+CLASS       whether the class of an image is hidden      (seed, position)
 TOP, LEFT   where an image is cropped                    (seed, position)
 STEP + k    dropout of forward pass k of a step          (seed, number of the optimizer step)
 STRATUM     where the strata of t begin in a step        (seed, number of the optimizer step)
@@ -25,7 +26,7 @@ from hf_ddpm.runtime.errors import UsageError
 
 IMAGE, STEP = 1, 2
 # Beyond STEP + k for all k.
-FLIP, TOP, LEFT, STRATUM = 2**31, 2**31 + 1, 2**31 + 2, 2**31 + 3
+FLIP, TOP, LEFT, STRATUM, CLASS = 2**31, 2**31 + 1, 2**31 + 2, 2**31 + 3, 2**31 + 4
 
 MAX_SEED = 2**63 - 1
 

@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.figures import grid, png_bytes, to_pil
 from hf_ddpm.names import FORMATS
-from hf_ddpm.network import num_classes_of
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import look_at, read_mapping, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
@@ -54,7 +53,7 @@ def write_samples(
     seed: int = 0,
     num_inference_steps: int | None = None,
     scheduler: str | None = None,
-    class_label: int | None = None,
+    class_label: int | str | None = None,
     deterministic: bool = False,
     batch_size: int = 64,
     device: str | None = None,
@@ -83,7 +82,8 @@ def write_samples(
             20, or all T of `ddpm`.
         scheduler: `ddpm`, `ddim`, `dpmsolver++` or `unipc`. None: the one that the model's folder keeps, or unipc;
             dpmsolver++ where its searched timesteps are better; ddpm where only that can sample the model.
-        class_label: The class of all images. None: each class in turn, if the model has classes.
+        class_label: The class of all images, its name or its number. None: each class in turn, if the model has
+            classes.
         deterministic: Whether to iterate the mean of each reverse step, without noise; for `ddpm` only.
         batch_size: Images per forward pass; on a CPU there are always 16.
         device: A device of torch. None: the best one of this process.
@@ -107,11 +107,11 @@ def write_samples(
         unet = pipeline.unet
         if format != "npz" and unet.config.in_channels not in (1, 3, 4):
             raise ValueError(f"format must be 'npz' for images of {unet.config.in_channels} channels, got {format!r}")
-        labels = classes_in_turn(num_classes_of(unet.config), range(seed, seed + num_images))
-        if class_label is not None:
-            labels = [class_label] * num_images
         pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)
-        pipeline._conditions(labels and labels[:1], 1, pipeline.device)
+        labels = classes_in_turn(pipeline.classes, range(seed, seed + num_images))
+        if class_label is not None and pipeline.classes is not None:
+            labels = [pipeline.classes.number_of(class_label)] * num_images
+        pipeline._labels(class_label if labels is None else labels[:1], 1, pipeline.device)
         searched, kept = pipeline.searched_timesteps_for(steps), pipeline.kept_sampler
         name = choose_sampler(pipeline.scheduler.config, scheduler, steps, kept, pipeline.searched_timesteps).scheduler
         settings = {
@@ -122,7 +122,7 @@ def write_samples(
             "timesteps": None if searched is None else [*searched.timesteps],
             "seed": seed,
             "num_images": num_images,
-            "class_label": class_label,
+            "class_label": None if labels is None or class_label is None else labels[0],
             "deterministic": deterministic,
             "dtype": dtype or "fp32",
             "compile": compile,

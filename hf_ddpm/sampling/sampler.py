@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hf_ddpm.classes import Classes
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.names import DTYPES, SCHEDULERS
 from hf_ddpm.network import compile_network, naming_weights, require_finite
@@ -96,9 +97,9 @@ def speed_up(pipeline: DDPMPipeline, dtype: str | None, compile: bool) -> None:
         pipeline.unet.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(pipeline.unet.forward)
 
 
-def classes_in_turn(num_classes: int | None, numbers: Iterable[int]) -> list[int] | None:
-    """Return a class for each image, by its number: number % num_classes. None for a model without classes."""
-    return [number % num_classes for number in numbers] if num_classes else None
+def classes_in_turn(classes: Classes | None, numbers: Iterable[int]) -> list[int] | None:
+    """Return a class for each image, by its number: number % len(classes). None for a model without classes."""
+    return None if classes is None else [number % len(classes) for number in numbers]
 
 
 def iter_samples(

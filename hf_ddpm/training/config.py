@@ -15,6 +15,7 @@ from hf_ddpm.runtime.settings import GIVEN, setting
 
 # The default peak of the learning rate under each optimizer.
 LEARNING_RATES = {"muon": 3e-3, "adamw": 1e-3}
+CLASS_DROPOUT = 0.1
 # A setting that the model of `init_from` decides -> its name in the config of that model's scheduler.
 SCHEDULER_SETTINGS = {
     "prediction_type": "prediction_type",
@@ -152,6 +153,16 @@ class TrainingConfig(DataConfig):
         resume="fixed",
         at_least=0,
         only_with={"streaming": False},
+    )
+
+    class_dropout: float = setting(
+        CLASS_DROPOUT,
+        "How often a class is hidden from the network, which so learns to make images of every class, too; guidance "
+        "compares the two. 0: never, and without that class.",
+        group="objective",
+        resume="fixed",
+        at_least=0,
+        below=1,
     )
 
     # The optimization

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm.hub.download import find_model
@@ -20,6 +21,8 @@ from hf_ddpm.scheduler import as_our_scheduler
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
 from hf_ddpm.training.parsing import load_config
+
+CLASS_EMBEDDING = "class_embedding.weight"
 
 
 def take_over(config: TrainingConfig) -> TrainingConfig:
@@ -49,10 +52,15 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
 def load_weights(unet: UNet2DModel, network: Path, source: str) -> None:
     """Load the weights in the folder `network` into a network of the same shape.
 
+    The classes of a model that has had none begin at zero: its first predictions are those of the model without them.
+
     Raises:
         UsageError: They are not whole, or not finite.
     """
-    unet.load_state_dict(load_unet(network, source).state_dict())
+    weights = load_unet(network, source).state_dict()
+    if CLASS_EMBEDDING not in weights and isinstance(unet.class_embedding, torch.nn.Embedding):
+        weights[CLASS_EMBEDDING] = torch.zeros_like(unet.class_embedding.weight)
+    unet.load_state_dict(weights)
 
 
 def network_of(model: str) -> Path:

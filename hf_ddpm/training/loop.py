@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_ddpm.classes import Classes
 from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.data.sources import check_source
@@ -36,7 +37,7 @@ from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, explain_full_memory
 from hf_ddpm.runtime.launch import check_launch
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.runtime.seeds import first_stratum, image_draws, seed_step
+from hf_ddpm.runtime.seeds import CLASS, first_stratum, hashed_uniform, image_draws, seed_step
 from hf_ddpm.runtime.settings import with_plain_paths
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
@@ -339,13 +340,14 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
         pixels = batch["pixels"].to(run.device, non_blocking=True)
         positions = batch["positions"].numpy()
         slot = micro * run.processes.size + run.processes.rank
+        labels = on_device(batch, "labels")
         seed_step(config.seed, progress.step, slot)
         with sharding.gradient_sync(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
             t, noise = draw(run, progress.step, slot, batch["positions"], pixels.shape[1:])
             loss = run.loss(
                 network,
                 to_x_0(pixels, run.images.max_value),
-                on_device(batch, "labels"),
+                hide_classes(config.seed, batch["positions"], labels, run.classes, config.class_dropout),
                 timesteps=t,
                 noise=noise,
                 extra_images=extra_images,
@@ -440,6 +442,24 @@ def draw(run: Run, step: int, slot: int, positions: Tensor, shape: Sequence[int]
     uniform, noise = image_draws(seed, positions, shape, run.device)
     first = (slot * run.config.train_batch_size + first_stratum(seed, step, count)) % count
     return run.objective.timesteps_from_uniform(uniform, first_index=first, global_batch_size=count), noise
+
+
+def hide_classes(
+    seed: int, positions: Tensor, labels: Tensor | None, classes: Classes | None, probability: float
+) -> Tensor | None:
+    """Replace the classes of some images by the one that stands for every class.
+
+    Args:
+        seed: The seed of the run; with the position it decides whether a class is hidden.
+        positions: Where each image is in the endless stream, (B,) integers.
+        labels: The class of each image, (B,) int64; None without classes.
+        classes: The classes.
+        probability: How often a class is hidden, in [0, 1).
+    """
+    if labels is None or classes is None or classes.unconditional is None:
+        return labels
+    is_hidden = torch.from_numpy(hashed_uniform(seed, CLASS, positions.numpy()) < probability)
+    return labels.masked_fill(is_hidden.to(labels.device, non_blocking=True), classes.unconditional)
 
 
 def require_finite_end(progress: Progress) -> None:

@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from hf_ddpm.network import num_classes_of
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.config import CLASS_DROPOUT, TrainingConfig
 
 # A part -> the settings that describe it.
 _REPLACED = {
@@ -70,6 +70,8 @@ def check_parts(config: TrainingConfig, parts: Parts) -> None:
     if parts.network is not None and not isinstance(parts.network, ModelMixin):
         kind = type(parts.network).__name__
         raise UsageError(f"network must be a ModelMixin of diffusers, which can be saved and loaded, got {kind}")
+    if parts.dataset is None and config.label_column is None and config.class_dropout not in (0, CLASS_DROPOUT):
+        raise UsageError(f"class_dropout = {config.class_dropout} has no effect without classes: give label_column")
     if callable(parts.callbacks):
         raise UsageError("callbacks must be a list of functions, got one function: put it into a list")
     for part in (parts.objective, *parts.callbacks):

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from hf_ddpm.classes import CLASSES_FILE
 from hf_ddpm.network import naming_weights, require_finite
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at
@@ -42,6 +43,7 @@ MAX_PROFILE_ERROR = 1e-3
 
 _WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 _COPIED = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
+_COPIED_IF_THERE = (CLASSES_FILE.as_posix(),)
 _DESCRIPTION = "average.json"
 
 
@@ -219,7 +221,7 @@ def write_average(run: Path, std: float, out: Path | None = None, images: int | 
         if not (run / name).is_file():
             raise UsageError(f"{run} must be a run that has saved its pipeline: {name} is not there")
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir()}
-    foreign = files - {_DESCRIPTION, _WEIGHTS, *_COPIED} if _DESCRIPTION in files else files
+    foreign = files - {_DESCRIPTION, _WEIGHTS, *_COPIED, *_COPIED_IF_THERE} if _DESCRIPTION in files else files
     if foreign or out.is_file():
         raise UsageError(f"{out} must be new, empty or an earlier average: {min(foreign, default='it')} would be lost")
 
@@ -235,7 +237,7 @@ def write_average(run: Path, std: float, out: Path | None = None, images: int | 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix="partial-") as partial:
         new = Path(partial) / "new"
-        for name in _COPIED:
+        for name in (*_COPIED, *(name for name in _COPIED_IF_THERE if (run / name).is_file())):
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run / name, new / name)
         save_file(tensors, new / _WEIGHTS, {"format": "pt"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from hf_ddpm import figures
+from hf_ddpm.classes import Classes
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import read_metrics, write_atomically
 from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
@@ -52,7 +53,7 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
     Args:
         has_bar: Whether each forward batch has a progress bar of its sampling steps.
     """
-    num_images, num_classes = run.config.eval_batch_size, run.images.num_classes
+    num_images, columns = preview_layout(run.config.eval_batch_size, run.classes)
     with averaged_pipeline(run) as pipeline:
         pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not (has_bar and run.is_main))
         samples = sample_all(
@@ -61,9 +62,30 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
             run.processes,
             batch_size=-(-num_images // run.processes.size),
             num_inference_steps=preview_steps(run),
-            class_labels=classes_in_turn(num_classes, range(num_images)),
+            class_labels=classes_in_turn(run.classes, range(num_images)),
         )
-    return figures.grid(figures.to_pil(samples))
+    return figures.grid(by_class(figures.to_pil(samples), columns), columns)
+
+
+def preview_layout(num_images: int, classes: Classes | None) -> tuple[int, int | None]:
+    """Return the number of images of a preview, and of its columns where each of its rows is of one class.
+
+    Args:
+        num_images: The number of images that the settings ask for; the last column is filled up.
+        classes: The classes of the images, which come in turn.
+    """
+    if classes is None or len(classes) > num_images // 2:
+        return num_images, None
+    columns = -(-num_images // len(classes))
+    return columns * len(classes), columns
+
+
+def by_class(images: Sequence[Image.Image], columns: int | None) -> Sequence[Image.Image]:
+    """Return images whose classes come in turn ordered by class, for a grid of so many columns."""
+    if columns is None:
+        return images
+    num_classes = len(images) // columns
+    return [images[column * num_classes + row] for row in range(num_classes) for column in range(columns)]
 
 
 def next_preview(run: Run, done: int, num_steps: int) -> int:
@@ -131,6 +153,7 @@ def averaged_pipeline(run: Run) -> Iterator[DDPMPipeline]:
     """Give the pipeline that previews sample, with the averaged weights, for the duration of a `with` block."""
     unet = run.state.unet
     pipeline = DDPMPipeline(unet, _preview_scheduler(run))
+    pipeline.classes = run.classes
     pipeline.set_progress_bar_config(disable=True)
     unet.eval()
     precision = sharding.autocast(run.device, run.config.mixed_precision)

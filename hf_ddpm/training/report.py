@@ -93,7 +93,9 @@ def _delete_pictures(output_dir: Path) -> None:
 
 def _averaged_pipeline(run: Run) -> DDPMPipeline:
     averaged: Any = averaged_unet(run, run.average)
-    return DDPMPipeline(averaged.to(run.device), DDPMScheduler.from_config(run.scheduler.config))
+    pipeline = DDPMPipeline(averaged.to(run.device), DDPMScheduler.from_config(run.scheduler.config))
+    pipeline.classes = run.classes
+    return pipeline
 
 
 def write_report(run: Run, progress: Progress, pipeline: DDPMPipeline, samples: Image.Image | None) -> None:
@@ -126,7 +128,7 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
             "channels": images.channels,
             "max_value": images.max_value,
             "value_range": run.config.value_range,
-            "class_names": images.class_names,
+            "class_names": None if run.classes is None else [*run.classes.names],
             "fingerprint": images.fingerprint,
             "license": images.license,
         },
@@ -235,7 +237,7 @@ def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline, total: int) -> None:
         generator=seeded_generators(range(CHAIN_SIZE), pipeline.device),
         timesteps=figures.spread(len(pipeline.scheduler), total)[::-1],
         output_type="pt",
-        class_labels=classes_in_turn(run.images.num_classes, range(CHAIN_SIZE)),
+        class_labels=classes_in_turn(run.classes, range(CHAIN_SIZE)),
         trajectory=frames,
         return_dict=False,
     )

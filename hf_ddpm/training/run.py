@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_ddpm.classes import Classes
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.shards import ImageStream
@@ -44,6 +45,7 @@ class Run:
         model: The network as Accelerate prepared it; `state` holds the network itself.
         optimizer: The optimizer as Accelerate prepared it; `state` holds the optimizer itself.
         loss: The training loss: `objective`, or what was passed to `train` in its place.
+        classes: The classes that the network is conditioned on; None for a network without classes.
         validation: The held-out images; None if the run validates nothing.
         pusher: The background upload, on the first process of a run that goes to the Hub.
         trackers: Accelerate's trackers, on the first process.
@@ -65,6 +67,7 @@ class Run:
     state: TrainingState
     objective: Objective
     loss: Callable[..., Tensor]
+    classes: Classes | None
     validation: Validation | None
     learning_rate: Callable[[int], float]
     decays: Callable[[int, int], dict[str, float]]

@@ -84,7 +84,9 @@ def _write_pipeline(run: Run, unet: Any, folder: Path) -> None:
     partial = folder / "partial-model"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        DDPMPipeline(unet, DDPMScheduler.from_config(run.scheduler.config)).save_pretrained(partial)
+        pipeline = DDPMPipeline(unet, DDPMScheduler.from_config(run.scheduler.config))
+        pipeline.classes = run.classes
+        pipeline.save_pretrained(partial)
         files = [path for path in partial.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.parent == partial):
             target = folder / path.relative_to(partial)

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
+from hf_ddpm.classes import Classes, numbered_classes
 from hf_ddpm.data.cache import ImageCache, load_dataset, load_images
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
@@ -25,7 +26,7 @@ from hf_ddpm.data.splits import check_split
 from hf_ddpm.evaluation.features import check_network
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme, write_card
-from hf_ddpm.network import compile_network, make_unet
+from hf_ddpm.network import compile_network, make_unet, num_classes_of
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.devices import require_compiler
 from hf_ddpm.runtime.errors import UsageError, in_one_line
@@ -36,7 +37,7 @@ from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import EMA, edm_decay, halflife_from_decay, ramped_decay
 from hf_ddpm.training.checkpoint import Progress, TrainingState, find_checkpoint, load_checkpoint, read_progress
-from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.config import CLASS_DROPOUT, TrainingConfig
 from hf_ddpm.training.finetuning import load_weights, network_of, take_over
 from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.optimizer import make_optimizer
@@ -124,8 +125,9 @@ def build_run(
     if config.eval_steps is not None:
         validation = open_validation(config, images, processes, accelerator.device)
     scheduler = make_scheduler(config)
-    objective = _make_objective(config, scheduler, images.max_value)
-    new_unet = _make_unet(config, images, start.checkpoint, parts.network)
+    classes = _classes_of(config, images, parts.network)
+    objective = _make_objective(config, scheduler, images.max_value, classes)
+    new_unet = _make_unet(config, images, classes, start.checkpoint, parts.network)
     optimizer = make_optimizer(new_unet, config)
     model, prepared = accelerator.prepare(new_unet, optimizer)
     unet: Any = accelerator.unwrap_model(model)
@@ -152,6 +154,7 @@ def build_run(
         objective=objective,
         loss=objective if parts.objective is None else parts.objective,
         callbacks=parts.callbacks,
+        classes=classes,
         validation=validation,
         learning_rate=learning_rate_schedule(config, start.num_steps, progress.schedule_batch_size, processes),
         decays=decays,
@@ -430,7 +433,25 @@ def _check_extra_images(config: TrainingConfig, images: Images, global_batch_siz
         )
 
 
-def _make_unet(config: TrainingConfig, images: Images, checkpoint: Path | None, given: Any) -> Any:
+def _classes_of(config: TrainingConfig, images: Images, given: Any) -> Classes | None:
+    """Return the classes of the images, with one more for `class_dropout` where the network has a place for it."""
+    if images.num_classes is None:
+        return None
+    classes = numbered_classes(images.num_classes)
+    if images.class_names is not None:
+        classes = Classes(tuple(images.class_names))
+    has_place = given is None or num_classes_of(given.config) == len(classes) + 1
+    if given is not None and not has_place and config.class_dropout not in (0, CLASS_DROPOUT):
+        raise UsageError(
+            f"class_dropout = {config.class_dropout} needs a network of {len(classes) + 1} classes, one more than the "
+            f"images have, got {num_classes_of(given.config)}"
+        )
+    return replace(classes, has_unconditional=config.class_dropout > 0 and has_place)
+
+
+def _make_unet(
+    config: TrainingConfig, images: Images, classes: Classes | None, checkpoint: Path | None, given: Any
+) -> Any:
     """Make the network of the run: that of the checkpoint or of `init_from`, one from a config, or a new one.
 
     One that was passed to `train` is taken as it is.
@@ -449,7 +470,7 @@ def _make_unet(config: TrainingConfig, images: Images, checkpoint: Path | None, 
     unet = make_unet(
         images.channels,
         images.resolution,
-        images.num_classes,
+        None if classes is None else classes.num_embeddings,
         model_config=config.model_config_name_or_path if network is None else str(network),
         variance_type=config.variance_type,
         dropout=None if config.model_config_name_or_path or config.init_from else config.dropout,
@@ -465,7 +486,9 @@ def _make_unet(config: TrainingConfig, images: Images, checkpoint: Path | None, 
     return unet
 
 
-def _make_objective(config: TrainingConfig, scheduler: DDPMScheduler, max_value: int) -> Objective:
+def _make_objective(
+    config: TrainingConfig, scheduler: DDPMScheduler, max_value: int, classes: Classes | None
+) -> Objective:
     return Objective(
         scheduler=scheduler,
         weighting=config.loss_weighting,
@@ -475,6 +498,7 @@ def _make_objective(config: TrainingConfig, scheduler: DDPMScheduler, max_value:
         noise_level_std=config.noise_level_std,
         autocast_dtype=sharding.AUTOCAST[config.mixed_precision or "no"],
         max_value=max_value,
+        unconditional_class=None if classes is None else classes.unconditional,
     )
 
 

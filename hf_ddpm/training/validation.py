@@ -27,7 +27,6 @@ from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.distances import kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.figures import Curve, draw_curves
-from hf_ddpm.network import num_classes_of
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
@@ -166,7 +165,7 @@ def _sample_features(
         processes,
         batch_size=BATCH_SIZE,
         num_inference_steps=num_inference_steps,
-        class_labels=classes_in_turn(num_classes_of(pipeline.unet.config), seeds),
+        class_labels=classes_in_turn(pipeline.classes, seeds),
     )
     rows = [validation.network(samples[part]) for part in _batches(processes, len(seeds))]
     return processes.gather_rows(torch.cat(rows), len(seeds))

@@ -137,9 +137,9 @@ def test_train_takes_paths_of_pathlib_and_homes(tiny_settings, tmp_path, monkeyp
         ({"batch_size": "4"}, "batch_size must be a whole number, got '4'"),
         ({"batch_size": 1.5}, r"batch_size must be a whole number, got 1\.5"),
         ({"num_inference_steps": "5"}, "num_inference_steps must be a whole number, got '5'"),
-        ({"class_labels": "flags"}, "class_labels must be numbers, one or as many as images, got 'flags'"),
-        ({"class_labels": 0.5}, "class_labels must be whole numbers, one or as many as images, got 0.5"),
-        ({"class_labels": [["a"]]}, "class_labels must be numbers"),
+        ({"class_labels": "flags"}, "class_labels must name a class, got 'flags': the classes are 0, 1, 2"),
+        ({"class_labels": 0.5}, "class_labels must be names or whole numbers, got 0.5"),
+        ({"class_labels": [["a"]]}, "class_labels must be names or whole numbers"),
     ],
 )
 def test_pipeline_checks_types(arguments, message, make_unet):

@@ -15,6 +15,7 @@ from diffusers import ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler, UNe
 from huggingface_hub import ModelCard
 
 import hf_ddpm
+from hf_ddpm.classes import Classes, write_classes
 from hf_ddpm.hub import card as card_module
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.hub.readme import named_repository
@@ -281,7 +282,8 @@ def test_write_card_names_a_damaged_file(tmp_path: Path, name: str, text: str):
 
 
 def test_recorded_text_cannot_break_a_table(tmp_path: Path):
-    card = card_of(tmp_path, run={"training": {"device": "a|b\nc"}, "data": {"class_names": ["x|y"] * 30}})
+    write_classes(tmp_path, Classes(("x|y",) * 30))
+    card = card_of(tmp_path, run={"training": {"device": "a|b\nc"}}, unet={"num_class_embeds": 30})
     assert r"| Device | a\|b c |" in card
     assert r"| Classes | 30: x\|y, " in card
     assert_no_trace_of_absence(card)

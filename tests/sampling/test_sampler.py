@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.classes import numbered_classes
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
@@ -126,7 +127,7 @@ def test_sample_all_shows_what_is_not_finite_as_black(pipeline):
 
 
 def test_classes_in_turn_go_by_the_images_number():
-    assert classes_in_turn(3, range(5, 9)) == [2, 0, 1, 2]
+    assert classes_in_turn(numbered_classes(3), range(5, 9)) == [2, 0, 1, 2]
     assert classes_in_turn(None, range(5, 9)) is None
 
 

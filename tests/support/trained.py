@@ -1,11 +1,14 @@
 """What tests of runs read from them."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from hf_ddpm.training.config import TrainingConfig
 from tests.support.networks import smallest_unet_config
 
 
@@ -30,3 +33,13 @@ def model_file(tmp_path, **changes):
     path = tmp_path / "other_unet.json"
     path.write_text(json.dumps(smallest_unet_config(channels=1, **changes)))
     return str(path)
+
+
+def part(whole: TrainingConfig) -> TrainingConfig:
+    """Return a copy of a run that lost what came after its first checkpoint, as a kill leaves it."""
+    parted = replace(whole, output_dir=f"{whole.output_dir}-parted")
+    shutil.copytree(whole.output_dir, parted.output_dir)
+    for path in (Path(parted.output_dir) / name for name in (f"checkpoint-{whole.max_train_steps}", "unet")):
+        shutil.rmtree(path)
+    Path(parted.output_dir, "model_index.json").unlink()
+    return parted

@@ -204,7 +204,7 @@ def nothing(base: Path) -> None:
             nothing,
             "model_config_name_or_path = . has no effect: init_from is given",
         ),
-        ({}, with_classes, "num_class_embeds of init_from .* must be None, the classes of label_column; got 10"),
+        ({}, with_classes, "num_class_embeds of init_from .* must be None, as no label_column is given; got 10"),
         ({}, reschedule(trained_betas=[0.1] * 30), "a noise schedule by name, got '.*' with .* betas of its own"),
         ({}, reschedule(beta_schedule="laplace"), "beta_schedule is one of linear, .*, got 'laplace'"),
         ({}, reschedule(beta_schedule="unheard of"), "beta_schedule is one of linear, .*, got 'unheard of'"),

@@ -164,7 +164,7 @@ def test_learned_variance_trains_the_variance_channels(tiny_settings, tmp_path):
 @pytest.mark.slow
 def test_train_learns_classes_from_the_label_column(tiny_settings, tmp_path):
     model = tmp_path / "classes.json"
-    model.write_text(json.dumps(smallest_unet_config(channels=1, num_class_embeds=10)))
+    model.write_text(json.dumps(smallest_unet_config(channels=1, num_class_embeds=11)))
     settings = {k: v for k, v in tiny_settings.items() if k != "train_data_dir"}
     settings |= {"dataset_name": "digits", "label_column": "label", "model_config_name_or_path": str(model)}
     pipeline = train(TrainingConfig(**settings))
@@ -225,6 +225,7 @@ def test_loss_uses_the_stable_target(tiny_settings, tmp_path, labels):
         model = tmp_path / "conditional.json"
         model.write_text(json.dumps(smallest_unet_config(channels=1, num_class_embeds=2)))
         changes |= {"train_data_dir": str(folder), "label_column": "label", "model_config_name_or_path": str(model)}
+        changes["class_dropout"] = 0.0
     config = TrainingConfig(**{**tiny_settings, **changes})
     pipeline = train(config)
     assert pipeline is not None

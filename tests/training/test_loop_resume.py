@@ -1,7 +1,6 @@
 """Resuming in the folder of a run, and overwriting it."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,19 +13,9 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import load_config
 from tests.support.networks import smallest_unet_config
-from tests.support.trained import assert_same_weights, losses, metrics, model_file
+from tests.support.trained import assert_same_weights, losses, metrics, model_file, part
 
 ROOT = Path(__file__).parents[2]
-
-
-def part(whole: TrainingConfig) -> TrainingConfig:
-    """Return a copy of a run that lost what came after its first checkpoint, as a kill leaves it."""
-    parted = replace(whole, output_dir=f"{whole.output_dir}-parted")
-    shutil.copytree(whole.output_dir, parted.output_dir)
-    for path in (Path(parted.output_dir) / name for name in (f"checkpoint-{whole.max_train_steps}", "unet")):
-        shutil.rmtree(path)
-    Path(parted.output_dir, "model_index.json").unlink()
-    return parted
 
 
 @pytest.mark.slow

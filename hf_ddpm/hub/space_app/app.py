@@ -27,7 +27,6 @@ from torch import Tensor
 
 from hf_ddpm.figures import to_pil
 from hf_ddpm.names import SCHEDULERS
-from hf_ddpm.network import num_classes_of
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler
@@ -68,11 +67,15 @@ class Model:
         self.scheduler: DDPMScheduler = as_our_scheduler(self.pipeline.scheduler.config)
         unet_config: Any = self.pipeline.unet.config
         self.channels: int = unet_config.in_channels
-        self.num_classes: int | None = num_classes_of(unet_config)
         size = unet_config.sample_size
         self.height, self.width = (size, size) if isinstance(size, int) else size
         if self.channels not in MODES:
             raise ValueError(f"the model must make images of 1, 3 or 4 channels, got {self.channels}")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes that the model is conditioned on; empty without classes."""
+        return () if self.pipeline.classes is None else self.pipeline.classes.names
 
     @property
     def num_timesteps(self) -> int:
@@ -127,7 +130,7 @@ class Model:
         scheduler = named_scheduler("ddpm" if is_deterministic else sampler, self.scheduler.config, num_steps)
         # A pipeline of its own, since several visitors may sample at once, with different schedulers.
         pipeline = DDPMPipeline(self.pipeline.unet, scheduler)
-        pipeline.searched_timesteps = self.pipeline.searched_timesteps
+        pipeline.searched_timesteps, pipeline.classes = self.pipeline.searched_timesteps, self.pipeline.classes
         pipeline.set_progress_bar_config(disable=True)
 
         def report(_: DDPMPipeline, index: int, __: Tensor, ___: dict[str, Any]) -> None:
@@ -219,7 +222,7 @@ def about(model: Model) -> str:
         STEP_DENOISER: "the next, less noisy image",
     }[model.prediction_type]
     num_parameters = sum(p.numel() for p in model.pipeline.unet.parameters())
-    classes = f" It knows {model.num_classes} classes." if model.num_classes else ""
+    classes = f" It knows {len(model.class_names)} classes." if model.class_names else ""
     card = "" if Path(model.name).exists() else f"\n\n[The model's card](https://huggingface.co/{model.name})"
     return (
         f"A denoising diffusion model for {color} images of {model.width} × {model.height} pixels. Its network has "
@@ -267,7 +270,7 @@ class Handlers:
         on_step: Callable[[int, int], None] = lambda step, num_steps: None,
     ) -> tuple[Samples, str, str]:
         seeds = [int(seed or 0) + i for i in range(int(num_images))]
-        num_classes, labels = self.model.num_classes, None
+        num_classes, labels = len(self.model.class_names), None
         if num_classes:
             labels = [i % num_classes if label is None or label < 0 else label for i in seeds]
         samples = self.model.sample(sampler, int(num_steps), seeds, labels, on_step)
@@ -327,8 +330,8 @@ def build(name: str) -> gr.Blocks:
                 steps = gr.Slider(1, T, model.default_steps, step=1, label="Steps", interactive=not is_step_denoiser)
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 count = gr.Slider(1, 32, num_images, step=1, label="Images")
-                classes = [("each in turn", -1), *((str(i), i) for i in range(model.num_classes or 0))]
-                label = gr.Dropdown(classes, value=-1, label="Class", visible=bool(model.num_classes))
+                classes = [("each in turn", -1), *((name, i) for i, name in enumerate(model.class_names))]
+                label = gr.Dropdown(classes, value=-1, label="Class", visible=bool(model.class_names))
                 button = gr.Button("Sample", variant="primary")
             with gr.Column(scale=3, min_width=480):
                 gr.Markdown("### Images")

@@ -1,0 +1,133 @@
+"""Classes in training: their names, the embedding that stands for every class, fine-tuning, previews by class."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler, Objective, UsageError
+from hf_ddpm.classes import Classes
+from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.loop import hide_classes, train
+from hf_ddpm.training.previews import by_class, preview_layout
+from tests.support.networks import smallest_unet_config
+from tests.support.trained import assert_same_weights, losses, part
+
+KINDS = Classes(("dark", "light"), has_unconditional=True)
+
+
+@pytest.fixture
+def settings(tiny_settings, image_folder, tmp_path) -> dict:
+    """Settings of a run on images of two classes, in the folders `dark` and `light`."""
+    for i, path in enumerate(sorted(Path(tiny_settings["train_data_dir"]).iterdir())):
+        folder = tmp_path / "kinds" / KINDS.names[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).write_bytes(path.read_bytes())
+    return {**tiny_settings, "train_data_dir": str(tmp_path / "kinds"), "label_column": "label"}
+
+
+@pytest.mark.slow
+def test_run_learns_the_named_classes_and_one_for_all(settings):
+    pipeline = train(TrainingConfig(**settings))
+    assert pipeline is not None
+    folder = Path(settings["output_dir"])
+    loaded = DDPMPipeline.from_pretrained(folder)
+    assert loaded.classes == pipeline.classes == KINDS
+    assert loaded.unet.config.num_class_embeds == 3
+    assert json.loads((folder / "run.json").read_text())["data"]["class_names"] == ["dark", "light"]
+    card = (folder / "README.md").read_text()
+    assert "a number below 2; the number 2 stands for every class" in card
+    assert '`class_labels="dark"`' in card
+    assert "| Classes | 2: dark, light |" in card
+
+
+@pytest.mark.slow
+def test_run_without_class_dropout_has_no_embedding_for_all(settings):
+    pipeline = train(TrainingConfig(**settings, class_dropout=0.0))
+    assert pipeline is not None
+    assert pipeline.classes == replace(KINDS, has_unconditional=False)
+    assert pipeline.unet.config.num_class_embeds == 2
+    assert "stands for every class" not in Path(settings["output_dir"], "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_resumed_run_hides_the_same_classes(settings):
+    whole = TrainingConfig(**settings, class_dropout=0.4, checkpoints_total_limit=None)
+    train(whole)
+    parted = part(whole)
+    train(replace(parted, resume_from_checkpoint="latest"))
+    assert losses(parted.output_dir) == losses(whole.output_dir)
+    assert_same_weights(whole.output_dir, parted.output_dir)
+
+
+def test_classes_are_hidden_by_seed_and_position():
+    positions = torch.arange(20_000)
+    labels = positions % 2
+    hidden = hide_classes(0, positions, labels, KINDS, 0.1)
+    is_hidden = hidden == KINDS.unconditional
+    # Five standard errors of a share of 0.1.
+    assert abs(float(is_hidden.float().mean()) - 0.1) < 5 * (0.1 * 0.9 / 20_000) ** 0.5
+    assert torch.equal(hidden[~is_hidden], labels[~is_hidden])
+    parts = [hide_classes(0, positions[i::3], labels[i::3], KINDS, 0.1) for i in range(3)]
+    assert all(torch.equal(part, hidden[i::3]) for i, part in enumerate(parts))
+    assert not torch.equal(hide_classes(1, positions, labels, KINDS, 0.1), hidden)
+    assert hide_classes(0, positions, labels, replace(KINDS, has_unconditional=False), 0.1) is labels
+    assert hide_classes(0, positions, None, None, 0.1) is None
+
+
+def test_stable_target_without_class_is_over_the_images_of_all_classes():
+    objective = Objective(DDPMScheduler(100, beta_schedule="squaredcos_cap_v2"), unconditional_class=2)
+    x_0, extra = torch.rand(2, 8, 1, 4, 4).mul(2).sub(1)
+    arguments = {"timesteps": torch.full((8,), 60), "noise": torch.randn_like(x_0), "extra_images": extra}
+
+    def loss(labels: torch.Tensor | None) -> torch.Tensor:
+        extra_labels = None if labels is None else torch.arange(8) % 2
+        network = lambda x_t, t, **_: SimpleNamespace(sample=torch.zeros_like(x_t))  # noqa: E731
+        return objective(network, x_0, labels, **arguments, extra_labels=extra_labels)
+
+    assert torch.equal(loss(torch.full((8,), 2)), loss(None))
+    assert not torch.equal(loss(torch.full((8,), 1)), loss(None))
+
+
+@pytest.mark.slow
+def test_model_without_classes_is_tuned_to_classes(settings, tmp_path):
+    """It begins as the model that it was, whatever the class, and learns to tell them apart."""
+    torch.manual_seed(1)
+    unet = diffusers.UNet2DModel(**smallest_unet_config(channels=1))
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(30, beta_end=0.7)).save_pretrained(tmp_path / "base")
+    for name in ("model_config_name_or_path", "ddpm_num_steps"):
+        settings.pop(name)
+    config = TrainingConfig(**{**settings, "init_from": str(tmp_path / "base"), "max_train_steps": 1})
+    started = train(replace(config, learning_rate=1e-30, lr_scheduler="constant", lr_warmup_steps=0))
+    assert started is not None
+    x_t, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 10, 29])
+    with torch.no_grad():
+        expected = unet.eval()(x_t, t).sample
+        for label in range(3):
+            ours = started.unet(x_t, t, class_labels=torch.full((3,), label)).sample
+            assert torch.allclose(ours, expected, rtol=0, atol=1e-6)
+    tuned = train(replace(config, output_dir=config.output_dir + "-tuned", max_train_steps=3))
+    assert tuned is not None
+    assert tuned.classes == KINDS
+    table = tuned.unet.class_embedding.weight
+    assert not torch.equal(table[0], table[1])
+
+
+def test_class_dropout_without_classes_is_refused(tiny_settings):
+    with pytest.raises(UsageError, match=r"class_dropout = 0\.3 has no effect without classes: give label_column"):
+        train(TrainingConfig(**tiny_settings, class_dropout=0.3))
+
+
+def test_preview_has_a_row_for_each_class():
+    assert preview_layout(16, None) == (16, None)
+    assert preview_layout(16, Classes(tuple("abcde"))) == (20, 4)
+    # Of many classes there would be hardly any columns.
+    assert preview_layout(16, Classes(tuple(map(str, range(9))))) == (16, None)
+    images = [Image.new("L", (1, 1), i % 3) for i in range(6)]
+    assert [image.getpixel((0, 0)) for image in by_class(images, 2)] == [0, 0, 1, 1, 2, 2]
+    assert by_class(images, None) is images
