@@ -12,7 +12,7 @@ import typer
 from hf_ddpm import recipes
 from hf_ddpm.data.config import DataConfig, check_data_paths
 from hf_ddpm.evaluation.names import METRICS, NETWORK_NAMES
-from hf_ddpm.names import DTYPES, FORMATS, SCHEDULERS
+from hf_ddpm.names import DTYPES, FORMATS, GUIDANCE_METHODS, SCHEDULERS
 from hf_ddpm.runtime.command_line import (
     Command,
     CommandLine,
@@ -24,6 +24,7 @@ from hf_ddpm.runtime.command_line import (
     say,
     say_loading,
     split_commas,
+    split_decimals,
     split_numbers,
     switch,
     table,
@@ -62,6 +63,25 @@ Network = Annotated[
 ]
 NetworkPath = Annotated[
     str | None, option("network_path", "The network's file; of dinov2 and clip a folder or Hub id.")
+]
+GuidanceInterval = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        "--guidance_interval",
+        metavar="LOW HIGH",
+        help="Guidance acts where LOW < sigma <= HIGH, the ratio of noise to signal. Default: everywhere.",
+    ),
+]
+GuidanceMethod = Annotated[
+    str | None, choice("guidance_method", "cfg, cfg-zero*, apg or tcfg. Default: cfg.", GUIDANCE_METHODS)
+]
+GuidanceModel = Annotated[
+    str | None,
+    option(
+        "guidance_model",
+        "A weaker model that images are led away from, a folder or a Hub id. Default: the model without a class, or "
+        "the one in its folder guide.",
+    ),
 ]
 Json = Annotated[bool, switch("json", "Print one JSON object instead of sentences.")]
 
@@ -137,6 +157,12 @@ def sample(
     class_label: Annotated[
         str | None, option("class_label", "The class, by its name or number. Default: each in turn.")
     ] = None,
+    guidance_scale: Annotated[
+        float | None, option("guidance_scale", "How far images are led away from a weaker model. Default: 1, not.")
+    ] = None,
+    guidance_interval: GuidanceInterval = None,
+    guidance_method: GuidanceMethod = None,
+    guidance_model: GuidanceModel = None,
     deterministic: Annotated[bool, switch("deterministic", "With ddpm: iterate the mean, add no noise.")] = False,
     batch_size: BatchSize = 64,
     device: Device = None,
@@ -162,6 +188,10 @@ def sample(
             num_inference_steps=num_inference_steps,
             scheduler=scheduler,
             class_label=class_label,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_method=guidance_method,
+            guidance_model=guidance_model,
             deterministic=deterministic,
             batch_size=batch_size,
             device=device,
@@ -211,6 +241,12 @@ def evaluate(
     scheduler: Annotated[
         str | None, choice("scheduler", "See `sample`; several are separated by commas.", SCHEDULERS, is_list=True)
     ] = None,
+    guidance_scale: Annotated[
+        str | None, option("guidance_scale", "See `sample`; several, of which 1 is none, are separated by commas.")
+    ] = None,
+    guidance_interval: GuidanceInterval = None,
+    guidance_method: GuidanceMethod = None,
+    guidance_model: GuidanceModel = None,
     network: Network = None,
     network_path: NetworkPath = None,
     timesteps_per_image: Annotated[
@@ -232,6 +268,7 @@ def evaluate(
     """
     with report_errors():
         steps = split_numbers("num_inference_steps", num_inference_steps)
+        scales = split_decimals("guidance_scale", guidance_scale)
         if flags and "dataset_name" not in flags:
             raise UsageError(f"{min(flags)} needs --dataset_name, got none: the settings of data go together")
         data = _data_config(flags) if flags else None
@@ -251,6 +288,10 @@ def evaluate(
             seed=seed,
             num_inference_steps=steps,
             schedulers=split_commas(scheduler),
+            guidance_scales=scales,
+            guidance_interval=guidance_interval,
+            guidance_method=guidance_method,
+            guidance_model=guidance_model,
             network=network,
             network_path=network_path,
             timesteps_per_image=timesteps_per_image,

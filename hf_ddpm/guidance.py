@@ -58,16 +58,16 @@ class Guidance:
 
     def __post_init__(self):
         if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(f"scale must be finite and at least 0, got {self.scale}: 1 is no guidance")
+            raise ValueError(f"guidance scale must be finite and at least 0, got {self.scale}: 1 is no guidance")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
             raise ValueError(
-                f"interval must be (low, high) with 0 <= low < high, got {self.interval}: "
+                f"guidance interval must be (low, high) with 0 <= low < high, got {self.interval}: "
                 "give two values of sigma, or None to guide everywhere"
             )
         if not 0 <= self.rescale <= 1:
-            raise ValueError(f"rescale must be in [0, 1], got {self.rescale}: 0 leaves it out")
+            raise ValueError(f"guidance rescale must be in [0, 1], got {self.rescale}: 0 leaves it out")
         if self.method not in GUIDANCE_METHODS:
-            raise ValueError(f"method must be one of {', '.join(GUIDANCE_METHODS)}, got {self.method!r}")
+            raise ValueError(f"guidance method must be one of {', '.join(GUIDANCE_METHODS)}, got {self.method!r}")
         if not self.norm_threshold > 0:
             raise ValueError(f"norm_threshold must be above 0, got {self.norm_threshold}: math.inf leaves it out")
         if self.method != "apg" and self.norm_threshold != math.inf:
@@ -84,7 +84,7 @@ class Guidance:
             value = getattr(self, name)
             if value != getattr(Guidance, name):
                 raise ValueError(
-                    f"{name} takes effect only with guidance, got {name}={value!r} with scale=1: "
+                    f"guidance {name} takes effect only with guidance, got {name}={value!r} with scale=1: "
                     f"use another scale, or leave {name} out"
                 )
 

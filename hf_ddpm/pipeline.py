@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from hf_ddpm.classes import Classes, check_embeddings, numbered_classes, read_classes, write_classes
 from hf_ddpm.figures import to_pil
+from hf_ddpm.guidance import Guidance, combine, in_interval
 from hf_ddpm.network import num_classes_of, timestep_for
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, require_num_inference_steps
@@ -64,6 +65,8 @@ SAMPLING_SCHEDULERS = (
 # Their first step leaves noise of two values where almost nothing but noise is seen.
 _SENSITIVE_SCHEDULERS = ("HeunDiscreteScheduler", "PNDMScheduler")
 _MIN_FIRST_ALPHA_BAR = 1e-6
+# The folder of a model that holds a weaker version of its network.
+GUIDE_FOLDER = "guide"
 
 ClassLabels = int | str | Sequence[int | str] | Tensor | None
 StepCallback = Callable[["DDPMPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
@@ -106,10 +109,18 @@ class Conditions:
     Args:
         network_dtype: The type of the network's weights, which it takes x_t in.
         class_labels: The class of each image, (B,); None for a model without classes.
+        guidance: How the prediction is guided; None: it is not.
+        weaker: The network that guidance leads away from; None: the pipeline's own, without a class.
+        weaker_labels: The class of each image for that network, (B,).
+        scheduler: Our scheduler of the model, which turns outputs into x_0_hat; None where it is not needed.
     """
 
     network_dtype: torch.dtype
     class_labels: Tensor | None = None
+    guidance: Guidance | None = None
+    weaker: Any = None
+    weaker_labels: Tensor | None = None
+    scheduler: DDPMScheduler | None = None
 
 
 class DDPMPipeline(DiffusionPipeline):
@@ -126,6 +137,8 @@ class DDPMPipeline(DiffusionPipeline):
             sample without them.
         sampler: How `use` said that the pipeline samples; None: by its own scheduler, as stock does.
         kept_sampler: What `use()` takes: the sampler that the folder of the model keeps, if there is one.
+        guide: The weaker network that guidance leads away from (autoguidance). None: the network itself without a
+            class, or the one of the model's folder `guide`, which is loaded when it is needed.
         classes: The classes that the network is conditioned on, with their names; None for a network without classes.
     """
 
@@ -142,12 +155,17 @@ class DDPMPipeline(DiffusionPipeline):
         self.sampler: Sampler | None = None
         self._scheduler_of_sampler: Any = None
         self.kept_sampler: Sampler | None = None
+        self.guide: Any = None
+        self._running: Tensor | None = None  # of the guidance `apg`, from one step to the next
+        self._source: tuple[Any, dict[str, Any]] | None = None  # what the pipeline was loaded from
         self.classes: Classes | None = None if unet is None else _unnamed_classes(unet.config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Load a pipeline as `diffusers.DiffusionPipeline` does, with what `save_config` keeps beside its weights."""
         pipeline: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        of_repository = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        pipeline._source = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in of_repository}
         folder = _folder_of(pipeline.unet)
         pipeline.kept_sampler = read_sampler(folder)
         if (classes := read_classes(folder)) is not None:
@@ -187,7 +205,37 @@ class DDPMPipeline(DiffusionPipeline):
         stock = ("diffusers", diffusers.DDPMScheduler.__name__)
         super().register_to_config(**{name: stock if value == ours else value for name, value in kwargs.items()})
 
-    def use(self, scheduler: str | None = None, num_inference_steps: int | None = None) -> DDPMPipeline:
+    def load_guide(self) -> DDPMPipeline:
+        """Load the weaker network that the model keeps in its folder `guide`, for autoguidance.
+
+        Returns:
+            The pipeline itself.
+
+        Raises:
+            ValueError: When the model keeps none.
+        """
+        name, keywords = self._source or (None, {})
+        try:
+            if name is None:
+                raise OSError("the pipeline was not loaded from a folder or the Hub")
+            guide: Any = type(self.unet).from_pretrained(
+                name, subfolder=GUIDE_FOLDER, torch_dtype=self.unet.dtype, **keywords
+            )
+        except OSError as error:
+            raise ValueError(
+                f"guidance needs a weaker model, got {str(name)!r} without a folder {GUIDE_FOLDER!r}: train with "
+                "class_dropout, or set `guide` of the pipeline to the network of a smaller or less trained model"
+            ) from error
+        self.guide = guide.to(self.device).eval()
+        return self
+
+    def use(
+        self,
+        scheduler: str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> DDPMPipeline:
         """Choose how later calls sample, as the commands do: in 20 steps of UniPC unless something else is asked for.
 
         The pipeline's own scheduler, which stock diffusers loads, stays as it is. A pipeline that is saved keeps the
@@ -196,6 +244,8 @@ class DDPMPipeline(DiffusionPipeline):
         Args:
             scheduler: `ddpm`, `ddim`, `dpmsolver++` or `unipc`. None: the one that the folder keeps, or the best.
             num_inference_steps: The number of steps of calls that give none. None: as for `scheduler`.
+            guidance_scale: The scale of guidance of calls that give none. None: as for `scheduler`, or 1.
+            guidance_interval: Where this guidance acts, as of a call.
 
         Returns:
             The pipeline itself.
@@ -210,6 +260,9 @@ class DDPMPipeline(DiffusionPipeline):
                 f"{type(self.scheduler).__name__}: call the pipeline with its own scheduler"
             )
         sampler = choose_sampler(config, scheduler, num_inference_steps, self.kept_sampler, self.searched_timesteps)
+        if guidance_scale is not None or guidance_interval is not None:
+            guidance = Guidance(1.0 if guidance_scale is None else guidance_scale, guidance_interval)
+            sampler = sampler._replace(guidance=None if guidance.scale == 1 else guidance)
         named_scheduler(sampler.scheduler, config, sampler.num_inference_steps)
         self.sampler, self._scheduler_of_sampler = sampler, self.scheduler
         return self
@@ -229,6 +282,9 @@ class DDPMPipeline(DiffusionPipeline):
         trajectory: bool | Sequence[int] = False,
         deterministic: bool = False,
         timesteps: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance: Guidance | None = None,
     ) -> DDPMPipelineOutput | tuple:
         """Sample images.
 
@@ -253,6 +309,11 @@ class DDPMPipeline(DiffusionPipeline):
             deterministic: Take the mean of each reverse step and add no noise. A step denoiser is then iterated
                 alone, x_{t-1} = f(x_t). For our scheduler only.
             timesteps: t_1 > t_2 > ... in [0, T), instead of `num_inference_steps`, for schedulers that take them.
+            guidance_scale: How far each prediction is led away from that of a weaker model: `guide` if it is set, else
+                the network itself without a class (classifier-free guidance). 1 is no guidance. None: 1, or what
+                `use` chose.
+            guidance_interval: (low, high): guidance acts where low < sigma <= high, the ratio of noise to signal.
+            guidance: Scale, interval and all else that `hf_ddpm.guidance` knows, instead of these two.
 
         Returns:
             A `DDPMPipelineOutput`, or the tuple (images,) or (images, trajectory).
@@ -267,7 +328,8 @@ class DDPMPipeline(DiffusionPipeline):
         with self._sampling_scheduler(num_inference_steps) as num_steps:
             self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, deterministic)
             device = self._execution_device
-            conditions = self._conditions(class_labels, batch_size, device)
+            guidance = self._guidance(guidance_scale, guidance_interval, guidance)
+            conditions = self._conditions(class_labels, batch_size, device, guidance)
             if timesteps is not None:
                 self._check_timesteps(timesteps, num_inference_steps)
             self._set_timesteps(num_steps, timesteps)
@@ -414,15 +476,47 @@ class DDPMPipeline(DiffusionPipeline):
             t: The timestep, ().
             conditions: What `_conditions` returned.
         """
-        keywords = {} if conditions.class_labels is None else {"class_labels": conditions.class_labels}
-        timestep = timestep_for(self.unet, t, network_input)
-        model_output = self.unet(network_input.to(conditions.network_dtype), timestep, **keywords).sample
-        model_output = model_output.to(network_input.dtype)
+        if conditions.guidance is None or not self._is_guided_at(t, conditions.guidance):
+            model_output = _evaluate(self.unet, conditions.network_dtype, network_input, t, conditions.class_labels)
+        else:
+            model_output = self._predict_guided(network_input, t, conditions)
         # Infinity would be clipped to an extreme image; NaN stays until the image is refused.
         model_output = torch.where(model_output.isfinite(), model_output, math.nan)
         # Only DDPM's schedulers use a learned variance; the others get the first half of the output.
         is_ddpm = isinstance(self.scheduler, diffusers.DDPMScheduler)
         return model_output if is_ddpm else model_output[:, : network_input.shape[1]]
+
+    def _predict_guided(self, network_input: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Return the output with a guided prediction; a learned variance is that of the model that is guided."""
+        guidance, labels, weaker_labels = conditions.guidance, conditions.class_labels, conditions.weaker_labels
+        assert guidance is not None
+        if conditions.weaker is None:
+            assert labels is not None
+            assert weaker_labels is not None
+            # Both in one batch, which takes less time than two.
+            twice, both = torch.cat([network_input] * 2), torch.cat([labels, weaker_labels])
+            output, weaker = _evaluate(self.unet, conditions.network_dtype, twice, t, both).chunk(2)
+        else:
+            output = _evaluate(self.unet, conditions.network_dtype, network_input, t, labels)
+            weaker = _evaluate(conditions.weaker, conditions.weaker.dtype, network_input, t, weaker_labels)
+        channels = network_input.shape[1]
+        prediction, variance = output[:, :channels], output[:, channels:]
+        weaker = weaker[:, :channels]
+        if conditions.scheduler is None:
+            guided, _ = combine(guidance, prediction, weaker)
+        else:
+            # x_0_hat is the output times a factor plus a multiple of x_t.
+            one = torch.ones_like(prediction[:, :1, :1, :1])
+            factor = conditions.scheduler.predict_original(one, torch.zeros_like(one), t.long())
+            x_0_hat = conditions.scheduler.predict_original(prediction, network_input, t.long())
+            weaker_x_0_hat = x_0_hat + factor * (weaker - prediction)
+            guided_x_0_hat, self._running = combine(guidance, x_0_hat, weaker_x_0_hat, self._running)
+            guided = prediction + (guided_x_0_hat - x_0_hat) / factor
+        return torch.cat([guided, variance], dim=1)
+
+    def _is_guided_at(self, t: Tensor, guidance: Guidance) -> bool:
+        """Return whether guidance acts at a timestep."""
+        return guidance.interval is None or in_interval(sigma_at(self.scheduler, t), *guidance.interval)
 
     def _network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return x_t in the scale that the network takes. Schedulers of flow matching have no `scale_model_input`."""
@@ -481,9 +575,47 @@ class DDPMPipeline(DiffusionPipeline):
         if not takes_timesteps(self.scheduler):
             raise ValueError(f"timesteps must be None for {type(self.scheduler).__name__}, which takes none")
 
-    def _conditions(self, class_labels: ClassLabels, batch_size: int, device: torch.device) -> Conditions:
+    def _guidance(
+        self, scale: float | None, interval: tuple[float, float] | None, guidance: Guidance | None
+    ) -> Guidance | None:
+        """Return how a call guides, by its arguments or by what `use` chose; None for no guidance."""
+        if guidance is not None and (scale is not None or interval is not None):
+            raise ValueError("guidance must be given without guidance_scale and guidance_interval, got both")
+        kept = None if self.sampler is None else self.sampler.guidance
+        if guidance is None and scale is None and kept is not None:
+            return kept if interval is None else replace(kept, interval=interval)
+        if guidance is None:
+            guidance = Guidance(1.0 if scale is None else scale, interval)
+        return None if guidance.scale == 1 else guidance
+
+    def _conditions(
+        self,
+        class_labels: ClassLabels,
+        batch_size: int,
+        device: torch.device,
+        guidance: Guidance | None = None,
+    ) -> Conditions:
         """Check the classes of the images, and return what each evaluation of the network takes beside x_t and t."""
-        return Conditions(self.unet.dtype, self._labels(class_labels, batch_size, device))
+        labels, dtype = self._labels(class_labels, batch_size, device), self.unet.dtype
+        if guidance is None:
+            return Conditions(dtype, labels)
+        self._running = None
+        scheduler, unconditional = None, None if self.classes is None else self.classes.unconditional
+        if guidance.method == "apg":
+            if "beta_schedule" not in self.scheduler.config:
+                raise ValueError(
+                    f"guidance 'apg' needs a model with a beta_schedule, got {type(self.scheduler).__name__}"
+                )
+            scheduler = _scheduler_of_outputs(self.scheduler.config)
+        if self.guide is None and unconditional is None:
+            self.load_guide()
+        if self.guide is None:
+            if class_labels is None:
+                raise ValueError("guidance needs class_labels, got none: without a class there is nothing to lead to")
+            weaker_labels = torch.full_like(labels, unconditional)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            return Conditions(dtype, labels, guidance, None, weaker_labels, scheduler)
+        check_guide(self.guide, self.unet)
+        return Conditions(dtype, labels, guidance, self.guide.to(device).eval(), labels, scheduler)
 
     def _labels(self, class_labels: ClassLabels, batch_size: int, device: torch.device) -> Tensor | None:
         """Return the class of each image as the network takes it, (B,); None for a network without classes."""
@@ -513,23 +645,60 @@ class DDPMPipeline(DiffusionPipeline):
 
     def _predict_original(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return x_0_hat, clipped as the scheduler clips it, for a scheduler whose step does not return it."""
-        config = {
-            **complete_config(self.scheduler.config),
-            "variance_type": "fixed_small",
-            "timestep_spacing": "trailing",
-        }
-        ours: Any = DDPMScheduler.from_config(config)
-        x_0_hat = ours.predict_original(model_output, x_t, t.long())
+        x_0_hat = _scheduler_of_outputs(self.scheduler.config).predict_original(model_output, x_t, t.long())
         # A config may hold settings of another scheduler, which this one does not know: clip_sample, thresholding.
         if self.scheduler.config.get("thresholding") and hasattr(self.scheduler, "_threshold_sample"):
             x_0_hat = self.scheduler._threshold_sample(x_0_hat)
         return x_0_hat
 
 
+def check_guide(guide: Any, unet: Any) -> None:
+    """Check that a network can guide another one.
+
+    Raises:
+        ValueError: When it takes other images or other classes.
+    """
+    for name in ("in_channels", "sample_size", "num_class_embeds", "class_embed_type"):
+        ours, theirs = unet.config.get(name), guide.config.get(name)
+        if ours != theirs:
+            raise ValueError(
+                f"guide must have the model's {name}, {ours}, got {theirs}: take a model of the same data"
+            )
+
+
+def sigma_at(scheduler: Any, t: Tensor) -> float:
+    """Return sigma_t, the ratio of noise to signal, of a scheduler of diffusers.
+
+    Args:
+        scheduler: The scheduler. Without `alphas_cumprod` it is one of flow matching, where t / T is the share of the
+            noise and 1 - t / T that of the image.
+        t: The timestep, (); the nearest whole one counts.
+    """
+    if hasattr(scheduler, "alphas_cumprod"):
+        alpha_bar = float(scheduler.alphas_cumprod[int(t.round())])
+        return math.sqrt((1 - alpha_bar) / alpha_bar) if alpha_bar > 0 else math.inf
+    noise = float(t) / scheduler.config.num_train_timesteps
+    return noise / (1 - noise) if noise < 1 else math.inf
+
+
+def _scheduler_of_outputs(config: Any) -> Any:
+    """Return our scheduler of a model, to turn outputs of its network into x_0_hat, whatever scheduler samples it."""
+    return DDPMScheduler.from_config(
+        {**complete_config(config), "variance_type": "fixed_small", "timestep_spacing": "trailing"}
+    )
+
+
 def _unnamed_classes(config: Any) -> Classes | None:
     """Return the classes that a network's config tells of; one that embeds something else has none."""
     num_classes = num_classes_of(config) if config.get("class_embed_type") is None else None
     return None if num_classes is None else numbered_classes(num_classes)
+
+
+def _evaluate(network: Any, dtype: torch.dtype, network_input: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    """Return what a network of some type puts out, in the type of its input."""
+    keywords = {} if labels is None else {"class_labels": labels}
+    output = network(network_input.to(dtype), timestep_for(network, t, network_input), **keywords).sample
+    return output.to(network_input.dtype)
 
 
 def _numbers_of(classes: Classes, class_labels: Any) -> int | list[int]:

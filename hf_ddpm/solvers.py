@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from hf_ddpm.guidance import Guidance
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.files import naming_damage, read_mapping, write_atomically
 from hf_ddpm.runtime.settings import require_choice
@@ -45,15 +47,17 @@ DEFAULT_STEPS = 20
 
 
 class Sampler(NamedTuple):
-    """A way to sample a model: a scheduler and a number of steps.
+    """A way to sample a model: a scheduler, a number of steps, and guidance.
 
     Args:
         scheduler: A name in SCHEDULERS.
         num_inference_steps: The number of steps.
+        guidance: How predictions are guided; None: they are not.
     """
 
     scheduler: str
     num_inference_steps: int
+    guidance: Guidance | None = None
 
 
 def read_sampler(folder: Path) -> Sampler | None:
@@ -67,7 +71,8 @@ def read_sampler(folder: Path) -> Sampler | None:
     if not content:
         return None
     with naming_damage(f"{path} cannot be read", "remove it"):
-        sampler = Sampler(**content)
+        guidance = content.pop("guidance", None)
+        sampler = Sampler(**content, guidance=None if guidance is None else _read_guidance(guidance))
         if sampler.scheduler not in SCHEDULERS or type(sampler.num_inference_steps) is not int:
             raise ValueError(f"it must name one of {', '.join(SCHEDULERS)} and a number of steps, got {content}")
     return sampler
@@ -75,7 +80,14 @@ def read_sampler(folder: Path) -> Sampler | None:
 
 def write_sampler(folder: Path, sampler: Sampler) -> None:
     """Keep a sampler in a pipeline's folder, where stock diffusers does not read it."""
-    write_atomically(folder / SAMPLER_FILE, json.dumps(sampler._asdict(), indent=2) + "\n")
+    content = sampler._asdict()
+    content["guidance"] = None if sampler.guidance is None else asdict(sampler.guidance)
+    write_atomically(folder / SAMPLER_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def _read_guidance(content: Mapping[str, Any]) -> Guidance:
+    interval = content.get("interval")
+    return Guidance(**{**content, "interval": None if interval is None else (interval[0], interval[1])})
 
 
 def choose_sampler(
@@ -105,7 +117,8 @@ def choose_sampler(
         steps = kept.num_inference_steps
     if steps is None:
         steps = default_steps(name, num_train)
-    return Sampler(name, require_num_inference_steps(steps, num_train))
+    guidance = None if kept is None else kept.guidance
+    return Sampler(name, require_num_inference_steps(steps, num_train), guidance)
 
 
 def default_scheduler(

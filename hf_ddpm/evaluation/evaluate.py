@@ -38,7 +38,7 @@ from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import UnwrittenError, UsageError, in_one_line
 from hf_ddpm.runtime.format import finite_or_none
-from hf_ddpm.sampling.sampler import iter_samples, speed_up
+from hf_ddpm.sampling.sampler import describe_guidance, iter_samples, speed_up
 from hf_ddpm.solvers import named_scheduler
 
 NUM_MEMORIZATION_SAMPLES = 1000
@@ -111,7 +111,7 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
         if measures_copies and is_first:
             num_images_to_keep = min(NUM_MEMORIZATION_SAMPLES, job.request.num_images)
         num_images = job.request.num_images if job.distances else num_images_to_keep
-        if job.request.compile and is_first:
+        if job.request.compile and (is_first or bool(setting.guidance) != bool(job.sampler_settings[0].guidance)):
             # This compiles the network, which is no part of the time that an image takes.
             job.processes.gather(partial(_sample_one, job, setting))
         samples = _sample(job, setting, num_images, num_images_to_keep)
@@ -134,7 +134,8 @@ def _sample(job: Job, setting: SamplerSetting, num_images: int, num_images_to_ke
         num_inference_steps=steps,
         batch_size=job.request.batch_size,
         num_images_to_keep=num_images_to_keep,
-        label=f"{setting.scheduler}, {steps} steps",
+        guidance=setting.guidance,
+        label=f"{setting.scheduler}, {steps} steps" + (f", {setting.guidance.scale:g}" if setting.guidance else ""),
     )
 
 
@@ -148,6 +149,7 @@ def _sample_one(job: Job, setting: SamplerSetting) -> None:
         batch_size=job.request.batch_size,
         num_inference_steps=steps,
         class_labels=None if job.class_labels is None else job.class_labels[:1],
+        guidance=setting.guidance,
     )
     next(batches)
 
@@ -157,6 +159,7 @@ def _describe_sampling(job: Job, setting: SamplerSetting, num_images: int, sampl
     searched = job.pipeline.searched_timesteps_for(setting.num_inference_steps)
     return {
         **setting._asdict(),
+        "guidance": None if setting.guidance is None else describe_guidance(setting.guidance, job.pipeline),
         "timesteps": None if searched is None else [*searched.timesteps],
         "seed": job.request.seed,
         "num_images": num_images,
@@ -330,10 +333,11 @@ def _command(job: Job) -> str:
     """
     request = job.request
     data = {} if request.data is None else vars(request.data)
-    names, numbers = ([*dict.fromkeys(column)] for column in zip(*job.sampler_settings, strict=True))
+    pairs = dict.fromkeys((each.scheduler, each.num_inference_steps) for each in job.sampler_settings)
+    names, numbers = ([*dict.fromkeys(column)] for column in zip(*pairs, strict=True))
     # By default the scheduler and the number of steps depend on one another. Naming all of both would then ask for
     # more settings than there are.
-    is_full_grid = len(job.sampler_settings) == len(numbers) * len(names)
+    is_full_grid = len(pairs) == len(numbers) * len(names)
     steps = numbers if is_full_grid else request.num_inference_steps
     schedulers = names if is_full_grid else request.schedulers
     data_options = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "label_column")
@@ -348,13 +352,18 @@ def _command(job: Job) -> str:
         "seed": request.seed,
         "num_inference_steps": ",".join(map(str, steps)) or None,
         "scheduler": ",".join(schedulers) or None,
+        "guidance_scale": ",".join(f"{scale:g}" for scale in request.guidance_scales) or None,
+        "guidance_method": request.guidance_method,
+        "guidance_model": request.guidance_model,
         "network": None if job.comparison is None else job.comparison.network.name,
         "network_path": request.network_path,
         "timesteps_per_image": num_terms(request, job.full_chain_scheduler) if "nll" in request.metrics else None,
         "dtype": None if request.dtype == "fp32" else request.dtype,
         "out": request.out,
     }
+    interval = request.guidance_interval
     flags = {
+        f"--guidance_interval {' '.join(f'{end:g}' for end in interval or ())}": interval is not None,
         "--center_crop": data.get("center_crop"),
         "--compile": request.compile,
         "--uniform": request.uniform,
@@ -366,4 +375,4 @@ def _command(job: Job) -> str:
         if value is not None:
             is_path = name == "out" or (isinstance(value, str | Path) and Path(value).exists())
             words += [f"--{name}", Path(value).resolve().name if is_path else str(value)]
-    return shlex.join(words + [flag for flag, is_set in flags.items() if is_set])
+    return shlex.join(words + [word for flag, is_set in flags.items() if is_set for word in flag.split()])

@@ -34,6 +34,7 @@ from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT, Splits
 from hf_ddpm.evaluation.names import DISTANCES, METRICS
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_warnings, load_reference, real_vs_real
+from hf_ddpm.guidance import Guidance
 from hf_ddpm.hub.card import check_readme, loadable_path
 from hf_ddpm.hub.download import find_model, is_hub_id
 from hf_ddpm.hub.readme import named_repository
@@ -44,7 +45,13 @@ from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha2
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import check_values, require_choice, with_plain_paths
-from hf_ddpm.sampling.sampler import classes_in_turn, forward_batch_of, load_for_sampling
+from hf_ddpm.sampling.sampler import (
+    check_guidance,
+    choose_guidance,
+    classes_in_turn,
+    forward_batch_of,
+    load_for_sampling,
+)
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.solvers import choose_sampler, named_scheduler
 
@@ -71,6 +78,10 @@ class Request:
         seed: The first seed.
         num_inference_steps: The numbers of steps of a grid. Empty: the default of `sample`.
         schedulers: The schedulers of a grid. Empty: the default of `sample`.
+        guidance_scales: The scales of guidance of a grid, 1 for none. Empty: the default of `sample`.
+        guidance_interval: Where guidance acts, see `sample`.
+        guidance_method: How it guides, see `sample`.
+        guidance_model: The weaker model, see `sample`.
         network: The feature network: `inception`, `dinov2`, `clip` or `efficientnet-lite0`. None: that of the
             reference, or inception.
         network_path: The file of the feature network; of `dinov2` and `clip` a folder or a Hub id. None: the
@@ -99,6 +110,10 @@ class Request:
     seed: int = 0
     num_inference_steps: Sequence[int] = ()
     schedulers: Sequence[str] = ()
+    guidance_scales: Sequence[float] = ()
+    guidance_interval: Sequence[float] | None = None
+    guidance_method: str | None = None
+    guidance_model: str | None = None
     network: str | None = None
     network_path: str | Path | None = None
     timesteps_per_image: int | None = None
@@ -119,6 +134,7 @@ class Request:
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_seeds(self.seed, self.num_images)
+        check_guidance(self.guidance_scales or [None], self.guidance_interval, self.guidance_method)
         if self.data is not None:
             object.__setattr__(self, "data", with_plain_paths(self.data, DataConfig))
             check_values(self.data)
@@ -130,10 +146,11 @@ class Request:
 
 
 class SamplerSetting(NamedTuple):
-    """A scheduler and its number of steps."""
+    """A scheduler, its number of steps, and guidance; None for no guidance."""
 
     scheduler: str
     num_inference_steps: int
+    guidance: Guidance | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,9 +230,11 @@ def load_job(request: Request) -> Iterator[Job]:
         if weights is None:
             raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
         _check_out(out, weights, is_model_folder)
-        pipeline, _ = load_for_sampling(str(folder), "ddpm", device=request.device, uniform=request.uniform)
+        pipeline, _ = load_for_sampling(
+            str(folder), "ddpm", device=request.device, uniform=request.uniform, guidance_model=request.guidance_model
+        )
         request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
-        sampler_settings = _grid(pipeline, request.schedulers, request.num_inference_steps)
+        sampler_settings = _grid(pipeline, request)
         distances = [metric for metric in DISTANCES if metric in request.metrics]
         with closing(Splits(processes, request.data, folder, pipeline.unet.config)) as splits:
             comparison = _load_comparison(request, distances, processes, pipeline, splits)
@@ -259,19 +278,31 @@ def _check_out(out: Path, weights: str, is_model_folder: bool) -> None:
         raise UsageError(f"out must not hold what was measured of other weights, got {str(out)!r}: name a new folder")
 
 
-def _grid(
-    pipeline: DDPMPipeline, schedulers: Sequence[str], num_inference_steps: Sequence[int]
-) -> list[SamplerSetting]:
+def _grid(pipeline: DDPMPipeline, request: Request) -> list[SamplerSetting]:
     """Return the settings of the grid, after checking that each of them can sample the model."""
     config = pipeline.scheduler.config
     settings = []
-    for scheduler in schedulers or [None]:
-        for number in num_inference_steps or [None]:
+    guidances = _guidances(pipeline, request)
+    for scheduler in request.schedulers or [None]:
+        for number in request.num_inference_steps or [None]:
             kept, searched = pipeline.kept_sampler, pipeline.searched_timesteps
-            name, steps = choose_sampler(config, scheduler, number, kept, searched)
+            name, steps, _ = choose_sampler(config, scheduler, number, kept, searched)
             named_scheduler(name, config, steps).set_timesteps(steps)
-            settings.append(SamplerSetting(name, steps))
+            settings += [SamplerSetting(name, steps, guidance) for guidance in guidances]
     return list(dict.fromkeys(settings))
+
+
+def _guidances(pipeline: DDPMPipeline, request: Request) -> list[Guidance | None]:
+    """Return the guidance of each scale; a scale of 1 is a setting without guidance, beside others with it.
+
+    Raises:
+        ValueError: When guidance cannot work, or a setting of it has no effect.
+    """
+    if 1 in request.guidance_scales and len(request.guidance_scales) > 1:
+        others = tuple(scale for scale in request.guidance_scales if scale != 1)
+        return [None, *_guidances(pipeline, replace(request, guidance_scales=others))]
+    details = request.guidance_interval, request.guidance_method, request.guidance_model
+    return [choose_guidance(pipeline, scale, *details) for scale in request.guidance_scales or [None]]
 
 
 def _load_comparison(

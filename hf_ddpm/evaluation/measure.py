@@ -26,6 +26,7 @@ from hf_ddpm.evaluation.distances import (
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.likelihood import Likelihood, bits_per_dimension, sum_bound_terms
 from hf_ddpm.evaluation.statistics import NUM_FEATURES, Statistics
+from hf_ddpm.guidance import Guidance
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.sampler import iter_samples
@@ -67,6 +68,7 @@ def sample_statistics(
     num_inference_steps: int,
     batch_size: int,
     num_images_to_keep: int = 0,
+    guidance: Guidance | None = None,
     label: str = "Sampling",
 ) -> Samples:
     """Sample one image per seed, and collect the statistics of their features.
@@ -76,16 +78,17 @@ def sample_statistics(
         class_labels: One for each seed, if the model has classes.
         batch_size: Images per network evaluation.
         num_images_to_keep: The number of images to return.
+        guidance: How predictions are guided; None: they are not.
         label: What the progress bar is called.
 
     Raises:
         ValueError: When an image is not finite.
     """
-    num_calls = num_forward_batches = 0
+    num_evaluations = num_forward_batches = 0
 
-    def count_call(*_: Any) -> None:
-        nonlocal num_calls
-        num_calls += 1
+    def count_evaluations(_: Any, inputs: Sequence[Any], __: Any) -> None:
+        nonlocal num_evaluations
+        num_evaluations += len(inputs[0])
 
     def sample_batch(k: int) -> _SampledBatch:
         nonlocal num_forward_batches
@@ -99,6 +102,7 @@ def sample_statistics(
                 batch_size=batch_size,
                 num_inference_steps=num_inference_steps,
                 class_labels=None if class_labels is None else class_labels[batch],
+                guidance=guidance,
             )
         ]
         seconds = time.perf_counter() - started
@@ -109,17 +113,19 @@ def sample_statistics(
         kept = images[: max(0, num_images_to_keep - k * batch_size)].clone()
         return _SampledBatch(features, kept, seconds)
 
-    hook = pipeline.unet.register_forward_hook(count_call)
+    networks = [network for network in (pipeline.unet, pipeline.guide) if network is not None]
+    hooks = [network.register_forward_hook(count_evaluations) for network in networks]
     try:
         batches = processes.map(sample_batch, math.ceil(len(seeds) / batch_size), label)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return Samples(
         statistics=_statistics([b.features for b in batches if b.features is not None])
         if processes.rank == 0
         else None,
         images=torch.cat([b.images for b in batches]),
-        network_evaluations=processes.on_main(lambda: num_calls // num_forward_batches),
+        network_evaluations=processes.on_main(lambda: num_evaluations // (num_forward_batches * batch_size)),
         seconds_per_image=sum(b.seconds for b in batches) / len(seeds),
     )
 

@@ -26,7 +26,7 @@ from hf_ddpm.runtime.files import naming_damage, one_at_a_time, read_mapping, wr
 from hf_ddpm.runtime.run_files import EVALUATION_PICTURES
 
 FORMAT = 1
-SAMPLER_KEYS = ("scheduler", "num_inference_steps", "timesteps")
+SAMPLER_KEYS = ("scheduler", "num_inference_steps", "timesteps", "guidance")
 # Seconds compare only between results for which these are equal.
 TIMING_KEYS = ("device", "batch_size", "num_processes")
 LOWER_IS_BETTER = ("fd", "kid", "cmmd")
@@ -131,14 +131,72 @@ def _grid_pictures(results: list[dict[str, Any]], rows: list[dict[str, Any]]) ->
     if not distances:
         return {}
     new = min(distances, key=lambda row: names.index(row["metric"]))
-    grid = [row for row in results if _key(_without_sampler(row)) == _key(_without_sampler(new))]
-    if len(grid) < 2:
-        return {}
-    timed = [row for row in grid if _timing_environment(row) == _timing_environment(new)]
-    return {
-        "steps.png": partial(_draw_grid, grid, "network_evaluations"),
-        "seconds.png": partial(_draw_grid, timed, "seconds_per_image") if len(timed) > 1 else None,
-    }
+    comparable = [row for row in results if _key(_without_sampler(row)) == _key(_without_sampler(new))]
+    pictures: dict[str, Draw | None] = {}
+    grid = [row for row in comparable if _guidance_of(row) == _guidance_of(new)]
+    if len(grid) > 1:
+        timed = [row for row in grid if _timing_environment(row) == _timing_environment(new)]
+        pictures["steps.png"] = partial(_draw_grid, grid, "network_evaluations")
+        pictures["seconds.png"] = partial(_draw_grid, timed, "seconds_per_image") if len(timed) > 1 else None
+    solver = ("scheduler", "num_inference_steps", "timesteps")
+    scales = [row for row in comparable if all(row["sampling"].get(k) == new["sampling"].get(k) for k in solver)]
+    if len({scale_of(row) for row in scales}) > 1:
+        pictures["guidance.png"] = partial(_draw_scales, scales)
+    return pictures
+
+
+def scale_of(row: dict[str, Any]) -> float:
+    """Return the scale of guidance that a result was measured with; 1 without guidance."""
+    return (row["sampling"].get("guidance") or {}).get("scale", 1.0)
+
+
+def _guidance_of(row: dict[str, Any]) -> dict[str, Any] | None:
+    return row["sampling"].get("guidance")
+
+
+def _draw_scales(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw one metric over the scale of guidance, a curve for each interval, method and weaker network.
+
+    Each begins with what no guidance gives, the scale 1.
+    """
+    without = [row for row in rows if _guidance_of(row) is None]
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if (guidance := _guidance_of(row)) is not None:
+            curves.setdefault(_name_of_curve(guidance), []).append(row)
+    metric, real = rows[-1]["metric"], rows[-1]["real_vs_real"]
+    better = "lower" if metric in LOWER_IS_BETTER else "higher"
+    drawn = []
+    for name, measured in curves.items():
+        points = sorted(without + measured, key=scale_of)
+        errors = [row.get("standard_error") for row in points]
+        drawn.append(
+            Curve(
+                name,
+                [scale_of(row) for row in points],
+                [row["value"] for row in points],
+                [float("nan") if error is None else error for error in errors],
+            )
+        )
+    draw_curves(
+        path,
+        drawn,
+        title="Quality against the scale of guidance",
+        x_label="scale of guidance (1 is none)",
+        y_label=f"{rows[-1]['name']}\n({better} is better)",
+        log_y=metric == "fd",
+        y_from_zero=metric != "fd",
+        level=Level(f"real images ({real['of']})", real["value"], real.get("standard_error")),
+    )
+
+
+def _name_of_curve(guidance: dict[str, Any]) -> str:
+    low, high = guidance.get("interval") or (0, None)
+    name = "all sigma" if (low, high) == (0, None) else f"sigma from {low:g}" + (f" to {high:g}" if high else "")
+    method = guidance.get("method", "cfg")
+    weaker = guidance["weaker"]
+    name = name if method == "cfg" else f"{method}, {name}"
+    return name if weaker == "without a class" else f"{name}, weaker model {weaker[:7]}"
 
 
 def _timing_environment(row: dict[str, Any]) -> list[Any]:

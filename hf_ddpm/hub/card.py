@@ -122,6 +122,10 @@ def _method_cell(row: Mapping[str, Any]) -> str:
     dtype = sampling.get("dtype", "fp32")
     method = f"{sampling['scheduler']}, {sampling['num_inference_steps']:,} steps"
     method += " (searched)" if sampling.get("timesteps") else ""
+    if guidance := sampling.get("guidance"):
+        low, high = guidance.get("interval") or (0, None)
+        method += f", guidance {guidance['scale']:g}" + (f" from sigma {low:g}" if low else "")
+        method += f" to {high:g}" if high is not None else ""
     return method + ("" if dtype == "fp32" else f", {dtype}")
 
 

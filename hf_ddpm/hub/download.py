@@ -81,7 +81,7 @@ def _download(repo_id: str) -> Path:
         from diffusers import DiffusionPipeline
 
         folder = Path(str(DiffusionPipeline.download(repo_id)))
-        snapshot_download(repo_id, allow_patterns=["config.yaml", "run.json"])
+        snapshot_download(repo_id, allow_patterns=["config.yaml", "run.json", "guide/*"])
     except Exception as error:  # a broken connection has no type that huggingface_hub documents
         raise UsageError(
             f"model must be a folder or on the Hub, got {repo_id!r}, which is neither here nor "

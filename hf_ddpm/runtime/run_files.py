@@ -91,6 +91,9 @@ RUN_FILES = (
         is_of_weights=True,
         names_weights=SEARCHED_TIMESTEPS,
     ),
+    # A weaker version of its network, for guidance.
+    RunFile("guide/*.json", is_uploaded=True, is_replaced=True),
+    RunFile("guide/*.safetensors", is_uploaded=True, is_replaced=True),
     # Which average of which run the weights are; it stands in the folders of averages.
     RunFile("average.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
     # Weights in other forms, which no run writes, but which others may have saved or uploaded.
@@ -100,6 +103,7 @@ RUN_FILES = (
     RunFile(EVALUATION, is_uploaded=True, is_replaced=True, is_of_weights=True, names_weights=EVALUATION),
     _picture("steps.png", is_replaced=True, names_weights=EVALUATION),
     _picture("seconds.png", is_replaced=True, names_weights=EVALUATION),
+    _picture("guidance.png", is_replaced=True, names_weights=EVALUATION),
     _picture("bound.png", is_replaced=True, names_weights=EVALUATION),
     _picture("memorization.png", is_replaced=True, names_weights=EVALUATION),
     # Pictures of a run at its end, and those that people add.
@@ -124,6 +128,7 @@ RUN_FILES = (
     # What a killed process left unfinished.
     RunFile("partial-checkpoint-*", on_resume="delete"),
     RunFile("partial-model", on_resume="delete"),
+    RunFile("partial-guide", on_resume="delete"),
     RunFile("partial-push-*", on_resume="delete"),
     RunFile(f"partial-{REPLACED_RUN}", is_deleted=False, on_resume="delete"),
     RunFile("ema/partial-*"),  # `hf-ddpm average` may be at work while the run continues

@@ -24,8 +24,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_ddpm.figures import grid, png_bytes, to_pil
-from hf_ddpm.names import FORMATS
+from hf_ddpm.guidance import Guidance
+from hf_ddpm.names import DTYPES, FORMATS
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.runtime.devices import process_device, require_compiler
 from hf_ddpm.runtime.files import look_at, read_mapping, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.run_files import read_run, run_folder_of
@@ -33,10 +35,14 @@ from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.sampling.sampler import (
     FORWARD_BATCH,
+    check_guidance,
+    choose_guidance,
     classes_in_turn,
+    describe_guidance,
     forward_batch_of,
     iter_samples,
     load_for_sampling,
+    speed_up,
 )
 from hf_ddpm.solvers import choose_sampler
 
@@ -54,6 +60,10 @@ def write_samples(
     num_inference_steps: int | None = None,
     scheduler: str | None = None,
     class_label: int | str | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: Sequence[float] | None = None,
+    guidance_method: str | None = None,
+    guidance_model: str | None = None,
     deterministic: bool = False,
     batch_size: int = 64,
     device: str | None = None,
@@ -84,6 +94,12 @@ def write_samples(
             dpmsolver++ where its searched timesteps are better; ddpm where only that can sample the model.
         class_label: The class of all images, its name or its number. None: each class in turn, if the model has
             classes.
+        guidance_scale: How far images are led away from those of a weaker model: the model without a class, or
+            `guidance_model`. None: what the model's folder says, or 1, which is no guidance.
+        guidance_interval: (low, high): guidance acts where low < sigma <= high, the ratio of noise to signal.
+        guidance_method: `cfg`, `cfg-zero*`, `apg` or `tcfg`. None: what the model's folder says, or `cfg`.
+        guidance_model: A weaker model, a folder or a Hub id. None: the model itself without a class, or the one in its
+            folder `guide`.
         deterministic: Whether to iterate the mean of each reverse step, without noise; for `ddpm` only.
         batch_size: Images per forward pass; on a CPU there are always 16.
         device: A device of torch. None: the best one of this process.
@@ -97,13 +113,22 @@ def write_samples(
         OSError: When the model cannot be read, or `out` cannot be written.
     """
     require_choice("format", format, FORMATS)
+    if dtype is not None:
+        require_choice("dtype", dtype, DTYPES)
+    if compile:
+        require_compiler(process_device(device))
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     check_seeds(seed, num_images)
+    check_guidance([guidance_scale], guidance_interval, guidance_method)
     out = look_at("out", out)
     require_writable_folder("out", out)
     with join_processes() as processes:
-        pipeline, steps = load_for_sampling(model, scheduler, num_inference_steps, device, dtype, compile, uniform)
+        pipeline, steps = load_for_sampling(
+            model, scheduler, num_inference_steps, device, uniform=uniform, guidance_model=guidance_model
+        )
+        guidance = choose_guidance(pipeline, guidance_scale, guidance_interval, guidance_method, guidance_model)
+        speed_up(pipeline, dtype, compile)
         unet = pipeline.unet
         if format != "npz" and unet.config.in_channels not in (1, 3, 4):
             raise ValueError(f"format must be 'npz' for images of {unet.config.in_channels} channels, got {format!r}")
@@ -111,7 +136,7 @@ def write_samples(
         labels = classes_in_turn(pipeline.classes, range(seed, seed + num_images))
         if class_label is not None and pipeline.classes is not None:
             labels = [pipeline.classes.number_of(class_label)] * num_images
-        pipeline._labels(class_label if labels is None else labels[:1], 1, pipeline.device)
+        pipeline._conditions(class_label if labels is None else labels[:1], 1, pipeline.device, guidance)
         searched, kept = pipeline.searched_timesteps_for(steps), pipeline.kept_sampler
         name = choose_sampler(pipeline.scheduler.config, scheduler, steps, kept, pipeline.searched_timesteps).scheduler
         settings = {
@@ -130,8 +155,9 @@ def write_samples(
             "value_range": _value_range(unet, format, processes),
             "device": pipeline.device.type,
             "forward_batch": forward_batch_of(pipeline.device, batch_size),
+            "guidance": None if guidance is None else describe_guidance(guidance, pipeline),
         }
-        _write_set(processes, pipeline, out, settings, labels, batch_size)
+        _write_set(processes, pipeline, out, settings, labels, batch_size, guidance)
 
 
 def _write_set(
@@ -141,6 +167,7 @@ def _write_set(
     settings: dict[str, Any],
     labels: Sequence[int] | None,
     batch_size: int,
+    guidance: Guidance | None,
 ) -> None:
     """Write the missing images of the set that `settings` describe, and the grid."""
     seed, num_images, format = settings["seed"], settings["num_images"], settings["format"]
@@ -168,6 +195,7 @@ def _write_set(
             class_labels=None if labels is None else [labels[i] for i in indices],
             deterministic=settings["deterministic"],
             value_range=settings["value_range"],
+            guidance=guidance,
         )
         label, is_quiet = processes.label("Sampling"), processes.rank > 0
         with tqdm(total=len(indices), unit="image", desc=label, disable=is_quiet) as progress:

@@ -10,19 +10,26 @@ can share them in any way.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_ddpm.classes import Classes
+from hf_ddpm.guidance import Guidance
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.names import DTYPES, SCHEDULERS
 from hf_ddpm.network import compile_network, naming_weights, require_finite
-from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.pipeline import DDPMPipeline, check_guide
 from hf_ddpm.runtime.devices import process_device, require_compiler
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.settings import require_choice
+from hf_ddpm.scheduler import complete_config
 from hf_ddpm.solvers import choose_sampler, named_scheduler
 
 # From 16 images on, PyTorch chooses a CPU's 1x1 convolution without regard to the number of threads, which differs
@@ -38,6 +45,7 @@ def load_for_sampling(
     dtype: str | None = None,
     compile: bool = False,
     uniform: bool = False,
+    guidance_model: str | None = None,
 ) -> tuple[DDPMPipeline, int]:
     """Load a pipeline that is ready to sample, without progress bars of its own.
 
@@ -52,6 +60,7 @@ def load_for_sampling(
             float32. None: fp32.
         compile: Whether `torch.compile` compiles the network, at its first forward pass.
         uniform: Whether to ignore timesteps that were searched for.
+        guidance_model: A weaker model, a folder or a Hub id, for `guide` of the pipeline. None: none.
 
     Returns:
         The pipeline and its number of steps.
@@ -83,18 +92,105 @@ def load_for_sampling(
             f"{type(pipeline.scheduler).__name__}: it is no DDPM"
         )
     kept, searched = pipeline.kept_sampler, pipeline.searched_timesteps
-    name, steps = choose_sampler(config, scheduler, num_inference_steps, kept, searched)
+    name, steps, _ = choose_sampler(config, scheduler, num_inference_steps, kept, searched)
+    if guidance_model is not None:
+        pipeline.guide = _load_guide(guidance_model, pipeline)
     pipeline.scheduler = named_scheduler(name, config, steps)
     speed_up(pipeline, dtype, compile)
     return pipeline, steps
 
 
+def check_guidance(scales: Sequence[float | None], interval: Sequence[float] | None, method: str | None) -> None:
+    """Check what a command was asked for, before it reads the model.
+
+    Raises:
+        ValueError: When a value cannot work.
+    """
+    for scale in scales:
+        # What the model's folder says is known later; 2 stands for it here.
+        _with_details(Guidance(2.0 if scale in (None, 1) else scale), interval, method)
+
+
+def choose_guidance(
+    pipeline: DDPMPipeline,
+    scale: float | None,
+    interval: Sequence[float] | None,
+    method: str | None,
+    guidance_model: str | None,
+) -> Guidance | None:
+    """Return how a command guides: by what it was asked for, or as the model's folder says; None: not at all.
+
+    The weaker network of the model's folder is loaded here if it is the one that is needed.
+
+    Raises:
+        ValueError: When guidance cannot work, or a setting of it has no effect.
+    """
+    if scale is None and pipeline.kept_sampler is not None and pipeline.kept_sampler.guidance is not None:
+        guidance = pipeline.kept_sampler.guidance
+    else:
+        guidance = Guidance(1.0 if scale is None else scale)
+    details = {"guidance_interval": interval, "guidance_method": method, "guidance_model": guidance_model}
+    if guidance.scale == 1:
+        for name, value in details.items():
+            if value is not None:
+                raise UsageError(f"{name} has no effect without guidance, got {value}: give guidance_scale, above 1")
+        return None
+    guidance = _with_details(guidance, interval, method)
+    if pipeline.guide is None and (pipeline.classes is None or pipeline.classes.unconditional is None):
+        pipeline.load_guide()
+    return guidance
+
+
+def _with_details(guidance: Guidance, interval: Sequence[float] | None, method: Any) -> Guidance:
+    """Return guidance in an interval and by a method, where they are given."""
+    if interval is not None:
+        guidance = replace(guidance, interval=(interval[0], interval[1]))
+    return guidance if method is None else replace(guidance, method=method)
+
+
+def describe_guidance(guidance: Guidance, pipeline: DDPMPipeline) -> dict[str, Any]:
+    """Return all that determines guidance, for records: its settings, and the weaker network."""
+    record = {name: value for name, value in asdict(guidance).items() if value != getattr(Guidance(), name)}
+    if guidance.interval is not None:
+        # JSON has no infinity.
+        record["interval"] = [end if math.isfinite(end) else None for end in guidance.interval]
+    if pipeline.guide is None:
+        return {**record, "weaker": "without a class"}
+    digest = hashlib.sha256()
+    for name, tensor in pipeline.guide.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return {**record, "weaker": digest.hexdigest()}
+
+
+def _load_guide(model: str, pipeline: DDPMPipeline) -> Any:
+    """Load the network of a weaker model, which must say the same of an image as the pipeline's own.
+
+    Raises:
+        UsageError: When there is no such model, or it is of other images, another schedule or prediction type.
+    """
+    folder, _ = find_model(model)
+    with naming_weights(f"guidance_model {model!r}"):
+        weaker = DDPMPipeline.from_pretrained(folder)
+    require_finite(weaker.unet.state_dict(), f"guidance_model {model!r}")
+    ours, theirs = (complete_config(each.scheduler.config) for each in (pipeline, weaker))
+    for name in ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas"):
+        if ours.get(name) != theirs.get(name):
+            raise UsageError(
+                f"guidance_model must have the model's {name}, {ours.get(name)}, got {theirs.get(name)} of {model!r}"
+            )
+    check_guide(weaker.unet, pipeline.unet)
+    return weaker.unet.to(pipeline.device).eval()
+
+
 def speed_up(pipeline: DDPMPipeline, dtype: str | None, compile: bool) -> None:
-    """Let the network of a pipeline compute in `dtype` from now on, compiled if `compile` is set."""
-    if compile:
-        pipeline.unet.forward = compile_network(pipeline.unet.forward, pipeline.unet, pipeline.device)
-    if dtype == "bf16":
-        pipeline.unet.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(pipeline.unet.forward)
+    """Let the networks of a pipeline compute in `dtype` from now on, compiled if `compile` is set."""
+    for network in (pipeline.unet, pipeline.guide):
+        if network is None:
+            continue
+        if compile:
+            network.forward = compile_network(network.forward, network, pipeline.device)
+        if dtype == "bf16":
+            network.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(network.forward)
 
 
 def classes_in_turn(classes: Classes | None, numbers: Iterable[int]) -> list[int] | None:
@@ -111,6 +207,7 @@ def iter_samples(
     class_labels: Sequence[int] | None = None,
     deterministic: bool = False,
     value_range: Sequence[float] | None = None,
+    guidance: Guidance | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield one image per seed, a batch at a time, in order: the batch's seeds, and (B, C, H, W) on the CPU.
 
@@ -122,11 +219,14 @@ def iter_samples(
         deterministic: Whether to iterate the mean of each reverse step, without noise; for `ddpm` only.
         value_range: The values in [0, 65535] that -1 and 1 stand for; the images are then uint16. None: they are
             uint8, and the values are 0 and 255.
+        guidance: How predictions are guided; None: they are not.
 
     Raises:
         ValueError: When an argument cannot work, or an image is not finite.
     """
-    for batch_seeds, images in _sample(pipeline, seeds, batch_size, num_inference_steps, class_labels, deterministic):
+    steps = num_inference_steps
+    batches = _sample(pipeline, seeds, batch_size, steps, class_labels, deterministic, guidance)
+    for batch_seeds, images in batches:
         is_finite = images.isfinite().flatten(1).all(dim=1)
         if not bool(is_finite.all()):
             seed = batch_seeds[int(is_finite.int().argmin())]
@@ -179,6 +279,7 @@ def _sample(
     num_inference_steps: int | None,
     class_labels: Sequence[int] | None,
     deterministic: bool = False,
+    guidance: Guidance | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield the seeds of each batch and its images in [0, 1], on the CPU."""
     size = forward_batch_of(pipeline.device, batch_size)
@@ -193,6 +294,7 @@ def _sample(
             output_type="pt",
             class_labels=None if class_labels is None else [class_labels[i] for i in filled],
             deterministic=deterministic,
+            guidance=guidance,
             return_dict=False,
         )
         yield batch_seeds, images[: len(batch_seeds)].cpu()

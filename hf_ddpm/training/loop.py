@@ -69,7 +69,7 @@ from hf_ddpm.training.run import (
     send_alert,
     track_values,
 )
-from hf_ddpm.training.saving import save_model, save_snapshot
+from hf_ddpm.training.saving import save_guide, save_model, save_snapshot
 from hf_ddpm.training.setup import (
     LONGEST_WAIT,
     build_run,
@@ -270,6 +270,7 @@ def do_what_is_due(run: Run, progress: Progress, state: LoopState, result: StepR
         progress = count_skipped_steps(run, progress, state)
         note("log", log(run, progress, state, result))
     save_snapshot(run, progress)
+    save_guide(run, progress)
     if due.validation:
         with naming(state.bar, "validation"):
             validate(run, progress, state.evaluations)

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from hf_ddpm.network import require_finite
-from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.pipeline import GUIDE_FOLDER, DDPMPipeline
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.checkpoint import Progress
@@ -22,6 +22,8 @@ from hf_ddpm.training.sharding import full_tensors
 
 # The names of averages that are saved as models begin so; the other averages are for snapshots.
 HALFLIFE_PREFIX = "halflife-"
+# The part of the run after which its average is kept to guide the model of its end.
+GUIDE_PART = 8
 
 
 def save_model(run: Run, average: list[Tensor] | None, folder: Path) -> bool:
@@ -67,6 +69,20 @@ def save_snapshot(run: Run, progress: Progress) -> None:
         try_to_write(run, lambda: write_atomically(path, snapshot_bytes(progress.images, averages)))
 
 
+def save_guide(run: Run, progress: Progress) -> None:
+    """Save the averaged network after the first part of the run, for autoguidance; all processes call it.
+
+    A network of the same kind that was trained less errs in the same way, and more: guidance leads away from it
+    (Karras et al. 2024, arXiv 2406.02507). A later one errs as the model itself does, and guides nowhere.
+    """
+    end = run.total_images / GUIDE_PART
+    if run.state.ema is None or not progress.images - run.global_batch_size < end <= progress.images:
+        return
+    unet = averaged_unet(run, run.average)
+    if run.is_main and all(bool(weight.isfinite().all()) for weight in unet.state_dict().values()):
+        try_to_write(run, lambda: _write_guide(unet, run.output_dir))
+
+
 def averaged_unet(run: Run, average: list[Tensor] | None) -> Any:
     """Return the network with averaged weights, or its own, on the CPU; all processes call it."""
     unet = run.state.unet
@@ -77,6 +93,18 @@ def averaged_unet(run: Run, average: list[Tensor] | None) -> Any:
         averaged: Any = type(unet).from_config(unet.config)
     averaged.load_state_dict({**buffers, **weights}, assign=True)
     return averaged.eval()
+
+
+def _write_guide(unet: Any, folder: Path) -> None:
+    partial = folder / "partial-guide"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        unet.save_pretrained(partial)
+        (folder / GUIDE_FOLDER).mkdir(exist_ok=True)
+        for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".json"):
+            path.replace(folder / GUIDE_FOLDER / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_pipeline(run: Run, unet: Any, folder: Path) -> None:

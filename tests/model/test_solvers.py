@@ -9,7 +9,7 @@ from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.sampling.sampler import load_for_sampling
-from hf_ddpm.solvers import default_scheduler, default_steps, named_scheduler
+from hf_ddpm.solvers import Sampler, default_scheduler, default_steps, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps
 
 
@@ -186,7 +186,7 @@ def test_use_samples_as_the_commands_do(make_unet, tmp_path):
     assert np.array_equal(as_stock, images_of(diffusers.DDPMPipeline.from_pretrained(folder), num_inference_steps=30))
     own = pipeline.scheduler
     assert pipeline.use() is pipeline
-    assert pipeline.sampler == ("unipc", 20)
+    assert pipeline.sampler == Sampler("unipc", 20)
     by_command, steps = load_for_sampling(str(folder), device="cpu")
     assert np.array_equal(images_of(pipeline), images_of(by_command, num_inference_steps=steps))
     # A call's own number of steps goes before, and the scheduler that is saved stays.
@@ -207,12 +207,12 @@ def test_sampler_that_was_chosen_is_kept_beside_a_model_that_stays_stock(make_un
     loaded = DDPMPipeline.from_pretrained(tmp_path / "chosen")
     stock = diffusers.DDPMPipeline.from_pretrained(tmp_path / "chosen")
     assert np.array_equal(images_of(loaded), images_of(stock, num_inference_steps=30))
-    assert loaded.use().sampler == ("dpmsolver++", 7)
+    assert loaded.use().sampler == Sampler("dpmsolver++", 7)
     by_command, steps = load_for_sampling(str(tmp_path / "chosen"), device="cpu")
     assert steps == 7
     assert np.array_equal(images_of(loaded), images_of(by_command, num_inference_steps=7))
-    assert loaded.use("unipc").sampler == ("unipc", 20)
-    assert loaded.use(num_inference_steps=3).sampler == ("dpmsolver++", 3)
+    assert loaded.use("unipc").sampler == Sampler("unipc", 20)
+    assert loaded.use(num_inference_steps=3).sampler == Sampler("dpmsolver++", 3)
 
 
 @pytest.mark.parametrize(

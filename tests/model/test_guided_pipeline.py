@@ -1,0 +1,219 @@
+"""Guided sampling: a Gaussian with a known answer, when the weaker network is evaluated, what is kept and refused."""
+
+import json
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.classes import Classes
+from hf_ddpm.guidance import Guidance
+from hf_ddpm.names import SCHEDULERS
+from hf_ddpm.solvers import named_scheduler
+from tests.support.networks import smallest_unet_config
+
+SPREAD, MEANS = 0.15, torch.tensor([0.1, -0.1, 0.0])
+CLASSES = Classes(("above", "below"), has_unconditional=True)
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+class Exact(diffusers.UNet2DModel):
+    """The best prediction for images whose values are N(MEANS[class], SPREAD^2); it counts what it evaluates."""
+
+    def use(self, scheduler: Any, means: torch.Tensor = MEANS) -> Any:
+        self.scheduler, self.means, self.evaluated = scheduler, means, 0
+        return self
+
+    def forward(self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: bool = True) -> Any:
+        self.evaluated += len(sample)
+        t = torch.as_tensor(timestep).long()
+        x_t, alpha_bar = sample.double(), self.scheduler.alpha_bar[t].view(-1, 1, 1, 1)
+        mean = self.means.double()[class_labels].view(-1, 1, 1, 1)
+        gain = alpha_bar.sqrt() * SPREAD**2 / (alpha_bar * SPREAD**2 + 1 - alpha_bar)
+        x_0 = mean + gain * (x_t - alpha_bar.sqrt() * mean)
+        eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+        target = self.scheduler.training_target(x_0, eps, t.expand(len(x_t)))
+        variance = [torch.full_like(target, 0.3)] * (self.config.out_channels - self.config.in_channels)
+        return UNet2DOutput(sample=torch.cat([target, *variance], dim=1).float())
+
+
+def make_pipeline(name: str = "unipc", prediction_type: str = "v_prediction", **changes: Any) -> Any:
+    scheduler = DDPMScheduler(
+        100,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=prediction_type,
+        clip_sample=False,
+        timestep_spacing="trailing",
+        **changes,
+    )
+    learned = scheduler.config.variance_type == "learned_range"
+    config = smallest_unet_config(channels=1, num_class_embeds=3, sample_size=4, out_channels=2 if learned else 1)
+    pipeline: Any = DDPMPipeline(Exact(**config).use(scheduler), named_scheduler(name, scheduler.config, 50))
+    pipeline.classes = CLASSES
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def values(pipeline: Any, **arguments: Any) -> torch.Tensor:
+    settings = {"class_labels": "above", "num_inference_steps": 50, "output_type": "pt", "batch_size": 64}
+    return 2 * pipeline(generator=torch.Generator().manual_seed(0), **settings | arguments).images - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction_type", "variance_type"),
+    [
+        *((name, prediction, "fixed_small") for name in SCHEDULERS for prediction in PREDICTIONS),
+        ("ddpm", "previous_sample", "fixed_small"),
+        ("ddpm", "v_prediction", "learned_range"),
+        ("dpmsolver++", "epsilon", "learned_range"),
+    ],
+)
+def test_guided_gaussian_has_the_extrapolated_mean_and_the_same_spread(name, prediction_type, variance_type):
+    """The guided x_0_hat is the posterior mean of N(0 + w (0.1 - 0), SPREAD^2), at each noise level."""
+    pipeline = make_pipeline(name, prediction_type, variance_type=variance_type)
+    images = values(pipeline, guidance_scale=3.0)
+    # 1,024 values. The chain is narrower in few steps, with guidance as without.
+    assert float(images.mean()) == pytest.approx(0.3, abs=0.02)
+    assert float(images.std()) == pytest.approx(float(values(pipeline).std()), rel=0.01)
+    assert float(values(pipeline, class_labels="below", guidance_scale=3.0).mean()) == pytest.approx(-0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_scale_one_is_no_guidance_and_no_second_evaluation(name):
+    pipeline = make_pipeline(name)
+    plain = values(pipeline)
+    evaluated = pipeline.unet.evaluated
+    assert torch.equal(values(pipeline, guidance_scale=1.0), plain)
+    assert pipeline.unet.evaluated == 2 * evaluated == 2 * 50 * 64
+
+
+def test_scale_zero_leads_to_the_images_without_class():
+    pipeline = make_pipeline()
+    assert torch.allclose(values(pipeline, guidance_scale=0.0), values(pipeline, class_labels=None), atol=1e-5)
+
+
+def test_interval_says_where_guidance_acts():
+    pipeline = make_pipeline()
+    everywhere, nowhere = values(pipeline, guidance_scale=2.0), values(pipeline)
+    infinity = float("inf")
+    assert torch.equal(values(pipeline, guidance_scale=2.0, guidance_interval=(0.0, infinity)), everywhere)
+    pipeline.unet.evaluated = 0
+    assert torch.equal(values(pipeline, guidance_scale=2.0, guidance_interval=(1e-9, 1e-8)), nowhere)
+    assert pipeline.unet.evaluated == 50 * 64
+    # The list of 50 timesteps has as many above sigma = 1 as below: alpha_bar is 1/2 in the middle of the cosine.
+    pipeline.unet.evaluated = 0
+    between = values(pipeline, guidance_scale=2.0, guidance_interval=(1.0, infinity))
+    assert 70 * 64 < pipeline.unet.evaluated < 80 * 64
+    assert nowhere.mean() < between.mean() < everywhere.mean()
+
+
+def test_autoguidance_leads_away_from_the_weaker_network():
+    """The weaker network takes every class for 0.06: the guided mean is 0.06 + 2 (0.1 - 0.06)."""
+    pipeline = make_pipeline()
+    pipeline.guide = make_pipeline().unet.use(pipeline.unet.scheduler, torch.full((3,), 0.06))
+    assert float(values(pipeline, guidance_scale=2.0).mean()) == pytest.approx(0.14, abs=0.02)
+    assert pipeline.guide.evaluated == pipeline.unet.evaluated == 50 * 64
+
+
+@pytest.mark.parametrize("method", ["cfg", "cfg-zero*", "apg", "tcfg"])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_guided_image_does_not_depend_on_its_batch(method, prediction_type):
+    guidance = Guidance(2.0, (0.0, 5.0), method=method, rescale=0.5)
+    pipeline = make_pipeline("ddim", prediction_type)
+
+    def sample(seeds: list[int]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        labels = [seed % 2 for seed in seeds]
+        settings = {"num_inference_steps": 10, "output_type": "pt", "guidance": guidance}
+        return pipeline(len(seeds), generators, class_labels=labels, **settings).images
+
+    together = sample([0, 1, 2])
+    assert together.isfinite().all()
+    assert torch.allclose(together, torch.cat([sample([seed]) for seed in range(3)]), atol=1e-5)
+
+
+def test_apg_acts_on_x_0_hat_whatever_the_network_predicts():
+    """It depends on norms and angles, so the same images prove that it is given the same quantity."""
+    guidance = Guidance(3.0, method="apg", norm_threshold=0.2)
+    images = [values(make_pipeline("ddim", prediction), guidance=guidance) for prediction in PREDICTIONS]
+    assert torch.allclose(images[0], images[1], atol=1e-3)
+    assert torch.allclose(images[0], images[2], atol=1e-3)
+    assert not torch.allclose(images[0], values(make_pipeline("ddim"), guidance_scale=3.0), atol=1e-2)
+
+
+def test_chosen_guidance_is_kept_with_the_model(tmp_path, make_unet):
+    unet = make_unet(channels=1, num_class_embeds=3)
+    pipeline = DDPMPipeline(unet, DDPMScheduler(50, beta_schedule="squaredcos_cap_v2"))
+    pipeline.classes = CLASSES
+    pipeline.use("ddim", 5, guidance_scale=2.0, guidance_interval=(0.3, float("inf"))).save_pretrained(tmp_path)
+    loaded: Any = DDPMPipeline.from_pretrained(tmp_path).use()
+    assert loaded.sampler.guidance == Guidance(2.0, (0.3, float("inf")))
+    loaded.set_progress_bar_config(disable=True)
+
+    def image(**arguments: Any) -> torch.Tensor:
+        settings = {"class_labels": 1, "output_type": "pt"}
+        return loaded(generator=torch.Generator().manual_seed(0), **settings | arguments).images
+
+    kept = image()
+    assert torch.equal(kept, image(guidance_scale=2.0, guidance_interval=(0.3, 1e9)))
+    assert not torch.equal(kept, image(guidance_scale=1.0))
+    assert loaded.use(guidance_scale=1.0).sampler.guidance is None
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert {name for name in index if not name.startswith("_")} == {"unet", "scheduler"}
+
+
+def test_unconditional_model_is_guided_by_the_network_in_its_folder(tmp_path, make_unet):
+    scheduler = DDPMScheduler(50, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    DDPMPipeline(make_unet(channels=1), scheduler).save_pretrained(tmp_path)
+    pipeline: Any = DDPMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 5, "output_type": "pt"}
+    with pytest.raises(ValueError, match=r"guidance needs a weaker model, got .* without a folder 'guide'"):
+        pipeline(guidance_scale=2.0)
+    make_unet(channels=1, seed=1).save_pretrained(tmp_path / "guide")
+    guided = pipeline(generator=torch.Generator().manual_seed(0), guidance_scale=2.0, **settings).images
+    pipeline.guide = make_unet(channels=1, seed=1)
+    again = pipeline(generator=torch.Generator().manual_seed(0), guidance_scale=2.0, **settings).images
+    assert torch.equal(guided, again)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance_scale": -1.0}, "guidance scale must be finite and at least 0, got -1.0"),
+        ({"guidance_scale": 2.0, "guidance_interval": (2.0, 1.0)}, "guidance interval must be"),
+        ({"guidance_interval": (1.0, 2.0)}, "interval takes effect only with guidance"),
+        ({"guidance_scale": 2.0, "guidance": Guidance(2.0)}, "guidance must be given without guidance_scale"),
+        ({"guidance_scale": 2.0, "class_labels": None}, "guidance needs class_labels, got none"),
+    ],
+)
+def test_guidance_that_cannot_work_is_refused_before_the_first_evaluation(arguments, message):
+    pipeline = make_pipeline()
+    with pytest.raises(ValueError, match=message):
+        values(pipeline, **arguments)
+    assert pipeline.unet.evaluated == 0
+
+
+def test_guide_of_other_images_is_refused(make_unet):
+    pipeline = make_pipeline()
+    pipeline.guide = make_unet(channels=1, num_class_embeds=3)
+    with pytest.raises(ValueError, match="guide must have the model's sample_size, 4, got 8"):
+        values(pipeline, guidance_scale=2.0)
+
+
+def test_flow_matching_is_guided_in_an_interval(make_unet):
+    """There sigma is the share of the noise over that of the image."""
+    pipeline: Any = DDPMPipeline(make_unet(channels=1), diffusers.FlowMatchEulerDiscreteScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.guide = make_unet(channels=1, seed=1)
+    calls = []
+    pipeline.guide.register_forward_hook(lambda *_: calls.append(1))
+    settings = {"num_inference_steps": 10, "output_type": "pt", "guidance_scale": 2.0}
+    pipeline(guidance_interval=(1.0, float("inf")), **settings)
+    steps = pipeline.scheduler.timesteps
+    assert len(calls) == int((steps / (1000 - steps) > 1).sum())
+    with pytest.raises(ValueError, match="'apg' needs a model with a beta_schedule, got FlowMatchEuler"):
+        pipeline(num_inference_steps=10, guidance=Guidance(2.0, method="apg"))
