@@ -291,6 +291,18 @@ def split_numbers(name: str, text: str | None) -> list[int]:
     return [int(part) for part in parts]
 
 
+def split_decimals(name: str, text: str | None) -> list[float]:
+    """Return the numbers in a text that commas separate.
+
+    Raises:
+        UsageError: When a part is not a number.
+    """
+    try:
+        return [float(part) for part in split_commas(text)]
+    except ValueError:
+        raise UsageError(f"{name} must be numbers that commas separate, got {text!r}") from None
+
+
 def finish(as_json: bool, result: Mapping[str, Any], *sentences: str) -> None:
     """Print what a command made: one JSON object for a script, or sentences; by one of several processes."""
     say(json.dumps(result, indent=2, default=str)) if as_json else say(*sentences)
