@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,45 +26,24 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.data.batches import center_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
-from hf_ddpm.data.config import DataConfig, load_data_config
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.data.sources import check_source
-from hf_ddpm.data.splits import check_split, describe_split, image_names, open_split
+from hf_ddpm.data.splits import check_split, open_split
 from hf_ddpm.evaluation.anomaly import anomaly_maps, auroc, scores_of, set_last_timesteps
+from hf_ddpm.evaluation.inspected import Inspected, describe_inspected, fit_to_model, inspect
 from hf_ddpm.evaluation.names import DEFAULT_NUM_RECONSTRUCTIONS, DEFAULT_STRENGTHS, check_strengths
 from hf_ddpm.figures import png_bytes, strip, to_pil
-from hf_ddpm.network import num_classes_of
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
-from hf_ddpm.runtime.run_files import read_run, run_folder_of
 from hf_ddpm.runtime.seeds import check_seeds
-from hf_ddpm.runtime.settings import did_you_mean
 from hf_ddpm.sampling.sampler import forward_batch_of, load_for_sampling
 from hf_ddpm.solvers import choose_sampler
 
 GRID_ROWS = 8
 _NAME_LENGTH = 32
-
-
-@dataclass(frozen=True, eq=False)
-class Inspected:
-    """The images that are inspected.
-
-    Attributes:
-        images: The images.
-        names: The name of each, which is a path in the folder of images.
-        labels: The name of the class of each; None if nobody tells it.
-        is_anomalous: Whether each is of a class that is not normal, (N,) bool; None if nobody tells it.
-        class_labels: The class of each for a model with classes; None for others.
-    """
-
-    images: ImageCache
-    names: list[str]
-    labels: list[str] | None
-    is_anomalous: np.ndarray | None
-    class_labels: list[int] | None
 
 
 class Finding(NamedTuple):
@@ -142,12 +120,13 @@ def find_anomalies(
             str(model), scheduler, num_inference_steps, device, dtype, compile, uniform=True
         )
         folder = Path(pipeline.unet.config["_name_or_path"])
-        data = _fit_to_model(data, pipeline, folder)
+        data = fit_to_model(data, pipeline, folder)
         images = processes.main_then_rest(lambda: stack.enter_context(open_split(data, split)))
-        inspected = _inspect(images, data, split, normal, pipeline, folder)
+        inspected = inspect(images, data, split, normal, pipeline, folder)
         check_seeds(seed, len(images))
         if processes.rank == 0:
-            _say_what_was_read(data, split, images)
+            for line in describe_inspected(data, split, images):
+                tqdm.write(line, file=sys.stderr)
         settings: dict[str, Any] = {
             "model": str(model),
             "weights_sha256": weights_sha256(folder),
@@ -254,102 +233,6 @@ def _check_data(data: DataConfig, split: str, normal: Sequence[str], out: Path) 
     check_split(data, split)
 
 
-def _fit_to_model(data: DataConfig, pipeline: DDPMPipeline, folder: Path) -> DataConfig:
-    """Return the settings of the data for images as the model's own are."""
-    unet = pipeline.unet.config
-    height, width = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
-    if height != width:
-        raise UsageError(f"model must be one of square images, got {width} x {height}")
-    if unet.in_channels not in (1, 3, 4):
-        raise UsageError(f"model must be one of images with 1, 3 or 4 channels, got {unet.in_channels}")
-    if data.channels not in (None, unet.in_channels):
-        raise UsageError(f"channels must be the model's, {unet.in_channels}, got {data.channels}: leave it out")
-    run = run_folder_of(folder.parent if folder.name == "unet" else folder)
-    own = load_data_config(run / "config.yaml") if (run / "config.yaml").is_file() else DataConfig()
-    has_16_bits = read_run(run).get("data", {}).get("max_value", 255) > 255
-    return replace(
-        data,
-        resolution=height,
-        # Images with an alpha channel are not told from others by their own channels, which are 1 or 3.
-        channels=4 if unet.in_channels == 4 else data.channels,
-        value_range=data.value_range or own.value_range,
-        preserve_input_precision=None if has_16_bits else False,
-    )
-
-
-def _inspect(
-    images: ImageCache, data: DataConfig, split: str, normal: Sequence[str], pipeline: DDPMPipeline, folder: Path
-) -> Inspected:
-    """Return the images with what is known about them, after checking that they fit the model."""
-    channels = pipeline.unet.config.in_channels
-    if images.channels != channels:
-        raise UsageError(
-            f"the data must have the model's channels, {channels}, got {images.channels} in {images.name!r}: "
-            f"--channels {channels} converts them"
-        )
-    labels, is_anomalous = None, None
-    if images.labels is not None:
-        names = images.class_names or [str(number) for number in range(images.num_classes or 0)]
-        labels = [names[number] for number in images.labels.tolist()]
-        is_anomalous = _find_anomalous(labels, names, normal) if normal else None
-    run = run_folder_of(folder.parent if folder.name == "unet" else folder)
-    return Inspected(
-        images=images,
-        names=image_names(data, split, images),
-        labels=labels,
-        is_anomalous=is_anomalous,
-        class_labels=_classes_for(pipeline, images, labels, read_run(run).get("data", {}).get("class_names")),
-    )
-
-
-def _find_anomalous(labels: list[str], names: list[str], normal: Sequence[str]) -> np.ndarray:
-    """Return whether each image is of a class that is not normal, (N,) bool."""
-    chosen = []
-    for each in normal:
-        if each not in names and each.isdecimal() and int(each) < len(names):
-            chosen.append(names[int(each)])
-        elif each in names:
-            chosen.append(each)
-        else:
-            shown = ", ".join([*names[:20], *["..."][: len(names) > 20]])
-            raise UsageError(f"normal must be classes of the data, {shown}, got {each!r}{did_you_mean(each, names)}")
-    is_anomalous = ~np.isin(labels, chosen)
-    if is_anomalous.all() or not is_anomalous.any():
-        kind = "anomalous" if is_anomalous.all() else "normal"
-        raise UsageError(
-            f"normal must leave normal and anomalous images, got {', '.join(normal)}, by which all {len(labels):,} "
-            f"images are {kind}: there is no AUROC; name other classes, or leave normal out"
-        )
-    return is_anomalous
-
-
-def _classes_for(
-    pipeline: DDPMPipeline, images: ImageCache, labels: list[str] | None, model_names: list[str] | None
-) -> list[int] | None:
-    """Return the class of each image in the model's numbers; None for a model without classes."""
-    unet = pipeline.unet.config
-    num_classes = num_classes_of(unet)
-    if num_classes is None:
-        if (kind := unet.get("class_embed_type")) is not None:
-            raise UsageError(f"classes must be numbers for this, got a model with embeddings {kind!r}")
-        return None
-    if labels is None or images.labels is None:
-        raise UsageError(
-            f"label_column must name the class of each image, which a model of {num_classes} classes needs, got none: "
-            "give --label_column, or a model that was trained without classes"
-        )
-    known = model_names or [str(number) for number in range(num_classes)]
-    own = labels if model_names and images.class_names else [str(number) for number in images.labels]
-    unknown = sorted({label for i, label in enumerate(labels) if own[i] not in known})
-    if unknown:
-        raise UsageError(
-            f"the model must know the class of each image, got {unknown[0]!r}, which is none of its {num_classes}: "
-            "leave these images out, or take a model that was trained without classes"
-        )
-    number_of = {name: number for number, name in enumerate(known)}
-    return [number_of[name] for name in own]
-
-
 def _measure(scores: np.ndarray, inspected: Inspected) -> dict[str, Any]:
     """Return the AUROC of all anomalous images, and of each class of them, against the normal ones."""
     is_anomalous = inspected.is_anomalous
@@ -418,15 +301,7 @@ def draw_findings(findings: Sequence[Finding], names: Sequence[str], result: dic
         name = names[number]
         name = name if len(name) <= _NAME_LENGTH else f"...{name[3 - _NAME_LENGTH :]}"
         labels.append(f"{name}  {-score:.3f}")
-    return strip(rows, [*columns, f"map, 0 to {result['map_max']:.2g}"], labels)
-
-
-def _say_what_was_read(data: DataConfig, split: str, images: ImageCache) -> None:
-    lines = describe_split(data, split, images)
-    if not images.is_uniform:
-        lines.append("of oblong images the central square is scored")
-    for line in lines:
-        tqdm.write(line, file=sys.stderr)
+    return strip(rows, [*columns, f"map, 0 to {result['map_scale']:.2g}"], labels)
 
 
 def _pixels(images: ImageCache, numbers: np.ndarray) -> Tensor:
