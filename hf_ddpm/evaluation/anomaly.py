@@ -7,9 +7,10 @@
     AUROC            the probability that an anomalous image has a higher score than a normal one; ties count one half
 
 A model that was trained on normal images turns what it does not know into what it does: an anomaly is reconstructed
-with a large error (AnoDDPM, Wyatt et al. 2022, arXiv 2205.15968, Sec. 3, but with Gaussian noise). No strength is the
-best for all anomalies, which is why several are averaged (Graham et al. 2023, arXiv 2211.07740, Sec. 3.2, there with
-errors that are standardized by those of a validation set).
+with a large error (AnoDDPM, Wyatt et al. 2022, CVPR Workshops; there with simplex noise, too). No strength is the best
+for all anomalies, which is why several may be averaged (Graham et al. 2023, arXiv 2211.07740, there as errors that are
+standardized by those of a validation set). One reconstruction is a draw from what the noised image may have been: the
+mean of several tells far more (benchmarks/anomaly/table.md).
 """
 
 from __future__ import annotations

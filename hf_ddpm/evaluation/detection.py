@@ -28,7 +28,7 @@ from hf_ddpm.data.batches import center_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import listed_once
-from hf_ddpm.data.sources import check_source
+from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import check_split, open_split
 from hf_ddpm.evaluation.anomaly import anomaly_maps, auroc, scores_of, set_last_timesteps
 from hf_ddpm.evaluation.inspected import Inspected, describe_inspected, fit_to_model, inspect
@@ -119,6 +119,7 @@ def find_anomalies(
         pipeline, steps = load_for_sampling(
             str(model), scheduler, num_inference_steps, device, dtype, compile, uniform=True
         )
+        pipeline._check_inputs(1, None, "pt", ("latents",), False)
         folder = Path(pipeline.unet.config["_name_or_path"])
         data = fit_to_model(data, pipeline, folder)
         images = processes.main_then_rest(lambda: stack.enter_context(open_split(data, split)))
@@ -229,7 +230,12 @@ def _check_data(data: DataConfig, split: str, normal: Sequence[str], out: Path) 
             f"normal needs the classes of the images, got {', '.join(normal)} without label_column: give "
             "--label_column label for the folders that images are in, or the name of a column"
         )
-    check_source(data, str(out))
+    source = find_source(data)
+    if source.folder is not None and out.resolve().is_relative_to(source.folder.resolve()):
+        raise UsageError(
+            f"out must not be in the folder of images, whose images its pictures would be, got {str(out)!r}: give "
+            "another --out"
+        )
     check_split(data, split)
 
 

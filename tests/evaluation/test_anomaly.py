@@ -284,7 +284,7 @@ def test_find_anomalies_rejects_other_channels_and_folders_that_hold_something(m
         find_anomalies(model, DataConfig(str(colors), cache_dir=data.cache_dir), tmp_path / "out", **SMALL)
     with pytest.raises(UsageError, match=r"out must be a new or an empty folder, got .*, which holds 'a\.png'"):
         find_anomalies(model, data, colors, **SMALL)
-    with pytest.raises(UsageError, match="output_dir must not be in the folder of images"):
+    with pytest.raises(UsageError, match=r"out must not be in the folder of images, .*: give another --out"):
         find_anomalies(model, data, Path(data.dataset_name) / "out", **SMALL)
 
 
