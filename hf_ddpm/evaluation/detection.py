@@ -109,16 +109,13 @@ def find_anomalies(
         OSError: When the model cannot be read, or `out` cannot be written.
     """
     check_strengths(strengths)
-    for name, value, least in (("num_reconstructions", num_reconstructions, 1), ("num_maps", num_maps, 0)):
-        if value < least:
-            raise UsageError(f"{name} must be at least {least}, got {value}")
+    _check_counts(num_reconstructions, num_maps)
     out = _new_folder(out)
     _check_data(data, split, normal, out)
     with join_processes() as processes, ExitStack() as stack:
         stack.enter_context(listed_once())
-        pipeline, steps = load_for_sampling(
-            str(model), scheduler, num_inference_steps, device, dtype, compile, uniform=True
-        )
+        # Searched timesteps are for sampling from pure noise.
+        pipeline, steps = load_for_sampling(str(model), scheduler, num_inference_steps, device, dtype, compile, True)
         pipeline._check_inputs(1, None, "pt", ("latents",), False)
         folder = Path(pipeline.unet.config["_name_or_path"])
         data = fit_to_model(data, pipeline, folder)
@@ -131,14 +128,7 @@ def find_anomalies(
         settings: dict[str, Any] = {
             "model": str(model),
             "weights_sha256": weights_sha256(folder),
-            "data": {
-                "name": images.name,
-                "split": split,
-                "fingerprint": images.fingerprint,
-                "num_images": len(images),
-                "label_column": data.label_column,
-                "normal": [*normal] or None,
-            },
+            "data": _facts_of_data(data, split, images, normal),
             "scheduler": choose_sampler(pipeline.scheduler.config, scheduler, steps, pipeline.kept_sampler).scheduler,
             "num_inference_steps": steps,
             "strengths": [*strengths],
@@ -214,6 +204,24 @@ def _score_batch(
     return scores, findings
 
 
+def _facts_of_data(data: DataConfig, split: str, images: ImageCache, normal: Sequence[str]) -> dict[str, Any]:
+    """Return what anomaly.json says of the data."""
+    return {
+        "name": images.name,
+        "split": split,
+        "fingerprint": images.fingerprint,
+        "num_images": len(images),
+        "label_column": data.label_column,
+        "normal": [*normal] or None,
+    }
+
+
+def _check_counts(num_reconstructions: int, num_maps: int) -> None:
+    for name, value, least in (("num_reconstructions", num_reconstructions, 1), ("num_maps", num_maps, 0)):
+        if value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
+
+
 def _new_folder(out: str | Path) -> Path:
     """Return `out` as a path, after checking that it is a folder that is new or empty."""
     folder = look_at("out", out)
@@ -278,7 +286,7 @@ def _write(
         name = name if name.endswith(".png") else f"{name}.png"
         (picture,) = map_pictures([finding.map], result["map_scale"])
         write_atomically(out / "maps" / name, png_bytes(picture))
-    write_atomically(out / "grid.png", png_bytes(draw_findings(findings[:GRID_ROWS], inspected.names, result)))
+    write_atomically(out / "grid.png", png_bytes(draw_findings(findings[:GRID_ROWS], inspected, result)))
     write_atomically(out / "anomaly.json", json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -295,19 +303,22 @@ def map_pictures(maps: Sequence[np.ndarray], scale: float) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(each)) for each in colors]
 
 
-def draw_findings(findings: Sequence[Finding], names: Sequence[str], result: dict[str, Any]) -> Image.Image:
-    """Return a picture with a row for each finding: the image, its reconstruction by each strength, and its map."""
-    rows = []
+def draw_findings(findings: Sequence[Finding], inspected: Inspected, result: dict[str, Any]) -> Image.Image:
+    """Return a picture with a row for each finding: image, mean reconstruction by each strength, and map.
+
+    The rows are called by file name, label and score.
+    """
+    rows, names = [], []
     for finding in findings:
         shown = [picture.convert("RGB") for picture in to_pil(finding.pictures)]
         rows.append([*shown, *map_pictures([finding.map], result["map_scale"])])
-    columns = ["image", *(f"strength {strength:g}" for strength in result["strengths"])]
-    labels = []
-    for score, number in (finding.order for finding in findings):
-        name = names[number]
+        score, number = finding.order
+        name = inspected.names[number]
         name = name if len(name) <= _NAME_LENGTH else f"...{name[3 - _NAME_LENGTH :]}"
-        labels.append(f"{name}  {-score:.3f}")
-    return strip(rows, [*columns, f"map, 0 to {result['map_scale']:.2g}"], labels)
+        label = "" if inspected.labels is None else f"{inspected.labels[number]:.{_NAME_LENGTH}}  "
+        names.append(f"{name}  {label}{-score:.3f}")
+    columns = ["image", *(f"strength {strength:g}" for strength in result["strengths"])]
+    return strip(rows, [*columns, f"map, 0 to {result['map_scale']:.2g}"], names)
 
 
 def _pixels(images: ImageCache, numbers: np.ndarray) -> Tensor:

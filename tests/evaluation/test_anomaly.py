@@ -280,7 +280,7 @@ def test_find_anomalies_rejects_other_channels_and_folders_that_hold_something(m
     colors = tmp_path / "colors"
     colors.mkdir()
     Image.new("RGB", (8, 8), (255, 0, 0)).save(colors / "a.png")
-    with pytest.raises(UsageError, match=r"must have the model's channels, 1, got 3 in 'colors': --channels 1 conver"):
+    with pytest.raises(UsageError, match=r"must have the model's channels, 1, got 3 in 'colors': --channels 1 "):
         find_anomalies(model, DataConfig(str(colors), cache_dir=data.cache_dir), tmp_path / "out", **SMALL)
     with pytest.raises(UsageError, match=r"out must be a new or an empty folder, got .*, which holds 'a\.png'"):
         find_anomalies(model, data, colors, **SMALL)
