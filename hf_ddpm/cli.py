@@ -278,8 +278,8 @@ def evaluate(
 @with_options_of(
     DataConfig,
     (
-        *("dataset_config_name", "image_column", "label_column", "channels", "center_crop", "value_range"),
-        *("max_image_pixels", "cache_dir"),
+        *("dataset_config_name", "image_column", "label_column", "channels", "value_range", "max_image_pixels"),
+        "cache_dir",
     ),
 )
 def anomaly(
