@@ -11,7 +11,13 @@ import typer
 
 from hf_ddpm import recipes
 from hf_ddpm.data.config import DataConfig, check_data_paths
-from hf_ddpm.evaluation.names import METRICS, NETWORK_NAMES
+from hf_ddpm.evaluation.names import (
+    DEFAULT_NUM_RECONSTRUCTIONS,
+    DEFAULT_STRENGTHS,
+    METRICS,
+    NETWORK_NAMES,
+    check_strengths,
+)
 from hf_ddpm.names import DTYPES, FORMATS, GUIDANCE_METHODS, SCHEDULERS
 from hf_ddpm.runtime.command_line import (
     Command,
@@ -314,6 +320,83 @@ def evaluate(
 @with_options_of(
     DataConfig,
     (
+        *("dataset_config_name", "image_column", "label_column", "channels", "value_range", "max_image_pixels"),
+        "cache_dir",
+    ),
+)
+def anomaly(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Argument(help="`digits`, a Hub id, a folder of images or of parquet files, or one saved by `datasets`."),
+    ],
+    out: Annotated[Path, option("out", "A new folder for scores.csv, anomaly.json, maps and grid.png.")],
+    split: Annotated[str, option("split", "train, test, ...")] = "train",
+    normal: Annotated[
+        str | None,
+        option("normal", "The normal classes, by name or number, with --label_column: the AUROC is computed."),
+    ] = None,
+    strength: Annotated[
+        str, option("strength", "Shares of the steps by which images are noised and denoised; separated by commas.")
+    ] = ",".join(map(str, DEFAULT_STRENGTHS)),
+    num_reconstructions: Annotated[
+        int, option("num_reconstructions", "Of each image by each strength, from different noise.", min=1)
+    ] = DEFAULT_NUM_RECONSTRUCTIONS,
+    num_maps: Annotated[int, option("num_maps", "How many maps to write, those of the highest scores.", min=0)] = 64,
+    seed: Seed = 0,
+    num_inference_steps: Annotated[
+        int | None, option("num_inference_steps", "The steps of strength 1. Default: see `sample`.", min=1)
+    ] = None,
+    scheduler: Annotated[str | None, choice("scheduler", "See `sample`.", SCHEDULERS)] = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    dtype: Dtype = "fp32",
+    compile: Compile = False,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Find images that are unlike those that a model learned.
+
+    Each image is noised and denoised; where the model makes something else of it, its map is bright, and its score is
+    high. In several processes: accelerate launch -m hf_ddpm anomaly
+    """
+    with report_errors():
+        strengths = split_decimals("strength", strength)
+        check_strengths(strengths)
+        config = _data_config({**flags, "dataset_name": data})
+        _join_launcher()
+        from hf_ddpm.evaluation.detection import find_anomalies
+
+        result = find_anomalies(
+            model,
+            config,
+            out,
+            split=split,
+            normal=split_commas(normal),
+            strengths=strengths,
+            num_reconstructions=num_reconstructions,
+            num_maps=num_maps,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            scheduler=scheduler,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            compile=compile,
+        )
+    num_images = result["data"]["num_images"]
+    maps = f", the maps of the highest {min(num_maps, num_images):,} in {out / 'maps'}" if num_maps else ""
+    ending = (
+        f"The scores of {num_images:,} images are in {out / 'scores.csv'}{maps}; {out / 'grid.png'} shows the first."
+    )
+    hint = "Name the normal classes to measure how well scores tell: --label_column label --normal CLASS"
+    finish(json, {"out": str(out), **result}, *(_table_of_auroc(result) or [hint]), ending)
+
+
+@app.command(cls=Command)
+@with_options_of(
+    DataConfig,
+    (
         *("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "value_range"),
         *("max_image_pixels", "cache_dir"),
     ),
@@ -581,6 +664,20 @@ def _describe_search(searched: Any, path: Path | None) -> list[str]:
             f"{searched.uniform_kernel_distance:.4f}, unipc {searched.unipc_kernel_distance:.4f}",
         )
     return lines
+
+
+def _table_of_auroc(result: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a table of the AUROC of each class and of all; none without normal classes."""
+    if result["auroc"] is None:
+        return []
+    rows = [*result["auroc_by_class"].items()]
+    if len(rows) > 1:
+        rows.append(("all", result["auroc"]))
+    cells = []
+    for name, area in rows:
+        error = "" if area["standard_error"] is None else f" ± {area['standard_error']:.3f}"
+        cells.append((name, f"{area['num_anomalous']:,}", f"{area['num_normal']:,}", f"{area['value']:.3f}{error}"))
+    return table([("anomalous", "images", "normal", "AUROC (higher is better)"), *cells])
 
 
 def _table_of_results(results: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -45,6 +46,27 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
             open_dataset(config, split, option).save_to_disk(saved)
             whole: dict[str, Any] = {"dataset_config_name": None, "train_split": None, "cache_dir": temporary}
             yield load_images(replace(config, dataset_name=str(saved), **whole))
+
+
+def image_names(config: DataConfig, split: str, images: ImageCache) -> list[str]:
+    """Return the name of each image of a split: its path in the folder of images, or its number in other sources.
+
+    Args:
+        config: The settings of the data, none of whose images was left out.
+        split: The name of the split.
+        images: What `open_split` provides for it.
+    """
+    source = find_source(config)
+    if source.kind != "images":
+        return [f"{number:06d}" for number in range(len(images))]
+    if split not in ("train", config.train_split):
+        config = _config_of_split_folder(source, config, split, "split")
+        source = find_source(config)
+    dataset = open_dataset(config)
+    assert source.folder is not None
+    paths = [os.path.relpath(row["path"], source.folder.absolute()) for row in dataset[:][dataset.column_names[0]]]
+    # Metadata may name files elsewhere.
+    return [f"{i:06d}" if path.startswith(os.pardir) else Path(path).as_posix() for i, path in enumerate(paths)]
 
 
 def describe_split(config: DataConfig, split: str, images: ImageCache) -> list[str]:

@@ -300,7 +300,7 @@ def split_decimals(name: str, text: str | None) -> list[float]:
     try:
         return [float(part) for part in split_commas(text)]
     except ValueError:
-        raise UsageError(f"{name} must be numbers, got {text!r}") from None
+        raise UsageError(f"{name} must be numbers that commas separate, got {text!r}") from None
 
 
 def finish(as_json: bool, result: Mapping[str, Any], *sentences: str) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -124,3 +125,28 @@ def test_error_of_the_program_keeps_its_traceback():
         exit_code_of(run)
     assert exit_code_of(lambda: None) == 0
     assert exit_code_of(lambda: 75) == 75
+
+
+@pytest.mark.filterwarnings("ignore:alpha_bar_T")
+def test_anomaly_prints_auroc_or_json(model, tmp_path):
+    for i in range(6):
+        folder = tmp_path / "images" / ("good" if i % 3 else "bad")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 40 * i).save(folder / f"{i}.png")
+    command = ["anomaly", model, tmp_path / "images", "--label_column", "label", "--normal", "good", "--strength", 1]
+    command += ["--num_inference_steps", 1, "--num_reconstructions", 1, "--cache_dir", tmp_path / "cache"]
+    said = hf_ddpm(*command, "--out", tmp_path / "out")
+    scores = tmp_path / "out" / "scores.csv"
+    assert f"The scores of 6 images are in {scores}, the maps of the highest 6 in {tmp_path / 'out/maps'}" in said
+    result = json.loads(hf_ddpm(*command, "--out", tmp_path / "again", "--json"))
+    assert result["out"] == str(tmp_path / "again")
+    area = result["auroc"]
+    assert f"\nbad        2       4       {area['value']:.3f} ± {area['standard_error']:.3f}\n" in said
+    assert (tmp_path / "again" / "scores.csv").read_bytes() == scores.read_bytes()
+
+
+def test_anomaly_refuses_words_for_strengths_before_torch_loads(tmp_path):
+    done = CliRunner().invoke(app, ["anomaly", "model", "digits", "--out", str(tmp_path / "x"), "--strength", "half"])
+    assert done.exit_code == 2
+    assert "strength must be numbers that commas separate, got 'half'" in done.output
+    assert not (tmp_path / "x").exists()
