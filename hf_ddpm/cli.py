@@ -174,6 +174,60 @@ def sample(
 
 
 @app.command(cls=Command)
+def edit(
+    model: Model,
+    image: Annotated[Path, option("image", "An image of the model's size, or a folder of them.")],
+    out: Annotated[Path, option("out", "The folder for the edits and edits.png.")],
+    mask: Annotated[
+        Path | None,
+        option("mask", "What is white here is repainted: one image for all, or a folder of one for each."),
+    ] = None,
+    strength: Annotated[
+        float | None, option("strength", "In (0, 1], how much changes. Default: 0.5, or 1 with --mask.")
+    ] = None,
+    seed: Seed = 0,
+    num_inference_steps: Annotated[
+        int | None, option("num_inference_steps", "See `sample`; the last STRENGTH of them are taken.", min=1)
+    ] = None,
+    scheduler: Annotated[str | None, choice("scheduler", "See `sample`.", SCHEDULERS)] = None,
+    class_label: Annotated[int | None, option("class_label", "The class, if the model has classes.", min=0)] = None,
+    batch_size: Annotated[int, option("batch_size", "Images per forward pass.", min=1)] = 16,
+    device: Device = None,
+    dtype: Dtype = "fp32",
+    json: Json = False,
+) -> None:
+    """Edit images with a model: vary them, or repaint a part of them.
+
+    Without --mask an image is noised and denoised again (SDEdit). With it, all but its white part stays as it is.
+    """
+    with report_errors():
+        say_loading()
+        from hf_ddpm.sampling.edit_set import PICTURE, edit_images
+
+        edits = edit_images(
+            model,
+            image,
+            out,
+            mask=mask,
+            strength=strength,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            scheduler=scheduler,
+            class_label=class_label,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+        )
+    result = {"out": str(out), "edits": [str(path) for path in edits], "picture": str(out / PICTURE)}
+    finish(
+        json,
+        result,
+        f"The edited images ({len(edits):,}) are in {out}; {PICTURE} shows them beside the originals.",
+        "Others come with another --seed, and need another --out.",
+    )
+
+
+@app.command(cls=Command)
 @with_options_of(
     DataConfig,
     (

@@ -150,6 +150,26 @@ class DDPMPipeline(DiffusionPipeline):
             pipeline.searched_timesteps, pipeline._searched_weights = searched, weights_sha256(folder)
         return pipeline
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
+        """Return a pipeline of this class that shares the network and the scheduler of another, as diffusers does.
+
+        It also has what diffusers' own `from_pipe` forgets: the searched timesteps, and what `use` chose. The weights
+        keep their type.
+
+        Args:
+            pipeline: A pipeline of a network and a scheduler, ours or stock's.
+            components: `unet` or `scheduler` instead of that of `pipeline`.
+        """
+        other = cls(**{name: pipeline.components[name] for name in ("unet", "scheduler")} | components)
+        other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        if isinstance(pipeline, DDPMPipeline):
+            other.sampler, other._scheduler_of_sampler = pipeline.sampler, pipeline._scheduler_of_sampler
+            if "unet" not in components:
+                other.kept_sampler, other._searched_weights = pipeline.kept_sampler, pipeline._searched_weights
+                other.searched_timesteps = {**pipeline.searched_timesteps}
+        return other
+
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the config as `diffusers.DiffusionPipeline` does, the searched timesteps, and what `use` chose.
 
@@ -341,18 +361,30 @@ class DDPMPipeline(DiffusionPipeline):
         device: torch.device,
     ) -> Tensor:
         """Return x_T in the scheduler's scale, (B, C, H, W), in float32 also for a network in half precision."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        shape = (batch_size, *self._image_shape())
         if latents is None:
-            # randn is not reproducible on MPS.
-            noise_device = torch.device("cpu") if device.type == "mps" else device
-            latents = randn_tensor(shape, generator=generator, device=noise_device, dtype=dtype)
+            latents = self._draw_noise(batch_size, generator, device)
         elif latents.shape != shape:
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
         # Schedulers of flow matching have no `init_noise_sigma`.
-        return latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale = getattr(self.scheduler, "init_noise_sigma", 1.0)
+        return latents.to(device, torch.promote_types(self.unet.dtype, torch.float32)) * scale
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        """Return the shape of an image, (C, H, W)."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    def _draw_noise(
+        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+    ) -> Tensor:
+        """Return noise of N(0, I), (B, C, H, W), in float32 also for a network in half precision."""
+        # randn is not reproducible on MPS.
+        noise_device = torch.device("cpu") if device.type == "mps" else device
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        shape = (batch_size, *self._image_shape())
+        return randn_tensor(shape, generator=generator, device=noise_device, dtype=dtype).to(device)
 
     def _step_arguments(
         self, generator: torch.Generator | list[torch.Generator] | None, deterministic: bool
@@ -372,12 +404,13 @@ class DDPMPipeline(DiffusionPipeline):
         recorded_indices: set[int],
         callback: StepCallback | None,
         callback_tensors: Sequence[str],
+        begin: int = 0,
     ) -> tuple[Tensor, list[TrajectoryStep]]:
-        """Take all steps of the scheduler; return x_0 and the recorded steps."""
-        x_t = x_T
-        self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
+        """Take the scheduler's steps from the index `begin` on; return x_0 and the recorded steps."""
+        x_t, timesteps = x_T, self.scheduler.timesteps[begin:]
+        self._num_timesteps, self._interrupt = len(timesteps), False
         recorded: list[TrajectoryStep] = []
-        progress: Any = self.progress_bar(self.scheduler.timesteps)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        progress: Any = self.progress_bar(timesteps)  # pyright: ignore[reportCallIssue, reportArgumentType]
         for i, t in enumerate(progress):
             if self._interrupt:
                 break
@@ -571,7 +604,15 @@ def _check_timesteps_of_other_schedulers(scheduler: Any, num_steps: int) -> None
 
 def _decode(x_0: Tensor, output_type: str | None) -> list[Image.Image] | np.ndarray | Tensor:
     """Turn x_0 into images of `output_type`."""
-    images = (x_0 / 2 + 0.5).clamp(0, 1)
+    return as_output_type((x_0 / 2 + 0.5).clamp(0, 1), output_type)
+
+
+def as_output_type(images: Tensor, output_type: str | None) -> list[Image.Image] | np.ndarray | Tensor:
+    """Turn images, (B, C, H, W) in [0, 1], into images of `output_type`.
+
+    Raises:
+        ValueError: When PIL images would be NaN.
+    """
     if output_type == "pt":
         return images
     if output_type == "np":
