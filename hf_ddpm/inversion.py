@@ -33,7 +33,7 @@ def invert(
     image: Image.Image | np.ndarray | Tensor | Sequence[Any],
     num_inference_steps: int = 50,
     class_labels: Any = None,
-    num_iterations: int = 5,
+    num_iterations: int = 3,
 ) -> Tensor:
     """Return the noise x_T from which DDIM makes given images.
 
@@ -117,7 +117,7 @@ def reconstruction_error(
     image: Image.Image | np.ndarray | Tensor | Sequence[Any],
     num_inference_steps: int = 50,
     class_labels: Any = None,
-    num_iterations: int = 5,
+    num_iterations: int = 3,
 ) -> Tensor:
     """Return how far images are from what comes of them by `invert` and `reconstruct`.
 

@@ -160,7 +160,14 @@ class DDPMPipeline(DiffusionPipeline):
         Args:
             pipeline: A pipeline of a network and a scheduler, ours or stock's.
             components: `unet` or `scheduler` instead of that of `pipeline`.
+
+        Raises:
+            ValueError: When `pipeline` has no network or no scheduler.
         """
+        if missing := {"unet", "scheduler"} - pipeline.components.keys():
+            raise ValueError(
+                f"pipeline must have a unet and a scheduler, got {type(pipeline).__name__} without {missing}"
+            )
         other = cls(**{name: pipeline.components[name] for name in ("unet", "scheduler")} | components)
         other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         if isinstance(pipeline, DDPMPipeline):
