@@ -37,12 +37,12 @@ def images_to_tensor(images: Any, channels: int, height: int, width: int, name: 
         ValueError: When an image has another size or form, does not fit into C channels without a loss, or has values
             outside of [0, 1].
     """
-    tensors = [_one_to_tensor(image, channels, name) for image in _split(images, channels, name)]
+    tensors = [_one_to_tensor(image, channels, name) for image in _split(images, channels, height, width, name)]
     for tensor in tensors:
         if tensor.shape != (channels, height, width):
             given_height, given_width = tensor.shape[1:]
             if tensor.shape[0] != channels:
-                raise ValueError(f"{name} must have {channels} channels as the model, got {tensor.shape[0]}")
+                raise ValueError(f"{name} must have the model's number of channels, {channels}, got {tensor.shape[0]}")
             raise ValueError(
                 f"{name} must be {height} pixels high and {width} wide as the model's own, got {given_height} and "
                 f"{given_width}: resize it first, a PIL image by image.resize(({width}, {height}))"
@@ -82,16 +82,12 @@ def _as_uint8(mask: Any) -> Any:
     return mask.to(torch.uint8) * 255 if isinstance(mask, Tensor) else np.asarray(mask, dtype=np.uint8) * 255
 
 
-def _split(images: Any, channels: int, name: str) -> Sequence[Any]:
+def _split(images: Any, channels: int, height: int, width: int, name: str) -> Sequence[Any]:
     """Return the single images of one image or several."""
     if isinstance(images, Tensor | np.ndarray):
         # An array of two axes is a gray image; one of three may be several of them.
-        is_gray_batch = isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] != channels
-        is_gray_batch = is_gray_batch or (isinstance(images, Tensor) and images.ndim == 3 and len(images) != channels)
-        if images.ndim == 4 or (is_gray_batch and channels == 1):
-            images = [*images]
-        else:
-            images = [images]
+        are_gray = channels == 1 and images.ndim == 3 and tuple(images.shape[1:]) == (height, width)
+        images = [*images] if images.ndim == 4 or are_gray else [images]
     elif isinstance(images, Image.Image):
         images = [images]
     if not isinstance(images, list | tuple) or not images:

@@ -96,6 +96,7 @@ def test_repaint_keeps_known_pixels_of_images_that_are_not_square(channels):
     assert not np.array_equal(edited[mask], given[0][mask])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:alpha_bar_T")
 def test_what_is_under_the_mask_does_not_count():
     """With a noise schedule that leaves some of the image in x_T, too."""
@@ -147,6 +148,7 @@ def filled_with(method, name, steps, **arguments):
     return (images * 2 - 1).flatten(1)[:, m].double(), exact
 
 
+@pytest.mark.slow
 def test_fills_are_of_the_conditional_distribution():
     """Each method comes nearer to it than the one that is cheaper."""
     biases, spreads = {}, {}
@@ -246,6 +248,7 @@ def test_default_is_20_steps_of_unipc_unless_use_says_otherwise():
     assert variation.sampler == ("ddpm", 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["posterior", "replace"])
 def test_image_of_a_generator_does_not_depend_on_its_batch(method):
     given = pictures(3)
@@ -341,7 +344,7 @@ BAD = [
     ({"image": "a.png"}, "image must be a PIL image, an array, a tensor or a list of them, got str"),
     ({"image": []}, "got an empty list"),
     ({"image": pictures()[0].astype(np.float32)}, r"image must have values in \[0, 1\], got 0 to 255|got \d"),
-    ({"image": pictures(2, 1)}, "image must have 3 channels as the model, got 1"),
+    ({"image": pictures(2, 1)}, "image must have the model's number of channels, 3, got 1"),
 ]
 
 

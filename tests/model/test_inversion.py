@@ -56,6 +56,7 @@ def test_inversion_is_exact_where_the_noise_does_not_depend_on_x(images, num_ite
     torch.testing.assert_close(reconstruct(pipeline, latents, 5, output_type="pt"), images.float(), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_error_of_reconstruction_falls_with_steps_and_with_iterations(gaussian, images):
     errors = {
         (steps, iterations): float(reconstruction_error(gaussian, images, steps, num_iterations=iterations).max())
@@ -74,6 +75,7 @@ def test_prediction_types_of_one_network_give_one_noise(gaussian, images, predic
     torch.testing.assert_close(*latents, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip_sample", [True, False])
 def test_converged_iterations_solve_the_equation_of_each_step(clip_sample):
     torch.manual_seed(0)
@@ -190,6 +192,7 @@ def test_images_are_taken_in_every_form_that_loses_nothing(image, channels, expe
         (Image.new("RGBA", (8, 8)), 3, "image must be opaque for a model of 3 channels, got transparent pixels"),
         (Image.new("I;16", (8, 8)), 1, "image must be gray or RGB of 8 bits .* got mode 'I;16'"),
         (Image.new("CMYK", (8, 8)), 3, "got mode 'CMYK'"),
+        (COLOR, 1, "image must have the model's number of channels, 1, got 3"),
         (GRAY.astype(np.int64), 1, "image must be uint8, or floating-point in .*, got torch.int64"),
         (np.full((8, 8), np.nan), 1, r"image must have values in \[0, 1\], got nan"),
         (torch.zeros(1, 1, 1, 8, 8), 1, "image must be PIL images, arrays .* got Tensor of shape"),
