@@ -208,7 +208,7 @@ class DDPMInpaintPipeline(_EditingPipeline):
         By method, with n steps, and the cost of a gradient being about that of two evaluations::
 
             posterior   the default: each step pulls the whole image to fit what is known; 1 evaluation, 2 gradients
-            replace     each step only puts what is known in its place; 1 evaluation, and seams where it disagrees
+            replace     each step only puts what is known in its place; 1 evaluation, and fills that fit worse
             repaint     RePaint, which goes back and forth; for `ddpm` only, about 10 evaluations for each of 250 steps
 
         Args:

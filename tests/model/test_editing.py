@@ -130,6 +130,13 @@ def test_posterior_mean_is_exact_for_a_normal_distribution():
     torch.testing.assert_close(conditional, mean + gain @ (x_0 - mean)[is_known])
 
 
+def test_posterior_mean_without_gradients_replaces_what_is_known():
+    x_0, x_0_hat = torch.randn(2, 2, 3, 4, 4, generator=seeded())
+    is_known = torch.rand(2, 1, 4, 4, generator=seeded()) < 0.5
+    mean = posterior_mean(x_0_hat, x_0_hat, x_0, is_known, 0)
+    assert torch.equal(mean, torch.where(is_known, x_0, x_0_hat))
+
+
 def filled_with(method, name, steps, **arguments):
     """The known image, its unknown pixels, what fills them 200 times, and the exact conditional distribution."""
     covariance, unknown = smooth_covariance(6), torch.zeros(6, 6, dtype=torch.bool)
