@@ -13,6 +13,7 @@ from hf_ddpm._version import __version__
 if TYPE_CHECKING:
     from hf_ddpm.bound import variational_bound
     from hf_ddpm.display import plot_metrics, show
+    from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline
     from hf_ddpm.evaluation.evaluate import evaluate
     from hf_ddpm.evaluation.search import search_timesteps
     from hf_ddpm.hub.card import write_card
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from hf_ddpm.training.parsing import load_config
 
 __all__ = [
+    "DDPMImg2ImgPipeline",
+    "DDPMInpaintPipeline",
     "DDPMPipeline",
     "DDPMScheduler",
     "Objective",
@@ -49,6 +52,8 @@ __all__ = [
 
 # A public name -> its module, and its name there.
 _PUBLIC = {
+    "DDPMImg2ImgPipeline": ("hf_ddpm.editing", "DDPMImg2ImgPipeline"),
+    "DDPMInpaintPipeline": ("hf_ddpm.editing", "DDPMInpaintPipeline"),
     "DDPMPipeline": ("hf_ddpm.pipeline", "DDPMPipeline"),
     "DDPMScheduler": ("hf_ddpm.scheduler", "DDPMScheduler"),
     "Objective": ("hf_ddpm.objective", "Objective"),

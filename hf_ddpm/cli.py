@@ -70,6 +70,9 @@ Network = Annotated[
 NetworkPath = Annotated[
     str | None, option("network_path", "The network's file; of dinov2 and clip a folder or Hub id.")
 ]
+GuidanceScale = Annotated[
+    float | None, option("guidance_scale", "How far images are led away from a weaker model. Default: 1, not.")
+]
 GuidanceInterval = Annotated[
     tuple[float, float] | None,
     typer.Option(
@@ -163,9 +166,7 @@ def sample(
     class_label: Annotated[
         str | None, option("class_label", "The class, by its name or number. Default: each in turn.")
     ] = None,
-    guidance_scale: Annotated[
-        float | None, option("guidance_scale", "How far images are led away from a weaker model. Default: 1, not.")
-    ] = None,
+    guidance_scale: GuidanceScale = None,
     guidance_interval: GuidanceInterval = None,
     guidance_method: GuidanceMethod = None,
     guidance_model: GuidanceModel = None,
@@ -209,6 +210,68 @@ def sample(
     result = {"out": str(out), "num_images": num_images, "grid": str(out / "grid.png"), "format": format}
     first = "all of them" if num_images <= 64 else "the first 64"
     finish(json, result, f"{num_images:,} images are in {out}; grid.png shows {first}.")
+
+
+@app.command(cls=Command)
+def edit(
+    model: Model,
+    image: Annotated[Path, option("image", "An image of the model's size, or a folder of them.")],
+    out: Annotated[Path, option("out", "The folder for the edits and edits.png.")],
+    mask: Annotated[
+        Path | None,
+        option("mask", "What is white here is repainted: one image for all, or a folder of one for each."),
+    ] = None,
+    strength: Annotated[
+        float | None, option("strength", "In (0, 1], how much changes. Default: 0.5, or 1 with --mask.")
+    ] = None,
+    seed: Seed = 0,
+    num_inference_steps: Annotated[
+        int | None, option("num_inference_steps", "See `sample`; the last STRENGTH of them are taken.", min=1)
+    ] = None,
+    scheduler: Annotated[str | None, choice("scheduler", "See `sample`.", SCHEDULERS)] = None,
+    class_label: Annotated[str | None, option("class_label", "The class, by its name or number.")] = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_interval: GuidanceInterval = None,
+    guidance_method: GuidanceMethod = None,
+    guidance_model: GuidanceModel = None,
+    batch_size: Annotated[int, option("batch_size", "Images per forward pass.", min=1)] = 16,
+    device: Device = None,
+    dtype: Dtype = "fp32",
+    json: Json = False,
+) -> None:
+    """Edit images with a model: vary them, or repaint a part of them.
+
+    Without --mask an image is noised and denoised again (SDEdit). With it, all but its white part stays as it is.
+    """
+    with report_errors():
+        say_loading()
+        from hf_ddpm.sampling.edit_set import PICTURE, edit_images
+
+        edits = edit_images(
+            model,
+            image,
+            out,
+            mask=mask,
+            strength=strength,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            scheduler=scheduler,
+            class_label=class_label,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_method=guidance_method,
+            guidance_model=guidance_model,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+        )
+    result = {"out": str(out), "edits": [str(path) for path in edits], "picture": str(out / PICTURE)}
+    finish(
+        json,
+        result,
+        f"The edited images ({len(edits):,}) are in {out}; {PICTURE} shows them beside the originals.",
+        "Others come with another --seed, and need another --out.",
+    )
 
 
 @app.command(cls=Command)

@@ -112,7 +112,7 @@ class Conditions:
         guidance: How the prediction is guided; None: it is not.
         weaker: The network that guidance leads away from; None: the pipeline's own, without a class.
         weaker_labels: The class of each image for that network, (B,).
-        scheduler: Our scheduler of the model, which turns outputs into x_0_hat; None where it is not needed.
+        output_scheduler: Our scheduler of the model, for guidance that acts on x_0_hat; None for other guidance.
     """
 
     network_dtype: torch.dtype
@@ -120,7 +120,7 @@ class Conditions:
     guidance: Guidance | None = None
     weaker: Any = None
     weaker_labels: Tensor | None = None
-    scheduler: DDPMScheduler | None = None
+    output_scheduler: DDPMScheduler | None = None
 
 
 class DDPMPipeline(DiffusionPipeline):
@@ -174,6 +174,34 @@ class DDPMPipeline(DiffusionPipeline):
         if searched := read_searched(folder):
             pipeline.searched_timesteps, pipeline._searched_weights = searched, weights_sha256(folder)
         return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
+        """Return a pipeline of this class that shares the network and the scheduler of another, as diffusers does.
+
+        It also has what diffusers' own `from_pipe` forgets: classes, guide, searched timesteps, and what `use` chose.
+        The weights keep their type.
+
+        Args:
+            pipeline: A pipeline of a network and a scheduler, ours or stock's.
+            components: `unet` or `scheduler` instead of that of `pipeline`.
+
+        Raises:
+            ValueError: When `pipeline` has no network or no scheduler.
+        """
+        if missing := {"unet", "scheduler"} - pipeline.components.keys():
+            raise ValueError(
+                f"pipeline must have a unet and a scheduler, got {type(pipeline).__name__} without {missing}"
+            )
+        other = cls(**{name: pipeline.components[name] for name in ("unet", "scheduler")} | components)
+        other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        if isinstance(pipeline, DDPMPipeline):
+            other.sampler, other._scheduler_of_sampler = pipeline.sampler, pipeline._scheduler_of_sampler
+            if "unet" not in components:
+                other.kept_sampler, other._searched_weights = pipeline.kept_sampler, pipeline._searched_weights
+                other.searched_timesteps = {**pipeline.searched_timesteps}
+                other.classes, other.guide, other._source = pipeline.classes, pipeline.guide, pipeline._source
+        return other
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the config as `diffusers.DiffusionPipeline` does, classes, searched timesteps, and what `use` chose.
@@ -414,18 +442,30 @@ class DDPMPipeline(DiffusionPipeline):
         device: torch.device,
     ) -> Tensor:
         """Return x_T in the scheduler's scale, (B, C, H, W), in float32 also for a network in half precision."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        shape = (batch_size, *self._image_shape())
         if latents is None:
-            # randn is not reproducible on MPS.
-            noise_device = torch.device("cpu") if device.type == "mps" else device
-            latents = randn_tensor(shape, generator=generator, device=noise_device, dtype=dtype)
+            latents = self._draw_noise(batch_size, generator, device)
         elif latents.shape != shape:
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
         # Schedulers of flow matching have no `init_noise_sigma`.
-        return latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale = getattr(self.scheduler, "init_noise_sigma", 1.0)
+        return latents.to(device, torch.promote_types(self.unet.dtype, torch.float32)) * scale
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        """Return the shape of an image, (C, H, W)."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    def _draw_noise(
+        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+    ) -> Tensor:
+        """Return noise of N(0, I), (B, C, H, W), in float32 also for a network in half precision."""
+        # randn is not reproducible on MPS.
+        noise_device = torch.device("cpu") if device.type == "mps" else device
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        shape = (batch_size, *self._image_shape())
+        return randn_tensor(shape, generator=generator, device=noise_device, dtype=dtype).to(device)
 
     def _step_arguments(
         self, generator: torch.Generator | list[torch.Generator] | None, deterministic: bool
@@ -445,12 +485,13 @@ class DDPMPipeline(DiffusionPipeline):
         recorded_indices: set[int],
         callback: StepCallback | None,
         callback_tensors: Sequence[str],
+        begin: int = 0,
     ) -> tuple[Tensor, list[TrajectoryStep]]:
-        """Take all steps of the scheduler; return x_0 and the recorded steps."""
-        x_t = x_T
-        self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
+        """Take the scheduler's steps from the index `begin` on; return x_0 and the recorded steps."""
+        x_t, timesteps = x_T, self.scheduler.timesteps[begin:]
+        self._num_timesteps, self._interrupt = len(timesteps), False
         recorded: list[TrajectoryStep] = []
-        progress: Any = self.progress_bar(self.scheduler.timesteps)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        progress: Any = self.progress_bar(timesteps)  # pyright: ignore[reportCallIssue, reportArgumentType]
         for i, t in enumerate(progress):
             if self._interrupt:
                 break
@@ -502,13 +543,13 @@ class DDPMPipeline(DiffusionPipeline):
         channels = network_input.shape[1]
         prediction, variance = output[:, :channels], output[:, channels:]
         weaker = weaker[:, :channels]
-        if conditions.scheduler is None:
+        if conditions.output_scheduler is None:
             guided, _ = combine(guidance, prediction, weaker)
         else:
             # x_0_hat is the output times a factor plus a multiple of x_t.
             one = torch.ones_like(prediction[:, :1, :1, :1])
-            factor = conditions.scheduler.predict_original(one, torch.zeros_like(one), t.long())
-            x_0_hat = conditions.scheduler.predict_original(prediction, network_input, t.long())
+            factor = conditions.output_scheduler.predict_original(one, torch.zeros_like(one), t.long())
+            x_0_hat = conditions.output_scheduler.predict_original(prediction, network_input, t.long())
             weaker_x_0_hat = x_0_hat + factor * (weaker - prediction)
             guided_x_0_hat, self._running = combine(guidance, x_0_hat, weaker_x_0_hat, self._running)
             guided = prediction + (guided_x_0_hat - x_0_hat) / factor
@@ -773,7 +814,15 @@ def _check_timesteps_of_other_schedulers(scheduler: Any, num_steps: int) -> None
 
 def _decode(x_0: Tensor, output_type: str | None) -> list[Image.Image] | np.ndarray | Tensor:
     """Turn x_0 into images of `output_type`."""
-    images = (x_0 / 2 + 0.5).clamp(0, 1)
+    return as_output_type((x_0 / 2 + 0.5).clamp(0, 1), output_type)
+
+
+def as_output_type(images: Tensor, output_type: str | None) -> list[Image.Image] | np.ndarray | Tensor:
+    """Turn images, (B, C, H, W) in [0, 1], into images of `output_type`.
+
+    Raises:
+        ValueError: When PIL images would be NaN.
+    """
     if output_type == "pt":
         return images
     if output_type == "np":

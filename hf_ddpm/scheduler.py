@@ -185,22 +185,31 @@ class DDPMScheduler(StockDDPMScheduler):
 
     # The forward process q
 
-    def forward_step(self, previous_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """Return x_t after one step of the Markov chain, Ho et al. Eq. 2.
+    def forward_step(
+        self,
+        previous_samples: Tensor,
+        noise: Tensor,
+        timesteps: int | Tensor,
+        previous_timesteps: int | Tensor | None = None,
+    ) -> Tensor:
+        """Return x_t after one step of the Markov chain, Ho et al. Eq. 2, or after several at once.
 
         ::
 
             x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps
 
+        For a step from s that skips timesteps, 1 - beta_t is alpha_bar_t / alpha_bar_s.
+
         Args:
             previous_samples: x_{t-1}, (B, C, H, W); the clean image for t = 0.
             noise: eps, (B, C, H, W), N(0, I).
             timesteps: t in [0, T).
+            previous_timesteps: s with -1 <= s < t; None: t - 1.
 
         Returns:
             x_t, (B, C, H, W).
         """
-        c = self._coefficients(timesteps, None, previous_samples)
+        c = self._coefficients(timesteps, previous_timesteps, previous_samples)
         return _weighted_sum((1 - c.beta).sqrt(), previous_samples, c.beta.sqrt(), noise)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:

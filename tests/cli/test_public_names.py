@@ -12,6 +12,8 @@ import hf_ddpm
 
 PACKAGE = Path(hf_ddpm.__file__).parent
 CLASSES = {
+    "DDPMImg2ImgPipeline",
+    "DDPMInpaintPipeline",
     "DDPMPipeline",
     "DDPMScheduler",
     "Objective",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm import DDPMImg2ImgPipeline, DDPMInpaintPipeline, DDPMPipeline, DDPMScheduler
 from hf_ddpm.classes import Classes
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.names import SCHEDULERS
@@ -217,3 +217,19 @@ def test_flow_matching_is_guided_in_an_interval(make_unet):
     assert len(calls) == int((steps / (1000 - steps) > 1).sum())
     with pytest.raises(ValueError, match="'apg' needs a model with a beta_schedule, got FlowMatchEuler"):
         pipeline(num_inference_steps=10, guidance=Guidance(2.0, method="apg"))
+
+
+@pytest.mark.parametrize("method", ["posterior", "replace"])
+def test_editing_is_guided_too(method):
+    """From pure noise, image to image samples the guided Gaussian, and so are the pixels that are repainted."""
+    pipeline = make_pipeline("unipc")
+    gray = torch.full((64, 1, 4, 4), 0.5)
+    settings = {"num_inference_steps": 50, "output_type": "pt", "class_labels": "above", "guidance_scale": 3.0}
+    generator = torch.Generator().manual_seed(0)
+    drawn = 2 * DDPMImg2ImgPipeline.from_pipe(pipeline)(gray, 1.0, generator=generator, **settings).images - 1
+    assert float(drawn.mean()) == pytest.approx(0.3, abs=0.02)
+    mask = torch.arange(4).repeat(4, 1)[None] < 2
+    inpaint = DDPMInpaintPipeline.from_pipe(pipeline)
+    filled = inpaint(gray, mask, generator=generator, method=method, **settings).images
+    assert torch.equal(filled[..., 2:], gray[..., 2:])
+    assert float(2 * filled[..., :2].mean() - 1) == pytest.approx(0.3, abs=0.03)

@@ -109,6 +109,18 @@ def test_forward_steps_without_noise_equal_the_closed_form():
     torch.testing.assert_close(x, scheduler.add_noise(x_0, torch.zeros_like(x), 299), rtol=1e-12, atol=0)
 
 
+def test_forward_step_may_skip_timesteps():
+    """From the clean image it is the closed form, and two of them are one: their variances add up."""
+    x, scheduler = torch.randn(2, 1, 4, 4, dtype=torch.float64), DDPMScheduler()
+    eps, none = torch.randn_like(x), torch.zeros_like(x)
+    torch.testing.assert_close(scheduler.forward_step(x, eps, 299, -1), scheduler.add_noise(x, eps, 299))
+    once = scheduler.forward_step(x, none, 299, 99)
+    torch.testing.assert_close(scheduler.forward_step(scheduler.forward_step(x, none, 199, 99), none, 299, 199), once)
+    first = scheduler.forward_step(scheduler.forward_step(none, eps, 199, 99), none, 299, 199)
+    second = scheduler.forward_step(none, eps, 299, 199)
+    torch.testing.assert_close(first**2 + second**2, scheduler.forward_step(none, eps, 299, 99) ** 2)
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 def test_target_gives_back_x_0_and_eps(prediction_type, schedule):

@@ -10,6 +10,7 @@ from textwrap import dedent
 
 import pytest
 from diffusers import UNet2DModel
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -47,6 +48,8 @@ def in_a_folder_with_a_model(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # parsing asks whether there is one
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, "ddpm-model")
+    Image.linear_gradient("L").resize((8, 8)).save("digit.png")
+    Image.linear_gradient("L").resize((8, 8)).save("mask.png")
 
 
 def arguments_of(command, program):
@@ -90,7 +93,7 @@ def test_training_commands_parse(command):
 @pytest.mark.usefixtures("in_a_folder_with_a_model")
 def test_commands_run(command):
     arguments = arguments_of(command, "hf-ddpm") or arguments_of(command, "-m hf_ddpm") or []
-    if arguments[0] in ("sample", "average") and arguments[1] == "ddpm-model":
+    if arguments[0] in ("sample", "edit", "average") and arguments[1] == "ddpm-model":
         result = CliRunner().invoke(app, ["4" if word in ("64", "50000") else word for word in arguments])
         assert result.exit_code == 0, result.output
     elif arguments != ["--help"]:  # they need data, a feature network or the Hub

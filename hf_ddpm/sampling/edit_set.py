@@ -1,0 +1,191 @@
+"""Edited images of a model in a folder: `hf-ddpm edit`.
+
+image      a file that is edited; its edit is a PNG file of the same name in the folder `out`
+mask       a file whose white part is repainted: one for all images, or one for each in the order of their names
+edits.png  the first PICTURE_IMAGES images with their masks and edits, side by side
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_ddpm.data.decoding import open_image
+from hf_ddpm.data.image_folder import list_images
+from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline, require_strength
+from hf_ddpm.figures import png_bytes, strip, to_pil
+from hf_ddpm.image_inputs import images_to_tensor, masks_to_tensor
+from hf_ddpm.names import DTYPES
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import look_at, naming_damage, require_writable_folder, write_atomically
+from hf_ddpm.runtime.seeds import check_seeds
+from hf_ddpm.runtime.settings import require_choice
+from hf_ddpm.sampling.sampler import check_guidance, choose_guidance, load_for_sampling, seeded_generators, speed_up
+from hf_ddpm.solvers import choose_sampler
+
+PICTURE = "edits.png"
+PICTURE_IMAGES = 16
+
+
+def edit_images(
+    model: str,
+    image: str | Path,
+    out: str | Path,
+    *,
+    mask: str | Path | None = None,
+    strength: float | None = None,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    scheduler: str | None = None,
+    class_label: int | str | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: Sequence[float] | None = None,
+    guidance_method: str | None = None,
+    guidance_model: str | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> list[Path]:
+    """Edit images with a model, and write the edits and a picture of all into the folder `out`.
+
+    Without a mask each image is noised and denoised again, see `DDPMImg2ImgPipeline`. With one, its white part is
+    repainted, see `DDPMInpaintPipeline`.
+
+    Args:
+        model: A folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
+        image: An image of the model's size, or a folder of them.
+        out: A folder, which must not hold files of the edits' names.
+        mask: An image of the same size, or a folder of as many as there are images.
+        strength: In (0, 1]. None: 0.5 without a mask, and 1 with one.
+        seed: The seed of the first image; image i has seed + i.
+        num_inference_steps: See `load_for_sampling`.
+        scheduler: See `load_for_sampling`.
+        class_label: The class of all images, its name or its number, if the model has classes.
+        guidance_scale: See `write_samples`.
+        guidance_interval: See `write_samples`.
+        guidance_method: See `write_samples`.
+        guidance_model: See `write_samples`.
+        batch_size: Images per forward pass.
+        device: A device of torch. None: the best one.
+        dtype: The type that the network computes in, `fp32` or `bf16`. None: fp32.
+
+    Returns:
+        The files of the edits, in the order of the images.
+
+    Raises:
+        ValueError: Before the first network evaluation, when an image, a mask or a setting cannot work, or an edit
+            would overwrite a file.
+        OSError: When a file cannot be read, or `out` cannot be written.
+    """
+    if strength is None:
+        strength = 0.5 if mask is None else 1.0
+    require_strength(strength)
+    check_guidance([guidance_scale], guidance_interval, guidance_method)
+    if dtype is not None:
+        require_choice("dtype", dtype, DTYPES)
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    out = look_at("out", out)
+    require_writable_folder("out", out)
+    names, image_files = _files("image", image)
+    check_seeds(seed, len(names))
+    edits = _new_files(out, names)
+    mask_files = None if mask is None else _files("mask", mask)[1]
+    if mask_files is not None and len(mask_files) not in (1, len(names)):
+        raise UsageError(
+            f"mask must be one image, or one for each of {len(names)} images, got {len(mask_files)} in {str(mask)!r}"
+        )
+
+    plain, steps = load_for_sampling(model, scheduler, num_inference_steps, device, guidance_model=guidance_model)
+    guidance = choose_guidance(plain, guidance_scale, guidance_interval, guidance_method, guidance_model)
+    speed_up(plain, dtype, compile=False)
+    pipeline: Any = (DDPMImg2ImgPipeline if mask_files is None else DDPMInpaintPipeline).from_pipe(plain)
+    kept, searched = plain.kept_sampler, plain.searched_timesteps
+    pipeline.use(choose_sampler(plain.scheduler.config, scheduler, steps, kept, searched).scheduler, steps)
+    channels, height, width = plain._image_shape()
+    if channels not in (1, 3, 4):
+        raise UsageError(f"model must make images of 1, 3 or 4 channels, got {channels}, which no file holds")
+    images = torch.cat([_read(path, channels, height, width) for path in image_files])
+    masks = None
+    if mask_files is not None:
+        read = torch.cat([_read(path, 1, height, width, is_mask=True) for path in mask_files])
+        masks = read.expand(len(images), -1, -1, -1)
+    plain._conditions(class_label, 1, plain.device, guidance)
+
+    edited = []
+    with tqdm(total=len(images), unit="image", desc="Editing", file=sys.stderr) as progress:
+        for first in range(0, len(images), batch_size):
+            batch = slice(first, min(first + batch_size, len(images)))
+            seeds = range(seed + batch.start, seed + batch.stop)
+            edited += pipeline(
+                images[batch],
+                **({} if masks is None else {"mask_image": masks[batch]}),
+                strength=strength,
+                generator=seeded_generators(seeds, pipeline.device),
+                class_labels=class_label,
+                guidance=guidance,
+            ).images
+            progress.update(len(seeds))
+    for path, picture in zip(edits, edited, strict=True):
+        write_atomically(path, png_bytes(picture))
+    write_atomically(out / PICTURE, png_bytes(_picture(images, masks, edited)))
+    return edits
+
+
+def _files(option: str, path: str | Path) -> tuple[list[Path], list[Path]]:
+    """Return the names and the paths of the image files that an option names, in the order of the names."""
+    found = look_at(option, path)
+    if found.is_file():
+        return [Path(found.name)], [found]
+    if not found.is_dir():
+        raise UsageError(f"{option} must be an image or a folder of images, got {str(path)!r}, which does not exist")
+    files = list_images(found).images
+    if not files:
+        raise UsageError(f"{option} must be an image or a folder of images, got {str(path)!r}, which holds none")
+    return [file.relative_to(found) for file in files], files
+
+
+def _new_files(out: Path, names: Sequence[Path]) -> list[Path]:
+    """Return the file of each edit, after a look that none is there and no two are the same."""
+    files = [out / name.with_suffix(".png") for name in names]
+    for i, file in enumerate(files):
+        if file == out / PICTURE or file in files[:i]:
+            raise UsageError(
+                f"image must hold files of different names, but {PICTURE}, got {str(names[i])!r}: rename it"
+            )
+    for file in [*files, out / PICTURE]:
+        if file.exists():
+            raise UsageError(f"{file} would be overwritten: choose another folder than {str(out)!r}")
+    return files
+
+
+def _read(path: Path, channels: int, height: int, width: int, is_mask: bool = False) -> Tensor:
+    """Return an image, (1, C, H, W) in [0, 1], or a mask, (1, 1, H, W) bool, of a file."""
+    with naming_damage(f"{path} cannot be taken", "change the file, or give another one"):
+        try:
+            with open_image({"bytes": None, "path": str(path)}) as opened:
+                picture: Image.Image = ImageOps.exif_transpose(opened)
+                picture.load()
+        except (SyntaxError, EOFError, Image.DecompressionBombError) as error:  # that Pillow raises, too
+            raise ValueError(str(error)) from error
+        if is_mask:
+            return masks_to_tensor(picture, 1, height, width)
+        return images_to_tensor(picture, channels, height, width)
+
+
+def _picture(images: Tensor, masks: Tensor | None, edited: Sequence[Image.Image]) -> Image.Image:
+    """Return the first images with their masks and edits, one row for each."""
+    columns = [to_pil(images[:PICTURE_IMAGES]), [*edited[:PICTURE_IMAGES]]]
+    labels = ["image", "edit"]
+    if masks is not None:
+        mode = edited[0].mode
+        columns.insert(1, [each.convert(mode) for each in to_pil(masks[:PICTURE_IMAGES].float())])
+        labels.insert(1, "mask")
+    return strip([*zip(*columns, strict=True)], labels)
