@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline
     from hf_ddpm.evaluation.evaluate import evaluate
     from hf_ddpm.evaluation.search import search_timesteps
+    from hf_ddpm.guidance import Guidance
     from hf_ddpm.hub.card import write_card
     from hf_ddpm.hub.upload import push
     from hf_ddpm.objective import Objective
@@ -32,6 +33,7 @@ __all__ = [
     "DDPMInpaintPipeline",
     "DDPMPipeline",
     "DDPMScheduler",
+    "Guidance",
     "Objective",
     "PushError",
     "RunError",
@@ -56,6 +58,7 @@ _PUBLIC = {
     "DDPMInpaintPipeline": ("hf_ddpm.editing", "DDPMInpaintPipeline"),
     "DDPMPipeline": ("hf_ddpm.pipeline", "DDPMPipeline"),
     "DDPMScheduler": ("hf_ddpm.scheduler", "DDPMScheduler"),
+    "Guidance": ("hf_ddpm.guidance", "Guidance"),
     "Objective": ("hf_ddpm.objective", "Objective"),
     "PushError": ("hf_ddpm.runtime.errors", "PushError"),
     "RunError": ("hf_ddpm.runtime.errors", "RunError"),

@@ -301,7 +301,18 @@ def _training_variables(records: _RunRecords) -> dict[str, Any]:
     losses = [line for line in records.metrics if line.get("loss") is not None]
     speeds = [line["images_per_second"] for line in records.metrics if line.get("images_per_second") is not None]
     seconds = training.get("seconds")
+    validations = read_metrics(records.folder / "eval.jsonl")
+    by_class = (validations[-1].get("by_class") if validations else None) or {}
     return {
+        "class_rows": [
+            (
+                format_value(name),
+                format_measurement(measured["kid"], measured["kid_standard_error"]),
+                format_value(measured["val_loss"]),
+            )
+            for name, measured in by_class.items()
+        ],
+        "class_rows_step": format_value(validations[-1]["step"]) if validations else None,
         "run": format_value(records.facts),
         "settings": settings_rows(records.settings),
         "monitor": {name: format_value(config.get(f"eval_{name}")) for name in ("network", "num_images", "split")},

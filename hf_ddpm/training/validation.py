@@ -4,6 +4,7 @@
     val_loss     the mean squared error of the network's output over held-out images, each at one t, all t alike; with
                  a learned variance, plus 0.001 T L_t, as in training
     levels       the means of val_loss over tenths of [0, T), from little noise to much
+    by_class     kid and val_loss of each class of which there are enough images
 
 The draws are functions of the image's number, so that training does not change by one bit.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_ddpm.classes import Classes
 from hf_ddpm.data.batches import epoch_order, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.splits import describe_split, open_split
@@ -41,6 +43,7 @@ from hf_ddpm.training.config import TrainingConfig
 VALIDATION_SETTINGS = ("eval_network", "eval_split", "eval_num_images")
 NUM_LEVELS = 10
 BATCH_SIZE = 64
+MIN_CLASS_IMAGES = 50  # samples, and held-out images, of a class that is measured by itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +120,7 @@ def measure_validation(
     num_inference_steps: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return `kid`, its `kid_standard_error`, `val_loss` and `levels`, the same on all processes.
+    """Return `kid`, its `kid_standard_error`, `val_loss`, `levels` and `by_class`, the same on all processes.
 
     Args:
         pipeline: The pipeline to sample, its network in eval mode.
@@ -133,7 +136,34 @@ def measure_validation(
         "kid_standard_error": finite_or_none(standard_error),
         "val_loss": finite_or_none(float(loss.mean())),
         "levels": levels,
+        "by_class": measure_classes(validation, pipeline.classes, loss, features),
     }
+
+
+def measure_classes(
+    validation: Validation, classes: Classes | None, loss: Tensor, features: Tensor
+) -> dict[str, dict[str, float | None]]:
+    """Return `kid`, its standard error and `val_loss` of each class of which there are enough images.
+
+    Args:
+        classes: The classes, which the samples show in turn; None for a model without classes.
+        loss: The loss of each held-out image, (n,).
+        features: Those of the samples, (N, d).
+    """
+    measured = {}
+    if classes is None or validation.labels is None:
+        return measured
+    for number, name in enumerate(classes.names):
+        is_held_out, samples = validation.labels == number, features[number :: len(classes)]
+        if min(int(is_held_out.sum()), len(samples)) < MIN_CLASS_IMAGES:
+            continue
+        kid, standard_error = kernel_distance(samples, validation.features[is_held_out])
+        measured[name] = {
+            "kid": finite_or_none(kid),
+            "kid_standard_error": finite_or_none(standard_error),
+            "val_loss": finite_or_none(float(loss[is_held_out].mean())),
+        }
+    return measured
 
 
 def _held_out_loss(

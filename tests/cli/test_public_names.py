@@ -16,6 +16,7 @@ CLASSES = {
     "DDPMInpaintPipeline",
     "DDPMPipeline",
     "DDPMScheduler",
+    "Guidance",
     "Objective",
     "PushError",
     "RunError",

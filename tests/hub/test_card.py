@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -295,3 +296,12 @@ def test_template_is_found_in_a_wheel(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "{{ card_data }}" in card_module._template()
     monkeypatch.setattr(card_module.resources, "files", lambda package: tmp_path)
     assert card_module._template() == "packaged"
+
+
+def test_validation_of_each_class_stands_on_the_card(tmp_path: Path):
+    by_class = {"boot|s": {"kid": 0.125, "kid_standard_error": 0.0104, "val_loss": 0.03}}
+    lines = [{"step": 10, "by_class": {}}, {"step": 1200, "by_class": by_class}]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = card_of(tmp_path)
+    assert "At step 1,200, by class." in text
+    assert r"| boot\|s | 0.125 ± 0.010 | 0.03 |" in text

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import hf_ddpm
 from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.classes import Classes
 from hf_ddpm.cli import app
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.runtime.settings import settings_of
@@ -40,14 +41,26 @@ def model(tmp_path_factory):
             snapshot_path(folder, images),
             snapshot_bytes(images, {std: dict(unet.named_parameters()) for std in TRACKED_STDS}),
         )
+    unet.save_pretrained(folder / "guide")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def class_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("class-model")
+    unet = UNet2DModel(**smallest_unet_config(channels=1, num_class_embeds=4))
+    pipeline = DDPMPipeline(unet, DDPMScheduler(timestep_spacing="trailing"))
+    pipeline.classes = Classes(("shirt", "ankle boot", "bag"), has_unconditional=True)
+    pipeline.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
-def in_a_folder_with_a_model(model, tmp_path, monkeypatch):
+def in_a_folder_with_a_model(model, class_model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # parsing asks whether there is one
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, "ddpm-model")
+    shutil.copytree(class_model, "clothes-model")
     Image.linear_gradient("L").resize((8, 8)).save("digit.png")
     Image.linear_gradient("L").resize((8, 8)).save("mask.png")
 
@@ -80,6 +93,7 @@ OTHERS = [c for c in COMMANDS if c not in TRAINING and c not in OURS]
 @pytest.mark.usefixtures("in_a_folder_with_a_model")
 def test_training_commands_parse(command):
     arguments = arguments_of(command, "train_accelerate.py") or arguments_of(command, "hf-ddpm train") or []
+    shutil.rmtree("clothes-model")
     if "ddpm-model" not in arguments:
         shutil.rmtree("ddpm-model")
     if "--config" in arguments:
@@ -93,7 +107,7 @@ def test_training_commands_parse(command):
 @pytest.mark.usefixtures("in_a_folder_with_a_model")
 def test_commands_run(command):
     arguments = arguments_of(command, "hf-ddpm") or arguments_of(command, "-m hf_ddpm") or []
-    if arguments[0] in ("sample", "edit", "average") and arguments[1] == "ddpm-model":
+    if arguments[0] in ("sample", "edit", "average") and arguments[1] in ("ddpm-model", "clothes-model"):
         result = CliRunner().invoke(app, ["4" if word in ("64", "50000") else word for word in arguments])
         assert result.exit_code == 0, result.output
     elif arguments != ["--help"]:  # they need data, a feature network or the Hub

@@ -12,9 +12,11 @@ from PIL import Image
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, Objective, UsageError
 from hf_ddpm.classes import Classes
+from hf_ddpm.evaluation.distances import kernel_distance
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import hide_classes, train
 from hf_ddpm.training.previews import by_class, preview_layout
+from hf_ddpm.training.validation import Validation, measure_classes
 from tests.support.networks import smallest_unet_config
 from tests.support.trained import assert_same_weights, losses, part
 
@@ -131,3 +133,19 @@ def test_preview_has_a_row_for_each_class():
     images = [Image.new("L", (1, 1), i % 3) for i in range(6)]
     assert [image.getpixel((0, 0)) for image in by_class(images, 2)] == [0, 0, 1, 1, 2, 2]
     assert by_class(images, None) is images
+
+
+def test_validation_measures_each_class_of_which_there_are_enough_images():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 60 + [1] * 10 + [2] * 70)
+    features, samples = torch.randn(140, 5, generator=generator), torch.randn(180, 5, generator=generator)
+    samples[2::3] += 3  # the third class alone is drawn wrongly
+    loss = torch.arange(140.0)
+    validation = Validation(None, torch.zeros(140, 1, 8, 8), 255, labels, features, 180)
+    measured = measure_classes(validation, Classes(("a", "b", "c")), loss, samples)
+    assert [*measured] == ["a", "c"]
+    assert measured["a"]["kid"] == kernel_distance(samples[::3], features[:60])[0]
+    assert measured["c"]["kid"] > 10 * measured["a"]["kid_standard_error"] > 0
+    assert measured["c"]["val_loss"] == pytest.approx(float(loss[70:].mean()))
+    assert measure_classes(validation, None, loss, samples) == {}
+    assert measure_classes(replace(validation, labels=None), Classes(("a", "b", "c")), loss, samples) == {}
