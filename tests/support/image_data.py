@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ def save_grays(folder: Path, count: int, size: int = 8) -> list[np.ndarray]:
     for i, values in enumerate(arrays):
         Image.fromarray(values).save(folder / f"{i:03}.png")
     return arrays
+
+
+def sort_into_kinds(images: Path, folder: Path, names: Sequence[str]) -> Path:
+    """Copy images in turn into folders of these names, which are their classes, and return `folder`."""
+    for i, path in enumerate(sorted(images.iterdir())):
+        kind = folder / names[i % len(names)]
+        kind.mkdir(parents=True, exist_ok=True)
+        (kind / path.name).write_bytes(path.read_bytes())
+    return folder
 
 
 def cache_config(path: Path | None, /, **settings: Any) -> DataConfig:

@@ -52,9 +52,11 @@ def runs(tmp_path_factory):
 def train_divided(root: Path, divisions: dict, **settings) -> TrainingConfig:
     """The runs in `root`, and the config of one that two processes divide in two, which is config.yaml there."""
     model = root / "unet.json"
-    model.write_text(json.dumps(smallest_unet_config(channels=1)))
+    model.write_text(json.dumps(smallest_unet_config(channels=1, num_class_embeds=11)))
     config = TrainingConfig(
         dataset_name="digits",
+        label_column="label",
+        class_dropout=0.3,
         model_config_name_or_path=str(model),
         max_train_steps=12,
         ddpm_num_steps=20,

@@ -26,6 +26,7 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import save_config
 from tests.support.forks import Process
+from tests.support.image_data import sort_into_kinds
 from tests.support.networks import smallest_unet_config
 from tests.support.runs import SUSPEND, TWICE, UNREAD, WORKER, differences, said, start, trace
 
@@ -75,9 +76,13 @@ def finish(config: TrainingConfig, num_processes: int = 1) -> Path:
 
 
 @pytest.mark.slow
-def test_run_killed_at_any_moment_resumes_to_the_same_bits(whole):
+def test_run_killed_at_any_moment_resumes_to_the_same_bits(whole, settings, image_folder, tmp_path):
     """In a step before and after the first checkpoint, within the writing of each file, and while it finishes."""
-    unkilled, config = whole(stable_target_images=7, save_figures=True)
+    network = json.loads(Path(settings["model_config_name_or_path"]).read_text())
+    Path(settings["model_config_name_or_path"]).write_text(json.dumps({**network, "num_class_embeds": 3}))
+    kinds = sort_into_kinds(image_folder, tmp_path / "kinds", ["dark", "light"])
+    classes = {"train_data_dir": str(kinds), "label_column": "label", "class_dropout": 0.3}
+    unkilled, config = whole(stable_target_images=7, save_figures=True, **classes)
     resume = replace(config, resume_from_checkpoint="latest")
     kills = [("step", 1), ("flush", 2), ("step", 3), ("flush", 9), ("step", 2), ("flush", 14), ("flush", 7)]
     for kill in kills:

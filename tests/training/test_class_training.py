@@ -17,6 +17,7 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import hide_classes, train
 from hf_ddpm.training.previews import by_class, preview_layout
 from hf_ddpm.training.validation import Validation, measure_classes
+from tests.support.image_data import sort_into_kinds
 from tests.support.networks import smallest_unet_config
 from tests.support.trained import assert_same_weights, losses, part
 
@@ -26,11 +27,8 @@ KINDS = Classes(("dark", "light"), has_unconditional=True)
 @pytest.fixture
 def settings(tiny_settings, image_folder, tmp_path) -> dict:
     """Settings of a run on images of two classes, in the folders `dark` and `light`."""
-    for i, path in enumerate(sorted(Path(tiny_settings["train_data_dir"]).iterdir())):
-        folder = tmp_path / "kinds" / KINDS.names[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / path.name).write_bytes(path.read_bytes())
-    return {**tiny_settings, "train_data_dir": str(tmp_path / "kinds"), "label_column": "label"}
+    kinds = sort_into_kinds(image_folder, tmp_path / "kinds", KINDS.names)
+    return {**tiny_settings, "train_data_dir": str(kinds), "label_column": "label"}
 
 
 @pytest.mark.slow
