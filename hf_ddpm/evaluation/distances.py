@@ -29,6 +29,7 @@ from torch import Tensor
 from hf_ddpm.runtime.errors import UsageError
 
 BLOCK_SIZE = 1024  # rows; a block of pairs takes 8 MB
+MIN_CLASS_IMAGES = 50  # of each side, for a class that is compared by itself
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 
 

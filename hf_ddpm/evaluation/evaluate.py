@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hf_ddpm._version import __version__
 from hf_ddpm.data.batches import center_pixels, epoch_order
+from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.job import MEMORIZATION_QUANTILE, Comparison, Job, Request, SamplerSetting, load_job, num_terms
 from hf_ddpm.evaluation.likelihood import Likelihood, draw_bound
@@ -194,11 +196,31 @@ def _distance_rows(job: Job, samples: Statistics | None, sampling: dict[str, Any
         }
         if metric in DISTANCES["precision"]:
             row["neighbors"] = NEIGHBORS
+        if metric == "kid" and (by_class := _distances_by_class(job, samples)):
+            row["by_class"] = by_class
         warnings = frechet_warnings(min(real.num_compared), comparison.network) if metric == "fd" else []
         if warnings:
             row["remark"] = f"of the real images, {warnings[0]}"
         rows.append(row)
     return rows
+
+
+def _distances_by_class(job: Job, samples: Statistics) -> dict[str, dict[str, float | None]]:
+    """Return the kernel distance of each class of which there are enough samples and images, by the class' name."""
+    measured: dict[str, dict[str, float | None]] = {}
+    classes, reference_labels = job.pipeline.classes, job.reference_labels
+    if classes is None or job.class_labels is None or reference_labels is None:
+        return measured
+    assert job.comparison is not None
+    assert job.comparison.reference is not None
+    labels = np.array(job.class_labels[: len(samples.features)])
+    for number, name in enumerate(classes.names):
+        drawn, real = (torch.from_numpy(each == number) for each in (labels, reference_labels))
+        if min(int(drawn.sum()), int(real.sum())) >= MIN_CLASS_IMAGES:
+            distance = kernel_distance(samples.features[drawn], job.comparison.reference.features[real])
+            error = finite_or_none(distance.standard_error)
+            measured[name] = {"value": finite_or_none(distance.distance), "standard_error": error}
+    return measured
 
 
 def _metric_name(metric: str, network: FeatureNetwork) -> str:

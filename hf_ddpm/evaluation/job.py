@@ -187,6 +187,7 @@ class Job:
         comparison: None if no features are needed.
         class_labels: The class of each sample; None for a model without classes.
         class_choice: How these classes were chosen, in words.
+        reference_labels: The class of each image whose features the reference keeps; None if nobody tells it.
         held_out: Images that were not trained on; None if they are not needed.
         training: Images that were trained on; None if they are not needed.
         data: The settings of these images; `random_flip` says whether mirrored images were trained on, too.
@@ -204,6 +205,7 @@ class Job:
     comparison: Comparison | None
     class_labels: list[int] | None
     class_choice: str | None
+    reference_labels: np.ndarray | None
     held_out: ImageCache | None
     training: ImageCache | None
     data: DataConfig
@@ -253,6 +255,7 @@ def load_job(request: Request) -> Iterator[Job]:
                 comparison=comparison,
                 class_labels=class_labels,
                 class_choice=class_choice,
+                reference_labels=_reference_labels(request, comparison, splits, class_labels is not None),
                 held_out=held_out,
                 training=training,
                 data=splits.data or DataConfig(),
@@ -394,6 +397,18 @@ def _choose_classes(pipeline: DDPMPipeline, splits: Splits, request: Request) ->
         raise UsageError(f"each class must have images in {split}, got none of {name!r}")
     order = epoch_order(0, 0, len(images))
     return images.labels[np.resize(order, num_images)].tolist(), f"as in {split}"
+
+
+def _reference_labels(
+    request: Request, comparison: Comparison | None, splits: Splits, has_classes: bool
+) -> np.ndarray | None:
+    """Return the class of each image whose features the reference keeps, if it was made of the model's own data."""
+    has_labels = has_classes and request.reference is None and splits.has_labels
+    if not has_labels or comparison is None or comparison.reference is None:
+        return None
+    labels = splits.open(request.split, is_labeled=True).labels
+    assert labels is not None
+    return labels[epoch_order(0, 0, len(labels))][: len(comparison.reference.features)]
 
 
 def num_terms(request: Request, scheduler: DDPMScheduler) -> int:

@@ -331,6 +331,18 @@ def _evaluation_variables(results: list[dict[str, Any]]) -> dict[str, Any]:
         tables.setdefault(row["command"], []).append(result_cells(row))
     return {
         "evaluations": list(tables.items()),
+        "class_distances": [
+            (
+                format_value(row["name"]),
+                _method_cell(row),
+                [
+                    (format_value(name), format_measurement(measured["value"], measured["standard_error"]))
+                    for name, measured in row["by_class"].items()
+                ],
+            )
+            for row in results
+            if row.get("by_class")
+        ],
         "remarks": [
             f"{format_value(row['name'])}: {format_value(row['remark'])}" for row in results if row.get("remark")
         ],

@@ -26,7 +26,7 @@ from hf_ddpm.classes import Classes
 from hf_ddpm.data.batches import epoch_order, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.splits import describe_split, open_split
-from hf_ddpm.evaluation.distances import kernel_distance
+from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.figures import Curve, draw_curves
 from hf_ddpm.objective import Objective
@@ -43,7 +43,6 @@ from hf_ddpm.training.config import TrainingConfig
 VALIDATION_SETTINGS = ("eval_network", "eval_split", "eval_num_images")
 NUM_LEVELS = 10
 BATCH_SIZE = 64
-MIN_CLASS_IMAGES = 50  # samples, and held-out images, of a class that is measured by itself
 
 
 @dataclass(frozen=True, eq=False)

@@ -250,9 +250,20 @@ def test_evaluate_samples_classes_as_often_as_in_the_data(
     data = labeled_folder(tmp_path / "labeled", {"train": [0, 0, 0, 1] * 25, "test": [0, 1] * 10}, digits)
     config = config_of(digits, label_column="kind")
     settings = {"data": replace(config, dataset_name=str(data))}
+    of_network = {"network_path": network_file}
     done = measure(of_classes, metrics=["kid", "nll"], num_images=100, **settings)
     assert by_metric(done["results"])["kid"]["sampling"]["classes"] == "as in train"
     assert by_metric(done["results"])["nll"]["num_compared"] == [20]
+    # There are too few odd images and samples, 25 of each.
+    assert [*by_metric(done["results"])["kid"]["by_class"]] == ["0"]
+    assert "by class, unipc, 2 steps</summary>" in Path(done["card"]).read_text()
+    with load_job(
+        Request(model=of_classes, metrics=["kid"], num_images=4, device="cpu", **of_network, **settings)
+    ) as job:
+        images = load_images(settings["data"])
+        features = job.comparison.network(torch.from_numpy(center_pixels(images)))
+        nearest = torch.cdist(job.comparison.reference.features.float(), features.float()).argmin(dim=1)
+        assert (images.labels[nearest] == job.reference_labels).all()
     turn = measure(of_classes, metrics=["kid"], data=config_of(digits))["results"]
     assert turn[0]["sampling"]["classes"] == "each in turn"
     settings = {"metrics": ["kid"], "num_images": 4, "network_path": network_file, "device": "cpu"}
