@@ -249,7 +249,8 @@ def test_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
     files = [p for p in Path(whole.output_dir).rglob("*") if p.is_file()]
     one = sum(p.stat().st_size for p in files if p.parts[-2] == "checkpoint-6" or p.parts[-3] == "checkpoint-6")
     save_config(replace(whole, output_dir="disk/run"), tmp_path / "config.yaml")
-    sizes = {"small": int(1.7 * one) // 1024, "smaller": int(1.4 * one) // 1024}
+    guide = sum(p.stat().st_size for p in files if p.parts[-2] == "guide")
+    sizes = {"small": int(1.7 * one + guide) // 1024, "smaller": int(1.4 * one + guide) // 1024}
     process = python(["-c", FULL_DISK.format(**sizes)], tmp_path, None, tmp_path / "said.txt")
     process.start()
     process.join()

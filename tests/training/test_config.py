@@ -214,7 +214,7 @@ def test_check_config_rejects_output_dir_of_another_run(tmp_path):
             {"model_config": "cifar10-ddpm", "variance_type": "learned_range"},
             *(3, 32, None, "out_channels of the model config must be 6, for variance_type learned_range; got 3"),
         ),
-        ({"model_config": "cifar10-ddpm"}, 3, 32, 10, "num_class_embeds of the model config must be 10, .*; got None"),
+        ({"model_config": "three_classes.json"}, 3, 32, 4, "num_class_embeds of the model config must be 4, .*; got 3"),
         ({"model_config": "list.json"}, 3, 32, None, "it must be a mapping, got "),
         ({"model_config": "typo.json"}, 3, 32, None, "does not know: dropuot"),
         (
@@ -230,6 +230,7 @@ def test_check_config_rejects_output_dir_of_another_run(tmp_path):
 def test_make_unet_rejects_config_that_does_not_fit(settings, channels, resolution, num_classes, message, tmp_path):
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "typo.json").write_text('{"sample_size": 32, "dropuot": 0.1}')
+    (tmp_path / "three_classes.json").write_text('{"sample_size": 32, "num_class_embeds": 3}')
     (tmp_path / "groups.json").write_text('{"sample_size": 32, "norm_num_groups": 31}')
     with pytest.raises(UsageError, match=message):
         make_unet(channels, resolution, num_classes, **settings)
