@@ -9,207 +9,26 @@ requirements.txt lists what those modules need.
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
 from hf_ddpm.figures import to_pil
-from hf_ddpm.names import SCHEDULERS
-from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
-from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler
+from hf_ddpm.hub.space_app.model import EACH_CLASS, MODES, NO_CLASS, STEP_DENOISER, Model, Samples
+from hf_ddpm.hub.space_app.pictures import CSS, edit_row, enlarged, grid, note, picture, pictures, strip
+from hf_ddpm.runtime.seeds import check_seeds
 
 MODEL = os.environ.get("MODEL", "")  # a Hub id, or a folder
 
-STEP_DENOISER = "previous_sample"
-NOISELESS = "ddpm without noise"  # the mean of each step of a step denoiser
-NUM_SHOWN_STEPS = 9
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-MIN_SIDE = 224  # pixels to which an image is enlarged at least, so that the browser only makes it smaller
-
-
-class Samples(NamedTuple):
-    """Images, and the way of the first one.
-
-    Args:
-        images: One image per seed.
-        states: NUM_SHOWN_STEPS of the steps as (t, x_t, x_0_hat) of the first image, tensors (1, C, H, W).
-    """
-
-    images: list[Image.Image]
-    states: list[tuple[int, Tensor, Tensor]]
-
-
-class Model:
-    """A model on the Hub or in a folder, and what the page does with it.
-
-    Args:
-        name: A Hub id, or a folder.
-    """
-
-    def __init__(self, name: str):
-        self.name = name
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pipeline: DDPMPipeline = DDPMPipeline.from_pretrained(name).to(device)
-        # The model may have been saved with a solver; the forward process is that of its noise schedule.
-        self.scheduler: DDPMScheduler = as_our_scheduler(self.pipeline.scheduler.config)
-        unet_config: Any = self.pipeline.unet.config
-        self.channels: int = unet_config.in_channels
-        size = unet_config.sample_size
-        self.height, self.width = (size, size) if isinstance(size, int) else size
-        if self.channels not in MODES:
-            raise ValueError(f"the model must make images of 1, 3 or 4 channels, got {self.channels}")
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The names of the classes that the model is conditioned on; empty without classes."""
-        return () if self.pipeline.classes is None else self.pipeline.classes.names
-
-    @property
-    def num_timesteps(self) -> int:
-        """The length T of the chain."""
-        return len(self.scheduler)
-
-    @property
-    def prediction_type(self) -> str:
-        """The prediction type of the network, in diffusers' words."""
-        return self.scheduler.config["prediction_type"]
-
-    @property
-    def samplers(self) -> list[str]:
-        """The names of the samplers that can sample this model, the best in few steps first."""
-        if self.prediction_type == STEP_DENOISER:
-            return ["ddpm", NOISELESS]
-        if not is_solvable(self.scheduler.config):
-            return ["ddpm"]
-        best = self._default.scheduler
-        return [best, *(name for name in reversed(SCHEDULERS) if name != best)]
-
-    @property
-    def default_steps(self) -> int:
-        """The number of steps with which the page begins."""
-        return self._default.num_inference_steps
-
-    @property
-    def _default(self) -> Sampler:
-        kept, searched = self.pipeline.kept_sampler, self.pipeline.searched_timesteps
-        return choose_sampler(self.scheduler.config, kept=kept, searched=searched)
-
-    def sample(
-        self,
-        sampler: str,
-        num_steps: int,
-        seeds: Sequence[int],
-        labels: Sequence[int] | None = None,
-        on_step: Callable[[int, int], None] = lambda step, num_steps: None,
-    ) -> Samples:
-        """Sample one image per seed.
-
-        Args:
-            sampler: One of `samplers`.
-            num_steps: In [1, T]; a step denoiser always takes all T.
-            seeds: Seeds of the images' generators.
-            labels: The classes of the images, for a model that is conditioned on them.
-            on_step: Called after each step with the number of steps taken and that of all steps.
-        """
-        if self.prediction_type == STEP_DENOISER:
-            num_steps = self.num_timesteps
-        is_deterministic = sampler == NOISELESS
-        scheduler = named_scheduler("ddpm" if is_deterministic else sampler, self.scheduler.config, num_steps)
-        # A pipeline of its own, since several visitors may sample at once, with different schedulers.
-        pipeline = DDPMPipeline(self.pipeline.unet, scheduler)
-        pipeline.searched_timesteps, pipeline.classes = self.pipeline.searched_timesteps, self.pipeline.classes
-        pipeline.set_progress_bar_config(disable=True)
-
-        def report(_: DDPMPipeline, index: int, __: Tensor, ___: dict[str, Any]) -> None:
-            on_step(index + 1, num_steps)
-
-        output: Any = pipeline(
-            batch_size=len(seeds),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            num_inference_steps=num_steps,
-            class_labels=None if labels is None else [*labels],
-            callback_on_step_end=report,
-            trajectory=np.linspace(0, num_steps - 1, NUM_SHOWN_STEPS).round().astype(int).tolist(),
-            deterministic=is_deterministic,
-        )
-        states = [(state.timestep, state.x_t[:1], state.x_0_hat[:1]) for state in output.trajectory]
-        return Samples(output.images, states)
-
-    def add_noise(self, x_0: Tensor, seed: int, t: int) -> Tensor:
-        """Return x_t for x_0, (1, C, H, W), and the noise of a seed; t in [0, T)."""
-        eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
-        return self.scheduler.add_noise(x_0, eps, t)
-
-    def from_image(self, image: Image.Image) -> Tensor:
-        """Return an image as x_0, (1, C, H, W) in [-1, 1], cropped and resized to the model's shape."""
-        fitted = ImageOps.fit(image.convert(MODES[self.channels]), (self.width, self.height))
-        pixels = np.asarray(fitted, dtype=np.float32).reshape(self.height, self.width, self.channels)
-        return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
-
-
-# The page: images stand in it as data, in a grid of CSS, so that nothing else is fetched.
-
-CSS = """
-.gradio-container {width: 100%; max-width: 1160px !important; margin: 0 auto !important}
-.gradio-container h1 {margin: 0 0 -8px}
-.gradio-container h3 {margin: 0}
-.show, .show .html-container {padding: 0 !important}
-.pictures {display: grid; gap: 8px; align-items: center}
-.pictures figure {margin: 0}
-.pictures img {display: block; width: 100%; margin: 0; border-radius: 4px}
-.pictures span {font-size: 13px; text-align: center; white-space: nowrap}
-.formula {font-size: 15px; line-height: 2; font-variant-numeric: tabular-nums}
-"""
-
-
-def picture(image: Image.Image, text: str) -> str:
-    """Return an image as an <img>, enlarged by a whole factor so that its pixels stay squares."""
-    factor = max(1, math.ceil(MIN_SIDE / min(image.size)))
-    content = io.BytesIO()
-    image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(content, "png")
-    data = base64.b64encode(content.getvalue()).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(text)}"></figure>'
-
-
-def pictures(cells: Iterable[str], columns: str) -> str:
-    """Return pictures and words in a grid; `columns` is CSS."""
-    return f'<div class="pictures" style="grid-template-columns: {columns}">{"".join(cells)}</div>'
-
-
-def grid(images: Sequence[Image.Image], seeds: Sequence[int]) -> str:
-    """Return images in rows of at most eight."""
-    cells = [picture(image, f"seed {seed}") for image, seed in zip(images, seeds, strict=True)]
-    return pictures(cells, f"repeat({min(8, max(4, len(cells)))}, minmax(0, 1fr))")
-
-
-def strip(samples: Samples) -> str:
-    """Return how the first image emerges: a row of x_t, below it a row of x_0_hat, and below each step its t."""
-    texts = [*(f"t = {t}" for t, _, _ in samples.states), "image"]
-    rows = {
-        ("x_t", "x<sub>t</sub>"): [to_pil(x_t / 2 + 0.5)[0] for _, x_t, _ in samples.states],
-        ("x_0_hat", "x̂<sub>0</sub>"): [to_pil(x_0_hat / 2 + 0.5)[0] for _, _, x_0_hat in samples.states],
-    }
-    cells = []
-    for (name, symbol), images in rows.items():
-        cells.append(f"<span>{symbol}</span>")
-        cells += [
-            picture(image, f"{name}, {text}") for image, text in zip([*images, samples.images[0]], texts, strict=True)
-        ]
-    cells += ["<span></span>", *(f"<span>{text}</span>" for text in texts)]
-    return pictures(cells, f"auto repeat({len(texts)}, minmax(0, 1fr))")
+NUM_EDITS = 4
 
 
 def about(model: Model) -> str:
@@ -223,6 +42,11 @@ def about(model: Model) -> str:
     }[model.prediction_type]
     num_parameters = sum(p.numel() for p in model.pipeline.unet.parameters())
     classes = f" It knows {len(model.class_names)} classes." if model.class_names else ""
+    guidance = (
+        "\n\n**Guidance.** Each prediction is led away from that of a weaker model: the same network without a class, "
+        "or one that was trained less. With a scale of 1 it is not."
+    )
+    guidance = guidance if model.can_be_guided else ""
     card = "" if Path(model.name).exists() else f"\n\n[The model's card](https://huggingface.co/{model.name})"
     return (
         f"A denoising diffusion model for {color} images of {model.width} × {model.height} pixels. Its network has "
@@ -233,7 +57,10 @@ def about(model: Model) -> str:
         "network estimates the clean image, x̂<sub>0</sub>, from the noisy one, x<sub>t</sub>, and a sampler takes a "
         "step towards it. *ddpm* draws new noise at each step, and is at its best with all steps. *ddim*, "
         "*dpmsolver++* and *unipc* draw none, and need 10 to 50 steps.\n\n"
-        f"Image *i* depends on seed + *i* alone.{card}"
+        f"Image *i* depends on seed + *i* alone.{guidance}\n\n"
+        "**Editing.** An image is noised up to a timestep, which the strength names, and denoised from there. Where a "
+        "mask is drawn, the model fills the image so that it fits the rest, which stays as it is."
+        f"{card}"
     )
 
 
@@ -249,37 +76,41 @@ def describe_noise_level(model: Model, t: int) -> str:
     )
 
 
+@contextmanager
+def messages() -> Iterator[None]:
+    """Show what a visitor can mend as a message of the page, in place of a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+
 class Handlers:
-    """The actions of the page: functions of the values of its controls, which return HTML."""
+    """The actions of the page: functions of the values of its controls, which return HTML or images.
+
+    All of them raise `gr.Error`, the message that the page shows, when a value cannot work.
+    """
 
     def __init__(self, model: Model, num_images: int):
         self.model = model
         self.num_images = num_images
         self.first_samples = cache(self._first_samples)  # the same for each visitor
 
-    def _first_samples(self) -> tuple[Samples, str, str]:
-        return self._sample(self.model.samplers[0], self.model.default_steps, 0, self.num_images, None)
+    def _first_samples(self) -> Samples:
+        model, seeds = self.model, range(self.num_images)
+        scale = model.default_guidance.scale
+        return model.sample(model.samplers[0], model.default_steps, seeds, model.labels(EACH_CLASS, seeds), scale)
 
-    def _sample(
-        self,
-        sampler: str,
-        num_steps: float,
-        seed: float | None,
-        num_images: float,
-        label: int | None,
-        on_step: Callable[[int, int], None] = lambda step, num_steps: None,
-    ) -> tuple[Samples, str, str]:
-        seeds = [int(seed or 0) + i for i in range(int(num_images))]
-        num_classes, labels = len(self.model.class_names), None
-        if num_classes:
-            labels = [i % num_classes if label is None or label < 0 else label for i in seeds]
-        samples = self.model.sample(sampler, int(num_steps), seeds, labels, on_step)
-        return samples, grid(samples.images, seeds), strip(samples)
+    def _note(self, label: int | None, scale: float) -> str:
+        """Return what is to be said about guidance, in HTML."""
+        is_off = scale != 1 and self.model.lacks_direction(self.model.labels(label, [0]))
+        return note("Guidance is off: it leads to a class, and no class in particular was chosen." if is_off else "")
 
-    def show_first(self) -> tuple[str, str]:
-        """Return the images and the strip with which the page begins."""
-        _, images, chain = self.first_samples()
-        return images, chain
+    def show_first(self) -> tuple[str, str, Image.Image]:
+        """Return the images and the strip with which the page begins, and the image that it offers to edit."""
+        with messages():
+            samples = self.first_samples()
+        return grid(samples.images, range(self.num_images)), strip(samples), enlarged(samples.images[0])
 
     def show_samples(
         self,
@@ -288,6 +119,7 @@ class Handlers:
         seed: float | None,
         num_images: float,
         label: int | None,
+        guidance_scale: float = 1.0,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it as a default
     ) -> tuple[str, str]:
         """Return the images and the strip that somebody has asked for."""
@@ -295,13 +127,18 @@ class Handlers:
         def on_step(step: int, num_steps: int) -> None:
             progress((step, num_steps), unit="steps")
 
-        _, images, chain = self._sample(sampler, num_steps, seed, num_images, label, on_step)
-        return images, chain
+        with messages():
+            seeds = range(int(seed or 0), int(seed or 0) + int(num_images))
+            labels = self.model.labels(label, seeds)
+            samples = self.model.sample(sampler, int(num_steps), seeds, labels, guidance_scale, on_step)
+            return grid(samples.images, seeds) + self._note(label, guidance_scale), strip(samples)
 
     def show_noised(self, image: Image.Image | None, t: float, seed: float | None) -> tuple[str, str]:
         """Return an image beside its x_t, and the numbers of that t; without an image, the first sample is shown."""
         t = int(t)
-        x_0 = self.model.from_image(self.first_samples()[0].images[0] if image is None else image)
+        with messages():
+            check_seeds(int(seed or 0))
+            x_0 = self.model.from_image(self.first_samples().images[0] if image is None else image)
         x_t = self.model.add_noise(x_0, int(seed or 0), t)
         cells = [
             picture(to_pil(x_0 / 2 + 0.5)[0], "x_0"),
@@ -312,56 +149,172 @@ class Handlers:
         numbers = f'<div class="formula">{describe_noise_level(self.model, t)}</div>'
         return pictures(cells, "repeat(2, minmax(0, 320px))"), numbers
 
+    def show_fitted(self, drawing: dict[str, Any] | None) -> Image.Image:
+        """Return the image to edit as the model sees it, enlarged to be drawn on; nothing is drawn yet."""
+        return enlarged(self._image_to_edit(drawing))
+
+    def show_edits(
+        self,
+        drawing: dict[str, Any] | None,
+        strength: float,
+        label: int | None,
+        guidance_scale: float,
+        seed: float | None,
+        num_steps: float,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it as a default
+    ) -> str:
+        """Return an image, its mask and four edits.
+
+        What is drawn in white is repainted. Where nothing is drawn, the whole image is varied. Without an image, the
+        first sample is edited.
+        """
+
+        def on_step(step: int, num_steps: int) -> None:
+            progress((step, num_steps), unit="steps")
+
+        with messages():
+            seeds = range(int(seed or 0), int(seed or 0) + NUM_EDITS)
+            image, labels = self._image_to_edit(drawing), self.model.labels(label, seeds)
+            mask = self.model.fit_mask((drawing or {}).get("layers") or [])
+            edits = self.model.edit(
+                image, mask, strength, int(num_steps), seeds, labels, guidance_scale, on_step=on_step
+            )
+            return edit_row(edits, seeds) + self._note(label, guidance_scale)
+
+    def _image_to_edit(self, drawing: dict[str, Any] | None) -> Image.Image:
+        """Return the image of a drawing as the model sees it; without one, the first sample."""
+        image: Image.Image | None = (drawing or {}).get("background")
+        # An empty canvas is transparent.
+        is_empty = image is None or image.convert("RGBA").getchannel("A").getextrema()[1] == 0
+        with messages():
+            return self.first_samples().images[0] if image is None or is_empty else self.model.fit(image)
+
 
 def build(name: str) -> gr.Blocks:
     """Return the page of the model called `name`, a Hub id or a folder."""
     model = Model(name)
-    T = model.num_timesteps
     is_fast = model.samplers[0] != "ddpm"  # which needs all steps
     num_images = 16 if is_fast and model.height * model.width <= 64**2 else 4
     handlers = Handlers(model, num_images)
     title = Path(name).resolve().name if Path(name).exists() else name
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# {title}\nA diffusion model at work: from noise to images, and back.")
-        with gr.Tab("Sample"), gr.Row():
-            with gr.Column(scale=1, min_width=250):
-                sampler = gr.Dropdown(model.samplers, value=model.samplers[0], label="Sampler")
-                is_step_denoiser = model.prediction_type == STEP_DENOISER
-                steps = gr.Slider(1, T, model.default_steps, step=1, label="Steps", interactive=not is_step_denoiser)
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-                count = gr.Slider(1, 32, num_images, step=1, label="Images")
-                classes = [("each in turn", -1), *((name, i) for i, name in enumerate(model.class_names))]
-                label = gr.Dropdown(classes, value=-1, label="Class", visible=bool(model.class_names))
-                button = gr.Button("Sample", variant="primary")
-            with gr.Column(scale=3, min_width=480):
-                gr.Markdown("### Images")
-                images = gr.HTML(elem_id="images", elem_classes="show", min_height=160)
-                gr.Markdown("### How the first one emerges")
-                chain = gr.HTML(elem_id="chain", elem_classes="show", min_height=160)
-        with gr.Tab("Forward process"), gr.Row():
-            with gr.Column(scale=1, min_width=250):
-                timestep = gr.Slider(0, T - 1, T // 4, step=1, label="Timestep t")
-                noise_seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0)
-                upload = gr.Image(label="Your own image", type="pil", image_mode=None, sources=["upload"], height=200)
-            with gr.Column(scale=3, min_width=480):
-                noised = gr.HTML(elem_id="noised", elem_classes="show", min_height=300)
-                numbers = gr.HTML(elem_id="numbers", elem_classes="show")
+        with gr.Tab("Sample"):
+            samples = _add_sampling(model, handlers)
+        with gr.Tab("Edit"):
+            editor = _add_editing(model, handlers)
+        with gr.Tab("Forward process"):
+            forward = _add_forward_process(model, handlers)
         with gr.Tab("About"):
             gr.Markdown(about(model))
-
-        controls = [sampler, steps, seed, count, label]
-        button.click(handlers.show_samples, controls, [images, chain], api_name="sample")
-        forward = {
-            "fn": handlers.show_noised,
-            "inputs": [upload, timestep, noise_seed],
-            "outputs": [noised, numbers],
-        }
-        for changed in (timestep.change, noise_seed.change, upload.change):
-            # While the slider moves, only its last position matters.
-            changed(**forward, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
-        first = page.load(handlers.show_first, None, [images, chain], api_visibility="private")
+        first = page.load(handlers.show_first, None, [*samples, editor], api_visibility="private")
         first.then(**forward, api_name="add_noise")
     return page
+
+
+def _add_sampling(model: Model, handlers: Handlers) -> list[gr.HTML]:
+    """Add the controls and pictures of the tab "Sample", and return the pictures."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=250):
+            sampler = gr.Dropdown(model.samplers, value=model.samplers[0], label="Sampler")
+            steps = _steps(model)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            count = gr.Slider(1, 32, handlers.num_images, step=1, label="Images")
+            label, guidance = _class(model, EACH_CLASS), _guidance_scale(model)
+            button = gr.Button("Sample", variant="primary")
+        with gr.Column(scale=3, min_width=480):
+            gr.Markdown("### Images")
+            images = gr.HTML(elem_id="images", elem_classes="show", min_height=160)
+            gr.Markdown("### How the first one emerges")
+            chain = gr.HTML(elem_id="chain", elem_classes="show", min_height=160)
+    controls = [sampler, steps, seed, count, label, guidance]
+    button.click(handlers.show_samples, controls, [images, chain], api_name="sample")
+    return [images, chain]
+
+
+def _add_editing(model: Model, handlers: Handlers) -> gr.ImageEditor:
+    """Add the controls and pictures of the tab "Edit", and return the image with what is drawn on it.
+
+    A model that cannot edit images has a sentence that says why, and the controls are hidden.
+    """
+    refusal = model.editing_refusal()
+    gr.Markdown(f"This model cannot edit images: {refusal}.", visible=bool(refusal))
+    with gr.Row(visible=not refusal):
+        with gr.Column(scale=2, min_width=300):
+            gr.Markdown(
+                "Paint over what the model is to repaint: it fills this so that it fits the rest, which stays as it "
+                "is. If nothing is painted, the whole image is varied: lower the strength for that. An image of "
+                f"another size is cropped and resized to {model.width} × {model.height} pixels."
+            )
+            editor = _editor(model)
+        with gr.Column(scale=1, min_width=250):
+            strength = gr.Slider(
+                0.05, 1, 1, step=0.05, label="Strength", info="Near 0 keeps the image. 1 begins with pure noise."
+            )
+            label = _class(model, NO_CLASS if model.has_no_class else EACH_CLASS)
+            guidance = _guidance_scale(model)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            steps = _steps(model)
+            button = gr.Button("Edit", variant="primary")
+    edits = gr.HTML(elem_id="edits", elem_classes="show", min_height=160, visible=not refusal)
+    editor.upload(handlers.show_fitted, editor, editor, show_progress="hidden", api_visibility="private")
+    controls = [editor, strength, label, guidance, seed, steps]
+    button.click(
+        handlers.show_edits, controls, edits, api_visibility="private" if refusal else "public", api_name="edit"
+    )
+    return editor
+
+
+def _editor(model: Model) -> gr.ImageEditor:
+    """Return an editor with a white brush, for images that `enlarged` returns."""
+    canvas = enlarged(Image.new("L", (model.width, model.height))).size
+    return gr.ImageEditor(
+        label="Image",
+        type="pil",
+        format="png",  # which loses nothing
+        sources=["upload"],
+        transforms=[],
+        layers=False,
+        brush=gr.Brush(default_size=max(canvas) // 8, colors=["#ffffff"], color_mode="fixed"),
+        canvas_size=canvas,
+        buttons=[],
+        elem_id="editor",
+    )
+
+
+def _add_forward_process(model: Model, handlers: Handlers) -> dict[str, Any]:
+    """Add the controls and pictures of the tab "Forward process", and return what fills them."""
+    T = model.num_timesteps
+    with gr.Row():
+        with gr.Column(scale=1, min_width=250):
+            timestep = gr.Slider(0, T - 1, T // 4, step=1, label="Timestep t")
+            seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0)
+            upload = gr.Image(label="Your own image", type="pil", image_mode=None, sources=["upload"], height=200)
+        with gr.Column(scale=3, min_width=480):
+            noised = gr.HTML(elem_id="noised", elem_classes="show", min_height=300)
+            numbers = gr.HTML(elem_id="numbers", elem_classes="show")
+    forward = {"fn": handlers.show_noised, "inputs": [upload, timestep, seed], "outputs": [noised, numbers]}
+    for changed in (timestep.change, seed.change, upload.change):
+        # While the slider moves, only its last position matters.
+        changed(**forward, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
+    return forward
+
+
+def _steps(model: Model) -> gr.Slider:
+    is_free = not model.is_step_denoiser
+    return gr.Slider(1, model.num_timesteps, model.default_steps, step=1, label="Steps", interactive=is_free)
+
+
+def _class(model: Model, value: int) -> gr.Dropdown:
+    return gr.Dropdown(model.class_choices, value=value, label="Class", visible=bool(model.class_names))
+
+
+def _guidance_scale(model: Model) -> gr.Slider:
+    scale = model.default_guidance.scale
+    low, high = min(1, scale), max(5, scale)
+    return gr.Slider(
+        low, high, scale, step=0.1, label="Guidance", info="1 is no guidance.", visible=model.can_be_guided
+    )
 
 
 if __name__ == "__main__":

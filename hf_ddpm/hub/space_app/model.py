@@ -1,0 +1,332 @@
+"""What the page does with a model: it samples, noises images, and edits them.
+
+Each call makes a pipeline of its own, since several visitors may come at once, with different settings. They share the
+networks alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline
+from hf_ddpm.guidance import Guidance
+from hf_ddpm.names import SCHEDULERS
+from hf_ddpm.pipeline import DDPMPipeline, check_guide
+from hf_ddpm.runtime.seeds import check_seeds
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
+from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler
+
+STEP_DENOISER = "previous_sample"
+NOISELESS = "ddpm without noise"  # the mean of each step of a step denoiser
+NUM_SHOWN_STEPS = 9
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# What the page offers beside the classes' own numbers.
+EACH_CLASS, NO_CLASS = -1, -2
+
+OnStep = Callable[[int, int], None]
+
+
+class Samples(NamedTuple):
+    """Images, and the way of the first one.
+
+    Args:
+        images: One image per seed.
+        states: NUM_SHOWN_STEPS of the steps as (t, x_t, x_0_hat) of the first image, tensors (1, C, H, W).
+    """
+
+    images: list[Image.Image]
+    states: list[tuple[int, Tensor, Tensor]]
+
+
+class Edits(NamedTuple):
+    """Edits of one image.
+
+    Args:
+        image: The image, of the model's size.
+        mask: What is repainted, in white, of that size, too; None: all of it.
+        images: One edit per seed.
+    """
+
+    image: Image.Image
+    mask: Image.Image | None
+    images: list[Image.Image]
+
+
+def ignore_step(step: int, num_steps: int) -> None:
+    """Do nothing after a step."""
+
+
+class Model:
+    """A model on the Hub or in a folder, and what the page does with it.
+
+    Args:
+        name: A Hub id, or a folder.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.pipeline: DDPMPipeline = DDPMPipeline.from_pretrained(name).to(device)
+        # The model may have been saved with a solver; the forward process is that of its noise schedule.
+        self.scheduler: DDPMScheduler = as_our_scheduler(self.pipeline.scheduler.config)
+        unet_config: Any = self.pipeline.unet.config
+        self.channels: int = unet_config.in_channels
+        size = unet_config.sample_size
+        self.height, self.width = (size, size) if isinstance(size, int) else size
+        if self.channels not in MODES:
+            raise ValueError(f"the model must make images of 1, 3 or 4 channels, got {self.channels}")
+        classes = self.pipeline.classes
+        self.class_names: tuple[str, ...] = () if classes is None else classes.names
+        self.has_no_class: bool = classes is not None and classes.has_unconditional
+        self.can_be_guided: bool = self.has_no_class or _has_guide(self.pipeline)
+
+    @property
+    def class_choices(self) -> list[tuple[str, int]]:
+        """What the page offers as classes: names with numbers, of which those below 0 are no class."""
+        no_class = [("no class in particular", NO_CLASS)] if self.has_no_class else []
+        return [("each in turn", EACH_CLASS), *no_class, *((name, i) for i, name in enumerate(self.class_names))]
+
+    @property
+    def num_timesteps(self) -> int:
+        """The length T of the chain."""
+        return len(self.scheduler)
+
+    @property
+    def prediction_type(self) -> str:
+        """The prediction type of the network, in diffusers' words."""
+        return self.scheduler.config["prediction_type"]
+
+    @property
+    def is_step_denoiser(self) -> bool:
+        """Whether the network is a step denoiser, which takes all T steps."""
+        return self.prediction_type == STEP_DENOISER
+
+    @property
+    def samplers(self) -> list[str]:
+        """The names of the samplers that can sample this model, the best in few steps first."""
+        if self.is_step_denoiser:
+            return ["ddpm", NOISELESS]
+        if not is_solvable(self.scheduler.config):
+            return ["ddpm"]
+        best = self._default.scheduler
+        return [best, *(name for name in reversed(SCHEDULERS) if name != best)]
+
+    @property
+    def default_steps(self) -> int:
+        """The number of steps with which the page begins."""
+        return self._default.num_inference_steps
+
+    @property
+    def default_guidance(self) -> Guidance:
+        """How the model says that it is guided; with scale 1 if it says nothing, or cannot be guided."""
+        kept = self.pipeline.kept_sampler
+        guidance = None if kept is None or not self.can_be_guided else kept.guidance
+        return Guidance() if guidance is None else guidance
+
+    @property
+    def _default(self) -> Sampler:
+        kept, searched = self.pipeline.kept_sampler, self.pipeline.searched_timesteps
+        return choose_sampler(self.scheduler.config, kept=kept, searched=searched)
+
+    def labels(self, choice: int | None, seeds: Sequence[int]) -> list[int] | None:
+        """Return the class of each image; None for a model without classes, and for no class in particular.
+
+        Args:
+            choice: A class, EACH_CLASS or NO_CLASS. None: EACH_CLASS.
+            seeds: The seeds of the images.
+
+        Raises:
+            UsageError: When there is no such class.
+        """
+        classes = self.pipeline.classes
+        if classes is None or choice == NO_CLASS:
+            return None
+        if choice is None or choice == EACH_CLASS:
+            return [seed % len(classes) for seed in seeds]
+        return [classes.number_of(choice)] * len(seeds)
+
+    def lacks_direction(self, labels: Sequence[int] | None) -> bool:
+        """Return whether guidance has nothing to lead to: it leads to a class, and there is none."""
+        return self.has_no_class and self.pipeline.guide is None and labels is None
+
+    def _guidance(self, scale: float, labels: Sequence[int] | None) -> Guidance | None:
+        """Return the model's own guidance with another scale; None: images are not guided."""
+        is_off = scale == 1 or self.lacks_direction(labels)
+        return None if is_off else replace(self.default_guidance, scale=scale)
+
+    def sample(
+        self,
+        sampler: str,
+        num_steps: int,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None = None,
+        guidance_scale: float = 1.0,
+        on_step: OnStep = ignore_step,
+    ) -> Samples:
+        """Sample one image per seed.
+
+        Args:
+            sampler: One of `samplers`.
+            num_steps: In [1, T]; a step denoiser always takes all T.
+            seeds: Seeds of the images' generators.
+            labels: The classes of the images, for a model that is conditioned on them.
+            guidance_scale: The scale of guidance, 1 for none. It is off where it has nothing to lead to.
+            on_step: Called after each step with the number of steps taken and that of all steps.
+
+        Raises:
+            ValueError: When an argument cannot work.
+        """
+        if self.is_step_denoiser:
+            num_steps = self.num_timesteps
+        is_deterministic = sampler == NOISELESS
+        scheduler = named_scheduler("ddpm" if is_deterministic else sampler, self.scheduler.config, num_steps)
+        pipeline = DDPMPipeline.from_pipe(self.pipeline, scheduler=scheduler)
+        output: Any = pipeline(
+            batch_size=len(seeds),
+            num_inference_steps=num_steps,
+            trajectory=np.linspace(0, num_steps - 1, NUM_SHOWN_STEPS).round().astype(int).tolist(),
+            deterministic=is_deterministic,
+            **self._arguments(pipeline, seeds, labels, guidance_scale, on_step),
+        )
+        states = [(state.timestep, state.x_t[:1], state.x_0_hat[:1]) for state in output.trajectory]
+        return Samples(output.images, states)
+
+    def edit(
+        self,
+        image: Image.Image,
+        mask: Image.Image | None,
+        strength: float,
+        num_steps: int,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None = None,
+        guidance_scale: float = 1.0,
+        on_step: OnStep = ignore_step,
+    ) -> Edits:
+        """Edit an image once per seed, with the sampler that is best in few steps.
+
+        Args:
+            image: An image of the model's size, as `fit` returns it.
+            mask: What is repainted, in white, of this size, too. None: the whole image is varied.
+            strength: In (0, 1], how much changes.
+            num_steps: n in [1, T], of which the last `strength` n are taken; a step denoiser has all T.
+            seeds: Seeds of the edits' generators.
+            labels: The classes of the edits, for a model that is conditioned on them.
+            guidance_scale: See `sample`.
+            on_step: See `sample`.
+
+        Raises:
+            ValueError: When an argument cannot work.
+        """
+        pipeline = self._editor(DDPMImg2ImgPipeline if mask is None else DDPMInpaintPipeline, num_steps)
+        output: Any = pipeline(
+            [image] * len(seeds),
+            **({} if mask is None else {"mask_image": mask}),
+            strength=strength,
+            **self._arguments(pipeline, seeds, labels, guidance_scale, on_step),
+        )
+        return Edits(image, mask, output.images)
+
+    def editing_refusal(self) -> str:
+        """Return why the model cannot edit images; nothing if it can."""
+        try:
+            pipeline = self._editor(DDPMInpaintPipeline, self.default_steps)
+            with pipeline._editing_scheduler(None):
+                pipeline._check_inputs(1, None, "pil", (), False)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def _editor(self, pipeline_class: Any, num_steps: int) -> Any:
+        """Return a pipeline that edits images with this number of steps."""
+        num_steps = self.num_timesteps if self.is_step_denoiser else num_steps
+        return pipeline_class.from_pipe(self.pipeline).use(self.samplers[0], num_steps)
+
+    def _arguments(
+        self,
+        pipeline: Any,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None,
+        guidance_scale: float,
+        on_step: OnStep,
+    ) -> dict[str, Any]:
+        """Return the arguments that calls of all pipelines share."""
+        check_seeds(min(seeds), max(seeds) - min(seeds) + 1)
+        pipeline.set_progress_bar_config(disable=True)
+
+        def report(pipeline: Any, index: int, _: Tensor, __: dict[str, Any]) -> None:
+            on_step(index + 1, pipeline.num_timesteps)
+
+        return {
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "class_labels": None if labels is None else [*labels],
+            "guidance": self._guidance(guidance_scale, labels) or Guidance(),
+            "callback_on_step_end": report,
+        }
+
+    def add_noise(self, x_0: Tensor, seed: int, t: int) -> Tensor:
+        """Return x_t for x_0, (1, C, H, W), and the noise of a seed; t in [0, T)."""
+        eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
+        return self.scheduler.add_noise(x_0, eps, t)
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """Return an image cropped and resized to the model's size, in the model's mode.
+
+        An image of this size that was enlarged by a whole factor comes back as it was.
+        """
+        image, size = image.convert(MODES[self.channels]), (self.width, self.height)
+        small = image.resize(size, Image.Resampling.NEAREST)
+        factor = image.width // self.width
+        if image.size == (factor * self.width, factor * self.height):
+            large = small.resize(image.size, Image.Resampling.NEAREST)
+            if large.tobytes() == image.tobytes():
+                return small
+        return ImageOps.fit(image, size)
+
+    def fit_mask(self, layers: Sequence[Image.Image]) -> Image.Image | None:
+        """Return what is drawn on an image, cropped and resized as `fit` does it: 255 to repaint, 0 to keep.
+
+        Args:
+            layers: What is drawn, of one size: the white of each layer counts where it is opaque.
+
+        Returns:
+            The mask, of mode L. A pixel is repainted if at least half of it is drawn on. None: nothing is drawn.
+
+        Raises:
+            ValueError: When something is drawn, but less than half of any pixel.
+        """
+        coverage = np.zeros((self.height, self.width))
+        is_drawn = False
+        for layer in layers:
+            pixels = np.asarray(layer.convert("RGBA").convert("LA"), dtype=np.float32) / 255
+            white = Image.fromarray(pixels[:, :, 0] * pixels[:, :, 1])  # mode F
+            is_drawn = is_drawn or bool(np.asarray(white).any())
+            fitted = ImageOps.fit(white, (self.width, self.height), method=Image.Resampling.BOX)
+            coverage = np.maximum(coverage, np.asarray(fitted))
+        mask = coverage >= 0.5
+        if is_drawn and not mask.any():
+            raise ValueError(
+                "the mask must cover a pixel of the image at least by half, got a thinner line: draw with a larger "
+                "brush, or erase it"
+            )
+        return Image.fromarray(mask.astype(np.uint8) * 255) if is_drawn else None
+
+    def from_image(self, image: Image.Image) -> Tensor:
+        """Return an image as x_0, (1, C, H, W) in [-1, 1], cropped and resized to the model's shape."""
+        pixels = np.asarray(self.fit(image), dtype=np.float32).reshape(self.height, self.width, self.channels)
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def _has_guide(pipeline: DDPMPipeline) -> bool:
+    """Return whether a model keeps a weaker network to be guided by, which is loaded here."""
+    try:
+        check_guide(pipeline.load_guide().guide, pipeline.unet)
+    except ValueError:
+        pipeline.guide = None
+    return pipeline.guide is not None

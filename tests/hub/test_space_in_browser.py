@@ -1,0 +1,108 @@
+"""The page of a model shows in a browser, where somebody samples, paints, edits and moves sliders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+
+from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.classes import Classes
+from hf_ddpm.hub.space_app.model import NUM_SHOWN_STEPS
+from tests.support.networks import smallest_unet_config
+
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason='needs pip install "hf_ddpm[demo]"')
+
+T = 20
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small random model of two classes, which can be guided."""
+    torch.manual_seed(0)
+    scheduler = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    pipeline = DDPMPipeline(UNet2DModel(**smallest_unet_config(3, num_class_embeds=3)), scheduler)
+    pipeline.classes = Classes(("cat", "dog"), has_unconditional=True)
+    pipeline.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.slow
+def test_page_shows_in_a_browser(folder: Path, tmp_path: Path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium or Chrome on the PATH")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "import sys; from hf_ddpm.cli import app; app(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "demo", str(folder), "--port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    playwright.expect.set_options(timeout=60_000)
+    errors: list[str] = []
+    hosts: set[str] = set()
+    with server, playwright.sync_playwright() as api:
+        try:
+            assert server.stdout is not None
+            assert any(f"http://127.0.0.1:{port}" in line for line in server.stdout)
+            page = api.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
+            page.set_default_timeout(60_000)
+            page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+            page.goto(f"http://127.0.0.1:{port}")
+
+            image, sources = page.locator("#images img").first, []
+            sources.append(image.get_attribute("src"))
+            page.get_by_label("Seed", exact=True).first.fill("7")
+            page.get_by_label("number input for Guidance").first.fill("3")
+            page.get_by_role("button", name="Sample").click()
+            playwright.expect(image).not_to_have_attribute("src", sources[0])
+            assert image.get_attribute("alt") == "seed 7"
+            assert page.locator("#images img").count() == 16
+            assert page.locator("#chain img").count() == 2 * (NUM_SHOWN_STEPS + 1)
+
+            page.get_by_role("tab", name="Edit").click()
+            canvas = page.locator("#editor canvas").first
+            page.wait_for_timeout(1000)  # until the editor has its size
+            box = canvas.bounding_box()
+            assert box is not None
+            x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+            page.mouse.move(x, y)
+            page.mouse.down()
+            page.mouse.move(x + 40, y, steps=4)
+            page.mouse.up()
+            page.get_by_role("button", name="Edit", exact=True).click()
+            edits = page.locator("#edits img")
+            playwright.expect(edits).to_have_count(6)
+            assert [each.get_attribute("alt") for each in edits.all()[:3]] == ["image", "mask", "seed 0"]
+            assert edits.first.get_attribute("src") == sources[0]  # the first sample, bit for bit
+
+            page.get_by_role("tab", name="Forward process").click()
+            noised = page.locator("#noised img").last
+            sources.append(noised.get_attribute("src"))
+            page.get_by_label("range slider for Timestep t").press("End")
+            playwright.expect(noised).to_have_attribute("alt", f"x_t, t = {T - 1}")
+            assert noised.get_attribute("src") != sources[1]
+            playwright.expect(page.locator("#numbers")).to_contain_text("dB")
+
+            clean = page.locator("#noised img").first
+            sources.append(clean.get_attribute("src"))
+            Image.new("L", (30, 20), 128).save(tmp_path / "gray.png")
+            page.locator("[role=tabpanel]:visible input[type=file]").set_input_files(tmp_path / "gray.png")
+            playwright.expect(clean).not_to_have_attribute("src", sources[2])
+        finally:
+            server.terminate()
+    assert errors == []
+    assert hosts <= {f"127.0.0.1:{port}", ""}  # data: addresses have none
