@@ -1,0 +1,210 @@
+"""Ask whether a model of classes draws the class that it is asked for, and what guidance gives and costs.
+
+    hf-ddpm train --label_column label --output_dir runs/digits
+    python -m benchmarks.guidance.run runs/digits --machine NAME
+
+A small convolutional classifier learns the classes from real images; its accuracy on images that it has not seen is
+stated. It names the class of samples, which ask for each class in turn. `hf-ddpm evaluate` measures their distance to
+the training images at each scale. Appends each row to `rows.jsonl` as soon as it is measured, unless it is there, and
+writes `table.md` and `samples.png`: a row for each class, at scale 1 to the left, at the best scale to the right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_ddpm.data.batches import center_pixels
+from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.config import DataConfig, load_data_config
+from hf_ddpm.evaluation.evaluate import evaluate
+from hf_ddpm.figures import png_bytes, strip, to_pil
+from hf_ddpm.guidance import Guidance
+from hf_ddpm.runtime.files import weights_sha256
+from hf_ddpm.runtime.run_files import read_run
+from hf_ddpm.sampling.sampler import classes_in_turn, iter_samples, load_for_sampling
+
+FOLDER = Path(__file__).parent
+ROWS = FOLDER / "rows.jsonl"
+NUM_CLASSIFIED, BATCH, EPOCHS, HELD_OUT = 1000, 128, 8, 0.2
+COLUMNS = 6
+
+
+def main() -> None:
+    """Measure each setting, and write the table and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0, 3.0])
+    parser.add_argument("--interval", type=float, nargs=2, help="low and high; default: everywhere")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first seed of each repetition")
+    parser.add_argument("--num_images", type=int, default=5000)
+    parser.add_argument("--machine", required=True, help="what the processor is called in the table")
+    options = parser.parse_args()
+    data = load_data_config(options.run / "config.yaml")
+    classifier, accuracy = learn_classifier(data)
+    for seed in options.seeds:
+        for scale in options.scales:
+            cell = [weights_sha256(options.run), scale, None if scale == 1 else options.interval, seed]
+            if any(row["cell"] == [*cell, options.num_images] for row in read_rows()):
+                continue
+            guidance = None if scale == 1 else Guidance(scale, options.interval and tuple(options.interval))
+            row = {
+                "cell": [*cell, options.num_images],
+                "data": read_run(options.run)["data"]["name"],
+                "trained_steps": read_run(options.run)["training"]["steps"],
+                "machine": options.machine,
+                "date": time.strftime("%Y-%m-%d"),
+                "classifier": accuracy,
+                "named": share_named(options.run, classifier, guidance, seed),
+                **distances(options.run, data, guidance, seed, options.num_images),
+            }
+            with ROWS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            write_table(read_rows())
+    best = min(read_rows(), key=lambda row: row["fd"])
+    draw(options.run, None if best["cell"][1] == 1 else Guidance(best["cell"][1]))
+    if (options.run / "figures/guidance.png").is_file():
+        shutil.copyfile(options.run / "figures/guidance.png", FOLDER / "guidance.png")
+
+
+def read_rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+class Classifier(nn.Module):
+    """Two convolutions and two layers, for gray or color images of at least 8x8 pixels in [0, 1]."""
+
+    def __init__(self, channels: int, size: int, num_classes: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            *(nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
+        )
+        width = 64 * (size // 4) ** 2
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Dropout(0.3), nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, num_classes)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(self.convolutions(images))
+
+
+def learn_classifier(data: DataConfig) -> tuple[Classifier, float]:
+    """Return a classifier of the training images, and its accuracy on the test split, or on a fifth, held out."""
+    torch.manual_seed(0)
+    images = load_images(data)
+    x, y = tensors_of(images)
+    try:
+        test = tensors_of(load_images(replace(data, train_split="test")))
+    except ValueError:  # there is no such split
+        order = torch.randperm(len(x))
+        held_out, kept = order[: int(HELD_OUT * len(x))], order[int(HELD_OUT * len(x)) :]
+        test, (x, y) = (x[held_out], y[held_out]), (x[kept], y[kept])
+    classifier = Classifier(images.channels, images.resolution, images.num_classes or 0)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+    epochs = max(EPOCHS, math.ceil(2000 * BATCH / len(x)))  # small data are seen more often
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, epochs * math.ceil(len(x) / BATCH))
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x)).split(BATCH):
+            nn.functional.cross_entropy(classifier(x[batch]), y[batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    classifier.eval()
+    return classifier, float((named(classifier, test[0]) == test[1]).float().mean())
+
+
+def tensors_of(images: ImageCache) -> tuple[Tensor, Tensor]:
+    """Return all images, (N, C, R, R) in [0, 1], and their classes, (N,)."""
+    assert images.labels is not None
+    pixels = torch.from_numpy(np.array(center_pixels(images), dtype=np.float32))
+    return pixels / images.max_value, torch.from_numpy(images.labels)
+
+
+@torch.no_grad()
+def named(classifier: Classifier, images: Tensor) -> Tensor:
+    """Return the class that the classifier names for each image, (N,)."""
+    return torch.cat([classifier(batch).argmax(dim=1) for batch in images.split(500)])
+
+
+def sample(run: Path, seeds: Sequence[int], guidance: Guidance | None) -> tuple[Tensor, Tensor]:
+    """Return samples, (N, C, R, R) in [0, 1], and the classes that they were asked for, (N,)."""
+    pipeline, steps = load_for_sampling(str(run))
+    labels = classes_in_turn(pipeline.classes, seeds) or []
+    batches = iter_samples(
+        pipeline, seeds, batch_size=64, num_inference_steps=steps, class_labels=labels, guidance=guidance
+    )
+    images = torch.cat([images for _, images in batches])
+    return images.float() / 255, torch.tensor(labels)
+
+
+def share_named(run: Path, classifier: Classifier, guidance: Guidance | None, seed: int) -> float:
+    """Return the share of samples whose class the classifier names as it was asked for."""
+    images, labels = sample(run, range(seed, seed + NUM_CLASSIFIED), guidance)
+    return float((named(classifier, images) == labels).float().mean())
+
+
+def distances(run: Path, data: DataConfig, guidance: Guidance | None, seed: int, num_images: int) -> dict[str, float]:
+    """Return the distances of samples to the training images, as `hf-ddpm evaluate` measures them."""
+    result = evaluate(
+        run,
+        data=data,
+        network="efficientnet-lite0",
+        num_images=num_images,
+        seed=seed,
+        guidance_scales=[1.0 if guidance is None else guidance.scale],
+        guidance_interval=None if guidance is None else guidance.interval,
+    )
+    return {row["metric"]: row["value"] for row in result["results"]}
+
+
+def draw(run: Path, guidance: Guidance | None) -> None:
+    """Draw the same seeds without guidance and with it, a row for each class."""
+    names = read_run(run)["data"]["class_names"]
+    seeds = range(COLUMNS * len(names))
+    plain, labels = sample(run, seeds, None)
+    guided, _ = sample(run, seeds, guidance)
+    by_class = [labels == number for number in range(len(names))]
+    rows = [[*to_pil(plain[each]), *to_pil(guided[each])] for each in by_class]
+    scale = 1.0 if guidance is None else guidance.scale
+    titles = ["scale 1", *[""] * (COLUMNS - 1), f"scale {scale:g}", *[""] * (COLUMNS - 1)]
+    (FOLDER / "samples.png").write_bytes(png_bytes(strip(rows, titles, names)))
+
+
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """Write table.md, by model, seed and scale."""
+    last = rows[-1]
+    text = (
+        f"{last['date']}, {last['machine']}, torch {version('torch')}, diffusers {version('diffusers')}; 20 steps of "
+        f"UniPC. *Named* is the share of {NUM_CLASSIFIED:,} samples whose class a classifier names as it was asked "
+        "for; higher is better. Beside it stands the share of real images that it names rightly, which it has not "
+        "seen. FD and KD are the Fréchet and the kernel distance to the training images by features of "
+        "efficientnet-lite0; lower is better. Higher precision and recall are better. Scale 1 is no guidance.\n\n"
+        "| data | steps of training | scale | sigma | first seed | images | named | real images | FD | KD | precision "
+        "| recall |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+    for row in sorted(rows, key=lambda row: (row["data"], str(row["cell"][0]), row["cell"][3], row["cell"][1])):
+        _, scale, interval, seed, count = row["cell"]
+        sigma = "all" if interval is None else f"{interval[0]:g} to {interval[1]:g}"
+        text += (
+            f"| {row['data']} | {row['trained_steps']:,} | {scale:g} | {sigma} | {seed:,} | {count:,} "
+            f"| {row['named']:.1%} | {row['classifier']:.1%} | {row['fd']:.1f} | {row['kid']:.4f} "
+            f"| {row['precision']:.3f} | {row['recall']:.3f} |\n"
+        )
+    (FOLDER / "table.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
