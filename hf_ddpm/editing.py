@@ -10,7 +10,7 @@ as the `DDPMPipeline` that they were made from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.image_inputs import images_to_tensor, masks_to_tensor
-from hf_ddpm.inpainting import METHODS, posterior_mean, repaint_levels
+from hf_ddpm.inpainting import METHODS, repaint_levels
+from hf_ddpm.measurements import Operator, posterior_mean
 from hf_ddpm.pipeline import (
     ClassLabels,
     Conditions,
@@ -49,8 +50,31 @@ REPAINT_STEPS = 250
 NUM_GRADIENTS = 2
 
 
-class _EditingPipeline(DDPMPipeline):
-    """What the pipelines of this module share."""
+@dataclass(frozen=True, kw_only=True)
+class MeasuredConditions(Conditions):
+    """Conditions of a network for images of which a linear measurement is given.
+
+    Args:
+        measurement: y, (B, ...), of x_0 in [-1, 1].
+        operator: A.
+        noise_std: sigma_y, in the units of x_0.
+        num_gradients: See `posterior_mean`; with 0, `fit` is all.
+        fit: What each x_0_hat is put through in the end.
+        scheduler: The formulas of the model's prediction.
+        scheduler_of_x_0: The same for a prediction of x_0.
+    """
+
+    measurement: Tensor
+    operator: Operator
+    noise_std: float
+    num_gradients: int
+    fit: Callable[[Tensor], Tensor]
+    scheduler: DDPMScheduler
+    scheduler_of_x_0: DDPMScheduler
+
+
+class EditingPipeline(DDPMPipeline):
+    """What the pipelines of this module share, and `restoration` uses."""
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline as the plain `DDPMPipeline` that it was made from."""
@@ -96,12 +120,57 @@ class _EditingPipeline(DDPMPipeline):
         t = self.scheduler.timesteps[begin].to(x_0.device)
         return self.scheduler.add_noise(x_0, noise, t.expand(len(x_0)))
 
+    def _measured(
+        self,
+        conditions: Conditions,
+        measurement: Tensor,
+        operator: Operator,
+        noise_std: float,
+        num_gradients: int,
+        fit: Callable[[Tensor], Tensor],
+    ) -> MeasuredConditions:
+        """Return conditions of a network whose images were measured, too; see `MeasuredConditions`."""
+        config = {**self.scheduler.config, "variance_type": None}
+        return MeasuredConditions(
+            **{field.name: getattr(conditions, field.name) for field in fields(conditions)},
+            measurement=measurement,
+            operator=operator,
+            noise_std=noise_std,
+            num_gradients=num_gradients,
+            fit=fit,
+            scheduler=as_our_scheduler(config),
+            scheduler_of_x_0=as_our_scheduler({**config, "prediction_type": "sample"}),
+        )
+
+    def _predict(self, network_input: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Return the network's output with x_0_hat changed to fit the measurement, if there is any."""
+        if not isinstance(conditions, MeasuredConditions):
+            return super()._predict(network_input, t, conditions)
+        given, channels, step = conditions, network_input.shape[1], t.long()
+        with torch.set_grad_enabled(given.num_gradients > 0):
+            x_t = network_input.clone().requires_grad_(given.num_gradients > 0)
+            output = super()._predict(x_t, t, given)
+            x_0_hat = given.scheduler.predict_original(output, x_t, step)
+            if given.scheduler.config.clip_sample:
+                limit = given.scheduler.config.clip_sample_range
+                # The derivative stays that of the network's own estimate.
+                x_0_hat = x_0_hat + (x_0_hat.clamp(-limit, limit) - x_0_hat).detach()
+        if given.num_gradients > 0:
+            alpha_bar = float(given.scheduler.alpha_bar[step.cpu()])
+            measured = given.measurement, given.operator, given.noise_std
+            x_0_hat = posterior_mean(x_0_hat, x_t, *measured, alpha_bar, given.num_gradients)
+        x_0_hat = given.fit(x_0_hat)
+        # The noise that goes with it: x_t stays what it is.
+        eps_hat = given.scheduler_of_x_0.predict_noise(x_0_hat, x_t.detach(), step)
+        prediction = given.scheduler.training_target(x_0_hat, eps_hat, step)
+        return torch.cat([prediction, output[:, channels:].detach()], dim=1)
+
     def _output(self, images: Any, return_dict: bool) -> DDPMPipelineOutput | tuple:
         self.maybe_free_model_hooks()
         return DDPMPipelineOutput(images=images) if return_dict else (images,)
 
 
-class DDPMImg2ImgPipeline(_EditingPipeline):
+class DDPMImg2ImgPipeline(EditingPipeline):
     """A pipeline that draws images that resemble given ones.
 
     `DDPMImg2ImgPipeline.from_pipe(pipeline)` makes one of a `DDPMPipeline`, and `from_pretrained` loads one from
@@ -169,26 +238,7 @@ class DDPMImg2ImgPipeline(_EditingPipeline):
             return self._output(_decode(x_0, output_type), return_dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _KnownPixels(Conditions):
-    """Conditions of a network of which some pixels of x_0 are known.
-
-    Args:
-        x_0: The image, (B, C, H, W) in [-1, 1].
-        is_known: Whose pixels count, (B, 1, H, W).
-        num_gradients: See `posterior_mean`.
-        scheduler: The formulas of the model's prediction.
-        scheduler_of_x_0: The same for a prediction of x_0.
-    """
-
-    x_0: Tensor
-    is_known: Tensor
-    num_gradients: int
-    scheduler: DDPMScheduler
-    scheduler_of_x_0: DDPMScheduler
-
-
-class DDPMInpaintPipeline(_EditingPipeline):
+class DDPMInpaintPipeline(EditingPipeline):
     """A pipeline that fills a part of images so that it fits the rest.
 
     `DDPMInpaintPipeline.from_pipe(pipeline)` makes one of a `DDPMPipeline`, and `from_pretrained` loads one from
@@ -272,14 +322,13 @@ class DDPMInpaintPipeline(_EditingPipeline):
                 levels = repaint_levels(num_steps, jump_length, jump_n_sample)
                 filled = self._repaint(x_t, x_0, is_known, conditions, step_arguments, levels, callback, tensors)
             else:
-                config = {**self.scheduler.config, "variance_type": None}
-                known = _KnownPixels(
-                    **{field.name: getattr(conditions, field.name) for field in fields(conditions)},
-                    x_0=x_0,
-                    is_known=is_known,
+                known = self._measured(
+                    conditions,
+                    torch.where(is_known, x_0, 0),
+                    lambda x: torch.where(is_known, x, 0),
+                    noise_std=0.0,
                     num_gradients=NUM_GRADIENTS if method == "posterior" else 0,
-                    scheduler=as_our_scheduler(config),
-                    scheduler_of_x_0=as_our_scheduler({**config, "prediction_type": "sample"}),
+                    fit=lambda x_0_hat: torch.where(is_known, x_0, x_0_hat),
                 )
                 filled, _ = self._denoise(x_t, known, step_arguments, set(), callback, tensors, begin)
             decoded: Any = _decode(filled, "pt")
@@ -297,25 +346,6 @@ class DDPMInpaintPipeline(_EditingPipeline):
                 "method must be 'replace' within torch.inference_mode, got 'posterior', which takes gradients: "
                 "torch.no_grad needs no such change"
             )
-
-    def _predict(self, network_input: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        """Return the network's output with x_0_hat changed to fit the known pixels, if there are any."""
-        if not isinstance(conditions, _KnownPixels):
-            return super()._predict(network_input, t, conditions)
-        known, channels, step = conditions, network_input.shape[1], t.long()
-        with torch.set_grad_enabled(known.num_gradients > 0):
-            x_t = network_input.clone().requires_grad_(known.num_gradients > 0)
-            output = super()._predict(x_t, t, known)
-            x_0_hat = known.scheduler.predict_original(output, x_t, step)
-            if known.scheduler.config.clip_sample:
-                limit = known.scheduler.config.clip_sample_range
-                # The derivative stays that of the network's own estimate.
-                x_0_hat = x_0_hat + (x_0_hat.clamp(-limit, limit) - x_0_hat).detach()
-        x_0_hat = posterior_mean(x_0_hat, x_t, known.x_0, known.is_known, known.num_gradients)
-        # The noise that goes with it: x_t stays what it is.
-        eps_hat = known.scheduler_of_x_0.predict_noise(x_0_hat, x_t.detach(), step)
-        prediction = known.scheduler.training_target(x_0_hat, eps_hat, step)
-        return torch.cat([prediction, output[:, channels:].detach()], dim=1)
 
     def _repaint(
         self,

@@ -1,9 +1,7 @@
-"""What fills the unknown pixels of an image: formulas on tensors, without a network of its own.
+"""What fills the unknown pixels of an image: the methods, and the noise levels of RePaint.
 
-known          pixels of x_0 that are given and stay, y = H x_0
-x_0_hat        E[x_0 | x_t], what the network predicts; its Jacobian times (1 - alpha_bar_t) / sqrt(alpha_bar_t)
-           is Cov[x_0 | x_t] (Meng et al. 2021, arXiv 2111.04726)
-method         what each evaluation of the network becomes
+known          pixels of x_0 that are given and stay; a measurement without noise, see `measurements`
+method         what x_0_hat = E[x_0 | x_t], which the network predicts, becomes in each step
 
 replace        x_0_hat is y where pixels are known (Song et al. 2021, arXiv 2011.13456, Sec. 5). The unknown
            pixels see the known ones through the network alone.
@@ -14,45 +12,7 @@ repaint        as `replace`, but noisier states are visited again and again (Lug
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 METHODS = ("posterior", "replace", "repaint")
-
-
-def posterior_mean(x_0_hat: Tensor, x_t: Tensor, x_0: Tensor, is_known: Tensor, num_gradients: int) -> Tensor:
-    """Return E[x_0 | x_t, y], where p(x_0 | x_t) is taken for a normal distribution; Rozet et al. 2024, Sec. 4.
-
-    ::
-
-        x_0_hat + C H^T (H C H^T)^{-1} (y - H x_0_hat),    C ~ d x_0_hat / d x_t
-
-    A constant factor of C drops out. Conjugate gradients solve the system in as many iterations as there are
-    gradients; with none, the known pixels alone are replaced. An image whose C is not positive, as that of a network
-    that is wrong at this x_t may be, keeps what it has.
-
-    Args:
-        x_0_hat: (B, C, H, W), computed from `x_t` with autograd's graph if there are gradients.
-        x_t: (B, C, H, W), a leaf of that graph.
-        x_0: The known pixels, (B, C, H, W); the others do not count.
-        is_known: (B, 1, H, W) bool.
-        num_gradients: The number of iterations, each with one gradient through the network.
-
-    Returns:
-        The mean, (B, C, H, W), in which the known pixels are those of x_0.
-    """
-    mean = x_0_hat.detach()
-    residual = torch.where(is_known, x_0 - mean, 0)
-    direction, power = residual, _dot(residual, residual)
-    for i in range(num_gradients):
-        (moved,) = torch.autograd.grad(x_0_hat, x_t, direction, retain_graph=i + 1 < num_gradients)
-        curvature = _dot(direction, torch.where(is_known, moved, 0))
-        length = torch.where(curvature > 0, power / curvature, 0)
-        mean = mean + length * moved
-        residual = residual - length * torch.where(is_known, moved, 0)
-        previous_power, power = power, _dot(residual, residual)
-        direction = residual + torch.where(previous_power > 0, power / previous_power, 0) * direction
-    return torch.where(is_known, x_0, mean)
 
 
 def repaint_levels(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
@@ -78,8 +38,3 @@ def repaint_levels(num_steps: int, jump_length: int, jump_n_sample: int) -> list
             levels += range(level - 1, level - 1 - jump_length, -1)
         levels.append(levels[-1] + 1)
     return levels
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner product of each image of `a` with that of `b`, (B, 1, 1, 1)."""
-    return (a * b).sum(dim=(1, 2, 3), keepdim=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hf_ddpm import DDPMImg2ImgPipeline, DDPMInpaintPipeline, DDPMPipeline, DDPMScheduler
 from hf_ddpm.editing import EDITING_SCHEDULERS
-from hf_ddpm.inpainting import posterior_mean, repaint_levels
+from hf_ddpm.inpainting import repaint_levels
 from hf_ddpm.solvers import SCHEDULERS, Sampler, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps
 from tests.support.gaussian import gaussian_network, smooth_covariance
@@ -116,25 +116,6 @@ def test_repaint_visits_the_levels_of_diffusers(steps, jump_length, jump_n_sampl
     levels = repaint_levels(steps, jump_length, jump_n_sample)
     assert levels[-1] == steps
     assert [(steps - 1 - level) * (1000 // steps) for level in levels[:-1]] == stock.timesteps.tolist()
-
-
-def test_posterior_mean_is_exact_for_a_normal_distribution():
-    """E[x | y] of N(mean, C), with as many conjugate gradients as there are known pixels."""
-    covariance, mean = smooth_covariance(3), torch.linspace(-1, 1, 9, dtype=torch.float64)
-    is_known = torch.tensor([1, 0, 1, 0, 0, 1, 0, 0, 0], dtype=torch.bool)
-    x_0 = torch.arange(9, dtype=torch.float64)
-    x_t = torch.zeros(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
-    x_0_hat = (mean + covariance @ x_t.flatten()).view(1, 1, 3, 3)
-    conditional = posterior_mean(x_0_hat, x_t, x_0.view(1, 1, 3, 3), is_known.view(1, 1, 3, 3), 3).flatten()
-    gain = covariance[:, is_known] @ covariance[is_known][:, is_known].inverse()
-    torch.testing.assert_close(conditional, mean + gain @ (x_0 - mean)[is_known])
-
-
-def test_posterior_mean_without_gradients_replaces_what_is_known():
-    x_0, x_0_hat = torch.randn(2, 2, 3, 4, 4, generator=seeded())
-    is_known = torch.rand(2, 1, 4, 4, generator=seeded()) < 0.5
-    mean = posterior_mean(x_0_hat, x_0_hat, x_0, is_known, 0)
-    assert torch.equal(mean, torch.where(is_known, x_0, x_0_hat))
 
 
 def filled_with(method, name, steps, **arguments):
