@@ -2,8 +2,10 @@
 
     python -m benchmarks.demo_page.run MODEL [--port PORT]
 
-Starts `hf-ddpm demo MODEL`, opens it in Chromium, samples with seed 1, and writes what is seen to `page.png`, and the
-forward process to `page-forward.png`. Needs `pip install playwright` and a Chromium or Chrome on the PATH.
+Starts `hf-ddpm demo MODEL`, opens it in Chromium, samples with seed 1, and writes what is seen to `page.png`. Then it
+paints over the middle of the first sample, and writes the edits to `page-edit.png`, and the forward process to
+`page-forward.png`. A model of classes samples with guidance. Needs `pip install playwright` and a Chromium or Chrome
+on the PATH.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 
 def main() -> None:
@@ -40,18 +42,46 @@ def take_pictures(model: str, out: Path, port: int) -> None:
             page.goto(address)
             first = page.locator("#images img").first
             before = first.get_attribute("src", timeout=300_000)
-            page.get_by_label("Seed", exact=True).fill("1")
+            page.get_by_label("Seed", exact=True).first.fill("1")
+            guidance = page.get_by_label("number input for Guidance").first
+            if guidance.is_visible():
+                guidance.fill("2")
             page.get_by_role("button", name="Sample").click()
             expect(first).not_to_have_attribute("src", before or "", timeout=300_000)
             expect(page.locator(".progress-text")).to_have_count(0)
-            page.mouse.move(0, 0)
-            page.screenshot(path=out)
+            show(page, out)
+            edit(page)
+            show(page, out.with_name(f"{out.stem}-edit.png"))
             page.get_by_role("tab", name="Forward process").click()
             page.get_by_label("number input for Timestep t").fill("400")
             expect(page.locator("#noised img").last).to_have_attribute("alt", "x_t, t = 400")
-            page.screenshot(path=out.with_name(f"{out.stem}-forward.png"))
+            show(page, out.with_name(f"{out.stem}-forward.png"))
         finally:
             server.terminate()
+
+
+def edit(page: Page) -> None:
+    """Paint over the middle of the image in the tab "Edit", and wait for the edits."""
+    page.get_by_role("tab", name="Edit").click()
+    page.wait_for_timeout(2_000)  # until the editor has its size
+    box = page.locator("#editor canvas").first.bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for row in (-20, 20):
+        page.mouse.move(x - 60, y + row)
+        page.mouse.down()
+        page.mouse.move(x + 60, y + row, steps=12)
+        page.mouse.up()
+    page.get_by_role("button", name="Edit", exact=True).click()
+    expect(page.locator("#edits img")).to_have_count(6, timeout=300_000)
+    expect(page.locator(".progress-text")).to_have_count(0)
+
+
+def show(page: Page, out: Path) -> None:
+    """Take a picture of the whole page."""
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(2_000)  # until colors have faded in
+    page.screenshot(path=out, full_page=True)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ for name, model_folder, sampler, num_steps, labels in json.loads(sys.argv[2]):
     images = model.sample(sampler, num_steps, [5, 6, 7], labels).images
     numpy.save(f"{name}-{sampler}-{num_steps}.npy", numpy.stack([numpy.asarray(image) for image in images]))
 app.build(model_folder)
+assert app.Handlers(model, 1).show_edits(None, 0.5, None, 1.0, 0, 2).count("<img") == 5
 files = {name: module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "hf_ddpm"}
 assert files and all(Path(file).resolve().is_relative_to(folder / "hf_ddpm") for file in files.values()), files
 """

@@ -149,10 +149,6 @@ class Handlers:
         numbers = f'<div class="formula">{describe_noise_level(self.model, t)}</div>'
         return pictures(cells, "repeat(2, minmax(0, 320px))"), numbers
 
-    def show_fitted(self, drawing: dict[str, Any] | None) -> Image.Image:
-        """Return the image to edit as the model sees it, enlarged to be drawn on; nothing is drawn yet."""
-        return enlarged(self._image_to_edit(drawing))
-
     def show_edits(
         self,
         drawing: dict[str, Any] | None,
@@ -257,7 +253,6 @@ def _add_editing(model: Model, handlers: Handlers) -> gr.ImageEditor:
             steps = _steps(model)
             button = gr.Button("Edit", variant="primary")
     edits = gr.HTML(elem_id="edits", elem_classes="show", min_height=160, visible=not refusal)
-    editor.upload(handlers.show_fitted, editor, editor, show_progress="hidden", api_visibility="private")
     controls = [editor, strength, label, guidance, seed, steps]
     button.click(
         handlers.show_edits, controls, edits, api_visibility="private" if refusal else "public", api_name="edit"
