@@ -218,7 +218,7 @@ def _space_card(model_id: str, license: str | None) -> SpaceCard:
     )
     text = (
         f"# {name}\n\nThis page samples the diffusion model [`{model_id}`](https://huggingface.co/{model_id}). "
-        "It shows how noise becomes an image, and how an image becomes noise.\n\n"
+        "It shows how noise becomes an image, and how an image becomes noise. It edits images.\n\n"
         "If the model is private or gated, add a secret `HF_TOKEN` that may read it to the settings of the Space. "
         "On a GPU, delete the first line of requirements.txt.\n"
     )
