@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import operator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,13 @@ class Classes:
     Args:
         names: The name of each class, in the order of their numbers; at least one.
         has_unconditional: Whether the network has one more embedding, which stands for every class.
+        is_named: Whether somebody has named them. Else their names are their numbers, and there may be one too many:
+            nobody knows whether the last embedding stands for every class.
     """
 
     names: tuple[str, ...]
     has_unconditional: bool = False
+    is_named: bool = True
 
     def __len__(self) -> int:
         return len(self.names)
@@ -86,7 +89,7 @@ class Classes:
 
 def numbered_classes(count: int) -> Classes:
     """Return the classes of a network that nobody has named: their names are their numbers."""
-    return Classes(tuple(map(str, range(count))))
+    return Classes(tuple(map(str, range(count))), is_named=False)
 
 
 def read_classes(folder: Path) -> Classes | None:
@@ -108,7 +111,8 @@ def read_classes(folder: Path) -> Classes | None:
 
 def write_classes(folder: Path, classes: Classes) -> None:
     """Keep the classes in a pipeline's folder."""
-    write_atomically(folder / CLASSES_FILE, json.dumps(asdict(classes), indent=2, ensure_ascii=False) + "\n")
+    content = {"names": classes.names, "has_unconditional": classes.has_unconditional}
+    write_atomically(folder / CLASSES_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_embeddings(classes: Classes, num_embeddings: int | None) -> None:

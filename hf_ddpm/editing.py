@@ -107,9 +107,7 @@ class EditingPipeline(DDPMPipeline):
         It is that of diffusers' pipelines for images, but there is always a step to take.
         """
         self._set_timesteps(num_steps, None)
-        # 100 * 0.29 is 28.999999999999996, which means 29.
-        num_taken = min(max(1, int(num_steps * strength + 1e-6)), num_steps)
-        begin = num_steps - num_taken
+        begin = num_steps - num_steps_of(strength, num_steps)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(begin)
         return begin
@@ -384,6 +382,12 @@ class DDPMInpaintPipeline(EditingPipeline):
                 x_t = returned.get("latents", x_t)
             i += 1
         return x_t
+
+
+def num_steps_of(strength: float, num_inference_steps: int) -> int:
+    """Return how many of n steps of sampling a strength takes: floor(strength n), and at least one."""
+    # 100 * 0.29 is 28.999999999999996, which means 29.
+    return min(max(1, int(strength * num_inference_steps + 1e-6)), num_inference_steps)
 
 
 def require_strength(strength: Any) -> None:

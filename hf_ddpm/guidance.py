@@ -16,8 +16,8 @@ guided as if it were alone. The computation is in float32 at least, and the resu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class Guidance:
         interval: (low, high) with 0 <= low < high: guidance acts where low < sigma <= high; `high` may be
             `math.inf`. None: everywhere.
         rescale: The factor of `rescale`, in [0, 1].
-        method: `cfg` (`guide`), `cfg-zero*` (`zero_star`), `apg` (`adaptive_projected`) or `tcfg` (`tangential`).
+        method: `cfg` (`guide`), `cfg-zero*` (`zero_star`), `apg` (`adaptive_projected`) or `tcfg` (`tangential`). A
+            pipeline gives x_0_hat to `apg`, and to the others what its network predicts: eps, v or x_0.
         norm_threshold: r of `apg`, above 0. The norm that it bounds grows with sqrt(C H W).
 
     Raises:
@@ -57,6 +58,12 @@ class Guidance:
     norm_threshold: float = math.inf
 
     def __post_init__(self):
+        for name in ("scale", "rescale", "norm_threshold"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"guidance {name} must be a number, got {value!r}")
+        if self.interval is not None and not _is_pair(self.interval):
+            raise ValueError(f"guidance interval must be two numbers, (low, high), got {self.interval!r}")
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"guidance scale must be finite and at least 0, got {self.scale}: 1 is no guidance")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
@@ -87,6 +94,40 @@ class Guidance:
                     f"guidance {name} takes effect only with guidance, got {name}={value!r} with scale=1: "
                     f"use another scale, or leave {name} out"
                 )
+
+
+def _is_pair(interval: Any) -> bool:
+    is_sequence = isinstance(interval, tuple | list) and len(interval) == 2
+    return is_sequence and all(isinstance(end, int | float) and not isinstance(end, bool) for end in interval)
+
+
+def changed(
+    guidance: Guidance | None,
+    scale: float | None = None,
+    interval: tuple[float, float] | None = None,
+    method: GuidanceMethod | None = None,
+) -> Guidance | None:
+    """Return guidance with what is given instead of what it has; None for a scale of 1, which is none.
+
+    Args:
+        guidance: The guidance that a model keeps; None: it keeps none.
+        scale: The scale. None: that of `guidance`.
+        interval: The interval. None: that of `guidance`.
+        method: The method. None: that of `guidance`.
+
+    Raises:
+        ValueError: When a value cannot work, or cannot take effect without a scale.
+    """
+    if scale == 1 or (guidance is None and scale is None):
+        Guidance(1.0, interval, method=method or "cfg")  # which refuses what has no effect
+        return None
+    settings = {} if guidance is None else asdict(guidance)
+    given = {"scale": scale, "interval": interval, "method": method}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if settings.get("method", "cfg") != "apg":
+        settings.pop("norm_threshold", None)
+    guidance = Guidance(**settings)
+    return None if guidance.scale == 1 else guidance
 
 
 def combine(

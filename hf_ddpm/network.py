@@ -81,7 +81,7 @@ def make_unet(
         settings = _load_config(model_config, source)
         _check_fit(settings, variance_type, channels, resolution, source)
         if num_classes is None or settings.get("num_class_embeds") is not None:
-            reason = "for the classes of label_column, and one more for class_dropout; --class_dropout 0 needs none"
+            reason = "for the classes of label_column, with one more unless class_dropout is 0"
             reason = "as no label_column is given" if num_classes is None else reason
             _require(settings, "num_class_embeds", num_classes, reason, source)
         settings["num_class_embeds"] = num_classes

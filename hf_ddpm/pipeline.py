@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ from torch import Tensor
 
 from hf_ddpm.classes import Classes, check_embeddings, numbered_classes, read_classes, write_classes
 from hf_ddpm.figures import to_pil
-from hf_ddpm.guidance import Guidance, combine, in_interval
-from hf_ddpm.network import num_classes_of, timestep_for
+from hf_ddpm.guidance import Guidance, changed, combine, in_interval
+from hf_ddpm.network import naming_weights, num_classes_of, require_finite, timestep_for
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, require_num_inference_steps
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler, read_sampler, write_sampler
@@ -195,6 +196,8 @@ class DDPMPipeline(DiffusionPipeline):
             )
         other = cls(**{name: pipeline.components[name] for name in ("unet", "scheduler")} | components)
         other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        if "unet" not in components and not isinstance(pipeline, DDPMPipeline):
+            other.classes = read_classes(_folder_of(other.unet)) or other.classes
         if isinstance(pipeline, DDPMPipeline):
             other.sampler, other._scheduler_of_sampler = pipeline.sampler, pipeline._scheduler_of_sampler
             if "unet" not in components:
@@ -215,8 +218,12 @@ class DDPMPipeline(DiffusionPipeline):
             )
         if (sampler := self.sampler or self.kept_sampler) is not None:
             write_sampler(Path(save_directory), sampler)
-        if self.classes is not None:
+        if self.classes is not None and self.classes.is_named:
             write_classes(Path(save_directory), self.classes)
+        if self.guide is None and sampler is not None and self._needs_guide(sampler):
+            self.load_guide()
+        if self.guide is not None:
+            self.guide.save_pretrained(Path(save_directory) / GUIDE_FOLDER)
         if not self.searched_timesteps:
             return
         if weights_sha256(Path(save_directory)) == self._searched_weights:
@@ -243,17 +250,19 @@ class DDPMPipeline(DiffusionPipeline):
             ValueError: When the model keeps none.
         """
         name, keywords = self._source or (None, {})
+        if name is None or (Path(name).is_dir() and not (Path(name) / GUIDE_FOLDER).is_dir()):
+            raise _no_guide_error(name)
+        kind: Any = type(getattr(self.unet, "_orig_mod", self.unet))  # which torch.compile has wrapped
         try:
-            if name is None:
-                raise OSError("the pipeline was not loaded from a folder or the Hub")
-            guide: Any = type(self.unet).from_pretrained(
-                name, subfolder=GUIDE_FOLDER, torch_dtype=self.unet.dtype, **keywords
-            )
-        except OSError as error:
-            raise ValueError(
-                f"guidance needs a weaker model, got {str(name)!r} without a folder {GUIDE_FOLDER!r}: train with "
-                "class_dropout, or set `guide` of the pipeline to the network of a smaller or less trained model"
-            ) from error
+            with naming_weights(f"the folder {GUIDE_FOLDER!r} of {str(name)!r}"):
+                guide: Any = kind.from_pretrained(
+                    name, subfolder=GUIDE_FOLDER, torch_dtype=self.unet.dtype, **keywords
+                )
+        except UsageError as error:
+            if Path(name).is_dir():
+                raise
+            raise _no_guide_error(name) from error
+        require_finite(guide.state_dict(), f"the folder {GUIDE_FOLDER!r} of {str(name)!r}")
         self.guide = guide.to(self.device).eval()
         return self
 
@@ -288,9 +297,9 @@ class DDPMPipeline(DiffusionPipeline):
                 f"{type(self.scheduler).__name__}: call the pipeline with its own scheduler"
             )
         sampler = choose_sampler(config, scheduler, num_inference_steps, self.kept_sampler, self.searched_timesteps)
-        if guidance_scale is not None or guidance_interval is not None:
-            guidance = Guidance(1.0 if guidance_scale is None else guidance_scale, guidance_interval)
-            sampler = sampler._replace(guidance=None if guidance.scale == 1 else guidance)
+        guidance = changed(sampler.guidance, guidance_scale, guidance_interval)
+        uses_guide = guidance is not None and (self.guide is not None or sampler.uses_guide)
+        sampler = sampler._replace(guidance=guidance, uses_guide=uses_guide)
         named_scheduler(sampler.scheduler, config, sampler.num_inference_steps)
         self.sampler, self._scheduler_of_sampler = sampler, self.scheduler
         return self
@@ -325,7 +334,7 @@ class DDPMPipeline(DiffusionPipeline):
             output_type: `pil`, `np` or `pt`.
             return_dict: Return a `DDPMPipelineOutput` rather than a tuple.
             class_labels: For a model that is conditioned on classes, one class for all images or B of them, each by
-                its name or its number. None: images of no class in particular, by a model that was trained with
+                its name or its number. None: images without a class, by a model that was trained with
                 `class_dropout`.
             latents: x_T, (B, C, H, W), instead of noise from `generator`.
             callback_on_step_end: A function that is called after each step as `callback(pipeline, i, t, tensors)`,
@@ -401,6 +410,11 @@ class DDPMPipeline(DiffusionPipeline):
         """Return the searched timesteps for the pipeline's scheduler and this number of steps, if there are any."""
         solver = solver_name(self.scheduler) if self.searched_timesteps else None
         return None if solver is None else self.searched_timesteps.get((solver, num_inference_steps))
+
+    def _needs_guide(self, sampler: Sampler) -> bool:
+        """Return whether the guidance of a sampler takes the network in the model's folder `guide`."""
+        guides_itself = self.classes is not None and self.classes.has_unconditional
+        return sampler.guidance is not None and (sampler.uses_guide or not guides_itself)
 
     @property
     def num_timesteps(self) -> int:
@@ -551,7 +565,8 @@ class DDPMPipeline(DiffusionPipeline):
             factor = conditions.output_scheduler.predict_original(one, torch.zeros_like(one), t.long())
             x_0_hat = conditions.output_scheduler.predict_original(prediction, network_input, t.long())
             weaker_x_0_hat = x_0_hat + factor * (weaker - prediction)
-            guided_x_0_hat, self._running = combine(guidance, x_0_hat, weaker_x_0_hat, self._running)
+            guided_x_0_hat, running = combine(guidance, x_0_hat, weaker_x_0_hat, self._running)
+            self._running = None if running is None else running.detach()
             guided = prediction + (guided_x_0_hat - x_0_hat) / factor
         return torch.cat([guided, variance], dim=1)
 
@@ -622,11 +637,10 @@ class DDPMPipeline(DiffusionPipeline):
         """Return how a call guides, by its arguments or by what `use` chose; None for no guidance."""
         if guidance is not None and (scale is not None or interval is not None):
             raise ValueError("guidance must be given without guidance_scale and guidance_interval, got both")
-        kept = None if self.sampler is None else self.sampler.guidance
-        if guidance is None and scale is None and kept is not None:
-            return kept if interval is None else replace(kept, interval=interval)
         if guidance is None:
-            guidance = Guidance(1.0 if scale is None else scale, interval)
+            return changed(None if self.sampler is None else self.sampler.guidance, scale, interval)
+        if not isinstance(guidance, Guidance):
+            raise ValueError(f"guidance must be a Guidance, got {guidance!r}: guidance_scale takes a number")
         return None if guidance.scale == 1 else guidance
 
     def _conditions(
@@ -638,9 +652,9 @@ class DDPMPipeline(DiffusionPipeline):
     ) -> Conditions:
         """Check the classes of the images, and return what each evaluation of the network takes beside x_t and t."""
         labels, dtype = self._labels(class_labels, batch_size, device), self.unet.dtype
+        self._running = None
         if guidance is None:
             return Conditions(dtype, labels)
-        self._running = None
         scheduler, unconditional = None, None if self.classes is None else self.classes.unconditional
         if guidance.method == "apg":
             if "beta_schedule" not in self.scheduler.config:
@@ -648,11 +662,14 @@ class DDPMPipeline(DiffusionPipeline):
                     f"guidance 'apg' needs a model with a beta_schedule, got {type(self.scheduler).__name__}"
                 )
             scheduler = _scheduler_of_outputs(self.scheduler.config)
-        if self.guide is None and unconditional is None:
+        if self.guide is None and (unconditional is None or (self.sampler is not None and self.sampler.uses_guide)):
             self.load_guide()
         if self.guide is None:
             if class_labels is None:
-                raise ValueError("guidance needs class_labels, got none: without a class there is nothing to lead to")
+                raise ValueError(
+                    "guidance needs class_labels, got none, and so nothing to lead to: give a class, or "
+                    "guidance_scale=1, or call load_guide() for guidance by a weaker model"
+                )
             weaker_labels = torch.full_like(labels, unconditional)  # pyright: ignore[reportArgumentType, reportCallIssue]
             return Conditions(dtype, labels, guidance, None, weaker_labels, scheduler)
         check_guide(self.guide, self.unet)
@@ -699,9 +716,13 @@ def check_guide(guide: Any, unet: Any) -> None:
     Raises:
         ValueError: When it takes other images or other classes.
     """
-    for name in ("in_channels", "sample_size", "num_class_embeds", "class_embed_type"):
-        ours, theirs = unet.config.get(name), guide.config.get(name)
-        if ours != theirs:
+    if isinstance(guide, DiffusionPipeline) or not hasattr(guide, "config"):
+        hint = "give its unet" if isinstance(guide, DiffusionPipeline) else "give one of diffusers"
+        raise ValueError(f"guide must be a network, got {type(guide).__name__}: {hint}")
+    for name in ("in_channels", "sample_size", "num_class_embeds", "class_embed_type", "num_embeds_ada_norm"):
+        ours, theirs = (config.get(name) for config in (unet.config, guide.config))
+        sizes = ([side] * 2 if isinstance(side, int) else side and [*side] for side in (ours, theirs))
+        if ours != theirs and not (name == "sample_size" and len({str(side) for side in sizes}) == 1):
             raise ValueError(
                 f"guide must have the model's {name}, {ours}, got {theirs}: take a model of the same data"
             )
@@ -726,6 +747,14 @@ def _scheduler_of_outputs(config: Any) -> Any:
     """Return our scheduler of a model, to turn outputs of its network into x_0_hat, whatever scheduler samples it."""
     return DDPMScheduler.from_config(
         {**complete_config(config), "variance_type": "fixed_small", "timestep_spacing": "trailing"}
+    )
+
+
+def _no_guide_error(name: Any) -> ValueError:
+    where = "a pipeline that was not loaded" if name is None else f"{str(name)!r} without a folder {GUIDE_FOLDER!r}"
+    return ValueError(
+        f"guidance needs a weaker model, got {where}: give a smaller or less trained one of the same data as "
+        "--guidance_model, in Python its network as `guide` of the pipeline; or train on classes, with class_dropout"
     )
 
 

@@ -53,11 +53,14 @@ class Sampler(NamedTuple):
         scheduler: A name in SCHEDULERS.
         num_inference_steps: The number of steps.
         guidance: How predictions are guided; None: they are not.
+        uses_guide: Whether the weaker network of guidance is the one in the model's folder `guide`, also for a model
+            that could guide itself by its classes.
     """
 
     scheduler: str
     num_inference_steps: int
     guidance: Guidance | None = None
+    uses_guide: bool = False
 
 
 def read_sampler(folder: Path) -> Sampler | None:
@@ -81,13 +84,23 @@ def read_sampler(folder: Path) -> Sampler | None:
 def write_sampler(folder: Path, sampler: Sampler) -> None:
     """Keep a sampler in a pipeline's folder, where stock diffusers does not read it."""
     content = sampler._asdict()
-    content["guidance"] = None if sampler.guidance is None else asdict(sampler.guidance)
+    if sampler.guidance is None:
+        del content["guidance"], content["uses_guide"]
+    else:
+        # JSON has no infinity; where it would stand, there is none.
+        settings = {name: value for name, value in asdict(sampler.guidance).items() if value != math.inf}
+        if sampler.guidance.interval is not None:
+            settings["interval"] = [end if math.isfinite(end) else None for end in sampler.guidance.interval]
+        content["guidance"] = settings
     write_atomically(folder / SAMPLER_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def _read_guidance(content: Mapping[str, Any]) -> Guidance:
     interval = content.get("interval")
-    return Guidance(**{**content, "interval": None if interval is None else (interval[0], interval[1])})
+    if interval is not None:
+        low, high = interval
+        content = {**content, "interval": (low, math.inf if high is None else high)}
+    return Guidance(**content)
 
 
 def choose_sampler(
@@ -117,8 +130,8 @@ def choose_sampler(
         steps = kept.num_inference_steps
     if steps is None:
         steps = default_steps(name, num_train)
-    guidance = None if kept is None else kept.guidance
-    return Sampler(name, require_num_inference_steps(steps, num_train), guidance)
+    sampler = Sampler(name, require_num_inference_steps(steps, num_train))
+    return sampler if kept is None else sampler._replace(guidance=kept.guidance, uses_guide=kept.uses_guide)
 
 
 def default_scheduler(

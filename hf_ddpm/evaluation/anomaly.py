@@ -24,6 +24,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from hf_ddpm.editing import num_steps_of
 from hf_ddpm.evaluation.names import check_strengths
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
@@ -149,11 +150,6 @@ def set_last_timesteps(
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return scheduler.timesteps[first:]
-
-
-def num_steps_of(strength: float, num_inference_steps: int) -> int:
-    """Return how many of the steps of sampling a strength takes: round(strength n), and at least one."""
-    return max(1, round(strength * num_inference_steps))
 
 
 def scores_of(maps: Tensor) -> Tensor:

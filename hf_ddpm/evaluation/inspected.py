@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from hf_ddpm.classes import numbered_classes
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.splits import describe_split, image_names
@@ -121,8 +120,7 @@ def _classes_for(pipeline: DDPMPipeline, images: ImageCache, labels: list[str] |
             f"label_column must name the class of each image, which a model of {len(classes)} classes needs, got "
             "none: give --label_column, or a model that was trained without classes, or with class_dropout"
         )
-    has_names = classes.names != numbered_classes(len(classes)).names and images.class_names
-    names = classes.names if has_names else _class_names(images)[: len(classes)]
+    names = classes.names if classes.is_named else _class_names(images)[: len(classes)]
     number_of = {name: number for number, name in enumerate(names)}
     unknown = sorted({*labels} - number_of.keys())
     if unknown and classes.has_unconditional:

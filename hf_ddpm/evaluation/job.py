@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_ddpm.classes import numbered_classes
 from hf_ddpm.data.batches import center_pixels, epoch_order
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
@@ -289,7 +288,7 @@ def _grid(pipeline: DDPMPipeline, request: Request) -> list[SamplerSetting]:
     for scheduler in request.schedulers or [None]:
         for number in request.num_inference_steps or [None]:
             kept, searched = pipeline.kept_sampler, pipeline.searched_timesteps
-            name, steps, _ = choose_sampler(config, scheduler, number, kept, searched)
+            name, steps, *_ = choose_sampler(config, scheduler, number, kept, searched)
             named_scheduler(name, config, steps).set_timesteps(steps)
             settings += [SamplerSetting(name, steps, guidance) for guidance in guidances]
     return list(dict.fromkeys(settings))
@@ -389,7 +388,7 @@ def _choose_classes(pipeline: DDPMPipeline, splits: Splits, request: Request) ->
     if images.num_classes != num_classes:
         raise UsageError(f"the data must have the model's {num_classes} classes, got {images.num_classes} in {split}")
     names = tuple(images.class_names or classes.names)
-    if classes.names != numbered_classes(num_classes).names and names != classes.names:
+    if classes.is_named and names != classes.names:
         raise UsageError(f"the data must have the model's classes, {classes.names}, in this order, got {names}")
     counts = np.bincount(images.labels, minlength=num_classes)
     if not counts.all():

@@ -126,6 +126,8 @@ def _method_cell(row: Mapping[str, Any]) -> str:
         low, high = guidance.get("interval") or (0, None)
         method += f", guidance {guidance['scale']:g}" + (f" from sigma {low:g}" if low else "")
         method += f" to {high:g}" if high is not None else ""
+        method += f" by {guidance['method']}" if "method" in guidance else ""
+        method += "" if guidance["weaker"] == "without a class" else f", weaker model {guidance['weaker'][:7]}"
     return method + ("" if dtype == "fp32" else f", {dtype}")
 
 

@@ -103,12 +103,13 @@ def edit_images(
             f"mask must be one image, or one for each of {len(names)} images, got {len(mask_files)} in {str(mask)!r}"
         )
 
-    plain, steps = load_for_sampling(model, scheduler, num_inference_steps, device, guidance_model=guidance_model)
+    plain, _ = load_for_sampling(model, "ddpm", device=device, guidance_model=guidance_model)
     guidance = choose_guidance(plain, guidance_scale, guidance_interval, guidance_method, guidance_model)
     speed_up(plain, dtype, compile=False)
-    pipeline: Any = (DDPMImg2ImgPipeline if mask_files is None else DDPMInpaintPipeline).from_pipe(plain)
     kept, searched = plain.kept_sampler, plain.searched_timesteps
-    pipeline.use(choose_sampler(plain.scheduler.config, scheduler, steps, kept, searched).scheduler, steps)
+    sampler = choose_sampler(plain.scheduler.config, scheduler, num_inference_steps, kept, searched)
+    pipeline: Any = (DDPMImg2ImgPipeline if mask_files is None else DDPMInpaintPipeline).from_pipe(plain)
+    pipeline.use(sampler.scheduler, sampler.num_inference_steps, guidance_scale=1.0)  # each call is given its guidance
     channels, height, width = plain._image_shape()
     if channels not in (1, 3, 4):
         raise UsageError(f"model must make images of 1, 3 or 4 channels, got {channels}, which no file holds")

@@ -35,6 +35,7 @@ from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.sampling.sampler import (
     FORWARD_BATCH,
+    by_class,
     check_guidance,
     choose_guidance,
     classes_in_turn,
@@ -205,12 +206,16 @@ def _write_set(
 
     def finish() -> None:
         first_images = image_set.finish()
+        classes, columns = pipeline.classes if settings["class_label"] is None else None, None
+        if classes is not None and len(first_images) >= 2 * len(classes):
+            columns = len(first_images) // len(classes)
+            first_images = [*by_class(first_images[: columns * len(classes)], columns)]
         if first_images[0].shape[2] in (1, 3, 4):
             pixels = np.stack(first_images)
             if settings["value_range"] is not None:
                 low, high = settings["value_range"]
                 pixels = np.clip(np.rint((pixels.astype(np.float64) - low) * 255 / (high - low)), 0, 255)
-            write_atomically(out / "grid.png", png_bytes(grid(_pictures(pixels.astype(np.uint8)))))
+            write_atomically(out / "grid.png", png_bytes(grid(_pictures(pixels.astype(np.uint8)), columns)))
 
     processes.gather(write_share)
     processes.on_main(finish)

@@ -13,24 +13,25 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_ddpm.classes import Classes
-from hf_ddpm.guidance import Guidance
+from hf_ddpm.guidance import Guidance, changed
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.names import DTYPES, SCHEDULERS
-from hf_ddpm.network import compile_network, naming_weights, require_finite
+from hf_ddpm.network import compile_network, load_unet, naming_weights, require_finite
 from hf_ddpm.pipeline import DDPMPipeline, check_guide
 from hf_ddpm.runtime.devices import process_device, require_compiler
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import look_at
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.scheduler import complete_config
-from hf_ddpm.solvers import choose_sampler, named_scheduler
+from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler
 
 # From 16 images on, PyTorch chooses a CPU's 1x1 convolution without regard to the number of threads, which differs
 # between one process and several; from 64 images on, diffusers lays out what it enlarges in another way.
@@ -92,7 +93,7 @@ def load_for_sampling(
             f"{type(pipeline.scheduler).__name__}: it is no DDPM"
         )
     kept, searched = pipeline.kept_sampler, pipeline.searched_timesteps
-    name, steps, _ = choose_sampler(config, scheduler, num_inference_steps, kept, searched)
+    name, steps, *_ = choose_sampler(config, scheduler, num_inference_steps, kept, searched)
     if guidance_model is not None:
         pipeline.guide = _load_guide(guidance_model, pipeline)
     pipeline.scheduler = named_scheduler(name, config, steps)
@@ -100,7 +101,7 @@ def load_for_sampling(
     return pipeline, steps
 
 
-def check_guidance(scales: Sequence[float | None], interval: Sequence[float] | None, method: str | None) -> None:
+def check_guidance(scales: Sequence[float | None], interval: Sequence[float] | None, method: Any) -> None:
     """Check what a command was asked for, before it reads the model.
 
     Raises:
@@ -108,14 +109,15 @@ def check_guidance(scales: Sequence[float | None], interval: Sequence[float] | N
     """
     for scale in scales:
         # What the model's folder says is known later; 2 stands for it here.
-        _with_details(Guidance(2.0 if scale in (None, 1) else scale), interval, method)
+        pair: Any = None if interval is None else tuple(interval)
+        changed(None, 2.0 if scale in (None, 1) else scale, pair, method)
 
 
 def choose_guidance(
     pipeline: DDPMPipeline,
     scale: float | None,
     interval: Sequence[float] | None,
-    method: str | None,
+    method: Any,
     guidance_model: str | None,
 ) -> Guidance | None:
     """Return how a command guides: by what it was asked for, or as the model's folder says; None: not at all.
@@ -125,27 +127,20 @@ def choose_guidance(
     Raises:
         ValueError: When guidance cannot work, or a setting of it has no effect.
     """
-    if scale is None and pipeline.kept_sampler is not None and pipeline.kept_sampler.guidance is not None:
-        guidance = pipeline.kept_sampler.guidance
-    else:
-        guidance = Guidance(1.0 if scale is None else scale)
+    kept = pipeline.kept_sampler
     details = {"guidance_interval": interval, "guidance_method": method, "guidance_model": guidance_model}
-    if guidance.scale == 1:
+    if scale == 1 or (scale is None and (kept is None or kept.guidance is None)):
         for name, value in details.items():
             if value is not None:
                 raise UsageError(f"{name} has no effect without guidance, got {value}: give guidance_scale, above 1")
         return None
-    guidance = _with_details(guidance, interval, method)
-    if pipeline.guide is None and (pipeline.classes is None or pipeline.classes.unconditional is None):
+    pair: Any = None if interval is None else tuple(interval)
+    guidance = changed(None if kept is None else kept.guidance, scale, pair, method)
+    if guidance is None or pipeline.guide is not None:
+        return guidance
+    if pipeline._needs_guide(Sampler("", 0, guidance, kept is not None and kept.uses_guide)):
         pipeline.load_guide()
     return guidance
-
-
-def _with_details(guidance: Guidance, interval: Sequence[float] | None, method: Any) -> Guidance:
-    """Return guidance in an interval and by a method, where they are given."""
-    if interval is not None:
-        guidance = replace(guidance, interval=(interval[0], interval[1]))
-    return guidance if method is None else replace(guidance, method=method)
 
 
 def describe_guidance(guidance: Guidance, pipeline: DDPMPipeline) -> dict[str, Any]:
@@ -168,6 +163,12 @@ def _load_guide(model: str, pipeline: DDPMPipeline) -> Any:
     Raises:
         UsageError: When there is no such model, or it is of other images, another schedule or prediction type.
     """
+    folder = look_at("guidance_model", model)
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        # A network alone, as in the folder `guide` of a run; what it predicts stands in no file there.
+        network: Any = load_unet(folder, f"guidance_model {model!r}")
+        check_guide(network, pipeline.unet)
+        return network.to(pipeline.device).eval()
     folder, _ = find_model(model)
     with naming_weights(f"guidance_model {model!r}"):
         weaker = DDPMPipeline.from_pretrained(folder)
@@ -196,6 +197,29 @@ def speed_up(pipeline: DDPMPipeline, dtype: str | None, compile: bool) -> None:
 def classes_in_turn(classes: Classes | None, numbers: Iterable[int]) -> list[int] | None:
     """Return a class for each image, by its number: number % len(classes). None for a model without classes."""
     return None if classes is None else [number % len(classes) for number in numbers]
+
+
+def grid_by_class(num_images: int, classes: Classes | None) -> tuple[int, int | None]:
+    """Return the number of images of a grid, and of its columns where each of its rows shows one class.
+
+    There are at least two columns, and the last one is filled up.
+
+    Args:
+        num_images: The number of images that are asked for.
+        classes: The classes of the images, which come in turn. None, or more than images: the rows show no classes.
+    """
+    if classes is None or len(classes) > num_images:
+        return num_images, None
+    columns = max(2, -(-num_images // len(classes)))
+    return columns * len(classes), columns
+
+
+def by_class(images: Sequence[Any], columns: int | None) -> Sequence[Any]:
+    """Return images whose classes come in turn in the order of a grid of so many columns, a row for each class."""
+    if columns is None:
+        return images
+    num_classes = len(images) // columns
+    return [images[column * num_classes + row] for row in range(num_classes) for column in range(columns)]
 
 
 def iter_samples(

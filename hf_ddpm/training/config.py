@@ -157,8 +157,8 @@ class TrainingConfig(DataConfig):
 
     class_dropout: float = setting(
         CLASS_DROPOUT,
-        "How often a class is hidden from the network, which so learns to make images of every class, too; guidance "
-        "compares the two. 0: never, and without that class.",
+        "How often the class of an image is hidden from the network, which so learns images without a class, too; "
+        "guidance compares the two. 0: never.",
         group="objective",
         resume="fixed",
         at_least=0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ import numpy as np
 from PIL import Image
 
 from hf_ddpm import figures
-from hf_ddpm.classes import Classes
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import read_metrics, write_atomically
-from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
+from hf_ddpm.sampling.sampler import by_class, classes_in_turn, grid_by_class, sample_all
 from hf_ddpm.solvers import default_scheduler, default_steps, named_scheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import swap_in
@@ -53,7 +52,7 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
     Args:
         has_bar: Whether each forward batch has a progress bar of its sampling steps.
     """
-    num_images, columns = preview_layout(run.config.eval_batch_size, run.classes)
+    num_images, columns = grid_by_class(run.config.eval_batch_size, run.classes)
     with averaged_pipeline(run) as pipeline:
         pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not (has_bar and run.is_main))
         samples = sample_all(
@@ -65,27 +64,6 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
             class_labels=classes_in_turn(run.classes, range(num_images)),
         )
     return figures.grid(by_class(figures.to_pil(samples), columns), columns)
-
-
-def preview_layout(num_images: int, classes: Classes | None) -> tuple[int, int | None]:
-    """Return the number of images of a preview, and of its columns where each of its rows is of one class.
-
-    Args:
-        num_images: The number of images that the settings ask for; the last column is filled up.
-        classes: The classes of the images, which come in turn.
-    """
-    if classes is None or len(classes) > num_images // 2:
-        return num_images, None
-    columns = -(-num_images // len(classes))
-    return columns * len(classes), columns
-
-
-def by_class(images: Sequence[Image.Image], columns: int | None) -> Sequence[Image.Image]:
-    """Return images whose classes come in turn ordered by class, for a grid of so many columns."""
-    if columns is None:
-        return images
-    num_classes = len(images) // columns
-    return [images[column * num_classes + row] for row in range(num_classes) for column in range(columns)]
 
 
 def next_preview(run: Run, done: int, num_steps: int) -> int:

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
-from hf_ddpm.classes import Classes, numbered_classes
+from hf_ddpm.classes import Classes, read_classes
 from hf_ddpm.data.cache import ImageCache, load_dataset, load_images
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
@@ -436,10 +436,10 @@ def _check_extra_images(config: TrainingConfig, images: Images, global_batch_siz
 def _classes_of(config: TrainingConfig, images: Images, given: Any) -> Classes | None:
     """Return the classes of the images, with one more for `class_dropout` where the network has a place for it."""
     if images.num_classes is None:
+        if config.class_dropout not in (0, CLASS_DROPOUT):
+            raise UsageError(f"class_dropout = {config.class_dropout} has no effect: the images have no classes")
         return None
-    classes = numbered_classes(images.num_classes)
-    if images.class_names is not None:
-        classes = Classes(tuple(images.class_names))
+    classes = Classes(tuple(images.class_names or map(str, range(images.num_classes))))
     has_place = given is None or num_classes_of(given.config) == len(classes) + 1
     if given is not None and not has_place and config.class_dropout not in (0, CLASS_DROPOUT):
         raise UsageError(
@@ -478,12 +478,22 @@ def _make_unet(
         source=network_source(config) if checkpoint is None else f"the network of {checkpoint.name}",
     )
     if network is not None and checkpoint is None:
+        _check_same_classes(config, classes, read_classes(network.parent))
         load_weights(unet, network, network_source(config))
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     return unet
+
+
+def _check_same_classes(config: TrainingConfig, classes: Classes | None, of_model: Classes | None) -> None:
+    """Check that the classes of the images are those of the model of `init_from`, in its order."""
+    if of_model is not None and classes is not None and of_model.names != classes.names:
+        raise UsageError(
+            f"the images must have the classes of {config.init_from!r}, {', '.join(of_model.names)}, in this order, "
+            f"got {', '.join(classes.names)}: give other images, or begin with a model without classes"
+        )
 
 
 def _make_objective(

@@ -17,8 +17,9 @@ from benchmarks.schedulers.run import MEAN, NETWORK, SPREAD, Exact
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UsageError
 from hf_ddpm.classes import Classes, write_classes
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.editing import num_steps_of
 from hf_ddpm.evaluation import anomaly
-from hf_ddpm.evaluation.anomaly import anomaly_maps, auroc, num_steps_of, reconstruct, scores_of
+from hf_ddpm.evaluation.anomaly import anomaly_maps, auroc, reconstruct, scores_of
 from hf_ddpm.evaluation.detection import find_anomalies
 from hf_ddpm.sampling.sampler import seeded_generators
 from hf_ddpm.solvers import named_scheduler
@@ -314,3 +315,26 @@ def test_model_with_class_dropout_reconstructs_unknown_classes_without_a_class(d
     texts = [(tmp_path / name / "scores.csv").read_text() for name in ("labeled", "unlabeled")]
     scores = [[row["score"] for row in csv.DictReader(text.splitlines())] for text in texts]
     assert scores[0] == scores[1]
+
+
+def test_names_that_are_numbers_are_names(data, tmp_path):
+    """Folders 3 and 7 are not the classes 0 and 1 of a model whose classes are called "0" to "9"."""
+    model = save_model(tmp_path / "digits", num_class_embeds=10)
+    write_classes(tmp_path / "digits", Classes(tuple(map(str, range(10)))))
+    folder = tmp_path / "two"
+    for i, path in enumerate(sorted(Path(str(data.dataset_name)).rglob("*.png"))[:4]):
+        target = folder / ("3", "7")[i % 2] / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    settings = DataConfig(dataset_name=str(folder), label_column="label", cache_dir=data.cache_dir)
+    find_anomalies(model, settings, tmp_path / "out", **SMALL)
+    # Of a model that knows these two alone, as 3 and 7 are its own.
+    weights = UNet2DModel.from_pretrained(model / "unet")
+    two = save_model(tmp_path / "pair", num_class_embeds=2)
+    other = UNet2DModel.from_pretrained(two / "unet")
+    state = weights.state_dict()
+    state["class_embedding.weight"] = state["class_embedding.weight"][[3, 7]]
+    other.load_state_dict(state)
+    other.save_pretrained(two / "unet")
+    find_anomalies(two, settings, tmp_path / "same", **SMALL)
+    assert (tmp_path / "out/scores.csv").read_text() == (tmp_path / "same/scores.csv").read_text()

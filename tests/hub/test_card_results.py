@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_ddpm.hub.card import write_card
+from hf_ddpm.hub.card import _method_cell, write_card
 from hf_ddpm.hub.card_metadata import _dataset_type, eval_results
 from hf_ddpm.runtime.run_files import read_evaluation
 from tests.support.cards import COPIES, RESULT, assert_no_trace_of_absence, card_of, make_run, write_results
+
+
+def test_guided_results_say_how_they_were_guided():
+    guidance = {"scale": 2.0, "interval": [0.2, None], "method": "apg", "weaker": "0123456789"}
+    row = {"sampling": {"scheduler": "unipc", "num_inference_steps": 20, "guidance": guidance}}
+    expected = "unipc, 20 steps, guidance 2 from sigma 0.2 by apg, weaker model 0123456"
+    assert _method_cell(row) == expected
 
 
 @pytest.mark.slow

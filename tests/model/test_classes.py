@@ -96,7 +96,9 @@ def test_saved_pipeline_keeps_its_classes_where_stock_does_not_look(pipeline, tm
 
 @pytest.mark.filterwarnings("ignore:alpha_bar_T")
 def test_network_that_nobody_has_named_has_numbered_classes(make_unet):
-    assert DDPMPipeline(make_unet(num_class_embeds=3), DDPMScheduler()).classes == Classes(("0", "1", "2"))
+    assert DDPMPipeline(make_unet(num_class_embeds=3), DDPMScheduler()).classes == Classes(
+        ("0", "1", "2"), is_named=False
+    )
     assert DDPMPipeline(make_unet(), DDPMScheduler()).classes is None
     angle = make_unet(class_embed_type="timestep", num_class_embeds=1)
     assert DDPMPipeline(angle, DDPMScheduler()).classes is None

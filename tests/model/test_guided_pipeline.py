@@ -1,6 +1,7 @@
 """Guided sampling: a Gaussian with a known answer, when the weaker network is evaluated, what is kept and refused."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -10,7 +11,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from hf_ddpm import DDPMImg2ImgPipeline, DDPMInpaintPipeline, DDPMPipeline, DDPMScheduler
 from hf_ddpm.classes import Classes
-from hf_ddpm.guidance import Guidance
+from hf_ddpm.guidance import Guidance, changed
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.solvers import named_scheduler
 from tests.support.networks import smallest_unet_config
@@ -233,3 +234,84 @@ def test_editing_is_guided_too(method):
     filled = inpaint(gray, mask, generator=generator, method=method, **settings).images
     assert torch.equal(filled[..., 2:], gray[..., 2:])
     assert float(2 * filled[..., :2].mean() - 1) == pytest.approx(0.3, abs=0.03)
+
+
+def test_saved_pipeline_keeps_the_guide_that_its_guidance_needs(tmp_path, make_unet):
+    """Also of a model of classes, which could guide itself; and nothing in its folder is no JSON."""
+    pipeline: Any = DDPMPipeline(make_unet(channels=1, num_class_embeds=3), DDPMScheduler(50, beta_end=0.5))
+    pipeline.classes = CLASSES
+    pipeline.guide = make_unet(channels=1, num_class_embeds=3, seed=1)
+    infinity = float("inf")
+    pipeline.use("ddim", 4, guidance_scale=2.0, guidance_interval=(0.1, infinity)).save_pretrained(tmp_path / "first")
+    # Saved again without its having been needed, it is still there.
+    DDPMPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    loaded: Any = DDPMPipeline.from_pretrained(tmp_path / "second").use()
+    for each in (pipeline, loaded):
+        each.set_progress_bar_config(disable=True)
+    settings = {"class_labels": 1, "output_type": "pt"}
+    images = [each(generator=torch.Generator().manual_seed(0), **settings).images for each in (pipeline, loaded)]
+    assert torch.equal(*images)
+    assert loaded.sampler == pipeline.sampler
+    for path in (tmp_path / "second").rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+@pytest.mark.parametrize("content", ["{", None])
+def test_damaged_guide_is_named(tmp_path, make_unet, content):
+    DDPMPipeline(make_unet(channels=1), DDPMScheduler(50, beta_end=0.5)).save_pretrained(tmp_path)
+    unet = make_unet(channels=1)
+    with torch.no_grad():
+        unet.conv_out.bias.fill_(float("nan"))
+    unet.save_pretrained(tmp_path / "guide")
+    if content is not None:
+        (tmp_path / "guide/config.json").write_text(content)
+    message = (
+        "the folder 'guide' of .* must have finite weights"
+        if content is None
+        else "the folder 'guide' of .* must hold"
+    )
+    with pytest.raises(ValueError, match=message):
+        DDPMPipeline.from_pretrained(tmp_path)(guidance_scale=2.0)
+
+
+def test_no_step_of_a_call_is_kept_by_the_pipeline():
+    pipeline = DDPMInpaintPipeline.from_pipe(make_pipeline("ddim"))
+    mask = torch.arange(4).repeat(4, 1)[None] < 2
+    guidance = Guidance(2.0, method="apg")
+    settings = {"num_inference_steps": 3, "output_type": "pt", "class_labels": "above", "guidance": guidance}
+    pipeline(torch.full((2, 1, 4, 4), 0.5), mask, **settings)
+    assert not pipeline._running.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance_scale": "2"}, "guidance scale must be a number, got '2'"),
+        ({"guidance": 2.0}, "guidance must be a Guidance, got 2.0: guidance_scale takes a number"),
+        ({"guidance_scale": 2.0, "guidance_interval": (0.2,)}, r"must be two numbers, \(low, high\), got \(0.2,\)"),
+        ({"guidance_scale": 2.0, "guidance_interval": 3.0}, "must be two numbers"),
+    ],
+)
+def test_guidance_of_a_wrong_type_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        values(make_pipeline(), **arguments)
+
+
+def test_guide_that_is_a_pipeline_is_refused():
+    pipeline = make_pipeline()
+    pipeline.guide = make_pipeline()
+    with pytest.raises(ValueError, match="guide must be a network, got DDPMPipeline: give its unet"):
+        values(pipeline, guidance_scale=2.0)
+
+
+def test_what_a_call_gives_replaces_that_part_of_kept_guidance():
+    kept = Guidance(2.0, (0.2, 3.0), method="apg", norm_threshold=5.0)
+    assert changed(kept) is not None
+    assert changed(kept, 3.0) == replace(kept, scale=3.0)
+    assert changed(kept, interval=(1.0, 2.0)) == replace(kept, interval=(1.0, 2.0))
+    assert changed(kept, method="cfg") == Guidance(2.0, (0.2, 3.0))
+    assert changed(kept, 1.0) is None
+    assert changed(None) is None
+    assert changed(None, 2.0) == Guidance(2.0)
+    with pytest.raises(ValueError, match="interval takes effect only with guidance"):
+        changed(None, interval=(1.0, 2.0))

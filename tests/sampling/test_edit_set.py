@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import UNet2DModel
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_ddpm import DDPMInpaintPipeline, DDPMPipeline, DDPMScheduler
+from hf_ddpm import DDPMImg2ImgPipeline, DDPMInpaintPipeline, DDPMPipeline, DDPMScheduler
+from hf_ddpm.classes import Classes
 from hf_ddpm.cli import app
 from hf_ddpm.sampling.edit_set import edit_images
 from hf_ddpm.sampling.sampler import seeded_generators
@@ -126,3 +128,26 @@ def test_bad_input_is_one_line_and_nothing_is_written(model, images, arguments, 
 def test_batch_size_below_one_is_refused(model, images):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         edit_images(str(model), images, "out", batch_size=0)
+
+
+def test_edit_samples_the_model_that_the_pipelines_do(images, tmp_path):
+    """Also one that clips to another limit than 1, and without the guidance that it keeps, when that is asked for."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**smallest_unet_config(channels=1, num_class_embeds=3))
+    scheduler = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", clip_sample_range=3)
+    pipeline = DDPMPipeline(unet, scheduler)
+    pipeline.classes = Classes(("a", "b"), has_unconditional=True)
+    pipeline.use("unipc", 3, guidance_scale=4.0).save_pretrained(tmp_path / "tuned")
+    image, options = images / "a.png", ("--class_label", "b", "--device", "cpu", "--strength", 1)
+    expected = {}
+    for scale in (1.0, 4.0):
+        variation = DDPMImg2ImgPipeline.from_pretrained(tmp_path / "tuned").use()
+        generator = seeded_generators([0], variation.device)
+        settings = {"strength": 1.0, "class_labels": "b", "guidance_scale": scale}
+        expected[scale] = np.array(variation(Image.open(image), generator=generator, **settings).images[0]).astype(int)
+    for out, more in (("kept", ()), ("none", ("--guidance_scale", 1))):
+        result = edit(tmp_path / "tuned", "--image", image, "--out", out, *options, *more)
+        assert result.exit_code == 0, result.output
+    assert np.abs(pixels("kept/a.png") - expected[4.0]).max() <= 1
+    assert np.abs(pixels("none/a.png") - expected[1.0]).max() <= 1
+    assert np.abs(expected[4.0] - expected[1.0]).max() > 5

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,9 +14,11 @@ from PIL import Image
 from hf_ddpm import DDPMPipeline, DDPMScheduler, Objective, UsageError
 from hf_ddpm.classes import Classes
 from hf_ddpm.evaluation.distances import kernel_distance
+from hf_ddpm.figures import grid
+from hf_ddpm.sampling.image_set import write_samples
+from hf_ddpm.sampling.sampler import by_class, grid_by_class
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import hide_classes, train
-from hf_ddpm.training.previews import by_class, preview_layout
 from hf_ddpm.training.validation import Validation, measure_classes
 from tests.support.image_data import sort_into_kinds
 from tests.support.networks import smallest_unet_config
@@ -41,7 +44,7 @@ def test_run_learns_the_named_classes_and_one_for_all(settings):
     assert loaded.unet.config.num_class_embeds == 3
     assert json.loads((folder / "run.json").read_text())["data"]["class_names"] == ["dark", "light"]
     card = (folder / "README.md").read_text()
-    assert "a number below 2; the number 2 stands for every class" in card
+    assert "a number below 2; the number 2 is for images without a class" in card
     assert '`class_labels="dark"`' in card
     assert "| Classes | 2: dark, light |" in card
 
@@ -52,7 +55,7 @@ def test_run_without_class_dropout_has_no_embedding_for_all(settings):
     assert pipeline is not None
     assert pipeline.classes == replace(KINDS, has_unconditional=False)
     assert pipeline.unet.config.num_class_embeds == 2
-    assert "stands for every class" not in Path(settings["output_dir"], "README.md").read_text()
+    assert "without a class" not in Path(settings["output_dir"], "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -123,14 +126,48 @@ def test_class_dropout_without_classes_is_refused(tiny_settings):
         train(TrainingConfig(**tiny_settings, class_dropout=0.3))
 
 
-def test_preview_has_a_row_for_each_class():
-    assert preview_layout(16, None) == (16, None)
-    assert preview_layout(16, Classes(tuple("abcde"))) == (20, 4)
-    # Of many classes there would be hardly any columns.
-    assert preview_layout(16, Classes(tuple(map(str, range(9))))) == (16, None)
-    images = [Image.new("L", (1, 1), i % 3) for i in range(6)]
-    assert [image.getpixel((0, 0)) for image in by_class(images, 2)] == [0, 0, 1, 1, 2, 2]
-    assert by_class(images, None) is images
+def test_grid_has_a_row_for_each_class():
+    assert grid_by_class(16, None) == (16, None)
+    assert grid_by_class(16, Classes(tuple("abcde"))) == (20, 4)
+    assert grid_by_class(16, Classes(tuple(map(str, range(10))))) == (20, 2)
+    assert grid_by_class(16, Classes(tuple(map(str, range(17))))) == (16, None)
+    assert by_class([0, 1, 2, 0, 1, 2], 2) == [0, 0, 1, 1, 2, 2]
+    assert by_class([3, 1], None) == [3, 1]
+
+
+@pytest.mark.slow
+def test_previews_and_sets_have_the_same_grid_with_a_class_in_each_row(settings):
+    train(TrainingConfig(**{**settings, "eval_batch_size": 4}))
+    folder = Path(settings["output_dir"])
+    out = folder.with_name("set")
+    write_samples(
+        str(folder), out, num_images=4, num_inference_steps=settings["ddpm_num_inference_steps"], device="cpu"
+    )
+    # Image i has the class i % 2, and so stands in that row.
+    images = [Image.open(out / f"{i:06d}.png") for i in (0, 2, 1, 3)]
+    expected = np.array(grid(images, 2))
+    assert np.array_equal(np.array(Image.open(out / "grid.png")), expected)
+    assert np.array_equal(np.array(Image.open(folder / "figures/samples.png")), expected)
+
+
+@pytest.mark.slow
+def test_tuning_to_the_classes_of_a_model_needs_them_in_its_order(settings, tmp_path):
+    train(TrainingConfig(**settings))
+    for name in ("model_config_name_or_path", "ddpm_num_steps"):
+        settings.pop(name)
+    more = {
+        **settings,
+        "init_from": settings["output_dir"],
+        "output_dir": str(tmp_path / "more"),
+        "max_train_steps": 1,
+    }
+    pipeline = train(TrainingConfig(**more))
+    assert pipeline is not None
+    assert pipeline.classes == KINDS
+    others = sort_into_kinds(Path(settings["train_data_dir"]) / "dark", tmp_path / "others", ["a", "b"])
+    with pytest.raises(UsageError, match=r"must have the classes of .*, dark, light, in this order, got a, b: give"):
+        train(TrainingConfig(**{**more, "train_data_dir": str(others), "output_dir": str(tmp_path / "no")}))
+    assert not (tmp_path / "no").exists()
 
 
 def test_validation_measures_each_class_of_which_there_are_enough_images():
@@ -143,7 +180,10 @@ def test_validation_measures_each_class_of_which_there_are_enough_images():
     measured = measure_classes(validation, Classes(("a", "b", "c")), loss, samples)
     assert [*measured] == ["a", "c"]
     assert measured["a"]["kid"] == kernel_distance(samples[::3], features[:60])[0]
-    assert measured["c"]["kid"] > 10 * measured["a"]["kid_standard_error"] > 0
+    wrong, error = measured["c"]["kid"], measured["a"]["kid_standard_error"]
+    assert wrong is not None
+    assert error is not None
+    assert wrong > 10 * error > 0
     assert measured["c"]["val_loss"] == pytest.approx(float(loss[70:].mean()))
     assert measure_classes(validation, None, loss, samples) == {}
     assert measure_classes(replace(validation, labels=None), Classes(("a", "b", "c")), loss, samples) == {}

@@ -104,7 +104,7 @@ class Handlers:
     def _note(self, label: int | None, scale: float) -> str:
         """Return what is to be said about guidance, in HTML."""
         is_off = scale != 1 and self.model.lacks_direction(self.model.labels(label, [0]))
-        return note("Guidance is off: it leads to a class, and no class in particular was chosen." if is_off else "")
+        return note("Guidance is off: it leads to a class, and none was chosen." if is_off else "")
 
     def show_first(self) -> tuple[str, str, Image.Image]:
         """Return the images and the strip with which the page begins, and the image that it offers to edit."""

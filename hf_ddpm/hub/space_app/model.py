@@ -90,7 +90,7 @@ class Model:
     @property
     def class_choices(self) -> list[tuple[str, int]]:
         """What the page offers as classes: names with numbers, of which those below 0 are no class."""
-        no_class = [("no class in particular", NO_CLASS)] if self.has_no_class else []
+        no_class = [("without a class", NO_CLASS)] if self.has_no_class else []
         return [("each in turn", EACH_CLASS), *no_class, *((name, i) for i, name in enumerate(self.class_names))]
 
     @property
@@ -136,7 +136,7 @@ class Model:
         return choose_sampler(self.scheduler.config, kept=kept, searched=searched)
 
     def labels(self, choice: int | None, seeds: Sequence[int]) -> list[int] | None:
-        """Return the class of each image; None for a model without classes, and for no class in particular.
+        """Return the class of each image; None for a model without classes, and for images without a class.
 
         Args:
             choice: A class, EACH_CLASS or NO_CLASS. None: EACH_CLASS.
