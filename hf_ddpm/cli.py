@@ -282,8 +282,8 @@ def edit(
 @with_options_of(
     DataConfig,
     (
-        *("dataset_name", "dataset_config_name", "image_column", "label_column", "center_crop", "value_range"),
-        *("max_image_pixels", "cache_dir"),
+        *("dataset_name", "dataset_config_name", "image_column", "label_column", "condition_column", "center_crop"),
+        *("value_range", "max_image_pixels", "cache_dir"),
     ),
 )
 def evaluate(
@@ -293,7 +293,7 @@ def evaluate(
         choice(
             "metrics",
             "Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
-            "nll (bits per dimension), memorization.",
+            "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim.",
             METRICS,
             is_list=True,
         ),

@@ -1,6 +1,7 @@
 """Runs whose images are made from images."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,19 @@ import torch
 from diffusers import DDPMPipeline as StockPipeline
 from diffusers import DDPMScheduler as StockScheduler
 from diffusers import UNet2DModel
+from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hf_ddpm import ConditionalDDPMPipeline, DDPMPipeline
+from hf_ddpm.condition import Condition
+from hf_ddpm.hub.info import model_info
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.conditions import with_noise
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.posthoc import write_average
 from tests.data.test_conditions import save_pairs
+from tests.support.image_data import noise
 from tests.support.runs import differences
 from tests.support.trained import model_file
 
@@ -133,6 +139,34 @@ def test_super_resolution_run_leaves_pictures_card_and_what_it_makes_images_from
     assert json.loads((trained / "scheduler/condition.json").read_text())["super_resolution"] == 2
     for name in ("samples.png", "reverse.png", "forward.png"):
         assert (trained / "figures" / name).is_file()
+    card = (trained / "README.md").read_text()
+    assert "pipeline_tag: image-to-image" in card
+    assert "trained on images of 1/2 of their height and width" in card
+    assert model_info(str(trained))["channels"] == 1
+    assert model_info(str(trained))["made_from"] == "images of 1/2 of their height and width"
+
+
+@pytest.mark.slow
+def test_code_of_the_card_runs(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(noise(4, 4)).save("image.png")
+    ours, stocks = re.findall(r"```python\n(.*?)```", (trained / "README.md").read_text(), re.DOTALL)
+    assert "hf_ddpm" not in stocks.replace(str(trained), "")
+    variables = {}
+    exec(ours, variables)
+    assert variables["sample"].size == (8, 8)
+    exec(stocks, variables)
+    assert variables["sample"].shape == (1, 1, 8, 8)
+    # Pillow enlarges as the pipeline does, but in whole numbers.
+    condition = 2 * variables["pipeline"].to_conditions(variables["image"]) - 1
+    assert (condition - variables["condition"]).abs().max() < 2 / 127.5
+
+
+@pytest.mark.slow
+def test_average_of_any_length_is_a_model_of_the_same_kind(tmp_path):
+    train(config(tmp_path, dataset_name="digits", super_resolution=4, ema_snapshots=4))
+    folder = write_average(tmp_path / "run", 0.1)
+    assert ConditionalDDPMPipeline.from_pretrained(folder).condition == Condition(1, super_resolution=4)
 
 
 @pytest.mark.parametrize(
