@@ -7,6 +7,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from hf_ddpm import ConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
+from hf_ddpm.classes import Classes
 from hf_ddpm.condition import Condition
 from hf_ddpm.conditional import enlarged, with_condition
 from hf_ddpm.guidance import Guidance
@@ -59,7 +60,7 @@ def test_guided_network_gets_the_condition_in_both_halves():
     seen = []
     unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     pipeline = pipeline_of(unet, timestep_spacing="trailing")
-    pipeline.classes = type(pipeline.classes)(("a", "b"), has_unconditional=True)
+    pipeline.classes = Classes(("a", "b"), has_unconditional=True)
     image = torch.rand(2, 1, 8, 8)
     pipeline(image, class_labels=["a", "b"], guidance=Guidance(2.0), num_inference_steps=1, output_type="pt")
     assert torch.equal(seen[0][:, 1:], torch.cat([2 * image - 1] * 2))
