@@ -13,19 +13,21 @@ from diffusers import DDPMPipeline as StockPipeline
 from diffusers import DDPMScheduler as StockScheduler
 from diffusers import UNet2DModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hf_ddpm import ConditionalDDPMPipeline, DDPMPipeline
 from hf_ddpm.condition import Condition
 from hf_ddpm.hub.info import model_info
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.training.checkpoint import WEIGHTS
 from hf_ddpm.training.conditions import with_noise
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.posthoc import write_average
 from tests.data.test_conditions import save_pairs
 from tests.support.image_data import noise
-from tests.support.runs import differences
+from tests.support.runs import differences, start, trace
 from tests.support.trained import model_file
 
 
@@ -96,6 +98,18 @@ def test_resumed_run_is_the_run_that_was_not_stopped(tmp_path, noise):
     assert differences(Path(whole.output_dir), Path(parted.output_dir)) == []
     with pytest.raises(UsageError, match="condition_column was negative in this run, got image"):
         train(replace(parted, condition_column="image", resume_from_checkpoint="latest", max_train_steps=6))
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model(tmp_path):
+    one = of_pairs(tmp_path, condition_noise=0.2, output_dir=str(tmp_path / "one"))
+    train(one)
+    two = replace(one, train_batch_size=1, output_dir=str(tmp_path / "two"))
+    assert start(two, num_processes=2) == [0, 0]
+    for ours, theirs in zip(trace(one.output_dir), trace(two.output_dir), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    weights = [load_file(Path(run.output_dir) / "conditional_unet" / WEIGHTS) for run in (one, two)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
 
 
 def test_noise_is_a_function_of_seed_and_position():
@@ -193,6 +207,17 @@ def test_wrong_settings_are_one_line_before_any_work(tmp_path, settings, message
         train(config(tmp_path, **{**default, **settings}))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_data_set_of_the_users_own_is_made_from_its_low_resolution(tmp_path):
+    items = [{"image": np.full((1, 8, 8), i / 4, np.float32), "label": i % 2} for i in range(4)]
+    dataset = type("Items", (list,), {"classes": ["a", "b"]})(items)
+    settings = {"super_resolution": 4, "model_config_name_or_path": None, "save_figures": True}
+    pipeline = train(config(tmp_path, **settings), dataset=dataset)
+    assert isinstance(pipeline, ConditionalDDPMPipeline)
+    assert pipeline.classes is not None
+    assert (tmp_path / "run/figures/samples.png").is_file()
 
 
 def test_data_set_of_the_users_own_has_no_column(tmp_path):
