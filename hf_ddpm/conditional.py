@@ -172,8 +172,11 @@ def enlarged(images: Tensor, height: int, width: int, max_value: float = 1.0) ->
 
 
 def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    # Not every torch has the filter on MPS.
+    where = torch.device("cpu") if images.device.type == "mps" else images.device
     # Without antialiasing torch takes another cubic kernel, with a = -0.75 in the place of Pillow's -0.5.
-    return interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    resized = interpolate(images.to(where), size, mode="bicubic", antialias=True, align_corners=False)
+    return resized.to(images.device)
 
 
 def with_condition(network: Callable[..., Any], condition: Tensor) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from PIL import Image
 from hf_ddpm.condition import Condition
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.conditions import low_resolution_conditions, pairs_of
+from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, micro_batches, noise
@@ -36,6 +37,9 @@ def test_pairs_stay_together_under_crops_and_flips(tmp_path):
     config = cache_config(save_pairs(tmp_path / "pairs"), condition_column="negative", resolution=8)
     images = load_images(config)
     assert not images.is_uniform
+    assert describe_images(config, images)[0] == (
+        "pairs: 6 images, 8 x 8, channels 1; made from the column negative, channels 1"
+    )
     whole = micro_batches(images, random_flip=True)
     batches = [whole[k] for k in range(len(whole))]
     assert len({batch["pixels"].numpy().tobytes() for batch in batches}) == len(batches)
