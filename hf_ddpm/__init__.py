@@ -12,6 +12,7 @@ from hf_ddpm._version import __version__
 
 if TYPE_CHECKING:
     from hf_ddpm.bound import variational_bound
+    from hf_ddpm.conditional import ConditionalDDPMPipeline
     from hf_ddpm.display import plot_metrics, show
     from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline
     from hf_ddpm.evaluation.evaluate import evaluate
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hf_ddpm.training.parsing import load_config
 
 __all__ = [
+    "ConditionalDDPMPipeline",
     "DDPMImg2ImgPipeline",
     "DDPMInpaintPipeline",
     "DDPMPipeline",
@@ -54,6 +56,7 @@ __all__ = [
 
 # A public name -> its module, and its name there.
 _PUBLIC = {
+    "ConditionalDDPMPipeline": ("hf_ddpm.conditional", "ConditionalDDPMPipeline"),
     "DDPMImg2ImgPipeline": ("hf_ddpm.editing", "DDPMImg2ImgPipeline"),
     "DDPMInpaintPipeline": ("hf_ddpm.editing", "DDPMInpaintPipeline"),
     "DDPMPipeline": ("hf_ddpm.pipeline", "DDPMPipeline"),

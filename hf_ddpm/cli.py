@@ -149,7 +149,11 @@ def train(
 def sample(
     model: Model,
     out: Annotated[Path, option("out", "The folder for images and grid.png; an interrupted set is continued.")],
-    num_images: Annotated[int, option("num_images", "How many images.", min=1)] = 16,
+    image: Annotated[
+        Path | None,
+        option("image", "For a model that makes images from images: an image, or a folder of them, one sample each."),
+    ] = None,
+    num_images: Annotated[int | None, option("num_images", "How many images. Default: 16.", min=1)] = None,
     seed: Seed = 0,
     num_inference_steps: Annotated[
         int | None, option("num_inference_steps", "Default: the model's own choice; else 20, or all T of ddpm.", min=1)
@@ -184,29 +188,29 @@ def sample(
     In several processes: accelerate launch -m hf_ddpm sample
     """
     with report_errors():
+        settings: dict[str, Any] = {
+            "seed": seed,
+            "num_inference_steps": num_inference_steps,
+            "scheduler": scheduler,
+            "class_label": class_label,
+            "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "guidance_method": guidance_method,
+            "guidance_model": guidance_model,
+            "deterministic": deterministic,
+            "batch_size": batch_size,
+            "device": device,
+            "dtype": dtype,
+            "compile": compile,
+            "uniform": uniform,
+        }
+        if image is not None:
+            return _sample_from_images(model, image, out, num_images, format, json, settings)
         _join_launcher()
         from hf_ddpm.sampling.image_set import write_samples
 
-        write_samples(
-            model,
-            out,
-            num_images=num_images,
-            seed=seed,
-            num_inference_steps=num_inference_steps,
-            scheduler=scheduler,
-            class_label=class_label,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guidance_method=guidance_method,
-            guidance_model=guidance_model,
-            deterministic=deterministic,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            compile=compile,
-            uniform=uniform,
-            format=format,
-        )
+        num_images = 16 if num_images is None else num_images
+        write_samples(model, out, num_images=num_images, format=format, **settings)
     result = {"out": str(out), "num_images": num_images, "grid": str(out / "grid.png"), "format": format}
     first = "all of them" if num_images <= 64 else "the first 64"
     finish(json, result, f"{num_images:,} images are in {out}; grid.png shows {first}.")
@@ -278,8 +282,8 @@ def edit(
 @with_options_of(
     DataConfig,
     (
-        *("dataset_name", "dataset_config_name", "image_column", "label_column", "center_crop", "value_range"),
-        *("max_image_pixels", "cache_dir"),
+        *("dataset_name", "dataset_config_name", "image_column", "label_column", "condition_column", "center_crop"),
+        *("value_range", "max_image_pixels", "cache_dir"),
     ),
 )
 def evaluate(
@@ -289,7 +293,7 @@ def evaluate(
         choice(
             "metrics",
             "Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
-            "nll (bits per dimension), memorization.",
+            "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim.",
             METRICS,
             is_list=True,
         ),
@@ -681,6 +685,21 @@ def info(
     elif model is not None:
         lines.append(f"Nothing was measured yet: hf-ddpm evaluate {model}")
     finish(json, result, *lines)
+
+
+def _sample_from_images(
+    model: str, image: Path, out: Path, num_images: int | None, format: str, json: bool, settings: Mapping[str, Any]
+) -> None:
+    """Sample an image from each image."""
+    for name, value, default in (("num_images", num_images, None), ("format", format, "png")):
+        if value != default:
+            raise UsageError(f"{name} = {value} has no effect with image: each image gives a PNG file, leave it out")
+    say_loading()
+    from hf_ddpm.sampling.conditional_set import PICTURE, sample_from_images
+
+    files = sample_from_images(model, image, out, **settings)
+    result = {"out": str(out), "images": [str(path) for path in files], "picture": str(out / PICTURE)}
+    finish(json, result, f"The samples ({len(files):,}) are in {out}; {PICTURE} shows them beside their images.")
 
 
 def _join_launcher() -> None:

@@ -36,6 +36,7 @@ NUM_STRIP_COLUMNS = 11
 MIN_SIDE = 64  # pixels; smaller images are enlarged
 GRID_PADDING, STRIP_PADDING = 2, 6  # pixels
 STRIP_FONT_SIZE = 14  # pixels
+SIDE_BY_SIDE_ROWS = 8  # from so many on, they stand in two halves
 FRAME_MS, LAST_FRAME_MS = 60, 1500  # browsers slow down what is faster than 20 ms
 
 _PIL_CHANNELS = (1, 3, 4)
@@ -145,6 +146,22 @@ def strip(
     for i, label in enumerate(row_labels or ()):
         draw.text((left - 2 * STRIP_PADDING, top + i * row_height + height / 2), label, _INK, font, anchor="rm")
     return sheet
+
+
+def side_by_side(columns: Sequence[Images], labels: Sequence[str]) -> Image.Image:
+    """Return a strip in which the images of equal number stand side by side, in two halves if there are many.
+
+    Args:
+        columns: Lists of as many images, of one size and any mode, one list for each label.
+        labels: What the columns are called.
+    """
+    rows = [[_on_white(image).convert("RGB") for image in row] for row in zip(*columns, strict=True)]
+    if len(rows) < SIDE_BY_SIDE_ROWS:
+        return strip(rows, labels)
+    if len(rows) % 2:
+        rows.append([Image.new("RGB", image.size, "white") for image in rows[0]])
+    half = len(rows) // 2
+    return strip([[*a, *b] for a, b in zip(rows[:half], rows[half:], strict=True)], [*labels, *labels])
 
 
 def reverse_strip(

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from hf_ddpm import recipes
 from hf_ddpm.runtime.errors import UsageError, in_one_line
-from hf_ddpm.runtime.files import look_at, parse_mapping
+from hf_ddpm.runtime.files import look_at, network_folder, parse_mapping
 from hf_ddpm.runtime.settings import require_choice, shortened
 
 HEAD_CHANNELS = 64
@@ -54,6 +54,7 @@ def make_unet(
     dropout: float | None = None,
     seed: int = 0,
     source: str = "the model config",
+    condition_channels: int = 0,
 ) -> UNet2DModel:
     """Make a new network for images of `channels` x `resolution` x `resolution`.
 
@@ -70,16 +71,17 @@ def make_unet(
         dropout: The dropout; None: what `model_config` says, and 0 for a network that is sized for the data.
         seed: The seed of the initial weights.
         source: What error messages call `model_config`.
+        condition_channels: The channels that the network takes after those of the images.
 
     Raises:
         UsageError: When the model config does not fit the data or the variance type.
     """
     if model_config is None:
         out_channels = channels * _outputs_per_channel(variance_type)
-        settings = sized_config(resolution, channels, out_channels, num_classes, dropout or 0.0)
+        settings = sized_config(resolution, channels + condition_channels, out_channels, num_classes, dropout or 0.0)
     else:
         settings = _load_config(model_config, source)
-        _check_fit(settings, variance_type, channels, resolution, source)
+        _check_fit(settings, variance_type, channels, resolution, source, condition_channels)
         if num_classes is None or settings.get("num_class_embeds") is not None:
             reason = "for the classes of label_column, with one more unless class_dropout is 0"
             reason = "as no label_column is given" if num_classes is None else reason
@@ -120,6 +122,7 @@ def try_network(
     model_config: str | None = None,
     variance_type: str = "fixed_small",
     source: str = "the model config",
+    condition_channels: int | None = 0,
 ) -> Trial:
     """Pass an image through a network that has shapes and no numbers, which takes no memory and little time.
 
@@ -129,6 +132,7 @@ def try_network(
         model_config: As of `make_unet`.
         variance_type: As of `make_unet`.
         source: As of `make_unet`.
+        condition_channels: As of `make_unet`; None: there are some, whose number is not known.
 
     Raises:
         UsageError: When there is no such network, or an image cannot pass.
@@ -136,10 +140,11 @@ def try_network(
     if model_config is None:
         assert resolution is not None
         count = channels or 3
-        settings = sized_config(resolution, count, count * _outputs_per_channel(variance_type))
+        in_channels = count + (count if condition_channels is None else condition_channels)
+        settings = sized_config(resolution, in_channels, count * _outputs_per_channel(variance_type))
     else:
         settings = _load_config(model_config, source)
-        _check_fit(settings, variance_type, channels, resolution, source)
+        _check_fit(settings, variance_type, channels, resolution, source, condition_channels)
     with _naming_config(source):
         return _try_settings(json.dumps(settings, sort_keys=True))
 
@@ -341,7 +346,7 @@ def _load_config(name: str, source: str) -> dict[str, Any]:
     """Read the config of a UNet2DModel from a JSON file, a recipe, a folder or the Hub."""
     path = look_at("model_config_name_or_path", name)
     shipped = recipes.model_config(name)
-    files = [path / "unet" / "config.json", path / "config.json"] if path.is_dir() else [path, shipped]
+    files = [network_folder(path) / "config.json", path / "config.json"] if path.is_dir() else [path, shipped]
     file = next((file for file in files if file is not None and file.is_file()), None)
     if file is not None:
         settings = parse_mapping(file.read_bytes(), file, "a model config is a JSON object", is_json=True)
@@ -370,7 +375,12 @@ def _of_the_hub(name: str) -> Any:
 
 
 def _check_fit(
-    settings: dict[str, Any], variance_type: str, channels: int | None, resolution: int | None, source: str
+    settings: dict[str, Any],
+    variance_type: str,
+    channels: int | None,
+    resolution: int | None,
+    source: str,
+    condition_channels: int | None = 0,
 ) -> None:
     """Raise a UsageError if a model config does not fit the data, as far as they are known, or the variance type."""
     parameters = inspect.signature(UNet2DModel.__init__).parameters
@@ -382,14 +392,18 @@ def _check_fit(
     require_choice(
         f"time_embedding_type of {source}", settings.get("time_embedding_type", "positional"), TIME_EMBEDDINGS
     )
-    if channels is not None:
-        _require(settings, "in_channels", channels, "the channels of the data; change it or give --channels", source)
+    if channels is not None and condition_channels is not None:
+        reason = "the channels of the data; change it or give --channels"
+        if condition_channels:
+            reason = f"the {channels} of the images and the {condition_channels} of their conditions; change it"
+        _require(settings, "in_channels", channels + condition_channels, reason, source)
     if resolution is not None:
         _require(settings, "sample_size", resolution, "the resolution; change it or give --resolution", source)
     needed = settings.get("in_channels", parameters["in_channels"].default)
     if isinstance(needed, int):
-        needed *= _outputs_per_channel(variance_type)
-    _require(settings, "out_channels", needed, f"for variance_type {variance_type}", source)
+        needed = (needed - (condition_channels or 0)) * _outputs_per_channel(variance_type)
+    if condition_channels is not None:
+        _require(settings, "out_channels", needed, f"for variance_type {variance_type}", source)
     widths = settings.get("block_out_channels", parameters["block_out_channels"].default)
     if not isinstance(widths, list | tuple) or not widths:
         raise UsageError(f"block_out_channels of {source} must be a list of whole numbers, got {shortened(widths)}")

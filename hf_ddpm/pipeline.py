@@ -36,7 +36,7 @@ from hf_ddpm.figures import to_pil
 from hf_ddpm.guidance import Guidance, changed, combine, in_interval
 from hf_ddpm.network import naming_weights, num_classes_of, require_finite, timestep_for
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import weights_sha256
+from hf_ddpm.runtime.files import NETWORK_FOLDERS, weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, require_num_inference_steps
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler, read_sampler, write_sampler
 from hf_ddpm.timesteps import (
@@ -114,6 +114,7 @@ class Conditions:
         weaker: The network that guidance leads away from; None: the pipeline's own, without a class.
         weaker_labels: The class of each image for that network, (B,).
         output_scheduler: Our scheduler of the model, for guidance that acts on x_0_hat; None for other guidance.
+        images: The channels that the network takes after those of x_t, (B, C', H, W); None: it takes x_t alone.
     """
 
     network_dtype: torch.dtype
@@ -122,6 +123,7 @@ class Conditions:
     weaker: Any = None
     weaker_labels: Tensor | None = None
     output_scheduler: DDPMScheduler | None = None
+    images: Tensor | None = None
 
 
 class DDPMPipeline(DiffusionPipeline):
@@ -144,13 +146,14 @@ class DDPMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    network_component = "unet"
     _callback_tensor_inputs = ("latents",)
 
     def __init__(self, unet: Any, scheduler: Any):
         super().__init__()
         if type(scheduler) is diffusers.DDPMScheduler:
             scheduler = as_our_scheduler(scheduler.config)
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(**{self.network_component: unet, "scheduler": scheduler})
         self.searched_timesteps: dict[tuple[str, int], SearchedTimesteps] = {}
         self._searched_weights: str | None = None
         self.sampler: Sampler | None = None
@@ -532,7 +535,8 @@ class DDPMPipeline(DiffusionPipeline):
             conditions: What `_conditions` returned.
         """
         if conditions.guidance is None or not self._is_guided_at(t, conditions.guidance):
-            model_output = _evaluate(self.unet, conditions.network_dtype, network_input, t, conditions.class_labels)
+            labels, images = conditions.class_labels, conditions.images
+            model_output = _evaluate(self.unet, conditions.network_dtype, network_input, t, labels, images)
         else:
             model_output = self._predict_guided(network_input, t, conditions)
         # Infinity would be clipped to an extreme image; NaN stays until the image is refused.
@@ -544,16 +548,18 @@ class DDPMPipeline(DiffusionPipeline):
     def _predict_guided(self, network_input: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Return the output with a guided prediction; a learned variance is that of the model that is guided."""
         guidance, labels, weaker_labels = conditions.guidance, conditions.class_labels, conditions.weaker_labels
+        images = conditions.images
         assert guidance is not None
         if conditions.weaker is None:
             assert labels is not None
             assert weaker_labels is not None
             # Both in one batch, which takes less time than two.
             twice, both = torch.cat([network_input] * 2), torch.cat([labels, weaker_labels])
-            output, weaker = _evaluate(self.unet, conditions.network_dtype, twice, t, both).chunk(2)
+            both_images = None if images is None else torch.cat([images] * 2)
+            output, weaker = _evaluate(self.unet, conditions.network_dtype, twice, t, both, both_images).chunk(2)
         else:
-            output = _evaluate(self.unet, conditions.network_dtype, network_input, t, labels)
-            weaker = _evaluate(conditions.weaker, conditions.weaker.dtype, network_input, t, weaker_labels)
+            output = _evaluate(self.unet, conditions.network_dtype, network_input, t, labels, images)
+            weaker = _evaluate(conditions.weaker, conditions.weaker.dtype, network_input, t, weaker_labels, images)
         channels = network_input.shape[1]
         prediction, variance = output[:, :channels], output[:, channels:]
         weaker = weaker[:, :channels]
@@ -595,19 +601,19 @@ class DDPMPipeline(DiffusionPipeline):
                 f"generator must be a torch.Generator, or one for each image, got {generator!r}: "
                 "torch.Generator().manual_seed(SEED) makes one"
             )
-        unet = self.unet.config
-        out_channels = unet.get("out_channels") or unet.in_channels
-        if out_channels not in (unet.in_channels, 2 * unet.in_channels):
+        channels = self._image_shape()[0]
+        out_channels = self.unet.config.get("out_channels") or channels
+        if out_channels not in (channels, 2 * channels):
             raise ValueError(
                 "unet must give as many channels as it takes, or twice as many with a learned variance, got "
-                f"{out_channels} for {unet.in_channels}: it was trained for another task"
+                f"{out_channels} for {channels}: it was trained for another task"
             )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"a list of generators must hold batch_size = {batch_size}, got {len(generator)}")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
-        if output_type == "pil" and self.unet.config.in_channels not in (1, 3, 4):
-            raise ValueError(f"PIL has no image of {self.unet.config.in_channels} channels: use output_type='np'")
+        if output_type == "pil" and channels not in (1, 3, 4):
+            raise ValueError(f"PIL has no image of {channels} channels: use output_type='np'")
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs may hold 'latents', got {sorted(unknown)}")
         ours = isinstance(self.scheduler, DDPMScheduler)
@@ -764,9 +770,18 @@ def _unnamed_classes(config: Any) -> Classes | None:
     return None if num_classes is None else numbered_classes(num_classes)
 
 
-def _evaluate(network: Any, dtype: torch.dtype, network_input: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-    """Return what a network of some type puts out, in the type of its input."""
+def _evaluate(
+    network: Any,
+    dtype: torch.dtype,
+    network_input: Tensor,
+    t: Tensor,
+    labels: Tensor | None,
+    images: Tensor | None = None,
+) -> Tensor:
+    """Return what a network of some type puts out, in the type of its input; it takes `images` after the input."""
     keywords = {} if labels is None else {"class_labels": labels}
+    if images is not None:
+        network_input = torch.cat([network_input, images.to(network_input)], dim=1)
     output = network(network_input.to(dtype), timestep_for(network, t, network_input), **keywords).sample
     return output.to(network_input.dtype)
 
@@ -794,7 +809,7 @@ def _require_whole_number(name: str, value: Any) -> None:
 def _folder_of(unet: Any) -> Path:
     """Return the folder of the pipeline that a network was loaded from, or one that does not exist."""
     folder = Path((unet is not None and unet.config.get("_name_or_path")) or "does-not-exist")
-    return folder.parent if folder.name == "unet" else folder
+    return folder.parent if folder.name in NETWORK_FOLDERS else folder
 
 
 def _check_scheduler(scheduler: Any) -> None:

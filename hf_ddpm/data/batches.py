@@ -56,6 +56,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     - `pixels` (B, C, R, R), uint8, or int32 where the images have 16 bits, or float32 where they are x_0;
     - `positions` (B,) int64, positions in the stream;
     - `labels` (B,) int64, if the images have classes;
+    - `conditions` (B, C', R, R), as `pixels`, if they have conditions, cropped and mirrored as they are;
     - `extra_images` (num_extra_images, C, R, R) and, with classes, `extra_labels` (num_extra_images,): only if
       `num_extra_images` is above 0, and only in the first item of each step.
 
@@ -98,6 +99,8 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         positions = self.first_position + slot * self.batch_size + np.arange(self.batch_size)
         pixels, labels = self._read(positions)
         batch = {"pixels": pixels, "positions": torch.from_numpy(positions)}
+        if isinstance(self.images, ImageCache) and self.images.conditions is not None:
+            batch["conditions"] = self._read_conditions(self.images.conditions, positions)
         if labels is not None:
             batch["labels"] = labels
         if self.num_extra_images and k % self.accumulation_steps == 0:
@@ -122,12 +125,20 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         else:
             pixels = self._cropped(self.images, indices, positions)
             labels = None if self.images.labels is None else self.images.labels[indices]
+        return self._finished(pixels, positions), None if labels is None else torch.from_numpy(labels)
+
+    def _read_conditions(self, conditions: ImageCache, positions: np.ndarray) -> torch.Tensor:
+        pixels = self._cropped(conditions, self._draw_for("order", positions), positions)
+        return self._finished(pixels, positions)
+
+    def _finished(self, pixels: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        """Mirror the images whose position drew that, and return all as torch holds them."""
         if self.random_flip:
             is_flipped = self._draw_for("flip", positions)[:, 0] < 0.5
             pixels[is_flipped] = pixels[is_flipped, :, :, ::-1]
         if pixels.dtype == np.uint16:
             pixels = pixels.astype(np.int32)
-        return torch.from_numpy(pixels), None if labels is None else torch.from_numpy(labels)
+        return torch.from_numpy(pixels)
 
     def _draw_for(self, draw: str, positions: np.ndarray) -> np.ndarray:
         """Return what each position drew in its epoch; consecutive positions lie in few epochs."""

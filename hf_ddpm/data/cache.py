@@ -89,6 +89,8 @@ class ImageCache:
         fingerprint: The sha256 of pixels, shapes and labels; it is the same wherever the images lie.
         name: The name of the source.
         license: The license of the data; None if unknown.
+        conditions: With `condition_column`, the image that each image is made from: N images, each of the height and
+            width of its image; then `fingerprint` is one of both.
     """
 
     pixels: np.ndarray
@@ -105,6 +107,7 @@ class ImageCache:
     fingerprint: str
     name: str
     license: str | None
+    conditions: ImageCache | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -151,7 +154,7 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
     If `channels` is left open, gray images have 1 channel and others 3. Transparency is composited over white unless
     there are 4 channels. Gray images of 16 bits keep them; Pillow reads 16-bit color as 8-bit, and of an animation the
     first frame is taken, which `losses` counts. The shorter side becomes `resolution`; with `center_crop` the
-    longer one, too.
+    longer one, too. With `condition_column`, the images of that column come with them.
 
     Args:
         config: The settings of the data.
@@ -160,8 +163,37 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
 
     Raises:
         UsageError: When `open_dataset` raises it, an image is unreadable and `on_bad_image` is "raise", no image is
-            readable, or `resolution` or `channels` is left open and the images do not decide it.
+            readable, or `resolution` or `channels` is left open and the images do not decide it; also when the
+            image of a row and its condition have different shapes.
     """
+    images = _load_column(config, accept, dataset)
+    if config.condition_column is None:
+        return images
+    # What it says of colors and values is said of the images.
+    of_images: dict[str, Any] = {"channels": None, "value_range": None, "label_column": None}
+    of_conditions = replace(
+        config,
+        image_column=config.condition_column,
+        condition_column=None,
+        resolution=images.resolution,
+        **of_images,
+    )
+    conditions = _load_column(of_conditions, None, dataset)
+    unequal = np.flatnonzero((images.index[:, 1:] != conditions.index[:, 1:]).any(axis=1))
+    if len(unequal):
+        row = int(unequal[0])
+        (height, width), (other_height, other_width) = images.index[row, 1:], conditions.index[row, 1:]
+        raise UsageError(
+            f"condition_column must hold images of the shape of their images, got {other_height}x{other_width} for "
+            f"{height}x{width} in row {row}, both with a shorter side of {images.resolution}: crop them alike, or "
+            "give --center_crop"
+        )
+    fingerprint = hashlib.sha256(f"{images.fingerprint} {conditions.fingerprint}".encode()).hexdigest()
+    return replace(images, conditions=conditions, fingerprint=fingerprint)
+
+
+def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | None) -> ImageCache:
+    """Return the images of the column of images; see `load_images`."""
     source = find_source(config) if dataset is None else Source("dataset", "given", NAME, None)
     if dataset is not None:
         dataset = choose_columns(dataset, config)
@@ -208,6 +240,11 @@ def load_dataset(dataset: Any, config: DataConfig, accept: Accept | None) -> Ima
         return load_images(config, accept, dataset)
     if config.label_column is not None or config.image_column is not None:
         raise UsageError("label_column and image_column are for data sets of `datasets`: items name theirs `label`")
+    if config.condition_column is not None:
+        raise UsageError(
+            f"condition_column is for data sets of `datasets`, got {config.condition_column!r} for a "
+            f"{type(dataset).__name__}: make one of it, or leave it out"
+        )
     images = open_given(dataset, config)
     if accept is not None:
         accept(images.resolution, images.channels)
@@ -234,6 +271,8 @@ def _names_sizes_times(folder: Path) -> list[tuple[str, int, int]]:
 
 def _cache_key(config: DataConfig, source: Source, identity: Any) -> str:
     settings = [getattr(config, name) for name in CACHED_SETTINGS]
+    if config.condition_column is not None:  # which leaves fewer columns to choose from
+        settings.append(config.condition_column)
     content = json.dumps([CACHE_FORMAT, source.kind, identity, *settings])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 

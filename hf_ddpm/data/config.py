@@ -59,6 +59,14 @@ class DataConfig:
     image_column: str | None = setting(
         None, "The column of images; needed only where there are several.", group="data", resume="free"
     )
+    condition_column: str | None = setting(
+        None,
+        "A column of images that the images are made from: the model is then conditioned on them. They are cropped "
+        "and mirrored as the images are.",
+        group="data",
+        resume="fixed",
+        only_with={"streaming": False, "on_bad_image": "raise"},
+    )
     dataset_config_name: str | None = setting(
         None,
         "The configuration of a Hub data set that has several.",

@@ -29,6 +29,8 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
         parts.append("16 bits")
     if images.num_classes:
         parts.append(f"{images.num_classes:,} classes")
+    if isinstance(images, ImageCache) and images.conditions is not None:
+        parts.append(f"made from the column {config.condition_column}, channels {images.conditions.channels}")
     if images.num_bad:
         parts.append(f"{images.num_bad:,} unreadable ones left out")
     if images.name != NAME:
@@ -79,6 +81,7 @@ def describe_unread(config: DataConfig, num_images: int) -> str:
         unread += [f"{num_beside:,} images beside the splits"] if num_beside else []
         unread += [f"{path.name} beside the splits" for path in above if path.name in METADATA_NAMES]
     unread += [f"{count:,} {kind}" for kind, count in sorted(listed.unread.items())]
-    if listed.has_metadata and len(listed.images) > num_images:
-        unread.append(f"{len(listed.images) - num_images:,} images that no row of the metadata names")
+    num_named = num_images if config.condition_column is None else 2 * num_images
+    if listed.has_metadata and len(listed.images) > num_named:
+        unread.append(f"{len(listed.images) - num_named:,} images that no row of the metadata names")
     return f"not read: {', '.join(unread)}" if unread else ""

@@ -183,7 +183,9 @@ def _is_of_parquet(option: str, folder: Path, listed: ImageFolder) -> bool:
     return has_parquet
 
 
-def open_dataset(config: DataConfig, split: str | None = None, split_option: str = "split") -> Dataset:
+def open_dataset(
+    config: DataConfig, split: str | None = None, split_option: str = "split", with_conditions: bool = False
+) -> Dataset:
     """Open a split: the column of encoded images, and after it the column of classes if `label_column` is given.
 
     Args:
@@ -191,6 +193,7 @@ def open_dataset(config: DataConfig, split: str | None = None, split_option: str
         split: The name of the split; only a parquet folder and a data set on the Hub have others than that of
             training, which is the default.
         split_option: The setting by which the user named the split, for error messages.
+        with_conditions: Whether the column that `condition_column` names comes last.
 
     Raises:
         UsageError: When the source cannot be loaded, has no such split, is empty, or lacks the columns that the
@@ -199,7 +202,7 @@ def open_dataset(config: DataConfig, split: str | None = None, split_option: str
     source, split = find_source(config), split or config.train_split or "train"
     with as_usage_errors(source, config, split, split_option):
         loaded = _load_split(source, config, split)
-    dataset: Any = choose_columns(loaded, config)
+    dataset: Any = choose_columns(loaded, config, with_conditions)
     if len(dataset) == 0:
         raise no_images_error(source)
     return dataset
@@ -292,15 +295,22 @@ def _cache_problem(error: BaseException, config: DataConfig) -> str | None:
     )
 
 
-def choose_columns(dataset: Any, config: DataConfig) -> Any:
+def choose_columns(dataset: Any, config: DataConfig, with_conditions: bool = False) -> Any:
     """Select the column of images, not decoded, and after it the column of classes if `label_column` is given.
+
+    Args:
+        dataset: A data set of `datasets`.
+        config: The settings of the data.
+        with_conditions: Whether the column that `condition_column` names comes last, not decoded either.
 
     Raises:
         UsageError: When a column does not exist or holds something else, or when the column of images must be named.
     """
     import datasets
 
-    column, label = _image_column(dataset.features, config.image_column), config.label_column
+    column, label = _image_column(dataset.features, config), config.label_column
+    if config.condition_column is not None:
+        _check_condition_column(dataset.features, config.condition_column, column)
     if label is not None and [*dataset.features] == [column]:
         raise UsageError(
             f"label_column must name a column of classes, got {label!r}, and there is none: in a folder of images, "
@@ -314,8 +324,11 @@ def choose_columns(dataset: Any, config: DataConfig) -> Any:
             "label_column must hold integers, classes or strings, "
             f"got {label!r} of {dataset.features[label]}: --label_column"
         )
-    columns = [column] if label is None else [column, label]
-    return dataset.select_columns(columns).cast_column(column, datasets.Image(decode=False))
+    conditions = [config.condition_column] if with_conditions and config.condition_column is not None else []
+    chosen = dataset.select_columns([column, *([] if label is None else [label]), *conditions])
+    for name in (column, *conditions):
+        chosen = chosen.cast_column(name, datasets.Image(decode=False))
+    return chosen
 
 
 def _require_no_empty_cell(dataset: Any, label: str) -> None:
@@ -331,9 +344,21 @@ def _require_no_empty_cell(dataset: Any, label: str) -> None:
             )
 
 
-def _image_column(features: Any, column: str | None) -> str:
+def _check_condition_column(features: Any, column: str, image_column: str) -> None:
+    names = [name for name, feature in features.items() if _holds_images(feature) and name != image_column]
+    if column not in names and (column == image_column or not _holds_bytes(features.get(column))):
+        problem = "the only column of images" if not names else f"none of {names}"
+        raise UsageError(
+            f"condition_column must name a second column of images, got {column!r}, {problem}: --condition_column"
+        )
+
+
+def _image_column(features: Any, config: DataConfig) -> str:
+    column = config.image_column
     image_columns = [name for name, feature in features.items() if _holds_images(feature)]
     if column is None:
+        if len(image_columns) > 1:
+            image_columns = [name for name in image_columns if name != config.condition_column]
         if len(image_columns) == 1:
             return image_columns[0]
         problem = f"there is no column of images among {list(features)}"
@@ -344,8 +369,7 @@ def _image_column(features: Any, column: str | None) -> str:
         raise UsageError(
             f"image_column must be one of {image_columns or list(features)}, got {column!r}: --image_column"
         )
-    holds_bytes = getattr(features[column], "dtype", None) in ("binary", "large_binary")
-    if column not in image_columns and not holds_bytes:
+    if column not in image_columns and not _holds_bytes(features[column]):
         raise UsageError(f"image_column must hold images, got {column!r} of {features[column]}: --image_column")
     return column
 
@@ -354,6 +378,10 @@ def _holds_images(feature: Any) -> bool:
     if isinstance(feature, dict):  # In parquet files that other tools wrote, an image is a struct of these two.
         return set(feature) == {"bytes", "path"}
     return type(feature).__name__ == "Image"
+
+
+def _holds_bytes(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
 def _holds_classes(feature: Any) -> bool:

@@ -43,7 +43,7 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
     else:
         with tempfile.TemporaryDirectory(prefix="hf_ddpm-", ignore_cleanup_errors=True) as temporary:
             saved = Path(temporary) / "split"
-            open_dataset(config, split, option).save_to_disk(saved)
+            open_dataset(config, split, option, with_conditions=True).save_to_disk(saved)
             whole: dict[str, Any] = {"dataset_config_name": None, "train_split": None, "cache_dir": temporary}
             yield load_images(replace(config, dataset_name=str(saved), **whole))
 

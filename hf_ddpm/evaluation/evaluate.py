@@ -18,9 +18,12 @@ import numpy as np
 import torch
 
 from hf_ddpm._version import __version__
+from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.data.batches import center_pixels, epoch_order
+from hf_ddpm.data.conditions import Pairs
 from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork
+from hf_ddpm.evaluation.fidelity import mean_of, measure_fidelity
 from hf_ddpm.evaluation.job import MEMORIZATION_QUANTILE, Comparison, Job, Request, SamplerSetting, load_job, num_terms
 from hf_ddpm.evaluation.likelihood import Likelihood, draw_bound
 from hf_ddpm.evaluation.measure import (
@@ -33,13 +36,13 @@ from hf_ddpm.evaluation.measure import (
 )
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT
-from hf_ddpm.evaluation.names import DISTANCES
+from hf_ddpm.evaluation.names import DISTANCES, FIDELITY
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
 from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import UnwrittenError, UsageError, in_one_line
-from hf_ddpm.runtime.format import finite_or_none
+from hf_ddpm.runtime.format import finite_or_none, format_measurement
 from hf_ddpm.sampling.sampler import describe_guidance, iter_samples, speed_up
 from hf_ddpm.solvers import named_scheduler
 
@@ -105,6 +108,10 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
         yield _measure_likelihood(job)
     # Not earlier: the bound is that of the network in float32, as it was loaded.
     speed_up(job.pipeline, job.request.dtype, job.request.compile)
+    if job.pairs is not None:
+        for setting in job.sampler_settings:
+            yield _fidelity_rows(job, job.pairs, setting), {}
+        return
     measures_copies = "memorization" in job.request.metrics
     num_settings = len(job.sampler_settings) if job.distances else int(measures_copies)
     for number, setting in enumerate(job.sampler_settings[:num_settings]):
@@ -139,6 +146,45 @@ def _sample(job: Job, setting: SamplerSetting, num_images: int, num_images_to_ke
         guidance=setting.guidance,
         label=f"{setting.scheduler}, {steps} steps" + (f", {setting.guidance.scale:g}" if setting.guidance else ""),
     )
+
+
+def _fidelity_rows(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict[str, Any]]:
+    """Return how near samples come to the truth, beside what the enlarged images of a low resolution get."""
+    assert isinstance(job.pipeline, ConditionalDDPMPipeline)
+    assert job.held_out is not None
+    steps, count = setting.num_inference_steps, len(pairs.images)
+    is_super_resolution = job.pipeline.condition.super_resolution is not None
+    job.pipeline.scheduler = named_scheduler(setting.scheduler, job.full_chain_scheduler.config, steps)
+    measured = measure_fidelity(
+        job.processes,
+        job.pipeline,
+        pairs,
+        job.request.seed,
+        compare_conditions=is_super_resolution,
+        num_inference_steps=steps,
+        batch_size=job.request.batch_size,
+        guidance=setting.guidance,
+        label=f"{setting.scheduler}, {steps} steps",
+    )
+    sampling = _describe_sampling(job, setting, count, measured.samples)
+    rows = []
+    for metric in (name for name in FIDELITY if name in job.request.metrics):
+        row = {
+            "metric": metric,
+            "name": FIDELITY[metric],
+            **mean_of(getattr(measured.of_samples, metric))._asdict(),
+            "num_compared": [count],
+            "reference": describe_images(job.held_out, job.data, job.request.test_split),
+            "sampling": sampling,
+        }
+        if measured.of_conditions is not None:
+            of_input = mean_of(getattr(measured.of_conditions, metric))
+            row["input"] = of_input._asdict()
+            if of_input.value is not None:
+                text = format_measurement(of_input.value, of_input.standard_error)
+                row["remark"] = f"the low resolution, enlarged by cubic interpolation, gets {text}; more is better"
+        rows.append(row)
+    return rows
 
 
 def _sample_one(job: Job, setting: SamplerSetting) -> None:
@@ -362,7 +408,10 @@ def _command(job: Job) -> str:
     is_full_grid = len(pairs) == len(numbers) * len(names)
     steps = numbers if is_full_grid else request.num_inference_steps
     schedulers = names if is_full_grid else request.schedulers
-    data_options = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "label_column")
+    data_options = (
+        *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "label_column"),
+        "condition_column",
+    )
     options = {
         "metrics": ",".join(request.metrics),
         "reference": request.reference,

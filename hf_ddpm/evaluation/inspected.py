@@ -14,6 +14,7 @@ from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.splits import describe_split, image_names
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import NETWORK_FOLDERS
 from hf_ddpm.runtime.run_files import read_run, run_folder_of
 from hf_ddpm.runtime.settings import did_you_mean
 
@@ -135,7 +136,9 @@ def _classes_for(pipeline: DDPMPipeline, images: ImageCache, labels: list[str] |
 
 def _facts_of_training(folder: Path) -> dict[str, Any]:
     """Return what a run recorded of its images, for the model in `folder`; empty where no run did."""
-    facts: dict[str, Any] = read_run(run_folder_of(folder.parent if folder.name == "unet" else folder)).get("data", {})
+    facts: dict[str, Any] = read_run(run_folder_of(folder.parent if folder.name in NETWORK_FOLDERS else folder)).get(
+        "data", {}
+    )
     return facts
 
 

@@ -21,8 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hf_ddpm.condition import is_conditional
+from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.data.batches import center_pixels, epoch_order
 from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.conditions import Pairs, example_pairs
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.evaluation.features import FeatureNetwork, check_network, load_network
@@ -30,7 +33,7 @@ from hf_ddpm.evaluation.likelihood import inclusion_probabilities
 from hf_ddpm.evaluation.measure import NEIGHBORS, Measured, first_images, measure_distances
 from hf_ddpm.evaluation.memorization import MIN_SAMPLES
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT, Splits
-from hf_ddpm.evaluation.names import DISTANCES, METRICS
+from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, METRICS
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_warnings, load_reference, real_vs_real
 from hf_ddpm.guidance import Guidance
@@ -64,7 +67,7 @@ class Request:
     Attributes:
         model: A folder that holds a pipeline, stock diffusers' or ours, or a Hub id.
         metrics: Some of fd (Fréchet distance), kid, precision (with recall, density and coverage), cmmd, nll (bits per
-            dimension) and memorization.
+            dimension) and memorization. For a model that makes images from images: psnr, ssim or both.
         reference: A folder of `hf-ddpm reference`. None: it is made of `data`, and kept in the cache of the data.
         other_reference: A second reference, of other images: what real images get is measured with both. None: with
             halves of `reference`. It needs `reference`.
@@ -126,6 +129,8 @@ class Request:
     def __post_init__(self) -> None:
         if not self.metrics or set(self.metrics) - set(METRICS):
             raise UsageError(f"metrics must be of {', '.join(METRICS)}, got {', '.join(self.metrics) or 'none'}")
+        if {*FIDELITY} & {*self.metrics} and not {*FIDELITY} >= {*self.metrics}:
+            raise UsageError(f"metrics must be of {', '.join(FIDELITY)} alone, got {', '.join(self.metrics)}")
         for scheduler in self.schedulers:
             require_choice("scheduler", scheduler, SCHEDULERS)
         require_choice("dtype", self.dtype, DTYPES)
@@ -189,6 +194,7 @@ class Job:
         reference_labels: The class of each image whose features the reference keeps; None if nobody tells it.
         held_out: Images that were not trained on; None if they are not needed.
         training: Images that were trained on; None if they are not needed.
+        pairs: Images that were not trained on with their conditions, for a model that makes images from images.
         data: The settings of these images; `random_flip` says whether mirrored images were trained on, too.
     """
 
@@ -207,6 +213,7 @@ class Job:
     reference_labels: np.ndarray | None
     held_out: ImageCache | None
     training: ImageCache | None
+    pairs: Pairs | None
     data: DataConfig
 
 
@@ -225,6 +232,12 @@ def load_job(request: Request) -> Iterator[Job]:
             )
         out = folder if request.out is None else look_at("out", request.out)
         is_model_folder = out.resolve() == folder.resolve()
+        measures_fidelity = bool({*FIDELITY} & {*request.metrics})
+        if is_conditional(folder) is not measures_fidelity:
+            raise UsageError(
+                f"metrics must be of {', '.join(FIDELITY)} for a model that makes images from images, for no other, "
+                f"got {', '.join(request.metrics)} for {str(request.model)!r}: give --metrics"
+            )
         _check_network(request)
         weights = weights_sha256(folder)
         processes.require_equal(weights, "weights")
@@ -232,15 +245,27 @@ def load_job(request: Request) -> Iterator[Job]:
             raise UsageError(f"model must hold the weights of its network, got {str(request.model)!r} without")
         _check_out(out, weights, is_model_folder)
         pipeline, _ = load_for_sampling(
-            str(folder), "ddpm", device=request.device, uniform=request.uniform, guidance_model=request.guidance_model
+            str(folder),
+            "ddpm",
+            device=request.device,
+            uniform=request.uniform,
+            guidance_model=request.guidance_model,
+            makes_from_images=measures_fidelity,
         )
         request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
         sampler_settings = _grid(pipeline, request)
         distances = [metric for metric in DISTANCES if metric in request.metrics]
-        with closing(Splits(processes, request.data, folder, pipeline.unet.config)) as splits:
+        channels = pipeline._image_shape()[0]
+        with closing(Splits(processes, request.data, folder, pipeline.unet.config, channels)) as splits:
             comparison = _load_comparison(request, distances, processes, pipeline, splits)
-            class_labels, class_choice = _choose_classes(pipeline, splits, request)
-            held_out, training = _open_images(request, pipeline.scheduler, splits, class_labels is not None)
+            pairs = None
+            if isinstance(pipeline, ConditionalDDPMPipeline):
+                class_labels, class_choice = None, None if pipeline.classes is None else "of the images"
+                held_out, pairs = _open_pairs(request, pipeline, splits)
+                training = None
+            else:
+                class_labels, class_choice = _choose_classes(pipeline, splits, request)
+                held_out, training = _open_images(request, pipeline.scheduler, splits, class_labels is not None)
             yield Job(
                 request=request,
                 processes=processes,
@@ -257,6 +282,7 @@ def load_job(request: Request) -> Iterator[Job]:
                 reference_labels=_reference_labels(request, comparison, splits, class_labels is not None),
                 held_out=held_out,
                 training=training,
+                pairs=pairs,
                 data=splits.data or DataConfig(),
             )
 
@@ -435,6 +461,24 @@ def _open_images(
         held_out = held_out or splits.open(request.test_split, "test_split")
         _check_memorization(training, held_out, request.num_images)
     return held_out, training
+
+
+def _open_pairs(request: Request, pipeline: ConditionalDDPMPipeline, splits: Splits) -> tuple[ImageCache, Pairs]:
+    """Return the held-out images, and as many of them as are asked for with their conditions."""
+    has_classes = pipeline.classes is not None
+    images = splits.open(request.test_split, "test_split", is_labeled=has_classes)
+    if has_classes and images.labels is None:
+        raise UsageError("label_column must name the classes for a model of classes: --label_column")
+    condition = pipeline.condition
+    if condition.super_resolution is None and images.conditions is None:
+        raise UsageError("condition_column must name the images that the model makes images from: --condition_column")
+    pairs = example_pairs(condition, images, request.num_images)
+    if pairs.conditions.shape[1] != condition.channels:
+        raise UsageError(
+            f"conditions must have the channels that the model takes, {condition.channels}, got "
+            f"{pairs.conditions.shape[1]} in {request.test_split}"
+        )
+    return images, pairs
 
 
 def _check_class_names(held_out: ImageCache, training: ImageCache, request: Request) -> None:

@@ -44,12 +44,15 @@ class Splits:
         data: The settings that the user gave. None: those of the run in the model's folder, if there is one.
         folder: The model's folder.
         unet: The config of the model's network.
+        channels: The channels of the model's images. None: those that the network takes.
     """
 
-    def __init__(self, processes: Processes, data: DataConfig | None, folder: Path, unet: Any) -> None:
+    def __init__(
+        self, processes: Processes, data: DataConfig | None, folder: Path, unet: Any, channels: int | None = None
+    ) -> None:
         self._processes, self._stack = processes, ExitStack()
         self._is_given = data is not None
-        self._folder, self._size, self._channels = folder, unet.sample_size, unet.in_channels
+        self._folder, self._size, self._channels = folder, unet.sample_size, channels or unet.in_channels
         self.data = data
         if (folder / "config.yaml").is_file():
             if data is None:

@@ -13,7 +13,9 @@ DISTANCES = {
     "cmmd": ("cmmd",),
     "precision": ("precision", "recall", "density", "coverage"),
 }
-METRICS = (*DISTANCES, "nll", "memorization")
+# Metrics that compare each sample of a model that makes images from images with the truth -> their names.
+FIDELITY = {"psnr": "PSNR in dB", "ssim": "SSIM"}
+METRICS = (*DISTANCES, "nll", "memorization", *FIDELITY)
 NETWORK_NAMES = ("inception", "dinov2", "clip", "efficientnet-lite0")
 
 # Of anomaly maps.

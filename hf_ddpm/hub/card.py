@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard
 
 from hf_ddpm.classes import Classes, numbered_classes, read_classes
+from hf_ddpm.condition import Condition, describe_condition, read_condition
 from hf_ddpm.hub.card_metadata import card_metadata
 from hf_ddpm.hub.card_settings import settings_rows
 from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.hub.readme import BEGIN, END, merge_readme, named_repository
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import naming_damage, read_mapping, read_metrics, write_atomically
+from hf_ddpm.runtime.files import naming_damage, network_folder, read_mapping, read_metrics, write_atomically
 from hf_ddpm.runtime.format import format_duration, format_measurement, format_value
 from hf_ddpm.runtime.run_files import read_evaluation, read_run
 from hf_ddpm.timesteps import read_searched
@@ -151,7 +152,12 @@ class _RunRecords:
 
     @cached_property
     def unet(self) -> dict[str, Any]:
-        return read_mapping(self.folder / "unet/config.json")
+        return read_mapping(network_folder(self.folder) / "config.json")
+
+    @cached_property
+    def condition(self) -> Condition | None:
+        """What the model makes images from; None: from noise alone."""
+        return read_condition(self.folder)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -227,6 +233,7 @@ def _card(records: _RunRecords, repo_id: str | None, revision: str | None) -> Mo
         dataset=records.config.get("dataset_name"),
         base_model=records.base_model,
         results=records.results,
+        makes_from_images=records.condition is not None,
     )
     variables = {
         "title": title,
@@ -262,10 +269,14 @@ def _model_variables(records: _RunRecords) -> dict[str, Any]:
     else:
         trajectory = f"range(0, {example_steps}, {example_steps // 10})"
     searched = [*read_searched(records.folder).values()]
+    condition = records.condition
+    condition_channels = 0 if condition is None else condition.channels
     return {
+        "condition": None if condition is None else {**asdict(condition), "words": describe_condition(condition)},
         "unet": {
             "size": _format_size(unet.get("sample_size")),
-            "channels": unet.get("in_channels"),
+            "channels": None if "in_channels" not in unet else unet["in_channels"] - condition_channels,
+            "side": unet.get("sample_size"),
             "is_square": isinstance(unet.get("sample_size"), int),
         },
         "conditional": records.is_conditional,

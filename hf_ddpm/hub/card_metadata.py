@@ -17,7 +17,8 @@ LICENSE = re.compile(
     r"|cc-by(-sa)?-[34]\.0|cc-by-2\.[05]|cc-by-nc(-sa)?-[234]\.0|cc-by-nd-4\.0|cc-by-nc-nd-[34]\.0|etalab-2\.0"
     r"|cdla-sharing-1\.0|cdla-permissive-[12]\.0|odc-by|odbl|pddl|openmdw-1\.0"
 )
-TASK = "unconditional-image-generation"
+TASK, TASK_NAME = "unconditional-image-generation", "Unconditional Image Generation"
+IMAGE_TASK, IMAGE_TASK_NAME = "image-to-image", "Image-to-Image"
 
 
 def card_metadata(
@@ -26,6 +27,7 @@ def card_metadata(
     dataset: str | None,
     base_model: str | None,
     results: list[dict[str, Any]],
+    makes_from_images: bool = False,
 ) -> ModelCardData:
     """Return the metadata of a model card.
 
@@ -35,22 +37,24 @@ def card_metadata(
         dataset: The name of the data set. It is left out unless it is a Hub id.
         base_model: The Hub id of the model with whose weights the training began, if there was one.
         results: The results of evaluation.json.
+        makes_from_images: Whether the model makes images from images.
     """
+    task = IMAGE_TASK if makes_from_images else TASK
     license_id = str(license or "").lower().replace(" ", "-")
-    model_results = eval_results(results)
+    model_results = eval_results(results, task)
     return ModelCardData(
         library_name="diffusers",
-        pipeline_tag=TASK,
+        pipeline_tag=task,
         license=license_id if LICENSE.fullmatch(license_id) else None,
         datasets=[dataset] if dataset is not None and is_hub_id(dataset) else None,
         base_model=base_model,
-        tags=["diffusers", "ddpm", "hf_ddpm", TASK],
+        tags=["diffusers", "ddpm", "hf_ddpm", task],
         eval_results=model_results or None,
         model_name=title if model_results else None,
     )
 
 
-def eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
+def eval_results(results: list[dict[str, Any]], task: str = TASK) -> list[EvalResult]:
     """Return the finite results as the Hub's metadata hold them.
 
     Results of one data set and split stand together: otherwise they come back from a README in another order.
@@ -61,8 +65,8 @@ def eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
             continue
         reference = row["reference"]
         result = EvalResult(
-            task_type=TASK,
-            task_name="Unconditional Image Generation",
+            task_type=task,
+            task_name=IMAGE_TASK_NAME if task == IMAGE_TASK else TASK_NAME,
             dataset_type=_dataset_type(reference["name"], reference["fingerprint"]),
             dataset_name=reference["name"],
             dataset_config=reference.get("config"),

@@ -8,10 +8,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_ddpm.condition import CONDITIONAL_NETWORK
 from hf_ddpm.hub.errors import hub_error, status_of
 from hf_ddpm.hub.token import check_token
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import look_at, read_mapping
+from hf_ddpm.runtime.files import NETWORK_FOLDERS, look_at, read_mapping
 from hf_ddpm.runtime.run_files import MODEL_INDEX, REPLACED_RUN
 
 
@@ -64,13 +65,15 @@ def find_model(model: str | Path) -> tuple[Path, str | None]:
     components = {name for name, value in classes.items() if value is not None}
     # Our pipeline takes any network that `train` was given; those of other pipelines are for other inputs.
     is_ours = index.get("_class_name") == "DDPMPipeline" or classes.get("unet") == "UNet2DModel"
-    if not is_ours or components != {"unet", "scheduler"}:
+    is_ours = is_ours or CONDITIONAL_NETWORK in classes
+    if not is_ours or components not in ({"unet", "scheduler"}, {CONDITIONAL_NETWORK, "scheduler"}):
         raise UsageError(
             f"model must be a DDPMPipeline of a network and a scheduler, got {str(model)!r}, a "
             f"{index.get('_class_name')} of {', '.join(sorted(components))}"
         )
-    for config in ("unet/config.json", "config.json", "scheduler/scheduler_config.json", "scheduler_config.json"):
-        read_mapping(folder / config, remedy)
+    configs = [folder / network / "config.json" for network in (*NETWORK_FOLDERS, "")]
+    for config in (*configs, folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json"):
+        read_mapping(config, remedy)
     return folder, repo_id
 
 
@@ -78,9 +81,10 @@ def _download(repo_id: str) -> Path:
     """Return the folder in the Hub's cache that holds a pipeline, with the settings and facts of its run."""
     check_token()
     try:
-        from diffusers import DiffusionPipeline
+        # The class that model_index.json names, which `DiffusionPipeline` would look for, may be none of diffusers.
+        from diffusers import DDPMPipeline
 
-        folder = Path(str(DiffusionPipeline.download(repo_id)))
+        folder = Path(str(DDPMPipeline.download(repo_id)))
         snapshot_download(repo_id, allow_patterns=["config.yaml", "run.json", "guide/*"])
     except Exception as error:  # a broken connection has no type that huggingface_hub documents
         raise UsageError(

@@ -10,8 +10,9 @@ from typing import Any
 
 from hf_ddpm._version import __version__
 from hf_ddpm.classes import read_classes
+from hf_ddpm.condition import describe_condition, read_condition
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import look_at, read_mapping
+from hf_ddpm.runtime.files import look_at, network_folder, read_mapping
 from hf_ddpm.runtime.run_files import checkpoint_names, read_evaluation, read_run
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub", "safetensors", "numpy")
@@ -50,14 +51,17 @@ def model_info(model: str) -> dict[str, Any]:
         from hf_ddpm.hub.download import find_model
 
         folder, _ = find_model(model)
-    unet, scheduler = (_read_json(folder / name) for name in ("unet/config.json", "scheduler/scheduler_config.json"))
+    network = network_folder(folder)
+    unet, scheduler = map(_read_json, (network / "config.json", folder / "scheduler/scheduler_config.json"))
+    condition = read_condition(folder)
     progress = _progress(folder)
     return {
         "model": model,
         "size": unet.get("sample_size"),
-        "channels": unet.get("in_channels"),
+        "channels": unet.get("in_channels") if condition is None else unet["in_channels"] - condition.channels,
+        "made_from": None if condition is None else describe_condition(condition),
         "classes": _classes(folder, unet),
-        "parameters": _num_parameters(folder / "unet"),
+        "parameters": _num_parameters(network),
         "prediction_type": scheduler.get("prediction_type"),
         "schedule": scheduler.get("beta_schedule"),
         "num_train_timesteps": scheduler.get("num_train_timesteps"),

@@ -24,6 +24,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, SpaceCard, SpaceCardData
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from hf_ddpm.condition import is_conditional
 from hf_ddpm.hub.download import is_hub_id, local_folder
 from hf_ddpm.hub.errors import as_push_errors
 from hf_ddpm.hub.readme import named_repository
@@ -56,6 +57,7 @@ def run_demo(model: str, port: int = 7860, mcp_server: bool = False) -> None:
     if mcp_server and find_spec("mcp") is None:
         raise UsageError('mcp_server needs the package mcp, which is not installed: pip install "gradio[mcp]"')
     folder = local_folder(model)
+    _check_has_page(folder, model)
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that has just been closed
         try:
@@ -119,6 +121,7 @@ def write_space(model: str, model_id: str, out: Path) -> None:
     """
     _check_gradio()
     folder = local_folder(model)
+    _check_has_page(folder, model)
     source = APP.read_text(encoding="utf-8")
     assert source.count(NO_MODEL) == 1
     first_line = source.partition("\n")[0]
@@ -280,6 +283,15 @@ def _push_space(api: HfApi, folder: Path, space_id: str, model_id: str, public: 
         return str(address)
     kind = "private" if model.private else "gated"
     return f"{address}\n{model_id} is {kind}: add a secret HF_TOKEN that may read it, in {address}/settings"
+
+
+def _check_has_page(folder: Path | None, model: str) -> None:
+    """Check that the page can show a model, as far as it is here."""
+    if folder is not None and is_conditional(folder):
+        raise UsageError(
+            f"model must be one that makes images from noise alone, got {model!r}, which makes them from images: "
+            "there is no page for it; hf-ddpm sample MODEL --image FILE_OR_FOLDER"
+        )
 
 
 def _check_gradio() -> None:

@@ -16,6 +16,9 @@ import yaml
 
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
+# The folder of a pipeline's network: of one that makes images from noise, and of one that makes them from images too.
+NETWORK_FOLDERS = ("unet", "conditional_unet")
+
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader finds the old content or the new one, also after a loss of power.
@@ -137,12 +140,18 @@ def sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def network_folder(folder: Path) -> Path:
+    """Return the folder of the network of a diffusers pipeline, by its name; `unet` if there is none."""
+    return next((folder / name for name in NETWORK_FOLDERS if (folder / name).is_dir()), folder / NETWORK_FOLDERS[0])
+
+
 def weights_sha256(folder: Path) -> str | None:
     """Return the checksum of the weights of a diffusers pipeline's network, or None if there are no weights.
 
     Weights in several files are read in the order of the files' names.
     """
-    for subfolder in (folder / "unet", folder):  # repositories of early diffusers have all files in one folder
+    # Repositories of early diffusers have all files in one folder.
+    for subfolder in (*(folder / name for name in NETWORK_FOLDERS), folder):
         for pattern in ("*.safetensors", "*.bin"):
             if files := sorted(subfolder.glob(f"diffusion_pytorch_model{pattern}")):
                 return sha256(*files)

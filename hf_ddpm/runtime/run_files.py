@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_ddpm.runtime.files import cut_metrics, read_mapping, weights_sha256
+from hf_ddpm.runtime.files import NETWORK_FOLDERS, cut_metrics, read_mapping, weights_sha256
 
 EVALUATION = "evaluation.json"
 SEARCHED_TIMESTEPS = "scheduler/searched_timesteps.json"
@@ -80,9 +80,11 @@ RUN_FILES = (
     RunFile("README.md", is_uploaded=True),  # the model card
     # The model.
     RunFile(MODEL_INDEX, is_uploaded=True, is_of_weights=True),
-    RunFile("unet/*.json", is_uploaded=True, is_of_weights=True),
-    RunFile("unet/*.index.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
-    RunFile("unet/*.safetensors", is_uploaded=True, is_replaced=True, is_of_weights=True),
+    *(
+        RunFile(f"{network}/{name}", is_uploaded=True, is_replaced=True, is_of_weights=True)
+        for network in NETWORK_FOLDERS
+        for name in ("*.json", "*.safetensors")
+    ),
     RunFile("scheduler/*.json", is_uploaded=True, is_of_weights=True),
     RunFile(
         SEARCHED_TIMESTEPS,
@@ -97,7 +99,7 @@ RUN_FILES = (
     # Which average of which run the weights are; it stands in the folders of averages.
     RunFile("average.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
     # Weights in other forms, which no run writes, but which others may have saved or uploaded.
-    RunFile("unet/*.bin", is_replaced=True, is_of_weights=True),
+    *(RunFile(f"{network}/*.bin", is_replaced=True, is_of_weights=True) for network in NETWORK_FOLDERS),
     RunFile("diffusion_pytorch_model.*", is_replaced=True, is_of_weights=True, is_deleted=False),
     # What was measured of the model, and its pictures.
     RunFile(EVALUATION, is_uploaded=True, is_replaced=True, is_of_weights=True, names_weights=EVALUATION),

@@ -5,12 +5,14 @@ IMAGE       t and eps of a training image                (seed, position of the 
 FLIP        whether an image is mirrored                 (seed, position)
 CLASS       whether the class of an image is hidden      (seed, position)
 TOP, LEFT   where an image is cropped                    (seed, position)
+CONDITION   noise of the image that it is made from      (seed, position)
 STEP + k    dropout of forward pass k of a step          (seed, number of the optimizer step)
 STRATUM     where the strata of t begin in a step        (seed, number of the optimizer step)
 
-The draws of IMAGE come from Philox4x32-10 (Salmon et al. 2011), which maps a counter of 128 bits, under a key of 64
-bits, to 128 random bits. The key is the seed, the counter is (position, stream, block of the image). All images of a
-batch are drawn at once, on the device that needs them, and an image's draws do not depend on the batch it is in.
+The draws of IMAGE and CONDITION come from Philox4x32-10 (Salmon et al. 2011), which maps a counter of 128 bits, under
+a key of 64 bits, to 128 random bits. The key is the seed, the counter is (position, stream, block of the image). All
+images of a batch are drawn at once, on the device that needs them, and an image's draws do not depend on the batch it
+is in.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from hf_ddpm.runtime.errors import UsageError
 
 IMAGE, STEP = 1, 2
 # Beyond STEP + k for all k.
-FLIP, TOP, LEFT, STRATUM, CLASS = 2**31, 2**31 + 1, 2**31 + 2, 2**31 + 3, 2**31 + 4
+FLIP, TOP, LEFT, STRATUM, CLASS, CONDITION = (2**31 + k for k in range(6))
 
 MAX_SEED = 2**63 - 1
 
@@ -72,7 +74,7 @@ def hashed_uniform(seed: int, stream: int, index: np.ndarray) -> np.ndarray:
 
 
 def image_draws(
-    seed: int, positions: Tensor, shape: Sequence[int], device: torch.device | str
+    seed: int, positions: Tensor, shape: Sequence[int], device: torch.device | str, stream: int = IMAGE
 ) -> tuple[Tensor, Tensor]:
     """Draw a uniform number and a standard normal tensor for each image.
 
@@ -81,6 +83,7 @@ def image_draws(
         positions: Where each image is in the endless stream, (B,) integers, at least 0.
         shape: The shape of one image, (C, H, W).
         device: Where to draw. The numbers are the same on all devices, but for the rounding of log, cos and sin.
+        stream: What they are for: IMAGE or CONDITION.
 
     Returns:
         The uniform numbers, (B,) float32, multiples of 2^-24 in [0, 1), and the normal ones, (B, C, H, W) float32,
@@ -88,7 +91,7 @@ def image_draws(
     """
     num_values = math.prod(shape)
     num_blocks = -(-num_values // 4)
-    words = random_words(seed, IMAGE, positions, 1 + num_blocks, device)
+    words = random_words(seed, stream, positions, 1 + num_blocks, device)
     # The first block is for the uniform number. float32 holds 24 bits of it: with more it could round to 1.
     uniform = (words[0][:, 0] >> 8).float() * 2.0**-24
 

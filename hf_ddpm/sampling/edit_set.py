@@ -8,7 +8,7 @@ edits.png  the first PICTURE_IMAGES images with their masks and edits, side by s
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,10 @@ def edit_images(
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     out = look_at("out", out)
     require_writable_folder("out", out)
-    names, image_files = _files("image", image)
+    names, files = image_files("image", image)
     check_seeds(seed, len(names))
-    edits = _new_files(out, names)
-    mask_files = None if mask is None else _files("mask", mask)[1]
+    edits = new_files(out, names)
+    mask_files = None if mask is None else image_files("mask", mask)[1]
     if mask_files is not None and len(mask_files) not in (1, len(names)):
         raise UsageError(
             f"mask must be one image, or one for each of {len(names)} images, got {len(mask_files)} in {str(mask)!r}"
@@ -113,7 +113,7 @@ def edit_images(
     channels, height, width = plain._image_shape()
     if channels not in (1, 3, 4):
         raise UsageError(f"model must make images of 1, 3 or 4 channels, got {channels}, which no file holds")
-    images = torch.cat([_read(path, channels, height, width) for path in image_files])
+    images = torch.cat([_read(path, channels, height, width) for path in files])
     masks = None
     if mask_files is not None:
         read = torch.cat([_read(path, 1, height, width, is_mask=True) for path in mask_files])
@@ -140,7 +140,7 @@ def edit_images(
     return edits
 
 
-def _files(option: str, path: str | Path) -> tuple[list[Path], list[Path]]:
+def image_files(option: str, path: str | Path) -> tuple[list[Path], list[Path]]:
     """Return the names and the paths of the image files that an option names, in the order of the names."""
     found = look_at(option, path)
     if found.is_file():
@@ -153,15 +153,15 @@ def _files(option: str, path: str | Path) -> tuple[list[Path], list[Path]]:
     return [file.relative_to(found) for file in files], files
 
 
-def _new_files(out: Path, names: Sequence[Path]) -> list[Path]:
-    """Return the file of each edit, after a look that none is there and no two are the same."""
+def new_files(out: Path, names: Sequence[Path], picture: str = PICTURE) -> list[Path]:
+    """Return the file of each new image, after a look that none is there and no two are the same."""
     files = [out / name.with_suffix(".png") for name in names]
     for i, file in enumerate(files):
-        if file == out / PICTURE or file in files[:i]:
+        if file == out / picture or file in files[:i]:
             raise UsageError(
-                f"image must hold files of different names, but {PICTURE}, got {str(names[i])!r}: rename it"
+                f"image must hold files of different names, but {picture}, got {str(names[i])!r}: rename it"
             )
-    for file in [*files, out / PICTURE]:
+    for file in [*files, out / picture]:
         if file.exists():
             raise UsageError(f"{file} would be overwritten: choose another folder than {str(out)!r}")
     return files
@@ -169,6 +169,21 @@ def _new_files(out: Path, names: Sequence[Path]) -> list[Path]:
 
 def _read(path: Path, channels: int, height: int, width: int, is_mask: bool = False) -> Tensor:
     """Return an image, (1, C, H, W) in [0, 1], or a mask, (1, 1, H, W) bool, of a file."""
+
+    def convert(picture: Image.Image) -> Tensor:
+        if is_mask:
+            return masks_to_tensor(picture, 1, height, width)
+        return images_to_tensor(picture, channels, height, width)
+
+    return read_image(path, convert)
+
+
+def read_image(path: Path, convert: Callable[[Image.Image], Tensor]) -> Tensor:
+    """Return what a function makes of the image in a file.
+
+    Raises:
+        UsageError: When the file cannot be read, or the function refuses the image; the message names the file.
+    """
     with naming_damage(f"{path} cannot be taken", "change the file, or give another one"):
         try:
             with open_image({"bytes": None, "path": str(path)}) as opened:
@@ -176,9 +191,7 @@ def _read(path: Path, channels: int, height: int, width: int, is_mask: bool = Fa
                 picture.load()
         except (SyntaxError, EOFError, Image.DecompressionBombError) as error:  # that Pillow raises, too
             raise ValueError(str(error)) from error
-        if is_mask:
-            return masks_to_tensor(picture, 1, height, width)
-        return images_to_tensor(picture, channels, height, width)
+        return convert(picture)
 
 
 def _picture(images: Tensor, masks: Tensor | None, edited: Sequence[Image.Image]) -> Image.Image:

@@ -28,7 +28,14 @@ from hf_ddpm.guidance import Guidance
 from hf_ddpm.names import DTYPES, FORMATS
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import process_device, require_compiler
-from hf_ddpm.runtime.files import look_at, read_mapping, require_writable_folder, weights_sha256, write_atomically
+from hf_ddpm.runtime.files import (
+    NETWORK_FOLDERS,
+    look_at,
+    read_mapping,
+    require_writable_folder,
+    weights_sha256,
+    write_atomically,
+)
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.run_files import read_run, run_folder_of
 from hf_ddpm.runtime.seeds import check_seeds
@@ -398,7 +405,7 @@ def _value_range(unet: Any, format: str, processes: Processes) -> list[float] | 
     A model makes 16-bit images if run.json says that it was trained on them. Pillow writes only gray ones.
     """
     folder = Path(unet.config["_name_or_path"])
-    data = read_run(run_folder_of(folder.parent if folder.name == "unet" else folder)).get("data", {})
+    data = read_run(run_folder_of(folder.parent if folder.name in NETWORK_FOLDERS else folder)).get("data", {})
     if data.get("max_value", 255) == 255:
         return None
     if format != "npz" and unet.config.in_channels > 1:

@@ -14,12 +14,15 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_ddpm.classes import Classes
+from hf_ddpm.condition import is_conditional
+from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.guidance import Guidance, changed
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.names import DTYPES, SCHEDULERS
@@ -47,6 +50,7 @@ def load_for_sampling(
     compile: bool = False,
     uniform: bool = False,
     guidance_model: str | None = None,
+    makes_from_images: bool = False,
 ) -> tuple[DDPMPipeline, int]:
     """Load a pipeline that is ready to sample, without progress bars of its own.
 
@@ -62,6 +66,7 @@ def load_for_sampling(
         compile: Whether `torch.compile` compiles the network, at its first forward pass.
         uniform: Whether to ignore timesteps that were searched for.
         guidance_model: A weaker model, a folder or a Hub id, for `guide` of the pipeline. None: none.
+        makes_from_images: Whether the model must be one that makes images from images, or none of these.
 
     Returns:
         The pipeline and its number of steps.
@@ -78,8 +83,9 @@ def load_for_sampling(
     folder, _ = find_model(model)
     if compile:
         require_compiler(checked_device)
+    _check_kind(folder, model, makes_from_images)
     with naming_weights(f"model {str(model)!r}"):
-        pipeline = DDPMPipeline.from_pretrained(folder)
+        pipeline = (ConditionalDDPMPipeline if makes_from_images else DDPMPipeline).from_pretrained(folder)
     require_finite(pipeline.unet.state_dict(), f"model {str(model)!r}")
     pipeline.to(checked_device)
     pipeline.set_progress_bar_config(disable=True)
@@ -99,6 +105,24 @@ def load_for_sampling(
     pipeline.scheduler = named_scheduler(name, config, steps)
     speed_up(pipeline, dtype, compile)
     return pipeline, steps
+
+
+def _check_kind(folder: Path, model: str | Path, makes_from_images: bool) -> None:
+    """Check that a model makes images from images, or that it does not.
+
+    Raises:
+        UsageError: When it is of the other kind.
+    """
+    if is_conditional(folder) and not makes_from_images:
+        raise UsageError(
+            f"model must be one that makes images from noise alone, got {str(model)!r}, which makes them from images: "
+            "hf-ddpm sample MODEL --image FILE_OR_FOLDER"
+        )
+    if makes_from_images and not is_conditional(folder):
+        raise UsageError(
+            f"image has no effect on {str(model)!r}, which makes images from noise alone: leave it out, or edit it by "
+            "`hf-ddpm edit`"
+        )
 
 
 def check_guidance(scales: Sequence[float | None], interval: Sequence[float] | None, method: Any) -> None:
@@ -170,8 +194,9 @@ def _load_guide(model: str, pipeline: DDPMPipeline) -> Any:
         check_guide(network, pipeline.unet)
         return network.to(pipeline.device).eval()
     folder, _ = find_model(model)
+    _check_kind(folder, model, isinstance(pipeline, ConditionalDDPMPipeline))
     with naming_weights(f"guidance_model {model!r}"):
-        weaker = DDPMPipeline.from_pretrained(folder)
+        weaker = type(pipeline).from_pretrained(folder)
     require_finite(weaker.unet.state_dict(), f"guidance_model {model!r}")
     ours, theirs = (complete_config(each.scheduler.config) for each in (pipeline, weaker))
     for name in ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas"):
@@ -232,6 +257,7 @@ def iter_samples(
     deterministic: bool = False,
     value_range: Sequence[float] | None = None,
     guidance: Guidance | None = None,
+    conditions: Tensor | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield one image per seed, a batch at a time, in order: the batch's seeds, and (B, C, H, W) on the CPU.
 
@@ -244,12 +270,13 @@ def iter_samples(
         value_range: The values in [0, 65535] that -1 and 1 stand for; the images are then uint16. None: they are
             uint8, and the values are 0 and 255.
         guidance: How predictions are guided; None: they are not.
+        conditions: See `sample_all`.
 
     Raises:
         ValueError: When an argument cannot work, or an image is not finite.
     """
     steps = num_inference_steps
-    batches = _sample(pipeline, seeds, batch_size, steps, class_labels, deterministic, guidance)
+    batches = _sample(pipeline, seeds, batch_size, steps, class_labels, deterministic, guidance, conditions)
     for batch_seeds, images in batches:
         is_finite = images.isfinite().flatten(1).all(dim=1)
         if not bool(is_finite.all()):
@@ -271,6 +298,7 @@ def sample_all(
     batch_size: int,
     num_inference_steps: int | None = None,
     class_labels: Sequence[int] | None = None,
+    conditions: Tensor | None = None,
 ) -> Tensor:
     """Sample one image per seed; the processes share the seeds, and each of them gets all images.
 
@@ -282,6 +310,7 @@ def sample_all(
         batch_size: Images per forward pass; on a CPU there are always FORWARD_BATCH.
         num_inference_steps: A number in [1, T]. None: T.
         class_labels: One for each seed, if the model has classes.
+        conditions: One for each seed, (N, C', H, W) in [0, 1], if the model makes images from images.
 
     Returns:
         The images in the order of the seeds, (N, C, H, W) uint8 on the CPU.
@@ -291,7 +320,8 @@ def sample_all(
     """
     share = processes.split_evenly(len(seeds))
     labels = None if class_labels is None else [class_labels[i] for i in share]
-    batches = _sample(pipeline, [seeds[i] for i in share], batch_size, num_inference_steps, labels)
+    own = None if conditions is None else conditions[[*share]]
+    batches = _sample(pipeline, [seeds[i] for i in share], batch_size, num_inference_steps, labels, conditions=own)
     images = torch.cat([images for _, images in batches]).nan_to_num(0)
     return processes.gather_rows((images * 255).round().to(torch.uint8), len(seeds))
 
@@ -304,6 +334,7 @@ def _sample(
     class_labels: Sequence[int] | None,
     deterministic: bool = False,
     guidance: Guidance | None = None,
+    conditions: Tensor | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield the seeds of each batch and its images in [0, 1], on the CPU."""
     size = forward_batch_of(pipeline.device, batch_size)
@@ -311,8 +342,10 @@ def _sample(
         batch_seeds = [*seeds[first : first + size]]
         # The last batch is made as large as the others by repeating its last image.
         filled = [min(i, len(seeds) - 1) for i in range(first, first + size)]
+        # A model that makes images from images takes these in the place of their number.
+        number: dict[str, Any] = {"batch_size": size} if conditions is None else {"image": conditions[filled]}
         (images,) = pipeline(
-            batch_size=size,
+            **number,
             generator=seeded_generators([seeds[i] for i in filled], pipeline.device),
             num_inference_steps=num_inference_steps,
             output_type="pt",

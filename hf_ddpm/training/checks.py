@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_ddpm.condition import require_factor
 from hf_ddpm.data.config import check_data_paths
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import require_writable_folder
@@ -52,6 +53,12 @@ def _check_relations(config: TrainingConfig) -> None:
             "rescale_betas_zero_snr leaves no signal in x_T, and x_0 cannot be recovered from eps there: "
             "use prediction_type v_prediction, sample or previous_sample, got epsilon"
         )
+    if config.condition_noise and config.condition_column is None and config.super_resolution is None:
+        raise UsageError(
+            f"condition_noise = {config.condition_noise} has no effect: give condition_column or super_resolution"
+        )
+    if config.super_resolution is not None and config.resolution is not None:
+        require_factor(config.super_resolution, config.resolution)
     steps = config.ddpm_num_inference_steps
     if steps is not None and steps > config.ddpm_num_steps:
         raise UsageError(f"ddpm_num_inference_steps must be in [1, {config.ddpm_num_steps}], got {steps}")

@@ -29,6 +29,7 @@ SCHEDULER_SETTINGS = {
 _SCHEDULES_BY_ENDS = {"ddpm_beta_schedule": ("linear", "scaled_linear", "sigmoid")}
 _LOGNORMAL = {"timestep_density": "lognormal"}
 _VALIDATION = {"eval_steps": GIVEN}
+_WITHOUT_CONDITION = {"condition_column": None, "super_resolution": None}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class TrainingConfig(DataConfig):
         "A model to begin with, a folder or Hub id: its weights, network, prediction type and noise schedule.",
         group="model",
         resume="fixed",
+        only_with=_WITHOUT_CONDITION,
         is_path=True,
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction", "previous_sample"] = setting(
@@ -64,6 +66,24 @@ class TrainingConfig(DataConfig):
         resume="fixed",
         only_with={"init_from": None},
         is_path=True,
+    )
+    super_resolution: int | None = setting(
+        None,
+        "The factor of super-resolution: the model makes each image from a low resolution of it, which is made by "
+        "itself, and enlarged again. It divides the resolution.",
+        group="model",
+        resume="fixed",
+        at_least=2,
+        only_with={"condition_column": None, "streaming": False},
+    )
+    condition_noise: float = setting(
+        0.0,
+        "The largest standard deviation of the noise that is added to conditions in [-1, 1], each of which draws its "
+        "own below it (Ho et al. 2021). It helps where conditions will be worse than those of the data, as samples of "
+        "another model are.",
+        group="model",
+        resume="fixed",
+        at_least=0,
     )
     dropout: float = setting(
         0.0,
@@ -152,7 +172,7 @@ class TrainingConfig(DataConfig):
         group="objective",
         resume="fixed",
         at_least=0,
-        only_with={"streaming": False},
+        only_with={"streaming": False, **_WITHOUT_CONDITION},
     )
 
     class_dropout: float = setting(
@@ -405,6 +425,7 @@ class TrainingConfig(DataConfig):
         group="output",
         resume="free",
         at_least=1,
+        only_with=_WITHOUT_CONDITION,
     )
     eval_split: str = setting(
         "test",

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from diffusers import UNet2DModel
 
+from hf_ddpm.condition import is_conditional
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.network import load_unet, naming_weights
 from hf_ddpm.runtime.errors import UsageError
@@ -66,6 +67,10 @@ def load_weights(unet: UNet2DModel, network: Path, source: str) -> None:
 def network_of(model: str) -> Path:
     """Return the folder of a model's network, with config.json and weights."""
     folder, _ = find_model(model)
+    if is_conditional(folder):
+        raise UsageError(
+            f"init_from needs a model that makes images from noise, got {model!r}, which makes them from images"
+        )
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.classes import Classes
+from hf_ddpm.conditional import with_condition
 from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.data.sources import check_source
@@ -43,6 +44,7 @@ from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress, save_checkpoint
 from hf_ddpm.training.checks import check_config
+from hf_ddpm.training.conditions import conditions_of_batch
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.dry_run import estimate_cost, print_cost
 from hf_ddpm.training.loader import (
@@ -345,8 +347,9 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
         seed_step(config.seed, progress.step, slot)
         with sharding.gradient_sync(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
             t, noise = draw(run, progress.step, slot, batch["positions"], pixels.shape[1:])
+            condition = conditions_of_batch(run, batch, pixels)
             loss = run.loss(
-                network,
+                network if condition is None else with_condition(network, condition),
                 to_x_0(pixels, run.images.max_value),
                 hide_classes(config.seed, batch["positions"], labels, run.classes, config.class_dropout),
                 timesteps=t,

@@ -79,8 +79,14 @@ def check_parts(config: TrainingConfig, parts: Parts) -> None:
             raise UsageError(f"objective and callbacks must be functions, got {type(part).__name__}")
 
 
-def check_given_network(network: Any, config: TrainingConfig, images: Any) -> None:
+def check_given_network(network: Any, config: TrainingConfig, images: Any, condition_channels: int = 0) -> None:
     """Check that a network that was passed takes the images, by one forward pass of two of them.
+
+    Args:
+        network: The network.
+        config: The settings of the run.
+        images: The images.
+        condition_channels: The channels that it takes after those of the images.
 
     Raises:
         UsageError: When its config or its output do not fit.
@@ -88,18 +94,17 @@ def check_given_network(network: Any, config: TrainingConfig, images: Any) -> No
     size, wanted = network.config.get("sample_size"), images.resolution
     if size not in (wanted, [wanted, wanted], (wanted, wanted)):
         raise UsageError(f"sample_size in the network's config must be the resolution, {wanted}, got {size}")
-    if network.config.get("in_channels") != images.channels:
-        got = network.config.get("in_channels")
-        raise UsageError(
-            f"in_channels in the network's config must be those of the images, {images.channels}, got {got}"
-        )
+    in_channels = images.channels + condition_channels
+    if network.config.get("in_channels") != in_channels:
+        got, owner = network.config.get("in_channels"), "the images" + (condition_channels > 0) * " and conditions"
+        raise UsageError(f"in_channels in the network's config must be those of {owner}, {in_channels}, got {got}")
     num_classes = num_classes_of(network.config)
     if (num_classes is None) != (images.num_classes is None) or (num_classes or 0) < (images.num_classes or 0):
         raise UsageError(f"the network must take the classes of the images, {images.num_classes}, got {num_classes}")
     if frozen := [name for name, parameter in network.named_parameters() if not parameter.requires_grad]:
         raise UsageError(f"the network must train all of its parameters, got {frozen[0]!r} without gradient")
     channels = images.channels * (2 if config.variance_type == "learned_range" else 1)
-    x_t, t = torch.zeros(2, images.channels, wanted, wanted), torch.zeros(2, dtype=torch.int64)
+    x_t, t = torch.zeros(2, in_channels, wanted, wanted), torch.zeros(2, dtype=torch.int64)
     conditions = {} if num_classes is None else {"class_labels": t}
     mode = network.training
     network.eval()  # running statistics of a network in training would take the zeros for images

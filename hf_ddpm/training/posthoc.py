@@ -33,17 +33,17 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from hf_ddpm.classes import CLASSES_FILE
+from hf_ddpm.condition import CONDITION_FILE
 from hf_ddpm.network import naming_weights, require_finite
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import look_at
+from hf_ddpm.runtime.files import look_at, network_folder
+from hf_ddpm.runtime.run_files import MODEL_INDEX
 
 TRACKED_STDS = (0.05, 0.10)
 MAX_STD = 1 / math.sqrt(12)  # gamma = 0, where every image counts alike
 MAX_PROFILE_ERROR = 1e-3
 
-_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-_COPIED = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
-_COPIED_IF_THERE = (CLASSES_FILE.as_posix(),)
+_COPIED_IF_THERE = (CLASSES_FILE.as_posix(), CONDITION_FILE.as_posix())
 _DESCRIPTION = "average.json"
 
 
@@ -217,30 +217,33 @@ def write_average(run: Path, std: float, out: Path | None = None, images: int | 
     """
     run = look_at("run", run)
     out = run / "ema" / f"std-{std:g}" if out is None else look_at("out", out)
-    for name in (*_COPIED, _WEIGHTS):
+    network = network_folder(run).name
+    copied = (MODEL_INDEX, "scheduler/scheduler_config.json", f"{network}/config.json")
+    weights = f"{network}/diffusion_pytorch_model.safetensors"
+    for name in (*copied, weights):
         if not (run / name).is_file():
             raise UsageError(f"{run} must be a run that has saved its pipeline: {name} is not there")
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir()}
-    foreign = files - {_DESCRIPTION, _WEIGHTS, *_COPIED, *_COPIED_IF_THERE} if _DESCRIPTION in files else files
+    foreign = files - {_DESCRIPTION, weights, *copied, *_COPIED_IF_THERE} if _DESCRIPTION in files else files
     if foreign or out.is_file():
         raise UsageError(f"{out} must be new, empty or an earlier average: {min(foreign, default='it')} would be lost")
 
     state, images, error = reconstruct(run, std, images)
     with naming_weights(f"run {str(run)!r}"):
-        tensors = load_file(run / _WEIGHTS)
+        tensors = load_file(run / weights)
     for name, tensor in state.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
-            raise UsageError(f"the snapshots must be of the network in {run / 'unet'}, which has no such {name}")
+            raise UsageError(f"the snapshots must be of the network in {run / network}, which has no such {name}")
         tensors[name] = tensor.to(tensors[name].dtype)
 
     # Made beside `out` and renamed, so that `out` is always whole, and the old average stays until the new one is.
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix="partial-") as partial:
         new = Path(partial) / "new"
-        for name in (*_COPIED, *(name for name in _COPIED_IF_THERE if (run / name).is_file())):
+        for name in (*copied, *(name for name in _COPIED_IF_THERE if (run / name).is_file())):
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run / name, new / name)
-        save_file(tensors, new / _WEIGHTS, {"format": "pt"})
+        save_file(tensors, new / weights, {"format": "pt"})
         description = {"std": std, "images": images, "profile_error": error}
         (new / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         if out.exists():

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from hf_ddpm import figures
+from hf_ddpm.data.conditions import example_pairs
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import read_metrics, write_atomically
 from hf_ddpm.sampling.sampler import by_class, classes_in_turn, grid_by_class, sample_all
@@ -22,7 +23,7 @@ from hf_ddpm.training.averages import swap_in
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.metrics import LinesFile
 from hf_ddpm.training.run import FREE_SPACE, Run, print_once, track_values, try_to_track, try_to_write
-from hf_ddpm.training.saving import save_model
+from hf_ddpm.training.saving import pipeline_of, save_model
 from hf_ddpm.training.validation import VALIDATION_SETTINGS, measure_validation
 
 MIN_STEPS_BETWEEN = 10
@@ -47,12 +48,18 @@ def preview_path(run: Run, step: int) -> Path:
 def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
     """Sample seeds 0, 1, ... into one sheet: the same seeds at each step and for any number of processes.
 
+    Images that are made from images stand between these and those of the data.
+
     All processes call it.
 
     Args:
         has_bar: Whether each forward batch has a progress bar of its sampling steps.
     """
     num_images, columns = grid_by_class(run.config.eval_batch_size, run.classes)
+    pairs = None
+    if run.condition is not None:
+        pairs = example_pairs(run.condition, run.images, run.config.eval_batch_size)
+        num_images = len(pairs.images)
     with averaged_pipeline(run) as pipeline:
         pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not (has_bar and run.is_main))
         samples = sample_all(
@@ -61,8 +68,12 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
             run.processes,
             batch_size=-(-num_images // run.processes.size),
             num_inference_steps=preview_steps(run),
-            class_labels=classes_in_turn(run.classes, range(num_images)),
+            class_labels=classes_in_turn(run.classes, range(num_images)) if pairs is None else pairs.labels,
+            conditions=None if pairs is None else pairs.conditions,
         )
+    if pairs is not None and run.condition is not None:
+        labels = [run.condition.label, "sample", "truth"]
+        return figures.side_by_side([*map(figures.to_pil, (pairs.conditions, samples, pairs.images))], labels)
     return figures.grid(by_class(figures.to_pil(samples), columns), columns)
 
 
@@ -130,8 +141,7 @@ def validate(run: Run, progress: Progress, evaluations: LinesFile) -> None:
 def averaged_pipeline(run: Run) -> Iterator[DDPMPipeline]:
     """Give the pipeline that previews sample, with the averaged weights, for the duration of a `with` block."""
     unet = run.state.unet
-    pipeline = DDPMPipeline(unet, _preview_scheduler(run))
-    pipeline.classes = run.classes
+    pipeline = pipeline_of(run, unet, _preview_scheduler(run))
     pipeline.set_progress_bar_config(disable=True)
     unet.eval()
     precision = sharding.autocast(run.device, run.config.mixed_precision)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hf_ddpm import figures
 from hf_ddpm.data.batches import to_x_0
+from hf_ddpm.data.conditions import example_pairs
 from hf_ddpm.data.decoding import center_crop
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.pipeline import DDPMPipeline
@@ -28,7 +29,7 @@ from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.previews import preview_settings, sample_sheet, save_preview
 from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, num_steps_left, print_once, try_to_write
-from hf_ddpm.training.saving import averaged_unet, save_models
+from hf_ddpm.training.saving import averaged_unet, pipeline_of, save_models
 from hf_ddpm.training.validation import draw_validation_curves
 
 NUM_GIF_FRAMES = 60
@@ -93,9 +94,7 @@ def _delete_pictures(output_dir: Path) -> None:
 
 def _averaged_pipeline(run: Run) -> DDPMPipeline:
     averaged: Any = averaged_unet(run, run.average)
-    pipeline = DDPMPipeline(averaged.to(run.device), DDPMScheduler.from_config(run.scheduler.config))
-    pipeline.classes = run.classes
-    return pipeline
+    return pipeline_of(run, averaged.to(run.device), DDPMScheduler.from_config(run.scheduler.config))
 
 
 def write_report(run: Run, progress: Progress, pipeline: DDPMPipeline, samples: Image.Image | None) -> None:
@@ -232,12 +231,14 @@ def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline, total: int) -> None:
     columns = [total - 1 - t for t in reversed(figures.spread(total, figures.NUM_STRIP_COLUMNS - 1))]
     frames = sorted({*figures.spread(total, NUM_GIF_FRAMES), *columns})
     pipeline.set_progress_bar_config(desc="reverse chain", leave=False)
+    pairs = None if run.condition is None else example_pairs(run.condition, run.images, CHAIN_SIZE)
+    number_or_images: dict[str, Any] = {"batch_size": CHAIN_SIZE} if pairs is None else {"image": pairs.conditions}
     final, trajectory = pipeline(
-        batch_size=CHAIN_SIZE,
+        **number_or_images,
         generator=seeded_generators(range(CHAIN_SIZE), pipeline.device),
         timesteps=figures.spread(len(pipeline.scheduler), total)[::-1],
         output_type="pt",
-        class_labels=classes_in_turn(run.classes, range(CHAIN_SIZE)),
+        class_labels=classes_in_turn(run.classes, range(CHAIN_SIZE)) if pairs is None else pairs.labels,
         trajectory=frames,
         return_dict=False,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.classes import Classes
+from hf_ddpm.condition import Condition
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.shards import ImageStream
@@ -46,6 +47,7 @@ class Run:
         optimizer: The optimizer as Accelerate prepared it; `state` holds the optimizer itself.
         loss: The training loss: `objective`, or what was passed to `train` in its place.
         classes: The classes that the network is conditioned on; None for a network without classes.
+        condition: What the images are made from; None: from noise alone.
         validation: The held-out images; None if the run validates nothing.
         pusher: The background upload, on the first process of a run that goes to the Hub.
         trackers: Accelerate's trackers, on the first process.
@@ -68,6 +70,7 @@ class Run:
     objective: Objective
     loss: Callable[..., Tensor]
     classes: Classes | None
+    condition: Condition | None
     validation: Validation | None
     learning_rate: Callable[[int], float]
     decays: Callable[[int, int], dict[str, float]]

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.network import require_finite
 from hf_ddpm.pipeline import GUIDE_FOLDER, DDPMPipeline
 from hf_ddpm.runtime.files import write_atomically
@@ -95,6 +96,17 @@ def averaged_unet(run: Run, average: list[Tensor] | None) -> Any:
     return averaged.eval()
 
 
+def pipeline_of(run: Run, unet: Any, scheduler: Any) -> DDPMPipeline:
+    """Return the pipeline of a network of the run, with its classes and what it makes images from."""
+    if run.condition is None:
+        pipeline = DDPMPipeline(unet, scheduler)
+    else:
+        pipeline = ConditionalDDPMPipeline(unet, scheduler)
+        pipeline.condition = run.condition
+    pipeline.classes = run.classes
+    return pipeline
+
+
 def _write_guide(unet: Any, folder: Path) -> None:
     partial = folder / "partial-guide"
     shutil.rmtree(partial, ignore_errors=True)
@@ -112,9 +124,7 @@ def _write_pipeline(run: Run, unet: Any, folder: Path) -> None:
     partial = folder / "partial-model"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        pipeline = DDPMPipeline(unet, DDPMScheduler.from_config(run.scheduler.config))
-        pipeline.classes = run.classes
-        pipeline.save_pretrained(partial)
+        pipeline_of(run, unet, DDPMScheduler.from_config(run.scheduler.config)).save_pretrained(partial)
         files = [path for path in partial.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.parent == partial):
             target = folder / path.relative_to(partial)

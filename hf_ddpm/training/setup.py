@@ -18,6 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
 from hf_ddpm.classes import Classes, read_classes
+from hf_ddpm.condition import Condition
 from hf_ddpm.data.cache import ImageCache, load_dataset, load_images
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
@@ -37,6 +38,7 @@ from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import EMA, edm_decay, halflife_from_decay, ramped_decay
 from hf_ddpm.training.checkpoint import Progress, TrainingState, find_checkpoint, load_checkpoint, read_progress
+from hf_ddpm.training.conditions import condition_of
 from hf_ddpm.training.config import CLASS_DROPOUT, TrainingConfig
 from hf_ddpm.training.finetuning import load_weights, network_of, take_over
 from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
@@ -126,8 +128,9 @@ def build_run(
         validation = open_validation(config, images, processes, accelerator.device)
     scheduler = make_scheduler(config)
     classes = _classes_of(config, images, parts.network)
+    condition = condition_of(config, images)
     objective = _make_objective(config, scheduler, images.max_value, classes)
-    new_unet = _make_unet(config, images, classes, start.checkpoint, parts.network)
+    new_unet = _make_unet(config, images, classes, condition, start.checkpoint, parts.network)
     optimizer = make_optimizer(new_unet, config)
     model, prepared = accelerator.prepare(new_unet, optimizer)
     unet: Any = accelerator.unwrap_model(model)
@@ -155,6 +158,7 @@ def build_run(
         loss=objective if parts.objective is None else parts.objective,
         callbacks=parts.callbacks,
         classes=classes,
+        condition=condition,
         validation=validation,
         learning_rate=learning_rate_schedule(config, start.num_steps, progress.schedule_batch_size, processes),
         decays=decays,
@@ -450,14 +454,20 @@ def _classes_of(config: TrainingConfig, images: Images, given: Any) -> Classes |
 
 
 def _make_unet(
-    config: TrainingConfig, images: Images, classes: Classes | None, checkpoint: Path | None, given: Any
+    config: TrainingConfig,
+    images: Images,
+    classes: Classes | None,
+    condition: Condition | None,
+    checkpoint: Path | None,
+    given: Any,
 ) -> Any:
     """Make the network of the run: that of the checkpoint or of `init_from`, one from a config, or a new one.
 
     One that was passed to `train` is taken as it is.
     """
+    condition_channels = 0 if condition is None else condition.channels
     if given is not None:
-        check_given_network(given, config, images)
+        check_given_network(given, config, images, condition_channels)
         if config.gradient_checkpointing:
             given.enable_gradient_checkpointing()
         return given
@@ -476,6 +486,7 @@ def _make_unet(
         dropout=None if config.model_config_name_or_path or config.init_from else config.dropout,
         seed=config.seed,
         source=network_source(config) if checkpoint is None else f"the network of {checkpoint.name}",
+        condition_channels=condition_channels,
     )
     if network is not None and checkpoint is None:
         _check_same_classes(config, classes, read_classes(network.parent))

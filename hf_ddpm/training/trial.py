@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hf_ddpm.condition import require_factor
 from hf_ddpm.network import Trial, load_unet, try_network
 from hf_ddpm.runtime.devices import memory_of
 from hf_ddpm.runtime.errors import UsageError
@@ -47,9 +48,19 @@ def try_run(
     model_config = config.model_config_name_or_path if network is None else str(network)
     if model_config is None and resolution is None:
         return
+    condition_channels = 0
+    if config.condition_column is not None or config.super_resolution is not None:
+        condition_channels = channels if config.condition_column is None else None
     trial = try_network(
-        channels, resolution, model_config=model_config, variance_type=config.variance_type, source=source
+        channels,
+        resolution,
+        model_config=model_config,
+        variance_type=config.variance_type,
+        source=source,
+        condition_channels=condition_channels,
     )
+    if config.super_resolution is not None:
+        require_factor(config.super_resolution, trial.resolution)
     require_memory(config, trial, device)
 
 

@@ -12,6 +12,7 @@ import hf_ddpm
 
 PACKAGE = Path(hf_ddpm.__file__).parent
 CLASSES = {
+    "ConditionalDDPMPipeline",
     "DDPMImg2ImgPipeline",
     "DDPMInpaintPipeline",
     "DDPMPipeline",

@@ -32,7 +32,10 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarnin
 
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "metric": ({"metrics": ["fid"]}, "metrics must be of fd, kid, cmmd, precision, nll, memorization, got fid"),
+    "metric": (
+        {"metrics": ["fid"]},
+        "metrics must be of fd, kid, cmmd, precision, nll, memorization, psnr, ssim, got fid",
+    ),
     "no metric": ({"metrics": []}, "got none"),
     "scheduler": ({"schedulers": ["euler"]}, "scheduler must be one of ddpm, ddim, .*, got 'euler'"),
     "dtype": ({"dtype": "fp16"}, "dtype must be one of fp32, bf16, got 'fp16'"),

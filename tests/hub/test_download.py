@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DModel
 from huggingface_hub import HfApi, ModelCard, constants
 from typer.testing import CliRunner
 
-from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm import ConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
+from hf_ddpm.condition import Condition, read_condition
 from hf_ddpm.evaluation.features import NETWORKS
-from hf_ddpm.hub.download import is_hub_id
+from hf_ddpm.hub.download import find_model, is_hub_id
 from hf_ddpm.hub.upload import push
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import sha256
+from hf_ddpm.runtime.files import sha256, weights_sha256
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from tests.support.hub_runs import (
@@ -37,8 +39,27 @@ from tests.support.hub_runs import (
 )
 from tests.support.hub_server import HubServer
 from tests.support.inception import save_inception
+from tests.support.networks import smallest_unet_config
 
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
+
+
+@pytest.mark.slow
+def test_model_that_makes_images_from_images_is_found_and_refused_by_stock(server: HubServer, tmp_path: Path):
+    unet = UNet2DModel(**smallest_unet_config(channels=1, in_channels=4))
+    pipeline = ConditionalDDPMPipeline(unet, DDPMScheduler())
+    pipeline.condition = Condition(3, column="drawing")
+    pipeline.save_pretrained(tmp_path)
+    push(tmp_path, NAME)
+    folder, repo_id = find_model(NAME)
+    assert repo_id == NAME
+    assert read_condition(folder) == pipeline.condition
+    assert weights_sha256(folder) == weights_sha256(tmp_path)
+    assert ConditionalDDPMPipeline.from_pretrained(NAME).condition == pipeline.condition
+    with pytest.raises(ValueError, match=r"expected.*unet"):
+        diffusers.DDPMPipeline.from_pretrained(NAME)
+    with pytest.raises(AttributeError, match="ConditionalDDPMPipeline"):
+        diffusers.DiffusionPipeline.from_pretrained(NAME)
 
 
 @pytest.mark.slow

@@ -15,9 +15,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import hf_ddpm
-from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm import ConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
 from hf_ddpm.classes import Classes
 from hf_ddpm.cli import app
+from hf_ddpm.condition import Condition
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.runtime.settings import settings_of
 from hf_ddpm.training.config import TrainingConfig
@@ -55,12 +56,24 @@ def class_model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def conditional_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conditional")
+    unet = UNet2DModel(**smallest_unet_config(channels=1, in_channels=2))
+    pipeline = ConditionalDDPMPipeline(unet, DDPMScheduler(timestep_spacing="trailing"))
+    pipeline.condition = Condition(1, super_resolution=2)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def in_a_folder_with_a_model(model, class_model, tmp_path, monkeypatch):
+def in_a_folder_with_a_model(model, class_model, conditional_model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # parsing asks whether there is one
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, "ddpm-model")
     shutil.copytree(class_model, "clothes-model")
+    shutil.copytree(conditional_model, "digits-2x")
+    Image.linear_gradient("L").resize((4, 4)).save("small.png")
     Image.linear_gradient("L").resize((8, 8)).save("digit.png")
     Image.linear_gradient("L").resize((8, 8)).save("mask.png")
 
@@ -96,6 +109,7 @@ def test_training_commands_parse(command):
     shutil.rmtree("clothes-model")
     if "ddpm-model" not in arguments:
         shutil.rmtree("ddpm-model")
+    shutil.rmtree("digits-2x")  # which a command trains
     if "--config" in arguments:
         config = Path(arguments[arguments.index("--config") + 1])
         (config.parent / "checkpoint-500").mkdir(parents=True)
@@ -107,7 +121,7 @@ def test_training_commands_parse(command):
 @pytest.mark.usefixtures("in_a_folder_with_a_model")
 def test_commands_run(command):
     arguments = arguments_of(command, "hf-ddpm") or arguments_of(command, "-m hf_ddpm") or []
-    if arguments[0] in ("sample", "edit", "average") and arguments[1] in ("ddpm-model", "clothes-model"):
+    if arguments[0] in ("sample", "edit", "average") and arguments[1] in ("ddpm-model", "clothes-model", "digits-2x"):
         result = CliRunner().invoke(app, ["4" if word in ("64", "50000") else word for word in arguments])
         assert result.exit_code == 0, result.output
     elif arguments != ["--help"]:  # they need data, a feature network or the Hub

@@ -1,0 +1,90 @@
+"""The images that a model makes images from, kept beside its scheduler in a file that stock diffusers does not read.
+
+condition          c, an image of the size of x_0, which the network takes after x_t: its input is (x_t, c)
+super-resolution   c is x_0 in a low resolution, enlarged again (Saharia et al. 2021, arXiv 2104.07636)
+column             c stands in a column of the data, as in Palette (Saharia et al. 2021, arXiv 2111.05826)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import naming_damage, network_folder, read_mapping, write_atomically
+
+# In the folder of the scheduler, all of whose files diffusers downloads.
+CONDITION_FILE = Path("scheduler", "condition.json")
+# The folder and the component of a network that takes conditions: stock's pipelines ask for `unet`, and find none.
+CONDITIONAL_NETWORK = "conditional_unet"
+INPUT_OF_SUPER_RESOLUTION = "low resolution"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a model makes images from.
+
+    Args:
+        channels: The channels of a condition, 1, 3 or 4.
+        super_resolution: The factor by which x_0 was made smaller; None: the condition comes from a column.
+        column: The name of the column; None for super-resolution, or where nobody has named it.
+        noise: The largest standard deviation of the noise that was added to conditions in training.
+    """
+
+    channels: int
+    super_resolution: int | None = None
+    column: str | None = None
+    noise: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """What pictures call a condition."""
+        return INPUT_OF_SUPER_RESOLUTION if self.super_resolution else self.column or "condition"
+
+
+def describe_condition(condition: Condition) -> str:
+    """Return in words what a model makes images from."""
+    if condition.super_resolution is not None:
+        return f"images of 1/{condition.super_resolution} of their height and width"
+    return f"images of the column {condition.column}" if condition.column else "images"
+
+
+def is_conditional(folder: Path) -> bool:
+    """Return whether the model in a folder makes images from images."""
+    return network_folder(folder).name == CONDITIONAL_NETWORK
+
+
+def read_condition(folder: Path) -> Condition | None:
+    """Read what the model in a pipeline's folder makes images from; None if no file says it.
+
+    Raises:
+        UsageError: When the file is damaged.
+    """
+    path = folder / CONDITION_FILE
+    content = read_mapping(path, "save or download the model again")
+    if not content:
+        return None
+    with naming_damage(f"{path} cannot be read", "save or download the model again"):
+        condition = Condition(**content)
+        factor = condition.super_resolution
+        if condition.channels not in (1, 3, 4) or not (factor is None or (type(factor) is int and factor > 1)):
+            raise ValueError(f"it must hold channels and a factor, got {content}")
+    return condition
+
+
+def write_condition(folder: Path, condition: Condition) -> None:
+    """Keep what a model makes images from in a pipeline's folder."""
+    write_atomically(folder / CONDITION_FILE, json.dumps(asdict(condition), indent=2, ensure_ascii=False) + "\n")
+
+
+def require_factor(factor: int, resolution: int) -> None:
+    """Check that images can be made smaller by a factor.
+
+    Raises:
+        UsageError: When it does not divide the resolution, or leaves nothing to enlarge.
+    """
+    if resolution % factor or factor >= resolution:
+        divisors = [str(k) for k in range(2, resolution) if resolution % k == 0]
+        remedy = f"give one of {', '.join(divisors)}" if divisors else "give another --resolution"
+        raise UsageError(f"super_resolution must divide the resolution, {resolution}, got {factor}: {remedy}")

@@ -1,0 +1,93 @@
+"""The conditions of images: the images that a model makes them from, beside the images themselves.
+
+pair   an image of the data and its condition, both cropped in the middle
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_ddpm.condition import Condition
+from hf_ddpm.conditional import enlarged, low_resolution
+from hf_ddpm.data.batches import center_pixels, epoch_order, to_x_0
+from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.decoding import center_crop
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Images and their conditions.
+
+    Args:
+        images: (N, C, R, R) float32 in [0, 1].
+        conditions: (N, C', R, R) float32 in [0, 1].
+        labels: The class of each image; None without classes.
+    """
+
+    images: Tensor
+    conditions: Tensor
+    labels: list[int] | None
+
+
+def low_resolution_conditions(pixels: Tensor, factor: int, max_value: int) -> Tensor:
+    """Return the conditions of super-resolution: images in a low resolution, enlarged again.
+
+    Args:
+        pixels: Images as of `to_x_0`, (B, C, R, R); x_0 counts as an image of 8 bits.
+        factor: The factor of super-resolution.
+        max_value: The largest value of a pixel.
+
+    Returns:
+        c, (B, C, R, R) float32 in [-1, 1].
+    """
+    if pixels.is_floating_point():
+        pixels = (pixels + 1) * (max_value / 2)
+    low = low_resolution(pixels, factor, max_value)
+    height, width = pixels.shape[2:]
+    return to_conditions(enlarged(low, height, width, max_value), max_value)
+
+
+def to_conditions(values: Tensor, max_value: int) -> Tensor:
+    """Return values in [0, max_value], of any type, as conditions in [-1, 1], float32."""
+    return values.to(torch.float32) * (2 / max_value) - 1
+
+
+def pairs_of(condition: Condition, images: Any, indices: np.ndarray) -> Pairs:
+    """Return some images with their conditions, without noise.
+
+    Args:
+        condition: What the images are made from.
+        images: An `ImageCache` or `GivenImages`; a stream has no conditions.
+        indices: Which of them, (N,).
+    """
+    labels: list[int] | None = None
+    if isinstance(images, ImageCache):
+        planes = center_pixels(images, indices)
+        labels = None if images.labels is None else images.labels[indices].tolist()
+    else:
+        read = [images.read(int(i)) for i in indices]
+        planes = np.stack([center_crop(each, images.resolution) for each, _ in read])
+        labels = [label for _, label in read if label is not None] or None
+    pixels = _tensor(planes)
+    if condition.super_resolution is not None:
+        conditions = low_resolution_conditions(pixels, condition.super_resolution, images.max_value)
+    else:
+        assert isinstance(images, ImageCache)
+        assert images.conditions is not None
+        of_column = images.conditions
+        conditions = to_conditions(_tensor(center_pixels(of_column, indices)), of_column.max_value)
+    return Pairs((to_x_0(pixels, images.max_value) + 1) / 2, (conditions + 1) / 2, labels)
+
+
+def example_pairs(condition: Condition, images: Any, count: int) -> Pairs:
+    """Return the first `count` images in the order of the seed 0, or all if there are fewer; see `pairs_of`."""
+    return pairs_of(condition, images, epoch_order(0, 0, len(images))[:count])
+
+
+def _tensor(planes: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(planes, np.int32 if planes.dtype == np.uint16 else None))

@@ -1,0 +1,149 @@
+"""Images that a model makes from images in a folder: `hf-ddpm sample MODEL --image FOLDER`.
+
+image        a file that a sample is made from; the sample is a PNG file of the same name in the folder `out`
+samples.png  the first PICTURE_IMAGES images with their samples, side by side
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_ddpm.conditional import ConditionalDDPMPipeline
+from hf_ddpm.figures import png_bytes, side_by_side, to_pil
+from hf_ddpm.names import DTYPES
+from hf_ddpm.runtime.devices import process_device, require_compiler
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import look_at, require_writable_folder, write_atomically
+from hf_ddpm.runtime.seeds import check_seeds
+from hf_ddpm.runtime.settings import require_choice
+from hf_ddpm.sampling.edit_set import image_files, new_files, read_image
+from hf_ddpm.sampling.sampler import check_guidance, choose_guidance, iter_samples, load_for_sampling, speed_up
+
+PICTURE = "samples.png"
+PICTURE_IMAGES = 16
+
+
+def sample_from_images(
+    model: str,
+    image: str | Path,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    scheduler: str | None = None,
+    class_label: int | str | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: Sequence[float] | None = None,
+    guidance_method: str | None = None,
+    guidance_model: str | None = None,
+    deterministic: bool = False,
+    batch_size: int = 64,
+    device: str | None = None,
+    dtype: str | None = None,
+    compile: bool = False,
+    uniform: bool = False,
+) -> list[Path]:
+    """Sample an image from each image, and write the samples and a picture of all into the folder `out`.
+
+    Args:
+        model: A folder that holds a model that makes images from images, or a run of one; or a Hub id.
+        image: An image of the model's size, or a folder of them. For super-resolution they may have the low
+            resolution.
+        out: A folder, which must not hold files of the samples' names.
+        seed: The seed of the first sample; sample i has seed + i.
+        num_inference_steps: See `write_samples`, as for all that follows.
+        scheduler: The scheduler.
+        class_label: The class of all images.
+        guidance_scale: How far images are led away from those of a weaker model.
+        guidance_interval: Where guidance acts.
+        guidance_method: How it guides.
+        guidance_model: The weaker model, which makes images from the same images.
+        deterministic: Whether to add no noise.
+        batch_size: Images per forward pass.
+        device: A device of torch.
+        dtype: The type that the network computes in.
+        compile: Whether the network is compiled.
+        uniform: Whether to ignore timesteps that were searched for.
+
+    Returns:
+        The files of the samples, in the order of the images.
+
+    Raises:
+        ValueError: Before the first network evaluation, when an image or a setting cannot work, the model makes no
+            images from images, or a sample would overwrite a file.
+        OSError: When a file cannot be read, or `out` cannot be written.
+    """
+    if dtype is not None:
+        require_choice("dtype", dtype, DTYPES)
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    if compile:
+        require_compiler(process_device(device))
+    check_guidance([guidance_scale], guidance_interval, guidance_method)
+    out = look_at("out", out)
+    require_writable_folder("out", out)
+    names, files = image_files("image", image)
+    check_seeds(seed, len(names))
+    new = new_files(out, names, PICTURE)
+
+    pipeline, steps = load_for_sampling(
+        model,
+        scheduler,
+        num_inference_steps,
+        device,
+        uniform=uniform,
+        guidance_model=guidance_model,
+        makes_from_images=True,
+    )
+    assert isinstance(pipeline, ConditionalDDPMPipeline)
+    guidance = choose_guidance(pipeline, guidance_scale, guidance_interval, guidance_method, guidance_model)
+    pipeline._check_inputs(1, None, "pil", ("latents",), deterministic)
+    labels = _class_labels(pipeline, class_label, len(names))
+    conditions = torch.cat([read_image(path, pipeline.to_conditions) for path in files])
+    speed_up(pipeline, dtype, compile)
+
+    batches = iter_samples(
+        pipeline,
+        range(seed, seed + len(names)),
+        batch_size=batch_size,
+        num_inference_steps=steps,
+        class_labels=labels,
+        deterministic=deterministic,
+        guidance=guidance,
+        conditions=conditions,
+    )
+    samples = []
+    with tqdm(total=len(names), unit="image", desc="Sampling", file=sys.stderr) as progress:
+        for seeds, images in batches:
+            samples += to_pil(images)
+            progress.update(len(seeds))
+    for path, picture in zip(new, samples, strict=True):
+        write_atomically(path, png_bytes(picture))
+    columns = [to_pil(conditions[:PICTURE_IMAGES]), samples[:PICTURE_IMAGES]]
+    write_atomically(out / PICTURE, png_bytes(side_by_side(columns, [pipeline.condition.label, "sample"])))
+    return new
+
+
+def _class_labels(
+    pipeline: ConditionalDDPMPipeline, class_label: int | str | None, num_images: int
+) -> list[int] | None:
+    """Return a class for each image: the one that was named, or the one that stands for every class.
+
+    Raises:
+        UsageError: When there is no such class, or one must be named.
+    """
+    classes = pipeline.classes
+    if classes is None:
+        if class_label is not None:
+            raise UsageError(f"class_label has no effect on a model without classes, got {class_label!r}")
+        return None
+    if class_label is not None:
+        return [classes.number_of(class_label)] * num_images
+    if classes.unconditional is None:
+        raise UsageError(f"class_label must be given: the model is conditioned on {len(classes)} classes")
+    return None
