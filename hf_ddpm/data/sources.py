@@ -308,9 +308,13 @@ def choose_columns(dataset: Any, config: DataConfig, with_conditions: bool = Fal
     """
     import datasets
 
-    column, label = _image_column(dataset.features, config), config.label_column
     if config.condition_column is not None:
-        _check_condition_column(dataset.features, config.condition_column, column)
+        _check_condition_column(dataset.features, config.condition_column)
+    column, label = _image_column(dataset.features, config), config.label_column
+    if config.condition_column == column:
+        raise UsageError(
+            f"condition_column must name a second column of images, got {column!r}, the first one: --condition_column"
+        )
     if label is not None and [*dataset.features] == [column]:
         raise UsageError(
             f"label_column must name a column of classes, got {label!r}, and there is none: in a folder of images, "
@@ -344,12 +348,12 @@ def _require_no_empty_cell(dataset: Any, label: str) -> None:
             )
 
 
-def _check_condition_column(features: Any, column: str, image_column: str) -> None:
-    names = [name for name, feature in features.items() if _holds_images(feature) and name != image_column]
-    if column not in names and (column == image_column or not _holds_bytes(features.get(column))):
-        problem = "the only column of images" if not names else f"none of {names}"
+def _check_condition_column(features: Any, column: str) -> None:
+    names = [name for name, feature in features.items() if _holds_images(feature)]
+    if column not in names and not _holds_bytes(features.get(column)):
         raise UsageError(
-            f"condition_column must name a second column of images, got {column!r}, {problem}: --condition_column"
+            f"condition_column must name a second column of images, got {column!r}, none of {names}: "
+            "--condition_column"
         )
 
 

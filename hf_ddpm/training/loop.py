@@ -605,7 +605,8 @@ def end_early(
         )
         has_model = leave_model(run, progress)
     folder = shlex.quote(str(run.output_dir))
-    model = f". Its model samples: hf-ddpm sample {folder} --out samples" if has_model else ""
+    image = "" if run.condition is None else " --image FILE_OR_FOLDER"
+    model = f". Its model samples: hf-ddpm sample {folder}{image} --out samples" if has_model else ""
     run.accelerator.wait_for_everyone()
     raise StoppedOnPurpose(f"{reason}: the run ends after step {progress.step}{model}; {how_to_resume}")
 

@@ -98,8 +98,11 @@ def test_conditions_of_another_size_are_resized_to_the_resolution(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"condition_column": "depth", "image_column": "image"}, "second column of images, got 'depth', none of"),
-        ({"condition_column": "image", "image_column": "image"}, "second column of images, got 'image'"),
+        ({"condition_column": "depth"}, "second column of images, got 'depth', none of"),
+        (
+            {"condition_column": "image", "image_column": "image"},
+            "column of images, got 'image', the first one",
+        ),
         ({"condition_column": "negative", "resolution": 8}, "8x24 for 8x8 in row 0.*--center_crop"),
     ],
 )

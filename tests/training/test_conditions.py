@@ -198,7 +198,10 @@ def test_average_of_any_length_is_a_model_of_the_same_kind(tmp_path):
             {"condition_column": "x", "streaming": True, "resolution": 8},
             r"condition_column = x has no effect.*streaming",
         ),
-        ({"condition_column": "x"}, "condition_column must name a second column of images, got 'x', the only column"),
+        (
+            {"condition_column": "x"},
+            r"must name a second column of images, got 'x', none of \['image'\]",
+        ),
     ],
 )
 def test_wrong_settings_are_one_line_before_any_work(tmp_path, settings, message):
