@@ -261,7 +261,7 @@ def test_evaluate_samples_classes_as_often_as_in_the_data(
         Request(model=of_classes, metrics=["kid"], num_images=4, device="cpu", **of_network, **settings)
     ) as job:
         images = load_images(settings["data"])
-        features = job.comparison.network(torch.from_numpy(center_pixels(images)))
+        features = job.comparison.network(torch.from_numpy(center_pixels(images).copy()))
         nearest = torch.cdist(job.comparison.reference.features.float(), features.float()).argmin(dim=1)
         assert (images.labels[nearest] == job.reference_labels).all()
     turn = measure(of_classes, metrics=["kid"], data=config_of(digits))["results"]
