@@ -23,7 +23,7 @@ INPUT_OF_SUPER_RESOLUTION = "low resolution"
 
 @dataclass(frozen=True)
 class Condition:
-    """What a model makes images from.
+    """The image that a model makes images from.
 
     Args:
         channels: The channels of a condition, 1, 3 or 4.
@@ -39,7 +39,7 @@ class Condition:
 
     @property
     def label(self) -> str:
-        """What pictures call a condition."""
+        """The word by which pictures call a condition."""
         return INPUT_OF_SUPER_RESOLUTION if self.super_resolution else self.column or "condition"
 
 

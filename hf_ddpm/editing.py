@@ -74,7 +74,7 @@ class MeasuredConditions(Conditions):
 
 
 class EditingPipeline(DDPMPipeline):
-    """What the pipelines of this module share, and `restoration` uses."""
+    """The base of the pipelines of this module, which `restoration` uses, too."""
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline as the plain `DDPMPipeline` that it was made from."""

@@ -36,7 +36,7 @@ _IMAGE = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a pipeline guides.
+    """The way in which a pipeline guides.
 
     Args:
         scale: w, finite and at least 0; 1 is no guidance.

@@ -105,7 +105,7 @@ class DDPMPipelineOutput(BaseOutput):
 
 @dataclass(frozen=True)
 class Conditions:
-    """What each evaluation of the network takes beside x_t and t. It is the same in all steps of a call.
+    """The inputs of each evaluation of the network beside x_t and t. They are the same in all steps of a call.
 
     Args:
         network_dtype: The type of the network's weights, which it takes x_t in.

@@ -32,7 +32,7 @@ from hf_ddpm.sampling.sampler import seeded_generators
 
 
 class AnomalyMaps(NamedTuple):
-    """What `anomaly_maps` makes of B images.
+    """The maps and reconstructions that `anomaly_maps` makes of B images.
 
     Args:
         maps: (B, H, W) float32 in [0, 4], on the CPU.

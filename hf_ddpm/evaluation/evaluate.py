@@ -120,7 +120,9 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
         if measures_copies and is_first:
             num_images_to_keep = min(NUM_MEMORIZATION_SAMPLES, job.request.num_images)
         num_images = job.request.num_images if job.distances else num_images_to_keep
-        if job.request.compile and (is_first or bool(setting.guidance) != bool(job.sampler_settings[0].guidance)):
+        earlier = job.sampler_settings[:number]
+        # Guided by its own classes, a network gets twice as many images: a shape that is compiled for itself.
+        if job.request.compile and bool(setting.guidance) not in {bool(each.guidance) for each in earlier}:
             # This compiles the network, which is no part of the time that an image takes.
             job.processes.gather(partial(_sample_one, job, setting))
         samples = _sample(job, setting, num_images, num_images_to_keep)

@@ -47,7 +47,7 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What was measured of one sampler.
+    """The measurements of one sampler.
 
     Attributes:
         samples: The samples.

@@ -156,7 +156,7 @@ class _RunRecords:
 
     @cached_property
     def condition(self) -> Condition | None:
-        """What the model makes images from; None: from noise alone."""
+        """The image that the model makes images from; None: from noise alone."""
         return read_condition(self.folder)
 
     @cached_property

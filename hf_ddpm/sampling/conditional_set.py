@@ -120,10 +120,11 @@ def sample_from_images(
     samples = []
     with tqdm(total=len(names), unit="image", desc="Sampling", file=sys.stderr) as progress:
         for seeds, images in batches:
-            samples += to_pil(images)
+            # Written as soon as it is made, so that a command that is killed has lost no more than a batch.
+            for picture in to_pil(images):
+                write_atomically(new[len(samples)], png_bytes(picture))
+                samples.append(picture)
             progress.update(len(seeds))
-    for path, picture in zip(new, samples, strict=True):
-        write_atomically(path, png_bytes(picture))
     columns = [to_pil(conditions[:PICTURE_IMAGES]), samples[:PICTURE_IMAGES]]
     write_atomically(out / PICTURE, png_bytes(side_by_side(columns, [pipeline.condition.label, "sample"])))
     return new

@@ -125,7 +125,7 @@ def edit_images(
         for first in range(0, len(images), batch_size):
             batch = slice(first, min(first + batch_size, len(images)))
             seeds = range(seed + batch.start, seed + batch.stop)
-            edited += pipeline(
+            pictures = pipeline(
                 images[batch],
                 **({} if masks is None else {"mask_image": masks[batch]}),
                 strength=strength,
@@ -133,9 +133,11 @@ def edit_images(
                 class_labels=class_label,
                 guidance=guidance,
             ).images
+            # Written as soon as they are made, so that a command that is killed has lost no more than a batch.
+            for path, picture in zip(edits[batch], pictures, strict=True):
+                write_atomically(path, png_bytes(picture))
+            edited += pictures
             progress.update(len(seeds))
-    for path, picture in zip(edits, edited, strict=True):
-        write_atomically(path, png_bytes(picture))
     write_atomically(out / PICTURE, png_bytes(_picture(images, masks, edited)))
     return edits
 

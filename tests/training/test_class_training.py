@@ -114,11 +114,13 @@ def test_model_without_classes_is_tuned_to_classes(settings, tmp_path):
         for label in range(3):
             ours = started.unet(x_t, t, class_labels=torch.full((3,), label)).sample
             assert torch.allclose(ours, expected, rtol=0, atol=1e-6)
-    tuned = train(replace(config, output_dir=config.output_dir + "-tuned", max_train_steps=3))
+    more = {"output_dir": config.output_dir + "-tuned", "max_train_steps": 3, "class_dropout": 0.5}
+    tuned = train(replace(config, **more))
     assert tuned is not None
     assert tuned.classes == KINDS
     table = tuned.unet.class_embedding.weight
     assert not torch.equal(table[0], table[1])
+    assert bool(table[2].any())  # it began at zero, and learns from the images whose class is hidden
 
 
 def test_class_dropout_without_classes_is_refused(tiny_settings):

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import hf_ddpm.network
 from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.classes import Classes
 from hf_ddpm.cli import app
 from hf_ddpm.data.batches import MicroBatches, to_x_0
 from hf_ddpm.data.cache import load_images
@@ -29,7 +30,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import first_stratum, image_draws
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.loop import train
+from hf_ddpm.training.loop import hide_classes, train
 from hf_ddpm.training.setup import _find_start, learning_rate_schedule
 from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
@@ -223,9 +224,9 @@ def test_loss_uses_the_stable_target(tiny_settings, tmp_path, labels):
             (folder / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
             (folder / f"class{i % 2}" / image.name).write_bytes(image.read_bytes())
         model = tmp_path / "conditional.json"
-        model.write_text(json.dumps(smallest_unet_config(channels=1, num_class_embeds=2)))
+        model.write_text(json.dumps(smallest_unet_config(channels=1, num_class_embeds=3)))
         changes |= {"train_data_dir": str(folder), "label_column": "label", "model_config_name_or_path": str(model)}
-        changes["class_dropout"] = 0.0
+        changes["class_dropout"] = 0.5
     config = TrainingConfig(**{**tiny_settings, **changes})
     pipeline = train(config)
     assert pipeline is not None
@@ -242,15 +243,18 @@ def test_loss_uses_the_stable_target(tiny_settings, tmp_path, labels):
         num_extra_images=17,
     )[0]
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    hidden = hide_classes(0, torch.arange(4), batch.get("labels"), Classes(("class0", "class1"), True), 0.5)
+    if labels:  # an image of each kind: the target of the one is over its class, that of the other over all
+        assert 0 < int((hidden == 2).sum()) < 4
     wanted = {}
     for num_extra_images in (0, 17):
         extra_images = to_x_0(batch["extra_images"], 255) if num_extra_images else None
-        objective = Objective(scheduler, density="lognormal")
+        objective = Objective(scheduler, density="lognormal", unconditional_class=2)
         uniform, noise = image_draws(0, torch.arange(4), (1, 8, 8), "cpu")
         loss = objective(
             lambda x_t, t, **_: SimpleNamespace(sample=torch.zeros_like(x_t)),
             to_x_0(batch["pixels"], 255),
-            batch.get("labels"),
+            hidden,
             timesteps=objective.timesteps_from_uniform(
                 uniform, first_index=first_stratum(0, 0, 4), global_batch_size=4
             ),

@@ -89,7 +89,7 @@ class Model:
 
     @property
     def class_choices(self) -> list[tuple[str, int]]:
-        """What the page offers as classes: names with numbers, of which those below 0 are no class."""
+        """The classes that the page offers: names with numbers, of which those below 0 are no class."""
         no_class = [("without a class", NO_CLASS)] if self.has_no_class else []
         return [("each in turn", EACH_CLASS), *no_class, *((name, i) for i, name in enumerate(self.class_names))]
 
@@ -105,7 +105,7 @@ class Model:
 
     @property
     def is_step_denoiser(self) -> bool:
-        """Whether the network is a step denoiser, which takes all T steps."""
+        """True if the network is a step denoiser, which takes all T steps."""
         return self.prediction_type == STEP_DENOISER
 
     @property
@@ -125,7 +125,7 @@ class Model:
 
     @property
     def default_guidance(self) -> Guidance:
-        """How the model says that it is guided; with scale 1 if it says nothing, or cannot be guided."""
+        """The guidance that the model keeps; with scale 1 if it says nothing, or cannot be guided."""
         kept = self.pipeline.kept_sampler
         guidance = None if kept is None or not self.can_be_guided else kept.guidance
         return Guidance() if guidance is None else guidance
