@@ -19,8 +19,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.decoding import ImageFormat, decode, unreadable_image_error
+from hf_ddpm.data.decoding import decode, unreadable_image_error
 from hf_ddpm.data.image_folder import list_images
+from hf_ddpm.data.image_format import ImageFormat
 from hf_ddpm.runtime.errors import UsageError
 
 HEAD = """# Pictures that nobody prepared

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from hf_ddpm.data.cache import ImageCache
-from hf_ddpm.data.decoding import center_crop, random_crop
 from hf_ddpm.data.given import GivenImages
+from hf_ddpm.data.planes import center_crop, random_crop
 
 _DRAWS = ("order", "flip", "crop")
 

@@ -33,8 +33,6 @@ from huggingface_hub.utils import tqdm
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
     Decoded,
-    ImageFormat,
-    NeedsSixteenBits,
     decode,
     infer_format,
     is_transient,
@@ -43,6 +41,8 @@ from hf_ddpm.data.decoding import (
 )
 from hf_ddpm.data.given import NAME, GivenImages, open_given
 from hf_ddpm.data.image_folder import files_below
+from hf_ddpm.data.image_format import ImageFormat
+from hf_ddpm.data.planes import NeedsSixteenBits
 from hf_ddpm.data.sources import Source, choose_columns, find_source, license_of, open_dataset
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import lock, look_at

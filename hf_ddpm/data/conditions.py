@@ -16,7 +16,7 @@ from hf_ddpm.condition import Condition
 from hf_ddpm.conditional import enlarged, low_resolution
 from hf_ddpm.data.batches import center_pixels, epoch_order, to_x_0
 from hf_ddpm.data.cache import ImageCache
-from hf_ddpm.data.decoding import center_crop
+from hf_ddpm.data.planes import center_crop
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,17 +17,16 @@ import torch
 from PIL import ExifTags, Image
 
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.decoding import (
+from hf_ddpm.data.decoding import format_of
+from hf_ddpm.data.image_format import (
     ImageFormat,
     InFormat,
-    NeedsSixteenBits,
     check_keeps_precision,
     check_matches_format,
-    format_of,
     losses_of,
-    to_planes,
     without_opaque,
 )
+from hf_ddpm.data.planes import NeedsSixteenBits, to_planes
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 NAME = "the data set that was passed to train()"

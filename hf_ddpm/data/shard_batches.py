@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_ddpm.data.decoding import random_crop
+from hf_ddpm.data.planes import random_crop
 from hf_ddpm.data.shards import UNKNOWN, Example, ImageStream, examples_in
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.seeds import FLIP, LEFT, TOP, hashed_uniform

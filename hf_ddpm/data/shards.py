@@ -29,9 +29,6 @@ from hf_ddpm.data import decoding
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
     Decoded,
-    ImageFormat,
-    InFormat,
-    NeedsSixteenBits,
     NotFetchedError,
     infer_format,
     is_transient,
@@ -39,6 +36,8 @@ from hf_ddpm.data.decoding import (
     with_bytes,
 )
 from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, list_images
+from hf_ddpm.data.image_format import ImageFormat, InFormat
+from hf_ddpm.data.planes import NeedsSixteenBits
 from hf_ddpm.data.sources import (
     Source,
     as_usage_errors,

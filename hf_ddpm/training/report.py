@@ -16,7 +16,7 @@ from PIL import Image
 from hf_ddpm import figures
 from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.conditions import example_pairs
-from hf_ddpm.data.decoding import center_crop
+from hf_ddpm.data.planes import center_crop
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import device_name
