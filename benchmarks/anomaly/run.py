@@ -9,7 +9,7 @@ DATA has one, else every fifth image and all of the held-out class. Each row of 
 reconstructions; AUROC is that of the held-out class against the others, by four scores of a map: its mean, which the
 command takes, the mean of its root, its largest value, and the mean of its largest tenth. The first row has no model:
 it is the distance in pixels to the nearest training image. Appends rows to `rows.jsonl`, writes `table.md`, and
-`grid.png`, the highest scores of the first row of the default settings.
+`grid.png`, the highest scores of the first row of the default settings. Other options are those of `hf-ddpm train`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, help="How many images to score. Default: all.")
     parser.add_argument("--num_inference_steps", type=int, default=10)
     parser.add_argument("--machine", required=True, help="What the processor is called in the table.")
-    options = parser.parse_args()
+    options, of_training = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         saved, model, out = (str(Path(folder) / name) for name in ("data", "model", "out"))
         save_without_class(options, saved)
@@ -78,7 +78,7 @@ def main() -> None:
         command += ["--output_dir", model, "--cache_dir", folder, "--no_save_figures"]
         if options.max_train_steps is not None:
             command += ["--max_train_steps", str(options.max_train_steps)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command + of_training, check=True, stdout=subprocess.DEVNULL)
         config = DataConfig(dataset_name=saved, label_column=options.label_column, cache_dir=folder)
         about = {
             "data": Path(options.data).name,

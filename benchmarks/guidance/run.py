@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--interval", type=float, nargs=2, help="low and high; default: everywhere")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first seed of each repetition")
     parser.add_argument("--num_images", type=int, default=5000)
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="what the network samples in")
+    parser.add_argument("--compile", action="store_true", help="compile the network for the distances")
     parser.add_argument("--machine", required=True, help="what the processor is called in the table")
     options = parser.parse_args()
     data = load_data_config(options.run / "config.yaml")
@@ -67,8 +69,9 @@ def main() -> None:
                 "machine": options.machine,
                 "date": time.strftime("%Y-%m-%d"),
                 "classifier": accuracy,
-                "named": share_named(options.run, classifier, guidance, seed),
-                **distances(options.run, data, guidance, seed, options.num_images),
+                "dtype": options.dtype,
+                "named": share_named(options, classifier, guidance, seed),
+                **distances(options, data, guidance, seed),
             }
             with ROWS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -139,9 +142,9 @@ def named(classifier: Classifier, images: Tensor) -> Tensor:
     return torch.cat([classifier(batch).argmax(dim=1) for batch in images.split(500)])
 
 
-def sample(run: Path, seeds: Sequence[int], guidance: Guidance | None) -> tuple[Tensor, Tensor]:
+def sample(run: Path, seeds: Sequence[int], guidance: Guidance | None, dtype: str = "fp32") -> tuple[Tensor, Tensor]:
     """Return samples, (N, C, R, R) in [0, 1], and the classes that they were asked for, (N,)."""
-    pipeline, steps = load_for_sampling(str(run))
+    pipeline, steps = load_for_sampling(str(run), dtype=dtype)
     labels = classes_in_turn(pipeline.classes, seeds) or []
     batches = iter_samples(
         pipeline, seeds, batch_size=64, num_inference_steps=steps, class_labels=labels, guidance=guidance
@@ -150,20 +153,22 @@ def sample(run: Path, seeds: Sequence[int], guidance: Guidance | None) -> tuple[
     return images.float() / 255, torch.tensor(labels)
 
 
-def share_named(run: Path, classifier: Classifier, guidance: Guidance | None, seed: int) -> float:
+def share_named(options: argparse.Namespace, classifier: Classifier, guidance: Guidance | None, seed: int) -> float:
     """Return the share of samples whose class the classifier names as it was asked for."""
-    images, labels = sample(run, range(seed, seed + NUM_CLASSIFIED), guidance)
+    images, labels = sample(options.run, range(seed, seed + NUM_CLASSIFIED), guidance, options.dtype)
     return float((named(classifier, images) == labels).float().mean())
 
 
-def distances(run: Path, data: DataConfig, guidance: Guidance | None, seed: int, num_images: int) -> dict[str, float]:
+def distances(options: argparse.Namespace, data: DataConfig, guidance: Guidance | None, seed: int) -> dict[str, float]:
     """Return the distances of samples to the training images, as `hf-ddpm evaluate` measures them."""
     result = evaluate(
-        run,
+        options.run,
         data=data,
         network="efficientnet-lite0",
-        num_images=num_images,
+        num_images=options.num_images,
         seed=seed,
+        dtype=options.dtype,
+        compile=options.compile,
         guidance_scales=[1.0 if guidance is None else guidance.scale],
         guidance_interval=None if guidance is None else guidance.interval,
     )
@@ -192,16 +197,16 @@ def write_table(rows: list[dict[str, Any]]) -> None:
         "for; higher is better. Beside it stands the share of real images that it names rightly, which it has not "
         "seen. FD and KD are the Fréchet and the kernel distance to the training images by features of "
         "efficientnet-lite0; lower is better. Higher precision and recall are better. Scale 1 is no guidance.\n\n"
-        "| data | steps of training | scale | sigma | first seed | images | named | real images | FD | KD | precision "
-        "| recall |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "| data | steps of training | type | scale | sigma | first seed | images | named | real images | FD | KD "
+        "| precision | recall |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     for row in sorted(rows, key=lambda row: (row["data"], str(row["cell"][0]), row["cell"][3], row["cell"][1])):
         _, scale, interval, seed, count = row["cell"]
         sigma = "all" if interval is None else f"{interval[0]:g} to {interval[1]:g}"
         text += (
-            f"| {row['data']} | {row['trained_steps']:,} | {scale:g} | {sigma} | {seed:,} | {count:,} "
-            f"| {row['named']:.1%} | {row['classifier']:.1%} | {row['fd']:.1f} | {row['kid']:.4f} "
-            f"| {row['precision']:.3f} | {row['recall']:.3f} |\n"
+            f"| {row['data']} | {row['trained_steps']:,} | {row.get('dtype', 'fp32')} | {scale:g} | {sigma} "
+            f"| {seed:,} | {count:,} | {row['named']:.1%} | {row['classifier']:.1%} | {row['fd']:.1f} "
+            f"| {row['kid']:.4f} | {row['precision']:.3f} | {row['recall']:.3f} |\n"
         )
     (FOLDER / "table.md").write_text(text)
 
