@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm import figures
+from hf_ddpm import figures, plots
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_metrics
 
@@ -78,22 +78,22 @@ def plot_metrics(run: str | Path) -> Figure:
         raise UsageError(
             f"run must be the output folder of a run, got {str(run)!r}: it holds no lines of metrics.jsonl"
         )
-    losses = figures.loss_curves(records)
+    losses = plots.loss_curves(records)
     validations = [line for line in read_metrics(folder / "eval.jsonl") if line.get("val_loss") is not None]
     if validations:
         steps, values = [line["step"] for line in validations], [line["val_loss"] for line in validations]
-        losses.append(figures.Curve("on held-out images", steps, values))
+        losses.append(plots.Curve("on held-out images", steps, values))
     steps = [record["step"] for record in records]
-    rates = figures.Curve("learning rate", steps, [record["lr"] for record in records])
-    speeds = figures.Curve("speed", steps, [record["images_per_second"] for record in records])
+    rates = plots.Curve("learning rate", steps, [record["lr"] for record in records])
+    speeds = plots.Curve("speed", steps, [record["images_per_second"] for record in records])
     # As in the pictures of a run, what the user's own matplotlibrc says does not count.
     with style.context("default"):
         figure = _ShownFigure((7.5, 7.5), 100, layout="constrained")
         loss_axes, rate_axes, speed_axes = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
-        if figures.plot_curves(loss_axes, losses, "loss\n(lower is better)", log_y=True):
+        if plots.plot_curves(loss_axes, losses, "loss\n(lower is better)", log_y=True):
             loss_axes.legend(frameon=False)
-        figures.plot_curves(rate_axes, [rates], "learning rate")
-        figures.plot_curves(speed_axes, [speeds], "images per second", y_from_zero=True)
+        plots.plot_curves(rate_axes, [rates], "learning rate")
+        plots.plot_curves(speed_axes, [speeds], "images per second", y_from_zero=True)
         speed_axes.set_xlabel("optimizer step")
     return figure
 

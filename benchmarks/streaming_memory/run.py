@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from hf_ddpm.data.shard_batches import StreamBatches
 from hf_ddpm.data.shards import open_stream
-from hf_ddpm.figures import Curve, draw_curves
+from hf_ddpm.plots import Curve, draw_curves
 from hf_ddpm.training.config import TrainingConfig
 
 HERE = Path(__file__).parent

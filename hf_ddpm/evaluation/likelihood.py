@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hf_ddpm.bound import variational_bound
 from hf_ddpm.data.batches import to_x_0
-from hf_ddpm.figures import Curve, draw_curves
+from hf_ddpm.plots import Curve, draw_curves
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.seeds import hashed
 from hf_ddpm.scheduler import DDPMScheduler

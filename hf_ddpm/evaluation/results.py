@@ -18,9 +18,9 @@ from typing import Any, TypeAlias
 
 from hf_ddpm.evaluation.measure import NEIGHBORS
 from hf_ddpm.evaluation.names import DISTANCES
-from hf_ddpm.figures import Curve, Level, draw_curves
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.names import SCHEDULERS
+from hf_ddpm.plots import Curve, Level, draw_curves
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, one_at_a_time, read_mapping, write_atomically
 from hf_ddpm.runtime.run_files import EVALUATION_PICTURES

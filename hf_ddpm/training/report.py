@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hf_ddpm import figures
+from hf_ddpm import figures, plots
 from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.conditions import example_pairs
 from hf_ddpm.data.planes import center_crop
@@ -203,9 +203,9 @@ def _draw_figures(run: Run, progress: Progress, pipeline: DDPMPipeline) -> None:
 
 def _draw_loss(output_dir: Path) -> None:
     """Draw the logged losses and their mean."""
-    figures.draw_curves(
+    plots.draw_curves(
         output_dir / "figures" / "loss.png",
-        figures.loss_curves(read_metrics(output_dir / "metrics.jsonl")),
+        plots.loss_curves(read_metrics(output_dir / "metrics.jsonl")),
         title="Training loss",
         x_label="optimizer step",
         y_label="loss\n(lower is better)",

@@ -28,9 +28,9 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
-from hf_ddpm.figures import Curve, draw_curves
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.plots import Curve, draw_curves
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_metrics
 from hf_ddpm.runtime.format import finite_or_none

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm import UsageError, figures, plot_metrics, show
+from hf_ddpm import UsageError, figures, plot_metrics, plots, show
 from hf_ddpm.pipeline import TrajectoryStep
 
 VALUES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -155,8 +155,8 @@ def test_plot_metrics_refuses_a_folder_without_metrics(tmp_path):
 
 def test_loss_curves_have_a_centered_mean_of_many_values():
     records = [{"step": step, "loss": math.exp(-step / 50)} for step in range(1, 101)]
-    raw, mean = figures.loss_curves(records)
+    raw, mean = plots.loss_curves(records)
     assert raw.is_background
     # The geometric mean of an exponential over a centered window is the exponential in its middle.
     assert np.allclose(mean.y, np.exp(-np.array(mean.x) / 50))
-    assert len(figures.loss_curves([{"step": 1, "loss": None}])[0].x) == 0
+    assert len(plots.loss_curves([{"step": 1, "loss": None}])[0].x) == 0
