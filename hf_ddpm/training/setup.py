@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers.optimization import get_scheduler
 
 from hf_ddpm.classes import Classes, read_classes
 from hf_ddpm.condition import Condition
@@ -30,13 +29,13 @@ from hf_ddpm.hub.card import check_readme, write_card
 from hf_ddpm.network import compile_network, make_unet, num_classes_of
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.devices import require_compiler
-from hf_ddpm.runtime.errors import UsageError, in_one_line
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import lock
 from hf_ddpm.runtime.processes import Processes, share_cores
 from hf_ddpm.runtime.run_files import REPLACED_RUN
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
-from hf_ddpm.training.averages import EMA, edm_decay, halflife_from_decay, ramped_decay
+from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import Progress, TrainingState, find_checkpoint, load_checkpoint, read_progress
 from hf_ddpm.training.conditions import condition_of
 from hf_ddpm.training.config import CLASS_DROPOUT, TrainingConfig
@@ -45,10 +44,10 @@ from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import check_same_run
 from hf_ddpm.training.parts import Parts, check_given_network
-from hf_ddpm.training.posthoc import TRACKED_STDS, power_decay
 from hf_ddpm.training.publishing import create_run_repository, repository_of
-from hf_ddpm.training.run import FREE_SPACE, Run, print_once, send_alert, try_to_track, try_to_write
-from hf_ddpm.training.saving import HALFLIFE_PREFIX
+from hf_ddpm.training.run import FREE_SPACE, Run, print_once, send_alert, try_to_write
+from hf_ddpm.training.schedules import average_decays, learning_rate_schedule
+from hf_ddpm.training.tracking import finish_trackers, start_trackers
 from hf_ddpm.training.trial import network_source, try_run
 from hf_ddpm.training.validation import check_validation_settings, open_validation
 
@@ -139,7 +138,7 @@ def build_run(
         unet.to_json_string()
         # Beside the network, whose own forward pass is not compiled: previews have another shape.
         model = compile_network(model, unet, accelerator.device)
-    decays = _decays(config, progress.schedule_batch_size)
+    decays = average_decays(config, progress.schedule_batch_size)
     averages = list(decays(0, start.global_batch_size))
     state = TrainingState(unet, prepared.optimizer, EMA(list(unet.parameters()), averages) if config.use_ema else None)
     if start.checkpoint is not None:
@@ -192,8 +191,8 @@ def open_run(run: Run, progress: Progress) -> Iterator[Run]:
             cleanup.callback(pusher.close, seconds=0)
             run = replace(run, pusher=pusher)
         if config.logger is not None:
-            cleanup.callback(_finish_trackers, run)
-            run = _start_trackers(run, progress)
+            cleanup.callback(finish_trackers, run)
+            run = start_trackers(run, progress)
             if run.images.num_bad:
                 send_alert(run, "images are lost", f"unreadable images were left out: {run.images.num_bad:,}")
         yield run
@@ -224,7 +223,7 @@ def end_processes(run: Run) -> None:
     """Wait for all processes, then end the trackers and the process group."""
     # A process that ends while gloo still finishes a gather of another one can hang in the destructor of DDP.
     run.accelerator.wait_for_everyone()
-    _finish_trackers(run)
+    finish_trackers(run)
     run.accelerator.state.destroy_process_group()
 
 
@@ -531,47 +530,6 @@ def _restore(state: TrainingState, progress: Progress, checkpoint: Path, acceler
     return replace(progress, num_resumes=progress.num_resumes + 1)
 
 
-def learning_rate_schedule(
-    config: TrainingConfig, num_steps: int, schedule_batch_size: int, processes: Processes
-) -> Callable[[int], float]:
-    """Return the learning rate as a function of the images seen.
-
-    It is diffusers' schedule; nothing steps it, so nothing can step it too often.
-    """
-    peak = config.peak_learning_rate
-    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= num_steps:
-        print_once(
-            processes,
-            f"lr_warmup_steps should be less than the {num_steps} steps of the run, got {config.lr_warmup_steps}: "
-            f"the learning rate never reaches {peak:g}",
-        )
-    # `polynomial` ends at a rate of its own, which it divides by this one.
-    unused = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    schedule = get_scheduler(
-        config.lr_scheduler, unused, num_warmup_steps=config.lr_warmup_steps, num_training_steps=num_steps
-    )
-    factor: Any = schedule.lr_lambdas[0]
-    return lambda images_seen: peak * factor(images_seen / schedule_batch_size)
-
-
-def _decays(config: TrainingConfig, schedule_batch_size: int) -> Callable[[int, int], dict[str, float]]:
-    """Return a function from (images seen, images of the step) to the decay of each average, by its name."""
-    halflives = config.ema_halflife_images or [halflife_from_decay(config.ema_max_decay, schedule_batch_size)]
-    stds = TRACKED_STDS if config.ema_snapshots else ()
-    ratio, ramp = config.ema_rampup_ratio, (config.ema_inv_gamma, config.ema_power, schedule_batch_size)
-
-    def decay(images_seen: int, batch_size: int, halflife: float) -> float:
-        if ratio is not None:
-            return edm_decay(images_seen, batch_size, halflife, ratio)
-        return ramped_decay(images_seen, batch_size, halflife, *ramp)
-
-    def decays(images_seen: int, batch_size: int) -> dict[str, float]:
-        exponential = {f"{HALFLIFE_PREFIX}{h:g}": decay(images_seen, batch_size, h) for h in halflives}
-        return exponential | {f"std-{std:g}": power_decay(images_seen, batch_size, std) for std in stds}
-
-    return decays
-
-
 def _take_folder(run: Run, progress: Progress, cleanup: ExitStack) -> None:
     """Lock the output folder for this run alone, and prepare it."""
     existed = run.output_dir.exists()
@@ -593,36 +551,3 @@ def _take_folder(run: Run, progress: Progress, cleanup: ExitStack) -> None:
 
 def _busy(config: TrainingConfig, error: BlockingIOError) -> UsageError:
     return UsageError(f"output_dir must be of one run at a time, got {config.output_dir!r}: {error}")
-
-
-def _start_trackers(run: Run, progress: Progress) -> Run:
-    """Start the trackers, and return the run with them.
-
-    Raises:
-        UsageError: A tracker cannot start: it has no login, no network or no folder.
-    """
-    config, accelerator = run.config, run.accelerator
-    run_name = {name: {"name": run.output_dir.resolve().name} for name in ("wandb", "trackio")}
-    try:
-        run.processes.gather(
-            lambda: accelerator.init_trackers(config.tracker_project, _tracked_settings(config), run_name)
-        )
-    except Exception as error:  # trackers have no common type of error
-        if progress.step == 0 and run.is_main:
-            (run.output_dir / "config.yaml").unlink()  # so that the same command may begin again
-        reason = in_one_line(error, with_type=True)
-        raise UsageError(f"logger must be able to start, got {config.logger!r}: {reason}") from error
-    return replace(run, trackers=tuple(accelerator.trackers) if run.is_main else ())
-
-
-def _finish_trackers(run: Run) -> None:
-    """Finish the trackers of a run that did not end by `end_processes`, so that a next one gets its own."""
-    trackers, run.accelerator.trackers = run.accelerator.trackers, []
-    for tracker in trackers:
-        try_to_track(run, tracker.finish)
-
-
-def _tracked_settings(config: TrainingConfig) -> dict[str, Any]:
-    settings = {**asdict(config), "learning_rate": config.peak_learning_rate}
-    del settings["hub_token"]
-    return {k: v if isinstance(v, int | float | str) else "" if v is None else str(v) for k, v in settings.items()}

@@ -31,7 +31,8 @@ from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import first_stratum, image_draws
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import hide_classes, train
-from hf_ddpm.training.setup import _find_start, learning_rate_schedule
+from hf_ddpm.training.schedules import learning_rate_schedule
+from hf_ddpm.training.setup import _find_start
 from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
 from tests.support.trained import losses, metrics, model_file, weights
