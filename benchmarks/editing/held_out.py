@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=64, help="The images of the errors of inversion.")
     parser.add_argument("--machine", required=True, help="What the processor is called in the table.")
     options = parser.parse_args()
-    pipeline, _ = load_for_sampling(str(options.run), uniform=True)
+    pipeline, steps = load_for_sampling(str(options.run), uniform=True)
+    pipeline.use(num_inference_steps=steps)
     with open_split(load_data_config(options.run / "config.yaml"), "test") as test:
         assert test.class_names is not None
         images = torch.from_numpy(np.array(center_pixels(test)[:1000])).float() / test.max_value

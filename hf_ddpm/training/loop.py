@@ -257,7 +257,7 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             )
             progress, events = do_what_is_due(run, progress, state, result)
             announce(run, progress, state, events)
-    require_finite_end(progress)
+    require_finite_end(run.config, progress)
     return progress if progress.stream is None else merge_block_starts(run.processes, progress, state.first)
 
 
@@ -415,7 +415,7 @@ def count_skipped_steps(run: Run, progress: Progress, state: LoopState) -> Progr
             raise RunError(
                 f"{in_a_row} steps in a row had no finite loss and gradients (max_bad_steps). They began at {began}. "
                 f"{saved if state.saved_step else 'There is no checkpoint yet'}. "
-                "Look at these images, or change a setting in config.yaml: a lower learning_rate, mixed_precision no"
+                f"Look at these images, or change a setting in config.yaml: {_settings_to_change(run.config)}"
             )
         progress = replace(
             progress,
@@ -466,7 +466,7 @@ def hide_classes(
     return labels.masked_fill(is_hidden.to(labels.device, non_blocking=True), classes.unconditional)
 
 
-def require_finite_end(progress: Progress) -> None:
+def require_finite_end(config: TrainingConfig, progress: Progress) -> None:
     """Check that the end of a run is not made of skipped steps; a single last one is none that fails it.
 
     Raises:
@@ -476,9 +476,19 @@ def require_finite_end(progress: Progress) -> None:
     if skipped >= 2 or skipped == progress.step > 0:
         raise RunError(
             f"the last {skipped} of {progress.step} steps had no finite loss and gradients: the run has "
-            f"failed. They began at {progress.bad_steps_began}. Look at these images, or train again with a lower "
-            "learning_rate or mixed_precision no"
+            f"failed. They began at {progress.bad_steps_began}. Look at these images, or train again with "
+            f"{_settings_to_change(config)}"
         )
+
+
+def _settings_to_change(config: TrainingConfig) -> str:
+    """Return which settings of a run may make its gradients infinite or NaN, and what to give instead."""
+    settings = ["a lower learning_rate"]
+    if config.mixed_precision not in (None, "no"):
+        settings.append("mixed_precision no")
+    if config.compile:  # compilers have their own faults
+        settings.append("compile false")
+    return " or ".join(settings)
 
 
 def describe_bad_images(run: Run, result: StepResult) -> str:
