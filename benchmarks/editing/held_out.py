@@ -4,7 +4,7 @@
         --output_dir runs/clothes
     python -m benchmarks.editing.held_out runs/clothes --machine NAME
 
-RUN is a run whose data have a split `test` and classes; its images are edited as images of their class. Writes
+RUN is a run of the ten classes of clothes; images of the split `test` are edited as images of their class. Writes
 `edits.png`, which has a block for each kind of edit, and `inversion.md`.
 """
 
@@ -32,9 +32,10 @@ from hf_ddpm.sampling.sampler import load_for_sampling, seeded_generators
 
 FOLDER = Path(__file__).parent
 STRENGTHS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-NUM_SHOWN, NUM_COLUMNS = 3, 1 + len(STRENGTHS)
+NUM_COLUMNS = 1 + len(STRENGTHS)
 INVERSION_STEPS, ITERATIONS = (5, 10, 20, 50, 100), (1, 3)
-BETWEEN = ("Sneaker", "Dress")  # of each of these classes two images are interpolated
+# Of each class the first image is edited; of the last one the second, too, to which it is interpolated.
+EDITED, INVERTED, INTERPOLATED = ("Bag", "Ankle boot"), ("Sandal",), "Sneaker"
 
 
 def main() -> None:
@@ -51,12 +52,14 @@ def main() -> None:
         images = torch.from_numpy(np.array(center_pixels(test)[:1000])).float() / test.max_value
         labels = torch.from_numpy(np.array(test.labels[:1000]))
         names = list(test.class_names)
-    shown = [int(torch.nonzero(labels == number)[0]) for number in (0, len(names) // 2, len(names) - 1)]
+    edited, to_invert = (
+        [int((labels == names.index(name)).nonzero()[0]) for name in each] for each in (EDITED, INVERTED)
+    )
     blocks = [
-        inpainted(pipeline, images[shown], labels[shown].tolist()),
-        varied(pipeline, images[shown], labels[shown].tolist()),
-        inverted(pipeline, images[shown], labels[shown].tolist()),
-        interpolated(pipeline, [images[labels == names.index(name)][:2] for name in BETWEEN]),
+        inpainted(pipeline, images[edited], labels[edited].tolist()),
+        varied(pipeline, images[edited], labels[edited].tolist()),
+        inverted(pipeline, images[to_invert], labels[to_invert].tolist()),
+        interpolated(pipeline, images[labels == names.index(INTERPOLATED)][:2]),
     ]
     (FOLDER / "edits.png").write_bytes(png_bytes(stacked(blocks)))
     write_table(pipeline, images[: options.num_images], labels[: options.num_images].tolist(), options)
@@ -117,13 +120,13 @@ def inverted(pipeline: DDPMPipeline, images: Tensor, labels: Sequence[int]) -> I
     return strip([to_pil(torch.stack(row)) for row in zip(*columns, strict=True)], titles)
 
 
-def interpolated(pipeline: DDPMPipeline, pairs: Sequence[Tensor]) -> Image.Image:
-    """Return a strip: what lies between the two images of each pair."""
-    rows = []
-    for name, pair in zip(BETWEEN, pairs, strict=True):
-        between = interpolate(pipeline, pair[:1], pair[1:], NUM_COLUMNS, 50, class_labels=name, output_type="pt")
-        rows.append(to_pil(between.cpu()))
-    return strip(rows, ["from", *[""] * (NUM_COLUMNS - 2), "to"])
+def interpolated(pipeline: DDPMPipeline, pair: Tensor) -> Image.Image:
+    """Return a strip: two images, and what lies between them."""
+    between = interpolate(
+        pipeline, pair[:1], pair[1:], NUM_COLUMNS, 50, class_labels=INTERPOLATED, output_type="pt"
+    ).cpu()
+    between[0], between[-1] = pair  # DDIM gives them back with an error
+    return strip([to_pil(between)], ["image", *[""] * (NUM_COLUMNS - 2), "image"])
 
 
 def stacked(blocks: Sequence[Image.Image]) -> Image.Image:

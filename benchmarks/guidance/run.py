@@ -76,8 +76,10 @@ def main() -> None:
             with ROWS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             write_table(read_rows())
-    best = min(read_rows(), key=lambda row: row["fd"])
-    draw(options.run, None if best["cell"][1] == 1 else Guidance(best["cell"][1]))
+    weights = weights_sha256(options.run)
+    best = min((row for row in read_rows() if row["cell"][0] == weights), key=lambda row: row["fd"])
+    _, scale, interval, *_ = best["cell"]
+    draw(options.run, None if scale == 1 else Guidance(scale, interval and tuple(interval)))
     if (options.run / "figures/guidance.png").is_file():
         shutil.copyfile(options.run / "figures/guidance.png", FOLDER / "guidance.png")
 

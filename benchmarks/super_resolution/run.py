@@ -36,6 +36,7 @@ from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.evaluate import evaluate
+from hf_ddpm.evaluation.fidelity import mean_of, psnr, ssim
 from hf_ddpm.figures import png_bytes, strip, to_pil
 from hf_ddpm.runtime.errors import MissingSplitError
 from hf_ddpm.runtime.format import format_measurement
@@ -84,15 +85,16 @@ def main() -> None:
             "date": time.strftime("%Y-%m-%d"),
         }
         for measured in result["results"]:
-            for name, value in (("", measured), ("_condition", measured["input"])):
-                row[f"{measured['metric']}{name}"] = [value["value"], value["standard_error"]]
+            row[measured["metric"]] = [measured["value"], measured["standard_error"]]
+        condition = read_condition(Path(model))
+        assert condition is not None
+        with open_split(data, "test") as test:
+            pairs = pairs_of(condition, test, np.arange(row["images"]))
+        for name, measure in (("psnr", psnr), ("ssim", ssim)):
+            row[f"{name}_condition"] = [*mean_of(measure(pairs.conditions, pairs.images))]
         with ROWS.open("a") as file:
             file.write(json.dumps(row) + "\n")
         write_table([json.loads(line) for line in ROWS.read_text().splitlines()])
-        with open_split(data, "test") as test:
-            condition = read_condition(Path(model))
-            assert condition is not None
-            pairs = pairs_of(condition, test, np.arange(NUM_SHOWN))
         (FOLDER / f"triples-{row['data']}.png").write_bytes(png_bytes(draw(model, pairs)))
 
 
@@ -121,10 +123,12 @@ def draw(model: str, pairs: Pairs) -> Image.Image:
     """Return what the model makes of conditions, in columns, beside conditions and truth."""
     pipeline = ConditionalDDPMPipeline.from_pretrained(model).use(num_inference_steps=NUM_STEPS)
     pipeline.set_progress_bar_config(disable=True)
-    generators = seeded_generators(range(len(pairs.images)), pipeline.device)
-    samples = pipeline(pairs.conditions, generator=generators, output_type="pt").images
-    rows = [to_pil(pairs.conditions), to_pil(samples), to_pil(pairs.images)]
-    return strip(rows, [""] * len(pairs.images), ["condition", "by the model", "truth"])
+    conditions, truth = pairs.conditions[:NUM_SHOWN], pairs.images[:NUM_SHOWN]
+    generators = seeded_generators(range(len(truth)), pipeline.device)
+    samples = pipeline(conditions, generator=generators, output_type="pt").images
+    return strip(
+        [to_pil(conditions), to_pil(samples), to_pil(truth)], [""] * len(truth), ["condition", "by the model", "truth"]
+    )
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
