@@ -72,8 +72,8 @@ def edit_images(
     """Edit images with a model, and write the edits and a picture of all into the folder `out`.
 
     Without a mask each image is noised and denoised again, see `DDPMImg2ImgPipeline`. With one, its white part is
-    repainted, see `DDPMInpaintPipeline`. Each process that was launched edits its share, and the files are those of
-    one process.
+    repainted, see `DDPMInpaintPipeline`. Each process that was launched edits its share. The files of a folder are
+    those of one process.
 
     Args:
         model: A folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
@@ -187,8 +187,8 @@ def _edit_all(
         label, is_quiet = processes.label("Editing"), processes.rank > 0
         with tqdm(total=sum(map(len, share)), unit="image", desc=label, file=sys.stderr, disable=is_quiet) as progress:
             for numbers in share:
-                # Each forward pass has as many images as any other, see hf_ddpm.sampling.sampler; but an image that
-                # is alone, of which nothing is shared, need not take the time of many.
+                # Each forward pass has as many images as any other, see hf_ddpm.sampling.sampler. An image that is
+                # alone need not take the time of many: it is nobody's share.
                 filled = np.resize(numbers, 1 if count == 1 else forward_batch)
                 # Written as soon as they are made, so that a command that is killed has lost no more than a batch.
                 for i, picture in zip(numbers, edit(filled), strict=False):

@@ -420,12 +420,11 @@ class TrainingConfig(DataConfig):
     )
     eval_steps: int | None = setting(
         None,
-        "Steps between validations: kernel distance of samples, loss on held-out images by noise level; default: "
-        "none.",
+        "Steps between validations: kernel distance of samples, loss on held-out images by noise level, and PSNR "
+        "where images are made from images; default: none.",
         group="output",
         resume="free",
         at_least=1,
-        only_with=_WITHOUT_CONDITION,
     )
     eval_split: str = setting(
         "test",

@@ -123,12 +123,12 @@ def build_run(
     start = _find_start(config, images, processes)
     config, progress = start.config, start.progress
     _check_extra_images(config, images, start.global_batch_size)
+    condition = condition_of(config, images)
     validation = None
     if config.eval_steps is not None:
-        validation = open_validation(config, images, processes, accelerator.device)
+        validation = open_validation(config, images, condition, processes, accelerator.device)
     scheduler = make_scheduler(config)
     classes = _classes_of(config, images, parts.network)
-    condition = condition_of(config, images)
     objective = _make_objective(config, scheduler, images.max_value, classes)
     new_unet = _make_unet(config, images, classes, condition, start.checkpoint, parts.network)
     optimizer = make_optimizer(new_unet, config)

@@ -192,7 +192,6 @@ def test_average_of_any_length_is_a_model_of_the_same_kind(tmp_path):
         ({"super_resolution": 2, "stable_target_images": 4}, "stable_target_images = 4 has no effect"),
         ({"super_resolution": 2, "condition_column": "x"}, "super_resolution = 2 has no effect"),
         ({"super_resolution": 2, "init_from": "model"}, "init_from = model has no effect"),
-        ({"super_resolution": 2, "eval_steps": 2}, "eval_steps = 2 has no effect"),
         ({"condition_noise": 0.1}, "condition_noise = 0.1 has no effect"),
         (
             {"condition_column": "x", "streaming": True, "resolution": 8},
