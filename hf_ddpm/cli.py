@@ -137,8 +137,8 @@ def train(
     if not settings.dry_run:
         folder = shlex.quote(settings.output_dir)
         pictures = "figures/" if settings.save_figures else "figures/samples.png"
-        makes_from_images = settings.super_resolution is not None or settings.condition_column is not None
-        image, metrics = (" --image FILE_OR_FOLDER", " --metrics psnr,ssim") if makes_from_images else ("", "")
+        is_conditional = settings.makes_from_images
+        image, metrics = (" --image FILE_OR_FOLDER", " --metrics psnr,ssim") if is_conditional else ("", "")
         say(
             f"The model is in {folder}, with its card, README.md, and its pictures, {pictures}\n"
             f"Sample it with: hf-ddpm sample {folder}{image} --out samples\n"

@@ -40,7 +40,7 @@ from hf_ddpm.training.averages import EMA, edm_decay, halflife_from_decay, rampe
 from hf_ddpm.training.checkpoint import Progress, TrainingState, find_checkpoint, load_checkpoint, read_progress
 from hf_ddpm.training.conditions import condition_of
 from hf_ddpm.training.config import CLASS_DROPOUT, TrainingConfig
-from hf_ddpm.training.finetuning import load_weights, network_of, take_over
+from hf_ddpm.training.finetuning import is_conditional_network, load_weights, network_of, take_over
 from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import check_same_run
@@ -471,12 +471,13 @@ def _make_unet(
         if config.gradient_checkpointing:
             given.enable_gradient_checkpointing()
         return given
-    network = None
+    network, widens = None, False
     if checkpoint is not None and config.model_config_name_or_path is None:
         # Where this version makes another network for the data, or the model lies elsewhere, the run keeps its own.
         network = checkpoint / "unet"
     elif config.init_from is not None:
         network = network_of(config.init_from)
+        widens = condition is not None and not is_conditional_network(network)
     unet = make_unet(
         images.channels,
         images.resolution,
@@ -487,6 +488,7 @@ def _make_unet(
         seed=config.seed,
         source=network_source(config) if checkpoint is None else f"the network of {checkpoint.name}",
         condition_channels=condition_channels,
+        widens=widens,
     )
     if network is not None and checkpoint is None:
         _check_same_classes(config, classes, read_classes(network.parent))
