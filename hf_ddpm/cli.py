@@ -296,7 +296,7 @@ def evaluate(
         choice(
             "metrics",
             "Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
-            "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim.",
+            "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim, distances.",
             METRICS,
             is_list=True,
         ),

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from hf_ddpm.data.conditions import Pairs
-from hf_ddpm.evaluation.measure import Samples
+from hf_ddpm.evaluation.features import FeatureNetwork
+from hf_ddpm.evaluation.measure import Samples, statistics_of
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.processes import Processes
@@ -116,6 +117,7 @@ def measure_fidelity(
     pairs: Pairs,
     seed: int,
     *,
+    network: FeatureNetwork | None = None,
     compare_conditions: bool,
     num_inference_steps: int,
     batch_size: int,
@@ -129,6 +131,7 @@ def measure_fidelity(
         pipeline: A `ConditionalDDPMPipeline`.
         pairs: Conditions and truth.
         seed: The seed of the first sample.
+        network: The feature network of statistics; None: there are none.
         compare_conditions: Whether conditions are images of the same kind, which are compared, too.
         num_inference_steps: The steps of sampling.
         batch_size: Images per network evaluation.
@@ -144,7 +147,7 @@ def measure_fidelity(
         nonlocal num_evaluations
         num_evaluations += len(inputs[0])
 
-    def sample_batch(k: int) -> tuple[Tensor, float]:
+    def sample_batch(k: int) -> tuple[Tensor, Tensor | None, float]:
         nonlocal num_passes
         part = slice(k * batch_size, min((k + 1) * batch_size, count))
         started = time.perf_counter()
@@ -157,9 +160,11 @@ def measure_fidelity(
             guidance=guidance,
             conditions=pairs.conditions[part],
         )
-        images = [images for _, images in batches]
-        num_passes += len(images)
-        return torch.cat(images), time.perf_counter() - started
+        passes = [images for _, images in batches]
+        seconds = time.perf_counter() - started
+        num_passes += len(passes)
+        images = torch.cat(passes)
+        return images, None if network is None else network(images), seconds
 
     hooks = [
         net.register_forward_hook(count_evaluations) for net in (pipeline.unet, pipeline.guide) if net is not None
@@ -169,13 +174,14 @@ def measure_fidelity(
     finally:
         for hook in hooks:
             hook.remove()
-    images = torch.cat([images for images, _ in batches])
+    images = torch.cat([images for images, _, _ in batches])
+    features = [features for _, features, _ in batches if features is not None]
     return Measured(
         samples=Samples(
-            statistics=None,
+            statistics=statistics_of(features) if processes.rank == 0 else None,
             images=images,
             network_evaluations=processes.on_main(lambda: num_evaluations // (num_passes * batch_size)),
-            seconds_per_image=sum(seconds for _, seconds in batches) / count,
+            seconds_per_image=sum(seconds for _, _, seconds in batches) / count,
         ),
         of_samples=_fidelity(images.double() / 255, pairs.images),
         of_conditions=_fidelity(pairs.conditions, pairs.images) if compare_conditions else None,
