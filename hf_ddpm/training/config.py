@@ -72,7 +72,7 @@ class TrainingConfig(DataConfig):
         group="model",
         resume="fixed",
         at_least=2,
-        only_with={"condition_column": None, "streaming": False},
+        only_with={"condition_column": None},
     )
     condition_noise: float = setting(
         0.0,
