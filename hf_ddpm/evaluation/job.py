@@ -144,6 +144,7 @@ class Request:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_seeds(self.seed, self.num_images)
         check_guidance(self.guidance_scales or [None], self.guidance_interval, self.guidance_method)
+        self._check_guidance_takes_effect()
         if self.data is not None:
             object.__setattr__(self, "data", with_plain_paths(self.data, DataConfig))
             check_values(self.data)
@@ -152,6 +153,22 @@ class Request:
                 f"other_reference goes with a reference, got {str(self.other_reference)!r} alone: "
                 "give --reference, too"
             )
+
+    def _check_guidance_takes_effect(self) -> None:
+        """Check that guidance is asked for only where something is sampled."""
+        given = {
+            "guidance_scale": [scale for scale in self.guidance_scales if scale != 1] or None,
+            "guidance_interval": self.guidance_interval,
+            "guidance_method": self.guidance_method,
+            "guidance_model": self.guidance_model,
+        }
+        for name, value in given.items():
+            if value is not None and {*self.metrics} == {"nll"}:
+                shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+                raise UsageError(
+                    f"{name} has no effect on nll, which is of the model without guidance, got {shown}: leave it out, "
+                    "or measure distances"
+                )
 
 
 class SamplerSetting(NamedTuple):
