@@ -296,7 +296,8 @@ def evaluate(
         choice(
             "metrics",
             "Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
-            "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim, distances.",
+            "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim, lpips, and "
+            "these distances.",
             METRICS,
             is_list=True,
         ),

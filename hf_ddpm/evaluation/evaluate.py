@@ -166,6 +166,7 @@ def _rows_of_pairs(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict
         pairs,
         job.request.seed,
         network=None if job.comparison is None else job.comparison.network,
+        perceptual=job.perceptual,
         compare_conditions=is_super_resolution,
         num_inference_steps=steps,
         batch_size=job.request.batch_size,
@@ -189,7 +190,8 @@ def _rows_of_pairs(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict
             row["input"] = of_input._asdict()
             if of_input.value is not None:
                 text = format_measurement(of_input.value, of_input.standard_error)
-                row["remark"] = f"the low resolution, enlarged by cubic interpolation, gets {text}; more is better"
+                better = "less" if metric == "lpips" else "more"
+                row["remark"] = f"the low resolution, enlarged by cubic interpolation, gets {text}; {better} is better"
         rows.append(row)
     if job.distances:
         statistics = measured.samples.statistics

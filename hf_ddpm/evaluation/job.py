@@ -34,6 +34,7 @@ from hf_ddpm.evaluation.measure import NEIGHBORS, Measured, first_images, measur
 from hf_ddpm.evaluation.memorization import MIN_SAMPLES
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT, Splits
 from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, METRICS, OF_IMAGES_FROM_IMAGES
+from hf_ddpm.evaluation.perceptual import Perceptual, load_lpips
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_warnings, load_reference, real_vs_real
 from hf_ddpm.guidance import Guidance
@@ -67,7 +68,7 @@ class Request:
     Attributes:
         model: A folder that holds a pipeline, stock diffusers' or ours, or a Hub id.
         metrics: Some of fd (Fréchet distance), kid, precision (with recall, density and coverage), cmmd, nll (bits per
-            dimension) and memorization. For a model that makes images from images: some of psnr, ssim and the
+            dimension) and memorization. For a model that makes images from images: some of psnr, ssim, lpips and the
             distances, of samples that are made from the conditions of `test_split`.
         reference: A folder of `hf-ddpm reference`. None: it is made of `data`, and kept in the cache of the data; of
             `split`, or of `test_split`, which is the truth, for a model that makes images from images.
@@ -217,6 +218,7 @@ class Job:
         held_out: Images that were not trained on; None if they are not needed.
         training: Images that were trained on; None if they are not needed.
         pairs: Images that were not trained on with their conditions, for a model that makes images from images.
+        perceptual: LPIPS; None if it is not measured.
         data: The settings of these images; `random_flip` says whether mirrored images were trained on, too.
     """
 
@@ -236,6 +238,7 @@ class Job:
     held_out: ImageCache | None
     training: ImageCache | None
     pairs: Pairs | None
+    perceptual: Perceptual | None
     data: DataConfig
 
 
@@ -273,8 +276,9 @@ def load_job(request: Request) -> Iterator[Job]:
         request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
         sampler_settings = _grid(pipeline, request)
         distances = [metric for metric in DISTANCES if metric in request.metrics]
-        channels = pipeline._image_shape()[0]
-        with closing(Splits(processes, request.data, folder, pipeline.unet.config, channels)) as splits:
+        image_shape = pipeline._image_shape()
+        perceptual = load_lpips(*image_shape, pipeline.device) if "lpips" in request.metrics else None
+        with closing(Splits(processes, request.data, folder, pipeline.unet.config, image_shape[0])) as splits:
             if isinstance(pipeline, ConditionalDDPMPipeline):
                 class_labels, class_choice = None, None if pipeline.classes is None else "of the images"
                 held_out, pairs = _open_pairs(request, pipeline, splits)
@@ -302,6 +306,7 @@ def load_job(request: Request) -> Iterator[Job]:
                 held_out=held_out,
                 training=training,
                 pairs=pairs,
+                perceptual=perceptual,
                 data=splits.data or DataConfig(),
             )
 

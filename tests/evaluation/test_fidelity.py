@@ -111,11 +111,11 @@ def test_distances_are_those_of_the_samples_from_the_truth(model, digits, networ
 
 def test_wrong_metrics_are_one_line(model, tmp_path):
     with pytest.raises(
-        UsageError, match=r"must be of .*, psnr, ssim for a model that makes images from images, got nll"
+        UsageError, match=r"must be of .*, ssim, lpips for a model that makes images from images, got nll"
     ):
         evaluate(model, metrics=["nll"], out=tmp_path)
     with pytest.raises(
-        UsageError, match=r"metrics must be of psnr, ssim, fd, kid, .* with psnr or ssim, got psnr, nll"
+        UsageError, match=r"metrics must be of psnr, ssim, lpips, fd, .* with psnr or ssim or lpips, got psnr, nll"
     ):
         evaluate(model, metrics=["psnr", "nll"], out=tmp_path)
     with pytest.raises(UsageError, match="test_split must be train, which is all that digits has"):
