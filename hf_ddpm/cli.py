@@ -137,8 +137,8 @@ def train(
     if not settings.dry_run:
         folder = shlex.quote(settings.output_dir)
         pictures = "figures/" if settings.save_figures else "figures/samples.png"
-        makes_from_images = settings.super_resolution is not None or settings.condition_column is not None
-        image, metrics = (" --image FILE_OR_FOLDER", " --metrics psnr,ssim") if makes_from_images else ("", "")
+        is_conditional = settings.makes_from_images
+        image, metrics = (" --image FILE_OR_FOLDER", " --metrics psnr,ssim") if is_conditional else ("", "")
         say(
             f"The model is in {folder}, with its card, README.md, and its pictures, {pictures}\n"
             f"Sample it with: hf-ddpm sample {folder}{image} --out samples\n"
@@ -240,17 +240,18 @@ def edit(
     guidance_interval: GuidanceInterval = None,
     guidance_method: GuidanceMethod = None,
     guidance_model: GuidanceModel = None,
-    batch_size: Annotated[int, option("batch_size", "Images per forward pass.", min=1)] = 16,
+    batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = "fp32",
     json: Json = False,
 ) -> None:
     """Edit images with a model: vary them, or repaint a part of them.
 
-    Without --mask an image is noised and denoised again (SDEdit). With it, all but its white part stays as it is.
+    Without --mask an image is noised and denoised again (SDEdit). With it, all but its white part stays as it is. In
+    several processes: accelerate launch -m hf_ddpm edit
     """
     with report_errors():
-        say_loading()
+        _join_launcher()
         from hf_ddpm.sampling.edit_set import PICTURE, edit_images
 
         edits = edit_images(
@@ -295,7 +296,8 @@ def evaluate(
         choice(
             "metrics",
             "Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
-            "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim.",
+            "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim, lpips, and "
+            "these distances.",
             METRICS,
             is_list=True,
         ),
@@ -696,7 +698,7 @@ def _sample_from_images(
     for name, value, default in (("num_images", num_images, None), ("format", format, "png")):
         if value != default:
             raise UsageError(f"{name} = {value} has no effect with image: each image gives a PNG file, leave it out")
-    say_loading()
+    _join_launcher()
     from hf_ddpm.sampling.conditional_set import PICTURE, sample_from_images
 
     files = sample_from_images(model, image, out, **settings)

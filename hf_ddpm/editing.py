@@ -96,7 +96,10 @@ class EditingPipeline(DDPMPipeline):
             with self._sampling_scheduler(num_inference_steps) as num_steps:
                 name = type(self.scheduler).__name__
                 if name not in EDITING_SCHEDULERS:
-                    raise ValueError(f"scheduler must be one that edits images, got {name}: call use('unipc') before")
+                    # A network that was trained by flow matching has no schedule of betas that a solver could take.
+                    has_betas = "beta_schedule" in self.scheduler.config
+                    remedy = "call use('unipc') before" if has_betas else "load a model with a beta_schedule"
+                    raise ValueError(f"scheduler must be one that edits images, got {name}: {remedy}")
                 yield num_steps
         finally:
             self.sampler, self._scheduler_of_sampler = chosen
@@ -288,7 +291,7 @@ class DDPMInpaintPipeline(EditingPipeline):
             guidance_interval: See `DDPMPipeline.__call__`.
             guidance: See `DDPMPipeline.__call__`.
             method: `posterior`, `replace` or `repaint`.
-            jump_length: For `repaint`: how many steps a jump goes back.
+            jump_length: For `repaint`: how many steps a jump goes back, fewer than n.
             jump_n_sample: For `repaint`: how often each part is denoised.
 
         Returns:
@@ -309,6 +312,11 @@ class DDPMInpaintPipeline(EditingPipeline):
             is_known = ~masks_to_tensor(mask_image, len(given), *shape[1:]).to(device)
             self._check_inputs(len(given), generator, output_type, callback_on_step_end_tensor_inputs, False)
             self._check_method(method)
+            if is_repaint and jump_length >= num_steps:
+                raise ValueError(
+                    f"jump_length must be less than the number of steps, {num_steps}, for method='repaint', got "
+                    f"{jump_length}, so that there would be no jump: give a smaller one, or more steps"
+                )
             guidance = self._guidance(guidance_scale, guidance_interval, guidance)
             conditions = self._conditions(class_labels, len(given), device, guidance)
             # What is under the white part must not show through, as it would from x_T of some noise schedules.

@@ -55,6 +55,7 @@ def make_unet(
     seed: int = 0,
     source: str = "the model config",
     condition_channels: int = 0,
+    widens: bool = False,
 ) -> UNet2DModel:
     """Make a new network for images of `channels` x `resolution` x `resolution`.
 
@@ -72,6 +73,7 @@ def make_unet(
         seed: The seed of the initial weights.
         source: What error messages call `model_config`.
         condition_channels: The channels that the network takes after those of the images.
+        widens: Whether `model_config` is of a network without conditions, which gets their channels.
 
     Raises:
         UsageError: When the model config does not fit the data or the variance type.
@@ -81,7 +83,9 @@ def make_unet(
         settings = sized_config(resolution, channels + condition_channels, out_channels, num_classes, dropout or 0.0)
     else:
         settings = _load_config(model_config, source)
-        _check_fit(settings, variance_type, channels, resolution, source, condition_channels)
+        _check_fit(settings, variance_type, channels, resolution, source, 0 if widens else condition_channels)
+        if widens:
+            settings["in_channels"] = channels + condition_channels
         if num_classes is None or settings.get("num_class_embeds") is not None:
             reason = "for the classes of label_column, with one more unless class_dropout is 0"
             reason = "as no label_column is given" if num_classes is None else reason
@@ -123,6 +127,7 @@ def try_network(
     variance_type: str = "fixed_small",
     source: str = "the model config",
     condition_channels: int | None = 0,
+    widens: bool = False,
 ) -> Trial:
     """Pass an image through a network that has shapes and no numbers, which takes no memory and little time.
 
@@ -133,6 +138,7 @@ def try_network(
         variance_type: As of `make_unet`.
         source: As of `make_unet`.
         condition_channels: As of `make_unet`; None: there are some, whose number is not known.
+        widens: As of `make_unet`.
 
     Raises:
         UsageError: When there is no such network, or an image cannot pass.
@@ -144,7 +150,10 @@ def try_network(
         settings = sized_config(resolution, in_channels, count * _outputs_per_channel(variance_type))
     else:
         settings = _load_config(model_config, source)
-        _check_fit(settings, variance_type, channels, resolution, source, condition_channels)
+        _check_fit(settings, variance_type, channels, resolution, source, 0 if widens else condition_channels)
+        if widens:
+            count = settings.get("in_channels", 3)
+            settings["in_channels"] = count + (count if condition_channels is None else condition_channels)
     with _naming_config(source):
         return _try_settings(json.dumps(settings, sort_keys=True))
 

@@ -5,6 +5,7 @@ pair   an image of the data and its condition, both cropped in the middle
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from hf_ddpm.conditional import enlarged, low_resolution
 from hf_ddpm.data.batches import center_pixels, epoch_order, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.planes import center_crop
+from hf_ddpm.data.shards import ImageStream
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,22 +64,16 @@ def pairs_of(condition: Condition, images: Any, indices: np.ndarray) -> Pairs:
 
     Args:
         condition: What the images are made from.
-        images: An `ImageCache` or `GivenImages`; a stream has no conditions.
+        images: An `ImageCache` or `GivenImages`.
         indices: Which of them, (N,).
     """
-    labels: list[int] | None = None
-    if isinstance(images, ImageCache):
-        planes = center_pixels(images, indices)
-        labels = None if images.labels is None else images.labels[indices].tolist()
-    else:
-        read = [images.read(int(i)) for i in indices]
-        planes = np.stack([center_crop(each, images.resolution) for each, _ in read])
-        labels = [label for _, label in read if label is not None] or None
-    pixels = _tensor(planes)
+    if not isinstance(images, ImageCache):
+        return _pairs_of_low_resolution(condition, images, [images.read(int(i)) for i in indices])
+    labels = None if images.labels is None else images.labels[indices].tolist()
+    pixels = _tensor(center_pixels(images, indices))
     if condition.super_resolution is not None:
         conditions = low_resolution_conditions(pixels, condition.super_resolution, images.max_value)
     else:
-        assert isinstance(images, ImageCache)
         assert images.conditions is not None
         of_column = images.conditions
         conditions = to_conditions(_tensor(center_pixels(of_column, indices)), of_column.max_value)
@@ -85,8 +81,29 @@ def pairs_of(condition: Condition, images: Any, indices: np.ndarray) -> Pairs:
 
 
 def example_pairs(condition: Condition, images: Any, count: int) -> Pairs:
-    """Return the first `count` images in the order of the seed 0, or all if there are fewer; see `pairs_of`."""
+    """Return the first `count` images, or all if there are fewer, with their conditions; see `pairs_of`.
+
+    They are the first ones in the order of the seed 0, or of the files where only these tell an order.
+
+    Args:
+        condition: What the images are made from.
+        images: An `ImageCache`, `GivenImages` or `ImageStream`.
+        count: How many.
+    """
+    if isinstance(images, ImageStream):
+        return _pairs_of_low_resolution(condition, images, images.first_images(count))
     return pairs_of(condition, images, epoch_order(0, 0, len(images))[:count])
+
+
+def _pairs_of_low_resolution(
+    condition: Condition, images: Any, read: Sequence[tuple[np.ndarray, int | None]]
+) -> Pairs:
+    """Return images that were read, with their classes, and the conditions that super-resolution makes of them."""
+    assert condition.super_resolution is not None
+    pixels = _tensor(np.stack([center_crop(planes, images.resolution) for planes, _ in read]))
+    conditions = low_resolution_conditions(pixels, condition.super_resolution, images.max_value)
+    labels = [label for _, label in read if label is not None] or None
+    return Pairs((to_x_0(pixels, images.max_value) + 1) / 2, (conditions + 1) / 2, labels)
 
 
 def _tensor(planes: np.ndarray) -> Tensor:

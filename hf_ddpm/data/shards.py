@@ -128,15 +128,27 @@ class ImageStream(InFormat):
         Raises:
             UsageError: When there are not so many readable images, or as `decode` raises it.
         """
+        first = self.first_images(i + 1)
+        if len(first) <= i:
+            raise UsageError(
+                "on_bad_image='skip' must leave some images, got unreadable ones only: repair or replace them"
+            )
+        return first[i][0]
+
+    def first_images(self, count: int) -> list[tuple[np.ndarray, int | None]]:
+        """Return the first readable images in the order of the files, or all: (C, h, w) and the class of each.
+
+        Raises:
+            UsageError: As `decode` and `label` raise it.
+        """
+        images: list[tuple[np.ndarray, int | None]] = []
         for example in self.examples():
+            if len(images) == count:
+                break
             decoded = self.decode(example)
             if decoded is not None:
-                if i == 0:
-                    return decoded.planes
-                i -= 1
-        raise UsageError(
-            "on_bad_image='skip' must leave some images, got unreadable ones only: repair or replace them"
-        )
+                images.append((decoded.planes, self.label(example)))
+        return images
 
     def examples(self) -> Iterator[Example]:
         """Yield all examples in the order of the files."""

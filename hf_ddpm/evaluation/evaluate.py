@@ -110,7 +110,7 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
     speed_up(job.pipeline, job.request.dtype, job.request.compile)
     if job.pairs is not None:
         for setting in job.sampler_settings:
-            yield _fidelity_rows(job, job.pairs, setting), {}
+            yield _rows_of_pairs(job, job.pairs, setting), {}
         return
     measures_copies = "memorization" in job.request.metrics
     num_settings = len(job.sampler_settings) if job.distances else int(measures_copies)
@@ -150,8 +150,11 @@ def _sample(job: Job, setting: SamplerSetting, num_images: int, num_images_to_ke
     )
 
 
-def _fidelity_rows(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict[str, Any]]:
-    """Return how near samples come to the truth, beside what the enlarged images of a low resolution get."""
+def _rows_of_pairs(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict[str, Any]]:
+    """Return how near samples come to the truth, beside what the enlarged images of a low resolution get.
+
+    Distances are those from all samples to all images of the truth.
+    """
     assert isinstance(job.pipeline, ConditionalDDPMPipeline)
     assert job.held_out is not None
     steps, count = setting.num_inference_steps, len(pairs.images)
@@ -162,6 +165,8 @@ def _fidelity_rows(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict
         job.pipeline,
         pairs,
         job.request.seed,
+        network=None if job.comparison is None else job.comparison.network,
+        perceptual=job.perceptual,
         compare_conditions=is_super_resolution,
         num_inference_steps=steps,
         batch_size=job.request.batch_size,
@@ -169,6 +174,7 @@ def _fidelity_rows(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict
         label=f"{setting.scheduler}, {steps} steps",
     )
     sampling = _describe_sampling(job, setting, count, measured.samples)
+    held_out = describe_images(job.held_out, job.data, job.request.test_split)
     rows = []
     for metric in (name for name in FIDELITY if name in job.request.metrics):
         row = {
@@ -176,7 +182,7 @@ def _fidelity_rows(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict
             "name": FIDELITY[metric],
             **mean_of(getattr(measured.of_samples, metric))._asdict(),
             "num_compared": [count],
-            "reference": describe_images(job.held_out, job.data, job.request.test_split),
+            "reference": held_out,
             "sampling": sampling,
         }
         if measured.of_conditions is not None:
@@ -184,8 +190,13 @@ def _fidelity_rows(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict
             row["input"] = of_input._asdict()
             if of_input.value is not None:
                 text = format_measurement(of_input.value, of_input.standard_error)
-                row["remark"] = f"the low resolution, enlarged by cubic interpolation, gets {text}; more is better"
+                better = "less" if metric == "lpips" else "more"
+                row["remark"] = f"the low resolution, enlarged by cubic interpolation, gets {text}; {better} is better"
         rows.append(row)
+    if job.distances:
+        statistics = measured.samples.statistics
+        distances = job.processes.on_main(lambda: _distance_rows(job, statistics, sampling))
+        rows += [{**row, "held_out": held_out} for row in distances]
     return rows
 
 

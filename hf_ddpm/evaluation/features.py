@@ -169,11 +169,15 @@ class FeatureNetwork:
             remedy = " composite them over white, a reference's by --channels 3" if images.shape[1] == 4 else ""
             raise UsageError(f"images must have 1 or 3 channels, as networks do, got {images.shape[1]}:{remedy}")
         # On a CPU, passes of 16 images are twice as fast as passes of 64, which do not fit into its caches.
-        size = 16 if self.device.type == "cpu" else 64
+        size, count = (16 if self.device.type == "cpu" else 64), len(images)
+        if self.device.type == "cpu":
+            # A pass of fewer images is rounded by the number of threads, which differs between one process and
+            # several: the last one is filled up.
+            images = images[torch.arange(-(-count // size) * size).clamp(max=count - 1)]
         # By default, a GPU's convolutions round to 10 bits, and their results differ from run to run.
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             passes = (part.to(self.device).expand(-1, 3, -1, -1) for part in images.split(size))
-            features = torch.cat([self.compute(part).to("cpu", torch.float32) for part in passes])
+            features = torch.cat([self.compute(part).to("cpu", torch.float32) for part in passes])[:count]
         bad = len(features) - int(features.isfinite().all(dim=1).sum())
         if bad:
             raise UsageError(

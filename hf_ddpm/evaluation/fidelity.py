@@ -4,8 +4,10 @@
     SSIM    the mean over the image of (2 mu_x mu_y + C1) (2 s_xy + C2) / ((mu_x^2 + mu_y^2 + C1) (s_x^2 + s_y^2 + C2))
             (Wang et al. 2004, Eq. 13): mu, s^2 and s_xy are means, variances and the covariance under a window
 
-More is better for both. They compare pixels: of all that could be the truth, a blurred mean gets the best PSNR, and a
-sample, which is sharp, less (Saharia et al. 2021, arXiv 2104.07636, Sec. 4).
+    LPIPS   see `hf_ddpm.evaluation.perceptual`; less is better
+
+More is better for the first two. They compare pixels: of all that could be the truth, a blurred mean gets the best
+PSNR, and a sample, which is sharp, less (Saharia et al. 2021, arXiv 2104.07636, Sec. 4).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from hf_ddpm.data.conditions import Pairs
-from hf_ddpm.evaluation.measure import Samples
+from hf_ddpm.evaluation.features import FeatureNetwork
+from hf_ddpm.evaluation.measure import Samples, statistics_of
+from hf_ddpm.evaluation.perceptual import Perceptual
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.processes import Processes
@@ -32,10 +36,19 @@ C1, C2 = 0.01**2, 0.03**2
 
 
 class Fidelity(NamedTuple):
-    """PSNR and SSIM of each image, (N,) float64."""
+    """PSNR and SSIM of each image, (N,) float64, and LPIPS if it is measured."""
 
     psnr: Tensor
     ssim: Tensor
+    lpips: Tensor | None = None
+
+
+class _SampledBatch(NamedTuple):
+    images: Tensor
+    features: Tensor | None
+    lpips: Tensor | None  # of the samples
+    lpips_of_conditions: Tensor | None
+    seconds: float
 
 
 class Mean(NamedTuple):
@@ -116,6 +129,8 @@ def measure_fidelity(
     pairs: Pairs,
     seed: int,
     *,
+    network: FeatureNetwork | None = None,
+    perceptual: Perceptual | None = None,
     compare_conditions: bool,
     num_inference_steps: int,
     batch_size: int,
@@ -129,6 +144,8 @@ def measure_fidelity(
         pipeline: A `ConditionalDDPMPipeline`.
         pairs: Conditions and truth.
         seed: The seed of the first sample.
+        network: The feature network of statistics; None: there are none.
+        perceptual: LPIPS; None: it is not measured.
         compare_conditions: Whether conditions are images of the same kind, which are compared, too.
         num_inference_steps: The steps of sampling.
         batch_size: Images per network evaluation.
@@ -144,7 +161,7 @@ def measure_fidelity(
         nonlocal num_evaluations
         num_evaluations += len(inputs[0])
 
-    def sample_batch(k: int) -> tuple[Tensor, float]:
+    def sample_batch(k: int) -> _SampledBatch:
         nonlocal num_passes
         part = slice(k * batch_size, min((k + 1) * batch_size, count))
         started = time.perf_counter()
@@ -157,9 +174,18 @@ def measure_fidelity(
             guidance=guidance,
             conditions=pairs.conditions[part],
         )
-        images = [images for _, images in batches]
-        num_passes += len(images)
-        return torch.cat(images), time.perf_counter() - started
+        passes = [images for _, images in batches]
+        seconds = time.perf_counter() - started
+        num_passes += len(passes)
+        images = torch.cat(passes)
+        truth, conditions = pairs.images[part], pairs.conditions[part]
+        return _SampledBatch(
+            images,
+            None if network is None else network(images),
+            None if perceptual is None else perceptual(images / 255, truth),
+            perceptual(conditions, truth) if perceptual is not None and compare_conditions else None,
+            seconds,
+        )
 
     hooks = [
         net.register_forward_hook(count_evaluations) for net in (pipeline.unet, pipeline.guide) if net is not None
@@ -169,18 +195,22 @@ def measure_fidelity(
     finally:
         for hook in hooks:
             hook.remove()
-    images = torch.cat([images for images, _ in batches])
+    images = torch.cat([batch.images for batch in batches])
+    features = [batch.features for batch in batches if batch.features is not None]
     return Measured(
         samples=Samples(
-            statistics=None,
+            statistics=statistics_of(features) if processes.rank == 0 else None,
             images=images,
             network_evaluations=processes.on_main(lambda: num_evaluations // (num_passes * batch_size)),
-            seconds_per_image=sum(seconds for _, seconds in batches) / count,
+            seconds_per_image=sum(batch.seconds for batch in batches) / count,
         ),
-        of_samples=_fidelity(images.double() / 255, pairs.images),
-        of_conditions=_fidelity(pairs.conditions, pairs.images) if compare_conditions else None,
+        of_samples=_fidelity(images.double() / 255, pairs.images, [batch.lpips for batch in batches]),
+        of_conditions=_fidelity(pairs.conditions, pairs.images, [batch.lpips_of_conditions for batch in batches])
+        if compare_conditions
+        else None,
     )
 
 
-def _fidelity(images: Tensor, truth: Tensor) -> Fidelity:
-    return Fidelity(psnr(images, truth), ssim(images, truth))
+def _fidelity(images: Tensor, truth: Tensor, distances: Sequence[Tensor | None]) -> Fidelity:
+    measured = [each for each in distances if each is not None]
+    return Fidelity(psnr(images, truth), ssim(images, truth), torch.cat(measured) if measured else None)

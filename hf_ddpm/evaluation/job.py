@@ -33,7 +33,8 @@ from hf_ddpm.evaluation.likelihood import inclusion_probabilities
 from hf_ddpm.evaluation.measure import NEIGHBORS, Measured, first_images, measure_distances
 from hf_ddpm.evaluation.memorization import MIN_SAMPLES
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT, Splits
-from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, METRICS
+from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, METRICS, OF_IMAGES_FROM_IMAGES
+from hf_ddpm.evaluation.perceptual import Perceptual, load_lpips
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_warnings, load_reference, real_vs_real
 from hf_ddpm.guidance import Guidance
@@ -67,8 +68,10 @@ class Request:
     Attributes:
         model: A folder that holds a pipeline, stock diffusers' or ours, or a Hub id.
         metrics: Some of fd (Fréchet distance), kid, precision (with recall, density and coverage), cmmd, nll (bits per
-            dimension) and memorization. For a model that makes images from images: psnr, ssim or both.
-        reference: A folder of `hf-ddpm reference`. None: it is made of `data`, and kept in the cache of the data.
+            dimension) and memorization. For a model that makes images from images: some of psnr, ssim, lpips and the
+            distances, of samples that are made from the conditions of `test_split`.
+        reference: A folder of `hf-ddpm reference`. None: it is made of `data`, and kept in the cache of the data; of
+            `split`, or of `test_split`, which is the truth, for a model that makes images from images.
         other_reference: A second reference, of other images: what real images get is measured with both. None: with
             halves of `reference`. It needs `reference`.
         data: The settings of the data. None: those of the run in the model's folder. nll and memorization need data,
@@ -129,8 +132,11 @@ class Request:
     def __post_init__(self) -> None:
         if not self.metrics or set(self.metrics) - set(METRICS):
             raise UsageError(f"metrics must be of {', '.join(METRICS)}, got {', '.join(self.metrics) or 'none'}")
-        if {*FIDELITY} & {*self.metrics} and not {*FIDELITY} >= {*self.metrics}:
-            raise UsageError(f"metrics must be of {', '.join(FIDELITY)} alone, got {', '.join(self.metrics)}")
+        if {*FIDELITY} & {*self.metrics} and not {*OF_IMAGES_FROM_IMAGES} >= {*self.metrics}:
+            raise UsageError(
+                f"metrics must be of {', '.join(OF_IMAGES_FROM_IMAGES)} with {' or '.join(FIDELITY)}, got "
+                f"{', '.join(self.metrics)}: leave the others out"
+            )
         for scheduler in self.schedulers:
             require_choice("scheduler", scheduler, SCHEDULERS)
         require_choice("dtype", self.dtype, DTYPES)
@@ -139,6 +145,7 @@ class Request:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_seeds(self.seed, self.num_images)
         check_guidance(self.guidance_scales or [None], self.guidance_interval, self.guidance_method)
+        self._check_guidance_takes_effect()
         if self.data is not None:
             object.__setattr__(self, "data", with_plain_paths(self.data, DataConfig))
             check_values(self.data)
@@ -147,6 +154,22 @@ class Request:
                 f"other_reference goes with a reference, got {str(self.other_reference)!r} alone: "
                 "give --reference, too"
             )
+
+    def _check_guidance_takes_effect(self) -> None:
+        """Check that guidance is asked for only where something is sampled."""
+        given = {
+            "guidance_scale": [scale for scale in self.guidance_scales if scale != 1] or None,
+            "guidance_interval": self.guidance_interval,
+            "guidance_method": self.guidance_method,
+            "guidance_model": self.guidance_model,
+        }
+        for name, value in given.items():
+            if value is not None and {*self.metrics} == {"nll"}:
+                shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+                raise UsageError(
+                    f"{name} has no effect on nll, which is of the model without guidance, got {shown}: leave it out, "
+                    "or measure distances"
+                )
 
 
 class SamplerSetting(NamedTuple):
@@ -195,6 +218,7 @@ class Job:
         held_out: Images that were not trained on; None if they are not needed.
         training: Images that were trained on; None if they are not needed.
         pairs: Images that were not trained on with their conditions, for a model that makes images from images.
+        perceptual: LPIPS; None if it is not measured.
         data: The settings of these images; `random_flip` says whether mirrored images were trained on, too.
     """
 
@@ -214,6 +238,7 @@ class Job:
     held_out: ImageCache | None
     training: ImageCache | None
     pairs: Pairs | None
+    perceptual: Perceptual | None
     data: DataConfig
 
 
@@ -232,12 +257,8 @@ def load_job(request: Request) -> Iterator[Job]:
             )
         out = folder if request.out is None else look_at("out", request.out)
         is_model_folder = out.resolve() == folder.resolve()
-        measures_fidelity = bool({*FIDELITY} & {*request.metrics})
-        if is_conditional(folder) is not measures_fidelity:
-            raise UsageError(
-                f"metrics must be of {', '.join(FIDELITY)} for a model that makes images from images, for no other, "
-                f"got {', '.join(request.metrics)} for {str(request.model)!r}: give --metrics"
-            )
+        makes_from_images = is_conditional(folder)
+        _check_metrics(request, makes_from_images)
         _check_network(request)
         weights = weights_sha256(folder)
         processes.require_equal(weights, "weights")
@@ -250,20 +271,22 @@ def load_job(request: Request) -> Iterator[Job]:
             device=request.device,
             uniform=request.uniform,
             guidance_model=request.guidance_model,
-            makes_from_images=measures_fidelity,
+            makes_from_images=makes_from_images,
         )
         request = replace(request, batch_size=forward_batch_of(pipeline.device, request.batch_size))
         sampler_settings = _grid(pipeline, request)
         distances = [metric for metric in DISTANCES if metric in request.metrics]
-        channels = pipeline._image_shape()[0]
-        with closing(Splits(processes, request.data, folder, pipeline.unet.config, channels)) as splits:
-            comparison = _load_comparison(request, distances, processes, pipeline, splits)
-            pairs = None
+        image_shape = pipeline._image_shape()
+        perceptual = load_lpips(*image_shape, pipeline.device) if "lpips" in request.metrics else None
+        with closing(Splits(processes, request.data, folder, pipeline.unet.config, image_shape[0])) as splits:
             if isinstance(pipeline, ConditionalDDPMPipeline):
                 class_labels, class_choice = None, None if pipeline.classes is None else "of the images"
                 held_out, pairs = _open_pairs(request, pipeline, splits)
                 training = None
+                comparison = _load_comparison(request, distances, processes, pipeline, splits, len(pairs.images))
             else:
+                pairs = None
+                comparison = _load_comparison(request, distances, processes, pipeline, splits, request.num_images)
                 class_labels, class_choice = _choose_classes(pipeline, splits, request)
                 held_out, training = _open_images(request, pipeline.scheduler, splits, class_labels is not None)
             yield Job(
@@ -283,8 +306,24 @@ def load_job(request: Request) -> Iterator[Job]:
                 held_out=held_out,
                 training=training,
                 pairs=pairs,
+                perceptual=perceptual,
                 data=splits.data or DataConfig(),
             )
+
+
+def _check_metrics(request: Request, makes_from_images: bool) -> None:
+    """Check that the metrics are those of the model's kind.
+
+    Raises:
+        UsageError: When one is not.
+    """
+    others = {*METRICS} - {*OF_IMAGES_FROM_IMAGES} if makes_from_images else {*FIDELITY}
+    if wrong := [metric for metric in request.metrics if metric in others]:
+        kind = "from images" if makes_from_images else "from noise alone"
+        raise UsageError(
+            f"metrics must be of {', '.join(metric for metric in METRICS if metric not in others)} for a model that "
+            f"makes images {kind}, got {', '.join(wrong)} for {str(request.model)!r}: give --metrics"
+        )
 
 
 def _name_on_card(out: Path, model_folder: Path) -> str:
@@ -334,12 +373,20 @@ def _guidances(pipeline: DDPMPipeline, request: Request) -> list[Guidance | None
 
 
 def _load_comparison(
-    request: Request, distances: list[str], processes: Processes, pipeline: DDPMPipeline, splits: Splits
+    request: Request,
+    distances: list[str],
+    processes: Processes,
+    pipeline: DDPMPipeline,
+    splits: Splits,
+    num_images: int,
 ) -> Comparison | None:
-    """Load the feature network and the reference, and measure what real images get."""
+    """Load the feature network and the reference, and measure what `num_images` real images get."""
     if not distances and "memorization" not in request.metrics:
         return None
-    channels = pipeline.unet.config.in_channels
+    channels = pipeline._image_shape()[0]
+    split, other_split = request.split, request.test_split
+    if isinstance(pipeline, ConditionalDDPMPipeline):  # which is compared with the truth
+        split, other_split = other_split, split
     reference = None if request.reference is None else load_reference(request.reference)
     if channels not in (1, 3):
         raise UsageError(f"feature networks take 1 or 3 channels, got a model of {channels}: only nll can be measured")
@@ -349,22 +396,20 @@ def _load_comparison(
     if not distances:
         return Comparison(network)
     # The features of all images of a split take minutes: counts are compared before.
-    _check_count("num_images", request.num_images, distances, network)
+    _check_count("num_images", num_images, distances, network)
     if reference is not None:
         check_comparable(reference, network, splits.resolution, channels)
         other_reference = None if request.other_reference is None else load_reference(request.other_reference)
         _check_count("the reference", reference.count, distances, network)
         _check_count("the reference's features", len(reference.features), [*{*distances} - {"fd"}], network)
     else:
-        _check_count("the reference", len(splits.open(request.split)), distances, network)
-        reference, other_reference = splits.references(network, request.split, request.test_split)
+        _check_count("the reference", len(splits.open(split)), distances, network)
+        reference, other_reference = splits.references(network, split, other_split)
     compared = f"halves of {reference.metadata['data']['split']}"
     if other_reference is not None:
         compared = f"{other_reference.metadata['data']['split']} against {reference.metadata['data']['split']}"
     real, other_real = real_vs_real(reference, other_reference)
-    measured = processes.on_main(
-        lambda: measure_distances(first_images(other_real, request.num_images), real, distances)
-    )
+    measured = processes.on_main(lambda: measure_distances(first_images(other_real, num_images), real, distances))
     return Comparison(network, reference, measured, compared)
 
 

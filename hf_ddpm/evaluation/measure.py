@@ -121,7 +121,7 @@ def sample_statistics(
         for hook in hooks:
             hook.remove()
     return Samples(
-        statistics=_statistics([b.features for b in batches if b.features is not None])
+        statistics=statistics_of([b.features for b in batches if b.features is not None])
         if processes.rank == 0
         else None,
         images=torch.cat([b.images for b in batches]),
@@ -130,7 +130,7 @@ def sample_statistics(
     )
 
 
-def _statistics(batches: Sequence[Tensor]) -> Statistics | None:
+def statistics_of(batches: Sequence[Tensor]) -> Statistics | None:
     """Return the statistics of features that are given in batches, the first NUM_FEATURES of them included."""
     if not batches:
         return None

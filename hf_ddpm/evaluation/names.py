@@ -14,8 +14,9 @@ DISTANCES = {
     "precision": ("precision", "recall", "density", "coverage"),
 }
 # Metrics that compare each sample of a model that makes images from images with the truth -> their names.
-FIDELITY = {"psnr": "PSNR in dB", "ssim": "SSIM"}
+FIDELITY = {"psnr": "PSNR in dB", "ssim": "SSIM", "lpips": "LPIPS"}
 METRICS = (*DISTANCES, "nll", "memorization", *FIDELITY)
+OF_IMAGES_FROM_IMAGES = (*FIDELITY, *DISTANCES)
 NETWORK_NAMES = ("inception", "dinov2", "clip", "efficientnet-lite0")
 
 # Of anomaly maps.

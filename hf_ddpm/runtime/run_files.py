@@ -113,6 +113,7 @@ RUN_FILES = (
     _picture("loss.png", on_resume="delete"),
     _picture("kid.png", is_replaced=True),
     _picture("val_loss.png", is_replaced=True),
+    _picture("psnr.png", is_replaced=True),
     _picture("forward.png", on_resume="delete"),
     _picture("reverse.png", on_resume="delete"),
     _picture("reverse.gif", on_resume="delete"),

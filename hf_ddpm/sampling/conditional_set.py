@@ -1,4 +1,4 @@
-"""Images that a model makes from images in a folder: `hf-ddpm sample MODEL --image FOLDER`.
+"""Images that a model makes from images, in a folder, which any number of processes write: `hf-ddpm sample --image`.
 
 image        a file that a sample is made from; the sample is a PNG file of the same name in the folder `out`
 samples.png  the first PICTURE_IMAGES images with their samples, side by side
@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_ddpm.conditional import ConditionalDDPMPipeline
@@ -18,11 +20,20 @@ from hf_ddpm.figures import png_bytes, side_by_side, to_pil
 from hf_ddpm.names import DTYPES
 from hf_ddpm.runtime.devices import process_device, require_compiler
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import look_at, require_writable_folder, write_atomically
+from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256, write_atomically
+from hf_ddpm.runtime.processes import join_processes
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import require_choice
-from hf_ddpm.sampling.edit_set import image_files, new_files, read_image
-from hf_ddpm.sampling.sampler import check_guidance, choose_guidance, iter_samples, load_for_sampling, speed_up
+from hf_ddpm.sampling.edit_set import image_files, new_files, read_image, shared_batches
+from hf_ddpm.sampling.sampler import (
+    check_guidance,
+    choose_guidance,
+    describe_guidance,
+    forward_batch_of,
+    iter_samples,
+    load_for_sampling,
+    speed_up,
+)
 
 PICTURE = "samples.png"
 PICTURE_IMAGES = 16
@@ -49,6 +60,8 @@ def sample_from_images(
     uniform: bool = False,
 ) -> list[Path]:
     """Sample an image from each image, and write the samples and a picture of all into the folder `out`.
+
+    Each process that was launched samples its share, and the files are those of one process.
 
     Args:
         model: A folder that holds a model that makes images from images, or a run of one; or a Hub id.
@@ -91,42 +104,68 @@ def sample_from_images(
     check_seeds(seed, len(names))
     new = new_files(out, names, PICTURE)
 
-    pipeline, steps = load_for_sampling(
-        model,
-        scheduler,
-        num_inference_steps,
-        device,
-        uniform=uniform,
-        guidance_model=guidance_model,
-        makes_from_images=True,
-    )
-    assert isinstance(pipeline, ConditionalDDPMPipeline)
-    guidance = choose_guidance(pipeline, guidance_scale, guidance_interval, guidance_method, guidance_model)
-    pipeline._check_inputs(1, None, "pil", ("latents",), deterministic)
-    labels = _class_labels(pipeline, class_label, len(names))
-    conditions = torch.cat([read_image(path, pipeline.to_conditions) for path in files])
-    speed_up(pipeline, dtype, compile)
+    with join_processes() as processes:
+        pipeline, steps = load_for_sampling(
+            model,
+            scheduler,
+            num_inference_steps,
+            device,
+            uniform=uniform,
+            guidance_model=guidance_model,
+            makes_from_images=True,
+        )
+        assert isinstance(pipeline, ConditionalDDPMPipeline)
+        guidance = choose_guidance(pipeline, guidance_scale, guidance_interval, guidance_method, guidance_model)
+        pipeline._check_inputs(1, None, "pil", ("latents",), deterministic)
+        labels = _class_labels(pipeline, class_label, len(names))
+        conditions = torch.cat([read_image(path, pipeline.to_conditions) for path in files])
+        speed_up(pipeline, dtype, compile)
+        settings: dict[str, Any] = {
+            "weights_sha256": weights_sha256(Path(pipeline.unet.config["_name_or_path"])),
+            "images": [str(name) for name in names],
+            "scheduler": (type(pipeline.scheduler).__name__, steps),
+            "seed": seed,
+            "class_label": labels and labels[0],
+            "deterministic": deterministic,
+            "guidance": None if guidance is None else describe_guidance(guidance, pipeline),
+            "dtype": dtype or "fp32",
+            "compile": compile,
+            "device": pipeline.device.type,
+            "forward_batch": forward_batch_of(pipeline.device, batch_size),
+        }
+        processes.require_equal(settings, "model, images and settings")
 
-    batches = iter_samples(
-        pipeline,
-        range(seed, seed + len(names)),
-        batch_size=batch_size,
-        num_inference_steps=steps,
-        class_labels=labels,
-        deterministic=deterministic,
-        guidance=guidance,
-        conditions=conditions,
-    )
-    samples = []
-    with tqdm(total=len(names), unit="image", desc="Sampling", file=sys.stderr) as progress:
-        for seeds, images in batches:
-            # Written as soon as it is made, so that a command that is killed has lost no more than a batch.
-            for picture in to_pil(images):
-                write_atomically(new[len(samples)], png_bytes(picture))
-                samples.append(picture)
-            progress.update(len(seeds))
-    columns = [to_pil(conditions[:PICTURE_IMAGES]), samples[:PICTURE_IMAGES]]
-    write_atomically(out / PICTURE, png_bytes(side_by_side(columns, [pipeline.condition.label, "sample"])))
+        def sample_share() -> list[Image.Image]:
+            share = [i for batch in shared_batches(processes, len(names), settings["forward_batch"]) for i in batch]
+            batches = iter_samples(
+                pipeline,
+                [seed + i for i in share],
+                batch_size=batch_size,
+                num_inference_steps=steps,
+                class_labels=None if labels is None else [labels[i] for i in share],
+                deterministic=deterministic,
+                guidance=guidance,
+                conditions=conditions[share],
+            )
+            first_samples = []
+            label, is_quiet = processes.label("Sampling"), processes.rank > 0
+            with tqdm(total=len(share), unit="image", desc=label, file=sys.stderr, disable=is_quiet) as progress:
+                for seeds, images in batches:
+                    # Written as soon as it is made, so that a command that is killed has lost no more than a batch.
+                    for each, picture in zip(seeds, to_pil(images), strict=True):
+                        write_atomically(new[each - seed], png_bytes(picture))
+                        if each - seed < PICTURE_IMAGES:
+                            first_samples.append(picture)
+                    progress.update(len(seeds))
+            return first_samples
+
+        samples = [picture for share in processes.gather(sample_share) for picture in share]
+
+        def write_picture() -> None:
+            columns = [to_pil(conditions[:PICTURE_IMAGES]), samples]
+            write_atomically(out / PICTURE, png_bytes(side_by_side(columns, [pipeline.condition.label, "sample"])))
+
+        processes.on_main(write_picture)
     return new
 
 

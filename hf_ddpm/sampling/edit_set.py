@@ -1,4 +1,4 @@
-"""Edited images of a model in a folder: `hf-ddpm edit`.
+"""Edited images of a model in a folder, which any number of processes write: `hf-ddpm edit`.
 
 image      a file that is edited; its edit is a PNG file of the same name in the folder `out`
 mask       a file whose white part is repainted: one for all images, or one for each in the order of their names
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -24,10 +25,25 @@ from hf_ddpm.figures import png_bytes, strip, to_pil
 from hf_ddpm.image_inputs import images_to_tensor, masks_to_tensor
 from hf_ddpm.names import DTYPES
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import look_at, naming_damage, require_writable_folder, write_atomically
+from hf_ddpm.runtime.files import (
+    look_at,
+    naming_damage,
+    require_writable_folder,
+    weights_sha256,
+    write_atomically,
+)
+from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import require_choice
-from hf_ddpm.sampling.sampler import check_guidance, choose_guidance, load_for_sampling, seeded_generators, speed_up
+from hf_ddpm.sampling.sampler import (
+    check_guidance,
+    choose_guidance,
+    describe_guidance,
+    forward_batch_of,
+    load_for_sampling,
+    seeded_generators,
+    speed_up,
+)
 from hf_ddpm.solvers import choose_sampler
 
 PICTURE = "edits.png"
@@ -56,7 +72,8 @@ def edit_images(
     """Edit images with a model, and write the edits and a picture of all into the folder `out`.
 
     Without a mask each image is noised and denoised again, see `DDPMImg2ImgPipeline`. With one, its white part is
-    repainted, see `DDPMInpaintPipeline`.
+    repainted, see `DDPMInpaintPipeline`. Each process that was launched edits its share. The files of a folder are
+    those of one process.
 
     Args:
         model: A folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
@@ -72,8 +89,8 @@ def edit_images(
         guidance_interval: See `write_samples`.
         guidance_method: See `write_samples`.
         guidance_model: See `write_samples`.
-        batch_size: Images per forward pass.
-        device: A device of torch. None: the best one.
+        batch_size: Images per forward pass; on a CPU there are 16 of two or more images.
+        device: A device of torch. None: the best one of this process.
         dtype: The type that the network computes in, `fp32` or `bf16`. None: fp32.
 
     Returns:
@@ -103,43 +120,91 @@ def edit_images(
             f"mask must be one image, or one for each of {len(names)} images, got {len(mask_files)} in {str(mask)!r}"
         )
 
-    plain, _ = load_for_sampling(model, "ddpm", device=device, guidance_model=guidance_model)
-    guidance = choose_guidance(plain, guidance_scale, guidance_interval, guidance_method, guidance_model)
-    speed_up(plain, dtype, compile=False)
-    kept, searched = plain.kept_sampler, plain.searched_timesteps
-    sampler = choose_sampler(plain.scheduler.config, scheduler, num_inference_steps, kept, searched)
-    pipeline: Any = (DDPMImg2ImgPipeline if mask_files is None else DDPMInpaintPipeline).from_pipe(plain)
-    pipeline.use(sampler.scheduler, sampler.num_inference_steps, guidance_scale=1.0)  # each call is given its guidance
-    channels, height, width = plain._image_shape()
-    if channels not in (1, 3, 4):
-        raise UsageError(f"model must make images of 1, 3 or 4 channels, got {channels}, which no file holds")
-    images = torch.cat([_read(path, channels, height, width) for path in files])
-    masks = None
-    if mask_files is not None:
-        read = torch.cat([_read(path, 1, height, width, is_mask=True) for path in mask_files])
-        masks = read.expand(len(images), -1, -1, -1)
-    plain._conditions(class_label, 1, plain.device, guidance)
+    with join_processes() as processes:
+        plain, _ = load_for_sampling(model, "ddpm", device=device, guidance_model=guidance_model)
+        guidance = choose_guidance(plain, guidance_scale, guidance_interval, guidance_method, guidance_model)
+        speed_up(plain, dtype, compile=False)
+        kept, searched = plain.kept_sampler, plain.searched_timesteps
+        sampler = choose_sampler(plain.scheduler.config, scheduler, num_inference_steps, kept, searched)
+        pipeline: Any = (DDPMImg2ImgPipeline if mask_files is None else DDPMInpaintPipeline).from_pipe(plain)
+        pipeline.use(sampler.scheduler, sampler.num_inference_steps, guidance_scale=1.0)  # each call is given its own
+        channels, height, width = plain._image_shape()
+        if channels not in (1, 3, 4):
+            raise UsageError(f"model must make images of 1, 3 or 4 channels, got {channels}, which no file holds")
+        images = torch.cat([_read(path, channels, height, width) for path in files])
+        masks = None
+        if mask_files is not None:
+            read = torch.cat([_read(path, 1, height, width, is_mask=True) for path in mask_files])
+            masks = read.expand(len(images), -1, -1, -1)
+        plain._conditions(class_label, 1, plain.device, guidance)
+        settings: dict[str, Any] = {
+            "weights_sha256": weights_sha256(Path(plain.unet.config["_name_or_path"])),
+            "images": [str(name) for name in names],
+            "sampler": (sampler.scheduler, sampler.num_inference_steps),
+            "strength": strength,
+            "seed": seed,
+            "class_label": class_label,
+            "guidance": None if guidance is None else describe_guidance(guidance, plain),
+            "dtype": dtype or "fp32",
+            "device": plain.device.type,
+            "forward_batch": forward_batch_of(plain.device, batch_size),
+        }
+        processes.require_equal(settings, "model, images and settings")
 
-    edited = []
-    with tqdm(total=len(images), unit="image", desc="Editing", file=sys.stderr) as progress:
-        for first in range(0, len(images), batch_size):
-            batch = slice(first, min(first + batch_size, len(images)))
-            seeds = range(seed + batch.start, seed + batch.stop)
-            pictures = pipeline(
-                images[batch],
-                **({} if masks is None else {"mask_image": masks[batch]}),
+        def edit(numbers: np.ndarray) -> list[Image.Image]:
+            return pipeline(
+                images[numbers],
+                **({} if masks is None else {"mask_image": masks[numbers]}),
                 strength=strength,
-                generator=seeded_generators(seeds, pipeline.device),
+                generator=seeded_generators([seed + int(i) for i in numbers], pipeline.device),
                 class_labels=class_label,
                 guidance=guidance,
             ).images
-            # Written as soon as they are made, so that a command that is killed has lost no more than a batch.
-            for path, picture in zip(edits[batch], pictures, strict=True):
-                write_atomically(path, png_bytes(picture))
-            edited += pictures
-            progress.update(len(seeds))
-    write_atomically(out / PICTURE, png_bytes(_picture(images, masks, edited)))
+
+        pictures = _edit_all(processes, edit, edits, settings["forward_batch"])
+        processes.on_main(lambda: write_atomically(out / PICTURE, png_bytes(_picture(images, masks, pictures))))
     return edits
+
+
+def _edit_all(
+    processes: Processes, edit: Callable[[np.ndarray], list[Image.Image]], files: Sequence[Path], forward_batch: int
+) -> list[Image.Image]:
+    """Write all edits; the processes share their batches.
+
+    Args:
+        edit: A function that edits the images with the given numbers.
+        files: The file of each edit.
+        forward_batch: The number of images in a forward pass.
+
+    Returns:
+        The first PICTURE_IMAGES edits.
+    """
+    count = len(files)
+
+    def edit_share() -> list[Image.Image]:
+        first_edits = []
+        share = shared_batches(processes, count, forward_batch)
+        label, is_quiet = processes.label("Editing"), processes.rank > 0
+        with tqdm(total=sum(map(len, share)), unit="image", desc=label, file=sys.stderr, disable=is_quiet) as progress:
+            for numbers in share:
+                # Each forward pass has as many images as any other, see hf_ddpm.sampling.sampler. An image that is
+                # alone need not take the time of many: it is nobody's share.
+                filled = np.resize(numbers, 1 if count == 1 else forward_batch)
+                # Written as soon as they are made, so that a command that is killed has lost no more than a batch.
+                for i, picture in zip(numbers, edit(filled), strict=False):
+                    write_atomically(files[i], png_bytes(picture))
+                    if i < PICTURE_IMAGES:
+                        first_edits.append(picture)
+                progress.update(len(numbers))
+        return first_edits
+
+    return [picture for share in processes.gather(edit_share) for picture in share]
+
+
+def shared_batches(processes: Processes, count: int, forward_batch: int) -> list[range]:
+    """Return the numbers of the images in each forward pass of this process, of `count` images."""
+    share = processes.split(-(-count // forward_batch))
+    return [range(k * forward_batch, min((k + 1) * forward_batch, count)) for k in share]
 
 
 def image_files(option: str, path: str | Path) -> tuple[list[Path], list[Path]]:

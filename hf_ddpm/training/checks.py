@@ -53,7 +53,13 @@ def _check_relations(config: TrainingConfig) -> None:
             "rescale_betas_zero_snr leaves no signal in x_T, and x_0 cannot be recovered from eps there: "
             "use prediction_type v_prediction, sample or previous_sample, got epsilon"
         )
-    if config.condition_noise and config.condition_column is None and config.super_resolution is None:
+    if config.stable_target_images and config.makes_from_images:
+        raise UsageError(
+            f"stable_target_images must be 0 for a model that makes images from images, got "
+            f"{config.stable_target_images}: its target would be a mean over all images of the same condition, and "
+            "each has its own; leave it out"
+        )
+    if config.condition_noise and not config.makes_from_images:
         raise UsageError(
             f"condition_noise = {config.condition_noise} has no effect: give condition_column or super_resolution"
         )

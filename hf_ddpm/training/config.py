@@ -29,7 +29,6 @@ SCHEDULER_SETTINGS = {
 _SCHEDULES_BY_ENDS = {"ddpm_beta_schedule": ("linear", "scaled_linear", "sigmoid")}
 _LOGNORMAL = {"timestep_density": "lognormal"}
 _VALIDATION = {"eval_steps": GIVEN}
-_WITHOUT_CONDITION = {"condition_column": None, "super_resolution": None}
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class TrainingConfig(DataConfig):
         "A model to begin with, a folder or Hub id: its weights, network, prediction type and noise schedule.",
         group="model",
         resume="fixed",
-        only_with=_WITHOUT_CONDITION,
         is_path=True,
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction", "previous_sample"] = setting(
@@ -74,7 +72,7 @@ class TrainingConfig(DataConfig):
         group="model",
         resume="fixed",
         at_least=2,
-        only_with={"condition_column": None, "streaming": False},
+        only_with={"condition_column": None},
     )
     condition_noise: float = setting(
         0.0,
@@ -172,7 +170,7 @@ class TrainingConfig(DataConfig):
         group="objective",
         resume="fixed",
         at_least=0,
-        only_with={"streaming": False, **_WITHOUT_CONDITION},
+        only_with={"streaming": False},
     )
 
     class_dropout: float = setting(
@@ -420,12 +418,11 @@ class TrainingConfig(DataConfig):
     )
     eval_steps: int | None = setting(
         None,
-        "Steps between validations: kernel distance of samples, loss on held-out images by noise level; default: "
-        "none.",
+        "Steps between validations: kernel distance of samples, loss on held-out images by noise level, and PSNR "
+        "where images are made from images; default: none.",
         group="output",
         resume="free",
         at_least=1,
-        only_with=_WITHOUT_CONDITION,
     )
     eval_split: str = setting(
         "test",
@@ -538,6 +535,11 @@ class TrainingConfig(DataConfig):
         False, "Attention by xFormers instead of torch.", group="machine", resume="free"
     )
     local_rank: int = setting(-1, "Set by old launchers; must agree with LOCAL_RANK.", group="machine", resume="start")
+
+    @property
+    def makes_from_images(self) -> bool:
+        """Whether the model makes images from images: those of a column, or in a low resolution."""
+        return self.condition_column is not None or self.super_resolution is not None
 
     @property
     def peak_learning_rate(self) -> float:

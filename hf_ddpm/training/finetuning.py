@@ -2,6 +2,9 @@
 
 The run keeps that model's network, prediction type, variance and noise schedule, which its weights were trained for.
 Size and channels of the images are the model's, too.
+
+A model that makes images from noise alone may become one that makes them from images. Its first convolution then takes
+the channels of the conditions, too, by weights that begin at zero, so that the model begins as it was.
 """
 
 from __future__ import annotations
@@ -13,17 +16,17 @@ from typing import Any, get_args, get_type_hints
 import torch
 from diffusers import UNet2DModel
 
-from hf_ddpm.condition import is_conditional
+from hf_ddpm.condition import CONDITIONAL_NETWORK, is_conditional
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.network import load_unet, naming_weights
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import read_mapping
-from hf_ddpm.scheduler import as_our_scheduler
+from hf_ddpm.runtime.files import network_folder, read_mapping
+from hf_ddpm.scheduler import LEARNED_VARIANCES, as_our_scheduler
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
 from hf_ddpm.training.parsing import load_config
 
-CLASS_EMBEDDING = "class_embedding.weight"
+CLASS_EMBEDDING, FIRST_CONVOLUTION = "class_embedding.weight", "conv_in.weight"
 
 
 def take_over(config: TrainingConfig) -> TrainingConfig:
@@ -39,6 +42,7 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
         saved_config = load_config(str(saved))
         decided = {name: getattr(saved_config, name) for name in (*SCHEDULER_SETTINGS, "resolution", "channels")}
     else:
+        _check_kind(config, config.init_from)
         decided = _settings_of(config.init_from)
     default = TrainingConfig()
     for name, value in decided.items():
@@ -53,7 +57,8 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
 def load_weights(unet: UNet2DModel, network: Path, source: str) -> None:
     """Load the weights in the folder `network` into a network of the same shape.
 
-    The classes of a model that has had none begin at zero: its first predictions are those of the model without them.
+    The classes and conditions of a model that has had none begin at zero: its first predictions are those of the model
+    without them.
 
     Raises:
         UsageError: They are not whole, or not finite.
@@ -61,17 +66,37 @@ def load_weights(unet: UNet2DModel, network: Path, source: str) -> None:
     weights = load_unet(network, source).state_dict()
     if CLASS_EMBEDDING not in weights and isinstance(unet.class_embedding, torch.nn.Embedding):
         weights[CLASS_EMBEDDING] = torch.zeros_like(unet.class_embedding.weight)
+    first, wanted = weights[FIRST_CONVOLUTION], unet.conv_in.weight
+    if first.shape[1] < wanted.shape[1]:
+        widened = torch.zeros_like(wanted, device=first.device, requires_grad=False)
+        widened[:, : first.shape[1]] = first
+        weights[FIRST_CONVOLUTION] = widened
     unet.load_state_dict(weights)
 
 
 def network_of(model: str) -> Path:
     """Return the folder of a model's network, with config.json and weights."""
     folder, _ = find_model(model)
-    if is_conditional(folder):
+    network = network_folder(folder)
+    return network if network.is_dir() else folder
+
+
+def is_conditional_network(network: Path) -> bool:
+    """Return whether the network in a folder, as of `network_of`, takes conditions."""
+    return network.name == CONDITIONAL_NETWORK
+
+
+def _check_kind(config: TrainingConfig, model: str) -> None:
+    """Check that a run makes images from images if its model does.
+
+    Raises:
+        UsageError: When the run makes them from noise alone.
+    """
+    if not config.makes_from_images and is_conditional(find_model(model)[0]):
         raise UsageError(
-            f"init_from needs a model that makes images from noise, got {model!r}, which makes them from images"
+            f"init_from needs a model that makes images from noise alone, got {model!r}, which makes them from "
+            "images: give super_resolution or condition_column"
         )
-    return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
 def _settings_of(model: str) -> dict[str, Any]:
@@ -98,6 +123,9 @@ def _settings_of(model: str) -> dict[str, Any]:
         del known["ddpm_beta_start"], known["ddpm_beta_end"]
     network = read_mapping(network_of(model) / "config.json")
     size, channels = network.get("sample_size"), network.get("in_channels", 3)
+    if is_conditional(folder):
+        outputs = 2 if known["variance_type"] in LEARNED_VARIANCES else 1
+        channels = network.get("out_channels", 3) // outputs
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     if not isinstance(size, int):

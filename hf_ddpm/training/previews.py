@@ -132,7 +132,9 @@ def validate(run: Run, progress: Progress, evaluations: LinesFile) -> None:
         problem = evaluations.write(record)
         if problem is not None:
             print_once(run.processes, f"eval.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
-    track_values(run, {name: measured[name] for name in ("kid", "val_loss")}, progress.step)
+    track_values(
+        run, {name: measured[name] for name in ("kid", "val_loss", "psnr") if name in measured}, progress.step
+    )
     if measured["kid"] is not None and measured["kid"] <= min(earlier_distances, default=math.inf):
         _save_best(run, record)
 

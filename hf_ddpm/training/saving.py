@@ -101,7 +101,9 @@ def pipeline_of(run: Run, unet: Any, scheduler: Any) -> DDPMPipeline:
     if run.condition is None:
         pipeline = DDPMPipeline(unet, scheduler)
     else:
-        pipeline = ConditionalDDPMPipeline(unet, scheduler)
+        # The config of a solver does not say that a half of the output is the variance.
+        pipeline = ConditionalDDPMPipeline(unet, run.scheduler)
+        pipeline.scheduler = scheduler
         pipeline.condition = run.condition
     pipeline.classes = run.classes
     return pipeline

@@ -39,7 +39,7 @@ from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import Progress, TrainingState, find_checkpoint, load_checkpoint, read_progress
 from hf_ddpm.training.conditions import condition_of
 from hf_ddpm.training.config import CLASS_DROPOUT, TrainingConfig
-from hf_ddpm.training.finetuning import load_weights, network_of, take_over
+from hf_ddpm.training.finetuning import is_conditional_network, load_weights, network_of, take_over
 from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import check_same_run
@@ -122,12 +122,12 @@ def build_run(
     start = _find_start(config, images, processes)
     config, progress = start.config, start.progress
     _check_extra_images(config, images, start.global_batch_size)
+    condition = condition_of(config, images)
     validation = None
     if config.eval_steps is not None:
-        validation = open_validation(config, images, processes, accelerator.device)
+        validation = open_validation(config, images, condition, processes, accelerator.device)
     scheduler = make_scheduler(config)
     classes = _classes_of(config, images, parts.network)
-    condition = condition_of(config, images)
     objective = _make_objective(config, scheduler, images.max_value, classes)
     new_unet = _make_unet(config, images, classes, condition, start.checkpoint, parts.network)
     optimizer = make_optimizer(new_unet, config)
@@ -470,12 +470,13 @@ def _make_unet(
         if config.gradient_checkpointing:
             given.enable_gradient_checkpointing()
         return given
-    network = None
+    network, widens = None, False
     if checkpoint is not None and config.model_config_name_or_path is None:
         # Where this version makes another network for the data, or the model lies elsewhere, the run keeps its own.
         network = checkpoint / "unet"
     elif config.init_from is not None:
         network = network_of(config.init_from)
+        widens = condition is not None and not is_conditional_network(network)
     unet = make_unet(
         images.channels,
         images.resolution,
@@ -486,6 +487,7 @@ def _make_unet(
         seed=config.seed,
         source=network_source(config) if checkpoint is None else f"the network of {checkpoint.name}",
         condition_channels=condition_channels,
+        widens=widens,
     )
     if network is not None and checkpoint is None:
         _check_same_classes(config, classes, read_classes(network.parent))

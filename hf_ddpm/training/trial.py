@@ -18,7 +18,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.format import format_amount
 from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.finetuning import network_of
+from hf_ddpm.training.finetuning import is_conditional_network, network_of
 
 FLOAT_BYTES = 4
 TABLES = 8  # of T numbers in 64 bits that a scheduler and an objective hold, at the least
@@ -41,15 +41,16 @@ def try_run(
     if is_resumed(config):
         return
     resolution, channels = resolution or config.resolution, channels or config.channels
-    network, source = None, network_source(config)
+    network, source, widens = None, network_source(config), False
     if config.init_from is not None:
         network = network_of(config.init_from)
         load_unet(network, source)
+        widens = config.makes_from_images and not is_conditional_network(network)
     model_config = config.model_config_name_or_path if network is None else str(network)
     if model_config is None and resolution is None:
         return
     condition_channels = 0
-    if config.condition_column is not None or config.super_resolution is not None:
+    if config.makes_from_images:
         condition_channels = channels if config.condition_column is None else None
     trial = try_network(
         channels,
@@ -58,6 +59,7 @@ def try_run(
         variance_type=config.variance_type,
         source=source,
         condition_channels=condition_channels,
+        widens=widens,
     )
     if config.super_resolution is not None:
         require_factor(config.super_resolution, trial.resolution)

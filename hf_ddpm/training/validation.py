@@ -5,6 +5,9 @@
                  a learned variance, plus 0.001 T L_t, as in training
     levels       the means of val_loss over tenths of [0, T), from little noise to much
     by_class     kid and val_loss of each class of which there are enough images
+    psnr         where images are made from images: how near the samples come to the held-out images themselves
+
+Images that are made from images are made from the held-out conditions, one sample for each, without noise on these.
 
 The draws are functions of the image's number, so that training does not change by one bit.
 """
@@ -23,11 +26,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.classes import Classes
-from hf_ddpm.data.batches import epoch_order, to_x_0
+from hf_ddpm.condition import Condition
+from hf_ddpm.conditional import with_condition
+from hf_ddpm.data.batches import center_pixels, epoch_order, to_x_0
 from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.conditions import low_resolution_conditions, to_conditions
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
+from hf_ddpm.evaluation.fidelity import mean_of, psnr
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.plots import Curve, draw_curves
@@ -56,6 +63,9 @@ class Validation:
         labels: (n,) int64; None without classes.
         features: (n, d), of the images.
         num_samples: The number of samples per validation.
+        condition: What images are made from; None: from noise alone.
+        column: Where they are made from those of a column, these, (n, C', R, R) uint8 or int32, on the CPU.
+        column_max_value: The value of white in the column.
     """
 
     network: FeatureNetwork
@@ -64,6 +74,19 @@ class Validation:
     labels: Tensor | None
     features: Tensor
     num_samples: int
+    condition: Condition | None = None
+    column: Tensor | None = None
+    column_max_value: int = 255
+
+    def conditions(self, numbers: np.ndarray, device: torch.device) -> Tensor | None:
+        """Return the conditions of the images with these numbers, (B, C', R, R) in [-1, 1]; None: there are none."""
+        if self.condition is None:
+            return None
+        if self.column is not None:
+            return to_conditions(self.column[numbers].to(device), self.column_max_value)
+        assert self.condition.super_resolution is not None
+        pixels = self.images[numbers].to(device)
+        return low_resolution_conditions(pixels, self.condition.super_resolution, self.max_value)
 
 
 def check_validation_settings(config: TrainingConfig, path: Path) -> None:
@@ -80,11 +103,14 @@ def check_validation_settings(config: TrainingConfig, path: Path) -> None:
                 raise UsageError(f"{name} was {line[name]} in this run, got {value}: give that, or move {path} away")
 
 
-def open_validation(config: TrainingConfig, images: Any, processes: Processes, device: torch.device) -> Validation:
+def open_validation(
+    config: TrainingConfig, images: Any, condition: Condition | None, processes: Processes, device: torch.device
+) -> Validation:
     """Open the held-out images of `config`; the processes share the work of their features.
 
     Args:
         images: The images of training, whose size, channels and depth the held-out ones must have.
+        condition: What images are made from; None: from noise alone.
 
     Raises:
         UsageError: There is no such split or network, or the images are of another form.
@@ -105,9 +131,14 @@ def open_validation(config: TrainingConfig, images: Any, processes: Processes, d
                 tqdm.write(line, file=sys.stderr)
         rows = epoch_order(0, 0, len(held_out))[: config.eval_num_images]
         pixels, labels = _copy(held_out, rows)
+        column, column_max_value = _copy_conditions(config, held_out, condition, rows)
     parts = [network(_to_uint8(pixels[part], images.max_value)) for part in _batches(processes, len(pixels))]
     features = processes.gather_rows(torch.cat(parts), len(pixels))
-    return Validation(network, pixels, images.max_value, labels, features, config.eval_num_images)
+    # An image that is made from another one has as many samples as there are others.
+    num_samples = config.eval_num_images if condition is None else len(pixels)
+    return Validation(
+        network, pixels, images.max_value, labels, features, num_samples, condition, column, column_max_value
+    )
 
 
 @torch.no_grad()
@@ -121,6 +152,8 @@ def measure_validation(
 ) -> dict[str, Any]:
     """Return `kid`, its `kid_standard_error`, `val_loss`, `levels` and `by_class`, the same on all processes.
 
+    Where images are made from images, also `psnr` and `psnr_standard_error`.
+
     Args:
         pipeline: The pipeline to sample, its network in eval mode.
         objective: The objective of training; weight and density of t are those of validation.
@@ -128,32 +161,39 @@ def measure_validation(
     loss, t = _held_out_loss(validation, processes, pipeline, objective, device)
     level = (t * NUM_LEVELS / len(objective.scheduler)).long()
     levels = [float(loss[level == k].mean()) if (level == k).any() else None for k in range(NUM_LEVELS)]
-    features = _sample_features(validation, processes, pipeline, num_inference_steps)
+    features, sample_labels, fidelity = _measure_samples(validation, processes, pipeline, num_inference_steps, device)
     kid, standard_error = kernel_distance(features, validation.features)
+    nearness = {} if fidelity is None else mean_of(fidelity)._asdict()
     return {
         "kid": finite_or_none(kid),
         "kid_standard_error": finite_or_none(standard_error),
         "val_loss": finite_or_none(float(loss.mean())),
         "levels": levels,
-        "by_class": measure_classes(validation, pipeline.classes, loss, features),
+        "by_class": measure_classes(validation, pipeline.classes, loss, features, sample_labels),
+        **{{"value": "psnr"}.get(name, f"psnr_{name}"): value for name, value in nearness.items()},
     }
 
 
 def measure_classes(
-    validation: Validation, classes: Classes | None, loss: Tensor, features: Tensor
+    validation: Validation,
+    classes: Classes | None,
+    loss: Tensor,
+    features: Tensor,
+    sample_labels: list[int] | None,
 ) -> dict[str, dict[str, float | None]]:
     """Return `kid`, its standard error and `val_loss` of each class of which there are enough images.
 
     Args:
-        classes: The classes, which the samples show in turn; None for a model without classes.
+        classes: The classes; None for a model without classes.
         loss: The loss of each held-out image, (n,).
         features: Those of the samples, (N, d).
+        sample_labels: The class of each sample; None for a model without classes.
     """
     measured = {}
-    if classes is None or validation.labels is None:
+    if classes is None or validation.labels is None or sample_labels is None:
         return measured
     for number, name in enumerate(classes.names):
-        is_held_out, samples = validation.labels == number, features[number :: len(classes)]
+        is_held_out, samples = validation.labels == number, features[torch.tensor(sample_labels) == number]
         if min(int(is_held_out.sum()), len(samples)) < MIN_CLASS_IMAGES:
             continue
         kid, standard_error = kernel_distance(samples, validation.features[is_held_out])
@@ -177,40 +217,62 @@ def _held_out_loss(
         labels = None if validation.labels is None else validation.labels[part].to(device)
         uniform, noise = image_draws(0, torch.from_numpy(part), x_0.shape[1:], device)
         t = fixed.timesteps_from_uniform(uniform, first_index=int(part[0]), global_batch_size=count)
-        loss = fixed(pipeline.unet, x_0, labels, timesteps=t, noise=noise)
+        condition = validation.conditions(part, device)
+        network = pipeline.unet if condition is None else with_condition(pipeline.unet, condition)
+        loss = fixed(network, x_0, labels, timesteps=t, noise=noise)
         rows.append(torch.stack([loss, t.float()], dim=1))
     loss, t = processes.gather_rows(torch.cat(rows), count).double().unbind(dim=1)
     return loss, t
 
 
-def _sample_features(
-    validation: Validation, processes: Processes, pipeline: DDPMPipeline, num_inference_steps: int
-) -> Tensor:
-    """Return the features of the samples of seeds 0, 1, ..., (num_samples, d)."""
+def _measure_samples(
+    validation: Validation,
+    processes: Processes,
+    pipeline: DDPMPipeline,
+    num_inference_steps: int,
+    device: torch.device,
+) -> tuple[Tensor, list[int] | None, Tensor | None]:
+    """Measure the samples of the seeds 0, 1, ...
+
+    Returns:
+        Their features, (num_samples, d); their classes, if there are any; and the PSNR of each, (num_samples,), where
+        sample i is made from the condition of image i.
+    """
     seeds = range(validation.num_samples)
+    conditions, labels = validation.conditions(np.arange(len(seeds)), device), classes_in_turn(pipeline.classes, seeds)
+    if conditions is not None:
+        conditions = conditions.cpu() / 2 + 0.5
+        labels = None if validation.labels is None else validation.labels.tolist()
     samples = sample_all(
         pipeline,
         seeds,
         processes,
         batch_size=BATCH_SIZE,
         num_inference_steps=num_inference_steps,
-        class_labels=classes_in_turn(pipeline.classes, seeds),
+        class_labels=labels,
+        conditions=conditions,
     )
-    rows = [validation.network(samples[part]) for part in _batches(processes, len(seeds))]
-    return processes.gather_rows(torch.cat(rows), len(seeds))
+    parts = _batches(processes, len(seeds))
+    features = processes.gather_rows(torch.cat([validation.network(samples[part]) for part in parts]), len(seeds))
+    if conditions is None:
+        return features, labels, None
+    truth = [to_x_0(validation.images[part], validation.max_value) / 2 + 0.5 for part in parts]
+    rows = [psnr(samples[part] / 255, images) for part, images in zip(parts, truth, strict=True)]
+    return features, labels, processes.gather_rows(torch.cat(rows), len(seeds))
 
 
 def draw_validation_curves(records: list[dict[str, Any]], folder: Path) -> None:
-    """Draw the kernel distance and the held-out loss over the images seen: `kid.png` and `val_loss.png` in `folder`.
+    """Draw what was validated over the images seen: `kid.png`, `val_loss.png` and `psnr.png` in `folder`.
 
     Args:
         records: The lines of eval.jsonl. A picture without a value is not drawn.
     """
-    for name, title, y_label in (
-        ("kid", "Distance of samples to held-out images", "kernel distance"),
-        ("val_loss", "Loss on held-out images", "mean loss over all t"),
+    for name, title, y_label, better in (
+        ("kid", "Distance of samples to held-out images", "kernel distance", "lower"),
+        ("val_loss", "Loss on held-out images", "mean loss over all t", "lower"),
+        ("psnr", "PSNR of samples", "PSNR in dB", "higher"),
     ):
-        measured = [record for record in records if record[name] is not None]
+        measured = [record for record in records if record.get(name) is not None]
         if not measured:
             continue
         errors = [record.get(f"{name}_standard_error") for record in measured]
@@ -226,7 +288,7 @@ def draw_validation_curves(records: list[dict[str, Any]], folder: Path) -> None:
             ],
             title=title,
             x_label="training images seen",
-            y_label=f"{y_label}\n(lower is better)",
+            y_label=f"{y_label}\n({better} is better)",
             y_from_zero=name == "kid",
         )
 
@@ -235,6 +297,28 @@ def _copy(images: ImageCache, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
     pixels = np.stack([images.image(int(row)) for row in rows])
     labels = None if images.labels is None else torch.from_numpy(images.labels[rows])
     return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)), labels
+
+
+def _copy_conditions(
+    config: TrainingConfig, images: ImageCache, condition: Condition | None, rows: np.ndarray
+) -> tuple[Tensor | None, int]:
+    """Return the conditions of the rows that stand in a column, and the value of white in it; else None.
+
+    Raises:
+        UsageError: They have other channels than those of training.
+    """
+    if condition is None or condition.column is None:
+        return None, 255
+    assert images.conditions is not None
+    column = images.conditions
+    if column.channels != condition.channels:
+        raise UsageError(
+            f"eval_split must hold conditions of {condition.channels} channels, as training does, got "
+            f"{column.channels} in {condition.column!r} of {config.eval_split!r}: save them in the same form"
+        )
+    pixels = center_pixels(column, rows)
+    pixels = pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)
+    return torch.from_numpy(np.ascontiguousarray(pixels)), column.max_value
 
 
 def _to_uint8(pixels: Tensor, max_value: int) -> Tensor:

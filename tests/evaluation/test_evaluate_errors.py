@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarnin
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "metric": (
         {"metrics": ["fid"]},
-        "metrics must be of fd, kid, cmmd, precision, nll, memorization, psnr, ssim, got fid",
+        "metrics must be of fd, kid, cmmd, precision, nll, memorization, psnr, ssim, lpips, got fid",
     ),
     "no metric": ({"metrics": []}, "got none"),
     "scheduler": ({"schedulers": ["euler"]}, "scheduler must be one of ddpm, ddim, .*, got 'euler'"),
@@ -56,6 +56,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "test split of distances": ({"test_split": "tset"}, "^test_split must be .*got 'tset'"),
     "terms": ({"metrics": ["nll"], "timesteps_per_image": 1}, r"timesteps_per_image must be in \[2, 20\]"),
     "too many terms": ({"metrics": ["nll"], "timesteps_per_image": 21}, r"timesteps_per_image must be in \[2, 20\]"),
+    "guidance of nll": (
+        {"metrics": ["nll"], "guidance_scales": [1, 2]},
+        "guidance_scale has no effect on nll, which is of the model without guidance, got 2: leave it out",
+    ),
     "held-out are training": (
         {"metrics": ["memorization"], "test_split": "train"},
         "held-out images must not be training images, got 300 of 300",

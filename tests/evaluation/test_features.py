@@ -347,3 +347,16 @@ def test_feature_network_refuses_features_that_are_not_finite():
     network = FeatureNetwork("clip", 3, {}, torch.device("cpu"), compute)
     with pytest.raises(UsageError, match="NaN or infinity for 2 of 5 images from clip"):
         network(noise(5))
+
+
+@needs_efficientnet
+@pytest.mark.slow
+def test_features_of_few_images_do_not_depend_on_the_number_of_threads():
+    """One process has all threads of a machine, several have a part of them each."""
+    network = load_network("efficientnet-lite0", None, "cpu")
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        found.append(network(images))
+    assert torch.equal(*found)

@@ -10,10 +10,17 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from hf_ddpm import ConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, evaluate
 from hf_ddpm.condition import Condition
+from hf_ddpm.data.conditions import example_pairs
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.splits import open_split
+from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
+from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.evaluation.fidelity import mean_of, psnr, ssim, window_size
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling
 from tests.support.networks import smallest_unet_config
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarning")
 
 
 def images(channels, size, seed=0):
@@ -79,14 +86,41 @@ def test_evaluate_measures_samples_and_their_inputs(model, tmp_path):
     assert again["results"][0]["value"] == by_name["psnr"]["value"]
 
 
+@pytest.mark.slow
+def test_distances_are_those_of_the_samples_from_the_truth(model, digits, network_file, tmp_path):
+    data = DataConfig(dataset_name=str(digits), cache_dir=str(tmp_path / "cache"))
+    settings = {"data": data, "num_inference_steps": [2], "network_path": network_file, "device": "cpu"}
+    result = evaluate(model, metrics=["fd", "kid", "psnr"], out=tmp_path / "out", **settings)
+    rows = {row["metric"]: row for row in result["results"]}
+    assert [*rows] == ["psnr", "fd", "kid"]
+
+    pipeline, steps = load_for_sampling(str(model), None, 2, "cpu", makes_from_images=True)
+    network = load_network("inception", network_file)
+    with open_split(DataConfig(**{**vars(data), "resolution": 8, "channels": 1}), "test") as held_out:
+        pairs = example_pairs(pipeline.condition, held_out, 120)
+    batches = iter_samples(pipeline, range(120), batch_size=16, num_inference_steps=steps, conditions=pairs.conditions)
+    X, Y = (network(images) for images in (torch.cat([x for _, x in batches]), (pairs.images * 255).round().byte()))
+    assert rows["fd"]["value"] == pytest.approx(frechet_distance(Moments.of(X), Moments.of(Y)), rel=1e-6)
+    assert rows["kid"]["value"] == pytest.approx(kernel_distance(X, Y).distance, rel=1e-6)
+    for name in ("fd", "kid"):
+        assert rows[name]["num_compared"] == [120, 120]
+        assert (rows[name]["reference"]["split"], rows[name]["held_out"]["split"]) == ("test", "test")
+        assert rows[name]["real_vs_real"]["of"] == "train against test"
+    assert rows["kid"]["sampling"]["num_images"] == 120
+
+
 def test_wrong_metrics_are_one_line(model, tmp_path):
-    with pytest.raises(UsageError, match="metrics must be of psnr, ssim for a model that makes images from images"):
-        evaluate(model, out=tmp_path)
-    with pytest.raises(UsageError, match="metrics must be of psnr, ssim alone"):
+    with pytest.raises(
+        UsageError, match=r"must be of .*, ssim, lpips for a model that makes images from images, got nll"
+    ):
+        evaluate(model, metrics=["nll"], out=tmp_path)
+    with pytest.raises(
+        UsageError, match=r"metrics must be of psnr, ssim, lpips, fd, .* with psnr or ssim or lpips, got psnr, nll"
+    ):
         evaluate(model, metrics=["psnr", "nll"], out=tmp_path)
     with pytest.raises(UsageError, match="test_split must be train, which is all that digits has"):
         evaluate(model, metrics=["psnr"], data=DataConfig(dataset_name="digits"), out=tmp_path)
     plain = tmp_path / "plain"
     DDPMPipeline(UNet2DModel(**smallest_unet_config(1)), DDPMScheduler()).save_pretrained(plain)
-    with pytest.raises(UsageError, match="for no other"):
+    with pytest.raises(UsageError, match="for a model that makes images from noise alone, got psnr"):
         evaluate(plain, metrics=["psnr"])

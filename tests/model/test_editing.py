@@ -324,6 +324,10 @@ BAD = [
     ({"generator": [seeded()]}, "a list of generators must hold batch_size = 2, got 1"),
     ({"method": "magic"}, "method must be one of posterior, replace, repaint, got 'magic'"),
     ({"method": "repaint", "jump_length": 0}, "jump_length must be a whole number of at least 1, got 0"),
+    (
+        {"method": "repaint", "num_inference_steps": 8},
+        "jump_length must be less than the number of steps, 8, for method='repaint', got 10, so that",
+    ),
     ({"method": "repaint", "strength": 0.5}, "strength must be 1 for method='repaint', got 0.5"),
     ({"mask_image": MASK * 0}, "mask_image must have white pixels"),
     ({"mask_image": MASK[:4]}, "mask_image must be 8 pixels high and 8 wide as the model's own, got 4 and 8"),
@@ -349,8 +353,14 @@ def test_schedulers_that_cannot_edit_are_named():
     with pytest.raises(ValueError, match="method must be 'posterior' or 'replace' for UniPCMultistepScheduler"):
         inpaint.use("unipc", 4)(pictures(), MASK, method="repaint")
     inpaint.scheduler = diffusers.EulerDiscreteScheduler()
-    with pytest.raises(ValueError, match="scheduler must be one that edits images, got EulerDiscreteScheduler"):
+    with pytest.raises(
+        ValueError, match=r"must be one that edits images, got EulerDiscreteScheduler: call use\('unipc"
+    ):
         inpaint(pictures(), MASK)
+    inpaint.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="got FlowMatchEulerDiscreteScheduler: load a model with a beta_schedule"):
+        inpaint(pictures(), MASK)
+    inpaint.scheduler = scheduler()
     step_denoiser = editor(DDPMImg2ImgPipeline, prediction_type="previous_sample")
     with pytest.raises(ValueError, match="scheduler must be 'ddpm' for a step denoiser"):
         step_denoiser.use("unipc")

@@ -179,7 +179,8 @@ def test_validation_measures_each_class_of_which_there_are_enough_images():
     samples[2::3] += 3  # the third class alone is drawn wrongly
     loss = torch.arange(140.0)
     validation = Validation(None, torch.zeros(140, 1, 8, 8), 255, labels, features, 180)
-    measured = measure_classes(validation, Classes(("a", "b", "c")), loss, samples)
+    classes, in_turn = Classes(("a", "b", "c")), [i % 3 for i in range(180)]
+    measured = measure_classes(validation, classes, loss, samples, in_turn)
     assert [*measured] == ["a", "c"]
     assert measured["a"]["kid"] == kernel_distance(samples[::3], features[:60])[0]
     wrong, error = measured["c"]["kid"], measured["a"]["kid_standard_error"]
@@ -187,5 +188,5 @@ def test_validation_measures_each_class_of_which_there_are_enough_images():
     assert error is not None
     assert wrong > 10 * error > 0
     assert measured["c"]["val_loss"] == pytest.approx(float(loss[70:].mean()))
-    assert measure_classes(validation, None, loss, samples) == {}
-    assert measure_classes(replace(validation, labels=None), Classes(("a", "b", "c")), loss, samples) == {}
+    assert measure_classes(validation, None, loss, samples, None) == {}
+    assert measure_classes(replace(validation, labels=None), classes, loss, samples, in_turn) == {}

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hf_ddpm import ConditionalDDPMPipeline, DDPMPipeline
 from hf_ddpm.condition import Condition
+from hf_ddpm.data.conditions import low_resolution_conditions
 from hf_ddpm.hub.info import model_info
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.checkpoint import WEIGHTS
@@ -189,10 +190,11 @@ def test_average_of_any_length_is_a_model_of_the_same_kind(tmp_path):
         ({"super_resolution": 3}, "super_resolution must divide the resolution, 8, got 3: give one of 2, 4"),
         ({"super_resolution": 8}, "super_resolution must divide the resolution, 8, got 8"),
         ({"super_resolution": 4, "resolution": 10}, "super_resolution must divide the resolution, 10, got 4"),
-        ({"super_resolution": 2, "stable_target_images": 4}, "stable_target_images = 4 has no effect"),
+        (
+            {"super_resolution": 2, "stable_target_images": 4},
+            "stable_target_images must be 0 for a model that makes images from images, got 4: its target would be",
+        ),
         ({"super_resolution": 2, "condition_column": "x"}, "super_resolution = 2 has no effect"),
-        ({"super_resolution": 2, "init_from": "model"}, "init_from = model has no effect"),
-        ({"super_resolution": 2, "eval_steps": 2}, "eval_steps = 2 has no effect"),
         ({"condition_noise": 0.1}, "condition_noise = 0.1 has no effect"),
         (
             {"condition_column": "x", "streaming": True, "resolution": 8},
@@ -227,3 +229,28 @@ def test_data_set_of_the_users_own_has_no_column(tmp_path):
     items = [np.zeros((1, 8, 8), np.float32)] * 4
     with pytest.raises(UsageError, match="condition_column is for data sets of `datasets`"):
         train(config(tmp_path, condition_column="x"), dataset=items)
+
+
+@pytest.mark.slow
+def test_stream_gives_super_resolution_the_conditions_of_its_images(tmp_path):
+    of_stream = {"dataset_name": "digits", "super_resolution": 2, "streaming": True, "label_column": "label"}
+    whole = config(tmp_path, **of_stream, model_config_name_or_path=None, checkpointing_steps=2)
+    seen = []
+
+    def objective(network, x_0, class_labels, **draws):
+        hook = register_module_forward_pre_hook(
+            lambda module, inputs: seen.append((x_0, inputs[0])) if isinstance(module, UNet2DModel) else None
+        )
+        prediction = network(x_0, draws["timesteps"], class_labels=class_labels).sample
+        hook.remove()
+        return (prediction - x_0).square().flatten(1).mean(1)
+
+    train(whole, objective=objective)
+    for x_0, network_input in seen:
+        assert torch.equal(network_input[:, 1:], low_resolution_conditions(x_0, 2, 255))
+    parted = replace(whole, output_dir=str(tmp_path / "parted"))
+    shutil.copytree(whole.output_dir, parted.output_dir)
+    for path in [parted.output_dir + "/checkpoint-4", parted.output_dir + "/conditional_unet"]:
+        shutil.rmtree(path)
+    train(replace(parted, resume_from_checkpoint="latest"), objective=objective)
+    assert differences(Path(whole.output_dir), Path(parted.output_dir)) == []
