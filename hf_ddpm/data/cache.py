@@ -30,6 +30,7 @@ import huggingface_hub
 import numpy as np
 from huggingface_hub.utils import tqdm
 
+from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
     Decoded,
@@ -43,7 +44,7 @@ from hf_ddpm.data.decoding import (
 )
 from hf_ddpm.data.given import NAME, GivenImages, open_given
 from hf_ddpm.data.image_folder import files_below
-from hf_ddpm.data.sources import Source, choose_columns, find_source, license_of, open_dataset
+from hf_ddpm.data.sources import Source, find_source, license_of, open_dataset
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import lock, look_at
 from hf_ddpm.runtime.format import format_amount

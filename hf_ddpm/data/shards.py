@@ -26,6 +26,7 @@ import fsspec
 import numpy as np
 
 from hf_ddpm.data import decoding
+from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
     Decoded,
@@ -42,7 +43,6 @@ from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, list_images
 from hf_ddpm.data.sources import (
     Source,
     as_usage_errors,
-    choose_columns,
     find_source,
     license_of,
     no_images_error,
