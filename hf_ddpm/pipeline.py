@@ -28,18 +28,29 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.classes import Classes, check_embeddings, read_classes, write_classes
+from hf_ddpm.classes import Classes
 from hf_ddpm.figures import to_pil
 from hf_ddpm.guidance import Guidance, changed
-from hf_ddpm.network import naming_weights, num_classes_of, require_finite
+from hf_ddpm.label_embedding import (
+    EMBEDDING_FILE,
+    attach_saved_embedding,
+    embedding_of,
+    embedding_taken_off,
+    save_network,
+    write_embedding,
+)
+from hf_ddpm.labels import Columns, Labels, read_labels, write_labels
+from hf_ddpm.network import accept_labels_in_any_type, naming_weights, require_finite, require_labels_of
 from hf_ddpm.prediction import (
     ClassLabels,
     Conditions,
     check_guide,
     evaluate,
+    hidden_labels,
     is_guided_at,
     network_labels,
     predict_guided,
@@ -130,7 +141,8 @@ class DDPMPipeline(DiffusionPipeline):
         kept_sampler: What `use()` takes: the sampler that the folder of the model keeps, if there is one.
         guide: The weaker network that guidance leads away from (autoguidance). None: the network itself without a
             class, or the one of the model's folder `guide`, which is loaded when it is needed.
-        classes: The classes that the network is conditioned on, with their names; None for a network without classes.
+        labels: The labels that the network is conditioned on: classes with their names, numbers with their range, or
+            several columns of these; None for a network without labels.
     """
 
     model_cpu_offload_seq = "unet"
@@ -150,7 +162,18 @@ class DDPMPipeline(DiffusionPipeline):
         self.guide: Any = None
         self._running: Tensor | None = None  # of the guidance `apg`, from one step to the next
         self._source: tuple[Any, dict[str, Any]] | None = None  # what the pipeline was loaded from
-        self.classes: Classes | None = None if unet is None else unnamed_classes(unet.config)
+        self.labels: Labels | None = None if unet is None else unnamed_classes(unet.config)
+        if unet is not None:
+            accept_labels_in_any_type(unet)
+
+    @property
+    def classes(self) -> Classes | None:
+        """The classes that the network is conditioned on; None if it is conditioned on something else, or nothing."""
+        return self.labels if isinstance(self.labels, Classes) else None
+
+    @classes.setter
+    def classes(self, classes: Classes | None) -> None:
+        self.labels = classes
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -160,9 +183,7 @@ class DDPMPipeline(DiffusionPipeline):
         pipeline._source = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in of_repository}
         folder = _folder_of(pipeline.unet)
         pipeline.kept_sampler = read_sampler(folder)
-        if (classes := read_classes(folder)) is not None:
-            check_embeddings(classes, num_classes_of(pipeline.unet.config))
-            pipeline.classes = classes
+        pipeline._load_labels(folder)
         if searched := read_searched(folder):
             pipeline.searched_timesteps, pipeline._searched_weights = searched, weights_sha256(folder)
         return pipeline
@@ -171,7 +192,7 @@ class DDPMPipeline(DiffusionPipeline):
     def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
         """Return a pipeline of this class that shares the network and the scheduler of another, as diffusers does.
 
-        It also has what diffusers' own `from_pipe` forgets: classes, guide, searched timesteps, and what `use` chose.
+        It also has what diffusers' own `from_pipe` forgets: labels, guide, searched timesteps, and what `use` chose.
         The weights keep their type.
 
         Args:
@@ -188,17 +209,34 @@ class DDPMPipeline(DiffusionPipeline):
         other = cls(**{name: pipeline.components[name] for name in ("unet", "scheduler")} | components)
         other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         if "unet" not in components and not isinstance(pipeline, DDPMPipeline):
-            other.classes = read_classes(_folder_of(other.unet)) or other.classes
+            other._load_labels(_folder_of(other.unet))
         if isinstance(pipeline, DDPMPipeline):
             other.sampler, other._scheduler_of_sampler = pipeline.sampler, pipeline._scheduler_of_sampler
             if "unet" not in components:
                 other.kept_sampler, other._searched_weights = pipeline.kept_sampler, pipeline._searched_weights
                 other.searched_timesteps = {**pipeline.searched_timesteps}
-                other.classes, other.guide, other._source = pipeline.classes, pipeline.guide, pipeline._source
+                other.labels, other.guide, other._source = pipeline.labels, pipeline.guide, pipeline._source
         return other
 
+    def _load_labels(self, folder: Path) -> None:
+        """Load the labels that a model's folder keeps, with the embedding of several columns of them."""
+        labels = read_labels(folder)
+        if labels is None:
+            return
+        require_labels_of(labels, self.unet)
+        if isinstance(labels, Columns) and embedding_of(self.unet) is None:
+            attach_saved_embedding(self.unet, labels, folder / EMBEDDING_FILE)
+        self.labels = labels
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the pipeline as diffusers does, and the embedding of several columns of labels beside the scheduler."""
+        with embedding_taken_off(self.unet) as embedding:
+            if embedding is not None:
+                write_embedding(Path(save_directory) / EMBEDDING_FILE, embedding)
+            super().save_pretrained(save_directory, *args, **kwargs)
+
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the config as `diffusers.DiffusionPipeline` does, classes, searched timesteps, and what `use` chose.
+        """Save the config as `diffusers.DiffusionPipeline` does, labels, searched timesteps, and what `use` chose.
 
         diffusers calls it after it has saved the weights.
         """
@@ -209,12 +247,12 @@ class DDPMPipeline(DiffusionPipeline):
             )
         if (sampler := self.sampler or self.kept_sampler) is not None:
             write_sampler(Path(save_directory), sampler)
-        if self.classes is not None and self.classes.is_named:
-            write_classes(Path(save_directory), self.classes)
+        if self.labels is not None and (self.classes is None or self.classes.is_named):
+            write_labels(Path(save_directory), self.labels)
         if self.guide is None and sampler is not None and self._needs_guide(sampler):
             self.load_guide()
         if self.guide is not None:
-            self.guide.save_pretrained(Path(save_directory) / GUIDE_FOLDER)
+            save_network(self.guide, Path(save_directory) / GUIDE_FOLDER)
         if not self.searched_timesteps:
             return
         if weights_sha256(Path(save_directory)) == self._searched_weights:
@@ -249,6 +287,7 @@ class DDPMPipeline(DiffusionPipeline):
                 guide: Any = kind.from_pretrained(
                     name, subfolder=GUIDE_FOLDER, torch_dtype=self.unet.dtype, **keywords
                 )
+                self._attach_to_guide(guide, name, keywords)
         except UsageError as error:
             if Path(name).is_dir():
                 raise
@@ -256,6 +295,14 @@ class DDPMPipeline(DiffusionPipeline):
         require_finite(guide.state_dict(), f"the folder {GUIDE_FOLDER!r} of {str(name)!r}")
         self.guide = guide.to(self.device).eval()
         return self
+
+    def _attach_to_guide(self, guide: Any, name: Any, keywords: dict[str, Any]) -> None:
+        """Give a weaker network that was loaded its own embedding of several columns of labels."""
+        if not isinstance(self.labels, Columns):
+            return
+        file = f"{GUIDE_FOLDER}/{EMBEDDING_FILE.name}"
+        path = Path(name) / file if Path(name).is_dir() else Path(hf_hub_download(str(name), file, **keywords))
+        attach_saved_embedding(guide, self.labels, path)
 
     def use(
         self,
@@ -324,9 +371,9 @@ class DDPMPipeline(DiffusionPipeline):
                 chose.
             output_type: `pil`, `np` or `pt`.
             return_dict: Return a `DDPMPipelineOutput` rather than a tuple.
-            class_labels: For a model that is conditioned on classes, one class for all images or B of them, each by
-                its name or its number. None: images without a class, by a model that was trained with
-                `class_dropout`.
+            class_labels: For a model that is conditioned on labels, one for all images or B of them: a class by its
+                name or its number, a number, or for several columns a mapping from their names. None: images without
+                a label, by a model that was trained with `class_dropout`.
             latents: x_T, (B, C, H, W), instead of noise from `generator`.
             callback_on_step_end: A function that is called after each step as `callback(pipeline, i, t, tensors)`,
                 with i the number of the step and `tensors` {"latents": x_t}. If it returns {"latents": x}, then x
@@ -404,7 +451,7 @@ class DDPMPipeline(DiffusionPipeline):
 
     def _needs_guide(self, sampler: Sampler) -> bool:
         """Return whether the guidance of a sampler takes the network in the model's folder `guide`."""
-        guides_itself = self.classes is not None and self.classes.has_unconditional
+        guides_itself = self.labels is not None and self.labels.has_unconditional
         return sampler.guidance is not None and (sampler.uses_guide or not guides_itself)
 
     @property
@@ -611,11 +658,11 @@ class DDPMPipeline(DiffusionPipeline):
     ) -> Conditions:
         """Check the classes of the images, and return what each evaluation of the network takes beside x_t and t."""
         kind, dtype = self.unet.config.get("class_embed_type"), self.unet.dtype
-        labels = network_labels(self.classes, kind, class_labels, batch_size, device)
+        labels = network_labels(self.labels, kind, class_labels, batch_size, device)
         self._running = None
         if guidance is None:
             return Conditions(dtype, labels)
-        scheduler, unconditional = None, None if self.classes is None else self.classes.unconditional
+        scheduler, unconditional = None, None if self.labels is None else self.labels.unconditional
         if guidance.method == "apg":
             if "beta_schedule" not in self.scheduler.config:
                 raise ValueError(
@@ -630,7 +677,8 @@ class DDPMPipeline(DiffusionPipeline):
                     "guidance needs class_labels, got none, and so nothing to lead to: give a class, or "
                     "guidance_scale=1, or call load_guide() for guidance by a weaker model"
                 )
-            weaker_labels = torch.full_like(labels, unconditional)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            assert self.labels is not None
+            weaker_labels = hidden_labels(self.labels, batch_size, device)
             return Conditions(dtype, labels, guidance, None, weaker_labels, scheduler)
         check_guide(self.guide, self.unet)
         return Conditions(dtype, labels, guidance, self.guide.to(device).eval(), labels, scheduler)

@@ -8,7 +8,7 @@ guided         led away from the prediction of a weaker model: another network, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,13 @@ from torch import Tensor
 
 from hf_ddpm.classes import Classes, numbered_classes
 from hf_ddpm.guidance import Guidance, combine, in_interval
+from hf_ddpm.label_embedding import require_same_embedding
+from hf_ddpm.labels import Labels, NetworkLabel, describe_labels, takes_floats
 from hf_ddpm.network import num_classes_of, timestep_for
 from hf_ddpm.scheduler import DDPMScheduler, complete_config
 
-ClassLabels = int | str | Sequence[int | str] | Tensor | None
+Label = int | float | str | Mapping[str, Any] | NetworkLabel
+ClassLabels = Label | Sequence[Label] | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,10 @@ class Conditions:
 
     Args:
         network_dtype: The type of the network's weights, which it takes x_t in.
-        class_labels: The class of each image, (B,); None for a model without classes.
+        class_labels: The label of each image, see `network_labels`; None for a model without labels.
         guidance: How the prediction is guided; None: it is not.
-        weaker: The network that guidance leads away from; None: the pipeline's own, without a class.
-        weaker_labels: The class of each image for that network, (B,).
+        weaker: The network that guidance leads away from; None: the pipeline's own, without a label.
+        weaker_labels: The label of each image for that network.
         output_scheduler: Our scheduler of the model, for guidance that acts on x_0_hat; None for other guidance.
         images: The channels that the network takes after those of x_t, (B, C', H, W); None: it takes x_t alone.
     """
@@ -161,56 +164,84 @@ def check_guide(guide: Any, unet: Any) -> None:
             raise ValueError(
                 f"guide must have the model's {name}, {ours}, got {theirs}: take a model of the same data"
             )
+    require_same_embedding(guide, unet)
 
 
 def network_labels(
-    classes: Classes | None, kind: str | None, class_labels: ClassLabels, batch_size: int, device: torch.device
+    labels: Labels | None, kind: str | None, class_labels: ClassLabels, batch_size: int, device: torch.device
 ) -> Tensor | None:
-    """Return the class of each image as the network takes it, (B,); None for a network without classes.
+    """Return the label of each image as the network takes it; None for a network without labels.
 
     Args:
-        classes: The classes of the network, if they are known.
+        labels: The labels of the network, if they are known.
         kind: How the network embeds what is no class, its `class_embed_type`.
-        class_labels: The class of all images, or of each.
+        class_labels: The label of all images, or of each.
         batch_size: B.
         device: The device of the network.
+
+    Returns:
+        (B,) int64 for classes, (B,) float32 for numbers, (B, number of columns) float32 for several columns.
 
     Raises:
         ValueError: When they are not what the network takes.
     """
-    if classes is None and kind is None:
+    if labels is None and kind is None:
         if class_labels is not None:
             raise ValueError("class_labels must be None: the model was trained without classes")
         return None
     if class_labels is None:
-        if classes is None or classes.unconditional is None:
-            count = "labels" if classes is None else f"{len(classes)} classes"
+        if labels is None or labels.unconditional is None:
+            count = "labels" if labels is None else describe_labels(labels)
             raise ValueError(f"class_labels must be given: the model is conditioned on {count}")
-        return torch.full((batch_size,), classes.unconditional, device=device)
-    labels = class_labels
-    if classes is not None:
-        labels = _numbers_of(classes, class_labels)
-    try:
-        labels = torch.as_tensor(labels, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"class_labels must be numbers, one or as many as images, got {class_labels!r}") from error
-    labels = labels.expand(batch_size) if labels.ndim == 0 else labels
-    if labels.shape[0] != batch_size:
-        raise ValueError(f"class_labels must hold batch_size = {batch_size} labels, got {labels.shape[0]}")
-    return labels
+        return hidden_labels(labels, batch_size, device)
+    if labels is not None:
+        is_one, numbers = _numbers_of(labels, class_labels)
+        tensor = torch.tensor(numbers, dtype=torch.float32 if takes_floats(labels) else torch.int64, device=device)
+        tensor = tensor.expand(batch_size, *tensor.shape) if is_one else tensor
+    else:
+        try:
+            tensor = torch.as_tensor(class_labels, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"class_labels must be numbers, one or as many as images, got {class_labels!r}"
+            ) from error
+        tensor = tensor.expand(batch_size) if tensor.ndim == 0 else tensor
+    if tensor.shape[0] != batch_size:
+        raise ValueError(f"class_labels must hold batch_size = {batch_size} labels, got {tensor.shape[0]}")
+    return tensor
 
 
-def _numbers_of(classes: Classes, class_labels: Any) -> int | list[int]:
-    """Return the number of each class, or of the only one.
+def hidden_labels(labels: Labels, batch_size: int, device: torch.device) -> Tensor:
+    """Return what stands for every label, for each of B images, as the network takes it."""
+    dtype = torch.float32 if takes_floats(labels) else torch.int64
+    hidden = torch.tensor(labels.unconditional, dtype=dtype, device=device)
+    return hidden.expand(batch_size, *hidden.shape)
+
+
+def labels_to_tensor(labels: Labels | None, each: Sequence[Any] | None, device: torch.device) -> Tensor | None:
+    """Return a label for each image as the network takes them; None for a model without labels.
+
+    Args:
+        labels: The labels of the model.
+        each: What `number_of` of the labels takes, one for each image.
+        device: The device of the network.
+    """
+    if labels is None or each is None:
+        return None
+    return network_labels(labels, None, each, len(each), device)
+
+
+def _numbers_of(labels: Labels, class_labels: Any) -> tuple[bool, Any]:
+    """Return whether there is one label for all images, and its number or the list of their numbers.
 
     Raises:
-        ValueError: When one is no class, or `class_labels` is neither a class nor a list of classes.
+        ValueError: When one is no label of the model, or `class_labels` is neither a label nor a list of labels.
     """
     if isinstance(class_labels, Tensor | np.ndarray):
         class_labels = class_labels.tolist()
     if not isinstance(class_labels, Sequence) or isinstance(class_labels, str):
-        return classes.number_of(class_labels)
-    return [classes.number_of(label) for label in class_labels]
+        return True, labels.number_of(class_labels)
+    return False, [labels.number_of(label) for label in class_labels]
 
 
 def unnamed_classes(config: Any) -> Classes | None:

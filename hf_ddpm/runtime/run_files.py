@@ -86,6 +86,8 @@ RUN_FILES = (
         for name in ("*.json", "*.safetensors")
     ),
     RunFile("scheduler/*.json", is_uploaded=True, is_of_weights=True),
+    RunFile("scheduler/labels.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
+    RunFile("scheduler/labels.safetensors", is_uploaded=True, is_replaced=True, is_of_weights=True),
     RunFile(
         SEARCHED_TIMESTEPS,
         is_uploaded=True,
