@@ -8,23 +8,26 @@ it is, and its weights are kept beside the scheduler. Its sum is what stock's ne
 
 from __future__ import annotations
 
+import io
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from hf_ddpm.classes import Classes
 from hf_ddpm.labels import LABELS_FILE, Columns, read_labels
 from hf_ddpm.runtime.files import write_atomically
 
-EMBEDDING_FILE = LABELS_FILE.with_suffix(".safetensors")
+# Not of safetensors: diffusers takes a folder with such a file for one of a network, and finds no weights in it.
+EMBEDDING_FILE = LABELS_FILE.with_suffix(".npz")
 # The names of its weights in the network begin so, and so they do in the file.
 PREFIX = "class_embedding."
 # The sines and cosines of a number.
@@ -80,10 +83,10 @@ def attach_saved_embedding(unet: Any, columns: Columns, file: Path) -> None:
 
     Raises:
         OSError: When there is no such file.
-        SafetensorError: When it is damaged.
+        ValueError: When it is damaged.
         RuntimeError: When the weights are of other labels or of another network.
     """
-    weights = load_file(file)
+    weights = read_embedding(file)
     embedding = attach_embedding(unet, columns)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
     embedding.load_state_dict({name: tensor.to(unet.dtype) for name, tensor in state.items()})
@@ -121,8 +124,29 @@ def embedding_taken_off(network: Any) -> Iterator[LabelEmbedding | None]:
 
 def write_embedding(file: Path, embedding: LabelEmbedding) -> None:
     """Write the weights of an embedding of labels."""
-    weights = {f"{PREFIX}{name}": tensor.cpu().contiguous() for name, tensor in embedding.state_dict().items()}
-    write_atomically(file, to_safetensors(weights, {"format": "pt"}))
+    write_weights(file, {f"{PREFIX}{name}": tensor for name, tensor in embedding.state_dict().items()})
+
+
+def write_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write weights of an embedding of labels by their names in the network, in float32."""
+    content = io.BytesIO()
+    arrays = {name: tensor.detach().float().cpu().numpy() for name, tensor in weights.items()}
+    np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
+    write_atomically(file, content.getvalue())
+
+
+def read_embedding(file: Path) -> dict[str, Tensor]:
+    """Read the weights of an embedding of labels, by their names in the network.
+
+    Raises:
+        OSError: When there is no such file.
+        ValueError: When it is damaged.
+    """
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, zlib.error) as error:
+        raise ValueError(f"{file} must hold whole arrays of numpy, got {error}: save or download it again") from error
 
 
 def save_network(network: Any, folder: Path) -> None:

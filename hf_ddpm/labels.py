@@ -21,13 +21,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hf_ddpm.classes import Classes, read_classes, write_classes
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, read_mapping, write_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # In the folder of the scheduler, all of whose files diffusers downloads.
 LABELS_FILE = Path("scheduler", "labels.json")
@@ -238,6 +239,8 @@ def values_of(name: str, numbers: np.ndarray, has_unconditional: bool = False) -
     Raises:
         UsageError: When they are all equal: there is nothing to learn of them.
     """
+    import numpy as np
+
     if numbers.min() == numbers.max():
         raise UsageError(
             f"label_column must hold more than one number, got {numbers[0]:g} for all {len(numbers):,} images in "
@@ -253,6 +256,27 @@ def with_unconditional(labels: Labels, has_unconditional: bool) -> Labels:
         columns = tuple((name, replace(of, has_unconditional=has_unconditional)) for name, of in labels.columns)
         return Columns(columns, has_unconditional)
     return replace(labels, has_unconditional=has_unconditional)
+
+
+def scales_of(labels: Labels | None) -> dict[str, list[float]]:
+    """Return mean and standard deviation of each column of numbers, by which the network takes them."""
+    if isinstance(labels, Columns):
+        return {name: [of.mean, of.std] for name, of in labels.columns if isinstance(of, Values)}
+    return {labels.name: [labels.mean, labels.std]} if isinstance(labels, Values) else {}
+
+
+def on_scales(labels: Labels | None, scales: Mapping[str, Sequence[float]]) -> Labels | None:
+    """Return labels whose numbers the network takes by other means and standard deviations, where these are given."""
+    if isinstance(labels, Columns):
+        return replace(labels, columns=tuple((name, _on_scale(name, of, scales)) for name, of in labels.columns))
+    return _on_scale(labels.name, labels, scales) if isinstance(labels, Values) else labels
+
+
+def structure_of(labels: Labels) -> tuple[Any, ...]:
+    """Return what two models must share of their labels for one to begin with the network of the other."""
+    if isinstance(labels, Columns):
+        return tuple((name, of.names if isinstance(of, Classes) else None) for name, of in labels.columns)
+    return ("classes", labels.names) if isinstance(labels, Classes) else ("numbers", labels.name)
 
 
 def describe_labels(labels: Labels, name: str = "") -> str:
@@ -336,6 +360,13 @@ def _parse(text: str) -> dict[str, str]:
             )
         labels[name.strip()] = value.strip()
     return labels
+
+
+def _on_scale(name: str, labels: Any, scales: Mapping[str, Sequence[float]]) -> Any:
+    if isinstance(labels, Classes) or name not in scales:
+        return labels
+    mean, std = scales[name]
+    return replace(labels, mean=mean, std=std)
 
 
 def _text(value: Any) -> str:

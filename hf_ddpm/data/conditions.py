@@ -17,6 +17,7 @@ from hf_ddpm.conditional import enlarged, low_resolution
 from hf_ddpm.data.batches import center_pixels, epoch_order, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.decoding import center_crop
+from hf_ddpm.data.labels import label_list
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +27,12 @@ class Pairs:
     Args:
         images: (N, C, R, R) float32 in [0, 1].
         conditions: (N, C', R, R) float32 in [0, 1].
-        labels: The class of each image; None without classes.
+        labels: The label of each image, as a pipeline takes it; None without labels.
     """
 
     images: Tensor
     conditions: Tensor
-    labels: list[int] | None
+    labels: list[Any] | None
 
 
 def low_resolution_conditions(pixels: Tensor, factor: int, max_value: int) -> Tensor:
@@ -65,10 +66,10 @@ def pairs_of(condition: Condition, images: Any, indices: np.ndarray) -> Pairs:
         images: An `ImageCache` or `GivenImages`; a stream has no conditions.
         indices: Which of them, (N,).
     """
-    labels: list[int] | None = None
+    labels: list[Any] | None = None
     if isinstance(images, ImageCache):
         planes = center_pixels(images, indices)
-        labels = None if images.labels is None else images.labels[indices].tolist()
+        labels = label_list(images, indices)
     else:
         read = [images.read(int(i)) for i in indices]
         planes = np.stack([center_crop(each, images.resolution) for each, _ in read])

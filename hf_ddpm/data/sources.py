@@ -187,7 +187,7 @@ def _is_of_parquet(option: str, folder: Path, listed: ImageFolder) -> bool:
 def open_dataset(
     config: DataConfig, split: str | None = None, split_option: str = "split", with_conditions: bool = False
 ) -> Dataset:
-    """Open a split: the column of encoded images, and after it the column of classes if `label_column` is given.
+    """Open a split: the column of encoded images, and after it those of labels if `label_column` is given.
 
     Args:
         config: The settings of the data.

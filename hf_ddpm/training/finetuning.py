@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm.condition import is_conditional
 from hf_ddpm.hub.download import find_model
+from hf_ddpm.label_embedding import PREFIX, begin_at_zero
 from hf_ddpm.network import load_unet, naming_weights
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_mapping
@@ -22,8 +22,6 @@ from hf_ddpm.scheduler import as_our_scheduler
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
 from hf_ddpm.training.parsing import load_config
-
-CLASS_EMBEDDING = "class_embedding.weight"
 
 
 def take_over(config: TrainingConfig) -> TrainingConfig:
@@ -53,14 +51,14 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
 def load_weights(unet: UNet2DModel, network: Path, source: str) -> None:
     """Load the weights in the folder `network` into a network of the same shape.
 
-    The classes of a model that has had none begin at zero: its first predictions are those of the model without them.
+    The labels of a model that has had none begin at zero: its first predictions are those of the model without them.
 
     Raises:
         UsageError: They are not whole, or not finite.
     """
     weights = load_unet(network, source).state_dict()
-    if CLASS_EMBEDDING not in weights and isinstance(unet.class_embedding, torch.nn.Embedding):
-        weights[CLASS_EMBEDDING] = torch.zeros_like(unet.class_embedding.weight)
+    if unet.class_embedding is not None and not any(name.startswith(PREFIX) for name in weights):
+        weights |= begin_at_zero(unet)
     unet.load_state_dict(weights)
 
 

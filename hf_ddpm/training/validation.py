@@ -25,10 +25,12 @@ from tqdm.auto import tqdm
 from hf_ddpm.classes import Classes
 from hf_ddpm.data.batches import epoch_order, to_x_0
 from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.labels import with_network_labels
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.figures import Curve, draw_curves
+from hf_ddpm.labels import Labels
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
@@ -36,7 +38,7 @@ from hf_ddpm.runtime.files import read_metrics
 from hf_ddpm.runtime.format import finite_or_none
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import image_draws
-from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
+from hf_ddpm.sampling.sampler import labels_in_turn, sample_all
 from hf_ddpm.training.config import TrainingConfig
 
 # They stand in each line of eval.jsonl: only distances by one network and to one set of images make a curve.
@@ -53,7 +55,7 @@ class Validation:
         network: The feature network of the kernel distance.
         images: (n, C, R, R) uint8 or int32, on the CPU.
         max_value: The value of white: 255 or 65535.
-        labels: (n,) int64; None without classes.
+        labels: As the network takes them, (n,) or (n, number of columns); None without labels.
         features: (n, d), of the images.
         num_samples: The number of samples per validation.
     """
@@ -80,11 +82,14 @@ def check_validation_settings(config: TrainingConfig, path: Path) -> None:
                 raise UsageError(f"{name} was {line[name]} in this run, got {value}: give that, or move {path} away")
 
 
-def open_validation(config: TrainingConfig, images: Any, processes: Processes, device: torch.device) -> Validation:
+def open_validation(
+    config: TrainingConfig, images: Any, labels: Labels | None, processes: Processes, device: torch.device
+) -> Validation:
     """Open the held-out images of `config`; the processes share the work of their features.
 
     Args:
         images: The images of training, whose size, channels and depth the held-out ones must have.
+        labels: The labels that the network is conditioned on.
 
     Raises:
         UsageError: There is no such split or network, or the images are of another form.
@@ -104,10 +109,10 @@ def open_validation(config: TrainingConfig, images: Any, processes: Processes, d
             for line in describe_split(config, config.eval_split, held_out):
                 tqdm.write(line, file=sys.stderr)
         rows = epoch_order(0, 0, len(held_out))[: config.eval_num_images]
-        pixels, labels = _copy(held_out, rows)
+        pixels, network_labels = _copy(with_network_labels(held_out, labels), rows)
     parts = [network(_to_uint8(pixels[part], images.max_value)) for part in _batches(processes, len(pixels))]
     features = processes.gather_rows(torch.cat(parts), len(pixels))
-    return Validation(network, pixels, images.max_value, labels, features, config.eval_num_images)
+    return Validation(network, pixels, images.max_value, network_labels, features, config.eval_num_images)
 
 
 @torch.no_grad()
@@ -194,7 +199,7 @@ def _sample_features(
         processes,
         batch_size=BATCH_SIZE,
         num_inference_steps=num_inference_steps,
-        class_labels=classes_in_turn(pipeline.classes, seeds),
+        class_labels=labels_in_turn(pipeline.labels, seeds),
     )
     rows = [validation.network(samples[part]) for part in _batches(processes, len(seeds))]
     return processes.gather_rows(torch.cat(rows), len(seeds))

@@ -11,7 +11,7 @@ import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UsageError
 from hf_ddpm.classes import Classes
-from hf_ddpm.label_embedding import EMBEDDING_FILE, PREFIX, embedding_of, empty_copy
+from hf_ddpm.label_embedding import EMBEDDING_FILE, PREFIX, embedding_of, empty_copy, read_embedding
 from hf_ddpm.labels import (
     HIDDEN,
     LABELS_FILE,
@@ -214,7 +214,7 @@ def test_each_image_has_its_label(labels, config):
     guided = images(pipeline, batch_size=2, class_labels=[*rows], guidance_scale=2.0)
     assert not torch.allclose(guided, both, atol=1e-3)
     pipeline.labels = with_unconditional(labels, False)
-    with pytest.raises(ValueError, match="class_labels must be given: the model is conditioned on .*slant: -1 to 1"):
+    with pytest.raises(ValueError, match=r"class_labels must be given: the model is conditioned on .*slant: -1 to 1"):
         images(pipeline)
     with pytest.raises(ValueError, match="class_labels must hold batch_size = 3 labels, got 2"):
         images(pipeline, batch_size=3, class_labels=[*rows])
@@ -260,13 +260,18 @@ def test_file_without_its_labels_is_named(config, tmp_path):
 
 
 def test_embedding_is_named_as_in_the_network(config, tmp_path):
-    from safetensors.torch import load_file
-
     pipeline = pipeline_of(BOTH, config)
     pipeline.save_pretrained(tmp_path)
     names = {name for name in pipeline.unet.state_dict() if name.startswith(PREFIX)}
-    assert {*load_file(tmp_path / EMBEDDING_FILE)} == names
+    assert {*read_embedding(tmp_path / EMBEDDING_FILE)} == names
     assert names
+    content = (tmp_path / EMBEDDING_FILE).read_bytes()
+    pipeline.save_pretrained(tmp_path)
+    assert (tmp_path / EMBEDDING_FILE).read_bytes() == content
+    for damaged in (content[:-100], content[:10], b""):
+        (tmp_path / EMBEDDING_FILE).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"labels\.npz must hold whole arrays of numpy"):
+            DDPMPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
