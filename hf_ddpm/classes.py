@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,24 @@ class Classes:
     def num_embeddings(self) -> int:
         """The number of embeddings of the network, K or K + 1."""
         return len(self.names) + self.has_unconditional
+
+    @property
+    def in_turn(self) -> range:
+        """The classes that a grid shows, one after the other."""
+        return range(len(self.names))
+
+    @property
+    def titles(self) -> list[str]:
+        """What the rows of such a grid are called."""
+        return [*self.names]
+
+    def read(self, label: Any) -> int:
+        """Return the number of a class that is asked for; see `number_of`."""
+        return self.number_of(label)
+
+    def table(self, labels: Sequence[int]) -> dict[str, list[Any]]:
+        """Return classes as a column of a table: their numbers."""
+        return {"label": [*labels]}
 
     def number_of(self, label: Any) -> int:
         """Return the number of a class.

@@ -170,7 +170,12 @@ def sample(
         ),
     ] = None,
     class_label: Annotated[
-        str | None, option("class_label", "The class, by its name or number. Default: each in turn.")
+        str | None,
+        option(
+            "class_label",
+            "The label: a class by its name or number, a number, or for several columns COLUMN=LABEL, COLUMN=LABEL. "
+            "Default: each in turn.",
+        ),
     ] = None,
     guidance_scale: GuidanceScale = None,
     guidance_interval: GuidanceInterval = None,
@@ -235,7 +240,7 @@ def edit(
         int | None, option("num_inference_steps", "See `sample`; the last STRENGTH of them are taken.", min=1)
     ] = None,
     scheduler: Annotated[str | None, choice("scheduler", "See `sample`.", SCHEDULERS)] = None,
-    class_label: Annotated[str | None, option("class_label", "The class, by its name or number.")] = None,
+    class_label: Annotated[str | None, option("class_label", "The label, see `sample`.")] = None,
     guidance_scale: GuidanceScale = None,
     guidance_interval: GuidanceInterval = None,
     guidance_method: GuidanceMethod = None,

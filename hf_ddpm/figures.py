@@ -93,6 +93,19 @@ def grid(images: Images, columns: int | None = None) -> Image.Image:
     return sheet
 
 
+def with_row_titles(sheet: Image.Image, titles: Sequence[str]) -> Image.Image:
+    """Return a contact sheet with a title to the left of each of its rows, in RGB on white."""
+    font = ImageFont.load_default(STRIP_FONT_SIZE)
+    left = max(math.ceil(font.getlength(title)) for title in titles) + 2 * STRIP_PADDING
+    titled = Image.new("RGB", (left + sheet.width, sheet.height), _WHITE["RGB"])
+    titled.paste(_on_white(sheet).convert("RGB"), (left, 0))
+    draw, row_height = ImageDraw.Draw(titled), (sheet.height + GRID_PADDING) / len(titles)
+    for row, title in enumerate(titles):
+        center = row * row_height + (row_height - GRID_PADDING) / 2
+        draw.text((left - STRIP_PADDING, center), title, _INK, font, anchor="rm")
+    return titled
+
+
 def strip(
     rows: Sequence[Images], column_labels: Sequence[str], row_labels: Sequence[str] | None = None
 ) -> Image.Image:

@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.image_inputs import images_to_tensor
-from hf_ddpm.pipeline import Conditions, DDPMPipeline
+from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.prediction import Conditions
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler
 
 # Up to this angle between two vectors, in radians, the straight line and the arc are the same within float64.

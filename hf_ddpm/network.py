@@ -28,10 +28,14 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.embeddings import TimestepEmbedding
 from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_ddpm import recipes
+from hf_ddpm.classes import Classes, check_embeddings
+from hf_ddpm.label_embedding import attach_embedding, attach_embedding_beside, example_labels
+from hf_ddpm.labels import LABELS_FILE, Columns, Labels, Values, describe_labels
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import look_at, network_folder, parse_mapping
 from hf_ddpm.runtime.settings import require_choice, shortened
@@ -56,6 +60,7 @@ def make_unet(
     source: str = "the model config",
     condition_channels: int = 0,
     widens: bool = False,
+    labels: Values | Columns | None = None,
 ) -> UNet2DModel:
     """Make a new network for images of `channels` x `resolution` x `resolution`.
 
@@ -74,6 +79,7 @@ def make_unet(
         source: What error messages call `model_config`.
         condition_channels: The channels that the network takes after those of the images.
         widens: Whether `model_config` is of a network without conditions, which gets their channels.
+        labels: What it is conditioned on beside classes: numbers, or several columns; given without `num_classes`.
 
     Raises:
         UsageError: When the model config does not fit the data or the variance type.
@@ -86,16 +92,26 @@ def make_unet(
         _check_fit(settings, variance_type, channels, resolution, source, 0 if widens else condition_channels)
         if widens:
             settings["in_channels"] = channels + condition_channels
-        if num_classes is None or settings.get("num_class_embeds") is not None:
+        if labels is not None:
+            _require_place_for(labels, settings, source)
+        elif num_classes is None or settings.get("num_class_embeds") is not None:
             reason = "for the classes of label_column, with one more unless class_dropout is 0"
             reason = "as no label_column is given" if num_classes is None else reason
             _require(settings, "num_class_embeds", num_classes, reason, source)
+        if labels is None:
+            _require(settings, "class_embed_type", None, "as the labels are classes, or there are none", source)
         settings["num_class_embeds"] = num_classes
         if dropout is not None:
             settings["dropout"] = dropout
+    if isinstance(labels, Values):
+        settings |= {"class_embed_type": "timestep", "num_class_embeds": 1}
+    if isinstance(labels, Columns):
+        settings |= {"class_embed_type": "identity", "num_class_embeds": None}
     torch.manual_seed(seed)
     with _naming_config(source):
         unet: UNet2DModel = UNet2DModel.from_config(settings)  # pyright: ignore[reportAssignmentType]
+        if isinstance(labels, Columns):
+            attach_embedding(unet, labels)
     torch.nn.init.zeros_(unet.conv_out.weight)
     if unet.conv_out.bias is not None:
         torch.nn.init.zeros_(unet.conv_out.bias)
@@ -174,8 +190,7 @@ def _try_settings(settings: str) -> Trial:
         config = unet.config
         size = config.sample_size
         x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size))
-        t = torch.zeros(1, dtype=torch.int64)
-        unet(x_t, t, **({} if config.num_class_embeds is None else {"class_labels": t}))
+        unet(x_t, torch.zeros(1, dtype=torch.int64), **example_labels(unet))
     return Trial(sum(p.numel() for p in unet.parameters()), largest, config.in_channels, max(x_t.shape[2:]))
 
 
@@ -191,6 +206,7 @@ def load_unet(folder: Path, source: str) -> UNet2DModel:
     """
     with naming_weights(source):
         unet: Any = UNet2DModel.from_pretrained(folder)
+        attach_embedding_beside(unet, folder)
     require_finite(unet.state_dict(), source)
     return unet
 
@@ -225,6 +241,34 @@ def _naming_config(source: str) -> Iterator[None]:
 def num_classes_of(config: Mapping[str, Any]) -> int | None:
     """Return how many classes a network takes: a UNet2DModel's, or a DiT's; None if it takes none, or does not say."""
     return config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+
+
+def require_labels_of(labels: Labels, unet: Any) -> None:
+    """Check that a network takes labels.
+
+    Raises:
+        UsageError: When it takes others, so that they are those of another model.
+    """
+    if isinstance(labels, Classes):
+        check_embeddings(labels, num_classes_of(unet.config))
+        return
+    kind = "identity" if isinstance(labels, Columns) else "timestep"
+    if unet.config.get("class_embed_type") != kind:
+        raise UsageError(
+            f"{LABELS_FILE} must be of the model's network, got {describe_labels(labels)} for a network with "
+            f"class_embed_type {unet.config.get('class_embed_type')}: remove it, or save the model again"
+        )
+
+
+def accept_labels_in_any_type(unet: Any) -> None:
+    """Let a network that embeds a number as its timestep do so in half precision, too: diffusers gives it float32."""
+    embedding = getattr(unet, "class_embedding", None)
+    if isinstance(embedding, TimestepEmbedding) and not embedding._forward_pre_hooks:
+        embedding.register_forward_pre_hook(_in_own_type)
+
+
+def _in_own_type(embedding: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return arguments[0].to(embedding.linear_1.weight.dtype), *arguments[1:]
 
 
 def timestep_for(network: Any, t: Tensor, x_t: Tensor) -> Tensor:
@@ -418,6 +462,17 @@ def _check_fit(
         raise UsageError(f"block_out_channels of {source} must be a list of whole numbers, got {shortened(widths)}")
     if isinstance(settings["sample_size"], int):
         _check_halvings(settings["sample_size"], len(widths))
+
+
+def _require_place_for(labels: Values | Columns, settings: dict[str, Any], source: str) -> None:
+    """Raise a UsageError if a model config has a place for other labels than numbers or several columns."""
+    kind, count = ("timestep", 1) if isinstance(labels, Values) else ("identity", None)
+    if settings.get("class_embed_type") is not None or settings.get("num_class_embeds") is not None:
+        _require(settings, "class_embed_type", kind, "for the labels of label_column", source)
+        _require(settings, "num_class_embeds", count, "for the labels of label_column", source)
+    if isinstance(labels, Values):
+        reason = "as a number is embedded as a timestep is, also between and below these"
+        _require(settings, "time_embedding_type", "positional", reason, source)
 
 
 def _require(settings: dict[str, Any], name: str, needed: Any, reason: str, source: str) -> None:

@@ -55,8 +55,8 @@ class Objective:
         noise_level_std: The standard deviation of log sigma_t, above 0, for `lognormal`.
         autocast_dtype: The type that the network runs in; None: the type of its weights.
         max_value: The largest value of a pixel, 255 or 65535, which decides the bins of the bound's decoder.
-        unconditional_class: The class that stands for every class; the images of all classes count for its stable
-            target. None: there is none.
+        unconditional_class: The class that stands for every class, or that of each of several columns; the images of
+            all classes count for its stable target. None: there is none.
 
     Raises:
         ValueError: When a setting is not one of these or not in its range.
@@ -70,7 +70,7 @@ class Objective:
     noise_level_std: float = 1.2
     autocast_dtype: torch.dtype | None = None
     max_value: int = 255
-    unconditional_class: int | None = None
+    unconditional_class: int | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.weighting not in get_args(Weighting):
@@ -101,14 +101,15 @@ class Objective:
             unet: The network, called as `unet(x_t, t)`, with `class_labels=` if they are given. It returns an object
                 whose `sample` is the prediction.
             x_0: Clean images, (B, C, H, W) in [-1, 1].
-            class_labels: The class of each image, (B,) int64.
+            class_labels: The label of each image: (B,) int64 for classes, float32 for numbers; for several columns
+                (B, number of columns) float32.
             timesteps: t, (B,) int64 in [0, T). Draws of the objective's density are `timesteps_from_uniform`.
             noise: eps, (B, C, H, W) float32, N(0, I).
             extra_images: Further images of the data, (N, C, H, W) in [-1, 1]. The target is then the stable one of
                 `posterior_means`, over each image and those of these that have its label, or all of these for the
                 label `unconditional_class`. Without them it is the
                 target of the image alone.
-            extra_labels: The class of each extra image, (N,) int64; given with `extra_images` and `class_labels`.
+            extra_labels: The label of each extra image, as `class_labels`; given with both.
 
         Returns:
             The loss of each image, (B,) float32, unreduced. The loss against a stable target is lower by the variance
@@ -148,10 +149,20 @@ class Objective:
 
     def _same_class(self, class_labels: Tensor, extra_labels: Tensor | None) -> Tensor:
         """Return which extra images count for the stable target of each image, (B, N) bool."""
+        if class_labels.ndim > 1:
+            return self._same_classes(class_labels, extra_labels)
         same_class = class_labels[:, None] == extra_labels
         if self.unconditional_class is None:
             return same_class
         return same_class | (class_labels[:, None] == self.unconditional_class)
+
+    def _same_classes(self, class_labels: Tensor, extra_labels: Any) -> Tensor:
+        """Return the same for several columns of classes: all of them must agree, and a hidden one agrees with all."""
+        agrees = class_labels[:, None] == extra_labels
+        if self.unconditional_class is not None:
+            hidden = torch.tensor(self.unconditional_class, device=class_labels.device)
+            agrees = agrees | (class_labels[:, None] == hidden)
+        return agrees.all(dim=2)
 
     def timesteps_from_uniform(
         self, uniform: Tensor, *, first_index: int = 0, global_batch_size: int | None = None

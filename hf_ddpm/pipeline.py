@@ -28,16 +28,39 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor
 
-from hf_ddpm.classes import Classes, check_embeddings, numbered_classes, read_classes, write_classes
+from hf_ddpm.classes import Classes
 from hf_ddpm.figures import to_pil
-from hf_ddpm.guidance import Guidance, changed, combine, in_interval
-from hf_ddpm.network import naming_weights, num_classes_of, require_finite, timestep_for
+from hf_ddpm.guidance import Guidance, changed
+from hf_ddpm.label_embedding import (
+    EMBEDDING_FILE,
+    attach_saved_embedding,
+    embedding_of,
+    embedding_taken_off,
+    save_network,
+    write_embedding,
+)
+from hf_ddpm.labels import Columns, Labels, read_labels, write_labels
+from hf_ddpm.network import accept_labels_in_any_type, naming_weights, require_finite, require_labels_of
+from hf_ddpm.prediction import (
+    ClassLabels,
+    Conditions,
+    check_guide,
+    evaluate,
+    hidden_labels,
+    is_guided_at,
+    network_labels,
+    predict_guided,
+    predict_original,
+    scheduler_of_outputs,
+    unnamed_classes,
+)
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import NETWORK_FOLDERS, weights_sha256
-from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config, require_num_inference_steps
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, require_num_inference_steps
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler, read_sampler, write_sampler
 from hf_ddpm.timesteps import (
     SearchedTimesteps,
@@ -69,7 +92,6 @@ _MIN_FIRST_ALPHA_BAR = 1e-6
 # The folder of a model that holds a weaker version of its network.
 GUIDE_FOLDER = "guide"
 
-ClassLabels = int | str | Sequence[int | str] | Tensor | None
 StepCallback = Callable[["DDPMPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -103,29 +125,6 @@ class DDPMPipelineOutput(BaseOutput):
     trajectory: list[TrajectoryStep] | None = None
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """The inputs of each evaluation of the network beside x_t and t. They are the same in all steps of a call.
-
-    Args:
-        network_dtype: The type of the network's weights, which it takes x_t in.
-        class_labels: The class of each image, (B,); None for a model without classes.
-        guidance: How the prediction is guided; None: it is not.
-        weaker: The network that guidance leads away from; None: the pipeline's own, without a class.
-        weaker_labels: The class of each image for that network, (B,).
-        output_scheduler: Our scheduler of the model, for guidance that acts on x_0_hat; None for other guidance.
-        images: The channels that the network takes after those of x_t, (B, C', H, W); None: it takes x_t alone.
-    """
-
-    network_dtype: torch.dtype
-    class_labels: Tensor | None = None
-    guidance: Guidance | None = None
-    weaker: Any = None
-    weaker_labels: Tensor | None = None
-    output_scheduler: DDPMScheduler | None = None
-    images: Tensor | None = None
-
-
 class DDPMPipeline(DiffusionPipeline):
     """A network and a scheduler that together generate images.
 
@@ -142,7 +141,8 @@ class DDPMPipeline(DiffusionPipeline):
         kept_sampler: What `use()` takes: the sampler that the folder of the model keeps, if there is one.
         guide: The weaker network that guidance leads away from (autoguidance). None: the network itself without a
             class, or the one of the model's folder `guide`, which is loaded when it is needed.
-        classes: The classes that the network is conditioned on, with their names; None for a network without classes.
+        labels: The labels that the network is conditioned on: classes with their names, numbers with their range, or
+            several columns of these; None for a network without labels.
     """
 
     model_cpu_offload_seq = "unet"
@@ -162,7 +162,18 @@ class DDPMPipeline(DiffusionPipeline):
         self.guide: Any = None
         self._running: Tensor | None = None  # of the guidance `apg`, from one step to the next
         self._source: tuple[Any, dict[str, Any]] | None = None  # what the pipeline was loaded from
-        self.classes: Classes | None = None if unet is None else _unnamed_classes(unet.config)
+        self.labels: Labels | None = None if unet is None else unnamed_classes(unet.config)
+        if unet is not None:
+            accept_labels_in_any_type(unet)
+
+    @property
+    def classes(self) -> Classes | None:
+        """The classes that the network is conditioned on; None if it is conditioned on something else, or nothing."""
+        return self.labels if isinstance(self.labels, Classes) else None
+
+    @classes.setter
+    def classes(self, classes: Classes | None) -> None:
+        self.labels = classes
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -172,9 +183,7 @@ class DDPMPipeline(DiffusionPipeline):
         pipeline._source = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in of_repository}
         folder = _folder_of(pipeline.unet)
         pipeline.kept_sampler = read_sampler(folder)
-        if (classes := read_classes(folder)) is not None:
-            check_embeddings(classes, num_classes_of(pipeline.unet.config))
-            pipeline.classes = classes
+        pipeline._load_labels(folder)
         if searched := read_searched(folder):
             pipeline.searched_timesteps, pipeline._searched_weights = searched, weights_sha256(folder)
         return pipeline
@@ -183,7 +192,7 @@ class DDPMPipeline(DiffusionPipeline):
     def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
         """Return a pipeline of this class that shares the network and the scheduler of another, as diffusers does.
 
-        It also has what diffusers' own `from_pipe` forgets: classes, guide, searched timesteps, and what `use` chose.
+        It also has what diffusers' own `from_pipe` forgets: labels, guide, searched timesteps, and what `use` chose.
         The weights keep their type.
 
         Args:
@@ -200,17 +209,34 @@ class DDPMPipeline(DiffusionPipeline):
         other = cls(**{name: pipeline.components[name] for name in ("unet", "scheduler")} | components)
         other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         if "unet" not in components and not isinstance(pipeline, DDPMPipeline):
-            other.classes = read_classes(_folder_of(other.unet)) or other.classes
+            other._load_labels(_folder_of(other.unet))
         if isinstance(pipeline, DDPMPipeline):
             other.sampler, other._scheduler_of_sampler = pipeline.sampler, pipeline._scheduler_of_sampler
             if "unet" not in components:
                 other.kept_sampler, other._searched_weights = pipeline.kept_sampler, pipeline._searched_weights
                 other.searched_timesteps = {**pipeline.searched_timesteps}
-                other.classes, other.guide, other._source = pipeline.classes, pipeline.guide, pipeline._source
+                other.labels, other.guide, other._source = pipeline.labels, pipeline.guide, pipeline._source
         return other
 
+    def _load_labels(self, folder: Path) -> None:
+        """Load the labels that a model's folder keeps, with the embedding of several columns of them."""
+        labels = read_labels(folder)
+        if labels is None:
+            return
+        require_labels_of(labels, self.unet)
+        if isinstance(labels, Columns) and embedding_of(self.unet) is None:
+            attach_saved_embedding(self.unet, labels, folder / EMBEDDING_FILE)
+        self.labels = labels
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the pipeline as diffusers does, and the embedding of several columns of labels beside the scheduler."""
+        with embedding_taken_off(self.unet) as embedding:
+            if embedding is not None:
+                write_embedding(Path(save_directory) / EMBEDDING_FILE, embedding)
+            super().save_pretrained(save_directory, *args, **kwargs)
+
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the config as `diffusers.DiffusionPipeline` does, classes, searched timesteps, and what `use` chose.
+        """Save the config as `diffusers.DiffusionPipeline` does, labels, searched timesteps, and what `use` chose.
 
         diffusers calls it after it has saved the weights.
         """
@@ -221,12 +247,12 @@ class DDPMPipeline(DiffusionPipeline):
             )
         if (sampler := self.sampler or self.kept_sampler) is not None:
             write_sampler(Path(save_directory), sampler)
-        if self.classes is not None and self.classes.is_named:
-            write_classes(Path(save_directory), self.classes)
+        if self.labels is not None and (self.classes is None or self.classes.is_named):
+            write_labels(Path(save_directory), self.labels)
         if self.guide is None and sampler is not None and self._needs_guide(sampler):
             self.load_guide()
         if self.guide is not None:
-            self.guide.save_pretrained(Path(save_directory) / GUIDE_FOLDER)
+            save_network(self.guide, Path(save_directory) / GUIDE_FOLDER)
         if not self.searched_timesteps:
             return
         if weights_sha256(Path(save_directory)) == self._searched_weights:
@@ -261,6 +287,7 @@ class DDPMPipeline(DiffusionPipeline):
                 guide: Any = kind.from_pretrained(
                     name, subfolder=GUIDE_FOLDER, torch_dtype=self.unet.dtype, **keywords
                 )
+                self._attach_to_guide(guide, name, keywords)
         except UsageError as error:
             if Path(name).is_dir():
                 raise
@@ -268,6 +295,14 @@ class DDPMPipeline(DiffusionPipeline):
         require_finite(guide.state_dict(), f"the folder {GUIDE_FOLDER!r} of {str(name)!r}")
         self.guide = guide.to(self.device).eval()
         return self
+
+    def _attach_to_guide(self, guide: Any, name: Any, keywords: dict[str, Any]) -> None:
+        """Give a weaker network that was loaded its own embedding of several columns of labels."""
+        if not isinstance(self.labels, Columns):
+            return
+        file = f"{GUIDE_FOLDER}/{EMBEDDING_FILE.name}"
+        path = Path(name) / file if Path(name).is_dir() else Path(hf_hub_download(str(name), file, **keywords))
+        attach_saved_embedding(guide, self.labels, path)
 
     def use(
         self,
@@ -336,9 +371,9 @@ class DDPMPipeline(DiffusionPipeline):
                 chose.
             output_type: `pil`, `np` or `pt`.
             return_dict: Return a `DDPMPipelineOutput` rather than a tuple.
-            class_labels: For a model that is conditioned on classes, one class for all images or B of them, each by
-                its name or its number. None: images without a class, by a model that was trained with
-                `class_dropout`.
+            class_labels: For a model that is conditioned on labels, one for all images or B of them: a class by its
+                name or its number, a number, or for several columns a mapping from their names. None: images without
+                a label, by a model that was trained with `class_dropout`.
             latents: x_T, (B, C, H, W), instead of noise from `generator`.
             callback_on_step_end: A function that is called after each step as `callback(pipeline, i, t, tensors)`,
                 with i the number of the step and `tensors` {"latents": x_t}. If it returns {"latents": x}, then x
@@ -416,7 +451,7 @@ class DDPMPipeline(DiffusionPipeline):
 
     def _needs_guide(self, sampler: Sampler) -> bool:
         """Return whether the guidance of a sampler takes the network in the model's folder `guide`."""
-        guides_itself = self.classes is not None and self.classes.has_unconditional
+        guides_itself = self.labels is not None and self.labels.has_unconditional
         return sampler.guidance is not None and (sampler.uses_guide or not guides_itself)
 
     @property
@@ -518,7 +553,7 @@ class DDPMPipeline(DiffusionPipeline):
             if i in recorded_indices:
                 x_0_hat = getattr(result, "pred_original_sample", None)
                 if x_0_hat is None:
-                    x_0_hat = self._predict_original(model_output, network_input, t)
+                    x_0_hat = predict_original(self.scheduler, model_output, network_input, t)
                 recorded.append(TrajectoryStep(int(t), x_t.cpu(), x_0_hat.cpu()))
             x_t = result.prev_sample
             if callback is not None:
@@ -534,51 +569,16 @@ class DDPMPipeline(DiffusionPipeline):
             t: The timestep, ().
             conditions: What `_conditions` returned.
         """
-        if conditions.guidance is None or not self._is_guided_at(t, conditions.guidance):
+        if conditions.guidance is None or not is_guided_at(self.scheduler, t, conditions.guidance):
             labels, images = conditions.class_labels, conditions.images
-            model_output = _evaluate(self.unet, conditions.network_dtype, network_input, t, labels, images)
+            model_output = evaluate(self.unet, conditions.network_dtype, network_input, t, labels, images)
         else:
-            model_output = self._predict_guided(network_input, t, conditions)
+            model_output, self._running = predict_guided(self.unet, network_input, t, conditions, self._running)
         # Infinity would be clipped to an extreme image; NaN stays until the image is refused.
         model_output = torch.where(model_output.isfinite(), model_output, math.nan)
         # Only DDPM's schedulers use a learned variance; the others get the first half of the output.
         is_ddpm = isinstance(self.scheduler, diffusers.DDPMScheduler)
         return model_output if is_ddpm else model_output[:, : network_input.shape[1]]
-
-    def _predict_guided(self, network_input: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        """Return the output with a guided prediction; a learned variance is that of the model that is guided."""
-        guidance, labels, weaker_labels = conditions.guidance, conditions.class_labels, conditions.weaker_labels
-        images = conditions.images
-        assert guidance is not None
-        if conditions.weaker is None:
-            assert labels is not None
-            assert weaker_labels is not None
-            # Both in one batch, which takes less time than two.
-            twice, both = torch.cat([network_input] * 2), torch.cat([labels, weaker_labels])
-            both_images = None if images is None else torch.cat([images] * 2)
-            output, weaker = _evaluate(self.unet, conditions.network_dtype, twice, t, both, both_images).chunk(2)
-        else:
-            output = _evaluate(self.unet, conditions.network_dtype, network_input, t, labels, images)
-            weaker = _evaluate(conditions.weaker, conditions.weaker.dtype, network_input, t, weaker_labels, images)
-        channels = network_input.shape[1]
-        prediction, variance = output[:, :channels], output[:, channels:]
-        weaker = weaker[:, :channels]
-        if conditions.output_scheduler is None:
-            guided, _ = combine(guidance, prediction, weaker)
-        else:
-            # x_0_hat is the output times a factor plus a multiple of x_t.
-            one = torch.ones_like(prediction[:, :1, :1, :1])
-            factor = conditions.output_scheduler.predict_original(one, torch.zeros_like(one), t.long())
-            x_0_hat = conditions.output_scheduler.predict_original(prediction, network_input, t.long())
-            weaker_x_0_hat = x_0_hat + factor * (weaker - prediction)
-            guided_x_0_hat, running = combine(guidance, x_0_hat, weaker_x_0_hat, self._running)
-            self._running = None if running is None else running.detach()
-            guided = prediction + (guided_x_0_hat - x_0_hat) / factor
-        return torch.cat([guided, variance], dim=1)
-
-    def _is_guided_at(self, t: Tensor, guidance: Guidance) -> bool:
-        """Return whether guidance acts at a timestep."""
-        return guidance.interval is None or in_interval(sigma_at(self.scheduler, t), *guidance.interval)
 
     def _network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return x_t in the scale that the network takes. Schedulers of flow matching have no `scale_model_input`."""
@@ -657,17 +657,18 @@ class DDPMPipeline(DiffusionPipeline):
         guidance: Guidance | None = None,
     ) -> Conditions:
         """Check the classes of the images, and return what each evaluation of the network takes beside x_t and t."""
-        labels, dtype = self._labels(class_labels, batch_size, device), self.unet.dtype
+        kind, dtype = self.unet.config.get("class_embed_type"), self.unet.dtype
+        labels = network_labels(self.labels, kind, class_labels, batch_size, device)
         self._running = None
         if guidance is None:
             return Conditions(dtype, labels)
-        scheduler, unconditional = None, None if self.classes is None else self.classes.unconditional
+        scheduler, unconditional = None, None if self.labels is None else self.labels.unconditional
         if guidance.method == "apg":
             if "beta_schedule" not in self.scheduler.config:
                 raise ValueError(
                     f"guidance 'apg' needs a model with a beta_schedule, got {type(self.scheduler).__name__}"
                 )
-            scheduler = _scheduler_of_outputs(self.scheduler.config)
+            scheduler = scheduler_of_outputs(self.scheduler.config)
         if self.guide is None and (unconditional is None or (self.sampler is not None and self.sampler.uses_guide)):
             self.load_guide()
         if self.guide is None:
@@ -676,84 +677,11 @@ class DDPMPipeline(DiffusionPipeline):
                     "guidance needs class_labels, got none, and so nothing to lead to: give a class, or "
                     "guidance_scale=1, or call load_guide() for guidance by a weaker model"
                 )
-            weaker_labels = torch.full_like(labels, unconditional)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            assert self.labels is not None
+            weaker_labels = hidden_labels(self.labels, batch_size, device)
             return Conditions(dtype, labels, guidance, None, weaker_labels, scheduler)
         check_guide(self.guide, self.unet)
         return Conditions(dtype, labels, guidance, self.guide.to(device).eval(), labels, scheduler)
-
-    def _labels(self, class_labels: ClassLabels, batch_size: int, device: torch.device) -> Tensor | None:
-        """Return the class of each image as the network takes it, (B,); None for a network without classes."""
-        classes, kind = self.classes, self.unet.config.get("class_embed_type")
-        if classes is None and kind is None:
-            if class_labels is not None:
-                raise ValueError("class_labels must be None: the model was trained without classes")
-            return None
-        if class_labels is None:
-            if classes is None or classes.unconditional is None:
-                count = "labels" if classes is None else f"{len(classes)} classes"
-                raise ValueError(f"class_labels must be given: the model is conditioned on {count}")
-            return torch.full((batch_size,), classes.unconditional, device=device)
-        labels = class_labels
-        if classes is not None:
-            labels = _numbers_of(classes, class_labels)
-        try:
-            labels = torch.as_tensor(labels, device=device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"class_labels must be numbers, one or as many as images, got {class_labels!r}"
-            ) from error
-        labels = labels.expand(batch_size) if labels.ndim == 0 else labels
-        if labels.shape[0] != batch_size:
-            raise ValueError(f"class_labels must hold batch_size = {batch_size} labels, got {labels.shape[0]}")
-        return labels
-
-    def _predict_original(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return x_0_hat, clipped as the scheduler clips it, for a scheduler whose step does not return it."""
-        x_0_hat = _scheduler_of_outputs(self.scheduler.config).predict_original(model_output, x_t, t.long())
-        # A config may hold settings of another scheduler, which this one does not know: clip_sample, thresholding.
-        if self.scheduler.config.get("thresholding") and hasattr(self.scheduler, "_threshold_sample"):
-            x_0_hat = self.scheduler._threshold_sample(x_0_hat)
-        return x_0_hat
-
-
-def check_guide(guide: Any, unet: Any) -> None:
-    """Check that a network can guide another one.
-
-    Raises:
-        ValueError: When it takes other images or other classes.
-    """
-    if isinstance(guide, DiffusionPipeline) or not hasattr(guide, "config"):
-        hint = "give its unet" if isinstance(guide, DiffusionPipeline) else "give one of diffusers"
-        raise ValueError(f"guide must be a network, got {type(guide).__name__}: {hint}")
-    for name in ("in_channels", "sample_size", "num_class_embeds", "class_embed_type", "num_embeds_ada_norm"):
-        ours, theirs = (config.get(name) for config in (unet.config, guide.config))
-        sizes = ([side] * 2 if isinstance(side, int) else side and [*side] for side in (ours, theirs))
-        if ours != theirs and not (name == "sample_size" and len({str(side) for side in sizes}) == 1):
-            raise ValueError(
-                f"guide must have the model's {name}, {ours}, got {theirs}: take a model of the same data"
-            )
-
-
-def sigma_at(scheduler: Any, t: Tensor) -> float:
-    """Return sigma_t, the ratio of noise to signal, of a scheduler of diffusers.
-
-    Args:
-        scheduler: The scheduler. Without `alphas_cumprod` it is one of flow matching, where t / T is the share of the
-            noise and 1 - t / T that of the image.
-        t: The timestep, (); the nearest whole one counts.
-    """
-    if hasattr(scheduler, "alphas_cumprod"):
-        alpha_bar = float(scheduler.alphas_cumprod[int(t.round())])
-        return math.sqrt((1 - alpha_bar) / alpha_bar) if alpha_bar > 0 else math.inf
-    noise = float(t) / scheduler.config.num_train_timesteps
-    return noise / (1 - noise) if noise < 1 else math.inf
-
-
-def _scheduler_of_outputs(config: Any) -> Any:
-    """Return our scheduler of a model, to turn outputs of its network into x_0_hat, whatever scheduler samples it."""
-    return DDPMScheduler.from_config(
-        {**complete_config(config), "variance_type": "fixed_small", "timestep_spacing": "trailing"}
-    )
 
 
 def _no_guide_error(name: Any) -> ValueError:
@@ -762,41 +690,6 @@ def _no_guide_error(name: Any) -> ValueError:
         f"guidance needs a weaker model, got {where}: give a smaller or less trained one of the same data as "
         "--guidance_model, in Python its network as `guide` of the pipeline; or train on classes, with class_dropout"
     )
-
-
-def _unnamed_classes(config: Any) -> Classes | None:
-    """Return the classes that a network's config tells of; one that embeds something else has none."""
-    num_classes = num_classes_of(config) if config.get("class_embed_type") is None else None
-    return None if num_classes is None else numbered_classes(num_classes)
-
-
-def _evaluate(
-    network: Any,
-    dtype: torch.dtype,
-    network_input: Tensor,
-    t: Tensor,
-    labels: Tensor | None,
-    images: Tensor | None = None,
-) -> Tensor:
-    """Return what a network of some type puts out, in the type of its input; it takes `images` after the input."""
-    keywords = {} if labels is None else {"class_labels": labels}
-    if images is not None:
-        network_input = torch.cat([network_input, images.to(network_input)], dim=1)
-    output = network(network_input.to(dtype), timestep_for(network, t, network_input), **keywords).sample
-    return output.to(network_input.dtype)
-
-
-def _numbers_of(classes: Classes, class_labels: Any) -> int | list[int]:
-    """Return the number of each class, or of the only one.
-
-    Raises:
-        ValueError: When one is no class, or `class_labels` is neither a class nor a list of classes.
-    """
-    if isinstance(class_labels, Tensor | np.ndarray):
-        class_labels = class_labels.tolist()
-    if not isinstance(class_labels, Sequence) or isinstance(class_labels, str):
-        return classes.number_of(class_labels)
-    return [classes.number_of(label) for label in class_labels]
 
 
 def _require_whole_number(name: str, value: Any) -> None:

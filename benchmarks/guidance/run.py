@@ -34,7 +34,7 @@ from hf_ddpm.figures import png_bytes, strip, to_pil
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.runtime.run_files import read_run
-from hf_ddpm.sampling.sampler import classes_in_turn, iter_samples, load_for_sampling
+from hf_ddpm.sampling.sampler import iter_samples, labels_in_turn, load_for_sampling
 
 FOLDER = Path(__file__).parent
 ROWS = FOLDER / "rows.jsonl"
@@ -147,7 +147,7 @@ def named(classifier: Classifier, images: Tensor) -> Tensor:
 def sample(run: Path, seeds: Sequence[int], guidance: Guidance | None, dtype: str = "fp32") -> tuple[Tensor, Tensor]:
     """Return samples, (N, C, R, R) in [0, 1], and the classes that they were asked for, (N,)."""
     pipeline, steps = load_for_sampling(str(run), dtype=dtype)
-    labels = classes_in_turn(pipeline.classes, seeds) or []
+    labels = labels_in_turn(pipeline.classes, seeds) or []
     batches = iter_samples(
         pipeline, seeds, batch_size=64, num_inference_steps=steps, class_labels=labels, guidance=guidance
     )

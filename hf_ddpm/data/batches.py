@@ -55,9 +55,10 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     - `pixels` (B, C, R, R), uint8, or int32 where the images have 16 bits, or float32 where they are x_0;
     - `positions` (B,) int64, positions in the stream;
-    - `labels` (B,) int64, if the images have classes;
+    - `labels` (B,) int64, if the images have classes; numbers are (B,) float32, several columns of labels
+      (B, number of columns) float32;
     - `conditions` (B, C', R, R), as `pixels`, if they have conditions, cropped and mirrored as they are;
-    - `extra_images` (num_extra_images, C, R, R) and, with classes, `extra_labels` (num_extra_images,): only if
+    - `extra_images` (num_extra_images, C, R, R) and, with labels, `extra_labels` (num_extra_images,): only if
       `num_extra_images` is above 0, and only in the first item of each step.
 
     The extra images are those that follow the images of the step in the order of its epoch. At the end of the epoch

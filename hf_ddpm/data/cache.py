@@ -3,7 +3,7 @@
 cache folder   <cache_dir>/hf_ddpm/<key>; the key is a hash of the images' files and of the settings that shape them
 pixels.bin     the planes of all images, uint8 or uint16, one image after the other
 index.npy      for each image, where it begins in pixels.bin, its height and its width
-labels.npy     the class of each image, if there are classes
+labels.npy     the label of each image, if there are labels
 meta.json      everything else that `ImageCache` holds
 fingerprint    a hash of pixels, shapes and labels: what a resumed run compares
 """
@@ -30,6 +30,7 @@ import huggingface_hub
 import numpy as np
 from huggingface_hub.utils import tqdm
 
+from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
     Decoded,
@@ -42,8 +43,9 @@ from hf_ddpm.data.decoding import (
 from hf_ddpm.data.given import NAME, GivenImages, open_given
 from hf_ddpm.data.image_folder import files_below
 from hf_ddpm.data.image_format import ImageFormat
+from hf_ddpm.data.labels import LabelColumn, RawLabels, find_labels
 from hf_ddpm.data.planes import NeedsSixteenBits
-from hf_ddpm.data.sources import Source, choose_columns, find_source, license_of, open_dataset
+from hf_ddpm.data.sources import Source, find_source, license_of, open_dataset
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import lock, look_at
 from hf_ddpm.runtime.format import format_amount
@@ -51,7 +53,7 @@ from hf_ddpm.runtime.format import format_amount
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CACHE_FORMAT = 4  # Increase it when the content of a cache changes, so that no older cache is read.
+CACHE_FORMAT = 5  # Increase it when the content of a cache changes, so that no older cache is read.
 ROWS_PER_TASK = 16
 Accept = Callable[[int, int], None]
 # The settings that decide what a cache holds.
@@ -80,8 +82,8 @@ class ImageCache:
         channels: The number of planes of each image: 1, 3 or 4.
         max_value: 255, or 65535 where 16-bit images keep their precision.
         resolution: The shorter side in pixels.
-        labels: (N,) int64 in [0, num_classes); None without classes.
-        class_names: The names of the classes; None where the data do not tell them.
+        labels: The raw labels of data/labels.py, or what `with_network_labels` makes of them; None without labels.
+        class_names: The names of the classes of one column of classes; None where the data do not tell them.
         num_bad: The number of unreadable images that were left out.
         losses: What files hold and the planes do not -> of how many images, see `losses_of`.
         limits: The smallest and the largest value of all planes.
@@ -91,6 +93,8 @@ class ImageCache:
         license: The license of the data; None if unknown.
         conditions: With `condition_column`, the image that each image is made from: N images, each of the height and
             width of its image; then `fingerprint` is one of both.
+        label_columns: What the columns of raw labels hold; None for one column of classes, for none, and for labels
+            of a network.
     """
 
     pixels: np.ndarray
@@ -108,6 +112,7 @@ class ImageCache:
     name: str
     license: str | None
     conditions: ImageCache | None = None
+    label_columns: list[LabelColumn] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -119,8 +124,8 @@ class ImageCache:
 
     @property
     def num_classes(self) -> int | None:
-        """The number of classes; None without labels."""
-        if self.labels is None:
+        """The number of classes of one column of classes; None without it."""
+        if self.labels is None or self.labels.dtype != np.int64:
             return None
         return len(self.class_names) if self.class_names else int(self.labels.max()) + 1
 
@@ -358,6 +363,8 @@ def _read_cache(folder: Path, name: str) -> ImageCache:
         index = np.load(folder / "index.npy")
         labels = np.load(folder / "labels.npy") if (folder / "labels.npy").exists() else None
         dtype, size = np.dtype(meta.pop("dtype")), meta.pop("size")
+        if meta["label_columns"] is not None:
+            meta["label_columns"] = [LabelColumn(*column) for column in meta["label_columns"]]
         pixels = np.memmap(folder / "pixels.bin", dtype=dtype, mode="r", shape=(size,))
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"cache_dir must hold whole files, got a damaged {str(folder)!r}: delete it") from error
@@ -371,7 +378,7 @@ def _infer_format(dataset: Dataset, config: DataConfig) -> ImageFormat:
 
 def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> dict[str, Any]:
     """Write pixels, index and labels, and return the content of meta.json but for the license."""
-    labels, class_names = _find_classes(dataset)
+    labels, class_names, label_columns = _find_labels(dataset)
     dtype = np.dtype("<u2" if image_format.max_value == 65535 else "u1")
     digest = hashlib.sha256(f"{image_format.channels} {image_format.max_value}".encode())
     entries, rows, size = array("q"), array("q"), 0
@@ -410,6 +417,7 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
         "max_value": image_format.max_value,
         "resolution": image_format.resolution,
         "class_names": class_names,
+        "label_columns": label_columns,
         "num_bad": len(dataset) - len(rows),
         "losses": losses,
         "limits": [smallest, largest],
@@ -420,30 +428,11 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
     }
 
 
-def _find_classes(dataset: Dataset) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return the class of each row, (N,) int64, and the names of the classes; None where there are none.
-
-    Integers that are not exactly 0, 1, ..., and strings, are numbered in their sorted order.
-    """
-    if len(dataset.column_names) == 1:
-        return None, None
-    column = dataset.column_names[1]
-    values: list[Any] = dataset.select_columns([column])[:][column]
-    names: list[str] | None = getattr(dataset.features[column], "names", None)
-    allowed = set(range(len(names))) if names is not None else set(values) - {None}
-    for row, value in enumerate(values):
-        if value not in allowed:
-            raise UsageError(
-                f"label_column must give each image a class, got {'an empty cell' if value is None else value} in row "
-                f"{row} of {column!r}: "
-                "give it one, or leave the row out"
-            )
-    distinct = sorted(allowed)
-    if names is None and distinct != list(range(len(distinct))):
-        names = [str(value) for value in distinct]
-        number_of = {value: number for number, value in enumerate(distinct)}
-        values = [number_of[value] for value in values]
-    return np.array(values, "<i8"), names
+def _find_labels(dataset: Dataset) -> RawLabels:
+    """Return the labels of each row, from all columns but the first."""
+    names = dataset.column_names[1:]
+    cells = dataset.select_columns(names)[:] if names else {}
+    return find_labels({name: cells[name] for name in names}, dataset.features)
 
 
 def _decode_all(dataset: Dataset, image_format: ImageFormat) -> Iterator[Decoded | None]:

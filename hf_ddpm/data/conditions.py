@@ -17,6 +17,7 @@ from hf_ddpm.condition import Condition
 from hf_ddpm.conditional import enlarged, low_resolution
 from hf_ddpm.data.batches import center_pixels, epoch_order, to_x_0
 from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.labels import label_list, network_label
 from hf_ddpm.data.planes import center_crop
 from hf_ddpm.data.shards import ImageStream
 
@@ -28,12 +29,12 @@ class Pairs:
     Args:
         images: (N, C, R, R) float32 in [0, 1].
         conditions: (N, C', R, R) float32 in [0, 1].
-        labels: The class of each image; None without classes.
+        labels: The label of each image, as a pipeline takes it; None without labels.
     """
 
     images: Tensor
     conditions: Tensor
-    labels: list[int] | None
+    labels: list[Any] | None
 
 
 def low_resolution_conditions(pixels: Tensor, factor: int, max_value: int) -> Tensor:
@@ -69,7 +70,7 @@ def pairs_of(condition: Condition, images: Any, indices: np.ndarray) -> Pairs:
     """
     if not isinstance(images, ImageCache):
         return _pairs_of_low_resolution(condition, images, [images.read(int(i)) for i in indices])
-    labels = None if images.labels is None else images.labels[indices].tolist()
+    labels = label_list(images, indices)
     pixels = _tensor(center_pixels(images, indices))
     if condition.super_resolution is not None:
         conditions = low_resolution_conditions(pixels, condition.super_resolution, images.max_value)
@@ -102,7 +103,7 @@ def _pairs_of_low_resolution(
     assert condition.super_resolution is not None
     pixels = _tensor(np.stack([center_crop(planes, images.resolution) for planes, _ in read]))
     conditions = low_resolution_conditions(pixels, condition.super_resolution, images.max_value)
-    labels = [label for _, label in read if label is not None] or None
+    labels = [network_label(np.asarray(label)) for _, label in read if label is not None] or None
     return Pairs((to_x_0(pixels, images.max_value) + 1) / 2, (conditions + 1) / 2, labels)
 
 

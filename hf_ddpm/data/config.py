@@ -45,7 +45,10 @@ class DataConfig:
         resume="fixed",
     )
     label_column: str | None = setting(
-        None, "A column of classes: the model is then conditioned on them.", group="data", resume="fixed"
+        None,
+        "A column of classes or of numbers, or several, as angle,mass: the model is then conditioned on them.",
+        group="data",
+        resume="fixed",
     )
     random_flip: bool = setting(
         False, "Mirror half of the images; each epoch draws them anew.", group="data", resume="fixed"

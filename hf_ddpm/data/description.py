@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.given import NAME, GivenImages
 from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, is_image, list_images
+from hf_ddpm.data.labels import LabelColumn
 from hf_ddpm.data.shards import NUM_FIRST_IMAGES, ImageStream
 from hf_ddpm.data.sources import find_source
 
@@ -27,6 +30,8 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
     parts = [f"{images.name}: {count}, {images.resolution} x {images.resolution}, channels {images.channels}"]
     if images.max_value > 255:
         parts.append("16 bits")
+    if not isinstance(images, GivenImages) and images.label_columns is not None:
+        parts.append(f"labels {', '.join(_describe_labels(images.label_columns, images.labels))}")
     if images.num_classes:
         parts.append(f"{images.num_classes:,} classes")
     if isinstance(images, ImageCache) and images.conditions is not None:
@@ -40,6 +45,17 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
     among = among.get(type(images), "")
     lines += [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
     return lines + _describe_range(config, images, among)
+
+
+def _describe_labels(columns: Sequence[LabelColumn], values: Any) -> list[str]:
+    """Return in words what each column of raw labels holds."""
+    texts = []
+    for (name, class_names), of_column in zip(columns, values.reshape(len(values), -1).T, strict=True):
+        what = (
+            f"{of_column.min():g} to {of_column.max():g}" if class_names is None else f"{len(class_names):,} classes"
+        )
+        texts.append(f"{name}: {what}")
+    return texts
 
 
 def _describe_range(config: DataConfig, images: ImageCache | ImageStream | GivenImages, among: str) -> list[str]:

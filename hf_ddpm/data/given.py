@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -194,8 +195,18 @@ def _parts(item: Any) -> tuple[Any, int | None]:
     """Return the image of an item, and its label if it has one."""
     if isinstance(item, dict):
         label = item.get("label")
-        return item["image"], None if label is None else int(label)
+        return item["image"], None if label is None else _class_number(label)
     return item, None
+
+
+def _class_number(label: Any) -> int:
+    try:
+        return operator.index(label)
+    except TypeError:
+        raise UsageError(
+            f"label must be the number of a class, got {label!r}: a column of numbers of a `datasets.Dataset` is "
+            "label_column"
+        ) from None
 
 
 def _checked_x_0(image: Any, i: int, shape: tuple[int, int, int] | None) -> np.ndarray:

@@ -251,7 +251,7 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     - `pixels` (B, C, R, R), uint8, or int32 where the images have 16 bits;
     - `positions` (B,) int64, positions in the stream;
-    - `labels` (B,) int64, if the images have classes;
+    - `labels` (B,) int64, if the images have classes; other labels as in `MicroBatches`;
     - `num_bad`, an int64 scalar, the number of images that stand in for unreadable ones;
     - `block_starts`, a list of `BlockStart`: for each substream that this worker has read, the block it read last.
 
@@ -318,7 +318,9 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
             "num_bad": torch.tensor(num_bad),
             "block_starts": [substreams[number].block_start for number in sorted(substreams)],
         }
-        if self.stream.class_names is not None:
+        if self.stream.labels is not None:
+            batch["labels"] = torch.from_numpy(np.stack(labels))
+        elif self.stream.class_names is not None:
             batch["labels"] = torch.tensor(labels)
         return batch
 

@@ -26,6 +26,7 @@ import fsspec
 import numpy as np
 
 from hf_ddpm.data import decoding
+from hf_ddpm.data.columns import choose_columns, holds_numbers
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
     Decoded,
@@ -37,11 +38,11 @@ from hf_ddpm.data.decoding import (
 )
 from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, list_images
 from hf_ddpm.data.image_format import ImageFormat, InFormat
+from hf_ddpm.data.labels import LabelColumn, RawLabels, find_labels
 from hf_ddpm.data.planes import NeedsSixteenBits
 from hf_ddpm.data.sources import (
     Source,
     as_usage_errors,
-    choose_columns,
     find_source,
     license_of,
     no_images_error,
@@ -77,14 +78,14 @@ def examples_in(table: Any, shard: int, first_row: int, rows: Iterable[int]) -> 
     """Yield some rows of a table.
 
     Args:
-        table: An Arrow table of one or two columns, images and classes.
+        table: An Arrow table, of images and labels.
         shard: The number of the shard that it belongs to.
         first_row: The row of the shard with which the table begins.
         rows: Which rows of the shard to yield, all of them in the table.
     """
     columns = table.columns
     for row in rows:
-        encoded, *label = (column[row - first_row].as_py() for column in columns)
+        encoded, *label = (column[row - first_row].as_py() for column in columns[:2])
         yield Example(encoded, label[0] if label else None, shard, row)
 
 
@@ -107,6 +108,9 @@ class ImageStream(InFormat):
         num_bad: 0. Unreadable images are counted as they come, in the batches.
         losses: What the first images hold and their planes do not -> of how many of them.
         limits: The smallest and the largest value of the first images.
+        labels: The labels of all rows, as of `ImageCache`, if they are numbers or stand in several columns. They were
+            read when the stream was opened, and no image with them.
+        label_columns: As of `ImageCache`.
     """
 
     dataset: Any
@@ -121,6 +125,8 @@ class ImageStream(InFormat):
     num_bad: int = 0
     losses: dict[str, int] = field(default_factory=dict)
     limits: tuple[int, int] = (0, 0)
+    labels: np.ndarray | None = None
+    label_columns: list[LabelColumn] | None = None
 
     def image(self, i: int) -> np.ndarray:
         """Return readable image i in the order of the files, (C, h, w). The images before it are read, too.
@@ -218,12 +224,14 @@ class ImageStream(InFormat):
             error = EOFError(f"it has {actual} rows and had {expected}")
             raise self._reading_error(self._name_of_shard(shard), error)
 
-    def label(self, example: Example) -> int | None:
-        """Return the class of an example; None if there are no classes.
+    def label(self, example: Example) -> Any:
+        """Return the label of an example; None if there are no labels.
 
         Raises:
             UsageError: When there are classes and the example has none.
         """
+        if self.labels is not None:
+            return self.labels[int(self.rows_per_shard[: example.shard].sum()) + example.row]
         if self.class_names is None:
             return None
         if example.label is None or not 0 <= example.label < len(self.class_names):
@@ -268,16 +276,20 @@ def open_stream(config: DataConfig) -> ImageStream:
     source = find_source(config)
     shards = _open_iterable(source, config) if source.kind in ("hub", "parquet") else _open_mapped(source, config)
     columns: list[str] = list(shards.dataset.column_names)
+    is_scanned = len(columns) > 2 or (len(columns) == 2 and holds_numbers(shards.dataset.features[columns[1]]))
+    labels = _scan_labels(shards, columns[1:]) if is_scanned else RawLabels()
     stream = ImageStream(
         dataset=shards.dataset.with_format("arrow"),
         rows_per_shard=shards.rows_per_shard,
         files=shards.files,
         image_format=ImageFormat(config, 0, 0, 0),
-        class_names=_class_names(shards.dataset, columns[1]) if len(columns) > 1 else None,
+        class_names=_class_names(shards.dataset, columns[1]) if len(columns) == 2 and not is_scanned else None,
         fingerprint="",
         name=source.name,
         license=license_of(source, shards.dataset),
         num_images=shards.num_images,
+        labels=labels.values,
+        label_columns=labels.columns,
     )
     examples = stream.examples()
     first = next(examples, None)
@@ -299,6 +311,8 @@ def open_stream(config: DataConfig) -> ImageStream:
         config.preserve_input_precision is not False,
         config.value_range,
     ]
+    if labels.values is not None:
+        content.append(hashlib.sha256(labels.values.tobytes()).hexdigest())
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     stream = replace(stream, image_format=image_format, fingerprint=fingerprint)
     losses, limits = _losses_and_limits(stream)
@@ -313,6 +327,29 @@ def _losses_and_limits(stream: ImageStream) -> tuple[dict[str, int], tuple[int, 
         losses.update(decoded.losses)
         limits = (min(limits[0], int(decoded.planes.min())), max(limits[1], int(decoded.planes.max())))
     return losses, limits
+
+
+def _scan_labels(shards: _Shards, columns: list[str]) -> RawLabels:
+    """Read the columns of labels, without the images: the range of numbers must be known before the first step.
+
+    Raises:
+        UsageError: When only a pass over all images would tell them.
+    """
+    dataset = shards.dataset
+    if hasattr(dataset, "num_rows"):  # it is mapped into memory
+        cells = dataset.select_columns(columns)[:]
+    elif (shards.rows_per_shard != UNKNOWN).all():
+        from pyarrow import parquet
+
+        tables = [parquet.read_table(file, columns=columns) for file in shards.files]
+        cells = {name: [cell for table in tables for cell in table[name].to_pylist()] for name in columns}
+    else:
+        raise UsageError(
+            f"label_column must be one column of classes to be streamed from there, got {','.join(columns)}: numbers "
+            "and several columns are read before the first step, from parquet files on this machine; download them, "
+            "or leave out --streaming"
+        )
+    return find_labels({name: cells[name] for name in columns}, dataset.features)
 
 
 def _class_names(dataset: Any, column: str) -> list[str]:

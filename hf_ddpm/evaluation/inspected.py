@@ -12,6 +12,7 @@ import numpy as np
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.splits import describe_split, image_names
+from hf_ddpm.labels import describe_labels
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import NETWORK_FOLDERS
@@ -70,6 +71,11 @@ def inspect(
             f"--channels {channels} converts them"
         )
     labels, is_anomalous = None, None
+    if images.label_columns is not None:
+        raise UsageError(
+            f"label_column must be one column of classes, which are normal or not, got {data.label_column}: give "
+            "another, or leave it out"
+        )
     if images.labels is not None:
         names = _class_names(images)
         labels = [names[number] for number in images.labels.tolist()]
@@ -110,6 +116,13 @@ def _classes_for(pipeline: DDPMPipeline, images: ImageCache, labels: list[str] |
     A model that was trained with `class_dropout` does without where it does not know the class of each image.
     """
     classes = pipeline.classes
+    if classes is None and pipeline.labels is not None:
+        if pipeline.labels.has_unconditional:
+            return None
+        raise UsageError(
+            f"the model must do without a label, got one that needs {describe_labels(pipeline.labels)}: take a model "
+            "that was trained without labels, with classes, or with class_dropout"
+        )
     if classes is None:
         if (kind := pipeline.unet.config.get("class_embed_type")) is not None:
             raise UsageError(f"classes must be numbers for this, got a model with embeddings {kind!r}")

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from hf_ddpm.classes import Classes
 from hf_ddpm.condition import is_conditional
 from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.data.batches import center_pixels, epoch_order
@@ -28,6 +29,7 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import Pairs, example_pairs
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import listed_once
+from hf_ddpm.data.labels import label_list, with_network_labels
 from hf_ddpm.evaluation.features import FeatureNetwork, check_network, load_network
 from hf_ddpm.evaluation.likelihood import inclusion_probabilities
 from hf_ddpm.evaluation.measure import NEIGHBORS, Measured, first_images, measure_distances
@@ -51,8 +53,8 @@ from hf_ddpm.runtime.settings import check_values, require_choice, with_plain_pa
 from hf_ddpm.sampling.sampler import (
     check_guidance,
     choose_guidance,
-    classes_in_turn,
     forward_batch_of,
+    labels_in_turn,
     load_for_sampling,
 )
 from hf_ddpm.scheduler import DDPMScheduler
@@ -212,8 +214,8 @@ class Job:
         sampler_settings: The grid.
         distances: The requested metrics among the keys of DISTANCES.
         comparison: None if no features are needed.
-        class_labels: The class of each sample; None for a model without classes.
-        class_choice: How these classes were chosen, in words.
+        class_labels: The label of each sample; None for a model without labels.
+        class_choice: How these labels were chosen, in words.
         reference_labels: The class of each image whose features the reference keeps; None if nobody tells it.
         held_out: Images that were not trained on; None if they are not needed.
         training: Images that were trained on; None if they are not needed.
@@ -232,7 +234,7 @@ class Job:
     sampler_settings: list[SamplerSetting]
     distances: list[str]
     comparison: Comparison | None
-    class_labels: list[int] | None
+    class_labels: list[Any] | None
     class_choice: str | None
     reference_labels: np.ndarray | None
     held_out: ImageCache | None
@@ -280,15 +282,15 @@ def load_job(request: Request) -> Iterator[Job]:
         perceptual = load_lpips(*image_shape, pipeline.device) if "lpips" in request.metrics else None
         with closing(Splits(processes, request.data, folder, pipeline.unet.config, image_shape[0])) as splits:
             if isinstance(pipeline, ConditionalDDPMPipeline):
-                class_labels, class_choice = None, None if pipeline.classes is None else "of the images"
+                class_labels, class_choice = None, None if pipeline.labels is None else "of the images"
                 held_out, pairs = _open_pairs(request, pipeline, splits)
                 training = None
                 comparison = _load_comparison(request, distances, processes, pipeline, splits, len(pairs.images))
             else:
                 pairs = None
                 comparison = _load_comparison(request, distances, processes, pipeline, splits, request.num_images)
-                class_labels, class_choice = _choose_classes(pipeline, splits, request)
-                held_out, training = _open_images(request, pipeline.scheduler, splits, class_labels is not None)
+                class_labels, class_choice = _choose_labels(pipeline, splits, request)
+                held_out, training = _open_images(request, pipeline, splits)
             yield Job(
                 request=request,
                 processes=processes,
@@ -438,13 +440,20 @@ def _check_count(name: str, count: int, metrics: Sequence[str], network: Feature
         raise UsageError(f"{name} must be at least {least} for {', '.join(metrics)}, got {count}")
 
 
-def _choose_classes(pipeline: DDPMPipeline, splits: Splits, request: Request) -> tuple[list[int] | None, str | None]:
-    """Choose a class for each sample of a model with classes: those of the data in a random order, or each in turn.
+def _choose_labels(pipeline: DDPMPipeline, splits: Splits, request: Request) -> tuple[list[Any] | None, str | None]:
+    """Choose a label for each sample of a model with labels: those of the data in a random order, or each in turn.
 
     Returns:
-        The classes, and in words how they were chosen; None and None for a model without classes.
+        The labels as the pipeline takes them, and in words how they were chosen; None and None for a model without.
     """
-    classes, num_images, split = pipeline.classes, request.num_images, request.split
+    labels, num_images, split = pipeline.labels, request.num_images, request.split
+    if labels is not None and not isinstance(labels, Classes):
+        if not splits.has_labels:
+            return labels_in_turn(labels, range(request.seed, request.seed + num_images)), "each in turn"
+        images = with_network_labels(splits.open(split, is_labeled=True), labels)
+        order = np.resize(epoch_order(0, 0, len(images)), num_images)
+        return label_list(images, order), f"as in {split}"
+    classes = labels
     if classes is None:
         if (kind := pipeline.unet.config.get("class_embed_type")) is not None:
             raise UsageError(f"classes must be numbers for this, got a model with embeddings {kind!r}")
@@ -453,7 +462,7 @@ def _choose_classes(pipeline: DDPMPipeline, splits: Splits, request: Request) ->
     if not splits.has_labels:
         if num_images < num_classes:
             raise UsageError(f"num_images must be at least {num_classes}, as many as classes, got {num_images}")
-        return classes_in_turn(classes, range(request.seed, request.seed + num_images)), "each in turn"
+        return labels_in_turn(classes, range(request.seed, request.seed + num_images)), "each in turn"
     images = splits.open(split, is_labeled=True)
     assert images.labels is not None
     if images.num_classes != num_classes:
@@ -488,19 +497,21 @@ def num_terms(request: Request, scheduler: DDPMScheduler) -> int:
 
 
 def _open_images(
-    request: Request, scheduler: DDPMScheduler, splits: Splits, has_classes: bool
+    request: Request, pipeline: DDPMPipeline, splits: Splits
 ) -> tuple[ImageCache | None, ImageCache | None]:
     """Return the held-out images and those of training, as far as nll and memorization need them."""
     held_out = training = None
+    scheduler, has_classes = pipeline.scheduler, pipeline.labels is not None
     if "nll" in request.metrics:
         inclusion_probabilities(scheduler, num_terms(request, scheduler))
         held_out = splits.open(request.test_split, "test_split", is_labeled=has_classes)
         if has_classes and held_out.labels is None:
-            raise UsageError("label_column must name the classes for the nll of a model of classes: --label_column")
+            raise UsageError("label_column must name the labels for the nll of a model of labels: --label_column")
         if len(held_out) < 2 or request.num_images < 2:
             raise UsageError(f"nll needs 2 images or more, got {min(len(held_out), request.num_images)}")
-        if held_out.labels is not None:
+        if held_out.labels is not None and pipeline.classes is not None:
             _check_class_names(held_out, splits.open(request.split, is_labeled=True), request)
+        held_out = with_network_labels(held_out, pipeline.labels)
     if "memorization" in request.metrics:
         training = splits.open(request.split)
         held_out = held_out or splits.open(request.test_split, "test_split")
@@ -510,10 +521,11 @@ def _open_images(
 
 def _open_pairs(request: Request, pipeline: ConditionalDDPMPipeline, splits: Splits) -> tuple[ImageCache, Pairs]:
     """Return the held-out images, and as many of them as are asked for with their conditions."""
-    has_classes = pipeline.classes is not None
+    has_classes = pipeline.labels is not None
     images = splits.open(request.test_split, "test_split", is_labeled=has_classes)
     if has_classes and images.labels is None:
-        raise UsageError("label_column must name the classes for a model of classes: --label_column")
+        raise UsageError("label_column must name the labels for a model of labels: --label_column")
+    images = with_network_labels(images, pipeline.labels)
     condition = pipeline.condition
     if condition.super_resolution is None and images.conditions is None:
         raise UsageError("condition_column must name the images that the model makes images from: --condition_column")

@@ -121,7 +121,7 @@ def sum_bound_terms(
         seed: A number of at least 0.
         batch_size: Images per network evaluation.
         timesteps_per_image: K in [2, T]. None: T, which is each term of each image.
-        class_labels: (N,) integers.
+        class_labels: The labels as the network takes them: (N,) integers or float32, or several columns of these.
         device: The network's device. Noise is drawn on the CPU and is the same for every device.
 
     Returns:
@@ -156,7 +156,7 @@ def sum_bound_terms(
         x_0 = to_x_0(_pixels(images, batch), 255).to(device)
         conditions = {}
         if class_labels is not None:
-            conditions["class_labels"] = torch.tensor([int(class_labels[i]) for i in batch], device=device)
+            conditions["class_labels"] = torch.from_numpy(np.asarray(class_labels)[batch]).to(device)
         bound = prior_term(scheduler, x_0)
         add(num_steps, bound)
         for t in draw_timesteps(probability, seed, batch).unbind(dim=1):

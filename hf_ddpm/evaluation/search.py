@@ -35,10 +35,11 @@ from hf_ddpm.hub.card import check_readme, write_card
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.network import timestep_for
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.prediction import labels_to_tensor
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.runtime.seeds import check_seeds
-from hf_ddpm.sampling.sampler import classes_in_turn, load_for_sampling, seeded_generators
+from hf_ddpm.sampling.sampler import labels_in_turn, load_for_sampling, seeded_generators
 from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.timesteps import (
     FILE,
@@ -122,7 +123,7 @@ class Trajectories:
         scheduler: One of SOLVERS.
         seeds: The seeds of the noises.
         batch_size: Images per forward pass.
-        class_labels: One for each seed, if the model has classes.
+        class_labels: One for each seed, if the model has labels.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Trajectories:
         scheduler: str,
         seeds: Sequence[int],
         batch_size: int,
-        class_labels: Sequence[int] | None = None,
+        class_labels: Sequence[Any] | None = None,
     ):
         unet = pipeline.unet
         size = unet.config.sample_size
@@ -139,7 +140,7 @@ class Trajectories:
         generators = seeded_generators(seeds, pipeline.device)
         noises = [torch.randn(shape, generator=g, device=g.device) for g in generators]
         self.x_T = torch.stack(noises).to(pipeline.device)
-        self.labels = None if class_labels is None else torch.tensor(class_labels, device=pipeline.device)
+        self.labels = labels_to_tensor(pipeline.labels, class_labels, pipeline.device)
         self.unet, self.config, self.scheduler = unet, pipeline.scheduler.config, scheduler
         self.batch_size = batch_size
         self.network_evaluations = 0
@@ -231,8 +232,8 @@ def search_timesteps(
         pipeline: A pipeline, as `DDPMPipeline.from_pretrained` loads it, on the device that is to compute.
         num_steps: The numbers of timesteps to search, each in [2, reference_steps).
         schedulers: The solvers, of `unipc`, `dpmsolver++` and `ddim`.
-        num_images: The number of noises to search on; the result is measured on as many others. A model of classes
-            samples each class in turn.
+        num_images: The number of noises to search on; the result is measured on as many others. A model of labels
+            samples each in turn.
         seed: Image i has the seed `seed` + i.
         batch_size: Images per forward pass.
         reference_steps: The number of steps whose images are the target.
@@ -243,7 +244,7 @@ def search_timesteps(
     """
     reference_steps = min(reference_steps, pipeline.scheduler.config.num_train_timesteps)
     _check(pipeline, num_steps, schedulers, num_images, seed, reference_steps)
-    labels = classes_in_turn(pipeline.classes, range(num_images))
+    labels = labels_in_turn(pipeline.labels, range(num_images))
 
     def trajectories(solver: str) -> list[Trajectories]:
         """Return those of the search, and those on which results are measured."""
@@ -328,7 +329,8 @@ def _check(
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     check_seeds(seed, 2 * num_images)
-    if (kind := pipeline.unet.config.get("class_embed_type")) is not None:
+    kind = pipeline.unet.config.get("class_embed_type")
+    if kind is not None and pipeline.labels is None:
         raise ValueError(f"model must have classes that are numbers, or none, got embeddings {kind!r}")
 
 

@@ -26,6 +26,7 @@ from hf_ddpm.hub.card_metadata import card_metadata
 from hf_ddpm.hub.card_settings import settings_rows
 from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.hub.readme import BEGIN, END, merge_readme, named_repository
+from hf_ddpm.labels import Columns, Values, describe_labels, read_labels
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, network_folder, read_mapping, read_metrics, write_atomically
 from hf_ddpm.runtime.format import format_duration, format_measurement, format_value
@@ -216,6 +217,12 @@ class _RunRecords:
             return None
         return read_classes(self.folder) or numbered_classes(count)
 
+    @cached_property
+    def labels(self) -> Values | Columns | None:
+        """The labels of the model that are not one column of classes."""
+        labels = read_labels(self.folder)
+        return None if isinstance(labels, Classes) else labels
+
     @property
     def is_conditional(self) -> bool:
         names = ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
@@ -285,6 +292,7 @@ def _model_variables(records: _RunRecords) -> dict[str, Any]:
         "num_classes": None if records.classes is None else len(records.classes),
         "unconditional": None if records.classes is None else records.classes.unconditional,
         "first_class": None if records.classes is None else json.dumps(records.classes.names[0], ensure_ascii=False),
+        "labels": None if records.labels is None else _describe_labels(records.labels),
         "step_denoiser": is_step_denoiser,
         "T": T,
         "example_steps": example_steps,
@@ -331,6 +339,7 @@ def _training_variables(records: _RunRecords) -> dict[str, Any]:
         "monitor": {name: format_value(config.get(f"eval_{name}")) for name in ("network", "num_images", "split")},
         "size": _format_size(data.get("resolution")),
         "classes": None if records.classes is None else _format_classes(records.classes.names),
+        "label_texts": None if records.labels is None else format_value(describe_labels(records.labels)),
         "time": None if seconds is None else _format_time(seconds),
         "last_loss": {name: format_value(losses[-1][name]) for name in ("loss", "step")} if losses else None,
         "speed": format_value(statistics.median(speeds)) if speeds else None,
@@ -381,6 +390,39 @@ def _format_size(side: int | list[int] | None) -> str | None:
         return None
     height, width = (side, side) if isinstance(side, int) else side
     return f"{width} x {height}"
+
+
+def _describe_labels(labels: Values | Columns) -> dict[str, Any]:
+    """Return what the template says of numbers and of several columns of labels."""
+    is_one = isinstance(labels, Values)
+    columns: Sequence[tuple[str, Any]] = ((labels.name, labels),) if is_one else labels.columns
+    example = {name: of.names[0] if isinstance(of, Classes) else _example(of) for name, of in columns}
+    first = next(iter(example.values()))
+    return {
+        "rows": [
+            (format_value(name), _format_classes(of.names) if isinstance(of, Classes) else of.range)
+            for name, of in columns
+        ],
+        "is_one": is_one,
+        "example": json.dumps(first if is_one else example, ensure_ascii=False),
+        "option": f"{first:g}"
+        if is_one
+        else ", ".join(f"{name}={_as_text(value)}" for name, value in example.items()),
+        "has_unconditional": labels.has_unconditional,
+        "mean": labels.mean if is_one else None,
+        "std": labels.std if is_one else None,
+    }
+
+
+def _example(values: Values) -> float:
+    """Return a number in the middle of a column, with few digits where it has to be no other."""
+    middle = values.in_turn[len(values.in_turn) // 2]
+    rounded = float(f"{middle:.3g}")
+    return rounded if values.quantiles[0] <= rounded <= values.quantiles[-1] else middle
+
+
+def _as_text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _format_classes(names: Sequence[str]) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_ddpm._version import __version__
-from hf_ddpm.classes import read_classes
+from hf_ddpm.classes import Classes, read_classes
 from hf_ddpm.condition import describe_condition, read_condition
+from hf_ddpm.labels import describe_labels, read_labels
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, network_folder, read_mapping
 from hf_ddpm.runtime.run_files import checkpoint_names, read_evaluation, read_run
@@ -61,6 +62,7 @@ def model_info(model: str) -> dict[str, Any]:
         "channels": unet.get("in_channels") if condition is None else unet["in_channels"] - condition.channels,
         "made_from": None if condition is None else describe_condition(condition),
         "classes": _classes(folder, unet),
+        "labels": _labels(folder),
         "parameters": _num_parameters(network),
         "prediction_type": scheduler.get("prediction_type"),
         "schedule": scheduler.get("beta_schedule"),
@@ -75,7 +77,15 @@ def model_info(model: str) -> dict[str, Any]:
 def _classes(folder: Path, unet: dict[str, Any]) -> list[str] | int | None:
     """Return the names of the classes if the model keeps them, else their number."""
     classes = read_classes(folder)
+    if unet.get("class_embed_type") is not None:
+        return None
     return unet.get("num_class_embeds") or unet.get("num_embeds_ada_norm") if classes is None else [*classes.names]
+
+
+def _labels(folder: Path) -> str | None:
+    """Return in words which numbers, or which columns of labels, the model is conditioned on."""
+    labels = read_labels(folder)
+    return None if labels is None or isinstance(labels, Classes) else describe_labels(labels)
 
 
 def _progress(folder: Path) -> dict[str, Any]:

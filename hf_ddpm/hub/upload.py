@@ -303,7 +303,8 @@ def _commit_onto_head(
     operations: list[Any] = [CommitOperationAdd(file, files / file) for file in names]
     operations.append(CommitOperationAdd("README.md", readme.encode()))
     for operation in operations:
-        if fnmatch(operation.path_in_repo, "*.safetensors") or operation.path_in_repo.startswith("figures/"):
+        is_weights = Path(operation.path_in_repo).suffix in (".safetensors", ".npz")
+        if is_weights or operation.path_in_repo.startswith("figures/"):
             # One by one: for several, the client starts threads, and Python waits for threads before it ends.
             api.preupload_lfs_files(name, [operation], revision=revision)
     outdated = [file for file in names_on_hub if file not in names and _matches(file, REPLACED)]

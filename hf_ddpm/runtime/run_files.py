@@ -86,6 +86,8 @@ RUN_FILES = (
         for name in ("*.json", "*.safetensors")
     ),
     RunFile("scheduler/*.json", is_uploaded=True, is_of_weights=True),
+    RunFile("scheduler/labels.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
+    RunFile("scheduler/labels.npz", is_uploaded=True, is_replaced=True, is_of_weights=True),
     RunFile(
         SEARCHED_TIMESTEPS,
         is_uploaded=True,
@@ -96,6 +98,7 @@ RUN_FILES = (
     # A weaker version of its network, for guidance.
     RunFile("guide/*.json", is_uploaded=True, is_replaced=True),
     RunFile("guide/*.safetensors", is_uploaded=True, is_replaced=True),
+    RunFile("guide/labels.npz", is_uploaded=True, is_replaced=True),
     # Which average of which run the weights are; it stands in the folders of averages.
     RunFile("average.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
     # Weights in other forms, which no run writes, but which others may have saved or uploaded.

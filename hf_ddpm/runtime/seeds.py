@@ -3,7 +3,8 @@
 stream      what is drawn from it                        function of
 IMAGE       t and eps of a training image                (seed, position of the image in the endless stream)
 FLIP        whether an image is mirrored                 (seed, position)
-CLASS       whether the class of an image is hidden      (seed, position)
+CLASS       whether the label of an image is hidden      (seed, position)
+COLUMN + c  whether its label in column c is hidden      (seed, position)
 TOP, LEFT   where an image is cropped                    (seed, position)
 CONDITION   noise of the image that it is made from      (seed, position)
 STEP + k    dropout of forward pass k of a step          (seed, number of the optimizer step)
@@ -29,6 +30,7 @@ from hf_ddpm.runtime.errors import UsageError
 IMAGE, STEP = 1, 2
 # Beyond STEP + k for all k.
 FLIP, TOP, LEFT, STRATUM, CLASS, CONDITION = (2**31 + k for k in range(6))
+COLUMN = 2**32
 
 MAX_SEED = 2**63 - 1
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.figures import png_bytes, side_by_side, to_pil
+from hf_ddpm.labels import describe_labels
 from hf_ddpm.names import DTYPES
 from hf_ddpm.runtime.devices import process_device, require_compiler
 from hf_ddpm.runtime.errors import UsageError
@@ -171,19 +172,19 @@ def sample_from_images(
 
 def _class_labels(
     pipeline: ConditionalDDPMPipeline, class_label: int | str | None, num_images: int
-) -> list[int] | None:
-    """Return a class for each image: the one that was named, or the one that stands for every class.
+) -> list[Any] | None:
+    """Return a label for each image: the one that was named; None for the one that stands for every label.
 
     Raises:
         UsageError: When there is no such class, or one must be named.
     """
-    classes = pipeline.classes
-    if classes is None:
+    labels = pipeline.labels
+    if labels is None:
         if class_label is not None:
             raise UsageError(f"class_label has no effect on a model without classes, got {class_label!r}")
         return None
     if class_label is not None:
-        return [classes.number_of(class_label)] * num_images
-    if classes.unconditional is None:
-        raise UsageError(f"class_label must be given: the model is conditioned on {len(classes)} classes")
+        return [labels.read(class_label)] * num_images
+    if labels.unconditional is None:
+        raise UsageError(f"class_label must be given: the model is conditioned on {describe_labels(labels)}")
     return None

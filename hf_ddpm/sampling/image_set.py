@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from hf_ddpm.figures import grid, png_bytes, to_pil
+from hf_ddpm.figures import png_bytes, to_pil
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.names import DTYPES, FORMATS
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.prediction import Label
 from hf_ddpm.runtime.devices import process_device, require_compiler
 from hf_ddpm.runtime.files import (
     NETWORK_FOLDERS,
@@ -42,19 +44,21 @@ from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.sampling.sampler import (
     FORWARD_BATCH,
-    by_class,
     check_guidance,
     choose_guidance,
-    classes_in_turn,
     describe_guidance,
     forward_batch_of,
     iter_samples,
+    labels_in_turn,
     load_for_sampling,
+    sheet_by_label,
     speed_up,
 )
 from hf_ddpm.solvers import choose_sampler
 
 GRID_IMAGES = 64
+# What a set calls its own columns, and numpy an argument.
+_TAKEN_NAMES = ("file_name", "image", "seed", "seeds", "labels", "arr_0", "file", "allow_pickle")
 # A set is written in at most MAX_PARTS part files, unless they would then hold more than MAX_PART_IMAGES each.
 MAX_PARTS, MAX_PART_IMAGES = 64, 1024
 
@@ -67,7 +71,7 @@ def write_samples(
     seed: int = 0,
     num_inference_steps: int | None = None,
     scheduler: str | None = None,
-    class_label: int | str | None = None,
+    class_label: Label | None = None,
     guidance_scale: float | None = None,
     guidance_interval: Sequence[float] | None = None,
     guidance_method: str | None = None,
@@ -100,8 +104,8 @@ def write_samples(
             20, or all T of `ddpm`.
         scheduler: `ddpm`, `ddim`, `dpmsolver++` or `unipc`. None: the one that the model's folder keeps, or unipc;
             dpmsolver++ where its searched timesteps are better; ddpm where only that can sample the model.
-        class_label: The class of all images, its name or its number. None: each class in turn, if the model has
-            classes.
+        class_label: The label of all images, see `DDPMPipeline`. None: each class in turn, or the quantiles of
+            numbers, if the model has labels.
         guidance_scale: How far images are led away from those of a weaker model: the model without a class, or
             `guidance_model`. None: what the model's folder says, or 1, which is no guidance.
         guidance_interval: (low, high): guidance acts where low < sigma <= high, the ratio of noise to signal.
@@ -141,9 +145,9 @@ def write_samples(
         if format != "npz" and unet.config.in_channels not in (1, 3, 4):
             raise ValueError(f"format must be 'npz' for images of {unet.config.in_channels} channels, got {format!r}")
         pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)
-        labels = classes_in_turn(pipeline.classes, range(seed, seed + num_images))
-        if class_label is not None and pipeline.classes is not None:
-            labels = [pipeline.classes.number_of(class_label)] * num_images
+        labels = labels_in_turn(pipeline.labels, range(seed, seed + num_images))
+        if class_label is not None and pipeline.labels is not None:
+            labels = [pipeline.labels.read(class_label)] * num_images
         pipeline._conditions(class_label if labels is None else labels[:1], 1, pipeline.device, guidance)
         searched, kept = pipeline.searched_timesteps_for(steps), pipeline.kept_sampler
         name = choose_sampler(pipeline.scheduler.config, scheduler, steps, kept, pipeline.searched_timesteps).scheduler
@@ -173,16 +177,19 @@ def _write_set(
     pipeline: DDPMPipeline,
     out: Path,
     settings: dict[str, Any],
-    labels: Sequence[int] | None,
+    labels: Sequence[Any] | None,
     batch_size: int,
     guidance: Guidance | None,
 ) -> None:
     """Write the missing images of the set that `settings` describe, and the grid."""
     seed, num_images, format = settings["seed"], settings["num_images"], settings["format"]
+    table = {}
+    if pipeline.labels is not None and labels is not None:
+        table = {_column_name(name): column for name, column in pipeline.labels.table(labels).items()}
     if format == "png":
-        image_set: PngSet | PartFiles = PngSet(out, seed, labels, num_images)
+        image_set: PngSet | PartFiles = PngSet(out, seed, table, num_images)
     else:
-        image_set = PartFiles(out, seed, labels, num_images, format)
+        image_set = PartFiles(out, seed, table, num_images, format)
 
     def check_and_record() -> list[int]:
         _check_folder(out, settings, image_set.existing())
@@ -213,16 +220,17 @@ def _write_set(
 
     def finish() -> None:
         first_images = image_set.finish()
-        classes, columns = pipeline.classes if settings["class_label"] is None else None, None
-        if classes is not None and len(first_images) >= 2 * len(classes):
-            columns = len(first_images) // len(classes)
-            first_images = [*by_class(first_images[: columns * len(classes)], columns)]
+        shown, columns = pipeline.labels if settings["class_label"] is None else None, None
+        if shown is not None and len(first_images) >= 2 * len(shown.in_turn):
+            columns = len(first_images) // len(shown.in_turn)
+            first_images = first_images[: columns * len(shown.in_turn)]
         if first_images[0].shape[2] in (1, 3, 4):
             pixels = np.stack(first_images)
             if settings["value_range"] is not None:
                 low, high = settings["value_range"]
                 pixels = np.clip(np.rint((pixels.astype(np.float64) - low) * 255 / (high - low)), 0, 255)
-            write_atomically(out / "grid.png", png_bytes(grid(_pictures(pixels.astype(np.uint8)), columns)))
+            sheet = sheet_by_label(_pictures(pixels.astype(np.uint8)), columns, shown)
+            write_atomically(out / "grid.png", png_bytes(sheet))
 
     processes.gather(write_share)
     processes.on_main(finish)
@@ -234,11 +242,11 @@ class PngSet:
     Args:
         out: The folder of the set.
         seed: The seed of the first image.
-        labels: The class of each image, if the model has classes.
+        labels: The label of each image in columns of a table, by their names; none if the model has no labels.
         num_images: The number of images in the set.
     """
 
-    def __init__(self, out: Path, seed: int, labels: Sequence[int] | None, num_images: int):
+    def __init__(self, out: Path, seed: int, labels: Mapping[str, Sequence[Any]], num_images: int):
         self.out, self.seed, self.labels = out, seed, labels
         self.names = [f"{seed + i:06d}.png" for i in range(num_images)]
 
@@ -265,7 +273,7 @@ class PngSet:
         """Write the metadata, when all images are written, and return the first GRID_IMAGES of them."""
         rows = []
         for i, name in enumerate(self.names):
-            label = {} if self.labels is None else {"label": self.labels[i]}
+            label = {column: labels[i] for column, labels in self.labels.items()}
             rows.append(json.dumps({"file_name": name, "seed": self.seed + i, **label}) + "\n")
         write_atomically(self.out / "metadata.jsonl", "".join(rows))
         images = []
@@ -281,12 +289,12 @@ class PartFiles:
     Args:
         out: The folder of the set.
         seed: The seed of the first image.
-        labels: The class of each image, if the model has classes.
+        labels: The label of each image in columns of a table, by their names; none if the model has no labels.
         num_images: The number of images in the set.
         format: "parquet" or "npz".
     """
 
-    def __init__(self, out: Path, seed: int, labels: Sequence[int] | None, num_images: int, format: str):
+    def __init__(self, out: Path, seed: int, labels: Mapping[str, Sequence[Any]], num_images: int, format: str):
         self.out, self.seed, self.labels, self.num_images, self.format = out, seed, labels, num_images, format
         # Whole forward passes, so that none is filled up.
         forward_passes_per_part = -(-num_images // (MAX_PARTS * FORWARD_BATCH))
@@ -324,8 +332,10 @@ class PartFiles:
 
     def _npz(self, members: Sequence[int], pixels: np.ndarray) -> bytes:
         columns = {"arr_0": pixels, "seeds": np.array([self.seed + i for i in members])}
-        if self.labels is not None:
-            columns["labels"] = np.array([self.labels[i] for i in members])
+        for name, labels in self.labels.items():
+            hidden = "" if _dtype(labels) == "string" else math.nan
+            of_members = [hidden if labels[i] is None else labels[i] for i in members]
+            columns["labels" if name == "label" else name] = np.array(of_members)
         content = io.BytesIO()
         np.savez(content, **columns)  # pyright: ignore[reportArgumentType]
         return content.getvalue()
@@ -341,9 +351,10 @@ class PartFiles:
         columns = {"image": pa.array(images, kind), "seed": pa.array(seeds, pa.int64())}
         integer = {"dtype": "int64", "_type": "Value"}
         features = {"image": {"_type": "Image"}, "seed": integer}
-        if self.labels is not None:
-            columns["label"] = pa.array([self.labels[i] for i in members], pa.int64())
-            features["label"] = integer
+        for name, labels in self.labels.items():
+            dtype = _dtype(labels)
+            columns[name] = pa.array([labels[i] for i in members], getattr(pa, dtype)())
+            features[name] = {"dtype": dtype, "_type": "Value"}
         # `datasets` writes this metadata, too, and takes a column for images by it alone.
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
         content = io.BytesIO()
@@ -369,6 +380,19 @@ class PartFiles:
                 with Image.open(io.BytesIO(row["bytes"])) as image:
                     images.append(_pixels(image))
         return images[:GRID_IMAGES]
+
+
+def _column_name(name: str) -> str:
+    """Return the name of a column of labels beside those of a set."""
+    return f"label_{name}" if name in _TAKEN_NAMES else name
+
+
+def _dtype(labels: Sequence[Any]) -> str:
+    """Return the type of a column of labels, as Arrow and `datasets` call it."""
+    present = [label for label in labels if label is not None]
+    if present and isinstance(present[0], str):
+        return "string"
+    return "int64" if present and isinstance(present[0], int) else "float64"
 
 
 def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path]) -> None:

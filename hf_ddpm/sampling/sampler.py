@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.classes import Classes
 from hf_ddpm.condition import is_conditional
 from hf_ddpm.conditional import ConditionalDDPMPipeline
+from hf_ddpm.figures import grid, with_row_titles
 from hf_ddpm.guidance import Guidance, changed
 from hf_ddpm.hub.download import find_model
+from hf_ddpm.labels import Labels
 from hf_ddpm.names import DTYPES, SCHEDULERS
 from hf_ddpm.network import compile_network, load_unet, naming_weights, require_finite
 from hf_ddpm.pipeline import DDPMPipeline, check_guide
@@ -219,32 +222,49 @@ def speed_up(pipeline: DDPMPipeline, dtype: str | None, compile: bool) -> None:
             network.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(network.forward)
 
 
-def classes_in_turn(classes: Classes | None, numbers: Iterable[int]) -> list[int] | None:
-    """Return a class for each image, by its number: number % len(classes). None for a model without classes."""
-    return None if classes is None else [number % len(classes) for number in numbers]
+def labels_in_turn(labels: Labels | None, numbers: Iterable[int]) -> list[Any] | None:
+    """Return a label for each image, by its number: classes or quantiles in turn. None for a model without labels."""
+    if labels is None:
+        return None
+    shown = labels.in_turn
+    return [shown[number % len(shown)] for number in numbers]
 
 
-def grid_by_class(num_images: int, classes: Classes | None) -> tuple[int, int | None]:
-    """Return the number of images of a grid, and of its columns where each of its rows shows one class.
+def grid_by_label(num_images: int, labels: Labels | None) -> tuple[int, int | None]:
+    """Return the number of images of a grid, and of its columns where each of its rows shows one label.
 
     There are at least two columns, and the last one is filled up.
 
     Args:
         num_images: The number of images that are asked for.
-        classes: The classes of the images, which come in turn. None, or more than images: the rows show no classes.
+        labels: The labels of the images, which come in turn. None, or more than images: the rows show no labels.
     """
-    if classes is None or len(classes) > num_images:
+    if labels is None or len(labels.in_turn) > num_images:
         return num_images, None
-    columns = max(2, -(-num_images // len(classes)))
-    return columns * len(classes), columns
+    columns = max(2, -(-num_images // len(labels.in_turn)))
+    return columns * len(labels.in_turn), columns
 
 
-def by_class(images: Sequence[Any], columns: int | None) -> Sequence[Any]:
-    """Return images whose classes come in turn in the order of a grid of so many columns, a row for each class."""
+def by_label(images: Sequence[Any], columns: int | None) -> Sequence[Any]:
+    """Return images whose labels come in turn in the order of a grid of so many columns, a row for each label."""
     if columns is None:
         return images
-    num_classes = len(images) // columns
-    return [images[column * num_classes + row] for row in range(num_classes) for column in range(columns)]
+    num_rows = len(images) // columns
+    return [images[column * num_rows + row] for row in range(num_rows) for column in range(columns)]
+
+
+def sheet_by_label(images: Sequence[Image.Image], columns: int | None, labels: Labels | None) -> Image.Image:
+    """Return a grid of images whose labels come in turn, a row for each label; numbers stand beside their rows.
+
+    Args:
+        images: The images.
+        columns: The columns of the grid; None: the rows show no labels.
+        labels: The labels of the images.
+    """
+    sheet = grid(by_label(images, columns), columns)
+    if columns is None or labels is None or isinstance(labels, Classes):
+        return sheet
+    return with_row_titles(sheet, labels.titles)
 
 
 def iter_samples(
@@ -253,7 +273,7 @@ def iter_samples(
     *,
     batch_size: int,
     num_inference_steps: int | None = None,
-    class_labels: Sequence[int] | None = None,
+    class_labels: Sequence[Any] | None = None,
     deterministic: bool = False,
     value_range: Sequence[float] | None = None,
     guidance: Guidance | None = None,
@@ -265,7 +285,7 @@ def iter_samples(
         seeds: The seeds of the images' generators.
         batch_size: Images per forward pass; on a CPU there are always FORWARD_BATCH.
         num_inference_steps: A number in [1, T]. None: T.
-        class_labels: One for each seed, if the model has classes.
+        class_labels: One for each seed, if the model has labels.
         deterministic: Whether to iterate the mean of each reverse step, without noise; for `ddpm` only.
         value_range: The values in [0, 65535] that -1 and 1 stand for; the images are then uint16. None: they are
             uint8, and the values are 0 and 255.
@@ -297,7 +317,7 @@ def sample_all(
     *,
     batch_size: int,
     num_inference_steps: int | None = None,
-    class_labels: Sequence[int] | None = None,
+    class_labels: Sequence[Any] | None = None,
     conditions: Tensor | None = None,
 ) -> Tensor:
     """Sample one image per seed; the processes share the seeds, and each of them gets all images.
@@ -309,7 +329,7 @@ def sample_all(
         seeds: The seeds of the images' generators; at least one.
         batch_size: Images per forward pass; on a CPU there are always FORWARD_BATCH.
         num_inference_steps: A number in [1, T]. None: T.
-        class_labels: One for each seed, if the model has classes.
+        class_labels: One for each seed, if the model has labels.
         conditions: One for each seed, (N, C', H, W) in [0, 1], if the model makes images from images.
 
     Returns:
@@ -331,7 +351,7 @@ def _sample(
     seeds: Sequence[int],
     batch_size: int,
     num_inference_steps: int | None,
-    class_labels: Sequence[int] | None,
+    class_labels: Sequence[Any] | None,
     deterministic: bool = False,
     guidance: Guidance | None = None,
     conditions: Tensor | None = None,

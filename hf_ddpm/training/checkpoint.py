@@ -62,6 +62,7 @@ class Progress:
         num_bad_images: The unreadable images that were left out; a stream counts one each time it meets it.
         losses: The sum and the count of losses since the last line of metrics.jsonl, for each process.
         scaler: The state of fp16's loss scaler.
+        label_scales: Mean and standard deviation of each column of numbers, as the network takes them.
         stream: num_substreams, chunk_size and block_starts (each as a dict) of `StreamBatches`.
     """
 
@@ -82,6 +83,7 @@ class Progress:
     losses: list[list[float]] = field(default_factory=list)
     scaler: dict[str, Any] | None = None
     stream: dict[str, Any] | None = None
+    label_scales: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

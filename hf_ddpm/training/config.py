@@ -175,8 +175,8 @@ class TrainingConfig(DataConfig):
 
     class_dropout: float = setting(
         CLASS_DROPOUT,
-        "How often the class of an image is hidden from the network, which so learns images without a class, too; "
-        "guidance compares the two. 0: never.",
+        "How often the label of an image is hidden from the network, which so learns images without a label, too; "
+        "guidance compares the two. Each of several columns is also hidden by itself as often. 0: never.",
         group="objective",
         resume="fixed",
         at_least=0,

@@ -28,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from hf_ddpm.network import num_classes_of, size_unit
+from hf_ddpm.label_embedding import embedding_of, empty_copy, example_labels
+from hf_ddpm.network import size_unit
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.files import existing_parent
@@ -164,20 +165,26 @@ def count_flops(unet: Any) -> tuple[int, int]:
     They are counted on a copy that has shapes and no numbers, so they are the same on every device and however the
     network is sharded. Counted are matrix products and convolutions; a multiplication and its addition are two.
     """
-    return _count_flops(type(unet), unet.to_json_string())
+    if embedding_of(unet) is None:
+        return _count_flops_of(type(unet), unet.to_json_string())
+    with torch.device("meta"):
+        return _count_flops(empty_copy(unet))
 
 
 @cache
-def _count_flops(kind: Any, settings: str) -> tuple[int, int]:
+def _count_flops_of(kind: Any, settings: str) -> tuple[int, int]:
     """Count them for the config of a network, as JSON. Dry runs in one process often have the same network."""
+    with torch.device("meta"):
+        return _count_flops(kind.from_config(json.loads(settings)))
+
+
+def _count_flops(copy: Any) -> tuple[int, int]:
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        copy = kind.from_config(json.loads(settings))
         config = copy.config
         size = config.sample_size
         x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size))
         t = torch.zeros(1, dtype=torch.int64)
-        conditions = {} if num_classes_of(config) is None else {"class_labels": t}
-        output = copy(x_t, t, **conditions).sample
+        output = copy(x_t, t, **example_labels(copy)).sample
         forward = counter.get_total_flops()
         output.square().mean().backward()
     return forward, counter.get_total_flops()

@@ -18,6 +18,7 @@ from diffusers import UNet2DModel
 
 from hf_ddpm.condition import CONDITIONAL_NETWORK, is_conditional
 from hf_ddpm.hub.download import find_model
+from hf_ddpm.label_embedding import PREFIX, begin_at_zero
 from hf_ddpm.network import load_unet, naming_weights
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import network_folder, read_mapping
@@ -26,7 +27,7 @@ from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
 from hf_ddpm.training.parsing import load_config
 
-CLASS_EMBEDDING, FIRST_CONVOLUTION = "class_embedding.weight", "conv_in.weight"
+FIRST_CONVOLUTION = "conv_in.weight"
 
 
 def take_over(config: TrainingConfig) -> TrainingConfig:
@@ -57,15 +58,15 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
 def load_weights(unet: UNet2DModel, network: Path, source: str) -> None:
     """Load the weights in the folder `network` into a network of the same shape.
 
-    The classes and conditions of a model that has had none begin at zero: its first predictions are those of the model
+    The labels and conditions of a model that has had none begin at zero: its first predictions are those of the model
     without them.
 
     Raises:
         UsageError: They are not whole, or not finite.
     """
     weights = load_unet(network, source).state_dict()
-    if CLASS_EMBEDDING not in weights and isinstance(unet.class_embedding, torch.nn.Embedding):
-        weights[CLASS_EMBEDDING] = torch.zeros_like(unet.class_embedding.weight)
+    if unet.class_embedding is not None and not any(name.startswith(PREFIX) for name in weights):
+        weights |= begin_at_zero(unet)
     first, wanted = weights[FIRST_CONVOLUTION], unet.conv_in.weight
     if first.shape[1] < wanted.shape[1]:
         widened = torch.zeros_like(wanted, device=first.device, requires_grad=False)

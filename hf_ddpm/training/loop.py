@@ -29,16 +29,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ddpm.classes import Classes
 from hf_ddpm.conditional import with_condition
 from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.data.sources import check_source
+from hf_ddpm.labels import Columns, Labels
 from hf_ddpm.pipeline import DDPMPipeline
+from hf_ddpm.prediction import hidden_labels
 from hf_ddpm.runtime.errors import RunError, explain_full_memory
 from hf_ddpm.runtime.launch import check_launch
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.runtime.seeds import CLASS, first_stratum, hashed_uniform, image_draws, seed_step
+from hf_ddpm.runtime.seeds import CLASS, COLUMN, first_stratum, hashed_uniform, image_draws, seed_step
 from hf_ddpm.runtime.settings import with_plain_paths
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
@@ -351,7 +352,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
             loss = run.loss(
                 network if condition is None else with_condition(network, condition),
                 to_x_0(pixels, run.images.max_value),
-                hide_classes(config.seed, batch["positions"], labels, run.classes, config.class_dropout),
+                hide_labels(config.seed, batch["positions"], labels, run.labels, config.class_dropout),
                 timesteps=t,
                 noise=noise,
                 extra_images=extra_images,
@@ -448,22 +449,30 @@ def draw(run: Run, step: int, slot: int, positions: Tensor, shape: Sequence[int]
     return run.objective.timesteps_from_uniform(uniform, first_index=first, global_batch_size=count), noise
 
 
-def hide_classes(
-    seed: int, positions: Tensor, labels: Tensor | None, classes: Classes | None, probability: float
+def hide_labels(
+    seed: int, positions: Tensor, labels: Tensor | None, known: Labels | None, probability: float
 ) -> Tensor | None:
-    """Replace the classes of some images by the one that stands for every class.
+    """Replace the labels of some images by the one that stands for every label.
+
+    Of several columns, each column of the other images is hidden by itself as often, so that one label may be asked
+    for alone.
 
     Args:
-        seed: The seed of the run; with the position it decides whether a class is hidden.
+        seed: The seed of the run; with the position it decides whether a label is hidden.
         positions: Where each image is in the endless stream, (B,) integers.
-        labels: The class of each image, (B,) int64; None without classes.
-        classes: The classes.
-        probability: How often a class is hidden, in [0, 1).
+        labels: The label of each image as the network takes it, (B,) or (B, number of columns); None without labels.
+        known: The labels of the run.
+        probability: How often a label is hidden, in [0, 1).
     """
-    if labels is None or classes is None or classes.unconditional is None:
+    if labels is None or known is None or known.unconditional is None:
         return labels
-    is_hidden = torch.from_numpy(hashed_uniform(seed, CLASS, positions.numpy()) < probability)
-    return labels.masked_fill(is_hidden.to(labels.device, non_blocking=True), classes.unconditional)
+    index = positions.numpy()
+    is_hidden = hashed_uniform(seed, CLASS, index) < probability
+    if isinstance(known, Columns):
+        of_columns = [hashed_uniform(seed, COLUMN + column, index) < probability for column in range(len(known))]
+        is_hidden = np.stack(of_columns, axis=1) | is_hidden[:, None]
+    on_device = torch.from_numpy(is_hidden).to(labels.device, non_blocking=True)
+    return torch.where(on_device, hidden_labels(known, len(labels), labels.device), labels)
 
 
 def require_finite_end(config: TrainingConfig, progress: Progress) -> None:

@@ -105,7 +105,7 @@ def check_given_network(network: Any, config: TrainingConfig, images: Any, condi
         raise UsageError(f"the network must train all of its parameters, got {frozen[0]!r} without gradient")
     channels = images.channels * (2 if config.variance_type == "learned_range" else 1)
     x_t, t = torch.zeros(2, in_channels, wanted, wanted), torch.zeros(2, dtype=torch.int64)
-    conditions = {} if num_classes is None else {"class_labels": t}
+    conditions = {} if num_classes is None else {"class_labels": t.to(network.device)}
     mode = network.training
     network.eval()  # running statistics of a network in training would take the zeros for images
     try:

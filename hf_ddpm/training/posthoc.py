@@ -34,6 +34,8 @@ from torch import Tensor
 
 from hf_ddpm.classes import CLASSES_FILE
 from hf_ddpm.condition import CONDITION_FILE
+from hf_ddpm.label_embedding import EMBEDDING_FILE, read_embedding, write_weights
+from hf_ddpm.labels import LABELS_FILE
 from hf_ddpm.network import naming_weights, require_finite
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, network_folder
@@ -43,7 +45,7 @@ TRACKED_STDS = (0.05, 0.10)
 MAX_STD = 1 / math.sqrt(12)  # gamma = 0, where every image counts alike
 MAX_PROFILE_ERROR = 1e-3
 
-_COPIED_IF_THERE = (CLASSES_FILE.as_posix(), CONDITION_FILE.as_posix())
+_COPIED_IF_THERE = (CLASSES_FILE.as_posix(), LABELS_FILE.as_posix(), CONDITION_FILE.as_posix())
 _DESCRIPTION = "average.json"
 
 
@@ -224,13 +226,16 @@ def write_average(run: Path, std: float, out: Path | None = None, images: int | 
         if not (run / name).is_file():
             raise UsageError(f"{run} must be a run that has saved its pipeline: {name} is not there")
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir()}
-    foreign = files - {_DESCRIPTION, weights, *copied, *_COPIED_IF_THERE} if _DESCRIPTION in files else files
+    ours = {_DESCRIPTION, weights, EMBEDDING_FILE.as_posix(), *copied, *_COPIED_IF_THERE}
+    foreign = files - ours if _DESCRIPTION in files else files
     if foreign or out.is_file():
         raise UsageError(f"{out} must be new, empty or an earlier average: {min(foreign, default='it')} would be lost")
 
     state, images, error = reconstruct(run, std, images)
     with naming_weights(f"run {str(run)!r}"):
         tensors = load_file(run / weights)
+        of_labels = read_embedding(run / EMBEDDING_FILE) if (run / EMBEDDING_FILE).is_file() else {}
+    tensors |= of_labels
     for name, tensor in state.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise UsageError(f"the snapshots must be of the network in {run / network}, which has no such {name}")
@@ -243,6 +248,8 @@ def write_average(run: Path, std: float, out: Path | None = None, images: int | 
         for name in (*copied, *(name for name in _COPIED_IF_THERE if (run / name).is_file())):
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run / name, new / name)
+        if of_labels:
+            write_weights(new / EMBEDDING_FILE, {name: tensors.pop(name) for name in of_labels})
         save_file(tensors, new / weights, {"format": "pt"})
         description = {"std": std, "images": images, "profile_error": error}
         (new / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

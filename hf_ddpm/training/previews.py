@@ -16,7 +16,7 @@ from hf_ddpm import figures
 from hf_ddpm.data.conditions import example_pairs
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import read_metrics, write_atomically
-from hf_ddpm.sampling.sampler import by_class, classes_in_turn, grid_by_class, sample_all
+from hf_ddpm.sampling.sampler import grid_by_label, labels_in_turn, sample_all, sheet_by_label
 from hf_ddpm.solvers import default_scheduler, default_steps, named_scheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import swap_in
@@ -55,7 +55,7 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
     Args:
         has_bar: Whether each forward batch has a progress bar of its sampling steps.
     """
-    num_images, columns = grid_by_class(run.config.eval_batch_size, run.classes)
+    num_images, columns = grid_by_label(run.config.eval_batch_size, run.labels)
     pairs = None
     if run.condition is not None:
         pairs = example_pairs(run.condition, run.images, run.config.eval_batch_size)
@@ -68,13 +68,13 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
             run.processes,
             batch_size=-(-num_images // run.processes.size),
             num_inference_steps=preview_steps(run),
-            class_labels=classes_in_turn(run.classes, range(num_images)) if pairs is None else pairs.labels,
+            class_labels=labels_in_turn(run.labels, range(num_images)) if pairs is None else pairs.labels,
             conditions=None if pairs is None else pairs.conditions,
         )
     if pairs is not None and run.condition is not None:
         labels = [run.condition.label, "sample", "truth"]
         return figures.side_by_side([*map(figures.to_pil, (pairs.conditions, samples, pairs.images))], labels)
-    return figures.grid(by_class(figures.to_pil(samples), columns), columns)
+    return sheet_by_label(figures.to_pil(samples), columns, run.labels)
 
 
 def next_preview(run: Run, done: int, num_steps: int) -> int:

@@ -18,12 +18,13 @@ from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.conditions import example_pairs
 from hf_ddpm.data.planes import center_crop
 from hf_ddpm.hub.card import write_card
+from hf_ddpm.labels import describe_labels
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.files import read_metrics, write_atomically
 from hf_ddpm.runtime.run_files import LAST_PICTURES
-from hf_ddpm.sampling.sampler import classes_in_turn, seeded_generators
+from hf_ddpm.sampling.sampler import labels_in_turn, seeded_generators
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress
@@ -128,6 +129,7 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
             "max_value": images.max_value,
             "value_range": run.config.value_range,
             "class_names": None if run.classes is None else [*run.classes.names],
+            "labels": None if run.labels is None or run.classes is not None else describe_labels(run.labels),
             "fingerprint": images.fingerprint,
             "license": images.license,
         },
@@ -238,7 +240,7 @@ def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline, total: int) -> None:
         generator=seeded_generators(range(CHAIN_SIZE), pipeline.device),
         timesteps=figures.spread(len(pipeline.scheduler), total)[::-1],
         output_type="pt",
-        class_labels=classes_in_turn(run.classes, range(CHAIN_SIZE)) if pairs is None else pairs.labels,
+        class_labels=labels_in_turn(run.labels, range(CHAIN_SIZE)) if pairs is None else pairs.labels,
         trajectory=frames,
         return_dict=False,
     )

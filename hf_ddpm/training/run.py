@@ -20,6 +20,7 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.shards import ImageStream
 from hf_ddpm.hub.background import Pusher
+from hf_ddpm.labels import Labels
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import in_one_line
@@ -46,7 +47,7 @@ class Run:
         model: The network as Accelerate prepared it; `state` holds the network itself.
         optimizer: The optimizer as Accelerate prepared it; `state` holds the optimizer itself.
         loss: The training loss: `objective`, or what was passed to `train` in its place.
-        classes: The classes that the network is conditioned on; None for a network without classes.
+        labels: The labels that the network is conditioned on; None for a network without labels.
         condition: What the images are made from; None: from noise alone.
         validation: The held-out images; None if the run validates nothing.
         pusher: The background upload, on the first process of a run that goes to the Hub.
@@ -69,7 +70,7 @@ class Run:
     state: TrainingState
     objective: Objective
     loss: Callable[..., Tensor]
-    classes: Classes | None
+    labels: Labels | None
     condition: Condition | None
     validation: Validation | None
     learning_rate: Callable[[int], float]
@@ -84,6 +85,11 @@ class Run:
     def device(self) -> torch.device:
         """The device of this process."""
         return self.accelerator.device
+
+    @property
+    def classes(self) -> Classes | None:
+        """The labels, if they are one column of classes."""
+        return self.labels if isinstance(self.labels, Classes) else None
 
     @property
     def is_main(self) -> bool:

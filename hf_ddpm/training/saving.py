@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from hf_ddpm.conditional import ConditionalDDPMPipeline
+from hf_ddpm.label_embedding import empty_copy, save_network
 from hf_ddpm.network import require_finite
 from hf_ddpm.pipeline import GUIDE_FOLDER, DDPMPipeline
 from hf_ddpm.runtime.files import write_atomically
@@ -91,13 +92,13 @@ def averaged_unet(run: Run, average: list[Tensor] | None) -> Any:
     buffers = {name: buffer.cpu() for name, buffer in unet.named_buffers() if name in unet.state_dict()}
     # Other networks may have buffers that are not among their weights.
     with torch.device("meta" if isinstance(unet, UNet2DModel) else "cpu"):
-        averaged: Any = type(unet).from_config(unet.config)
+        averaged = empty_copy(unet)
     averaged.load_state_dict({**buffers, **weights}, assign=True)
     return averaged.eval()
 
 
 def pipeline_of(run: Run, unet: Any, scheduler: Any) -> DDPMPipeline:
-    """Return the pipeline of a network of the run, with its classes and what it makes images from."""
+    """Return the pipeline of a network of the run, with its labels and what it makes images from."""
     if run.condition is None:
         pipeline = DDPMPipeline(unet, scheduler)
     else:
@@ -105,7 +106,7 @@ def pipeline_of(run: Run, unet: Any, scheduler: Any) -> DDPMPipeline:
         pipeline = ConditionalDDPMPipeline(unet, run.scheduler)
         pipeline.scheduler = scheduler
         pipeline.condition = run.condition
-    pipeline.classes = run.classes
+    pipeline.labels = run.labels
     return pipeline
 
 
@@ -113,7 +114,7 @@ def _write_guide(unet: Any, folder: Path) -> None:
     partial = folder / "partial-guide"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        unet.save_pretrained(partial)
+        save_network(unet, partial)
         (folder / GUIDE_FOLDER).mkdir(exist_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".json"):
             path.replace(folder / GUIDE_FOLDER / path.name)

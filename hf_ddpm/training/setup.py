@@ -16,16 +16,27 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from hf_ddpm.classes import Classes, read_classes
+from hf_ddpm.classes import Classes
 from hf_ddpm.condition import Condition
 from hf_ddpm.data.cache import ImageCache, load_dataset, load_images
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
+from hf_ddpm.data.labels import labels_of, with_network_labels
 from hf_ddpm.data.shards import ImageStream, open_stream
 from hf_ddpm.data.splits import check_split
 from hf_ddpm.evaluation.features import check_network
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme, write_card
+from hf_ddpm.labels import (
+    Labels,
+    Values,
+    describe_labels,
+    on_scales,
+    read_labels,
+    scales_of,
+    structure_of,
+    takes_floats,
+)
 from hf_ddpm.network import compile_network, make_unet, num_classes_of
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.devices import require_compiler
@@ -123,14 +134,19 @@ def build_run(
     config, progress = start.config, start.progress
     _check_extra_images(config, images, start.global_batch_size)
     condition = condition_of(config, images)
+    labels = _labels_of(config, images, parts.network)
+    labels = _on_scales_of_start(config, labels, start)
+    progress = replace(progress, label_scales=scales_of(labels))
+    images = with_network_labels(images, labels)
     validation = None
     if config.eval_steps is not None:
-        validation = open_validation(config, images, condition, processes, accelerator.device)
+        validation = open_validation(config, images, labels, condition, processes, accelerator.device)
     scheduler = make_scheduler(config)
-    classes = _classes_of(config, images, parts.network)
-    objective = _make_objective(config, scheduler, images.max_value, classes)
-    new_unet = _make_unet(config, images, classes, condition, start.checkpoint, parts.network)
+    objective = _make_objective(config, scheduler, images.max_value, labels)
+    new_unet = _make_unet(config, images, labels, condition, start.checkpoint, parts.network)
     optimizer = make_optimizer(new_unet, config)
+    if labels is not None and takes_floats(labels):
+        sharding.keep_inputs(accelerator)
     model, prepared = accelerator.prepare(new_unet, optimizer)
     unet: Any = accelerator.unwrap_model(model)
     if config.compile:
@@ -156,7 +172,7 @@ def build_run(
         objective=objective,
         loss=objective if parts.objective is None else parts.objective,
         callbacks=parts.callbacks,
-        classes=classes,
+        labels=labels,
         condition=condition,
         validation=validation,
         learning_rate=learning_rate_schedule(config, start.num_steps, progress.schedule_batch_size, processes),
@@ -428,6 +444,13 @@ def _print_new_batch(processes: Processes, old: int, new: int) -> None:
 
 
 def _check_extra_images(config: TrainingConfig, images: Images, global_batch_size: int) -> None:
+    columns = None if isinstance(images, GivenImages) else images.label_columns
+    numbers = [column.name for column in columns or () if column.class_names is None]
+    if config.stable_target_images and numbers:
+        raise UsageError(
+            f"stable_target_images must be 0 with a column of numbers, got {config.stable_target_images} with "
+            f"{numbers[0]!r}: hardly two images have the same number, and only those of one label count"
+        )
     max_extra_images = max(0, (images.num_images or 0) - global_batch_size)
     if config.stable_target_images > max_extra_images:
         raise UsageError(
@@ -436,8 +459,16 @@ def _check_extra_images(config: TrainingConfig, images: Images, global_batch_siz
         )
 
 
-def _classes_of(config: TrainingConfig, images: Images, given: Any) -> Classes | None:
-    """Return the classes of the images, with one more for `class_dropout` where the network has a place for it."""
+def _labels_of(config: TrainingConfig, images: Images, given: Any) -> Labels | None:
+    """Return the labels of the images, with one for `class_dropout` where the network has a place for it."""
+    if not isinstance(images, GivenImages) and images.label_columns is not None:
+        if given is not None:
+            raise UsageError(
+                f"label_column must be one column of classes for a network that is passed, got {config.label_column}: "
+                "leave out network=, or take another column"
+            )
+        assert images.labels is not None
+        return labels_of(images.label_columns, images.labels, config.class_dropout > 0)
     if images.num_classes is None:
         if config.class_dropout not in (0, CLASS_DROPOUT):
             raise UsageError(f"class_dropout = {config.class_dropout} has no effect: the images have no classes")
@@ -455,7 +486,7 @@ def _classes_of(config: TrainingConfig, images: Images, given: Any) -> Classes |
 def _make_unet(
     config: TrainingConfig,
     images: Images,
-    classes: Classes | None,
+    labels: Labels | None,
     condition: Condition | None,
     checkpoint: Path | None,
     given: Any,
@@ -480,7 +511,7 @@ def _make_unet(
     unet = make_unet(
         images.channels,
         images.resolution,
-        None if classes is None else classes.num_embeddings,
+        labels.num_embeddings if isinstance(labels, Classes) else None,
         model_config=config.model_config_name_or_path if network is None else str(network),
         variance_type=config.variance_type,
         dropout=None if config.model_config_name_or_path or config.init_from else config.dropout,
@@ -488,9 +519,9 @@ def _make_unet(
         source=network_source(config) if checkpoint is None else f"the network of {checkpoint.name}",
         condition_channels=condition_channels,
         widens=widens,
+        labels=None if isinstance(labels, Classes) else labels,
     )
     if network is not None and checkpoint is None:
-        _check_same_classes(config, classes, read_classes(network.parent))
         load_weights(unet, network, network_source(config))
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -499,18 +530,44 @@ def _make_unet(
     return unet
 
 
-def _check_same_classes(config: TrainingConfig, classes: Classes | None, of_model: Classes | None) -> None:
-    """Check that the classes of the images are those of the model of `init_from`, in its order."""
-    if of_model is not None and classes is not None and of_model.names != classes.names:
+def _on_scales_of_start(config: TrainingConfig, labels: Labels | None, start: _Start) -> Labels | None:
+    """Return the labels on the scales of what the run begins with: a number means to its network what it meant."""
+    if start.checkpoint is not None:
+        return on_scales(labels, start.progress.label_scales)
+    if config.init_from is None:
+        return labels
+    of_model = read_labels(network_of(config.init_from).parent)
+    _check_same_labels(config, labels, of_model)
+    return labels if of_model is None else on_scales(labels, scales_of(of_model))
+
+
+def _check_same_labels(config: TrainingConfig, labels: Labels | None, of_model: Labels | None) -> None:
+    """Check that the labels of the images are those of the model of `init_from`: its classes, in its order."""
+    if of_model is None or labels is None:
+        return
+    if isinstance(labels, Classes) and isinstance(of_model, Classes):
+        if of_model.names != labels.names:
+            raise UsageError(
+                f"the images must have the classes of {config.init_from!r}, {', '.join(of_model.names)}, in this "
+                f"order, got {', '.join(labels.names)}: give other images, or begin with a model without classes"
+            )
+        return
+    if structure_of(labels) != structure_of(of_model):
         raise UsageError(
-            f"the images must have the classes of {config.init_from!r}, {', '.join(of_model.names)}, in this order, "
-            f"got {', '.join(classes.names)}: give other images, or begin with a model without classes"
+            f"the images must have the labels of {config.init_from!r}, {describe_labels(of_model)}, got "
+            f"{describe_labels(labels)}: give other images, or begin with a model without labels"
+        )
+    if of_model.has_unconditional != labels.has_unconditional:
+        raise UsageError(
+            f"class_dropout must be {'above 0' if of_model.has_unconditional else '0'}, as that of the model "
+            f"{config.init_from!r}, got {config.class_dropout}"
         )
 
 
 def _make_objective(
-    config: TrainingConfig, scheduler: DDPMScheduler, max_value: int, classes: Classes | None
+    config: TrainingConfig, scheduler: DDPMScheduler, max_value: int, labels: Labels | None
 ) -> Objective:
+    unconditional = None if labels is None or isinstance(labels, Values) else labels.unconditional
     return Objective(
         scheduler=scheduler,
         weighting=config.loss_weighting,
@@ -520,7 +577,7 @@ def _make_objective(
         noise_level_std=config.noise_level_std,
         autocast_dtype=sharding.AUTOCAST[config.mixed_precision or "no"],
         max_value=max_value,
-        unconditional_class=None if classes is None else classes.unconditional,
+        unconditional_class=unconditional,
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,16 @@ def check(accelerator: Accelerator) -> None:
             f"{world_size} processes were launched, but Accelerate sees {accelerator.num_processes}: use the "
             "configuration of `accelerate config` for this machine, on a CPU with ACCELERATE_USE_CPU=true"
         )
+
+
+def keep_inputs(accelerator: Accelerator) -> None:
+    """Let FSDP give the network its inputs in their own type: in bfloat16 a label would become another one.
+
+    Under autocast each operation of the network chooses its type by itself.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
 
 
 def autocast(device: torch.device, precision: str | None) -> torch.autocast:

@@ -31,10 +31,12 @@ from hf_ddpm.conditional import with_condition
 from hf_ddpm.data.batches import center_pixels, epoch_order, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import low_resolution_conditions, to_conditions
+from hf_ddpm.data.labels import network_label, with_network_labels
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.evaluation.fidelity import mean_of, psnr
+from hf_ddpm.labels import Labels
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.plots import Curve, draw_curves
@@ -43,7 +45,7 @@ from hf_ddpm.runtime.files import read_metrics
 from hf_ddpm.runtime.format import finite_or_none
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import image_draws
-from hf_ddpm.sampling.sampler import classes_in_turn, sample_all
+from hf_ddpm.sampling.sampler import labels_in_turn, sample_all
 from hf_ddpm.training.config import TrainingConfig
 
 # They stand in each line of eval.jsonl: only distances by one network and to one set of images make a curve.
@@ -60,7 +62,7 @@ class Validation:
         network: The feature network of the kernel distance.
         images: (n, C, R, R) uint8 or int32, on the CPU.
         max_value: The value of white: 255 or 65535.
-        labels: (n,) int64; None without classes.
+        labels: As the network takes them, (n,) or (n, number of columns); None without labels.
         features: (n, d), of the images.
         num_samples: The number of samples per validation.
         condition: What images are made from; None: from noise alone.
@@ -104,12 +106,18 @@ def check_validation_settings(config: TrainingConfig, path: Path) -> None:
 
 
 def open_validation(
-    config: TrainingConfig, images: Any, condition: Condition | None, processes: Processes, device: torch.device
+    config: TrainingConfig,
+    images: Any,
+    labels: Labels | None,
+    condition: Condition | None,
+    processes: Processes,
+    device: torch.device,
 ) -> Validation:
     """Open the held-out images of `config`; the processes share the work of their features.
 
     Args:
         images: The images of training, whose size, channels and depth the held-out ones must have.
+        labels: The labels that the network is conditioned on.
         condition: What images are made from; None: from noise alone.
 
     Raises:
@@ -130,14 +138,14 @@ def open_validation(
             for line in describe_split(config, config.eval_split, held_out):
                 tqdm.write(line, file=sys.stderr)
         rows = epoch_order(0, 0, len(held_out))[: config.eval_num_images]
-        pixels, labels = _copy(held_out, rows)
+        pixels, network_labels = _copy(with_network_labels(held_out, labels), rows)
         column, column_max_value = _copy_conditions(config, held_out, condition, rows)
     parts = [network(_to_uint8(pixels[part], images.max_value)) for part in _batches(processes, len(pixels))]
     features = processes.gather_rows(torch.cat(parts), len(pixels))
     # An image that is made from another one has as many samples as there are others.
     num_samples = config.eval_num_images if condition is None else len(pixels)
     return Validation(
-        network, pixels, images.max_value, labels, features, num_samples, condition, column, column_max_value
+        network, pixels, images.max_value, network_labels, features, num_samples, condition, column, column_max_value
     )
 
 
@@ -231,18 +239,18 @@ def _measure_samples(
     pipeline: DDPMPipeline,
     num_inference_steps: int,
     device: torch.device,
-) -> tuple[Tensor, list[int] | None, Tensor | None]:
+) -> tuple[Tensor, list[Any] | None, Tensor | None]:
     """Measure the samples of the seeds 0, 1, ...
 
     Returns:
-        Their features, (num_samples, d); their classes, if there are any; and the PSNR of each, (num_samples,), where
+        Their features, (num_samples, d); their labels, if there are any; and the PSNR of each, (num_samples,), where
         sample i is made from the condition of image i.
     """
     seeds = range(validation.num_samples)
-    conditions, labels = validation.conditions(np.arange(len(seeds)), device), classes_in_turn(pipeline.classes, seeds)
+    conditions, labels = validation.conditions(np.arange(len(seeds)), device), labels_in_turn(pipeline.labels, seeds)
     if conditions is not None:
         conditions = conditions.cpu() / 2 + 0.5
-        labels = None if validation.labels is None else validation.labels.tolist()
+        labels = None if validation.labels is None else [network_label(label) for label in validation.labels.numpy()]
     samples = sample_all(
         pipeline,
         seeds,

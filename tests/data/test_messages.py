@@ -59,7 +59,7 @@ def test_empty_cell_of_labels_is_named(folder: Path) -> None:
     for labels, kind in (((1, 2, ""), "whole numbers"), (("a", "b", ""), "texts")):
         rows = [f"{i:03}.png,{label}" for i, label in enumerate(labels)]
         (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]) + "\n")
-        with pytest.raises(UsageError, match="label_column must give each image a class, got an empty cell in row 2"):
+        with pytest.raises(UsageError, match=r"must give each image a class.*, got an empty cell in row 2"):
             load_images(cache_config(folder, label_column="label", cache_dir=str(folder.parent / kind)))
 
 

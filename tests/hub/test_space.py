@@ -226,7 +226,7 @@ def test_write_space_writes_the_page_and_what_it_imports(app: Any, folders: dict
     changed = [b for a, b in zip(source.splitlines(), written.splitlines(), strict=True) if a != b]
     assert changed == ['MODEL = os.environ.get("MODEL", "me/photos")  # a Hub id, or a folder']
 
-    packages = ("diffusers", "gradio", "numpy", "pillow", "pyyaml", "safetensors", "torch")
+    packages = ("diffusers", "gradio", "huggingface_hub", "numpy", "pillow", "pyyaml", "safetensors", "torch")
     assert (out / "requirements.txt").read_text().splitlines() == [
         "--extra-index-url https://download.pytorch.org/whl/cpu",
         *(f"{name}~={version(name).split('+')[0]}" for name in packages),

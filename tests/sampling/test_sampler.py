@@ -14,7 +14,7 @@ from hf_ddpm.classes import numbered_classes
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.sampling.sampler import classes_in_turn, iter_samples, load_for_sampling, sample_all, seeded_generators
+from hf_ddpm.sampling.sampler import iter_samples, labels_in_turn, load_for_sampling, sample_all, seeded_generators
 from hf_ddpm.solvers import named_scheduler
 
 
@@ -126,9 +126,9 @@ def test_sample_all_shows_what_is_not_finite_as_black(pipeline):
     assert torch.equal(images, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
-def test_classes_in_turn_go_by_the_images_number():
-    assert classes_in_turn(numbered_classes(3), range(5, 9)) == [2, 0, 1, 2]
-    assert classes_in_turn(None, range(5, 9)) is None
+def test_labels_in_turn_go_by_the_images_number():
+    assert labels_in_turn(numbered_classes(3), range(5, 9)) == [2, 0, 1, 2]
+    assert labels_in_turn(None, range(5, 9)) is None
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

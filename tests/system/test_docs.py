@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 
+import numpy as np
 import pytest
 from diffusers import UNet2DModel
 from PIL import Image
@@ -19,6 +20,8 @@ from hf_ddpm import ConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
 from hf_ddpm.classes import Classes
 from hf_ddpm.cli import app
 from hf_ddpm.condition import Condition
+from hf_ddpm.labels import Columns, values_of
+from hf_ddpm.network import make_unet
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.runtime.settings import settings_of
 from hf_ddpm.training.config import TrainingConfig
@@ -28,6 +31,8 @@ from tests.support.command_line import parse_config
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import smallest_unet_config
 
+LABEL_MODELS = ("angle-model", "slanted-model")
+MODELS = ("ddpm-model", "clothes-model", "digits-2x", *LABEL_MODELS)
 API = sorted((pages.ROOT / "docs/api").glob("*.md"))
 COMMANDS = pages.distinct_commands()
 
@@ -57,6 +62,22 @@ def class_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def label_models(tmp_path_factory):
+    """A model of numbers and one of two columns, by their names on the pages."""
+    folder = tmp_path_factory.mktemp("label-models")
+    config = folder / "unet.json"
+    config.write_text(json.dumps(smallest_unet_config(channels=1)))
+    angle, slant = (values_of(name, np.linspace(-1.5, 1.5, 9), True) for name in ("angle", "slant"))
+    both = Columns((("digit", Classes(("3", "7"), True)), ("slant", slant)), has_unconditional=True)
+    for name, labels in (("angle-model", angle), ("slanted-model", both)):
+        unet = make_unet(1, 8, labels=labels, model_config=str(config))
+        pipeline = DDPMPipeline(unet, DDPMScheduler(timestep_spacing="trailing"))
+        pipeline.labels = labels
+        pipeline.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def conditional_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conditional")
     unet = UNet2DModel(**smallest_unet_config(channels=1, in_channels=2))
@@ -67,12 +88,14 @@ def conditional_model(tmp_path_factory):
 
 
 @pytest.fixture
-def in_a_folder_with_a_model(model, class_model, conditional_model, tmp_path, monkeypatch):
+def in_a_folder_with_a_model(model, class_model, label_models, conditional_model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # parsing asks whether there is one
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, "ddpm-model")
     shutil.copytree(class_model, "clothes-model")
     shutil.copytree(conditional_model, "digits-2x")
+    for name in LABEL_MODELS:
+        shutil.copytree(label_models / name, name)
     Image.linear_gradient("L").resize((4, 4)).save("small.png")
     Image.linear_gradient("L").resize((8, 8)).save("digit.png")
     Image.linear_gradient("L").resize((8, 8)).save("mask.png")
@@ -109,7 +132,8 @@ def test_training_commands_parse(command):
     shutil.rmtree("clothes-model")
     if "ddpm-model" not in arguments:
         shutil.rmtree("ddpm-model")
-    shutil.rmtree("digits-2x")  # which a command trains
+    for name in ("digits-2x", *LABEL_MODELS):  # which commands train
+        shutil.rmtree(name)
     if "--config" in arguments:
         config = Path(arguments[arguments.index("--config") + 1])
         (config.parent / "checkpoint-500").mkdir(parents=True)
@@ -124,7 +148,7 @@ def test_commands_run(command):
     if "samples/000000.png" in arguments:  # what the command before it wrote
         Path("samples").mkdir()
         Path("digit.png").rename("samples/000000.png")
-    if arguments[0] in ("sample", "edit", "average") and arguments[1] in ("ddpm-model", "clothes-model", "digits-2x"):
+    if arguments[0] in ("sample", "edit", "average") and arguments[1] in MODELS:
         result = CliRunner().invoke(app, ["4" if word in ("64", "50000") else word for word in arguments])
         assert result.exit_code == 0, result.output
     elif arguments != ["--help"]:  # they need data, a feature network or the Hub

@@ -16,9 +16,9 @@ from hf_ddpm.classes import Classes
 from hf_ddpm.evaluation.distances import kernel_distance
 from hf_ddpm.figures import grid
 from hf_ddpm.sampling.image_set import write_samples
-from hf_ddpm.sampling.sampler import by_class, grid_by_class
+from hf_ddpm.sampling.sampler import by_label, grid_by_label
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.loop import hide_classes, train
+from hf_ddpm.training.loop import hide_labels, train
 from hf_ddpm.training.validation import Validation, measure_classes
 from tests.support.image_data import sort_into_kinds
 from tests.support.networks import smallest_unet_config
@@ -71,16 +71,16 @@ def test_resumed_run_hides_the_same_classes(settings):
 def test_classes_are_hidden_by_seed_and_position():
     positions = torch.arange(20_000)
     labels = positions % 2
-    hidden = hide_classes(0, positions, labels, KINDS, 0.1)
+    hidden = hide_labels(0, positions, labels, KINDS, 0.1)
     is_hidden = hidden == KINDS.unconditional
     # Five standard errors of a share of 0.1.
     assert abs(float(is_hidden.float().mean()) - 0.1) < 5 * (0.1 * 0.9 / 20_000) ** 0.5
     assert torch.equal(hidden[~is_hidden], labels[~is_hidden])
-    parts = [hide_classes(0, positions[i::3], labels[i::3], KINDS, 0.1) for i in range(3)]
+    parts = [hide_labels(0, positions[i::3], labels[i::3], KINDS, 0.1) for i in range(3)]
     assert all(torch.equal(part, hidden[i::3]) for i, part in enumerate(parts))
-    assert not torch.equal(hide_classes(1, positions, labels, KINDS, 0.1), hidden)
-    assert hide_classes(0, positions, labels, replace(KINDS, has_unconditional=False), 0.1) is labels
-    assert hide_classes(0, positions, None, None, 0.1) is None
+    assert not torch.equal(hide_labels(1, positions, labels, KINDS, 0.1), hidden)
+    assert hide_labels(0, positions, labels, replace(KINDS, has_unconditional=False), 0.1) is labels
+    assert hide_labels(0, positions, None, None, 0.1) is None
 
 
 def test_stable_target_without_class_is_over_the_images_of_all_classes():
@@ -129,12 +129,12 @@ def test_class_dropout_without_classes_is_refused(tiny_settings):
 
 
 def test_grid_has_a_row_for_each_class():
-    assert grid_by_class(16, None) == (16, None)
-    assert grid_by_class(16, Classes(tuple("abcde"))) == (20, 4)
-    assert grid_by_class(16, Classes(tuple(map(str, range(10))))) == (20, 2)
-    assert grid_by_class(16, Classes(tuple(map(str, range(17))))) == (16, None)
-    assert by_class([0, 1, 2, 0, 1, 2], 2) == [0, 0, 1, 1, 2, 2]
-    assert by_class([3, 1], None) == [3, 1]
+    assert grid_by_label(16, None) == (16, None)
+    assert grid_by_label(16, Classes(tuple("abcde"))) == (20, 4)
+    assert grid_by_label(16, Classes(tuple(map(str, range(10))))) == (20, 2)
+    assert grid_by_label(16, Classes(tuple(map(str, range(17))))) == (16, None)
+    assert by_label([0, 1, 2, 0, 1, 2], 2) == [0, 0, 1, 1, 2, 2]
+    assert by_label([3, 1], None) == [3, 1]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import first_stratum, image_draws
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.loop import hide_classes, train
+from hf_ddpm.training.loop import hide_labels, train
 from hf_ddpm.training.schedules import learning_rate_schedule
 from hf_ddpm.training.setup import _find_start
 from tests.support.networks import smallest_unet_config
@@ -244,7 +244,7 @@ def test_loss_uses_the_stable_target(tiny_settings, tmp_path, labels):
         num_extra_images=17,
     )[0]
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    hidden = hide_classes(0, torch.arange(4), batch.get("labels"), Classes(("class0", "class1"), True), 0.5)
+    hidden = hide_labels(0, torch.arange(4), batch.get("labels"), Classes(("class0", "class1"), True), 0.5)
     if labels:  # an image of each kind: the target of the one is over its class, that of the other over all
         assert 0 < int((hidden == 2).sum()) < 4
     wanted = {}

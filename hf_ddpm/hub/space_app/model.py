@@ -135,7 +135,7 @@ class Model:
         kept, searched = self.pipeline.kept_sampler, self.pipeline.searched_timesteps
         return choose_sampler(self.scheduler.config, kept=kept, searched=searched)
 
-    def labels(self, choice: int | None, seeds: Sequence[int]) -> list[int] | None:
+    def labels(self, choice: int | None, seeds: Sequence[int]) -> list[Any] | None:
         """Return the class of each image; None for a model without classes, and for images without a class.
 
         Args:
@@ -145,18 +145,20 @@ class Model:
         Raises:
             UsageError: When there is no such class.
         """
-        classes = self.pipeline.classes
+        classes, others = self.pipeline.classes, self.pipeline.labels
+        if classes is None and others is not None:  # numbers, which the page has no control for
+            return [others.in_turn[seed % len(others.in_turn)] for seed in seeds]
         if classes is None or choice == NO_CLASS:
             return None
         if choice is None or choice == EACH_CLASS:
             return [seed % len(classes) for seed in seeds]
         return [classes.number_of(choice)] * len(seeds)
 
-    def lacks_direction(self, labels: Sequence[int] | None) -> bool:
+    def lacks_direction(self, labels: Sequence[Any] | None) -> bool:
         """Return whether guidance has nothing to lead to: it leads to a class, and there is none."""
         return self.has_no_class and self.pipeline.guide is None and labels is None
 
-    def _guidance(self, scale: float, labels: Sequence[int] | None) -> Guidance | None:
+    def _guidance(self, scale: float, labels: Sequence[Any] | None) -> Guidance | None:
         """Return the model's own guidance with another scale; None: images are not guided."""
         is_off = scale == 1 or self.lacks_direction(labels)
         return None if is_off else replace(self.default_guidance, scale=scale)
@@ -166,7 +168,7 @@ class Model:
         sampler: str,
         num_steps: int,
         seeds: Sequence[int],
-        labels: Sequence[int] | None = None,
+        labels: Sequence[Any] | None = None,
         guidance_scale: float = 1.0,
         on_step: OnStep = ignore_step,
     ) -> Samples:
@@ -205,7 +207,7 @@ class Model:
         strength: float,
         num_steps: int,
         seeds: Sequence[int],
-        labels: Sequence[int] | None = None,
+        labels: Sequence[Any] | None = None,
         guidance_scale: float = 1.0,
         on_step: OnStep = ignore_step,
     ) -> Edits:
@@ -252,7 +254,7 @@ class Model:
         self,
         pipeline: Any,
         seeds: Sequence[int],
-        labels: Sequence[int] | None,
+        labels: Sequence[Any] | None,
         guidance_scale: float,
         on_step: OnStep,
     ) -> dict[str, Any]:

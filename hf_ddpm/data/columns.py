@@ -1,0 +1,152 @@
+"""The columns of a table that a run reads: those of images, and perhaps some of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hf_ddpm.data.config import DataConfig
+from hf_ddpm.runtime.errors import UsageError
+
+
+def choose_columns(dataset: Any, config: DataConfig, with_conditions: bool = False) -> Any:
+    """Select the column of images, not decoded, and after it those of labels if `label_column` is given.
+
+    Args:
+        dataset: A data set of `datasets`.
+        config: The settings of the data.
+        with_conditions: Whether the column that `condition_column` names comes last, not decoded either.
+
+    Raises:
+        UsageError: When a column does not exist or holds something else, or when the column of images must be named.
+    """
+    import datasets
+
+    if config.condition_column is not None:
+        _check_condition_column(dataset.features, config.condition_column)
+    column, labels = _image_column(dataset.features, config), label_columns(config.label_column, dataset.features)
+    if config.condition_column == column:
+        raise UsageError(
+            f"condition_column must name a second column of images, got {column!r}, the first one: --condition_column"
+        )
+    for label in labels:
+        _check_label_column(dataset, label, column)
+    conditions = [config.condition_column] if with_conditions and config.condition_column is not None else []
+    chosen = dataset.select_columns([column, *labels, *conditions])
+    for name in (column, *conditions):
+        chosen = chosen.cast_column(name, datasets.Image(decode=False))
+    return chosen
+
+
+def label_columns(label_column: str | None, features: Any) -> list[str]:
+    """Return the names of the columns of labels; a column whose name holds a comma is one.
+
+    Args:
+        label_column: The setting.
+        features: The columns that there are.
+
+    Raises:
+        UsageError: When a column is named twice.
+    """
+    if label_column is None:
+        return []
+    if label_column in features or "," not in label_column:
+        return [label_column]
+    names = [name.strip() for name in label_column.split(",")]
+    if len({*names}) < len(names) or "" in names:
+        raise UsageError(f"label_column must name each column once, got {label_column!r}: --label_column")
+    return names
+
+
+def _check_label_column(dataset: Any, label: str, image_column: str) -> None:
+    """Check that a column of labels is there, and holds labels."""
+    if [*dataset.features] == [image_column]:
+        raise UsageError(
+            f"label_column must name a column of classes, got {label!r}, and there is none: in a folder of images, "
+            "put each class in a folder of its own, or name the classes in metadata.csv"
+        )
+    if label not in dataset.features:
+        raise UsageError(f"label_column must be one of {list(dataset.features)}, got {label!r}: --label_column")
+    if not _holds_classes(dataset.features[label]):
+        _require_no_empty_cell(dataset, label)
+        if not holds_numbers(dataset.features[label]):
+            raise UsageError(
+                "label_column must hold numbers, classes or strings, "
+                f"got {label!r} of {dataset.features[label]}: --label_column"
+            )
+
+
+def _require_no_empty_cell(dataset: Any, label: str) -> None:
+    """Name an empty cell of a column of numbers."""
+    dtype = str(getattr(dataset.features[label], "dtype", ""))
+    if getattr(dataset, "num_rows", None) is not None and dtype.startswith(("float", "null")):  # a stream has no count
+        require_numbers(label, dataset.select_columns([label])[:][label])
+
+
+def holds_numbers(feature: Any) -> bool:
+    """Return whether a column holds numbers that are no classes: whole ones are classes."""
+    return str(getattr(feature, "dtype", "")).startswith("float")
+
+
+def require_numbers(column: str, cells: Sequence[Any]) -> None:
+    """Check that each cell of a column holds a finite number: an empty one makes whole numbers floats in tables.
+
+    Raises:
+        UsageError: When one does not.
+    """
+    for row, value in enumerate(cells):
+        if value is None or value != value:
+            raise UsageError(
+                f"label_column must give each image a class or a number, got an empty cell in row {row} of "
+                f"{column!r}: give it one, or leave the row out"
+            )
+        if abs(value) == float("inf"):
+            raise UsageError(
+                f"label_column must hold finite numbers, got {value} in row {row} of {column!r}: give it another, or "
+                "leave the row out"
+            )
+
+
+def _check_condition_column(features: Any, column: str) -> None:
+    names = [name for name, feature in features.items() if _holds_images(feature)]
+    if column not in names and not _holds_bytes(features.get(column)):
+        raise UsageError(
+            f"condition_column must name a second column of images, got {column!r}, none of {names}: "
+            "--condition_column"
+        )
+
+
+def _image_column(features: Any, config: DataConfig) -> str:
+    column = config.image_column
+    image_columns = [name for name, feature in features.items() if _holds_images(feature)]
+    if column is None:
+        if len(image_columns) > 1:
+            image_columns = [name for name in image_columns if name != config.condition_column]
+        if len(image_columns) == 1:
+            return image_columns[0]
+        problem = f"there is no column of images among {list(features)}"
+        if image_columns:
+            problem = f"there are several columns of images, {image_columns}"
+        raise UsageError(f"image_column must name the images, got None: {problem}; give --image_column")
+    if column not in features:
+        raise UsageError(
+            f"image_column must be one of {image_columns or list(features)}, got {column!r}: --image_column"
+        )
+    if column not in image_columns and not _holds_bytes(features[column]):
+        raise UsageError(f"image_column must hold images, got {column!r} of {features[column]}: --image_column")
+    return column
+
+
+def _holds_images(feature: Any) -> bool:
+    if isinstance(feature, dict):  # In parquet files that other tools wrote, an image is a struct of these two.
+        return set(feature) == {"bytes", "path"}
+    return type(feature).__name__ == "Image"
+
+
+def _holds_bytes(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _holds_classes(feature: Any) -> bool:
+    dtype = str(getattr(feature, "dtype", ""))
+    return dtype in ("string", "large_string", "bool") or dtype.startswith(("int", "uint"))
