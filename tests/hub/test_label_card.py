@@ -18,6 +18,7 @@ from hf_ddpm.hub.space_app.model import Model
 from hf_ddpm.hub.upload import push
 from hf_ddpm.labels import Columns, values_of
 from hf_ddpm.network import make_unet
+from hf_ddpm.runtime.errors import UsageError
 from tests.support.cards import snippets
 from tests.support.hub_runs import NAME, UPLOAD_WARNING
 from tests.support.hub_server import HubServer
@@ -76,6 +77,21 @@ def test_page_draws_labels_in_turn(model):
     assert drawn == [labels.in_turn[0], labels.in_turn[1], labels.in_turn[1]]
     samples = page.sample(page.samplers[0], 2, [0, 1], page.labels(None, [0, 1]), 1.0)
     assert len(samples.images) == 2
+
+
+def test_page_takes_labels_that_it_offers_and_that_are_typed(model):
+    labels, folder = model
+    page = Model(str(folder))
+    offered = dict(page.label_choices)
+    assert page.labels(offered["without a label"], [0, 1]) is None
+    assert page.labels(offered[labels.titles[1]], [5, 6]) == [labels.in_turn[1]] * 2
+    typed = "1001.5" if labels is MASS else "mass = 1001.5"
+    (label,) = page.labels(typed, [0])
+    assert labels.number_of(label) == labels.number_of(typed)
+    with pytest.raises(UsageError, match="range of the training images"):
+        page.labels(typed.replace("1001.5", "7"), [0])
+    with pytest.raises(UsageError, match="that the page offers, got number 99"):
+        page.labels(99, [0])
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def test_kept_guidance_is_the_default_and_only_its_scale_changes(app, folders, h
 
 
 def test_no_class_in_particular_is_a_choice_and_turns_guidance_by_class_off(folders, handlers):
-    assert handlers["dropout"].model.class_choices[:3] == [
+    assert handlers["dropout"].model.label_choices[:3] == [
         ("each in turn", EACH),
         ("without a class", NONE),
     ] + [("cat", 0)]
@@ -159,7 +159,7 @@ def test_no_class_in_particular_is_a_choice_and_turns_guidance_by_class_off(fold
         page, _ = handlers["dropout"].show_samples("unipc", STEPS, SEED, 2, NONE, scale)
         assert np.array_equal([*shown(page).values()], expected)
         assert ("Guidance is off" in page) is is_said
-    assert ("without a class", NONE) not in handlers["classes"].model.class_choices
+    assert ("without a class", NONE) not in handlers["classes"].model.label_choices
     assert "Guidance is off" not in handlers["guide"].show_samples("unipc", STEPS, SEED, 2, None, 3.0)[0]
 
 

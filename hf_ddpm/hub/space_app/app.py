@@ -22,8 +22,9 @@ import gradio as gr
 from PIL import Image
 
 from hf_ddpm.figures import to_pil
-from hf_ddpm.hub.space_app.model import EACH_CLASS, MODES, NO_CLASS, STEP_DENOISER, Model, Samples
+from hf_ddpm.hub.space_app.model import EACH_LABEL, MODES, NO_LABEL, STEP_DENOISER, Model, Samples
 from hf_ddpm.hub.space_app.pictures import CSS, edit_row, enlarged, grid, note, picture, pictures, strip
+from hf_ddpm.labels import describe_labels
 from hf_ddpm.runtime.seeds import check_seeds
 
 MODEL = os.environ.get("MODEL", "")  # a Hub id, or a folder
@@ -41,7 +42,8 @@ def about(model: Model) -> str:
         STEP_DENOISER: "the next, less noisy image",
     }[model.prediction_type]
     num_parameters = sum(p.numel() for p in model.pipeline.unet.parameters())
-    classes = f" It knows {len(model.class_names)} classes." if model.class_names else ""
+    labels = model.pipeline.labels
+    known = "" if labels is None else f" It takes labels: {describe_labels(labels)}."
     guidance = (
         "\n\n**Guidance.** Each prediction is led away from that of a weaker model: the same network without a class, "
         "or one that was trained less. With a scale of 1 it is not."
@@ -50,7 +52,7 @@ def about(model: Model) -> str:
     card = "" if Path(model.name).exists() else f"\n\n[The model's card](https://huggingface.co/{model.name})"
     return (
         f"A denoising diffusion model for {color} images of {model.width} × {model.height} pixels. Its network has "
-        f"{num_parameters:,} parameters and predicts {predicted}.{classes}\n\n"
+        f"{num_parameters:,} parameters and predicts {predicted}.{known}\n\n"
         f"**Forward process.** In {model.num_timesteps:,} steps, an image dissolves in Gaussian noise: "
         "x<sub>t</sub> = √ᾱ<sub>t</sub> x<sub>0</sub> + √(1 - ᾱ<sub>t</sub>) ε.\n\n"
         "**Reverse process.** The model goes the same way back, from pure noise to an image. At each step, its "
@@ -99,12 +101,12 @@ class Handlers:
     def _first_samples(self) -> Samples:
         model, seeds = self.model, range(self.num_images)
         scale = model.default_guidance.scale
-        return model.sample(model.samplers[0], model.default_steps, seeds, model.labels(EACH_CLASS, seeds), scale)
+        return model.sample(model.samplers[0], model.default_steps, seeds, model.labels(EACH_LABEL, seeds), scale)
 
-    def _note(self, label: int | None, scale: float) -> str:
+    def _note(self, label: int | str | None, scale: float) -> str:
         """Return what is to be said about guidance, in HTML."""
         is_off = scale != 1 and self.model.lacks_direction(self.model.labels(label, [0]))
-        return note("Guidance is off: it leads to a class, and none was chosen." if is_off else "")
+        return note("Guidance is off: it leads to a class or a label, and none was chosen." if is_off else "")
 
     def show_first(self) -> tuple[str, str, Image.Image]:
         """Return the images and the strip with which the page begins, and the image that it offers to edit."""
@@ -118,7 +120,7 @@ class Handlers:
         num_steps: float,
         seed: float | None,
         num_images: float,
-        label: int | None,
+        label: int | str | None,
         guidance_scale: float = 1.0,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it as a default
     ) -> tuple[str, str]:
@@ -153,7 +155,7 @@ class Handlers:
         self,
         drawing: dict[str, Any] | None,
         strength: float,
-        label: int | None,
+        label: int | str | None,
         guidance_scale: float,
         seed: float | None,
         num_steps: float,
@@ -216,7 +218,7 @@ def _add_sampling(model: Model, handlers: Handlers) -> list[gr.HTML]:
             steps = _steps(model)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             count = gr.Slider(1, 32, handlers.num_images, step=1, label="Images")
-            label, guidance = _class(model, EACH_CLASS), _guidance_scale(model)
+            label, guidance = _label(model, EACH_LABEL), _guidance_scale(model)
             button = gr.Button("Sample", variant="primary")
         with gr.Column(scale=3, min_width=480):
             gr.Markdown("### Images")
@@ -247,7 +249,7 @@ def _add_editing(model: Model, handlers: Handlers) -> gr.ImageEditor:
             strength = gr.Slider(
                 0.05, 1, 1, step=0.05, label="Strength", info="Near 0 keeps the image. 1 begins with pure noise."
             )
-            label = _class(model, NO_CLASS if model.has_no_class else EACH_CLASS)
+            label = _label(model, NO_LABEL if model.has_no_label else EACH_LABEL)
             guidance = _guidance_scale(model)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             steps = _steps(model)
@@ -300,8 +302,16 @@ def _steps(model: Model) -> gr.Slider:
     return gr.Slider(1, model.num_timesteps, model.default_steps, step=1, label="Steps", interactive=is_free)
 
 
-def _class(model: Model, value: int) -> gr.Dropdown:
-    return gr.Dropdown(model.class_choices, value=value, label="Class", visible=bool(model.class_names))
+def _label(model: Model, value: int) -> gr.Dropdown:
+    labels, is_class = model.pipeline.labels, model.pipeline.classes is not None
+    return gr.Dropdown(
+        model.label_choices,
+        value=value,
+        label="Class" if is_class else "Label",
+        info=None if is_class else f"Choose one, or type another: {labels}",
+        allow_custom_value=not is_class,
+        visible=labels is not None,
+    )
 
 
 def _guidance_scale(model: Model) -> gr.Slider:

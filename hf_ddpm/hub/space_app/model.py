@@ -19,6 +19,7 @@ from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.pipeline import DDPMPipeline, check_guide
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler
@@ -27,8 +28,8 @@ STEP_DENOISER = "previous_sample"
 NOISELESS = "ddpm without noise"  # the mean of each step of a step denoiser
 NUM_SHOWN_STEPS = 9
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# What the page offers beside the classes' own numbers.
-EACH_CLASS, NO_CLASS = -1, -2
+# What the page offers beside the labels themselves, which it numbers in the order of a grid.
+EACH_LABEL, NO_LABEL = -1, -2
 
 OnStep = Callable[[int, int], None]
 
@@ -82,16 +83,19 @@ class Model:
         self.height, self.width = (size, size) if isinstance(size, int) else size
         if self.channels not in MODES:
             raise ValueError(f"the model must make images of 1, 3 or 4 channels, got {self.channels}")
-        classes = self.pipeline.classes
-        self.class_names: tuple[str, ...] = () if classes is None else classes.names
-        self.has_no_class: bool = classes is not None and classes.has_unconditional
-        self.can_be_guided: bool = self.has_no_class or _has_guide(self.pipeline)
+        labels = self.pipeline.labels
+        self.has_no_label: bool = labels is not None and labels.unconditional is not None
+        self.can_be_guided: bool = self.has_no_label or _has_guide(self.pipeline)
 
     @property
-    def class_choices(self) -> list[tuple[str, int]]:
-        """The classes that the page offers: names with numbers, of which those below 0 are no class."""
-        no_class = [("without a class", NO_CLASS)] if self.has_no_class else []
-        return [("each in turn", EACH_CLASS), *no_class, *((name, i) for i, name in enumerate(self.class_names))]
+    def label_choices(self) -> list[tuple[str, int]]:
+        """The labels that the page offers: names with numbers, of which those below 0 are no label."""
+        labels = self.pipeline.labels
+        if labels is None:
+            return []
+        kind = "label" if self.pipeline.classes is None else "class"
+        no_label = [(f"without a {kind}", NO_LABEL)] if self.has_no_label else []
+        return [("each in turn", EACH_LABEL), *no_label, *((name, i) for i, name in enumerate(labels.titles))]
 
     @property
     def num_timesteps(self) -> int:
@@ -135,28 +139,31 @@ class Model:
         kept, searched = self.pipeline.kept_sampler, self.pipeline.searched_timesteps
         return choose_sampler(self.scheduler.config, kept=kept, searched=searched)
 
-    def labels(self, choice: int | None, seeds: Sequence[int]) -> list[Any] | None:
-        """Return the class of each image; None for a model without classes, and for images without a class.
+    def labels(self, choice: int | str | None, seeds: Sequence[int]) -> list[Any] | None:
+        """Return the label of each image; None for a model without labels, and for images without one.
 
         Args:
-            choice: A class, EACH_CLASS or NO_CLASS. None: EACH_CLASS.
+            choice: A number of `label_choices`, or what `--class_label` takes. None: EACH_LABEL.
             seeds: The seeds of the images.
 
         Raises:
-            UsageError: When there is no such class.
+            UsageError: When there is no such label.
         """
-        classes, others = self.pipeline.classes, self.pipeline.labels
-        if classes is None and others is not None:  # numbers, which the page has no control for
-            return [others.in_turn[seed % len(others.in_turn)] for seed in seeds]
-        if classes is None or choice == NO_CLASS:
+        labels = self.pipeline.labels
+        if labels is None or choice == NO_LABEL:
             return None
-        if choice is None or choice == EACH_CLASS:
-            return [seed % len(classes) for seed in seeds]
-        return [classes.number_of(choice)] * len(seeds)
+        rows = labels.in_turn
+        if choice is None or choice == EACH_LABEL:
+            return [rows[seed % len(rows)] for seed in seeds]
+        if isinstance(choice, str) or self.pipeline.classes is not None:
+            return [labels.read(choice)] * len(seeds)
+        if not 0 <= choice < len(rows):  # the page's API takes any number
+            raise UsageError(f"the label must be one of {len(rows)} that the page offers, got number {choice}")
+        return [rows[choice]] * len(seeds)
 
     def lacks_direction(self, labels: Sequence[Any] | None) -> bool:
-        """Return whether guidance has nothing to lead to: it leads to a class, and there is none."""
-        return self.has_no_class and self.pipeline.guide is None and labels is None
+        """Return whether guidance has nothing to lead to: it leads to a label, and there is none."""
+        return self.has_no_label and self.pipeline.guide is None and labels is None
 
     def _guidance(self, scale: float, labels: Sequence[Any] | None) -> Guidance | None:
         """Return the model's own guidance with another scale; None: images are not guided."""
