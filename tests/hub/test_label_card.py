@@ -86,7 +86,7 @@ def test_page_takes_labels_that_it_offers_and_that_are_typed(model):
     assert page.labels(offered["without a label"], [0, 1]) is None
     assert page.labels(offered[labels.titles[1]], [5, 6]) == [labels.in_turn[1]] * 2
     typed = "1001.5" if labels is MASS else "mass = 1001.5"
-    (label,) = page.labels(typed, [0])
+    (label,) = page.labels(typed, [0]) or []
     assert labels.number_of(label) == labels.number_of(typed)
     with pytest.raises(UsageError, match="range of the training images"):
         page.labels(typed.replace("1001.5", "7"), [0])
