@@ -111,7 +111,7 @@ def inverted(pipeline: DDPMPipeline, images: Tensor, labels: Sequence[int]) -> I
         noise = invert(pipeline, images, steps, list(labels))
         if steps == 20:
             columns.insert(1, (noise.cpu() / 6 + 0.5).clamp(0, 1))
-            titles.insert(1, "noise of 20")
+            titles.insert(1, "its noise")
         columns.append(reconstruct(pipeline, noise, steps, list(labels), "pt").cpu())
         titles.append(f"{steps} steps")
     blank = torch.ones_like(images)
