@@ -2,10 +2,10 @@
 
     hf-ddpm train --recipe fashion-mnist --dataset_name zalando-datasets/fashion_mnist --label_column label \
         --output_dir runs/clothes
-    python -m benchmarks.editing.held_out runs/clothes --machine NAME
+    python -m benchmarks.edits_of_held_out.run runs/clothes --machine NAME
 
 RUN is a run of the ten classes of clothes; images of the split `test` are edited as images of their class. Writes
-`edits.png`, which has a block for each kind of edit, and `inversion.md`.
+`edits.png`, which has a block for each kind of edit, and `table.md`, the errors of inversion.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def write_table(pipeline: DDPMPipeline, images: Tensor, labels: Sequence[int], o
             cells.append(f"{float(errors.mean()):.4f} ± {float(errors.std()) / len(errors) ** 0.5:.4f}")
         text += f"| {steps} | {' | '.join(cells)} |\n"
         print(text.splitlines()[-1], flush=True)
-    (FOLDER / "inversion.md").write_text(text)
+    (FOLDER / "table.md").write_text(text)
 
 
 if __name__ == "__main__":
