@@ -60,7 +60,7 @@ class Classes:
 
     @property
     def titles(self) -> list[str]:
-        """What the rows of such a grid are called."""
+        """The titles of the rows of such a grid."""
         return [*self.names]
 
     def read(self, label: Any) -> int:

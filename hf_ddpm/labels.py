@@ -81,7 +81,7 @@ class Values:
 
     @property
     def titles(self) -> list[str]:
-        """What the rows of such a grid are called."""
+        """The titles of the rows of such a grid."""
         return [f"{self.name} = {value:g}" for value in self.in_turn]
 
     @property
@@ -156,7 +156,7 @@ class Columns:
 
     @property
     def hidden(self) -> tuple[float, ...]:
-        """What stands for every label in each column."""
+        """The network's label of each column that stands for all others of it."""
         return tuple(float(len(of)) if isinstance(of, Classes) else HIDDEN for _, of in self.columns)
 
     @property
@@ -173,7 +173,7 @@ class Columns:
 
     @property
     def titles(self) -> list[str]:
-        """What the rows of such a grid are called."""
+        """The titles of the rows of such a grid."""
         return [", ".join(f"{name} = {_text(value)}" for name, value in row.items()) for row in self.in_turn]
 
     def __str__(self) -> str:

@@ -20,7 +20,7 @@ from hf_ddpm.runtime.errors import UsageError
 
 
 class LabelColumn(NamedTuple):
-    """What a column of labels holds.
+    """The content of a column of labels.
 
     Args:
         name: Its name.

@@ -538,7 +538,7 @@ class TrainingConfig(DataConfig):
 
     @property
     def makes_from_images(self) -> bool:
-        """Whether the model makes images from images: those of a column, or in a low resolution."""
+        """True if the model makes images from images: those of a column, or in a low resolution."""
         return self.condition_column is not None or self.super_resolution is not None
 
     @property
