@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from hf_ddpm.data.planes import random_crop
-from hf_ddpm.data.shards import UNKNOWN, Example, ImageStream, examples_in
+from hf_ddpm.data.shard_files import UNKNOWN
+from hf_ddpm.data.shards import Example, ImageStream, examples_in
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.seeds import FLIP, LEFT, TOP, hashed_uniform
 

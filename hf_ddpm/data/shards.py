@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 
 from hf_ddpm.data import decoding
-from hf_ddpm.data.columns import choose_columns, holds_numbers
+from hf_ddpm.data.columns import holds_numbers
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
     Decoded,
@@ -36,26 +33,20 @@ from hf_ddpm.data.decoding import (
     unreadable_image_error,
     with_bytes,
 )
-from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, list_images
 from hf_ddpm.data.image_format import ImageFormat, InFormat
 from hf_ddpm.data.labels import LabelColumn, RawLabels, find_labels
 from hf_ddpm.data.planes import NeedsSixteenBits
+from hf_ddpm.data.shard_files import UNKNOWN, Shards, open_iterable, open_mapped, row_groups_from
 from hf_ddpm.data.sources import (
-    Source,
-    as_usage_errors,
     find_source,
     license_of,
     no_images_error,
-    open_dataset,
 )
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 
 STREAM_FORMAT = 1  # Increase it when the order of the stream changes, so that no older run is resumed.
 ROWS_PER_TABLE = 256
 NUM_FIRST_IMAGES = 16  # which are decoded when a stream is opened, for what they lose and how large their values are
-# Local files that `datasets` maps into memory have no shards of their own. To open a shard takes about a millisecond.
-ROWS_PER_SHARD = 64
-UNKNOWN = -1  # the number of rows of a shard that has not been read to its end
 
 
 class Example(NamedTuple):
@@ -176,7 +167,7 @@ class ImageStream(InFormat):
                 part = part.to_iterable_dataset()
             parts = [part]
             if first_row and self.files[shard].endswith(".parquet") and hasattr(part, "reshard"):
-                parts, first_row = _row_groups_from(part, self.files[shard], first_row)
+                parts, first_row = row_groups_from(part, self.files[shard], first_row)
             for part in parts:
                 yield from (part.skip(first_row) if first_row else part).iter(ROWS_PER_TABLE)
                 first_row = 0
@@ -274,7 +265,7 @@ def open_stream(config: DataConfig) -> ImageStream:
             does not name its classes.
     """
     source = find_source(config)
-    shards = _open_iterable(source, config) if source.kind in ("hub", "parquet") else _open_mapped(source, config)
+    shards = open_iterable(source, config) if source.kind in ("hub", "parquet") else open_mapped(source, config)
     columns: list[str] = list(shards.dataset.column_names)
     is_scanned = len(columns) > 2 or (len(columns) == 2 and holds_numbers(shards.dataset.features[columns[1]]))
     labels = _scan_labels(shards, columns[1:]) if is_scanned else RawLabels()
@@ -329,7 +320,7 @@ def _losses_and_limits(stream: ImageStream) -> tuple[dict[str, int], tuple[int, 
     return losses, limits
 
 
-def _scan_labels(shards: _Shards, columns: list[str]) -> RawLabels:
+def _scan_labels(shards: Shards, columns: list[str]) -> RawLabels:
     """Read the columns of labels, without the images: the range of numbers must be known before the first step.
 
     Raises:
@@ -360,121 +351,3 @@ def _class_names(dataset: Any, column: str) -> list[str]:
             f"{dataset.features[column]}: cast it with cast_column, or leave out --streaming"
         )
     return names
-
-
-class _Shards(NamedTuple):
-    """An opened source.
-
-    Args:
-        dataset: The columns of images and classes, not decoded.
-        rows_per_shard: As in `ImageStream`.
-        files: As in `ImageStream`.
-        identity: What identifies the data for the fingerprint: names and sizes of files, or names with their commit.
-        num_images: The number of rows; None if unknown.
-    """
-
-    dataset: Any
-    rows_per_shard: np.ndarray
-    files: tuple[str, ...]
-    identity: Any
-    num_images: int | None
-
-
-def _open_mapped(source: Source, config: DataConfig) -> _Shards:
-    """Open a source that `datasets` maps into memory, and divide it into shards of nearly equal size.
-
-    `datasets` keeps only the names of the files of an image folder, in the order of the names.
-    """
-    dataset = open_dataset(config)
-    num_images = len(dataset)
-    num_shards = max(1, num_images // ROWS_PER_SHARD)
-    smaller, num_larger = divmod(num_images, num_shards)
-    rows_per_shard = np.array([smaller + (shard < num_larger) for shard in range(num_shards)])
-    return _Shards(dataset, rows_per_shard, ("",) * num_shards, _names_and_sizes(source), num_images)
-
-
-def _open_iterable(source: Source, config: DataConfig) -> _Shards:
-    """Open a source whose files are read in passing; each file is a shard where `datasets` can do so."""
-    import datasets
-    from pyarrow.dataset import ParquetFragmentScanOptions
-
-    path = str(source.folder or source.name)
-    with as_usage_errors(source, config):
-        builder = datasets.load_dataset_builder(path, config.dataset_config_name, cache_dir=config.cache_dir)
-        if hasattr(builder.config, "decode_num_threads"):
-            builder.config.decode_num_threads = 0  # pyright: ignore[reportAttributeAccessIssue]
-        if hasattr(builder.config, "fragment_scan_options"):
-            # Otherwise pyarrow keeps all that it has read of a file until the end of the file (apache/arrow#39808).
-            options = ParquetFragmentScanOptions(pre_buffer=False)
-            builder.config.fragment_scan_options = options  # pyright: ignore[reportAttributeAccessIssue]
-        dataset: Any = builder.as_streaming_dataset(split=config.train_split or "train")
-    if dataset.features is None:
-        raise UsageError(
-            f"dataset_name must name data whose columns are declared, to be streamed, got {source.name!r}: "
-            "leave out --streaming"
-        )
-    paths = [str(file) for file in (builder.config.data_files or {}).get(config.train_split or "train", [])]
-    files = tuple(paths) if len(paths) == dataset.num_shards else ("",) * dataset.num_shards
-    rows_per_shard = np.full(len(files), UNKNOWN)
-    split = (builder.info.splits or {}).get(config.train_split or "train")
-    num_images = split.num_examples if split else None
-    identity: Any = paths or builder.hash
-    if source.folder is not None:
-        identity = [(_relative_name(path, source.folder), Path(path).stat().st_size) for path in paths]
-        if all(path.endswith(".parquet") for path in files):
-            rows_per_shard = np.array([_count_rows(source, path) for path in files])
-            num_images = int(rows_per_shard.sum())
-    return _Shards(choose_columns(dataset, config), rows_per_shard, files, identity, num_images)
-
-
-def _relative_name(path: str, folder: Path) -> str:
-    """Return the path of a file as seen from a folder; the file itself may be a link to elsewhere."""
-    parent = os.path.relpath(os.path.realpath(Path(path).parent), os.path.realpath(folder))
-    return f"{parent}/{Path(path).name}"
-
-
-def _names_and_sizes(source: Source) -> list[tuple[str, int]]:
-    """Return path and size of each file that holds data, in a folder that may hold other files, too."""
-    assert source.folder is not None
-    if source.kind == "images":
-        paths = [path for path in files_below(source.folder) if path.name in METADATA_NAMES]
-        paths += list_images(source.folder).images
-    else:
-        ends = {"digits": (".parquet",), "saved": (".arrow", "state.json")}[source.kind]
-        paths = [path for path in files_below(source.folder) if path.name.endswith(ends)]
-    return [(path.relative_to(source.folder).as_posix(), path.stat().st_size) for path in paths if path.exists()]
-
-
-def _row_groups_from(dataset: Any, file: str, first_row: int) -> tuple[list[Any], int]:
-    """Divide a parquet file into its row groups, and leave out those before `first_row`.
-
-    `skip` alone would read all rows that it skips.
-
-    Returns:
-        A data set for each row group that is left, and the row of the first of them that `first_row` is.
-    """
-    group, group_sizes = 0, _row_group_sizes(file)
-    while group < len(group_sizes) and first_row >= group_sizes[group]:
-        first_row -= group_sizes[group]
-        group += 1
-    resharded = dataset.reshard()
-    return [resharded.shard(len(group_sizes), i) for i in range(group, len(group_sizes))], first_row
-
-
-def _count_rows(source: Source, file: str) -> int:
-    try:
-        return sum(_row_group_sizes(file))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{source.option} must hold whole parquet files, got {file!r}: {in_one_line(error, with_type=True)}; "
-            "replace it"
-        ) from error
-
-
-def _row_group_sizes(file: str) -> list[int]:
-    """Return the number of rows of each row group of a parquet file, here or on the Hub; only its footer is read."""
-    from pyarrow import parquet
-
-    with fsspec.open(file, "rb") as opened:
-        metadata = parquet.ParquetFile(opened).metadata
-        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]

@@ -172,8 +172,8 @@ def test_stream_of_files_that_are_not_scanned_is_refused(tmp_path):
     labeled_images().remove_columns("image").to_json(folder / "train.json")
     config = config_of(folder, "light", streaming=True)
     dataset = datasets.load_dataset("json", data_files=str(folder / "train.json"), streaming=True, split="train")
-    from hf_ddpm.data import shards
+    from hf_ddpm.data import shard_files, shards
 
-    opened = shards._Shards(dataset, np.array([shards.UNKNOWN]), ("",), None, None)
+    opened = shard_files.Shards(dataset, np.array([shard_files.UNKNOWN]), ("",), None, None)
     with pytest.raises(UsageError, match="label_column must be one column of classes to be streamed from there, got"):
         shards._scan_labels(opened, [config.label_column or ""])
