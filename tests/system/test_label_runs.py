@@ -101,9 +101,11 @@ def test_streaming_run_sees_labels(column, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_model_of_images_and_labels_is_trained_sampled_and_measured(config, tmp_path):
-    """Super-resolution that is told a number: the held-out pairs have theirs."""
+@pytest.mark.parametrize("streaming", [False, True])
+def test_model_of_images_and_labels_is_trained_sampled_and_measured(streaming, config, tmp_path):
+    """Super-resolution that is told a number: the images of previews and the held-out ones have theirs."""
     config = replace(config, super_resolution=2, label_column="light", model_config_name_or_path=None, ema_snapshots=0)
+    config = replace(config, streaming=streaming, eval_steps=1, eval_split="train", eval_num_images=4)
     pipeline = train(config)
     assert isinstance(pipeline, ConditionalDDPMPipeline)
     folder = Path(config.output_dir)
