@@ -16,7 +16,14 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hf_ddpm.runtime.errors import PushError, RunError, UsageError, explain_full_memory, in_one_line, without_tokens
-from hf_ddpm.runtime.launch import is_launched, is_main_process, report_outcome, take_token_from_argv
+from hf_ddpm.runtime.launch import (
+    exit_with_launcher,
+    is_launched,
+    is_main_process,
+    report_outcome,
+    start_missing_processes,
+    take_token_from_argv,
+)
 from hf_ddpm.runtime.settings import SettingInfo, choices_of, did_you_mean, require_choice, settings_of
 from hf_ddpm.runtime.signals import STOPPED, StoppedOnPurpose
 
@@ -318,6 +325,19 @@ def say_loading() -> None:
     """Tell the person at a terminal what the next ten seconds pass with."""
     if not is_launched() and sys.stderr is not None and sys.stderr.isatty():
         typer.echo("loading torch and diffusers", err=True)
+
+
+def join_launcher() -> None:
+    """Close the gaps of launchers, for a command that several processes share."""
+    code = start_missing_processes()
+    if code is not None:
+        raise typer.Exit(code)
+    exit_with_launcher()
+    if is_launched():
+        from hf_ddpm.runtime.processes import share_cores
+
+        share_cores()
+    say_loading()
 
 
 def table(rows: Sequence[Sequence[Any]]) -> list[str]:

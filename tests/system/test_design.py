@@ -23,7 +23,7 @@ ONLY_IN = {
     "gradio": {"hub"},
     "trackio": {"training"},
     "transformers": {"evaluation"},  # for feature networks
-    "typer": {"cli", "runtime"},
+    "typer": {"cli", "commands", "runtime"},
 }
 DISTRIBUTION_OF = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
 
