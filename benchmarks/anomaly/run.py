@@ -40,7 +40,7 @@ from hf_ddpm.evaluation.detection import find_anomalies
 from hf_ddpm.evaluation.memorization import nearest
 from hf_ddpm.runtime.errors import MissingSplitError
 from hf_ddpm.runtime.run_files import read_run
-from hf_ddpm.sampling.sampler import load_for_sampling
+from hf_ddpm.sampling.loading import load_for_sampling
 
 FOLDER = Path(__file__).parent
 SETTINGS: list[tuple[tuple[float, ...], int]] = [

@@ -29,7 +29,8 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from hf_ddpm.network import sized_config
-from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import iter_samples
 
 ROOT = Path(__file__).parents[2]
 

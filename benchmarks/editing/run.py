@@ -28,7 +28,8 @@ from hf_ddpm.data.config import DataConfig
 from hf_ddpm.inpainting import repaint_levels
 from hf_ddpm.inversion import reconstruction_error
 from hf_ddpm.runtime.run_files import read_run
-from hf_ddpm.sampling.sampler import load_for_sampling, seeded_generators
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import seeded_generators
 
 NUM_IMAGES, NUM_FILLS = 16, 8
 # Method, scheduler, steps, gradients of each step, jump_length and jump_n_sample of RePaint.

@@ -28,7 +28,8 @@ from hf_ddpm.data.splits import open_split
 from hf_ddpm.figures import png_bytes, strip, to_pil
 from hf_ddpm.inversion import interpolate, invert, reconstruct, reconstruction_error
 from hf_ddpm.runtime.run_files import read_run
-from hf_ddpm.sampling.sampler import load_for_sampling, seeded_generators
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import seeded_generators
 
 FOLDER = Path(__file__).parent
 STRENGTHS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -34,7 +34,8 @@ from hf_ddpm.figures import png_bytes, strip, to_pil
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.runtime.run_files import read_run
-from hf_ddpm.sampling.sampler import iter_samples, labels_in_turn, load_for_sampling
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import iter_samples, labels_in_turn
 
 FOLDER = Path(__file__).parent
 ROWS = FOLDER / "rows.jsonl"

@@ -33,7 +33,8 @@ from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_dista
 from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.network import compile_network, sized_config, use_plain_attention
 from hf_ddpm.objective import posterior_means
-from hf_ddpm.sampling.sampler import iter_samples, speed_up
+from hf_ddpm.sampling.loading import speed_up
+from hf_ddpm.sampling.sampler import iter_samples
 from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.training.averages import assign
 from hf_ddpm.training.config import TrainingConfig

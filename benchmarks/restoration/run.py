@@ -40,7 +40,8 @@ from hf_ddpm.figures import grid, to_pil
 from hf_ddpm.measurements import Operator, blur, downsample, mask
 from hf_ddpm.restoration import restore
 from hf_ddpm.runtime.run_files import read_run
-from hf_ddpm.sampling.sampler import load_for_sampling, seeded_generators
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import seeded_generators
 
 FOLDER = Path(__file__).parent
 NUM_HELD_OUT, NUM_MEASURED, NUM_SAMPLES, NUM_SHOWN = 64, 32, 4, 8

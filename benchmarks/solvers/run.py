@@ -28,7 +28,8 @@ from hf_ddpm.evaluation.search import search_timesteps, spaced_timesteps
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.runtime.run_files import read_run
-from hf_ddpm.sampling.sampler import load_for_sampling, seeded_generators
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import seeded_generators
 from hf_ddpm.scheduler import complete_config
 from hf_ddpm.solvers import named_scheduler
 

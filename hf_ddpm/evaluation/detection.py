@@ -39,7 +39,8 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
-from hf_ddpm.sampling.sampler import forward_batch_of, load_for_sampling
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import forward_batch_of
 from hf_ddpm.solvers import choose_sampler
 
 GRID_ROWS = 8

@@ -43,7 +43,8 @@ from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import UnwrittenError, UsageError, in_one_line
 from hf_ddpm.runtime.format import finite_or_none, format_measurement
-from hf_ddpm.sampling.sampler import describe_guidance, iter_samples, speed_up
+from hf_ddpm.sampling.loading import describe_guidance, speed_up
+from hf_ddpm.sampling.sampler import iter_samples
 from hf_ddpm.solvers import named_scheduler
 
 NUM_MEMORIZATION_SAMPLES = 1000

@@ -50,13 +50,8 @@ from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha2
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import check_values, require_choice, with_plain_paths
-from hf_ddpm.sampling.sampler import (
-    check_guidance,
-    choose_guidance,
-    forward_batch_of,
-    labels_in_turn,
-    load_for_sampling,
-)
+from hf_ddpm.sampling.loading import check_guidance, choose_guidance, load_for_sampling
+from hf_ddpm.sampling.sampler import forward_batch_of, labels_in_turn
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.solvers import choose_sampler, named_scheduler
 

@@ -39,7 +39,8 @@ from hf_ddpm.prediction import labels_to_tensor
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.runtime.seeds import check_seeds
-from hf_ddpm.sampling.sampler import labels_in_turn, load_for_sampling, seeded_generators
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import labels_in_turn, seeded_generators
 from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.timesteps import (
     FILE,

@@ -25,16 +25,9 @@ from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha2
 from hf_ddpm.runtime.processes import join_processes
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import require_choice
-from hf_ddpm.sampling.edit_set import image_files, new_files, read_image, shared_batches
-from hf_ddpm.sampling.sampler import (
-    check_guidance,
-    choose_guidance,
-    describe_guidance,
-    forward_batch_of,
-    iter_samples,
-    load_for_sampling,
-    speed_up,
-)
+from hf_ddpm.sampling.image_files import image_files, new_files, read_image
+from hf_ddpm.sampling.loading import check_guidance, choose_guidance, describe_guidance, load_for_sampling, speed_up
+from hf_ddpm.sampling.sampler import forward_batch_of, iter_samples, shared_batches
 
 PICTURE = "samples.png"
 PICTURE_IMAGES = 16

@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ddpm.data.decoding import open_image
-from hf_ddpm.data.image_folder import list_images
 from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline, require_strength
 from hf_ddpm.figures import png_bytes, strip, to_pil
 from hf_ddpm.image_inputs import images_to_tensor, masks_to_tensor
@@ -27,7 +25,6 @@ from hf_ddpm.names import DTYPES
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import (
     look_at,
-    naming_damage,
     require_writable_folder,
     weights_sha256,
     write_atomically,
@@ -35,15 +32,9 @@ from hf_ddpm.runtime.files import (
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import require_choice
-from hf_ddpm.sampling.sampler import (
-    check_guidance,
-    choose_guidance,
-    describe_guidance,
-    forward_batch_of,
-    load_for_sampling,
-    seeded_generators,
-    speed_up,
-)
+from hf_ddpm.sampling.image_files import image_files, new_files, read_image
+from hf_ddpm.sampling.loading import check_guidance, choose_guidance, describe_guidance, load_for_sampling, speed_up
+from hf_ddpm.sampling.sampler import forward_batch_of, seeded_generators, shared_batches
 from hf_ddpm.solvers import choose_sampler
 
 PICTURE = "edits.png"
@@ -113,7 +104,7 @@ def edit_images(
     require_writable_folder("out", out)
     names, files = image_files("image", image)
     check_seeds(seed, len(names))
-    edits = new_files(out, names)
+    edits = new_files(out, names, PICTURE)
     mask_files = None if mask is None else image_files("mask", mask)[1]
     if mask_files is not None and len(mask_files) not in (1, len(names)):
         raise UsageError(
@@ -201,39 +192,6 @@ def _edit_all(
     return [picture for share in processes.gather(edit_share) for picture in share]
 
 
-def shared_batches(processes: Processes, count: int, forward_batch: int) -> list[range]:
-    """Return the numbers of the images in each forward pass of this process, of `count` images."""
-    share = processes.split(-(-count // forward_batch))
-    return [range(k * forward_batch, min((k + 1) * forward_batch, count)) for k in share]
-
-
-def image_files(option: str, path: str | Path) -> tuple[list[Path], list[Path]]:
-    """Return the names and the paths of the image files that an option names, in the order of the names."""
-    found = look_at(option, path)
-    if found.is_file():
-        return [Path(found.name)], [found]
-    if not found.is_dir():
-        raise UsageError(f"{option} must be an image or a folder of images, got {str(path)!r}, which does not exist")
-    files = list_images(found).images
-    if not files:
-        raise UsageError(f"{option} must be an image or a folder of images, got {str(path)!r}, which holds none")
-    return [file.relative_to(found) for file in files], files
-
-
-def new_files(out: Path, names: Sequence[Path], picture: str = PICTURE) -> list[Path]:
-    """Return the file of each new image, after a look that none is there and no two are the same."""
-    files = [out / name.with_suffix(".png") for name in names]
-    for i, file in enumerate(files):
-        if file == out / picture or file in files[:i]:
-            raise UsageError(
-                f"image must hold files of different names, but {picture}, got {str(names[i])!r}: rename it"
-            )
-    for file in [*files, out / picture]:
-        if file.exists():
-            raise UsageError(f"{file} would be overwritten: choose another folder than {str(out)!r}")
-    return files
-
-
 def _read(path: Path, channels: int, height: int, width: int, is_mask: bool = False) -> Tensor:
     """Return an image, (1, C, H, W) in [0, 1], or a mask, (1, 1, H, W) bool, of a file."""
 
@@ -243,22 +201,6 @@ def _read(path: Path, channels: int, height: int, width: int, is_mask: bool = Fa
         return images_to_tensor(picture, channels, height, width)
 
     return read_image(path, convert)
-
-
-def read_image(path: Path, convert: Callable[[Image.Image], Tensor]) -> Tensor:
-    """Return what a function makes of the image in a file.
-
-    Raises:
-        UsageError: When the file cannot be read, or the function refuses the image; the message names the file.
-    """
-    with naming_damage(f"{path} cannot be taken", "change the file, or give another one"):
-        try:
-            with open_image({"bytes": None, "path": str(path)}) as opened:
-                picture: Image.Image = ImageOps.exif_transpose(opened)
-                picture.load()
-        except (SyntaxError, EOFError, Image.DecompressionBombError) as error:  # that Pillow raises, too
-            raise ValueError(str(error)) from error
-        return convert(picture)
 
 
 def _picture(images: Tensor, masks: Tensor | None, edited: Sequence[Image.Image]) -> Image.Image:

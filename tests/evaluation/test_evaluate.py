@@ -25,7 +25,8 @@ from hf_ddpm.evaluation.measure import measure_distances
 from hf_ddpm.evaluation.statistics import collect, make_reference
 from hf_ddpm.hub import card as cards
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import iter_samples
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.parsing import save_config
 from tests.support.evaluations import (

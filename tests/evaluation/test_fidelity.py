@@ -17,7 +17,8 @@ from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_dista
 from hf_ddpm.evaluation.features import load_network
 from hf_ddpm.evaluation.fidelity import mean_of, psnr, ssim, window_size
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import iter_samples
 from tests.support.networks import smallest_unet_config
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarning")

@@ -27,7 +27,7 @@ from hf_ddpm.evaluation.search import (
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.image_set import write_samples
-from hf_ddpm.sampling.sampler import load_for_sampling
+from hf_ddpm.sampling.loading import load_for_sampling
 from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.timesteps import (
     FILE,

@@ -8,7 +8,7 @@ import torch
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.sampling.sampler import load_for_sampling
+from hf_ddpm.sampling.loading import load_for_sampling
 from hf_ddpm.solvers import Sampler, default_scheduler, default_steps, named_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps
 

@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.evaluation.search import uniform_timesteps
 from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.sampling.sampler import load_for_sampling, seeded_generators
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import seeded_generators
 from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.timesteps import (
     FILE,

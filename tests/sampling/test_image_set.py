@@ -18,9 +18,10 @@ from hf_ddpm.cli import app
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.sampling import image_set
+from hf_ddpm.sampling import image_set, set_files
 from hf_ddpm.sampling.image_set import write_samples
-from hf_ddpm.sampling.sampler import iter_samples, load_for_sampling
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import iter_samples
 from hf_ddpm.solvers import named_scheduler
 from tests.support.forks import Process
 
@@ -40,7 +41,7 @@ def child(runs: list[dict], environment: dict[str, str], kill_after: int | None)
         written += 1
         write(path, content)
 
-    image_set.write_atomically = write_or_die
+    image_set.write_atomically = set_files.write_atomically = write_or_die
     for arguments in runs:
         write_samples(**arguments)
 

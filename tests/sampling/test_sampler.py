@@ -14,7 +14,8 @@ from hf_ddpm.classes import numbered_classes
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.sampling.sampler import iter_samples, labels_in_turn, load_for_sampling, sample_all, seeded_generators
+from hf_ddpm.sampling.loading import load_for_sampling
+from hf_ddpm.sampling.sampler import iter_samples, labels_in_turn, sample_all, seeded_generators
 from hf_ddpm.solvers import named_scheduler
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.network import try_network
 from hf_ddpm.runtime.errors import RunError, UsageError
-from hf_ddpm.sampling.sampler import load_for_sampling
+from hf_ddpm.sampling.loading import load_for_sampling
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.trial import require_memory
