@@ -7,27 +7,27 @@ samples.png  the first PICTURE_IMAGES images with their samples, side by side
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.figures import png_bytes, side_by_side, to_pil
 from hf_ddpm.labels import describe_labels
-from hf_ddpm.names import DTYPES
-from hf_ddpm.runtime.devices import process_device, require_compiler
+from hf_ddpm.prediction import Label
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256, write_atomically
-from hf_ddpm.runtime.processes import join_processes
+from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
-from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.sampling.image_files import image_files, new_files, read_image
-from hf_ddpm.sampling.loading import check_guidance, choose_guidance, describe_guidance, load_for_sampling, speed_up
+from hf_ddpm.sampling.loading import describe_guidance
 from hf_ddpm.sampling.sampler import forward_batch_of, iter_samples, shared_batches
+from hf_ddpm.sampling.settings import SampleSettings
 
 PICTURE = "samples.png"
 PICTURE_IMAGES = 16
@@ -37,21 +37,7 @@ def sample_from_images(
     model: str,
     image: str | Path,
     out: str | Path,
-    *,
-    seed: int = 0,
-    num_inference_steps: int | None = None,
-    scheduler: str | None = None,
-    class_label: int | str | None = None,
-    guidance_scale: float | None = None,
-    guidance_interval: Sequence[float] | None = None,
-    guidance_method: str | None = None,
-    guidance_model: str | None = None,
-    deterministic: bool = False,
-    batch_size: int = 64,
-    device: str | None = None,
-    dtype: str | None = None,
-    compile: bool = False,
-    uniform: bool = False,
+    **settings: Any,
 ) -> list[Path]:
     """Sample an image from each image, and write the samples and a picture of all into the folder `out`.
 
@@ -62,20 +48,8 @@ def sample_from_images(
         image: An image of the model's size, or a folder of them. For super-resolution they may have the low
             resolution.
         out: A folder, which must not hold files of the samples' names.
-        seed: The seed of the first sample; sample i has seed + i.
-        num_inference_steps: See `write_samples`, as for all that follows.
-        scheduler: The scheduler.
-        class_label: The class of all images.
-        guidance_scale: How far images are led away from those of a weaker model.
-        guidance_interval: Where guidance acts.
-        guidance_method: How it guides.
-        guidance_model: The weaker model, which makes images from the same images.
-        deterministic: Whether to add no noise.
-        batch_size: Images per forward pass.
-        device: A device of torch.
-        dtype: The type that the network computes in.
-        compile: Whether the network is compiled.
-        uniform: Whether to ignore timesteps that were searched for.
+        settings: The attributes of `hf_ddpm.sampling.settings.SampleSettings` by name, such as `seed`,
+            `num_inference_steps` and `device`.
 
     Returns:
         The files of the samples, in the order of the images.
@@ -85,73 +59,46 @@ def sample_from_images(
             images from images, or a sample would overwrite a file.
         OSError: When a file cannot be read, or `out` cannot be written.
     """
-    if dtype is not None:
-        require_choice("dtype", dtype, DTYPES)
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-    if compile:
-        require_compiler(process_device(device))
-    check_guidance([guidance_scale], guidance_interval, guidance_method)
+    sampling = SampleSettings(**settings)
     out = look_at("out", out)
     require_writable_folder("out", out)
     names, files = image_files("image", image)
-    check_seeds(seed, len(names))
+    check_seeds(sampling.seed, len(names))
     new = new_files(out, names, PICTURE)
 
     with join_processes() as processes:
-        pipeline, steps = load_for_sampling(
-            model,
-            scheduler,
-            num_inference_steps,
-            device,
-            uniform=uniform,
-            guidance_model=guidance_model,
-            makes_from_images=True,
-        )
+        pipeline, steps, guidance = sampling.load(model, makes_from_images=True)
         assert isinstance(pipeline, ConditionalDDPMPipeline)
-        guidance = choose_guidance(pipeline, guidance_scale, guidance_interval, guidance_method, guidance_model)
-        pipeline._check_inputs(1, None, "pil", ("latents",), deterministic)
-        labels = _class_labels(pipeline, class_label, len(names))
+        labels = _class_labels(pipeline, sampling.class_label, len(names))
         conditions = torch.cat([read_image(path, pipeline.to_conditions) for path in files])
-        speed_up(pipeline, dtype, compile)
-        settings: dict[str, Any] = {
+        record: dict[str, Any] = {
             "weights_sha256": weights_sha256(Path(pipeline.unet.config["_name_or_path"])),
             "images": [str(name) for name in names],
             "scheduler": (type(pipeline.scheduler).__name__, steps),
-            "seed": seed,
+            "seed": sampling.seed,
             "class_label": labels and labels[0],
-            "deterministic": deterministic,
+            "deterministic": sampling.deterministic,
             "guidance": None if guidance is None else describe_guidance(guidance, pipeline),
-            "dtype": dtype or "fp32",
-            "compile": compile,
+            "dtype": sampling.dtype or "fp32",
+            "compile": sampling.compile,
             "device": pipeline.device.type,
-            "forward_batch": forward_batch_of(pipeline.device, batch_size),
+            "forward_batch": forward_batch_of(pipeline.device, sampling.batch_size),
         }
-        processes.require_equal(settings, "model, images and settings")
+        processes.require_equal(record, "model, images and settings")
 
         def sample_share() -> list[Image.Image]:
-            share = [i for batch in shared_batches(processes, len(names), settings["forward_batch"]) for i in batch]
+            share = [i for batch in shared_batches(processes, len(names), record["forward_batch"]) for i in batch]
             batches = iter_samples(
                 pipeline,
-                [seed + i for i in share],
-                batch_size=batch_size,
+                [sampling.seed + i for i in share],
+                batch_size=sampling.batch_size,
                 num_inference_steps=steps,
                 class_labels=None if labels is None else [labels[i] for i in share],
-                deterministic=deterministic,
+                deterministic=sampling.deterministic,
                 guidance=guidance,
                 conditions=conditions[share],
             )
-            first_samples = []
-            label, is_quiet = processes.label("Sampling"), processes.rank > 0
-            with tqdm(total=len(share), unit="image", desc=label, file=sys.stderr, disable=is_quiet) as progress:
-                for seeds, images in batches:
-                    # Written as soon as it is made, so that a command that is killed has lost no more than a batch.
-                    for each, picture in zip(seeds, to_pil(images), strict=True):
-                        write_atomically(new[each - seed], png_bytes(picture))
-                        if each - seed < PICTURE_IMAGES:
-                            first_samples.append(picture)
-                    progress.update(len(seeds))
-            return first_samples
+            return _write_share(processes, batches, len(share), new, sampling.seed)
 
         samples = [picture for share in processes.gather(sample_share) for picture in share]
 
@@ -163,9 +110,36 @@ def sample_from_images(
     return new
 
 
-def _class_labels(
-    pipeline: ConditionalDDPMPipeline, class_label: int | str | None, num_images: int
-) -> list[Any] | None:
+def _write_share(
+    processes: Processes,
+    batches: Iterable[tuple[list[int], Tensor]],
+    num_images: int,
+    files: Sequence[Path],
+    seed: int,
+) -> list[Image.Image]:
+    """Write the samples of this process, and return those of the first PICTURE_IMAGES images.
+
+    Args:
+        processes: The processes, each of which writes its own samples.
+        batches: The seeds and the samples of each batch, as `iter_samples` yields them.
+        num_images: The number of samples in all batches.
+        files: The files of the samples of all processes.
+        seed: The seed of the first of these.
+    """
+    first_samples = []
+    label, is_quiet = processes.label("Sampling"), processes.rank > 0
+    with tqdm(total=num_images, unit="image", desc=label, file=sys.stderr, disable=is_quiet) as progress:
+        for seeds, images in batches:
+            # Written as soon as it is made, so that a command that is killed has lost no more than a batch.
+            for each, picture in zip(seeds, to_pil(images), strict=True):
+                write_atomically(files[each - seed], png_bytes(picture))
+                if each - seed < PICTURE_IMAGES:
+                    first_samples.append(picture)
+            progress.update(len(seeds))
+    return first_samples
+
+
+def _class_labels(pipeline: ConditionalDDPMPipeline, class_label: Label | None, num_images: int) -> list[Any] | None:
     """Return a label for each image: the one that was named; None for the one that stands for every label.
 
     Raises:

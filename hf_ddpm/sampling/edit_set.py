@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline, require_strength
 from hf_ddpm.figures import png_bytes, strip, to_pil
 from hf_ddpm.image_inputs import images_to_tensor, masks_to_tensor
-from hf_ddpm.names import DTYPES
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import (
     look_at,
@@ -31,10 +30,10 @@ from hf_ddpm.runtime.files import (
 )
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
-from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.sampling.image_files import image_files, new_files, read_image
-from hf_ddpm.sampling.loading import check_guidance, choose_guidance, describe_guidance, load_for_sampling, speed_up
+from hf_ddpm.sampling.loading import describe_guidance, load_for_sampling, speed_up
 from hf_ddpm.sampling.sampler import forward_batch_of, seeded_generators, shared_batches
+from hf_ddpm.sampling.settings import SamplingSettings
 from hf_ddpm.solvers import choose_sampler
 
 PICTURE = "edits.png"
@@ -48,23 +47,13 @@ def edit_images(
     *,
     mask: str | Path | None = None,
     strength: float | None = None,
-    seed: int = 0,
-    num_inference_steps: int | None = None,
-    scheduler: str | None = None,
-    class_label: int | str | None = None,
-    guidance_scale: float | None = None,
-    guidance_interval: Sequence[float] | None = None,
-    guidance_method: str | None = None,
-    guidance_model: str | None = None,
     batch_size: int = 16,
-    device: str | None = None,
-    dtype: str | None = None,
+    **settings: Any,
 ) -> list[Path]:
     """Edit images with a model, and write the edits and a picture of all into the folder `out`.
 
     Without a mask each image is noised and denoised again, see `DDPMImg2ImgPipeline`. With one, its white part is
-    repainted, see `DDPMInpaintPipeline`. Each process that was launched edits its share. The files of a folder are
-    those of one process.
+    repainted, see `DDPMInpaintPipeline`. Each process that was launched edits its share, to the files of one process.
 
     Args:
         model: A folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
@@ -72,17 +61,9 @@ def edit_images(
         out: A folder, which must not hold files of the edits' names.
         mask: An image of the same size, or a folder of as many as there are images.
         strength: In (0, 1]. None: 0.5 without a mask, and 1 with one.
-        seed: The seed of the first image; image i has seed + i.
-        num_inference_steps: See `load_for_sampling`.
-        scheduler: See `load_for_sampling`.
-        class_label: The class of all images, its name or its number, if the model has classes.
-        guidance_scale: See `write_samples`.
-        guidance_interval: See `write_samples`.
-        guidance_method: See `write_samples`.
-        guidance_model: See `write_samples`.
         batch_size: Images per forward pass; on a CPU there are 16 of two or more images.
-        device: A device of torch. None: the best one of this process.
-        dtype: The type that the network computes in, `fp32` or `bf16`. None: fp32.
+        settings: The other attributes of `hf_ddpm.sampling.settings.SamplingSettings` by name, such as `seed`,
+            `num_inference_steps` and `device`.
 
     Returns:
         The files of the edits, in the order of the images.
@@ -92,69 +73,81 @@ def edit_images(
             would overwrite a file.
         OSError: When a file cannot be read, or `out` cannot be written.
     """
-    if strength is None:
-        strength = 0.5 if mask is None else 1.0
+    default = 0.5 if mask is None else 1.0
+    strength = default if strength is None else strength
     require_strength(strength)
-    check_guidance([guidance_scale], guidance_interval, guidance_method)
-    if dtype is not None:
-        require_choice("dtype", dtype, DTYPES)
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    sampling = SamplingSettings(batch_size=batch_size, **settings)
     out = look_at("out", out)
     require_writable_folder("out", out)
     names, files = image_files("image", image)
-    check_seeds(seed, len(names))
+    check_seeds(sampling.seed, len(names))
     edits = new_files(out, names, PICTURE)
-    mask_files = None if mask is None else image_files("mask", mask)[1]
-    if mask_files is not None and len(mask_files) not in (1, len(names)):
-        raise UsageError(
-            f"mask must be one image, or one for each of {len(names)} images, got {len(mask_files)} in {str(mask)!r}"
-        )
-
+    mask_files = None if mask is None else _mask_files(mask, len(names))
     with join_processes() as processes:
-        plain, _ = load_for_sampling(model, "ddpm", device=device, guidance_model=guidance_model)
-        guidance = choose_guidance(plain, guidance_scale, guidance_interval, guidance_method, guidance_model)
-        speed_up(plain, dtype, compile=False)
-        kept, searched = plain.kept_sampler, plain.searched_timesteps
-        sampler = choose_sampler(plain.scheduler.config, scheduler, num_inference_steps, kept, searched)
+        plain, _ = load_for_sampling(model, "ddpm", device=sampling.device, guidance_model=sampling.guidance_model)
+        guidance = sampling.guidance_of(plain)
+        speed_up(plain, sampling.dtype, compile=False)
+        kept, searched, config = plain.kept_sampler, plain.searched_timesteps, plain.scheduler.config
+        sampler = choose_sampler(config, sampling.scheduler, sampling.num_inference_steps, kept, searched)
         pipeline: Any = (DDPMImg2ImgPipeline if mask_files is None else DDPMInpaintPipeline).from_pipe(plain)
         pipeline.use(sampler.scheduler, sampler.num_inference_steps, guidance_scale=1.0)  # each call is given its own
-        channels, height, width = plain._image_shape()
-        if channels not in (1, 3, 4):
-            raise UsageError(f"model must make images of 1, 3 or 4 channels, got {channels}, which no file holds")
-        images = torch.cat([_read(path, channels, height, width) for path in files])
-        masks = None
-        if mask_files is not None:
-            read = torch.cat([_read(path, 1, height, width, is_mask=True) for path in mask_files])
-            masks = read.expand(len(images), -1, -1, -1)
-        plain._conditions(class_label, 1, plain.device, guidance)
-        settings: dict[str, Any] = {
+        images, masks = _read_all(files, mask_files, plain._image_shape())
+        plain._conditions(sampling.class_label, 1, plain.device, guidance)
+        record: dict[str, Any] = {
             "weights_sha256": weights_sha256(Path(plain.unet.config["_name_or_path"])),
             "images": [str(name) for name in names],
             "sampler": (sampler.scheduler, sampler.num_inference_steps),
             "strength": strength,
-            "seed": seed,
-            "class_label": class_label,
+            "seed": sampling.seed,
+            "class_label": sampling.class_label,
             "guidance": None if guidance is None else describe_guidance(guidance, plain),
-            "dtype": dtype or "fp32",
+            "dtype": sampling.dtype or "fp32",
             "device": plain.device.type,
             "forward_batch": forward_batch_of(plain.device, batch_size),
         }
-        processes.require_equal(settings, "model, images and settings")
+        processes.require_equal(record, "model, images and settings")
 
         def edit(numbers: np.ndarray) -> list[Image.Image]:
             return pipeline(
                 images[numbers],
                 **({} if masks is None else {"mask_image": masks[numbers]}),
                 strength=strength,
-                generator=seeded_generators([seed + int(i) for i in numbers], pipeline.device),
-                class_labels=class_label,
+                generator=seeded_generators([sampling.seed + int(i) for i in numbers], pipeline.device),
+                class_labels=sampling.class_label,
                 guidance=guidance,
             ).images
 
-        pictures = _edit_all(processes, edit, edits, settings["forward_batch"])
+        pictures = _edit_all(processes, edit, edits, record["forward_batch"])
         processes.on_main(lambda: write_atomically(out / PICTURE, png_bytes(_picture(images, masks, pictures))))
     return edits
+
+
+def _mask_files(mask: str | Path, num_images: int) -> list[Path]:
+    """Return the file of the mask of all images, or of each of them."""
+    files = image_files("mask", mask)[1]
+    if len(files) not in (1, num_images):
+        raise UsageError(
+            f"mask must be one image, or one for each of {num_images} images, got {len(files)} in {str(mask)!r}"
+        )
+    return files
+
+
+def _read_all(
+    files: Sequence[Path], mask_files: Sequence[Path] | None, shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the images, (N, C, H, W) in [0, 1], and a mask for each, (N, 1, H, W) bool; None without masks.
+
+    Raises:
+        UsageError: When a file cannot be read, or does not have the model's shape, (C, H, W).
+    """
+    channels, height, width = shape
+    if channels not in (1, 3, 4):
+        raise UsageError(f"model must make images of 1, 3 or 4 channels, got {channels}, which no file holds")
+    images = torch.cat([read_image(path, lambda picture: images_to_tensor(picture, *shape)) for path in files])
+    if mask_files is None:
+        return images, None
+    masks = [read_image(path, lambda picture: masks_to_tensor(picture, 1, height, width)) for path in mask_files]
+    return images, torch.cat(masks).expand(len(images), -1, -1, -1)
 
 
 def _edit_all(
@@ -190,17 +183,6 @@ def _edit_all(
         return first_edits
 
     return [picture for share in processes.gather(edit_share) for picture in share]
-
-
-def _read(path: Path, channels: int, height: int, width: int, is_mask: bool = False) -> Tensor:
-    """Return an image, (1, C, H, W) in [0, 1], or a mask, (1, 1, H, W) bool, of a file."""
-
-    def convert(picture: Image.Image) -> Tensor:
-        if is_mask:
-            return masks_to_tensor(picture, 1, height, width)
-        return images_to_tensor(picture, channels, height, width)
-
-    return read_image(path, convert)
 
 
 def _picture(images: Tensor, masks: Tensor | None, edited: Sequence[Image.Image]) -> Image.Image:

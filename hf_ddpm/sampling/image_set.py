@@ -19,10 +19,8 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.figures import png_bytes
 from hf_ddpm.guidance import Guidance
-from hf_ddpm.names import DTYPES, FORMATS
+from hf_ddpm.names import FORMATS
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.prediction import Label
-from hf_ddpm.runtime.devices import process_device, require_compiler
 from hf_ddpm.runtime.files import (
     NETWORK_FOLDERS,
     look_at,
@@ -35,14 +33,10 @@ from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.run_files import read_run, run_folder_of
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import require_choice
-from hf_ddpm.sampling.loading import check_guidance, choose_guidance, describe_guidance, load_for_sampling, speed_up
+from hf_ddpm.sampling.loading import describe_guidance
 from hf_ddpm.sampling.sampler import forward_batch_of, iter_samples, labels_in_turn, sheet_by_label
-from hf_ddpm.sampling.set_files import (
-    PartFiles,
-    PngSet,
-    column_name,
-    pictures_of,
-)
+from hf_ddpm.sampling.set_files import PartFiles, PngSet, column_name, pictures_of
+from hf_ddpm.sampling.settings import SampleSettings
 from hf_ddpm.solvers import choose_sampler
 
 
@@ -51,21 +45,8 @@ def write_samples(
     out: str | Path,
     *,
     num_images: int,
-    seed: int = 0,
-    num_inference_steps: int | None = None,
-    scheduler: str | None = None,
-    class_label: Label | None = None,
-    guidance_scale: float | None = None,
-    guidance_interval: Sequence[float] | None = None,
-    guidance_method: str | None = None,
-    guidance_model: str | None = None,
-    deterministic: bool = False,
-    batch_size: int = 64,
-    device: str | None = None,
-    dtype: str | None = None,
-    compile: bool = False,
-    uniform: bool = False,
     format: str = "png",
+    **settings: Any,
 ) -> None:
     """Sample a model into the folder `out`: one image for each seed from `seed` on, and the first 64 as grid.png.
 
@@ -82,77 +63,58 @@ def write_samples(
         out: A new folder, or one that holds a part of this set.
         num_images: The number of images in the set. They have 16 bits where the model was trained on such images,
             and the values that those had before `--value_range`.
-        seed: The seed of the first image.
-        num_inference_steps: A number in [1, T]. None: the one that the model's folder keeps (`DDPMPipeline.use`), or
-            20, or all T of `ddpm`.
-        scheduler: `ddpm`, `ddim`, `dpmsolver++` or `unipc`. None: the one that the model's folder keeps, or unipc;
-            dpmsolver++ where its searched timesteps are better; ddpm where only that can sample the model.
-        class_label: The label of all images, see `DDPMPipeline`. None: each class in turn, or the quantiles of
-            numbers, if the model has labels.
-        guidance_scale: How far images are led away from those of a weaker model: the model without a class, or
-            `guidance_model`. None: what the model's folder says, or 1, which is no guidance.
-        guidance_interval: (low, high): guidance acts where low < sigma <= high, the ratio of noise to signal.
-        guidance_method: `cfg`, `cfg-zero*`, `apg` or `tcfg`. None: what the model's folder says, or `cfg`.
-        guidance_model: A weaker model, a folder or a Hub id. None: the model itself without a class, or the one in its
-            folder `guide`.
-        deterministic: Whether to iterate the mean of each reverse step, without noise; for `ddpm` only.
-        batch_size: Images per forward pass; on a CPU there are always 16.
-        device: A device of torch. None: the best one of this process.
-        dtype: The type that the network computes in, `fp32` or `bf16`. None: fp32.
-        compile: Whether `torch.compile` compiles the network, at its first forward pass.
-        uniform: Whether to ignore timesteps that were searched for.
         format: `png`, `parquet` or `npz`.
+        settings: The attributes of `hf_ddpm.sampling.settings.SampleSettings` by name, such as `seed`,
+            `num_inference_steps` and `device`.
 
     Raises:
         ValueError: Before sampling, when there is no such model, a setting cannot work, or `out` holds something else.
         OSError: When the model cannot be read, or `out` cannot be written.
     """
+    sampling = SampleSettings(**settings)
     require_choice("format", format, FORMATS)
-    if dtype is not None:
-        require_choice("dtype", dtype, DTYPES)
-    if compile:
-        require_compiler(process_device(device))
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
-    check_seeds(seed, num_images)
-    check_guidance([guidance_scale], guidance_interval, guidance_method)
+    check_seeds(sampling.seed, num_images)
     out = look_at("out", out)
     require_writable_folder("out", out)
     with join_processes() as processes:
-        pipeline, steps = load_for_sampling(
-            model, scheduler, num_inference_steps, device, uniform=uniform, guidance_model=guidance_model
-        )
-        guidance = choose_guidance(pipeline, guidance_scale, guidance_interval, guidance_method, guidance_model)
-        speed_up(pipeline, dtype, compile)
-        unet = pipeline.unet
-        if format != "npz" and unet.config.in_channels not in (1, 3, 4):
-            raise ValueError(f"format must be 'npz' for images of {unet.config.in_channels} channels, got {format!r}")
-        pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)
-        labels = labels_in_turn(pipeline.labels, range(seed, seed + num_images))
-        if class_label is not None and pipeline.labels is not None:
-            labels = [pipeline.labels.read(class_label)] * num_images
-        pipeline._conditions(class_label if labels is None else labels[:1], 1, pipeline.device, guidance)
-        searched, kept = pipeline.searched_timesteps_for(steps), pipeline.kept_sampler
-        name = choose_sampler(pipeline.scheduler.config, scheduler, steps, kept, pipeline.searched_timesteps).scheduler
-        settings = {
+        pipeline, steps, guidance = sampling.load(model)
+        channels = pipeline.unet.config.in_channels
+        if format != "npz" and channels not in (1, 3, 4):
+            raise ValueError(f"format must be 'npz' for images of {channels} channels, got {format!r}")
+        labels = _labels_of(pipeline, sampling, num_images)
+        label = sampling.class_label if labels is None else labels[:1]
+        pipeline._conditions(label, 1, pipeline.device, guidance)
+        searched = pipeline.searched_timesteps_for(steps)
+        config, kept = pipeline.scheduler.config, pipeline.kept_sampler
+        name = choose_sampler(config, sampling.scheduler, steps, kept, pipeline.searched_timesteps).scheduler
+        record = {
             "model": str(model),
-            "weights_sha256": weights_sha256(Path(unet.config["_name_or_path"])),
+            "weights_sha256": weights_sha256(Path(pipeline.unet.config["_name_or_path"])),
             "scheduler": name,
             "num_inference_steps": steps,
             "timesteps": None if searched is None else [*searched.timesteps],
-            "seed": seed,
+            "seed": sampling.seed,
             "num_images": num_images,
-            "class_label": None if labels is None or class_label is None else labels[0],
-            "deterministic": deterministic,
-            "dtype": dtype or "fp32",
-            "compile": compile,
+            "class_label": None if labels is None or sampling.class_label is None else labels[0],
+            "deterministic": sampling.deterministic,
+            "dtype": sampling.dtype or "fp32",
+            "compile": sampling.compile,
             "format": format,
-            "value_range": _value_range(unet, format, processes),
+            "value_range": _value_range(pipeline.unet, format, processes),
             "device": pipeline.device.type,
-            "forward_batch": forward_batch_of(pipeline.device, batch_size),
+            "forward_batch": forward_batch_of(pipeline.device, sampling.batch_size),
             "guidance": None if guidance is None else describe_guidance(guidance, pipeline),
         }
-        _write_set(processes, pipeline, out, settings, labels, batch_size, guidance)
+        _write_set(processes, pipeline, out, record, labels, sampling.batch_size, guidance)
+
+
+def _labels_of(pipeline: DDPMPipeline, sampling: SampleSettings, num_images: int) -> list[Any] | None:
+    """Return the label of each image of a set; None for a model without labels."""
+    if pipeline.labels is not None and sampling.class_label is not None:
+        return [pipeline.labels.read(sampling.class_label)] * num_images
+    return labels_in_turn(pipeline.labels, range(sampling.seed, sampling.seed + num_images))
 
 
 def _write_set(
