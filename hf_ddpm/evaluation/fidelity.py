@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch.nn.functional import conv2d
 
 from hf_ddpm.data.conditions import Pairs
 from hf_ddpm.evaluation.features import FeatureNetwork
-from hf_ddpm.evaluation.measure import Samples, statistics_of
+from hf_ddpm.evaluation.measure import Samples, counted_evaluations, statistics_of
 from hf_ddpm.evaluation.perceptual import Perceptual
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.pipeline import DDPMPipeline
@@ -155,11 +155,7 @@ def measure_fidelity(
     Raises:
         ValueError: When a sample is not finite.
     """
-    count, num_evaluations, num_passes = len(pairs.images), 0, 0
-
-    def count_evaluations(_: Any, inputs: Sequence[Any], __: Any) -> None:
-        nonlocal num_evaluations
-        num_evaluations += len(inputs[0])
+    count, num_passes = len(pairs.images), 0
 
     def sample_batch(k: int) -> _SampledBatch:
         nonlocal num_passes
@@ -187,21 +183,15 @@ def measure_fidelity(
             seconds,
         )
 
-    hooks = [
-        net.register_forward_hook(count_evaluations) for net in (pipeline.unet, pipeline.guide) if net is not None
-    ]
-    try:
+    with counted_evaluations(pipeline) as evaluated:
         batches = processes.map(sample_batch, math.ceil(count / batch_size), label)
-    finally:
-        for hook in hooks:
-            hook.remove()
     images = torch.cat([batch.images for batch in batches])
     features = [batch.features for batch in batches if batch.features is not None]
     return Measured(
         samples=Samples(
             statistics=statistics_of(features) if processes.rank == 0 else None,
             images=images,
-            network_evaluations=processes.on_main(lambda: num_evaluations // (num_passes * batch_size)),
+            network_evaluations=processes.on_main(lambda: sum(evaluated) // (num_passes * batch_size)),
             seconds_per_image=sum(batch.seconds for batch in batches) / count,
         ),
         of_samples=_fidelity(images.double() / 255, pairs.images, [batch.lpips for batch in batches]),

@@ -18,6 +18,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import NETWORK_FOLDERS
 from hf_ddpm.runtime.run_files import read_run, run_folder_of
 from hf_ddpm.runtime.settings import did_you_mean
+from hf_ddpm.sampling.loading import require_known_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +125,7 @@ def _classes_for(pipeline: DDPMPipeline, images: ImageCache, labels: list[str] |
             "that was trained without labels, with classes, or with class_dropout"
         )
     if classes is None:
-        if (kind := pipeline.unet.config.get("class_embed_type")) is not None:
-            raise UsageError(f"classes must be numbers for this, got a model with embeddings {kind!r}")
+        require_known_labels(pipeline)
         return None
     if labels is None:
         if classes.has_unconditional:

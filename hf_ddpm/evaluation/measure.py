@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,11 +85,7 @@ def sample_statistics(
     Raises:
         ValueError: When an image is not finite.
     """
-    num_evaluations = num_forward_batches = 0
-
-    def count_evaluations(_: Any, inputs: Sequence[Any], __: Any) -> None:
-        nonlocal num_evaluations
-        num_evaluations += len(inputs[0])
+    num_forward_batches = 0
 
     def sample_batch(k: int) -> _SampledBatch:
         nonlocal num_forward_batches
@@ -113,21 +110,33 @@ def sample_statistics(
         kept = images[: max(0, num_images_to_keep - k * batch_size)].clone()
         return _SampledBatch(features, kept, seconds)
 
-    networks = [network for network in (pipeline.unet, pipeline.guide) if network is not None]
-    hooks = [network.register_forward_hook(count_evaluations) for network in networks]
-    try:
+    with counted_evaluations(pipeline) as evaluated:
         batches = processes.map(sample_batch, math.ceil(len(seeds) / batch_size), label)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return Samples(
         statistics=statistics_of([b.features for b in batches if b.features is not None])
         if processes.rank == 0
         else None,
         images=torch.cat([b.images for b in batches]),
-        network_evaluations=processes.on_main(lambda: num_evaluations // (num_forward_batches * batch_size)),
+        network_evaluations=processes.on_main(lambda: sum(evaluated) // (num_forward_batches * batch_size)),
         seconds_per_image=sum(b.seconds for b in batches) / len(seeds),
     )
+
+
+@contextmanager
+def counted_evaluations(pipeline: DDPMPipeline) -> Iterator[list[int]]:
+    """Give a list that gets the number of images of each evaluation of a network within a `with` block."""
+    evaluated: list[int] = []
+
+    def count(_: Any, inputs: Sequence[Any], __: Any) -> None:
+        evaluated.append(len(inputs[0]))
+
+    networks = [network for network in (pipeline.unet, pipeline.guide) if network is not None]
+    hooks = [network.register_forward_hook(count) for network in networks]
+    try:
+        yield evaluated
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def statistics_of(batches: Sequence[Tensor]) -> Statistics | None:

@@ -22,12 +22,7 @@ from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline, require_st
 from hf_ddpm.figures import png_bytes, strip, to_pil
 from hf_ddpm.image_inputs import images_to_tensor, masks_to_tensor
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import (
-    look_at,
-    require_writable_folder,
-    weights_sha256,
-    write_atomically,
-)
+from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.sampling.image_files import image_files, new_files, read_image

@@ -11,10 +11,7 @@ from torch import Tensor
 from hf_ddpm.data.decoding import open_image
 from hf_ddpm.data.image_folder import list_images
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import (
-    look_at,
-    naming_damage,
-)
+from hf_ddpm.runtime.files import look_at, naming_damage
 
 
 def image_files(option: str, path: str | Path) -> tuple[list[Path], list[Path]]:

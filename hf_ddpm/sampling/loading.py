@@ -110,6 +110,17 @@ def _check_kind(folder: Path, model: str | Path, makes_from_images: bool) -> Non
         )
 
 
+def require_known_labels(pipeline: DDPMPipeline) -> None:
+    """Check that it is known which labels a network takes, if it takes any.
+
+    Raises:
+        UsageError: When it has an embedding of something else.
+    """
+    kind = pipeline.unet.config.get("class_embed_type")
+    if kind is not None and pipeline.labels is None:
+        raise UsageError(f"classes must be numbers for this, got a model with embeddings {kind!r}")
+
+
 def check_guidance(scales: Sequence[float | None], interval: Sequence[float] | None, method: Any) -> None:
     """Check what a command was asked for, before it reads the model.
 

@@ -19,9 +19,7 @@ import numpy as np
 from PIL import Image
 
 from hf_ddpm.figures import png_bytes, to_pil
-from hf_ddpm.runtime.files import (
-    write_atomically,
-)
+from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.sampling.sampler import FORWARD_BATCH
 
 GRID_IMAGES = 64

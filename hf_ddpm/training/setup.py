@@ -24,7 +24,7 @@ from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.labels import labels_of, with_network_labels
 from hf_ddpm.data.shards import ImageStream, open_stream
 from hf_ddpm.data.splits import check_split
-from hf_ddpm.evaluation.features import check_network
+from hf_ddpm.evaluation.feature_weights import check_network
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme, write_card
 from hf_ddpm.labels import (

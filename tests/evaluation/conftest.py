@@ -18,7 +18,7 @@ from PIL import Image
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.evaluation.evaluate import evaluate
-from hf_ddpm.evaluation.features import NETWORKS
+from hf_ddpm.evaluation.feature_weights import NETWORKS
 from hf_ddpm.hub import card as cards
 from hf_ddpm.runtime.files import sha256
 from hf_ddpm.training.parsing import save_config

