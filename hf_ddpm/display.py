@@ -1,4 +1,4 @@
-"""What a notebook shows by itself, as the last line of a cell: images, trajectories, the metrics of a run."""
+"""The pictures that a notebook shows by itself, as the last line of a cell: images, trajectories, metrics of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipelines that edit images with a model that was trained without any thought of it.
+"""The pipelines that edit images with a model that was trained without any thought of it.
 
     image to image   noise an image to x_t, and denoise it from there: SDEdit (Meng et al. 2022, arXiv 2108.01073)
     inpainting       fill the white part of a mask so that it fits the rest, which stays as it is; see `inpainting`
@@ -52,7 +52,7 @@ NUM_GRADIENTS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredConditions(Conditions):
-    """Conditions of a network for images of which a linear measurement is given.
+    """The conditions of a network for images of which a linear measurement is given.
 
     Args:
         measurement: y, (B, ...), of x_0 in [-1, 1].
@@ -311,12 +311,7 @@ class DDPMInpaintPipeline(EditingPipeline):
             given = images_to_tensor(image, *shape).to(device)
             is_known = ~masks_to_tensor(mask_image, len(given), *shape[1:]).to(device)
             self._check_inputs(len(given), generator, output_type, callback_on_step_end_tensor_inputs, False)
-            self._check_method(method)
-            if is_repaint and jump_length >= num_steps:
-                raise ValueError(
-                    f"jump_length must be less than the number of steps, {num_steps}, for method='repaint', got "
-                    f"{jump_length}, so that there would be no jump: give a smaller one, or more steps"
-                )
+            self._check_method(method, num_steps, jump_length)
             guidance = self._guidance(guidance_scale, guidance_interval, guidance)
             conditions = self._conditions(class_labels, len(given), device, guidance)
             # What is under the white part must not show through, as it would from x_T of some noise schedules.
@@ -328,20 +323,24 @@ class DDPMInpaintPipeline(EditingPipeline):
                 levels = repaint_levels(num_steps, jump_length, jump_n_sample)
                 filled = self._repaint(x_t, x_0, is_known, conditions, step_arguments, levels, callback, tensors)
             else:
-                known = self._measured(
-                    conditions,
-                    torch.where(is_known, x_0, 0),
-                    lambda x: torch.where(is_known, x, 0),
-                    noise_std=0.0,
-                    num_gradients=NUM_GRADIENTS if method == "posterior" else 0,
-                    fit=lambda x_0_hat: torch.where(is_known, x_0, x_0_hat),
-                )
+                known = self._known(conditions, x_0, is_known, NUM_GRADIENTS if method == "posterior" else 0)
                 filled, _ = self._denoise(x_t, known, step_arguments, set(), callback, tensors, begin)
             decoded: Any = _decode(filled, "pt")
             images = torch.where(is_known, given, decoded)
             return self._output(as_output_type(images, output_type), return_dict)
 
-    def _check_method(self, method: str) -> None:
+    def _known(self, conditions: Conditions, x_0: Tensor, is_known: Tensor, num_gradients: int) -> MeasuredConditions:
+        """Return conditions of a network whose known pixels are a measurement without noise."""
+        return self._measured(
+            conditions,
+            torch.where(is_known, x_0, 0),
+            lambda x: torch.where(is_known, x, 0),
+            noise_std=0.0,
+            num_gradients=num_gradients,
+            fit=lambda x_0_hat: torch.where(is_known, x_0, x_0_hat),
+        )
+
+    def _check_method(self, method: str, num_steps: int, jump_length: int) -> None:
         if method == "repaint" and not isinstance(self.scheduler, DDPMScheduler):
             raise ValueError(
                 f"method must be 'posterior' or 'replace' for {type(self.scheduler).__name__}, got 'repaint', which "
@@ -351,6 +350,11 @@ class DDPMInpaintPipeline(EditingPipeline):
             raise ValueError(
                 "method must be 'replace' within torch.inference_mode, got 'posterior', which takes gradients: "
                 "torch.no_grad needs no such change"
+            )
+        if method == "repaint" and jump_length >= num_steps:
+            raise ValueError(
+                f"jump_length must be less than the number of steps, {num_steps}, for method='repaint', got "
+                f"{jump_length}, so that there would be no jump: give a smaller one, or more steps"
             )
 
     def _repaint(

@@ -1,4 +1,4 @@
-"""Pictures of images: contact sheets, and the Markov chains as strips and animations.
+"""The pictures of images: contact sheets, and the Markov chains as strips and animations.
 
     image          a PIL image with 8 bits per channel: mode L (C = 1), RGB (C = 3) or RGBA (C = 4)
     forward chain  x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps_t, an image dissolving; Ho et al. 2020, Eq. 2

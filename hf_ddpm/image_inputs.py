@@ -1,4 +1,4 @@
-"""Images and masks that a user gives to a pipeline, in any of the usual forms -> tensors.
+"""The images and masks that a user gives to a pipeline, in any of the usual forms -> tensors.
 
 image   a PIL image; an array (H, W, C), or (H, W) in gray; a tensor (C, H, W). uint8, or floating-point in [0, 1]
 images  one of these, a list of them, or an array or tensor with a first axis for the images

@@ -1,4 +1,4 @@
-"""What fills the unknown pixels of an image: the methods, and the noise levels of RePaint.
+"""The filling of the unknown pixels of an image: the methods, and the noise levels of RePaint.
 
 known          pixels of x_0 that are given and stay; a measurement without noise, see `measurements`
 method         what x_0_hat = E[x_0 | x_t], which the network predicts, becomes in each step

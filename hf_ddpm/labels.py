@@ -136,7 +136,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Columns:
-    """Several labels at once: columns of classes and of numbers.
+    """A combination of several labels: columns of classes and of numbers.
 
     Args:
         columns: The columns by their names, two or more.

@@ -1,4 +1,4 @@
-"""What the network learns: density of t, target, weight -> loss per image.
+"""The training objective: density of t, target, weight -> loss per image.
 
     alpha_bar_t    the share of the image's power that is left at t (scheduler.py)
     x_t            sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,  t ~ density,  eps ~ N(0, I)

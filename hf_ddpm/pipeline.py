@@ -97,7 +97,7 @@ StepCallback = Callable[["DDPMPipeline", int, Tensor, dict[str, Any]], dict[str,
 
 @dataclass
 class TrajectoryStep:
-    """One step of sampling.
+    """A step of sampling.
 
     Args:
         timestep: t of the step.

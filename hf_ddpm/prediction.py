@@ -1,4 +1,4 @@
-"""One prediction of a network, as a step of sampling makes it: with labels, and guided.
+"""The prediction of a network, as a step of sampling makes it: with labels, and guided.
 
 prediction     what the network puts out at x_t and t, and at the label of each image
 conditions     what it takes beside x_t and t, which is the same in all steps of a call

@@ -1,4 +1,4 @@
-"""Schedulers by name, all with exact lists of timesteps.
+"""The schedulers by name, all with exact lists of timesteps.
 
     name          class                          order  noise per step
     ddpm          hf_ddpm.DDPMScheduler          1      yes    Ho et al. 2020, Algorithm 2

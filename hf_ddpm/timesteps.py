@@ -1,4 +1,4 @@
-"""Searched timesteps, kept in a file beside a pipeline's scheduler.
+"""The searched timesteps, kept in a file beside a pipeline's scheduler.
 
 For a model, a solver and a number of steps n, `hf-ddpm schedule` finds the n timesteps whose images come nearest to
 the images of many steps. They are stored in scheduler/searched_timesteps.json. diffusers downloads the file from the

@@ -1,8 +1,8 @@
-"""Commands that measure a model, images or a data set."""
+"""The commands that measure a model, images or a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from hf_ddpm.commands.options import (
     Uniform,
     data_config,
 )
-from hf_ddpm.commands.results import describe_search, table_of_auroc, table_of_results
+from hf_ddpm.commands.results import describe_evaluation, describe_search, table_of_auroc
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.evaluation.names import DEFAULT_NUM_RECONSTRUCTIONS, DEFAULT_STRENGTHS, METRICS, check_strengths
 from hf_ddpm.names import SCHEDULERS
@@ -44,6 +44,21 @@ from hf_ddpm.runtime.command_line import (
 )
 from hf_ddpm.runtime.errors import RunError, UnwrittenError, UsageError
 
+Metrics = Annotated[
+    str,
+    choice(
+        "metrics",
+        "Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
+        "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim, lpips, and "
+        "these distances.",
+        METRICS,
+        is_list=True,
+    ),
+]
+TimestepsPerImage = Annotated[
+    int | None, option("timesteps_per_image", "Terms of nll for each image. Default: 20, or all T.", min=2)
+]
+
 
 @with_options_of(
     DataConfig,
@@ -54,17 +69,7 @@ from hf_ddpm.runtime.errors import RunError, UnwrittenError, UsageError
 )
 def evaluate(
     model: Model,
-    metrics: Annotated[
-        str,
-        choice(
-            "metrics",
-            "Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
-            "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim, lpips, and "
-            "these distances.",
-            METRICS,
-            is_list=True,
-        ),
-    ] = "fd,kid,precision",
+    metrics: Metrics = "fd,kid,precision",
     reference: Annotated[
         str | None, option("reference", "A folder of `hf-ddpm reference`. Default: a cached one.")
     ] = None,
@@ -89,9 +94,7 @@ def evaluate(
     guidance_model: GuidanceModel = None,
     network: Network = None,
     network_path: NetworkPath = None,
-    timesteps_per_image: Annotated[
-        int | None, option("timesteps_per_image", "Terms of nll for each image. Default: 20, or all T.", min=2)
-    ] = None,
+    timesteps_per_image: TimestepsPerImage = None,
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: Dtype = "fp32",
@@ -109,9 +112,7 @@ def evaluate(
     with report_errors():
         steps = split_numbers("num_inference_steps", num_inference_steps)
         scales = split_decimals("guidance_scale", guidance_scale)
-        if flags and "dataset_name" not in flags:
-            raise UsageError(f"{min(flags)} needs --dataset_name, got none: the settings of data go together")
-        data = data_config(flags) if flags else None
+        data = _data_of_evaluation(flags)
         join_launcher()
         from hf_ddpm.evaluation.evaluate import evaluate
 
@@ -142,10 +143,7 @@ def evaluate(
             uniform=uniform,
             out=out,
         )
-    remarks = [f"{row['name']}: {row['remark']}" for row in result["results"] if row.get("remark")]
-    table = table_of_results(result["results"])
-    ending = f"The results are in {Path(result['out']) / 'evaluation.json'}, and on the card {result['card']}."
-    finish(json, result, *table, *remarks, *([] if failure else [ending]))
+    finish(json, result, *describe_evaluation(result, is_written=failure is None))
     if failure:
         raise failure
 
@@ -325,6 +323,13 @@ def schedule(
     finish(json, {"results": results}, ending)
     if failure:
         raise failure
+
+
+def _data_of_evaluation(flags: Mapping[str, Any]) -> DataConfig | None:
+    """Return the settings of data that flags give; None if they give none, which means those of the run."""
+    if flags and "dataset_name" not in flags:
+        raise UsageError(f"{min(flags)} needs --dataset_name, got none: the settings of data go together")
+    return data_config(flags) if flags else None
 
 
 def _despite_the_disk(measure: Callable[..., dict[str, Any]], *arguments: Any, **settings: Any) -> Any:

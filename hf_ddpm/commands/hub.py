@@ -1,4 +1,4 @@
-"""Commands that share a model, show it and describe it."""
+"""The commands that share a model, show it and describe it."""
 
 from __future__ import annotations
 

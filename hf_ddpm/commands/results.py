@@ -1,4 +1,4 @@
-"""Results of commands, in lines for a terminal."""
+"""The results of commands, in lines for a terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_ddpm.runtime.command_line import table
+
+
+def describe_evaluation(result: Mapping[str, Any], is_written: bool) -> list[str]:
+    """Return the table of what `evaluate` measured, remarks on it, and where it was written if it was."""
+    remarks = [f"{row['name']}: {row['remark']}" for row in result["results"] if row.get("remark")]
+    ending = f"The results are in {Path(result['out']) / 'evaluation.json'}, and on the card {result['card']}."
+    return [*table_of_results(result["results"]), *remarks, *([ending] if is_written else [])]
 
 
 def describe_search(searched: Any, path: Path | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Commands that make and edit images."""
+"""The commands that make and edit images."""
 
 from __future__ import annotations
 

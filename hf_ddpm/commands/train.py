@@ -1,4 +1,4 @@
-"""Commands that train a model, and average its weights."""
+"""The commands that train a model, and average its weights."""
 
 from __future__ import annotations
 

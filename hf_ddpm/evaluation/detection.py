@@ -124,9 +124,8 @@ def find_anomalies(
         inspected = inspect(images, data, split, normal, pipeline, folder)
         check_seeds(seed, len(images))
         if processes.rank == 0:
-            for line in describe_inspected(data, split, images):
-                tqdm.write(line, file=sys.stderr)
-        settings: dict[str, Any] = {
+            tqdm.write("\n".join(describe_inspected(data, split, images)), file=sys.stderr)
+        settings = {
             "model": str(model),
             "weights_sha256": weights_sha256(folder),
             "data": _facts_of_data(data, split, images, normal),

@@ -1,4 +1,4 @@
-"""Distances between two sets of feature vectors.
+"""The distances between two sets of feature vectors.
 
     X: n x d, features of samples; Y: m x d, of references, from the same network
     mu = mean of rows,  S = sum_i (x_i - mu)(x_i - mu)^T (scatter),  C = S / (n - 1) (unbiased covariance)
@@ -246,7 +246,7 @@ def _kernel_sums(
 
 
 class PRDC(NamedTuple):
-    """Precision and density, which tell fidelity, and recall and coverage, which tell diversity.
+    """The precision and density, which tell fidelity, and recall and coverage, which tell diversity.
 
     Density can exceed 1.
     """

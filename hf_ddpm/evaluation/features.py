@@ -1,4 +1,4 @@
-"""Feature networks, which turn an image into a vector; sets of images are compared by their vectors.
+"""The feature networks, which turn an image into a vector; sets of images are compared by their vectors.
 
 image       (B, C, H, W) uint8 with C 1 or 3; gray images are repeated to 3 channels
 input       the image, resized to the network's input size, then (x / unit - mean) / std. `dinov2` and

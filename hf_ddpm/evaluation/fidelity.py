@@ -1,4 +1,4 @@
-"""How near samples of a model that makes images from images come to the images that are the truth.
+"""The nearness of the samples of a model that makes images from images to the images that are the truth.
 
     PSNR    10 log10(1 / MSE) of an image in [0, 1], in dB
     SSIM    the mean over the image of (2 mu_x mu_y + C1) (2 s_xy + C2) / ((mu_x^2 + mu_y^2 + C1) (s_x^2 + s_y^2 + C2))
@@ -36,7 +36,7 @@ C1, C2 = 0.01**2, 0.03**2
 
 
 class Fidelity(NamedTuple):
-    """PSNR and SSIM of each image, (N,) float64, and LPIPS if it is measured."""
+    """The PSNR and SSIM of each image, (N,) float64, and LPIPS if it is measured."""
 
     psnr: Tensor
     ssim: Tensor

@@ -1,4 +1,4 @@
-"""Everything that is loaded and checked before the first sample of an evaluation.
+"""The job of an evaluation: all that is loaded and checked before its first sample.
 
 request          what the user of `evaluate` asks for
 job              what is ready to be measured

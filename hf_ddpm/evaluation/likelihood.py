@@ -1,4 +1,4 @@
-"""Bits per dimension by the variational bound (Ho et al. 2020, Eq. 5; Nichol & Dhariwal 2021, Sec. 3).
+"""The bits per dimension by the variational bound (Ho et al. 2020, Eq. 5; Nichol & Dhariwal 2021, Sec. 3).
 
     bound   L_T + sum_t L_t  >=  -log2 p(x_0) / (C H W), x_0 an image of 8-bit values
     L_T     KL(q(x_T | x_0) || N(0, I))

@@ -1,4 +1,4 @@
-"""Statistics of real images, which samples are compared with; they are computed once and stored.
+"""The statistics of real images, which samples are compared with; they are computed once and stored.
 
 statistics    moments of the features of all images, and the features of the first n images in a fixed random order
 reference     the statistics of one split of a data set, with everything that determines them; a folder of two files:

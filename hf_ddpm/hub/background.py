@@ -1,4 +1,4 @@
-"""Pushing a run while it trains: in the background, so that no failure stops or delays the training."""
+"""The pushes of a run while it trains: in the background, so that no failure stops or delays the training."""
 
 from __future__ import annotations
 

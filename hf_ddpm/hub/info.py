@@ -1,4 +1,4 @@
-"""What `hf-ddpm info` prints: the versions of this machine for a bug report, and a model as its files describe it."""
+"""The output of `hf-ddpm info`: the versions of this machine for a bug report, or a model as its files tell it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pushing a model to the Hub: the files of a run that `runtime/run_files.py` marks as uploaded, and no others.
+"""The push of a model to the Hub: the files of a run that `runtime/run_files.py` marks as uploaded, and no others.
 
 A push is one commit, or none if nothing has changed. It is made from a copy of the files, since training may replace
 them meanwhile. A new repository is private unless a public one is asked for. A README that was edited on the Hub keeps

@@ -1,4 +1,4 @@
-"""Named settings that ship with the package: NAME.yaml, and NAME.json for a network of its own."""
+"""The named settings that ship with the package: NAME.yaml, and NAME.json for a network of its own."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class RunError(RuntimeError):
 
 
 class UnwrittenError(RunError):
-    """Results that were measured, but could not be written.
+    """A failure to write results that were measured, but could not be written.
 
     Args:
         message: What could not be written, and why.

@@ -28,7 +28,7 @@ REPLACED_RUN = "replaced-run"
 
 @dataclass(frozen=True)
 class RunFile:
-    """One kind of file or folder that a run writes.
+    """A kind of file or folder that a run writes.
 
     Args:
         pattern: A pattern of `Path.glob` that begins at the run's folder. The pattern of a folder stands for

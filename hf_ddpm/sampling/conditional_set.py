@@ -1,4 +1,4 @@
-"""Images that a model makes from images, in a folder, which any number of processes write: `hf-ddpm sample --image`.
+"""The images that a model makes from images, in a folder that any number of processes write: `hf-ddpm sample --image`.
 
 image        a file that a sample is made from; the sample is a PNG file of the same name in the folder `out`
 samples.png  the first PICTURE_IMAGES images with their samples, side by side

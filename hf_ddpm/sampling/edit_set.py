@@ -1,4 +1,4 @@
-"""Edited images of a model in a folder, which any number of processes write: `hf-ddpm edit`.
+"""The edited images of a model in a folder, which any number of processes write: `hf-ddpm edit`.
 
 image      a file that is edited; its edit is a PNG file of the same name in the folder `out`
 mask       a file whose white part is repainted: one for all images, or one for each in the order of their names

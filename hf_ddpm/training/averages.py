@@ -1,4 +1,4 @@
-"""Averaged weights, whose length is counted in images (Ho et al. 2020, App. B, "EMA on model parameters").
+"""The averaged weights, whose length is counted in images (Ho et al. 2020, App. B, "EMA on model parameters").
 
     average <- decay average + (1 - decay) weights        after each step of G images (G the global batch)
     decay = 2^(-G / length)
@@ -60,7 +60,7 @@ def edm_decay(images_seen: int, global_batch_size: int, halflife_images: float, 
 
 
 class EMA:
-    """Running averages of the same parameters, of several lengths.
+    """The running averages of the same parameters, of several lengths.
 
     Attributes:
         averages: The name of each average -> one float32 tensor per parameter, or per shard of this process.

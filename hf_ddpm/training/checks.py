@@ -1,4 +1,4 @@
-"""Checks of a config before anything is read or written.
+"""The checks of a config before anything is read or written.
 
 Each setting says its own range and what it takes effect with (runtime/settings.py). Here stand relations of several
 settings, and what a run needs of this machine and of its output folder.

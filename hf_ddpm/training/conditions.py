@@ -1,4 +1,4 @@
-"""What a training step makes images from: the condition of each image, with noise if that was asked for."""
+"""The images that a training step makes images from: the condition of each image, with noise if that was asked for."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ LOOK_SECONDS, SAY_SECONDS = 2.0, 60.0
 
 
 class DataWaitError(RuntimeError):
-    """No images came, and none will."""
+    """The end of the wait for images: none came, and none will."""
 
 
 class Watch:

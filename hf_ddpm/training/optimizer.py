@@ -65,7 +65,7 @@ def make_optimizer(unet: nn.Module, config: TrainingConfig) -> torch.optim.Optim
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with AdamW beside it; both leave weights and state as they are when `found_inf`, a tensor, is 1.
+    """The optimizer Muon, AdamW beside it; both keep weights and state as they are when `found_inf`, a tensor, is 1.
 
     Args:
         matrices: The parameters for Muon, of 2 dimensions or more.

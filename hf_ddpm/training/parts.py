@@ -41,7 +41,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a run has just done.
+    """An event: something that a run has just done.
 
     Args:
         name: `log` after a line of metrics.jsonl, `preview`, `checkpoint`, or `end` when the model is whole.

@@ -1,4 +1,4 @@
-"""Averages of any length, reconstructed after training (Karras et al. 2024, "EDM2", sec. 3 and App. C).
+"""The averages of any length, reconstructed after training (Karras et al. 2024, "EDM2", sec. 3 and App. C).
 
     n               images seen; time is counted in images, and weights(tau) are constant within a step
     average         int_0^n p(tau) weights(tau) dtau

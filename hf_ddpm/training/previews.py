@@ -1,4 +1,4 @@
-"""Pictures and validations while a model trains, of the weights that would be saved."""
+"""The pictures and validations while a model trains, of the weights that would be saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves for people: figures, `run.json` (the facts of the run) and the card.
+"""The files that a run leaves for people: figures, `run.json` (the facts of the run) and the card.
 
 The card is written from the files of `output_dir` alone, so that each of its numbers is one that the run recorded.
 """

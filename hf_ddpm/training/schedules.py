@@ -1,4 +1,4 @@
-"""What changes with the images that a run has seen: the learning rate, and the decays of the averages."""
+"""The values that change with the images that a run has seen: the learning rate, and the decays of the averages."""
 
 from __future__ import annotations
 

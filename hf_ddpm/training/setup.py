@@ -1,4 +1,4 @@
-"""What a run needs before its first step: data, resumed state, network, optimizer, and all that is decided once."""
+"""The setup of a run before its first step: data, resumed state, network, optimizer, all that is decided once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run is distributed: the loop and its checkpoints know DDP and FSDP 2 only through these functions.
+"""The distribution of a run: the loop and its checkpoints know DDP and FSDP 2 only through these functions.
 
                      weights    gradients    moments of the optimizer
     one process      full       full         full

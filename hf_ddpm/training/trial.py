@@ -1,4 +1,4 @@
-"""What is tried before images are decoded and the output folder is touched.
+"""The trial of a run before images are decoded and the output folder is touched.
 
 A network without numbers passes an image, its memory is estimated, and the weights and the compiler are looked for.
 Whatever fails here has cost seconds, and the corrected command finds everything as it was.

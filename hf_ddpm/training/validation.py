@@ -1,4 +1,4 @@
-"""Validation while a model trains, on the same noises and the same held-out images each time.
+"""The validation while a model trains, on the same noises and the same held-out images each time.
 
     kid          the kernel distance from samples of the averaged weights to held-out images (evaluation/distances.py)
     val_loss     the mean squared error of the network's output over held-out images, each at one t, all t alike; with

@@ -1,4 +1,4 @@
-"""What the page does with a model: it samples, noises images, and edits them.
+"""The work of the page with a model: it samples, noises images, and edits them.
 
 Each call makes a pipeline of its own, since several visitors may come at once, with different settings. They share the
 networks alone.
@@ -35,7 +35,7 @@ OnStep = Callable[[int, int], None]
 
 
 class Samples(NamedTuple):
-    """Images, and the way of the first one.
+    """The images, and the way of the first one.
 
     Args:
         images: One image per seed.
@@ -47,7 +47,7 @@ class Samples(NamedTuple):
 
 
 class Edits(NamedTuple):
-    """Edits of one image.
+    """The edits of one image.
 
     Args:
         image: The image, of the model's size.
