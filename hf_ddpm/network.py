@@ -1,21 +1,8 @@
-"""The network: a `UNet2DModel` from a config, or one that is sized for the data.
-
-level   one resolution of the network; L levels halve the input L - 1 times
-head    one part of an attention layer, HEAD_CHANNELS wide
-group   channels that are normalized together
-
-Sized for the data, a network differs from diffusers' defaults in four points. The lowest level is 4 to 8 pixels wide,
-and levels of at most 16 pixels attend. Heads have 64 channels: with diffusers' default of 8, attention takes half of a
-training step on a CPU. The timestep scales and shifts what a block has normalized (Nichol & Dhariwal 2021, App. A);
-by default it only shifts. A group has at least 4 channels: with diffusers' 32 groups, each channel of a level of 32
-is normalized alone and loses its mean and scale.
-"""
+"""The network: a `UNet2DModel`, made or loaded, tried, compiled, and given labels in any type."""
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,20 +19,23 @@ from diffusers.models.embeddings import TimestepEmbedding
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hf_ddpm import recipes
 from hf_ddpm.classes import Classes, check_embeddings
 from hf_ddpm.label_embedding import attach_embedding, attach_embedding_beside, example_labels
 from hf_ddpm.labels import LABELS_FILE, Columns, Labels, Values, describe_labels
+from hf_ddpm.network_config import (
+    LOADING_ERRORS,
+    MAX_ATTENTION_PIXELS,
+    check_fit,
+    load_config,
+    naming_config,
+    num_classes_of,
+    outputs_per_channel,
+    require_place_for,
+    require_setting,
+    sized_config,
+)
 from hf_ddpm.runtime.errors import UsageError, in_one_line
-from hf_ddpm.runtime.files import look_at, network_folder, parse_mapping
-from hf_ddpm.runtime.settings import require_choice, shortened
-
-HEAD_CHANNELS = 64
-MAX_ATTENTION_PIXELS = 16
-MIN_GROUP_CHANNELS = 4
-TIME_EMBEDDINGS = ("positional", "fourier", "learned")
-# What a wrong value in a config or a file that is cut off makes Python, torch and diffusers raise.
-_LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, NameError)
+from hf_ddpm.runtime.settings import shortened
 
 
 def make_unet(
@@ -85,21 +75,21 @@ def make_unet(
         UsageError: When the model config does not fit the data or the variance type.
     """
     if model_config is None:
-        out_channels = channels * _outputs_per_channel(variance_type)
+        out_channels = channels * outputs_per_channel(variance_type)
         settings = sized_config(resolution, channels + condition_channels, out_channels, num_classes, dropout or 0.0)
     else:
-        settings = _load_config(model_config, source)
-        _check_fit(settings, variance_type, channels, resolution, source, 0 if widens else condition_channels)
+        settings = load_config(model_config, source)
+        check_fit(settings, variance_type, channels, resolution, source, 0 if widens else condition_channels)
         if widens:
             settings["in_channels"] = channels + condition_channels
         if labels is not None:
-            _require_place_for(labels, settings, source)
+            require_place_for(labels, settings, source)
         elif num_classes is None or settings.get("num_class_embeds") is not None:
             reason = "for the classes of label_column, with one more unless class_dropout is 0"
             reason = "as no label_column is given" if num_classes is None else reason
-            _require(settings, "num_class_embeds", num_classes, reason, source)
+            require_setting(settings, "num_class_embeds", num_classes, reason, source)
         if labels is None:
-            _require(settings, "class_embed_type", None, "as the labels are classes, or there are none", source)
+            require_setting(settings, "class_embed_type", None, "as the labels are classes, or there are none", source)
         settings["num_class_embeds"] = num_classes
         if dropout is not None:
             settings["dropout"] = dropout
@@ -108,7 +98,7 @@ def make_unet(
     if isinstance(labels, Columns):
         settings |= {"class_embed_type": "identity", "num_class_embeds": None}
     torch.manual_seed(seed)
-    with _naming_config(source):
+    with naming_config(source):
         unet: UNet2DModel = UNet2DModel.from_config(settings)  # pyright: ignore[reportAssignmentType]
         if isinstance(labels, Columns):
             attach_embedding(unet, labels)
@@ -163,14 +153,14 @@ def try_network(
         assert resolution is not None
         count = channels or 3
         in_channels = count + (count if condition_channels is None else condition_channels)
-        settings = sized_config(resolution, in_channels, count * _outputs_per_channel(variance_type))
+        settings = sized_config(resolution, in_channels, count * outputs_per_channel(variance_type))
     else:
-        settings = _load_config(model_config, source)
-        _check_fit(settings, variance_type, channels, resolution, source, 0 if widens else condition_channels)
+        settings = load_config(model_config, source)
+        check_fit(settings, variance_type, channels, resolution, source, 0 if widens else condition_channels)
         if widens:
             count = settings.get("in_channels", 3)
             settings["in_channels"] = count + (count if condition_channels is None else condition_channels)
-    with _naming_config(source):
+    with naming_config(source):
         return _try_settings(json.dumps(settings, sort_keys=True))
 
 
@@ -222,25 +212,11 @@ def naming_weights(source: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (*_LOADING_ERRORS, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
+    except (*LOADING_ERRORS, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
         raise UsageError(
             f"{source} must hold a whole model, got {in_one_line(error, with_type=True)[:400]}: save or download it "
             "again, or take another"
         ) from error
-
-
-@contextmanager
-def _naming_config(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (*_LOADING_ERRORS, RuntimeError, ArithmeticError) as error:
-        reason = in_one_line(error, with_type=True)[:400]
-        raise UsageError(f"{source} must make a UNet2DModel that an image can pass, got {reason}") from error
-
-
-def num_classes_of(config: Mapping[str, Any]) -> int | None:
-    """Return how many classes a network takes: a UNet2DModel's, or a DiT's; None if it takes none, or does not say."""
-    return config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
 
 
 def require_labels_of(labels: Labels, unet: Any) -> None:
@@ -315,170 +291,6 @@ def use_plain_attention(unet: Any, device: torch.device) -> None:
     for module in unet.modules():
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())
-
-
-def sized_config(
-    resolution: int, channels: int, out_channels: int, num_classes: int | None = None, dropout: float = 0.0
-) -> dict[str, Any]:
-    """Return the config of a UNet2DModel that is sized for the data.
-
-    The channels of its levels are, by resolution::
-
-        8        32, 48
-        16       64, 128
-        28, 32   32, 64, 64
-        64       64, 128, 128, 256
-        128      64, 128, 128, 256, 256
-
-    Each level has two layers. Up to a resolution of 8 there is one, and the first level does not attend: a larger
-    network takes longer, for images that are no better.
-
-    Args:
-        resolution: The height and width of the images.
-        channels: The channels of the images.
-        out_channels: The channels of the output.
-        num_classes: The number of classes that the network is conditioned on, if any.
-        dropout: The dropout.
-
-    Raises:
-        UsageError: When the levels cannot halve `resolution`.
-    """
-    num_levels = 1 + max(1, math.ceil(math.log2(resolution / 8)))
-    _check_halvings(resolution, num_levels)
-    is_tiny = resolution <= 8
-    if is_tiny:
-        widths = [32, 48]
-    elif resolution <= 16:
-        widths = [64, 128]
-    elif resolution <= 32:
-        widths = [32, 64, 64]
-    else:
-        widths = [64, 128, 128, *[256] * (num_levels - 3)]
-    attends = [resolution >> level <= MAX_ATTENTION_PIXELS for level in range(num_levels)]
-    if is_tiny:
-        attends[0] = False
-    return {
-        "sample_size": resolution,
-        "in_channels": channels,
-        "out_channels": out_channels,
-        "block_out_channels": widths,
-        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "layers_per_block": 1 if is_tiny else 2,
-        "attention_head_dim": min(HEAD_CHANNELS, widths[-1]),
-        "norm_num_groups": widths[0] // MIN_GROUP_CHANNELS,
-        "resnet_time_scale_shift": "scale_shift",
-        "dropout": dropout,
-        "num_class_embeds": num_classes,
-    }
-
-
-def size_unit(num_levels: int) -> int:
-    """Return 2^(L-1), of which the sides of images must be a multiple for a network of L levels."""
-    return 2 ** (num_levels - 1)
-
-
-def _check_halvings(resolution: int, num_levels: int) -> None:
-    """Raise a UsageError that names the nearest resolutions if the levels cannot halve `resolution`."""
-    unit = size_unit(num_levels)
-    if resolution % unit:
-        below = resolution // unit * unit
-        above = below + unit
-        nearest = f"{below} or {above}" if below else f"{above}"
-        raise UsageError(
-            f"resolution must be a multiple of {unit}, got {resolution}: "
-            f"the network halves it {num_levels - 1} times; the nearest is {nearest}"
-        )
-
-
-def _outputs_per_channel(variance_type: str) -> int:
-    return 2 if variance_type == "learned_range" else 1
-
-
-def _load_config(name: str, source: str) -> dict[str, Any]:
-    """Read the config of a UNet2DModel from a JSON file, a recipe, a folder or the Hub."""
-    path = look_at("model_config_name_or_path", name)
-    shipped = recipes.model_config(name)
-    files = [network_folder(path) / "config.json", path / "config.json"] if path.is_dir() else [path, shipped]
-    file = next((file for file in files if file is not None and file.is_file()), None)
-    if file is not None:
-        settings = parse_mapping(file.read_bytes(), file, "a model config is a JSON object", is_json=True)
-    elif path.exists() or Path(name).suffix == ".json":
-        raise UsageError(f"model_config_name_or_path must be a JSON file or a folder with config.json, got {name!r}")
-    else:
-        try:
-            settings = dict(_of_the_hub(name))
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                "model_config_name_or_path must be a JSON file, a folder with config.json, a recipe that ships one or "
-                f"a Hub model, got {name!r}, which is none that can be reached"
-            ) from error
-    size = settings.get("sample_size")
-    sides = size if isinstance(size, list | tuple) else [size, size]
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise UsageError(f"sample_size of {source} must be a whole number above 0, got {shortened(size)}")
-    return {**settings, "sample_size": sides[0] if sides[0] == sides[1] else size}
-
-
-def _of_the_hub(name: str) -> Any:
-    try:
-        return UNet2DModel.load_config(name, subfolder="unet")
-    except OSError:
-        return UNet2DModel.load_config(name)
-
-
-def _check_fit(
-    settings: dict[str, Any],
-    variance_type: str,
-    channels: int | None,
-    resolution: int | None,
-    source: str,
-    condition_channels: int | None = 0,
-) -> None:
-    """Raise a UsageError if a model config does not fit the data, as far as they are known, or the variance type."""
-    parameters = inspect.signature(UNet2DModel.__init__).parameters
-    unknown = [name for name in settings if name not in parameters and not name.startswith("_")]
-    if unknown:
-        raise UsageError(f"{source} has settings that UNet2DModel does not know: {', '.join(unknown)}")
-    if settings.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise UsageError(f"{source} must be of a UNet2DModel, got {settings['_class_name']}")
-    require_choice(
-        f"time_embedding_type of {source}", settings.get("time_embedding_type", "positional"), TIME_EMBEDDINGS
-    )
-    if channels is not None and condition_channels is not None:
-        reason = "the channels of the data; change it or give --channels"
-        if condition_channels:
-            reason = f"the {channels} of the images and the {condition_channels} of their conditions; change it"
-        _require(settings, "in_channels", channels + condition_channels, reason, source)
-    if resolution is not None:
-        _require(settings, "sample_size", resolution, "the resolution; change it or give --resolution", source)
-    needed = settings.get("in_channels", parameters["in_channels"].default)
-    if isinstance(needed, int):
-        needed = (needed - (condition_channels or 0)) * _outputs_per_channel(variance_type)
-    if condition_channels is not None:
-        _require(settings, "out_channels", needed, f"for variance_type {variance_type}", source)
-    widths = settings.get("block_out_channels", parameters["block_out_channels"].default)
-    if not isinstance(widths, list | tuple) or not widths:
-        raise UsageError(f"block_out_channels of {source} must be a list of whole numbers, got {shortened(widths)}")
-    if isinstance(settings["sample_size"], int):
-        _check_halvings(settings["sample_size"], len(widths))
-
-
-def _require_place_for(labels: Values | Columns, settings: dict[str, Any], source: str) -> None:
-    """Raise a UsageError if a model config has a place for other labels than numbers or several columns."""
-    kind, count = ("timestep", 1) if isinstance(labels, Values) else ("identity", None)
-    if settings.get("class_embed_type") is not None or settings.get("num_class_embeds") is not None:
-        _require(settings, "class_embed_type", kind, "for the labels of label_column", source)
-        _require(settings, "num_class_embeds", count, "for the labels of label_column", source)
-    if isinstance(labels, Values):
-        reason = "as a number is embedded as a timestep is, also between and below these"
-        _require(settings, "time_embedding_type", "positional", reason, source)
-
-
-def _require(settings: dict[str, Any], name: str, needed: Any, reason: str, source: str) -> None:
-    got = settings.get(name, inspect.signature(UNet2DModel.__init__).parameters[name].default)
-    if got != needed:
-        raise UsageError(f"{name} of {source} must be {needed}, {reason}; got {shortened(got)}")
 
 
 def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:

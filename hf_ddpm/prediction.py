@@ -21,7 +21,8 @@ from hf_ddpm.classes import Classes, numbered_classes
 from hf_ddpm.guidance import Guidance, combine, in_interval
 from hf_ddpm.label_embedding import require_same_embedding
 from hf_ddpm.labels import Labels, NetworkLabel, describe_labels, takes_floats
-from hf_ddpm.network import num_classes_of, timestep_for
+from hf_ddpm.network import timestep_for
+from hf_ddpm.network_config import num_classes_of
 from hf_ddpm.scheduler import DDPMScheduler, complete_config
 
 Label = int | float | str | Mapping[str, Any] | NetworkLabel

@@ -28,7 +28,7 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from hf_ddpm.network import sized_config
+from hf_ddpm.network_config import sized_config
 from hf_ddpm.sampling.loading import load_for_sampling
 from hf_ddpm.sampling.sampler import iter_samples
 

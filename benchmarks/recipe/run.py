@@ -31,7 +31,8 @@ from torch import Tensor
 from hf_ddpm import DDPMPipeline, DDPMScheduler, figures
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.features import load_network
-from hf_ddpm.network import compile_network, sized_config, use_plain_attention
+from hf_ddpm.network import compile_network, use_plain_attention
+from hf_ddpm.network_config import sized_config
 from hf_ddpm.objective import posterior_means
 from hf_ddpm.sampling.loading import speed_up
 from hf_ddpm.sampling.sampler import iter_samples

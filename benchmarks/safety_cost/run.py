@@ -26,7 +26,7 @@ import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm import DDPMScheduler
-from hf_ddpm.network import sized_config
+from hf_ddpm.network_config import sized_config
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.seeds import image_draws, seed_step
 from hf_ddpm.runtime.signals import StopRequest

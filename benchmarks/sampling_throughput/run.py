@@ -27,7 +27,7 @@ import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm.evaluation.features import load_network
-from hf_ddpm.network import sized_config
+from hf_ddpm.network_config import sized_config
 from hf_ddpm.sampling.loading import load_for_sampling
 from hf_ddpm.sampling.sampler import FORWARD_BATCH, iter_samples
 

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_ddpm.network import sized_config
+from hf_ddpm.network_config import sized_config
 
 SIDE, STEPS_PER_TURN, WARM_UP_STEPS = 28, 4, 4
 WIDE = "128 channels"

@@ -24,7 +24,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from hf_ddpm.network import sized_config
+from hf_ddpm.network_config import sized_config
 from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train

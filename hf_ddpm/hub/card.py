@@ -12,25 +12,25 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from dataclasses import asdict
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
-from hf_ddpm.classes import Classes, numbered_classes, read_classes
-from hf_ddpm.condition import Condition, describe_condition, read_condition
+from hf_ddpm.classes import Classes
+from hf_ddpm.condition import describe_condition
 from hf_ddpm.hub.card_metadata import card_metadata
+from hf_ddpm.hub.card_records import RunRecords
 from hf_ddpm.hub.card_settings import settings_rows
 from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.hub.readme import BEGIN, END, merge_readme, named_repository
-from hf_ddpm.labels import Columns, Values, describe_labels, read_labels
+from hf_ddpm.labels import Columns, Values, describe_labels
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import naming_damage, network_folder, read_mapping, read_metrics, write_atomically
+from hf_ddpm.runtime.files import naming_damage, read_metrics, write_atomically
 from hf_ddpm.runtime.format import format_duration, format_measurement, format_value
-from hf_ddpm.runtime.run_files import read_evaluation, read_run
 from hf_ddpm.timesteps import read_searched
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def write_card(output_dir: str | Path, repo_id: str | None = None, revision: str
     repo_id = repo_id or (named if named is not None and is_hub_id(named) else None)
     edited_files = "config.yaml, run.json, metrics.jsonl or evaluation.json"
     with naming_damage("the card cannot be written", f"correct what was edited in {edited_files}"):
-        card = str(_card(_RunRecords(path.parent), repo_id, revision))
+        card = str(_card(RunRecords(path.parent), repo_id, revision))
     with naming_damage(*UNREADABLE):
         new_readme = merge_readme(readme, card)
     write_atomically(path, new_readme)
@@ -137,99 +137,7 @@ def _counts(num_compared: list[int]) -> str:
     return " against ".join(f"{count:,}" for count in num_compared)
 
 
-@dataclass(frozen=True)
-class _RunRecords:
-    """The contents of the files in a run's folder; a file that the run did not write has none."""
-
-    folder: Path
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return read_mapping(self.folder / "config.yaml")
-
-    @cached_property
-    def average(self) -> dict[str, Any]:
-        return read_mapping(self.folder / "average.json")
-
-    @cached_property
-    def unet(self) -> dict[str, Any]:
-        return read_mapping(network_folder(self.folder) / "config.json")
-
-    @cached_property
-    def condition(self) -> Condition | None:
-        """The image that the model makes images from; None: from noise alone."""
-        return read_condition(self.folder)
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """The facts of run.json, without those of the training if the weights are an average of an earlier step."""
-        facts = read_run(self.folder)
-        if self.average.get("images") not in (None, (facts.get("training") or {}).get("images")):
-            return {**facts, "training": {}}
-        return facts
-
-    @property
-    def data(self) -> dict[str, Any]:
-        return self.facts.get("data") or {}
-
-    @property
-    def training(self) -> dict[str, Any]:
-        return self.facts.get("training") or {}
-
-    @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        return [line for line in read_metrics(self.folder / "metrics.jsonl") if line.get("step") is not None]
-
-    @cached_property
-    def results(self) -> list[dict[str, Any]]:
-        return read_evaluation(self.folder)
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """The settings of the run and of its saved model, by the names of diffusers; None for what is not recorded."""
-        config = self.config
-        settings = {
-            "num_train_timesteps": config.get("ddpm_num_steps"),
-            **{name: config.get(f"ddpm_{name}") for name in ("beta_schedule", "beta_start", "beta_end")},
-            **config,
-            **read_mapping(self.folder / "scheduler/scheduler_config.json"),
-            **self.training,
-            "ema_std": self.average.get("std"),
-        }
-        if "halflife_images" in self.average:
-            settings["ema_halflife_images"] = [self.average["halflife_images"]]
-        # A network that was configured by a file has its own dropout.
-        default_dropout = None if config.get("model_config_name_or_path") else config.get("dropout")
-        settings["dropout"] = self.unet.get("dropout", default_dropout)
-        return settings
-
-    @property
-    def base_model(self) -> str | None:
-        """The model on the Hub with whose weights the training began."""
-        name = self.config.get("init_from")
-        return name if name is not None and is_hub_id(name) else None
-
-    @cached_property
-    def classes(self) -> Classes | None:
-        """The classes of the model, with names if it keeps any."""
-        count = self.unet.get("num_class_embeds") or self.unet.get("num_embeds_ada_norm")
-        if self.unet.get("class_embed_type") is not None or count is None:
-            return None
-        return read_classes(self.folder) or numbered_classes(count)
-
-    @cached_property
-    def labels(self) -> Values | Columns | None:
-        """The labels of the model that are not one column of classes."""
-        labels = read_labels(self.folder)
-        return None if isinstance(labels, Classes) else labels
-
-    @property
-    def is_conditional(self) -> bool:
-        names = ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
-        return any(self.unet.get(name) is not None for name in names)
-
-
-def _card(records: _RunRecords, repo_id: str | None, revision: str | None) -> ModelCard:
+def _card(records: RunRecords, repo_id: str | None, revision: str | None) -> ModelCard:
     hub_model_id = records.config.get("hub_model_id")
     title = str(repo_id or hub_model_id or records.folder.resolve().name).split("/")[-1]
     # A name without a namespace is one of the Hub only for whoever pushes it.
@@ -264,7 +172,7 @@ def loadable_path(folder: Path) -> str:
     return folder.as_posix() if folder.is_absolute() else f"./{folder.as_posix()}"
 
 
-def _model_variables(records: _RunRecords) -> dict[str, Any]:
+def _model_variables(records: RunRecords) -> dict[str, Any]:
     """Return what the template says of the model and its use."""
     settings, unet = records.settings, records.unet
     T = settings["num_train_timesteps"]
@@ -316,7 +224,7 @@ def _is_solvable_by_stock(settings: Mapping[str, Any], unet: Mapping[str, Any]) 
     return is_solvable(settings) and (unet.get("in_channels") == 3 or not has_learned_variance)
 
 
-def _training_variables(records: _RunRecords) -> dict[str, Any]:
+def _training_variables(records: RunRecords) -> dict[str, Any]:
     """Return what the template says of the data, the training and its cost."""
     config, data, training = records.config, records.data, records.training
     losses = [line for line in records.metrics if line.get("loss") is not None]

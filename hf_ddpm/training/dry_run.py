@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from hf_ddpm.label_embedding import embedding_of, empty_copy, example_labels
-from hf_ddpm.network import size_unit
+from hf_ddpm.network_config import size_unit
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.files import existing_parent

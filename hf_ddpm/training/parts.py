@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from hf_ddpm.network import num_classes_of
+from hf_ddpm.network_config import num_classes_of
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.training.config import CLASS_DROPOUT, TrainingConfig

@@ -37,7 +37,8 @@ from hf_ddpm.labels import (
     structure_of,
     takes_floats,
 )
-from hf_ddpm.network import compile_network, make_unet, num_classes_of
+from hf_ddpm.network import compile_network, make_unet
+from hf_ddpm.network_config import num_classes_of
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.devices import require_compiler
 from hf_ddpm.runtime.errors import UsageError

@@ -7,7 +7,8 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from hf_ddpm.network import compile_network, sized_config, use_plain_attention
+from hf_ddpm.network import compile_network, use_plain_attention
+from hf_ddpm.network_config import sized_config
 
 CPU = torch.device("cpu")
 

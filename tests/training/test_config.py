@@ -9,7 +9,8 @@ import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm import recipes
-from hf_ddpm.network import make_unet, sized_config
+from hf_ddpm.network import make_unet
+from hf_ddpm.network_config import sized_config
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.run_files import run_files
 from hf_ddpm.runtime.settings import settings_of

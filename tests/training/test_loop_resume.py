@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import hf_ddpm.network
+import hf_ddpm.network_config
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
@@ -41,7 +41,7 @@ def test_resume_keeps_the_network_of_the_checkpoint(tiny_settings, monkeypatch):
     settings = {**tiny_settings, "model_config_name_or_path": None, "dropout": 0.2}
     settings |= {"max_train_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": None}
     with monkeypatch.context() as before:
-        before.setattr(hf_ddpm.network, "MIN_GROUP_CHANNELS", 2)
+        before.setattr(hf_ddpm.network_config, "MIN_GROUP_CHANNELS", 2)
         whole = TrainingConfig(**settings)
         train(whole)
     parted = part(whole)
