@@ -16,8 +16,8 @@ from hf_ddpm.runtime.run_files import run_files
 from hf_ddpm.runtime.settings import settings_of
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.model import make_scheduler
 from hf_ddpm.training.parsing import load_config
-from hf_ddpm.training.setup import make_scheduler
 from tests.support.command_line import parse_config
 
 ROOT = Path(__file__).parents[2]

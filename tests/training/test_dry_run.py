@@ -18,10 +18,11 @@ from hf_ddpm.training import dry_run, loop
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.dry_run import Cost, count_flops, print_cost
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.model import make_scheduler
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parsing import save_config
 from hf_ddpm.training.parts import Parts
-from hf_ddpm.training.setup import build_run, make_accelerator, make_scheduler
+from hf_ddpm.training.setup import build_run, make_accelerator
 from tests.support.command_line import parse_config
 from tests.support.forks import Process
 from tests.support.networks import tiny_unet_config

@@ -32,7 +32,7 @@ from hf_ddpm.runtime.seeds import first_stratum, image_draws
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import hide_labels, train
 from hf_ddpm.training.schedules import learning_rate_schedule
-from hf_ddpm.training.setup import _find_start
+from hf_ddpm.training.start import find_start
 from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
 from tests.support.trained import losses, metrics, model_file, weights
@@ -289,7 +289,7 @@ def test_unknown_number_of_images_allows_nothing_by_epochs(tiny_settings, epochs
     config = TrainingConfig(**{**tiny_settings, "streaming": True, **epochs})
     images = replace(open_stream(config), num_images=None)
     with pytest.raises(UsageError, match="save_images_epochs and save_model_epochs left out"):
-        _find_start(config, images, Processes())
+        find_start(config, images, Processes())
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,10 @@ from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.signals import StoppedOnPurpose
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.model import make_scheduler
 from hf_ddpm.training.parts import Parts
 from hf_ddpm.training.previews import default_preview_steps, next_preview
-from hf_ddpm.training.setup import build_run, make_accelerator, make_scheduler
+from hf_ddpm.training.setup import build_run, make_accelerator
 from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from hf_ddpm import Objective, TrainingConfig, train
+from hf_ddpm.training.model import make_scheduler
 from hf_ddpm.training.run import try_to_write
-from hf_ddpm.training.setup import make_scheduler
 from tests.support.forks import Process
 
 pytestmark = pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is in the extra dev, not in test")
