@@ -33,13 +33,11 @@ from hf_ddpm.conditional import with_condition
 from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.data.sources import check_source
-from hf_ddpm.labels import Columns, Labels
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.prediction import hidden_labels
 from hf_ddpm.runtime.errors import RunError, explain_full_memory
 from hf_ddpm.runtime.launch import check_launch
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.runtime.seeds import CLASS, COLUMN, first_stratum, hashed_uniform, image_draws, seed_step
+from hf_ddpm.runtime.seeds import seed_step
 from hf_ddpm.runtime.settings import with_plain_paths
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
@@ -47,6 +45,7 @@ from hf_ddpm.training.checkpoint import Progress, save_checkpoint
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.conditions import conditions_of_batch
 from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.draws import draw, hide_labels
 from hf_ddpm.training.dry_run import estimate_cost, print_cost
 from hf_ddpm.training.loader import (
     Loader,
@@ -425,54 +424,6 @@ def count_skipped_steps(run: Run, progress: Progress, state: LoopState) -> Progr
             bad_steps_began=began,
         )
     return progress
-
-
-def draw(run: Run, step: int, slot: int, positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Draw timestep and noise of each image of a forward pass, as functions of the seed, the step and its position.
-
-    Where the strata of t begin differs from step to step. Otherwise the place of an image in its batch, which may also
-    decide the file or the class that it is from, would decide its t.
-
-    Args:
-        run: The run.
-        step: The number of optimizer steps before this one.
-        slot: The number of the forward pass among those of all processes in the step.
-        positions: Where each image is in the endless stream, (B,) integers.
-        shape: The shape of one image, (C, H, W).
-
-    Returns:
-        t, (B,) int64, and eps, (B, C, H, W) float32, on the device of the run.
-    """
-    seed, count = run.config.seed, run.global_batch_size
-    uniform, noise = image_draws(seed, positions, shape, run.device)
-    first = (slot * run.config.train_batch_size + first_stratum(seed, step, count)) % count
-    return run.objective.timesteps_from_uniform(uniform, first_index=first, global_batch_size=count), noise
-
-
-def hide_labels(
-    seed: int, positions: Tensor, labels: Tensor | None, known: Labels | None, probability: float
-) -> Tensor | None:
-    """Replace the labels of some images by the one that stands for every label.
-
-    Of several columns, each column of the other images is hidden by itself as often, so that one label may be asked
-    for alone.
-
-    Args:
-        seed: The seed of the run; with the position it decides whether a label is hidden.
-        positions: Where each image is in the endless stream, (B,) integers.
-        labels: The label of each image as the network takes it, (B,) or (B, number of columns); None without labels.
-        known: The labels of the run.
-        probability: How often a label is hidden, in [0, 1).
-    """
-    if labels is None or known is None or known.unconditional is None:
-        return labels
-    index = positions.numpy()
-    is_hidden = hashed_uniform(seed, CLASS, index) < probability
-    if isinstance(known, Columns):
-        of_columns = [hashed_uniform(seed, COLUMN + column, index) < probability for column in range(len(known))]
-        is_hidden = np.stack(of_columns, axis=1) | is_hidden[:, None]
-    on_device = torch.from_numpy(is_hidden).to(labels.device, non_blocking=True)
-    return torch.where(on_device, hidden_labels(known, len(labels), labels.device), labels)
 
 
 def require_finite_end(config: TrainingConfig, progress: Progress) -> None:

@@ -18,7 +18,8 @@ from hf_ddpm.figures import grid
 from hf_ddpm.sampling.image_set import write_samples
 from hf_ddpm.sampling.sampler import by_label, grid_by_label
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.loop import hide_labels, train
+from hf_ddpm.training.draws import hide_labels
+from hf_ddpm.training.loop import train
 from hf_ddpm.training.validation import Validation, measure_classes
 from tests.support.image_data import sort_into_kinds
 from tests.support.networks import smallest_unet_config

@@ -14,7 +14,7 @@ from hf_ddpm.data.shards import open_stream
 from hf_ddpm.objective import Objective
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.loop import draw
+from hf_ddpm.training.draws import draw
 from tests.support.streams import numbers_of, save_parquet, stream_batches, stream_config
 
 STEPS, BATCH, ACCUMULATION, PROCESSES, LOADERS = 80, 4, 2, 2, 2

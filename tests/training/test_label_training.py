@@ -16,7 +16,8 @@ from hf_ddpm.classes import Classes
 from hf_ddpm.label_embedding import EMBEDDING_FILE, PREFIX, read_embedding
 from hf_ddpm.labels import HIDDEN, Columns, Values, values_of
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.loop import hide_labels, train
+from hf_ddpm.training.draws import hide_labels
+from hf_ddpm.training.loop import train
 from hf_ddpm.training.posthoc import write_average
 from tests.support.labeled_images import labeled_images, save_labeled
 from tests.support.networks import smallest_unet_config

@@ -30,7 +30,8 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import first_stratum, image_draws
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.loop import hide_labels, train
+from hf_ddpm.training.draws import hide_labels
+from hf_ddpm.training.loop import train
 from hf_ddpm.training.schedules import learning_rate_schedule
 from hf_ddpm.training.start import find_start
 from tests.support.networks import smallest_unet_config
