@@ -18,6 +18,7 @@ from hf_ddpm.evaluation.names import (
     NETWORK_NAMES,
     check_strengths,
 )
+from hf_ddpm.image_size import format_size, to_size
 from hf_ddpm.names import DTYPES, FORMATS, GUIDANCE_METHODS, SCHEDULERS
 from hf_ddpm.runtime.command_line import (
     Command,
@@ -156,6 +157,14 @@ def sample(
         option("image", "For a model that makes images from images: an image, or a folder of them, one sample each."),
     ] = None,
     num_images: Annotated[int | None, option("num_images", "How many images. Default: 16.", min=1)] = None,
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--resolution",
+            metavar="INTEGER [INTEGER]",
+            help="The side of the images, or height and width. Default: that of training; others may look worse.",
+        ),
+    ] = None,
     seed: Seed = 0,
     num_inference_steps: Annotated[
         int | None, option("num_inference_steps", "Default: the model's own choice; else 20, or all T of ddpm.", min=1)
@@ -196,6 +205,7 @@ def sample(
     """
     with report_errors():
         settings: dict[str, Any] = {
+            "resolution": resolution or None,
             "seed": seed,
             "num_inference_steps": num_inference_steps,
             "scheduler": scheduler,
@@ -291,7 +301,7 @@ def edit(
     DataConfig,
     (
         *("dataset_name", "dataset_config_name", "image_column", "label_column", "condition_column", "center_crop"),
-        *("value_range", "max_image_pixels", "cache_dir"),
+        *("random_crop", "value_range", "max_image_pixels", "cache_dir"),
     ),
 )
 def evaluate(
@@ -473,8 +483,8 @@ def anomaly(
 @with_options_of(
     DataConfig,
     (
-        *("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "value_range"),
-        *("max_image_pixels", "cache_dir"),
+        *("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "random_crop"),
+        *("value_range", "max_image_pixels", "cache_dir"),
     ),
 )
 def reference(
@@ -509,7 +519,7 @@ def reference(
         json,
         {"out": str(out), "num_images": made.count, "metric": loaded.frechet_name, **made.metadata},
         f"{out} holds the statistics of {made.count:,} images of {data['name']}, split {split}, "
-        f"{data['resolution']} x {data['resolution']}, {data['channels']} channels; {loaded.frechet_name}, "
+        f"{format_size(to_size(data['resolution']))}, {data['channels']} channels; {loaded.frechet_name}, "
         f"{loaded.dimensions:,} dimensions. Compare a model with them: hf-ddpm evaluate MODEL --reference {out}",
     )
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from hf_ddpm import recipes
 from hf_ddpm.classes import Classes, check_embeddings
+from hf_ddpm.image_size import Size, format_size, to_resolution, to_size
 from hf_ddpm.label_embedding import attach_embedding, attach_embedding_beside, example_labels
 from hf_ddpm.labels import LABELS_FILE, Columns, Labels, Values, describe_labels
 from hf_ddpm.runtime.errors import UsageError, in_one_line
@@ -50,7 +51,7 @@ _LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, 
 
 def make_unet(
     channels: int,
-    resolution: int,
+    size: Size,
     num_classes: int | None = None,
     *,
     model_config: str | None = None,
@@ -62,14 +63,14 @@ def make_unet(
     widens: bool = False,
     labels: Values | Columns | None = None,
 ) -> UNet2DModel:
-    """Make a new network for images of `channels` x `resolution` x `resolution`.
+    """Make a new network for images of `channels` x `size`.
 
     The last convolution starts at zero, while diffusers leaves it random. The first prediction is then 0, and the
     first loss is the power of the target.
 
     Args:
         channels: The channels of the images.
-        resolution: The height and width of the images.
+        size: The height and width of the images.
         num_classes: The number of embeddings of classes, see `Classes`; None: it is unconditional.
         model_config: The config of a UNet2DModel: a JSON file, a folder, the name of a recipe or a Hub id; None: the
             network is sized for the data.
@@ -86,10 +87,10 @@ def make_unet(
     """
     if model_config is None:
         out_channels = channels * _outputs_per_channel(variance_type)
-        settings = sized_config(resolution, channels + condition_channels, out_channels, num_classes, dropout or 0.0)
+        settings = sized_config(size, channels + condition_channels, out_channels, num_classes, dropout or 0.0)
     else:
         settings = _load_config(model_config, source)
-        _check_fit(settings, variance_type, channels, resolution, source, 0 if widens else condition_channels)
+        _check_fit(settings, variance_type, channels, size, source, 0 if widens else condition_channels)
         if widens:
             settings["in_channels"] = channels + condition_channels
         if labels is not None:
@@ -126,18 +127,18 @@ class Trial:
         num_parameters: The number of its parameters.
         largest_output: The number of values that its largest layer gives for an image.
         channels: The channels of its images.
-        resolution: Their height and width.
+        size: Their height and width.
     """
 
     num_parameters: int
     largest_output: int
     channels: int
-    resolution: int
+    size: Size
 
 
 def try_network(
     channels: int | None = None,
-    resolution: int | None = None,
+    size: Size | None = None,
     *,
     model_config: str | None = None,
     variance_type: str = "fixed_small",
@@ -149,7 +150,7 @@ def try_network(
 
     Args:
         channels: The channels of the images; None: those of `model_config`, or 3.
-        resolution: The height and width of the images; None: that of `model_config`.
+        size: The height and width of the images; None: those of `model_config`.
         model_config: As of `make_unet`.
         variance_type: As of `make_unet`.
         source: As of `make_unet`.
@@ -160,13 +161,13 @@ def try_network(
         UsageError: When there is no such network, or an image cannot pass.
     """
     if model_config is None:
-        assert resolution is not None
+        assert size is not None
         count = channels or 3
         in_channels = count + (count if condition_channels is None else condition_channels)
-        settings = sized_config(resolution, in_channels, count * _outputs_per_channel(variance_type))
+        settings = sized_config(size, in_channels, count * _outputs_per_channel(variance_type))
     else:
         settings = _load_config(model_config, source)
-        _check_fit(settings, variance_type, channels, resolution, source, 0 if widens else condition_channels)
+        _check_fit(settings, variance_type, channels, size, source, 0 if widens else condition_channels)
         if widens:
             count = settings.get("in_channels", 3)
             settings["in_channels"] = count + (count if condition_channels is None else condition_channels)
@@ -188,10 +189,10 @@ def _try_settings(settings: str) -> Trial:
         for module in unet.modules():
             module.register_forward_hook(note)
         config = unet.config
-        size = config.sample_size
-        x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size))
+        size = to_size(config.sample_size)
+        x_t = torch.zeros(1, config.in_channels, *size)
         unet(x_t, torch.zeros(1, dtype=torch.int64), **example_labels(unet))
-    return Trial(sum(p.numel() for p in unet.parameters()), largest, config.in_channels, max(x_t.shape[2:]))
+    return Trial(sum(p.numel() for p in unet.parameters()), largest, config.in_channels, size)
 
 
 def load_unet(folder: Path, source: str) -> UNet2DModel:
@@ -305,12 +306,14 @@ def use_plain_attention(unet: Any, device: torch.device) -> None:
     if not isinstance(unet, UNet2DModel):
         return
     config: Any = unet.config
-    size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
+    height, width = to_size(config.sample_size)
     blocks = zip(config.down_block_types, reversed(config.up_block_types), strict=True)
     attention_levels = [level for level, kinds in enumerate(blocks) if "Attn" in "".join(kinds)]
     if config.add_attention:
         attention_levels.append(len(config.down_block_types) - 1)
-    if device.type != "cpu" or any(size >> level > MAX_ATTENTION_PIXELS for level in attention_levels):
+    if device.type != "cpu" or any(
+        (height >> level) * (width >> level) > MAX_ATTENTION_PIXELS**2 for level in attention_levels
+    ):
         return
     for module in unet.modules():
         if isinstance(module, Attention):
@@ -318,11 +321,12 @@ def use_plain_attention(unet: Any, device: torch.device) -> None:
 
 
 def sized_config(
-    resolution: int, channels: int, out_channels: int, num_classes: int | None = None, dropout: float = 0.0
+    size: Size, channels: int, out_channels: int, num_classes: int | None = None, dropout: float = 0.0
 ) -> dict[str, Any]:
     """Return the config of a UNet2DModel that is sized for the data.
 
-    The channels of its levels are, by resolution::
+    The network of an oblong image is that of a square with its shorter side, but that no level attends to more than
+    MAX_ATTENTION_PIXELS**2 pixels. The channels of the levels are, by this side::
 
         8        32, 48
         16       64, 128
@@ -330,35 +334,37 @@ def sized_config(
         64       64, 128, 128, 256
         128      64, 128, 128, 256, 256
 
-    Each level has two layers. Up to a resolution of 8 there is one, and the first level does not attend: a larger
+    Each level has two layers. Up to a side of 8 there is one, and the first level does not attend: a larger
     network takes longer, for images that are no better.
 
     Args:
-        resolution: The height and width of the images.
+        size: The height and width of the images.
         channels: The channels of the images.
         out_channels: The channels of the output.
         num_classes: The number of classes that the network is conditioned on, if any.
         dropout: The dropout.
 
     Raises:
-        UsageError: When the levels cannot halve `resolution`.
+        UsageError: When the levels cannot halve `size`.
     """
-    num_levels = 1 + max(1, math.ceil(math.log2(resolution / 8)))
-    _check_halvings(resolution, num_levels)
-    is_tiny = resolution <= 8
+    side = min(size)
+    num_levels = 1 + max(1, math.ceil(math.log2(side / 8)))
+    _check_halvings(size, num_levels)
+    is_tiny = side <= 8
     if is_tiny:
         widths = [32, 48]
-    elif resolution <= 16:
+    elif side <= 16:
         widths = [64, 128]
-    elif resolution <= 32:
+    elif side <= 32:
         widths = [32, 64, 64]
     else:
         widths = [64, 128, 128, *[256] * (num_levels - 3)]
-    attends = [resolution >> level <= MAX_ATTENTION_PIXELS for level in range(num_levels)]
+    num_pixels = [(size[0] >> level) * (size[1] >> level) for level in range(num_levels)]
+    attends = [number <= MAX_ATTENTION_PIXELS**2 for number in num_pixels]
     if is_tiny:
         attends[0] = False
     return {
-        "sample_size": resolution,
+        "sample_size": to_resolution(size),
         "in_channels": channels,
         "out_channels": out_channels,
         "block_out_channels": widths,
@@ -378,17 +384,43 @@ def size_unit(num_levels: int) -> int:
     return 2 ** (num_levels - 1)
 
 
-def _check_halvings(resolution: int, num_levels: int) -> None:
-    """Raise a UsageError that names the nearest resolutions if the levels cannot halve `resolution`."""
-    unit = size_unit(num_levels)
-    if resolution % unit:
-        below = resolution // unit * unit
-        above = below + unit
-        nearest = f"{below} or {above}" if below else f"{above}"
+def require_size(unet: Any, size: Size) -> None:
+    """Check that a network that was trained with images of another size takes images of this one.
+
+    Raises:
+        UsageError: When it does not.
+    """
+    config = unet.config
+    if not isinstance(getattr(unet, "_orig_mod", unet), UNet2DModel):
         raise UsageError(
-            f"resolution must be a multiple of {unit}, got {resolution}: "
-            f"the network halves it {num_levels - 1} times; the nearest is {nearest}"
+            f"height and width must be those of the model, {format_size(to_size(config.sample_size))}, got "
+            f"{format_size(size)}: of a {config['_class_name']} nobody knows which others it takes"
         )
+    _check_halvings(size, len(config.block_out_channels), "height and width")
+
+
+def _check_halvings(size: Size, num_levels: int, name: str = "resolution") -> None:
+    """Raise a UsageError that names the nearest sizes if the levels cannot halve `size`."""
+    unit, (height, width) = size_unit(num_levels), size
+    if height % unit == 0 == width % unit:
+        return
+    if name == "resolution" and height == width:
+        raise UsageError(
+            f"resolution must be a multiple of {unit}, got {height}: "
+            f"the network halves it {num_levels - 1} times; the nearest is {_nearest(height, unit)}"
+        )
+    must = f"{name} must be multiples" if name != "resolution" else "height and width of resolution must be multiples"
+    raise UsageError(
+        f"{must} of {unit}, got {format_size(size)}: the network halves them {num_levels - 1} times; the nearest are "
+        f"a height of {_nearest(height, unit)} and a width of {_nearest(width, unit)}"
+    )
+
+
+def _nearest(side: int, unit: int) -> str:
+    """Return in words the multiples of `unit` that are nearest to a side."""
+    below = side // unit * unit
+    nearest = (below,) if below == side else (below, below + unit)
+    return " or ".join(str(each) for each in nearest if each)
 
 
 def _outputs_per_channel(variance_type: str) -> int:
@@ -413,11 +445,8 @@ def _load_config(name: str, source: str) -> dict[str, Any]:
                 "model_config_name_or_path must be a JSON file, a folder with config.json, a recipe that ships one or "
                 f"a Hub model, got {name!r}, which is none that can be reached"
             ) from error
-    size = settings.get("sample_size")
-    sides = size if isinstance(size, list | tuple) else [size, size]
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise UsageError(f"sample_size of {source} must be a whole number above 0, got {shortened(size)}")
-    return {**settings, "sample_size": sides[0] if sides[0] == sides[1] else size}
+    size = to_size(settings.get("sample_size", 0), f"sample_size of {source}")
+    return {**settings, "sample_size": to_resolution(size)}
 
 
 def _of_the_hub(name: str) -> Any:
@@ -431,7 +460,7 @@ def _check_fit(
     settings: dict[str, Any],
     variance_type: str,
     channels: int | None,
-    resolution: int | None,
+    size: Size | None,
     source: str,
     condition_channels: int | None = 0,
 ) -> None:
@@ -450,8 +479,10 @@ def _check_fit(
         if condition_channels:
             reason = f"the {channels} of the images and the {condition_channels} of their conditions; change it"
         _require(settings, "in_channels", channels + condition_channels, reason, source)
-    if resolution is not None:
-        _require(settings, "sample_size", resolution, "the resolution; change it or give --resolution", source)
+    if size is not None:
+        _require(
+            settings, "sample_size", to_resolution(size), "the resolution; change it or give --resolution", source
+        )
     needed = settings.get("in_channels", parameters["in_channels"].default)
     if isinstance(needed, int):
         needed = (needed - (condition_channels or 0)) * _outputs_per_channel(variance_type)
@@ -460,8 +491,7 @@ def _check_fit(
     widths = settings.get("block_out_channels", parameters["block_out_channels"].default)
     if not isinstance(widths, list | tuple) or not widths:
         raise UsageError(f"block_out_channels of {source} must be a list of whole numbers, got {shortened(widths)}")
-    if isinstance(settings["sample_size"], int):
-        _check_halvings(settings["sample_size"], len(widths))
+    _check_halvings(to_size(settings["sample_size"]), len(widths))
 
 
 def _require_place_for(labels: Values | Columns, settings: dict[str, Any], source: str) -> None:

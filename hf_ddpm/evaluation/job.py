@@ -24,7 +24,7 @@ import numpy as np
 from hf_ddpm.classes import Classes
 from hf_ddpm.condition import is_conditional
 from hf_ddpm.conditional import ConditionalDDPMPipeline
-from hf_ddpm.data.batches import center_pixels, epoch_order
+from hf_ddpm.data.batches import epoch_order, fixed_pixels
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import Pairs, example_pairs
 from hf_ddpm.data.config import DataConfig
@@ -400,7 +400,7 @@ def _load_comparison(
     # The features of all images of a split take minutes: counts are compared before.
     _check_count("num_images", num_images, distances, network)
     if reference is not None:
-        check_comparable(reference, network, splits.resolution, channels)
+        check_comparable(reference, network, splits.size, channels)
         other_reference = None if request.other_reference is None else load_reference(request.other_reference)
         _check_count("the reference", reference.count, distances, network)
         _check_count("the reference's features", len(reference.features), [*{*distances} - {"fd"}], network)
@@ -554,8 +554,8 @@ def _check_memorization(training: ImageCache, held_out: ImageCache, num_images: 
         raise UsageError(f"num_images must be at least {MIN_SAMPLES} for memorization, got {num_images}")
     if len(held_out) < least_held_out:
         raise UsageError(f"memorization needs at least {least_held_out} held-out images, got {len(held_out)}")
-    digests = {hashlib.sha256(image.tobytes()).digest() for image in center_pixels(training)}
-    num_same = sum(hashlib.sha256(image.tobytes()).digest() in digests for image in center_pixels(held_out))
+    digests = {hashlib.sha256(image.tobytes()).digest() for image in fixed_pixels(training)}
+    num_same = sum(hashlib.sha256(image.tobytes()).digest() in digests for image in fixed_pixels(held_out))
     if num_same >= math.floor(MEMORIZATION_QUANTILE * (len(held_out) + 1) + 1e-9):
         raise UsageError(
             f"held-out images must not be training images, got {num_same} of {len(held_out)} that are: remove them"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.figures import png_bytes, side_by_side, to_pil
+from hf_ddpm.image_size import to_size
 from hf_ddpm.labels import describe_labels
 from hf_ddpm.names import DTYPES
 from hf_ddpm.runtime.devices import process_device, require_compiler
@@ -48,6 +50,7 @@ def sample_from_images(
     seed: int = 0,
     num_inference_steps: int | None = None,
     scheduler: str | None = None,
+    resolution: int | Sequence[int] | None = None,
     class_label: int | str | None = None,
     guidance_scale: float | None = None,
     guidance_interval: Sequence[float] | None = None,
@@ -72,6 +75,7 @@ def sample_from_images(
         seed: The seed of the first sample; sample i has seed + i.
         num_inference_steps: See `write_samples`, as for all that follows.
         scheduler: The scheduler.
+        resolution: The size of the samples, and of the images but for a low resolution of them.
         class_label: The class of all images.
         guidance_scale: How far images are led away from those of a weaker model.
         guidance_interval: Where guidance acts.
@@ -119,13 +123,15 @@ def sample_from_images(
         guidance = choose_guidance(pipeline, guidance_scale, guidance_interval, guidance_method, guidance_model)
         pipeline._check_inputs(1, None, "pil", ("latents",), deterministic)
         labels = _class_labels(pipeline, class_label, len(names))
-        conditions = torch.cat([read_image(path, pipeline.to_conditions) for path in files])
+        size = None if not resolution else pipeline._requested_size(*to_size(resolution))
+        conditions = torch.cat([read_image(path, partial(pipeline.to_conditions, size=size)) for path in files])
         speed_up(pipeline, dtype, compile)
         settings: dict[str, Any] = {
             "weights_sha256": weights_sha256(Path(pipeline.unet.config["_name_or_path"])),
             "images": [str(name) for name in names],
             "scheduler": (type(pipeline.scheduler).__name__, steps),
             "seed": seed,
+            "size": size,
             "class_label": labels and labels[0],
             "deterministic": deterministic,
             "guidance": None if guidance is None else describe_guidance(guidance, pipeline),
@@ -147,6 +153,7 @@ def sample_from_images(
                 deterministic=deterministic,
                 guidance=guidance,
                 conditions=conditions[share],
+                size=size,
             )
             first_samples = []
             label, is_quiet = processes.label("Sampling"), processes.rank > 0

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.figures import png_bytes, to_pil
 from hf_ddpm.guidance import Guidance
+from hf_ddpm.image_size import to_resolution, to_size
 from hf_ddpm.names import DTYPES, FORMATS
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.prediction import Label
@@ -68,6 +69,7 @@ def write_samples(
     out: str | Path,
     *,
     num_images: int,
+    resolution: int | Sequence[int] | None = None,
     seed: int = 0,
     num_inference_steps: int | None = None,
     scheduler: str | None = None,
@@ -99,6 +101,8 @@ def write_samples(
         out: A new folder, or one that holds a part of this set.
         num_images: The number of images in the set. They have 16 bits where the model was trained on such images,
             and the values that those had before `--value_range`.
+        resolution: The side of the images in pixels, or height and width. None: those of training. With others
+            quality may fall.
         seed: The seed of the first image.
         num_inference_steps: A number in [1, T]. None: the one that the model's folder keeps (`DDPMPipeline.use`), or
             20, or all T of `ddpm`.
@@ -139,6 +143,7 @@ def write_samples(
         pipeline, steps = load_for_sampling(
             model, scheduler, num_inference_steps, device, uniform=uniform, guidance_model=guidance_model
         )
+        size = None if not resolution else pipeline._requested_size(*to_size(resolution))
         guidance = choose_guidance(pipeline, guidance_scale, guidance_interval, guidance_method, guidance_model)
         speed_up(pipeline, dtype, compile)
         unet = pipeline.unet
@@ -159,6 +164,7 @@ def write_samples(
             "timesteps": None if searched is None else [*searched.timesteps],
             "seed": seed,
             "num_images": num_images,
+            "resolution": None if size is None else to_resolution(size),
             "class_label": None if labels is None or class_label is None else labels[0],
             "deterministic": deterministic,
             "dtype": dtype or "fp32",
@@ -211,6 +217,7 @@ def _write_set(
             deterministic=settings["deterministic"],
             value_range=settings["value_range"],
             guidance=guidance,
+            size=None if settings["resolution"] is None else to_size(settings["resolution"]),
         )
         label, is_quiet = processes.label("Sampling"), processes.rank > 0
         with tqdm(total=len(indices), unit="image", desc=label, disable=is_quiet) as progress:

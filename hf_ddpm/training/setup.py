@@ -27,6 +27,7 @@ from hf_ddpm.data.splits import check_split
 from hf_ddpm.evaluation.features import check_network
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme, write_card
+from hf_ddpm.image_size import to_resolution
 from hf_ddpm.labels import (
     Labels,
     Values,
@@ -298,7 +299,7 @@ def _load_images(
             return config, load_images(config, accept)
         stream = open_stream(config)
         if accept is not None:
-            accept(stream.resolution, stream.channels)
+            accept(stream.size, stream.channels)
         return config, stream
 
     config, images = processes.main_then_rest(load, accelerator.is_local_main_process)
@@ -308,7 +309,7 @@ def _load_images(
     config = replace(
         config,
         dataset_name=config.dataset_name or (None if config.train_data_dir or parts.dataset is not None else "digits"),
-        resolution=images.resolution,
+        resolution=to_resolution(images.size),
         channels=images.channels,
         mixed_precision=accelerator.mixed_precision,
     )
@@ -510,7 +511,7 @@ def _make_unet(
         widens = condition is not None and not is_conditional_network(network)
     unet = make_unet(
         images.channels,
-        images.resolution,
+        images.size,
         labels.num_embeddings if isinstance(labels, Classes) else None,
         model_config=config.model_config_name_or_path if network is None else str(network),
         variance_type=config.variance_type,
