@@ -22,6 +22,7 @@ from torch.nn.functional import interpolate
 
 from hf_ddpm.condition import CONDITIONAL_NETWORK, Condition, read_condition, write_condition
 from hf_ddpm.image_inputs import images_to_tensor
+from hf_ddpm.image_size import Size
 from hf_ddpm.pipeline import Conditions, DDPMPipeline, DDPMPipelineOutput, _folder_of
 from hf_ddpm.scheduler import LEARNED_VARIANCES
 
@@ -84,7 +85,8 @@ class ConditionalDDPMPipeline(DDPMPipeline):
         """Sample an image from each image.
 
         Args:
-            image: One image or several, in any form of `hf_ddpm.image_inputs`, with the size of the model's images.
+            image: One image or several, in any form of `hf_ddpm.image_inputs`, with the size of the model's images, or
+                that of `height` and `width`.
                 For super-resolution it may have its own low resolution, and is then enlarged as in training.
             arguments: Those of `DDPMPipeline`, but `batch_size`, which is the number of images.
 
@@ -98,26 +100,31 @@ class ConditionalDDPMPipeline(DDPMPipeline):
             raise ValueError("image must be given: the model makes images from images")
         if "batch_size" in arguments:
             raise ValueError("batch_size must be left out: there is a sample for each image")
-        self._condition_images = 2 * self.to_conditions(image) - 1
+        size = self._requested_size(arguments.get("height"), arguments.get("width"))
+        self._condition_images = 2 * self.to_conditions(image, size) - 1
         try:
             return super().__call__(batch_size=len(self._condition_images), **arguments)
         finally:
             self._condition_images = None
 
-    def to_conditions(self, image: Any) -> Tensor:
+    def to_conditions(self, image: Any, size: Size | None = None) -> Tensor:
         """Return images as conditions of the model, (B, C', H, W) in [0, 1], those of a low resolution enlarged.
+
+        Args:
+            image: One image or several, as of a call.
+            size: (H, W); None: that of the model's images.
 
         Raises:
             ValueError: When an image has another size or form.
         """
-        channels, (_, height, width) = self.condition.channels, self._image_shape()
+        channels, (_, height, width) = self.condition.channels, self._image_shape(size)
         factor = self.condition.super_resolution
         if factor is None or not _is_low(image, height // factor):
             return images_to_tensor(image, channels, height, width)
         return enlarged(images_to_tensor(image, channels, height // factor, width // factor), height, width)
 
-    def _image_shape(self) -> tuple[int, int, int]:
-        channels, height, width = super()._image_shape()
+    def _image_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        channels, height, width = super()._image_shape(size)
         return channels - self.condition.channels, height, width
 
     def _conditions(self, *arguments: Any, **keywords: Any) -> Conditions:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_ddpm.classes import Classes, check_embeddings
+from hf_ddpm.image_size import Size, to_size
 from hf_ddpm.label_embedding import attach_embedding, attach_embedding_beside, example_labels
 from hf_ddpm.labels import LABELS_FILE, Columns, Labels, Values, describe_labels
 from hf_ddpm.network_config import (
@@ -40,7 +41,7 @@ from hf_ddpm.runtime.settings import shortened
 
 def make_unet(
     channels: int,
-    resolution: int,
+    size: Size,
     num_classes: int | None = None,
     *,
     model_config: str | None = None,
@@ -52,14 +53,14 @@ def make_unet(
     widens: bool = False,
     labels: Values | Columns | None = None,
 ) -> UNet2DModel:
-    """Make a new network for images of `channels` x `resolution` x `resolution`.
+    """Make a new network for images of `channels` x `size`.
 
     The last convolution starts at zero, while diffusers leaves it random. The first prediction is then 0, and the
     first loss is the power of the target.
 
     Args:
         channels: The channels of the images.
-        resolution: The height and width of the images.
+        size: The height and width of the images.
         num_classes: The number of embeddings of classes, see `Classes`; None: it is unconditional.
         model_config: The config of a UNet2DModel: a JSON file, a folder, the name of a recipe or a Hub id; None: the
             network is sized for the data.
@@ -76,10 +77,10 @@ def make_unet(
     """
     if model_config is None:
         out_channels = channels * outputs_per_channel(variance_type)
-        settings = sized_config(resolution, channels + condition_channels, out_channels, num_classes, dropout or 0.0)
+        settings = sized_config(size, channels + condition_channels, out_channels, num_classes, dropout or 0.0)
     else:
         settings = load_config(model_config, source)
-        check_fit(settings, variance_type, channels, resolution, source, 0 if widens else condition_channels)
+        check_fit(settings, variance_type, channels, size, source, 0 if widens else condition_channels)
         if widens:
             settings["in_channels"] = channels + condition_channels
         if labels is not None:
@@ -116,18 +117,18 @@ class Trial:
         num_parameters: The number of its parameters.
         largest_output: The number of values that its largest layer gives for an image.
         channels: The channels of its images.
-        resolution: Their height and width.
+        size: Their height and width.
     """
 
     num_parameters: int
     largest_output: int
     channels: int
-    resolution: int
+    size: Size
 
 
 def try_network(
     channels: int | None = None,
-    resolution: int | None = None,
+    size: Size | None = None,
     *,
     model_config: str | None = None,
     variance_type: str = "fixed_small",
@@ -139,7 +140,7 @@ def try_network(
 
     Args:
         channels: The channels of the images; None: those of `model_config`, or 3.
-        resolution: The height and width of the images; None: that of `model_config`.
+        size: The height and width of the images; None: those of `model_config`.
         model_config: As of `make_unet`.
         variance_type: As of `make_unet`.
         source: As of `make_unet`.
@@ -150,13 +151,13 @@ def try_network(
         UsageError: When there is no such network, or an image cannot pass.
     """
     if model_config is None:
-        assert resolution is not None
+        assert size is not None
         count = channels or 3
         in_channels = count + (count if condition_channels is None else condition_channels)
-        settings = sized_config(resolution, in_channels, count * outputs_per_channel(variance_type))
+        settings = sized_config(size, in_channels, count * outputs_per_channel(variance_type))
     else:
         settings = load_config(model_config, source)
-        check_fit(settings, variance_type, channels, resolution, source, 0 if widens else condition_channels)
+        check_fit(settings, variance_type, channels, size, source, 0 if widens else condition_channels)
         if widens:
             count = settings.get("in_channels", 3)
             settings["in_channels"] = count + (count if condition_channels is None else condition_channels)
@@ -178,10 +179,10 @@ def _try_settings(settings: str) -> Trial:
         for module in unet.modules():
             module.register_forward_hook(note)
         config = unet.config
-        size = config.sample_size
-        x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size))
+        size = to_size(config.sample_size)
+        x_t = torch.zeros(1, config.in_channels, *size)
         unet(x_t, torch.zeros(1, dtype=torch.int64), **example_labels(unet))
-    return Trial(sum(p.numel() for p in unet.parameters()), largest, config.in_channels, max(x_t.shape[2:]))
+    return Trial(sum(p.numel() for p in unet.parameters()), largest, config.in_channels, size)
 
 
 def load_unet(folder: Path, source: str) -> UNet2DModel:
@@ -281,12 +282,14 @@ def use_plain_attention(unet: Any, device: torch.device) -> None:
     if not isinstance(unet, UNet2DModel):
         return
     config: Any = unet.config
-    size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
+    height, width = to_size(config.sample_size)
     blocks = zip(config.down_block_types, reversed(config.up_block_types), strict=True)
     attention_levels = [level for level, kinds in enumerate(blocks) if "Attn" in "".join(kinds)]
     if config.add_attention:
         attention_levels.append(len(config.down_block_types) - 1)
-    if device.type != "cpu" or any(size >> level > MAX_ATTENTION_PIXELS for level in attention_levels):
+    if device.type != "cpu" or any(
+        (height >> level) * (width >> level) > MAX_ATTENTION_PIXELS**2 for level in attention_levels
+    ):
         return
     for module in unet.modules():
         if isinstance(module, Attention):

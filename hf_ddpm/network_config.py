@@ -23,6 +23,7 @@ from typing import Any
 from diffusers import UNet2DModel
 
 from hf_ddpm import recipes
+from hf_ddpm.image_size import Size, format_size, to_resolution, to_size
 from hf_ddpm.labels import Columns, Values
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import look_at, network_folder, parse_mapping
@@ -52,11 +53,12 @@ def num_classes_of(config: Mapping[str, Any]) -> int | None:
 
 
 def sized_config(
-    resolution: int, channels: int, out_channels: int, num_classes: int | None = None, dropout: float = 0.0
+    size: Size, channels: int, out_channels: int, num_classes: int | None = None, dropout: float = 0.0
 ) -> dict[str, Any]:
     """Return the config of a UNet2DModel that is sized for the data.
 
-    The channels of its levels are, by resolution::
+    The network of an oblong image is that of a square with its shorter side, but that no level attends to more than
+    MAX_ATTENTION_PIXELS**2 pixels. The channels of the levels are, by this side::
 
         8        32, 48
         16       64, 128
@@ -64,35 +66,37 @@ def sized_config(
         64       64, 128, 128, 256
         128      64, 128, 128, 256, 256
 
-    Each level has two layers. Up to a resolution of 8 there is one, and the first level does not attend: a larger
+    Each level has two layers. Up to a side of 8 there is one, and the first level does not attend: a larger
     network takes longer, for images that are no better.
 
     Args:
-        resolution: The height and width of the images.
+        size: The height and width of the images.
         channels: The channels of the images.
         out_channels: The channels of the output.
         num_classes: The number of classes that the network is conditioned on, if any.
         dropout: The dropout.
 
     Raises:
-        UsageError: When the levels cannot halve `resolution`.
+        UsageError: When the levels cannot halve `size`.
     """
-    num_levels = 1 + max(1, math.ceil(math.log2(resolution / 8)))
-    _check_halvings(resolution, num_levels)
-    is_tiny = resolution <= 8
+    side = min(size)
+    num_levels = 1 + max(1, math.ceil(math.log2(side / 8)))
+    _check_halvings(size, num_levels)
+    is_tiny = side <= 8
     if is_tiny:
         widths = [32, 48]
-    elif resolution <= 16:
+    elif side <= 16:
         widths = [64, 128]
-    elif resolution <= 32:
+    elif side <= 32:
         widths = [32, 64, 64]
     else:
         widths = [64, 128, 128, *[256] * (num_levels - 3)]
-    attends = [resolution >> level <= MAX_ATTENTION_PIXELS for level in range(num_levels)]
+    num_pixels = [(size[0] >> level) * (size[1] >> level) for level in range(num_levels)]
+    attends = [number <= MAX_ATTENTION_PIXELS**2 for number in num_pixels]
     if is_tiny:
         attends[0] = False
     return {
-        "sample_size": resolution,
+        "sample_size": to_resolution(size),
         "in_channels": channels,
         "out_channels": out_channels,
         "block_out_channels": widths,
@@ -112,17 +116,43 @@ def size_unit(num_levels: int) -> int:
     return 2 ** (num_levels - 1)
 
 
-def _check_halvings(resolution: int, num_levels: int) -> None:
-    """Raise a UsageError that names the nearest resolutions if the levels cannot halve `resolution`."""
-    unit = size_unit(num_levels)
-    if resolution % unit:
-        below = resolution // unit * unit
-        above = below + unit
-        nearest = f"{below} or {above}" if below else f"{above}"
+def require_size(unet: Any, size: Size) -> None:
+    """Check that a network that was trained with images of another size takes images of this one.
+
+    Raises:
+        UsageError: When it does not.
+    """
+    config = unet.config
+    if not isinstance(getattr(unet, "_orig_mod", unet), UNet2DModel):
         raise UsageError(
-            f"resolution must be a multiple of {unit}, got {resolution}: "
-            f"the network halves it {num_levels - 1} times; the nearest is {nearest}"
+            f"height and width must be those of the model, {format_size(to_size(config.sample_size))}, got "
+            f"{format_size(size)}: of a {config['_class_name']} nobody knows which others it takes"
         )
+    _check_halvings(size, len(config.block_out_channels), "height and width")
+
+
+def _check_halvings(size: Size, num_levels: int, name: str = "resolution") -> None:
+    """Raise a UsageError that names the nearest sizes if the levels cannot halve `size`."""
+    unit, (height, width) = size_unit(num_levels), size
+    if height % unit == 0 == width % unit:
+        return
+    if name == "resolution" and height == width:
+        raise UsageError(
+            f"resolution must be a multiple of {unit}, got {height}: "
+            f"the network halves it {num_levels - 1} times; the nearest is {_nearest(height, unit)}"
+        )
+    must = f"{name} must be multiples" if name != "resolution" else "height and width of resolution must be multiples"
+    raise UsageError(
+        f"{must} of {unit}, got {format_size(size)}: the network halves them {num_levels - 1} times; the nearest are "
+        f"a height of {_nearest(height, unit)} and a width of {_nearest(width, unit)}"
+    )
+
+
+def _nearest(side: int, unit: int) -> str:
+    """Return in words the multiples of `unit` that are nearest to a side."""
+    below = side // unit * unit
+    nearest = (below,) if below == side else (below, below + unit)
+    return " or ".join(str(each) for each in nearest if each)
 
 
 def outputs_per_channel(variance_type: str) -> int:
@@ -148,11 +178,8 @@ def load_config(name: str, source: str) -> dict[str, Any]:
                 "model_config_name_or_path must be a JSON file, a folder with config.json, a recipe that ships one or "
                 f"a Hub model, got {name!r}, which is none that can be reached"
             ) from error
-    size = settings.get("sample_size")
-    sides = size if isinstance(size, list | tuple) else [size, size]
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise UsageError(f"sample_size of {source} must be a whole number above 0, got {shortened(size)}")
-    return {**settings, "sample_size": sides[0] if sides[0] == sides[1] else size}
+    size = to_size(settings.get("sample_size", 0), f"sample_size of {source}")
+    return {**settings, "sample_size": to_resolution(size)}
 
 
 def _of_the_hub(name: str) -> Any:
@@ -166,7 +193,7 @@ def check_fit(
     settings: dict[str, Any],
     variance_type: str,
     channels: int | None,
-    resolution: int | None,
+    size: Size | None,
     source: str,
     condition_channels: int | None = 0,
 ) -> None:
@@ -185,8 +212,9 @@ def check_fit(
         if condition_channels:
             reason = f"the {channels} of the images and the {condition_channels} of their conditions; change it"
         require_setting(settings, "in_channels", channels + condition_channels, reason, source)
-    if resolution is not None:
-        require_setting(settings, "sample_size", resolution, "the resolution; change it or give --resolution", source)
+    if size is not None:
+        reason = "the resolution; change it or give --resolution"
+        require_setting(settings, "sample_size", to_resolution(size), reason, source)
     needed = settings.get("in_channels", parameters["in_channels"].default)
     if isinstance(needed, int):
         needed = (needed - (condition_channels or 0)) * outputs_per_channel(variance_type)
@@ -195,8 +223,7 @@ def check_fit(
     widths = settings.get("block_out_channels", parameters["block_out_channels"].default)
     if not isinstance(widths, list | tuple) or not widths:
         raise UsageError(f"block_out_channels of {source} must be a list of whole numbers, got {shortened(widths)}")
-    if isinstance(settings["sample_size"], int):
-        _check_halvings(settings["sample_size"], len(widths))
+    _check_halvings(to_size(settings["sample_size"]), len(widths))
 
 
 def require_place_for(labels: Values | Columns, settings: dict[str, Any], source: str) -> None:

@@ -18,6 +18,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from torch import Tensor
 from hf_ddpm.classes import Classes
 from hf_ddpm.figures import to_pil
 from hf_ddpm.guidance import Guidance, changed
+from hf_ddpm.image_size import Size, format_size, to_size
 from hf_ddpm.label_embedding import (
     EMBEDDING_FILE,
     attach_saved_embedding,
@@ -45,6 +47,7 @@ from hf_ddpm.label_embedding import (
 )
 from hf_ddpm.labels import Columns, Labels, read_labels, write_labels
 from hf_ddpm.network import accept_labels_in_any_type, naming_weights, require_finite, require_labels_of
+from hf_ddpm.network_config import require_size
 from hf_ddpm.prediction import (
     ClassLabels,
     Conditions,
@@ -60,6 +63,7 @@ from hf_ddpm.prediction import (
 )
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import NETWORK_FOLDERS, weights_sha256
+from hf_ddpm.runtime.launch import is_main_process
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, require_num_inference_steps
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler, read_sampler, write_sampler
 from hf_ddpm.timesteps import (
@@ -360,6 +364,8 @@ class DDPMPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance: Guidance | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> DDPMPipelineOutput | tuple:
         """Sample images.
 
@@ -389,6 +395,9 @@ class DDPMPipeline(DiffusionPipeline):
                 `use` chose.
             guidance_interval: (low, high): guidance acts where low < sigma <= high, the ratio of noise to signal.
             guidance: Scale, interval and all else that `hf_ddpm.guidance` knows, instead of these two.
+            height: The height of the images in pixels. None: that of the images that the model was trained with.
+            width: Their width, likewise. Other sides must be multiples of what the levels of the network halve. It has
+                seen no such images, and quality may fall.
 
         Returns:
             A `DDPMPipelineOutput`, or the tuple (images,) or (images, trajectory).
@@ -400,6 +409,7 @@ class DDPMPipeline(DiffusionPipeline):
         _require_whole_number("batch_size", batch_size)
         if num_inference_steps is not None:
             _require_whole_number("num_inference_steps", num_inference_steps)
+        size = self._requested_size(height, width)
         with self._sampling_scheduler(num_inference_steps) as num_steps:
             self._check_inputs(batch_size, generator, output_type, callback_on_step_end_tensor_inputs, deterministic)
             device = self._execution_device
@@ -409,7 +419,7 @@ class DDPMPipeline(DiffusionPipeline):
                 self._check_timesteps(timesteps, num_inference_steps)
             self._set_timesteps(num_steps, timesteps)
             recorded_indices = self._recorded_indices(trajectory)
-            x_T = self._initial_noise(batch_size, generator, latents, device)
+            x_T = self._initial_noise(batch_size, generator, latents, device, size)
 
             x_0, recorded = self._denoise(
                 x_T,
@@ -492,31 +502,56 @@ class DDPMPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
         device: torch.device,
+        size: Size | None = None,
     ) -> Tensor:
-        """Return x_T in the scheduler's scale, (B, C, H, W), in float32 also for a network in half precision."""
-        shape = (batch_size, *self._image_shape())
+        """Return x_T in the scheduler's scale, (B, C, H, W), in float32 also for a network in half precision.
+
+        Args:
+            size: (H, W); None: that of the model's images.
+        """
+        shape = (batch_size, *self._image_shape(size))
         if latents is None:
-            latents = self._draw_noise(batch_size, generator, device)
+            latents = self._draw_noise(batch_size, generator, device, size)
         elif latents.shape != shape:
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
         # Schedulers of flow matching have no `init_noise_sigma`.
         scale = getattr(self.scheduler, "init_noise_sigma", 1.0)
         return latents.to(device, torch.promote_types(self.unet.dtype, torch.float32)) * scale
 
-    def _image_shape(self) -> tuple[int, int, int]:
-        """Return the shape of an image, (C, H, W)."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+    def _image_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        """Return the shape of an image, (C, H, W), with (H, W) = `size` if that is given."""
+        return self.unet.config.in_channels, *(size or to_size(self.unet.config.sample_size, "sample_size"))
+
+    def _requested_size(self, height: int | None, width: int | None) -> Size | None:
+        """Return the size that a call asks for, after a warning; None for that of the model's images.
+
+        Raises:
+            ValueError: When the network does not take it.
+        """
+        trained = self._image_shape()[1:]
+        size = (trained[0] if height is None else height, trained[1] if width is None else width)
+        for name, side in zip(("height", "width"), size, strict=True):
+            _require_whole_number(name, side)
+            if side < 1:
+                raise ValueError(f"{name} must be at least 1, got {side}")
+        if size == trained:
+            return None
+        require_size(self.unet, size)
+        _warn_of_size(trained, size)
+        return size
 
     def _draw_noise(
-        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device,
+        size: Size | None = None,
     ) -> Tensor:
         """Return noise of N(0, I), (B, C, H, W), in float32 also for a network in half precision."""
         # randn is not reproducible on MPS.
         noise_device = torch.device("cpu") if device.type == "mps" else device
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        shape = (batch_size, *self._image_shape())
+        shape = (batch_size, *self._image_shape(size))
         return randn_tensor(shape, generator=generator, device=noise_device, dtype=dtype).to(device)
 
     def _step_arguments(
@@ -690,6 +725,16 @@ def _no_guide_error(name: Any) -> ValueError:
         f"guidance needs a weaker model, got {where}: give a smaller or less trained one of the same data as "
         "--guidance_model, in Python its network as `guide` of the pipeline; or train on classes, with class_dropout"
     )
+
+
+@cache
+def _warn_of_size(trained: Size, size: Size) -> None:
+    """Say once in a process that images get another size than those of training."""
+    if is_main_process():
+        logger.warning(
+            "images of %s are sampled by a network that was trained with %s: quality may fall",
+            *map(format_size, (size, trained)),
+        )
 
 
 def _require_whole_number(name: str, value: Any) -> None:

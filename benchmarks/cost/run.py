@@ -118,7 +118,7 @@ def sampling_seconds(folder: Path, images: int, steps: int) -> float:
     model = folder / "model"
     if not model.exists():
         scheduler = diffusers.DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-        unet: Any = UNet2DModel.from_config(sized_config(28, 1, 1))
+        unet: Any = UNet2DModel.from_config(sized_config((28, 28), 1, 1))
         diffusers.DDPMPipeline(unet, scheduler).save_pretrained(model)
     pipeline, _ = load_for_sampling(str(model), "dpmsolver++", steps, "cpu", dtype="bf16")
     for count in (16, images):

@@ -118,7 +118,7 @@ def learn_classifier(data: DataConfig) -> tuple[Classifier, float]:
         order = torch.randperm(len(x))
         held_out, kept = order[: int(HELD_OUT * len(x))], order[int(HELD_OUT * len(x)) :]
         test, (x, y) = (x[held_out], y[held_out]), (x[kept], y[kept])
-    classifier = Classifier(images.channels, images.resolution, images.num_classes or 0)
+    classifier = Classifier(images.channels, images.size[0], images.num_classes or 0)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
     epochs = max(EPOCHS, math.ceil(2000 * BATCH / len(x)))  # small data are seen more often
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, epochs * math.ceil(len(x) / BATCH))

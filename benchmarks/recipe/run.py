@@ -149,7 +149,7 @@ def load_data(name: str) -> tuple[Tensor, Moments, Tensor]:
 
 
 def make_unet(options: argparse.Namespace, channels: int, side: int) -> UNet2DModel:
-    settings = sized_config(side, channels, channels, dropout=options.dropout)
+    settings = sized_config((side, side), channels, channels, dropout=options.dropout)
     settings["layers_per_block"] = options.layers
     settings["norm_num_groups"] = options.groups
     if options.widths:

@@ -38,7 +38,7 @@ BATCH, STEPS, CHECKPOINTS, STEPS_BETWEEN = 32, 60, 10, 500
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    unet: Any = UNet2DModel.from_config(sized_config(28, 1, 1))
+    unet: Any = UNet2DModel.from_config(sized_config((28, 28), 1, 1))
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     ema = EMA(parameters, ["halflife-1000", "std-0.05", "std-0.1"])

@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    unet: Any = UNet2DModel.from_config(sized_config(28, 1, 1))
+    unet: Any = UNet2DModel.from_config(sized_config((28, 28), 1, 1))
     scheduler = diffusers.DDPMScheduler(
         1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
     )

@@ -41,7 +41,7 @@ WIDE = "128 channels"
 
 
 def net_config(way: str) -> dict[str, Any]:
-    settings = sized_config(SIDE, 1, 1)
+    settings = sized_config((SIDE, SIDE), 1, 1)
     if way in ("stock", "ours, same net"):
         settings |= {"attention_head_dim": 8, "norm_num_groups": 32}
     if way == WIDE:

@@ -66,7 +66,7 @@ def main() -> None:
         pixels = rng.integers(0, 256, (256, 32, 32, 3), dtype=np.uint8)
         for i, image in enumerate(pixels):
             Image.fromarray(image).save(f"{folder}/images/{i:03d}.png")
-        settings = {**sized_config(32, 3, 3), "attention_head_dim": 8}
+        settings = {**sized_config((32, 32), 3, 3), "attention_head_dim": 8}
         Path(folder, "unet.json").write_text(json.dumps(settings))
         bare = BareLoop(settings, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
         ours, theirs = measure(bare, folder)

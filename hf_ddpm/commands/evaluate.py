@@ -28,6 +28,7 @@ from hf_ddpm.commands.options import (
 from hf_ddpm.commands.results import describe_evaluation, describe_search, table_of_auroc
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.evaluation.names import DEFAULT_NUM_RECONSTRUCTIONS, DEFAULT_STRENGTHS, METRICS, check_strengths
+from hf_ddpm.image_size import format_size, to_size
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.runtime.command_line import (
     choice,
@@ -64,7 +65,7 @@ TimestepsPerImage = Annotated[
     DataConfig,
     (
         *("dataset_name", "dataset_config_name", "image_column", "label_column", "condition_column", "center_crop"),
-        *("value_range", "max_image_pixels", "cache_dir"),
+        *("random_crop", "value_range", "max_image_pixels", "cache_dir"),
     ),
 )
 def evaluate(
@@ -224,8 +225,8 @@ def anomaly(
 @with_options_of(
     DataConfig,
     (
-        *("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "value_range"),
-        *("max_image_pixels", "cache_dir"),
+        *("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "random_crop"),
+        *("value_range", "max_image_pixels", "cache_dir"),
     ),
 )
 def reference(
@@ -257,7 +258,7 @@ def reference(
         json,
         {"out": str(out), "num_images": made.count, "metric": loaded.frechet_name, **made.metadata},
         f"{out} holds the statistics of {made.count:,} images of {data['name']}, split {split}, "
-        f"{data['resolution']} x {data['resolution']}, {data['channels']} channels; {loaded.frechet_name}, "
+        f"{format_size(to_size(data['resolution']))}, {data['channels']} channels; {loaded.frechet_name}, "
         f"{loaded.dimensions:,} dimensions. Compare a model with them: hf-ddpm evaluate MODEL --reference {out}",
     )
 

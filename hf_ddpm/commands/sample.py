@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+
 from hf_ddpm.commands.options import (
     BatchSize,
     Compile,
@@ -33,6 +35,14 @@ def sample(
         option("image", "For a model that makes images from images: an image, or a folder of them, one sample each."),
     ] = None,
     num_images: Annotated[int | None, option("num_images", "How many images. Default: 16.", min=1)] = None,
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--resolution",
+            metavar="INTEGER [INTEGER]",
+            help="The side of the images, or height and width. Default: that of training; others may look worse.",
+        ),
+    ] = None,
     seed: Seed = 0,
     num_inference_steps: Annotated[
         int | None, option("num_inference_steps", "Default: the model's own choice; else 20, or all T of ddpm.", min=1)
@@ -73,6 +83,7 @@ def sample(
     """
     with report_errors():
         settings: dict[str, Any] = {
+            "resolution": resolution or None,
             "seed": seed,
             "num_inference_steps": num_inference_steps,
             "scheduler": scheduler,

@@ -4,7 +4,7 @@ stream        the N images without end, epoch after epoch: position p holds imag
 position      the number of images in the stream before this one
 micro-batch   B consecutive positions, which one process passes through the network at once
 step          A * P micro-batches, A (accumulation steps) on each of P processes: A * P * B consecutive positions
-x_0           a batch of clean images, (B, C, R, R) float32 in [-1, 1], where R is the resolution
+x_0           a batch of clean images, (B, C, H, W) float32 in [-1, 1]
 
 Order, crops and flips are functions of (seed, position), so batch size, workers and processes change only how the
 stream is cut.
@@ -53,12 +53,12 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Item k belongs to step k // A, counted from the first of these steps. It is a dict of tensors:
 
-    - `pixels` (B, C, R, R), uint8, or int32 where the images have 16 bits, or float32 where they are x_0;
+    - `pixels` (B, C, H, W), uint8, or int32 where the images have 16 bits, or float32 where they are x_0;
     - `positions` (B,) int64, positions in the stream;
     - `labels` (B,) int64, if the images have classes; numbers are (B,) float32, several columns of labels
       (B, number of columns) float32;
-    - `conditions` (B, C', R, R), as `pixels`, if they have conditions, cropped and mirrored as they are;
-    - `extra_images` (num_extra_images, C, R, R) and, with labels, `extra_labels` (num_extra_images,): only if
+    - `conditions` (B, C', H, W), as `pixels`, if they have conditions, cropped and mirrored as they are;
+    - `extra_images` (num_extra_images, C, H, W) and, with labels, `extra_labels` (num_extra_images,): only if
       `num_extra_images` is above 0, and only in the first item of each step.
 
     The extra images are those that follow the images of the step in the order of its epoch. At the end of the epoch
@@ -151,12 +151,12 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return np.concatenate(draws)
 
     def _cropped(self, images: ImageCache, indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        size, channels = images.resolution, images.channels
+        shape = (images.channels, *images.size)
         if images.is_uniform:
-            return np.asarray(images.pixels).reshape(-1, channels, size, size)[indices]
-        pixels = np.empty((len(indices), channels, size, size), images.pixels.dtype)
+            return np.asarray(images.pixels).reshape(-1, *shape)[indices]
+        pixels = np.empty((len(indices), *shape), images.pixels.dtype)
         for target, i, (u, v) in zip(pixels, indices, self._draw_for("crop", positions), strict=True):
-            target[:] = random_crop(images.image(i), size, u, v)
+            target[:] = random_crop(images.image(i), images.size, u, v)
         return pixels
 
     def _read_given(
@@ -165,7 +165,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         crops, labels = [], []
         for i, (u, v) in zip(indices.tolist(), self._draw_for("crop", positions), strict=True):
             planes, label = images.read(i)
-            crops.append(random_crop(planes, images.resolution, u, v))
+            crops.append(random_crop(planes, images.size, u, v))
             labels.append(label)
         return np.stack(crops), None if images.class_names is None else np.array(labels, np.int64)
 
@@ -180,22 +180,29 @@ def to_x_0(pixels: torch.Tensor, max_value: int) -> torch.Tensor:
     return pixels.to(torch.float32) * (2 / max_value) - 1
 
 
-def center_pixels(images: ImageCache, indices: np.ndarray | None = None) -> np.ndarray:
-    """Return the pixels of some images, the central square of oblong ones.
+def fixed_pixels(images: ImageCache, indices: np.ndarray | None = None) -> np.ndarray:
+    """Return the pixels of some images, of larger ones a crop that is always the same.
+
+    It is the central crop. With `random_crop`, where a model learns all parts of its images, it is the crop that the
+    first epoch of seed 0 takes: the crops of many images then show all parts, too.
 
     Args:
         images: The images.
         indices: (n,) which of the images; None for all.
 
     Returns:
-        The pixels, (n, C, R, R), uint8 or uint16.
+        The pixels, (n, C, H, W), uint8 or uint16.
     """
-    size = images.resolution
+    shape = (images.channels, *images.size)
     if images.is_uniform:
-        pixels = np.asarray(images.pixels).reshape(-1, images.channels, size, size)
+        pixels = np.asarray(images.pixels).reshape(-1, *shape)
         return pixels if indices is None else pixels[indices]
     indices = np.arange(len(images)) if indices is None else indices
-    pixels = np.empty((len(indices), images.channels, size, size), images.pixels.dtype)
+    pixels = np.empty((len(indices), *shape), images.pixels.dtype)
+    places = np.empty((len(images), 2))
+    places[epoch_order(0, 0, len(images))] = _draw_epoch("crop", 0, 0, len(images))
     for target, i in zip(pixels, indices.tolist(), strict=True):
-        target[:] = center_crop(images.image(i), size)
+        planes = images.image(i)
+        is_random = images.random_crop
+        target[:] = random_crop(planes, images.size, *places[i]) if is_random else center_crop(planes, images.size)
     return pixels

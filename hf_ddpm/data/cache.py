@@ -46,6 +46,7 @@ from hf_ddpm.data.image_format import ImageFormat
 from hf_ddpm.data.labels import LabelColumn, RawLabels, find_labels
 from hf_ddpm.data.planes import NeedsSixteenBits
 from hf_ddpm.data.sources import Source, find_source, license_of, open_dataset
+from hf_ddpm.image_size import Size, format_size, to_resolution, to_size
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import lock, look_at
 from hf_ddpm.runtime.format import format_amount
@@ -55,7 +56,8 @@ if TYPE_CHECKING:
 
 CACHE_FORMAT = 5  # Increase it when the content of a cache changes, so that no older cache is read.
 ROWS_PER_TASK = 16
-Accept = Callable[[int, int], None]
+ROWS_PER_TASK_OF_CROPS = 1  # Whole images are large, and those of all tasks are in memory at once.
+Accept = Callable[[Size, int], None]
 # The settings that decide what a cache holds.
 CACHED_SETTINGS = (
     "dataset_config_name",
@@ -74,14 +76,14 @@ CACHED_SETTINGS = (
 
 @dataclass(frozen=True, eq=False)
 class ImageCache:
-    """N decoded images, the shorter side of each equal to `resolution`; all are square if they were cropped.
+    """N decoded images, each at least as large as `size`; all of that size if they were cropped.
 
     Args:
         pixels: All values back to back, uint8 or uint16, mapped from the file.
         index: (N, 3) int64; for each image the offset of its first value, its height and its width.
         channels: The number of planes of each image: 1, 3 or 4.
         max_value: 255, or 65535 where 16-bit images keep their precision.
-        resolution: The shorter side in pixels.
+        size: Height and width of x_0, to which larger images are cropped when they are read.
         labels: The raw labels of data/labels.py, or what `with_network_labels` makes of them; None without labels.
         class_names: The names of the classes of one column of classes; None where the data do not tell them.
         num_bad: The number of unreadable images that were left out.
@@ -95,13 +97,14 @@ class ImageCache:
             width of its image; then `fingerprint` is one of both.
         label_columns: What the columns of raw labels hold; None for one column of classes, for none, and for labels
             of a network.
+        random_crop: Whether images have the size of their files, for `random_crop`.
     """
 
     pixels: np.ndarray
     index: np.ndarray
     channels: int
     max_value: int
-    resolution: int
+    size: Size
     labels: np.ndarray | None
     class_names: list[str] | None
     num_bad: int
@@ -113,6 +116,7 @@ class ImageCache:
     license: str | None
     conditions: ImageCache | None = None
     label_columns: list[LabelColumn] | None = None
+    random_crop: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -131,8 +135,8 @@ class ImageCache:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """True if all images are squares of side `resolution`."""
-        return bool((self.index[:, 1:] == self.resolution).all())
+        """True if all images are of the size of x_0."""
+        return bool((self.index[:, 1:] == self.size).all())
 
     def image(self, i: int) -> np.ndarray:
         """Return the planes of image i, (C, h, w), as a read-only view of the file."""
@@ -158,12 +162,13 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
 
     If `channels` is left open, gray images have 1 channel and others 3. Transparency is composited over white unless
     there are 4 channels. Gray images of 16 bits keep them; Pillow reads 16-bit color as 8-bit, and of an animation the
-    first frame is taken, which `losses` counts. The shorter side becomes `resolution`; with `center_crop` the
-    longer one, too. With `condition_column`, the images of that column come with them.
+    first frame is taken, which `losses` counts. Images are resized so that they cover the size of x_0, and with
+    `center_crop` cropped to it; with `random_crop` they stay as large as they are. With `condition_column`, the images
+    of that column come with them.
 
     Args:
         config: The settings of the data.
-        accept: A function of the resolution and the channels of the images, which is called before they are decoded.
+        accept: A function of the size and the channels of the images, which is called before they are decoded.
         dataset: A data set of `datasets` to take instead of the one that the settings name.
 
     Raises:
@@ -180,7 +185,7 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
         config,
         image_column=config.condition_column,
         condition_column=None,
-        resolution=images.resolution,
+        resolution=to_resolution(images.size),
         **of_images,
     )
     conditions = _load_column(of_conditions, None, dataset)
@@ -188,10 +193,11 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
     if len(unequal):
         row = int(unequal[0])
         (height, width), (other_height, other_width) = images.index[row, 1:], conditions.index[row, 1:]
+        resized = "" if config.random_crop else f", both resized to cover {format_size(images.size)}"
+        remedy = "save them in one size" if config.random_crop else "crop them alike, or give --center_crop"
         raise UsageError(
             f"condition_column must hold images of the shape of their images, got {other_height}x{other_width} for "
-            f"{height}x{width} in row {row}, both with a shorter side of {images.resolution}: crop them alike, or "
-            "give --center_crop"
+            f"{height}x{width} in row {row}{resized}: {remedy}"
         )
     fingerprint = hashlib.sha256(f"{images.fingerprint} {conditions.fingerprint}".encode()).hexdigest()
     return replace(images, conditions=conditions, fingerprint=fingerprint)
@@ -216,10 +222,10 @@ def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | N
         accept = None
     images = _read_cache(folder, source.name)
     if accept is not None:
-        accept(images.resolution, images.channels)
+        accept(images.size, images.channels)
     # A run writes the resolution and channels that were decided here into its config.yaml. Those settings have another
     # key, which only a link can lead to this folder: to hash what is decided, each call would have to open the images.
-    decided = replace(config, resolution=images.resolution, channels=images.channels)
+    decided = replace(config, resolution=to_resolution(images.size), channels=images.channels)
     link = root / _cache_key(decided, source, identity)
     if not link.exists():
         with contextlib.suppress(OSError):  # Some file systems have no links.
@@ -252,7 +258,7 @@ def load_dataset(dataset: Any, config: DataConfig, accept: Accept | None) -> Ima
         )
     images = open_given(dataset, config)
     if accept is not None:
-        accept(images.resolution, images.channels)
+        accept(images.size, images.channels)
     return images
 
 
@@ -278,6 +284,8 @@ def _cache_key(config: DataConfig, source: Source, identity: Any) -> str:
     settings = [getattr(config, name) for name in CACHED_SETTINGS]
     if config.condition_column is not None:  # which leaves fewer columns to choose from
         settings.append(config.condition_column)
+    if config.random_crop:
+        settings.append("random_crop")
     content = json.dumps([CACHE_FORMAT, source.kind, identity, *settings])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
@@ -314,7 +322,7 @@ def _fill_cache(
     try:
         image_format = _infer_format(dataset, config)
         if accept is not None:
-            accept(image_format.resolution, image_format.channels)
+            accept(image_format.size, image_format.channels)
         _require_room(root, len(dataset), image_format)
         try:
             meta = _write_images(part, dataset, image_format)
@@ -328,23 +336,28 @@ def _fill_cache(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UsageError(
-            f"the decoded images do not fit on the disk of {str(root)!r}: {error}; free space, or give another "
-            "--cache_dir, a smaller --resolution, or --streaming, which keeps none"
+            f"the decoded images do not fit on the disk of {str(root)!r}: {error}; {_remedy_of_full_disk(config)}"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def _require_room(root: Path, num_images: int, image_format: ImageFormat) -> None:
-    """Check that the disk holds the decoded images, of which none has less than a square."""
-    size = num_images * image_format.channels * image_format.resolution**2 * np.dtype(image_format.dtype).itemsize
+    """Check that the disk holds the decoded images, of which none is smaller than x_0."""
+    height, width = image_format.size
+    size = num_images * image_format.channels * height * width * np.dtype(image_format.dtype).itemsize
     free = shutil.disk_usage(root).free
     if size > free:
         raise UsageError(
-            f"{num_images:,} images of {image_format.resolution} x {image_format.resolution} pixels take "
-            f"{format_amount(size, 'B')}, got {format_amount(free, 'B')} free on the disk of {str(root)!r}: free "
-            "space, or give another --cache_dir, a smaller --resolution, or --streaming, which keeps none"
+            f"{num_images:,} images of {format_size(image_format.size)} pixels take "
+            f"{format_amount(size, 'B')}, got {format_amount(free, 'B')} free on the disk of {str(root)!r}: "
+            f"{_remedy_of_full_disk(image_format.config)}"
         )
+
+
+def _remedy_of_full_disk(config: DataConfig) -> str:
+    smaller = "" if config.random_crop else " a smaller --resolution,"  # whole images are cached for crops
+    return f"free space, or give another --cache_dir,{smaller} or --streaming, which keeps none"
 
 
 def _rename_unless_present(part: Path, folder: Path) -> None:
@@ -363,12 +376,13 @@ def _read_cache(folder: Path, name: str) -> ImageCache:
         index = np.load(folder / "index.npy")
         labels = np.load(folder / "labels.npy") if (folder / "labels.npy").exists() else None
         dtype, size = np.dtype(meta.pop("dtype")), meta.pop("size")
+        image_size = to_size(meta.pop("resolution"))
         if meta["label_columns"] is not None:
             meta["label_columns"] = [LabelColumn(*column) for column in meta["label_columns"]]
         pixels = np.memmap(folder / "pixels.bin", dtype=dtype, mode="r", shape=(size,))
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"cache_dir must hold whole files, got a damaged {str(folder)!r}: delete it") from error
-    return ImageCache(pixels=pixels, index=index, labels=labels, name=name, **meta)
+    return ImageCache(pixels=pixels, index=index, labels=labels, name=name, size=image_size, **meta)
 
 
 def _infer_format(dataset: Dataset, config: DataConfig) -> ImageFormat:
@@ -380,7 +394,9 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
     """Write pixels, index and labels, and return the content of meta.json but for the license."""
     labels, class_names, label_columns = _find_labels(dataset)
     dtype = np.dtype("<u2" if image_format.max_value == 65535 else "u1")
-    digest = hashlib.sha256(f"{image_format.channels} {image_format.max_value}".encode())
+    # The crops of whole images, which a model and a reference are of, have a size that the pixels do not tell.
+    crop = f" {image_format.size}" if image_format.config.random_crop else ""
+    digest = hashlib.sha256(f"{image_format.channels} {image_format.max_value}{crop}".encode())
     entries, rows, size = array("q"), array("q"), 0
     losses: Counter[str] = Counter()
     smallest, largest = image_format.max_value, 0
@@ -415,7 +431,8 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
     return {
         "channels": image_format.channels,
         "max_value": image_format.max_value,
-        "resolution": image_format.resolution,
+        "resolution": to_resolution(image_format.size),
+        "random_crop": image_format.config.random_crop,
         "class_names": class_names,
         "label_columns": label_columns,
         "num_bad": len(dataset) - len(rows),
@@ -439,9 +456,10 @@ def _decode_all(dataset: Dataset, image_format: ImageFormat) -> Iterator[Decoded
     """Yield the image of each row in order, decoded by several threads; None for an image that is left out."""
     num_threads = max(2, min(8, os.cpu_count() or 2))
     column, tasks = dataset.column_names[0], deque()
+    rows_per_task = ROWS_PER_TASK_OF_CROPS if image_format.config.random_crop else ROWS_PER_TASK
     with ThreadPoolExecutor(num_threads) as pool:
-        for row in range(0, len(dataset), ROWS_PER_TASK):
-            encoded_images = dataset[row : row + ROWS_PER_TASK][column]
+        for row in range(0, len(dataset), rows_per_task):
+            encoded_images = dataset[row : row + rows_per_task][column]
             tasks.append(pool.submit(_decode_rows, encoded_images, row, image_format))
             if len(tasks) > 2 * num_threads:
                 yield from tasks.popleft().result()

@@ -1,6 +1,6 @@
 """The conditions of images: the images that a model makes them from, beside the images themselves.
 
-pair   an image of the data and its condition, both cropped in the middle
+pair   an image of the data and its condition, both cropped alike: in the middle, or of a cache as `fixed_pixels` does
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_ddpm.condition import Condition
 from hf_ddpm.conditional import enlarged, low_resolution
-from hf_ddpm.data.batches import center_pixels, epoch_order, to_x_0
+from hf_ddpm.data.batches import epoch_order, fixed_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.labels import label_list, network_label
 from hf_ddpm.data.planes import center_crop
@@ -27,8 +27,8 @@ class Pairs:
     """Images and their conditions.
 
     Args:
-        images: (N, C, R, R) float32 in [0, 1].
-        conditions: (N, C', R, R) float32 in [0, 1].
+        images: (N, C, H, W) float32 in [0, 1].
+        conditions: (N, C', H, W) float32 in [0, 1].
         labels: The label of each image, as a pipeline takes it; None without labels.
     """
 
@@ -41,12 +41,12 @@ def low_resolution_conditions(pixels: Tensor, factor: int, max_value: int) -> Te
     """Return the conditions of super-resolution: images in a low resolution, enlarged again.
 
     Args:
-        pixels: Images as of `to_x_0`, (B, C, R, R); x_0 counts as an image of 8 bits.
+        pixels: Images as of `to_x_0`, (B, C, H, W); x_0 counts as an image of 8 bits.
         factor: The factor of super-resolution.
         max_value: The largest value of a pixel.
 
     Returns:
-        c, (B, C, R, R) float32 in [-1, 1].
+        c, (B, C, H, W) float32 in [-1, 1].
     """
     if pixels.is_floating_point():
         pixels = (pixels + 1) * (max_value / 2)
@@ -71,13 +71,13 @@ def pairs_of(condition: Condition, images: Any, indices: np.ndarray) -> Pairs:
     if not isinstance(images, ImageCache):
         return _pairs_of_low_resolution(condition, images, [images.read(int(i)) for i in indices])
     labels = label_list(images, indices)
-    pixels = _tensor(center_pixels(images, indices))
+    pixels = _tensor(fixed_pixels(images, indices))
     if condition.super_resolution is not None:
         conditions = low_resolution_conditions(pixels, condition.super_resolution, images.max_value)
     else:
         assert images.conditions is not None
         of_column = images.conditions
-        conditions = to_conditions(_tensor(center_pixels(of_column, indices)), of_column.max_value)
+        conditions = to_conditions(_tensor(fixed_pixels(of_column, indices)), of_column.max_value)
     return Pairs((to_x_0(pixels, images.max_value) + 1) / 2, (conditions + 1) / 2, labels)
 
 
@@ -101,7 +101,7 @@ def _pairs_of_low_resolution(
 ) -> Pairs:
     """Return images that were read, with their classes, and the conditions that super-resolution makes of them."""
     assert condition.super_resolution is not None
-    pixels = _tensor(np.stack([center_crop(planes, images.resolution) for planes, _ in read]))
+    pixels = _tensor(np.stack([center_crop(planes, images.size) for planes, _ in read]))
     conditions = low_resolution_conditions(pixels, condition.super_resolution, images.max_value)
     labels = [network_label(np.asarray(label)) for _, label in read if label is not None] or None
     return Pairs((to_x_0(pixels, images.max_value) + 1) / 2, (conditions + 1) / 2, labels)

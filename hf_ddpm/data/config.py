@@ -31,12 +31,13 @@ class DataConfig:
         group="data",
         resume="fixed",
     )
-    resolution: int | None = setting(
+    resolution: int | list[int] | None = setting(  # noqa: RUF009
         None,
-        "The side of x_0 in pixels; default: the data's, if it is square and uniform.",
+        "The side of x_0 in pixels, or its height and width; default: the data's, if all images are of one size.",
         group="data",
         resume="fixed",
         at_least=1,
+        num_values=2,
     )
     channels: Literal[1, 3, 4] | None = setting(
         None,
@@ -55,9 +56,16 @@ class DataConfig:
     )
     center_crop: bool = setting(
         False,
-        "Crop the middle of an oblong image; without it, a new random part each epoch.",
+        "Crop the middle of an image of another aspect ratio; without it, a new random part each epoch.",
         group="data",
         resume="fixed",
+    )
+    random_crop: bool = setting(
+        False,
+        "Crop images without resizing them: each epoch takes another part of each, of the size of `resolution`.",
+        group="data",
+        resume="fixed",
+        only_with={"center_crop": False},
     )
     image_column: str | None = setting(
         None, "The column of images; needed only where there are several.", group="data", resume="free"
@@ -129,6 +137,13 @@ class DataConfig:
     dataloader_num_workers: int = setting(
         0, "Processes that assemble batches; 0: the training process does.", group="data", resume="free", at_least=0
     )
+
+    def __post_init__(self) -> None:
+        # Caches and runs are compared by their settings, and so a square has one spelling.
+        sides = self.resolution
+        if isinstance(sides, list | tuple):
+            is_square = len(sides) in (1, 2) and sides[0] == sides[-1]
+            object.__setattr__(self, "resolution", sides[0] if is_square else [*sides])
 
 
 def check_data_paths(config: DataConfig) -> None:

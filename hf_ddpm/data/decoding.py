@@ -26,9 +26,12 @@ from hf_ddpm.data.image_format import (
     check_matches_format,
     is_gray,
     losses_of,
+    unequal_sizes_error,
+    upright_size,
     without_opaque,
 )
-from hf_ddpm.data.planes import to_planes
+from hf_ddpm.data.planes import TooSmallError, to_planes
+from hf_ddpm.image_size import Size, to_size
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 NUM_HEADERS = 64  # The first so many headers decide what resolution=None and channels=None mean.
@@ -53,7 +56,7 @@ class NotFetchedError(Exception):
 
 class _Header(NamedTuple):
     name: str
-    size: tuple[int, int]  # width, height
+    size: Size
     mode: str
     is_gray: bool
 
@@ -144,6 +147,11 @@ def name_of(encoded: Any, row: int) -> str:
 def unreadable_image_error(name: str, error: Exception) -> UsageError:
     """Return the error that names an unreadable image, the reason and the remedy."""
     reason = in_one_line(error)
+    if isinstance(error, TooSmallError):
+        return UsageError(
+            f"every image must be as large as the crops of random_crop, got {name}: {reason}; give a smaller "
+            "--resolution, or leave out all such images with --on_bad_image skip"
+        )
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that Pillow knows"
     if isinstance(error, Image.DecompressionBombError):
@@ -168,31 +176,27 @@ def infer_format(images: Iterable[tuple[str, Any]], config: DataConfig) -> Image
 
     Raises:
         UsageError: When an image is unreadable and `on_bad_image` is "raise", when none is readable, or when
-            `resolution` is left open and the images are not all squares of one size.
+            `resolution` is left open and the images are not all of one size, or are to be cropped at random.
     """
     return _format_of_headers(_read_headers(images, config), config)
 
 
 def format_of(image: Image.Image, name: str, config: DataConfig) -> ImageFormat:
     """Decide what the settings leave open by one image; see `infer_format`."""
-    return _format_of_headers([_Header(name, image.size, image.mode, is_gray(image))], config)
+    return _format_of_headers([_Header(name, upright_size(image), image.mode, is_gray(image))], config)
 
 
 def _format_of_headers(headers: list[_Header], config: DataConfig) -> ImageFormat:
-    resolution = config.resolution
-    if resolution is None:
-        resolution = headers[0].size[0]
-        unequal = [header for header in headers if header.size != (resolution, resolution)]
-        if unequal:
-            name, (width, height) = unequal[-1].name, unequal[-1].size
-            raise UsageError(
-                f"resolution must be given unless all images are squares of one size: {name} is {width}x{height}; "
-                "give --resolution"
-            )
+    if config.resolution is None and config.random_crop:
+        raise UsageError("resolution must be given with random_crop, as the size of the crops: give --resolution")
+    size = headers[0].size if config.resolution is None else to_size(config.resolution)
+    unequal = [header for header in headers if config.resolution is None and header.size != size]
+    if unequal:
+        raise unequal_sizes_error(unequal[-1].name, unequal[-1].size, size)
     is_gray = all(header.is_gray for header in headers)
     file_max = 65535 if any(header.mode.startswith("I") for header in headers) else 255
     max_value = 255 if config.preserve_input_precision is False else file_max
-    return ImageFormat(config, resolution, config.channels or (1 if is_gray else 3), max_value, file_max)
+    return ImageFormat(config, size, config.channels or (1 if is_gray else 3), max_value, file_max)
 
 
 def _read_headers(images: Iterable[tuple[str, Any]], config: DataConfig) -> list[_Header]:
@@ -202,7 +206,7 @@ def _read_headers(images: Iterable[tuple[str, Any]], config: DataConfig) -> list
         try:
             with open_image(encoded, config.max_image_pixels) as image:
                 check_keeps_precision(image, name, config)
-                headers.append(_Header(name, image.size, image.mode, is_gray(image)))
+                headers.append(_Header(name, upright_size(image), image.mode, is_gray(image)))
         except UsageError:
             raise
         except Exception as error:

@@ -14,6 +14,7 @@ from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, is_image, lis
 from hf_ddpm.data.labels import LabelColumn
 from hf_ddpm.data.shards import NUM_FIRST_IMAGES, ImageStream
 from hf_ddpm.data.sources import find_source
+from hf_ddpm.image_size import format_size
 
 # Values that fill less of their range than this are warned of: photographs fill nearly all of it.
 SMALLEST_SHARE = 0.5
@@ -27,7 +28,8 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
         images: The images that they led to.
     """
     count = "images" if images.num_images is None else f"{images.num_images:,} images"
-    parts = [f"{images.name}: {count}, {images.resolution} x {images.resolution}, channels {images.channels}"]
+    size = f"{'crops of ' * config.random_crop}{format_size(images.size)}"
+    parts = [f"{images.name}: {count}, {size}, channels {images.channels}"]
     if images.max_value > 255:
         parts.append("16 bits")
     if not isinstance(images, GivenImages) and images.label_columns is not None:

@@ -1,8 +1,8 @@
 """A data set that the user's own code gives to `train`: read item by item, as it is needed.
 
-item    a PIL image; float32 values (C, R, R) in [-1, 1], which are x_0; or a dict with either as `image`, and an
+item    a PIL image; float32 values (C, H, W) in [-1, 1], which are x_0; or a dict with either as `image`, and an
         integer `label` where there are classes. It is a function of its index, so that a resumed run sees the same.
-planes  as in decoding.py, or x_0 itself, float32 (C, R, R)
+planes  as in decoding.py, or x_0 itself, float32 (C, H, W)
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from hf_ddpm.data.image_format import (
     without_opaque,
 )
 from hf_ddpm.data.planes import NeedsSixteenBits, to_planes
+from hf_ddpm.image_size import to_resolution
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 NAME = "the data set that was passed to train()"
@@ -39,7 +40,7 @@ class GivenImages(InFormat):
 
     Args:
         dataset: What has a length, and an item for each index in [0, N).
-        image_format: The format of PIL images; of x_0 its resolution and channels.
+        image_format: The format of PIL images; of x_0 its size and channels.
         is_x_0: Whether items are x_0 rather than PIL images.
         class_names: The names of the classes; None without classes.
         fingerprint: A hash of the length, the format, and the data set's own `fingerprint` if it has one.
@@ -90,7 +91,7 @@ class GivenImages(InFormat):
                 f"item {i} of the data set must have a label in [0, {len(self.class_names)}), got {label}"
             )
         if self.is_x_0:
-            return _checked_x_0(image, i, (self.channels, self.resolution, self.resolution)), label
+            return _checked_x_0(image, i, (self.channels, *self.size)), label
         if not isinstance(image, Image.Image):
             raise UsageError(f"item {i} of the data set must be a PIL image as item 0 is, got {type(image).__name__}")
         return _planes(image, f"item {i}", self.image_format), label
@@ -120,8 +121,8 @@ def open_given(dataset: Any, config: DataConfig) -> GivenImages:
     classes = getattr(dataset, "classes", None)
     if label is not None and classes is None:
         raise UsageError("dataset has labels, and must name its classes: give it the attribute `classes`, a list")
-    content = [len(dataset), is_x_0, image_format.resolution, image_format.channels, image_format.max_value]
-    content += [config.center_crop, config.value_range, fingerprint]
+    content = [len(dataset), is_x_0, to_resolution(image_format.size), image_format.channels, image_format.max_value]
+    content += [config.center_crop, config.value_range, fingerprint, *["random_crop"] * config.random_crop]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     class_names = None if label is None else [*map(str, classes or ())]
     images = GivenImages(dataset, image_format, is_x_0, class_names, digest, (0, 255), losses)
@@ -159,7 +160,8 @@ def _own_fingerprint(dataset: Any, config: DataConfig) -> str | None:
 
 def _format_of_x_0(shape: tuple[int, ...], config: DataConfig) -> ImageFormat:
     """Return the format of x_0 of this shape, after a comparison with the settings."""
-    for name, got in (("channels", shape[0]), ("resolution", shape[2])):
+    size = (shape[1], shape[2])
+    for name, got in (("channels", shape[0]), ("resolution", to_resolution(size))):
         wanted = getattr(config, name)
         if wanted not in (None, got):
             raise UsageError(f"{name} must be that of the data set's x_0, {got}, got {wanted}: leave it out")
@@ -167,7 +169,9 @@ def _format_of_x_0(shape: tuple[int, ...], config: DataConfig) -> ImageFormat:
         raise UsageError(f"channels must be 1, 3 or 4, of which there are pictures, got x_0 with {shape[0]}")
     if config.value_range is not None:
         raise UsageError("value_range must be left out for a data set of x_0, whose values are used as they are")
-    return ImageFormat(config, shape[2], shape[0], 255)
+    if config.random_crop:
+        raise UsageError("random_crop must be left out for a data set of x_0, which are used as they are")
+    return ImageFormat(config, size, shape[0], 255)
 
 
 def _planes(image: Image.Image, name: str, image_format: ImageFormat) -> np.ndarray:
@@ -215,16 +219,15 @@ def _checked_x_0(image: Any, i: int, shape: tuple[int, int, int] | None) -> np.n
     Args:
         image: What an item holds.
         i: The number of the item.
-        shape: The shape that it must have; None for any (C, R, R).
+        shape: The shape that it must have; None for any (C, H, W).
     """
     if not isinstance(image, np.ndarray | torch.Tensor):
         raise UsageError(
-            f"item {i} of the data set must be a PIL image or float32 values (C, R, R), got {type(image).__name__}"
+            f"item {i} of the data set must be a PIL image or float32 values (C, H, W), got {type(image).__name__}"
         )
     values = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
-    is_square = values.ndim == 3 and values.shape[1] == values.shape[2]
-    if values.dtype != np.float32 or not is_square or shape not in (None, values.shape):
-        wanted = "(C, R, R)" if shape is None else str(shape)
+    if values.dtype != np.float32 or values.ndim != 3 or shape not in (None, values.shape):
+        wanted = "(C, H, W)" if shape is None else str(shape)
         raise UsageError(f"item {i} of the data set must be float32 {wanted}, got {values.dtype} {values.shape}")
     if not (np.isfinite(values).all() and np.abs(values).max() <= 1):
         raise UsageError(

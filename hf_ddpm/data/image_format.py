@@ -1,7 +1,7 @@
 """The format that all images of a data set are brought to, and what an opened image has of it.
 
 mode            Pillow's name of what a pixel is: "L" is 8-bit gray, "I;16" 16-bit gray, "RGB" color, ...
-image format    the resolution, the channels and the largest value that all images of a data set are brought to
+image format    the size, the channels and the largest value that all images of a data set are brought to
 loss            what a file holds and its planes do not: bits, bands or frames
 """
 
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.image_size import Size, format_size
 from hf_ddpm.runtime.errors import UsageError
 
 TRANSPARENCY = "transparency, which becomes white"
@@ -26,14 +27,14 @@ class ImageFormat:
 
     Args:
         config: The settings as the user gave them.
-        resolution: The shorter side in pixels.
+        size: Height and width of x_0, which an image covers after it was resized, or is cut from with `random_crop`.
         channels: 1, 3 or 4.
         max_value: 255, or 65535 for 16-bit images.
         file_max: The same of the files, of which `max_value` may be a reduction.
     """
 
     config: DataConfig
-    resolution: int
+    size: Size
     channels: int
     max_value: int
     file_max: int = 255
@@ -66,9 +67,9 @@ class InFormat:
         return self.image_format.file_max
 
     @property
-    def resolution(self) -> int:
-        """The shorter side of each image in pixels."""
-        return self.image_format.resolution
+    def size(self) -> Size:
+        """Height and width of x_0; images may be larger, and are cropped."""
+        return self.image_format.size
 
     @property
     def num_classes(self) -> int | None:
@@ -118,12 +119,9 @@ def check_matches_format(image: Image.Image, name: str, image_format: ImageForma
         UsageError: When `resolution` was left open and the size differs, `channels` was and a color image follows
             gray ones, or `value_range` was given for 16-bit images and this one has 8 bits.
     """
-    side, config = image_format.resolution, image_format.config
-    if config.resolution is None and image.size != (side, side):
-        raise UsageError(
-            f"resolution must be given unless all images are squares of one size: {name} is "
-            f"{image.width}x{image.height}, others are {side}x{side}; give --resolution"
-        )
+    config = image_format.config
+    if config.resolution is None and upright_size(image) != image_format.size:
+        raise unequal_sizes_error(name, upright_size(image), image_format.size)
     if config.value_range and image_format.file_max == 65535 and not image.mode.startswith("I"):
         raise UsageError(
             f"value_range must be that of all images: other images have 16 bits, {name} has 8; convert it to 16 bits"
@@ -132,6 +130,28 @@ def check_matches_format(image: Image.Image, name: str, image_format: ImageForma
         raise UsageError(
             f"channels must be given: the first images are gray, {name} has colors; --channels 3, or 1 for luma"
         )
+
+
+def upright_size(image: Image.Image) -> Size:
+    """Return height and width of an opened image after its EXIF orientation was applied, without loading its pixels.
+
+    A PNG file whose EXIF stands behind its pixels counts as upright.
+    """
+    if image.width == image.height or (image.format == "PNG" and "exif" not in image.info):
+        return image.height, image.width
+    try:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception:  # Damaged text beside pixels that are whole; Pillow raises nearly any class.
+        is_turned = False
+    return (image.width, image.height) if is_turned else (image.height, image.width)
+
+
+def unequal_sizes_error(name: str, size: Size, other: Size) -> UsageError:
+    """Return the error that names an image of another size than the first one."""
+    return UsageError(
+        f"resolution must be given unless all images are of one size: {name} is {format_size(size)}, others are "
+        f"{format_size(other)}; give --resolution"
+    )
 
 
 def is_gray(image: Image.Image) -> bool:

@@ -1,6 +1,7 @@
-"""Planes: the array that a loaded image becomes, and squares of it.
+"""Planes: the array that a loaded image becomes, and crops of it.
 
-planes          an image, (C, h, w) uint8 or uint16 in [0, max_value], its shorter side being the resolution
+planes          an image, (C, h, w) uint8 or uint16 in [0, max_value]. It is resized so that it covers the size of x_0,
+                (H, W): one side is equal, and the other at least. With `random_crop` it keeps its own size.
 value range     the values of a file that become 0 and max_value: [0, 255] or [0, 65535], or the setting `value_range`
 """
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_format import GRAY_MODES, ImageFormat, has_unnamed_bands
+from hf_ddpm.image_size import Size, format_size
 from hf_ddpm.runtime.errors import UsageError
 
 MAX_ASPECT_RATIO = 100
@@ -20,6 +22,10 @@ MAX_ASPECT_RATIO = 100
 
 class NeedsSixteenBits(Exception):
     """The signal that a 16-bit image came after the first headers had promised 8 bits."""
+
+
+class TooSmallError(ValueError):
+    """The failure of an image to hold a crop."""
 
 
 def to_planes(image: Image.Image, image_format: ImageFormat, name: str) -> np.ndarray:
@@ -30,11 +36,11 @@ def to_planes(image: Image.Image, image_format: ImageFormat, name: str) -> np.nd
     bits become 16 bits by v * 257.
 
     Returns:
-        The planes, (C, h, w) in [0, max_value], of the format's type; (C, R, R) with `center_crop`.
+        The planes, (C, h, w) in [0, max_value], of the format's type; (C, H, W) with `center_crop`.
 
     Raises:
         UsageError: When a value lies outside `value_range`, or 4 channels are asked for and Pillow drops the fourth.
-        ValueError: When the range of the pixels is unknown, or the image is too oblong.
+        ValueError: When the range of the pixels is unknown, the image is too oblong, or too small for `random_crop`.
         NeedsSixteenBits: When the image has 16 bits and the format has 8, though the settings would preserve 16.
     """
     max_value, config = image_format.max_value, image_format.config
@@ -50,46 +56,46 @@ def to_planes(image: Image.Image, image_format: ImageFormat, name: str) -> np.nd
             raise NeedsSixteenBits
     else:
         image = _to_mode(image, config, image_format.channels, name)
-    values = np.asarray(_resized(image, image_format.resolution))
+    values = np.asarray(_resized(image, image_format))
     if is_deep:
         scaled = (values.astype(np.float64) - low) * max_value / (high - low)
         values = np.clip(np.rint(scaled), 0, max_value).astype(image_format.dtype)
     elif max_value == 65535:
         values = values.astype(np.uint16) * 257
     planes = _gray_to_channels(values, image_format) if values.ndim == 2 else values.transpose(2, 0, 1)
-    return center_crop(planes, image_format.resolution) if config.center_crop else planes
+    return center_crop(planes, image_format.size) if config.center_crop else planes
 
 
-def random_crop(planes: np.ndarray, size: int, u: float, v: float) -> np.ndarray:
-    """Return the square of `planes` that two random numbers choose; every possible square is equally likely.
-
-    Args:
-        planes: (C, h, w).
-        size: The side of the square, at most min(h, w).
-        u: A number in [0, 1); the square's top is floor(u (h - size + 1)).
-        v: A number in [0, 1); the square's left is floor(v (w - size + 1)).
-
-    Returns:
-        A view of `planes`, (C, size, size).
-    """
-    height, width = planes.shape[1:]
-    top, left = int(u * (height - size + 1)), int(v * (width - size + 1))
-    return planes[:, top : top + size, left : left + size]
-
-
-def center_crop(planes: np.ndarray, size: int) -> np.ndarray:
-    """Return the central square of `planes`, which begins at round((h - size) / 2), as torchvision's does.
+def random_crop(planes: np.ndarray, size: Size, u: float, v: float) -> np.ndarray:
+    """Return the crop of `planes` that two random numbers choose; every possible crop is equally likely.
 
     Args:
         planes: (C, h, w).
-        size: The side of the square, at most min(h, w).
+        size: (H, W) of the crop, at most (h, w).
+        u: A number in [0, 1); the crop's top is floor(u (h - H + 1)).
+        v: A number in [0, 1); the crop's left is floor(v (w - W + 1)).
 
     Returns:
-        A view of `planes`, (C, size, size).
+        A view of `planes`, (C, H, W).
     """
-    height, width = planes.shape[1:]
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return planes[:, top : top + size, left : left + size]
+    (height, width), (H, W) = planes.shape[1:], size
+    top, left = int(u * (height - H + 1)), int(v * (width - W + 1))
+    return planes[:, top : top + H, left : left + W]
+
+
+def center_crop(planes: np.ndarray, size: Size) -> np.ndarray:
+    """Return the central crop of `planes`, which begins at round((h - H) / 2), as torchvision's does.
+
+    Args:
+        planes: (C, h, w).
+        size: (H, W) of the crop, at most (h, w).
+
+    Returns:
+        A view of `planes`, (C, H, W).
+    """
+    (height, width), (H, W) = planes.shape[1:], size
+    top, left = round((height - H) / 2), round((width - W) / 2)
+    return planes[:, top : top + H, left : left + W]
 
 
 def _gray_to_channels(values: np.ndarray, image_format: ImageFormat) -> np.ndarray:
@@ -165,12 +171,17 @@ def _stretched(image: Image.Image, config: DataConfig, name: str, num_bands: int
     return image.point(table * num_bands + [*range(256)] * (bands - num_bands))
 
 
-def _resized(image: Image.Image, resolution: int) -> Image.Image:
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    if long > MAX_ASPECT_RATIO * short:
-        raise ValueError(f"{width}x{height} pixels is too oblong: more than {MAX_ASPECT_RATIO} to 1")
-    if short == resolution:
+def _resized(image: Image.Image, image_format: ImageFormat) -> Image.Image:
+    """Resize an image so that it covers the size of x_0, with `random_crop` check that it does."""
+    (width, height), (H, W) = image.size, image_format.size
+    if image_format.config.random_crop:
+        if height < H or width < W:
+            raise TooSmallError(f"{format_size((height, width))} is smaller than {format_size((H, W))}")
         return image
-    size = (resolution * width // short, resolution * height // short)
-    return image.resize(size, Image.Resampling.BILINEAR)
+    # H / height and W / width, without fractions: the larger one is the scale.
+    by_height, by_width = H * width, W * height
+    if max(by_height, by_width) > MAX_ASPECT_RATIO * min(by_height, by_width):
+        beside = "" if H == W else f" beside {format_size((H, W))}"
+        raise ValueError(f"{width}x{height} pixels is too oblong{beside}: more than {MAX_ASPECT_RATIO} to 1")
+    size = (by_height // height, H) if by_height >= by_width else (W, by_width // width)
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)

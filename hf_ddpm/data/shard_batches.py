@@ -250,7 +250,7 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     Each item is a dict:
 
-    - `pixels` (B, C, R, R), uint8, or int32 where the images have 16 bits;
+    - `pixels` (B, C, H, W), uint8, or int32 where the images have 16 bits;
     - `positions` (B,) int64, positions in the stream;
     - `labels` (B,) int64, if the images have classes; other labels as in `MicroBatches`;
     - `num_bad`, an int64 scalar, the number of images that stand in for unreadable ones;
@@ -299,9 +299,9 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
             yield self._batch(substreams, start + np.arange(self.batch_size))
 
     def _batch(self, substreams: dict[int, _Substream], positions: np.ndarray) -> dict[str, Any]:
-        size = self.stream.resolution
+        size = self.stream.size
         dtype = self.stream.image_format.dtype
-        pixels = np.empty((len(positions), self.stream.channels, size, size), dtype)
+        pixels = np.empty((len(positions), self.stream.channels, *size), dtype)
         labels, num_bad = [], 0
         u, v = (hashed_uniform(self.seed, side, positions) for side in (TOP, LEFT))
         for i, position in enumerate(positions.tolist()):

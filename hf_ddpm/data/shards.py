@@ -42,6 +42,7 @@ from hf_ddpm.data.sources import (
     license_of,
     no_images_error,
 )
+from hf_ddpm.image_size import to_resolution
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 
 STREAM_FORMAT = 1  # Increase it when the order of the stream changes, so that no older run is resumed.
@@ -273,7 +274,7 @@ def open_stream(config: DataConfig) -> ImageStream:
         dataset=shards.dataset.with_format("arrow"),
         rows_per_shard=shards.rows_per_shard,
         files=shards.files,
-        image_format=ImageFormat(config, 0, 0, 0),
+        image_format=ImageFormat(config, (0, 0), 0, 0),
         class_names=_class_names(shards.dataset, columns[1]) if len(columns) == 2 and not is_scanned else None,
         fingerprint="",
         name=source.name,
@@ -295,13 +296,15 @@ def open_stream(config: DataConfig) -> ImageStream:
         len(shards.files),
         columns,
         config.dataset_config_name,
-        image_format.resolution,
+        to_resolution(image_format.size),
         image_format.channels,
         image_format.max_value,
         config.center_crop,
         config.preserve_input_precision is not False,
         config.value_range,
     ]
+    if config.random_crop:
+        content.append("random_crop")
     if labels.values is not None:
         content.append(hashlib.sha256(labels.values.tobytes()).hexdigest())
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()

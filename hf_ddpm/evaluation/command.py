@@ -53,6 +53,7 @@ def command_of(job: Job) -> str:
     flags = {
         f"--guidance_interval {' '.join(f'{end:g}' for end in interval or ())}": interval is not None,
         "--center_crop": data.get("center_crop"),
+        "--random_crop": data.get("random_crop"),
         "--compile": request.compile,
         "--uniform": request.uniform,
     }

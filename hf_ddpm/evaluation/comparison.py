@@ -64,7 +64,7 @@ def load_comparison(
     # The features of all images of a split take minutes: counts are compared before.
     _check_count("num_images", num_images, distances, network)
     if reference is not None:
-        check_comparable(reference, network, splits.resolution, channels)
+        check_comparable(reference, network, splits.size, channels)
         other_reference = None if request.other_reference is None else load_reference(request.other_reference)
         _check_count("the reference", reference.count, distances, network)
         _check_count("the reference's features", len(reference.features), [*{*distances} - {"fd"}], network)

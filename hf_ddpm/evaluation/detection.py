@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ddpm.data.batches import center_pixels, to_x_0
+from hf_ddpm.data.batches import fixed_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import listed_once
@@ -322,5 +322,5 @@ def draw_findings(findings: Sequence[Finding], inspected: Inspected, result: dic
 
 
 def _pixels(images: ImageCache, numbers: np.ndarray) -> Tensor:
-    pixels = center_pixels(images, numbers)
+    pixels = fixed_pixels(images, numbers)
     return torch.from_numpy(pixels.astype(np.int32) if pixels.dtype == np.uint16 else np.array(pixels))

@@ -4,6 +4,8 @@ image       (B, C, H, W) uint8 with C 1 or 3; gray images are repeated to 3 chan
 input       the image, resized to the network's input size, then (x / unit - mean) / std. `dinov2` and
             `efficientnet-lite0` resize in float32 (bicubic with antialiasing, neither rounded nor clipped afterwards),
             `clip` as its published code does, see `resize_as_pillow`. Inception's file does both itself, in its way.
+            All but `clip` take squares of oblong images by stretching them, as is usual for the FID: samples and real
+            images alike. `clip` keeps the ratio, and sees the square in the middle alone.
 feature     the network's vector for each image, (B, d) float32
 identity    everything that determines a feature's value; only distances between features of one identity compare
 """
@@ -163,7 +165,10 @@ def load_network(
 
 
 def to_input(images: Tensor, published: Published, size: int) -> Tensor:
-    """Return the network's input, (B, 3, size, size) float32, for images, (B, 3, H, W) uint8."""
+    """Return the network's input, (B, 3, size, size) float32, for images, (B, 3, H, W) uint8.
+
+    Oblong images are stretched to a square; AS_PILLOW takes the square in their middle instead.
+    """
     if published.resize == AS_PILLOW:
         x = resize_as_pillow(images, size).to(images.device, torch.float32)
     else:

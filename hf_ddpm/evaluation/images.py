@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_ddpm.classes import Classes
 from hf_ddpm.conditional import ConditionalDDPMPipeline
-from hf_ddpm.data.batches import center_pixels, epoch_order
+from hf_ddpm.data.batches import epoch_order, fixed_pixels
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import Pairs, example_pairs
 from hf_ddpm.data.labels import label_list, with_network_labels
@@ -144,8 +144,8 @@ def _check_memorization(training: ImageCache, held_out: ImageCache, num_images: 
         raise UsageError(f"num_images must be at least {MIN_SAMPLES} for memorization, got {num_images}")
     if len(held_out) < least_held_out:
         raise UsageError(f"memorization needs at least {least_held_out} held-out images, got {len(held_out)}")
-    digests = {hashlib.sha256(image.tobytes()).digest() for image in center_pixels(training)}
-    num_same = sum(hashlib.sha256(image.tobytes()).digest() in digests for image in center_pixels(held_out))
+    digests = {hashlib.sha256(image.tobytes()).digest() for image in fixed_pixels(training)}
+    num_same = sum(hashlib.sha256(image.tobytes()).digest() in digests for image in fixed_pixels(held_out))
     if num_same >= math.floor(MEMORIZATION_QUANTILE * (len(held_out) + 1) + 1e-9):
         raise UsageError(
             f"held-out images must not be training images, got {num_same} of {len(held_out)} that are: remove them"

@@ -12,6 +12,7 @@ import numpy as np
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.splits import describe_split, image_names
+from hf_ddpm.image_size import format_size, to_resolution, to_size
 from hf_ddpm.labels import describe_labels
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
@@ -43,9 +44,6 @@ class Inspected:
 def fit_to_model(data: DataConfig, pipeline: DDPMPipeline, folder: Path) -> DataConfig:
     """Return the settings of the data for images as the model's own are."""
     unet = pipeline.unet.config
-    height, width = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
-    if height != width:
-        raise UsageError(f"model must be one of square images, got {width} x {height}")
     if unet.in_channels not in (1, 3, 4):
         raise UsageError(f"model must be one of images with 1, 3 or 4 channels, got {unet.in_channels}")
     if data.channels not in (None, unet.in_channels):
@@ -53,7 +51,8 @@ def fit_to_model(data: DataConfig, pipeline: DDPMPipeline, folder: Path) -> Data
     own = _facts_of_training(folder)
     return replace(
         data,
-        resolution=height,
+        resolution=to_resolution(to_size(unet.sample_size, "sample_size")),
+        random_crop=bool(own.get("random_crop")),
         # Images with an alpha channel are not told from others by their own channels, which are 1 or 3.
         channels=4 if unet.in_channels == 4 else data.channels,
         value_range=data.value_range or own.get("value_range"),
@@ -70,6 +69,11 @@ def inspect(
         raise UsageError(
             f"the data must have the model's channels, {channels}, got {images.channels} in {images.name!r}: "
             f"--channels {channels} converts them"
+        )
+    if images.random_crop and not images.is_uniform:
+        raise UsageError(
+            f"the data must be images of {format_size(images.size)}, as the model knows crops of that size, without "
+            f"resizing (random_crop), got larger ones in {images.name!r}: cut them into such tiles"
         )
     labels, is_anomalous = None, None
     if images.label_columns is not None:
@@ -162,5 +166,5 @@ def _class_names(images: ImageCache) -> list[str]:
 
 def describe_inspected(data: DataConfig, split: str, images: ImageCache) -> list[str]:
     """Return what is read of a split, and what is not, in lines."""
-    oblong = [] if images.is_uniform else ["of oblong images the central square is scored"]
+    oblong = [] if images.is_uniform else ["of images of another shape the middle is scored"]
     return [*describe_split(data, split, images), *oblong]

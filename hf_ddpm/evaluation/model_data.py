@@ -24,6 +24,7 @@ from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.statistics import FORMAT as REFERENCE_FORMAT
 from hf_ddpm.evaluation.statistics import Reference, check_new_reference, load_reference, write_reference
+from hf_ddpm.image_size import to_resolution, to_size
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 from hf_ddpm.runtime.files import read_mapping
 from hf_ddpm.runtime.processes import Processes
@@ -38,6 +39,7 @@ class Splits:
 
     Attributes:
         data: The settings of the data; None if nobody knows them.
+        size: Height and width of the model's images.
 
     Args:
         processes: The processes that need the data. The main one downloads and decodes it first.
@@ -52,7 +54,8 @@ class Splits:
     ) -> None:
         self._processes, self._stack = processes, ExitStack()
         self._is_given = data is not None
-        self._folder, self._size, self._channels = folder, unet.sample_size, channels or unet.in_channels
+        self._folder, self._channels = folder, channels or unet.in_channels
+        self.size = to_size(unet.sample_size, "sample_size")
         self.data = data
         if (folder / "config.yaml").is_file():
             if data is None:
@@ -66,18 +69,6 @@ class Splits:
     def close(self) -> None:
         """Close all splits; their files may be deleted then."""
         self._stack.close()
-
-    @property
-    def resolution(self) -> int:
-        """The side of the model's images.
-
-        Raises:
-            UsageError: When they are not square.
-        """
-        height, width = (self._size, self._size) if isinstance(self._size, int) else self._size
-        if height != width:
-            raise UsageError(f"data can be compared with square images only, got {width} x {height}")
-        return height
 
     @property
     def has_labels(self) -> bool:
@@ -96,12 +87,11 @@ class Splits:
                 "the data must be known for this, but the model's folder has no config.yaml of a run that names them: "
                 "give --dataset_name or, for distances alone, --reference"
             )
-        for name, value in (("resolution", self.resolution), ("channels", self._channels)):
+        resolution = to_resolution(self.size)
+        for name, value in (("resolution", resolution), ("channels", self._channels)):
             if getattr(self.data, name) not in (None, value):
                 raise UsageError(f"{name} must be the model's, {value}, got {getattr(self.data, name)}: leave it out")
-        config = replace(
-            self.data, resolution=self.resolution, channels=self._channels, preserve_input_precision=False
-        )
+        config = replace(self.data, resolution=resolution, channels=self._channels, preserve_input_precision=False)
         recorded = read_run(self._folder).get("data", {}).get("fingerprint")
         if not self._is_given and recorded and not config.streaming:
             self._check_fingerprint(self.data, recorded)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hf_ddpm.conditional import ConditionalDDPMPipeline
-from hf_ddpm.data.batches import center_pixels, epoch_order
+from hf_ddpm.data.batches import epoch_order, fixed_pixels
 from hf_ddpm.data.conditions import Pairs
 from hf_ddpm.evaluation.comparison import Comparison
 from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
@@ -167,7 +167,7 @@ def measure_nll(job: Job) -> tuple[list[dict[str, Any]], dict[str, Draw]]:
         job.processes,
         job.pipeline.unet,
         job.full_chain_scheduler,
-        center_pixels(held_out, indices),
+        fixed_pixels(held_out, indices),
         labels,
         seed=request.seed,
         timesteps_per_image=timesteps_per_image,
@@ -209,7 +209,7 @@ def measure_copies(
     assert training is not None
     assert held_out is not None
     assert comparison is not None
-    training_pixels, held_out_pixels = center_pixels(training), center_pixels(held_out)
+    training_pixels, held_out_pixels = fixed_pixels(training), fixed_pixels(held_out)
     if job.data.random_flip:
         training_pixels = np.concatenate([training_pixels, training_pixels[..., ::-1]])
     pixels = (samples.images.numpy(), training_pixels, held_out_pixels)
@@ -253,7 +253,8 @@ def _memorization_row(
             **{name: value for name, value in asdict(measured).items() if name != "pairs"},
             "mirrored": job.data.random_flip,
         },
-        "remark": _describe_copies(measured),
+        "remark": _describe_copies(measured)
+        + "; of each larger image one crop is compared" * (job.training.random_crop and not job.training.is_uniform),
     }
     return row | ({"network": comparison.network.identity} if space == "features" else {})
 

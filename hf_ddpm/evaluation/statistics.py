@@ -34,6 +34,7 @@ from hf_ddpm.data.sources import check_source, find_source
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.distances import Moments
 from hf_ddpm.evaluation.features import FeatureNetwork
+from hf_ddpm.image_size import Size, format_size, to_resolution
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import (
     flush_folder,
@@ -123,8 +124,8 @@ def make_reference(
     """Compute the reference of a split and write it to the new folder `out`, completely or not at all.
 
     Images are decoded and resized as for training, with 8 bits. With `center_crop` they are also cropped as for
-    training. Without it, oblong images are cropped at random once, as in the first epoch of seed 0. The features stand
-    in the order of that epoch.
+    training. Without it, images of another shape are cropped at random once, as in the first epoch of seed 0, and so
+    are larger ones with `random_crop`. The features stand in the order of that epoch.
 
     Args:
         config: The settings of the data. Its labels and `preserve_input_precision` are ignored.
@@ -162,7 +163,9 @@ def write_reference(
     """
     statistics = collect(network, _batches(images, batch_size), num_features)
     data = describe_images(images, config, split, oblong_crop="random, seed 0")
-    data["resize"] = f"bilinear by Pillow, the shorter side to {images.resolution}"
+    height, width = images.size
+    covers = f"the shorter side to {height}" if height == width else f"to cover {format_size(images.size)}"
+    data["resize"] = "none" if images.random_crop else f"bilinear by Pillow, {covers}"
     if config.center_crop:
         data["crop"] = "center"
     packages = ("torch", "datasets", "Pillow", "numpy")
@@ -199,8 +202,9 @@ def describe_images(images: ImageCache, config: DataConfig, split: str, oblong_c
     """Return everything that determines the images of a split.
 
     Args:
-        oblong_crop: How images that are not square are cropped, in words.
+        oblong_crop: How images of another shape are cropped without `random_crop`, in words.
     """
+    crop = "random, seed 0" if images.random_crop else oblong_crop
     return {
         "name": find_source(config).name,
         "config": config.dataset_config_name,
@@ -208,9 +212,9 @@ def describe_images(images: ImageCache, config: DataConfig, split: str, oblong_c
         "count": len(images),
         "num_bad": images.num_bad,
         "fingerprint": images.fingerprint,
-        "resolution": images.resolution,
+        "resolution": to_resolution(images.size),
         "channels": images.channels,
-        "crop": "none" if images.is_uniform else oblong_crop,
+        "crop": "none" if images.is_uniform else crop,
     }
 
 
@@ -244,18 +248,18 @@ def load_reference(path: str | Path) -> Reference:
         raise UsageError(f"{folder} cannot be read: {in_one_line(error)}: make it again") from error
 
 
-def check_comparable(reference: Reference, network: FeatureNetwork, resolution: int, channels: int) -> None:
+def check_comparable(reference: Reference, network: FeatureNetwork, size: Size, channels: int) -> None:
     """Check that samples can be compared with the reference.
 
     Args:
         network: The network that computes the samples' features.
-        resolution: The samples' resolution in pixels.
+        size: Height and width of the samples.
         channels: The samples' channels.
 
     Raises:
         UsageError: When they cannot; the message lists what differs.
     """
-    samples = _comparable_settings(network.identity, resolution, channels)
+    samples = _comparable_settings(network.identity, to_resolution(size), channels)
     _require_equal("the reference", _settings_of(reference), "the samples", samples)
 
 
@@ -320,7 +324,7 @@ def _settings_of(reference: Reference) -> dict[str, str]:
     return _comparable_settings(reference.metadata["network"], data["resolution"], data["channels"])
 
 
-def _comparable_settings(identity: dict[str, Any], resolution: int, channels: int) -> dict[str, str]:
+def _comparable_settings(identity: dict[str, Any], resolution: int | list[int], channels: int) -> dict[str, str]:
     """Return all settings that must be equal for two sets of features to compare."""
     settings = {"resolution": resolution, "channels": channels, **identity}
     del settings["information"]

@@ -41,8 +41,7 @@ class Trajectories:
         class_labels: Sequence[Any] | None = None,
     ):
         unet = pipeline.unet
-        size = unet.config.sample_size
-        shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        shape = pipeline._image_shape()
         generators = seeded_generators(seeds, pipeline.device)
         noises = [torch.randn(shape, generator=g, device=g.device) for g in generators]
         self.x_T = torch.stack(noises).to(pipeline.device)

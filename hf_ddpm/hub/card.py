@@ -27,6 +27,7 @@ from hf_ddpm.hub.card_records import RunRecords
 from hf_ddpm.hub.card_settings import settings_rows
 from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.hub.readme import BEGIN, END, merge_readme, named_repository
+from hf_ddpm.image_size import format_size, to_size
 from hf_ddpm.labels import Columns, Values, describe_labels
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, read_metrics, write_atomically
@@ -186,13 +187,15 @@ def _model_variables(records: RunRecords) -> dict[str, Any]:
     searched = [*read_searched(records.folder).values()]
     condition = records.condition
     condition_channels = 0 if condition is None else condition.channels
+    size = None if unet.get("sample_size") is None else to_size(unet["sample_size"])
     return {
         "condition": None if condition is None else {**asdict(condition), "words": describe_condition(condition)},
         "unet": {
-            "size": _format_size(unet.get("sample_size")),
+            "size": _format_resolution(unet.get("sample_size")),
             "channels": None if "in_channels" not in unet else unet["in_channels"] - condition_channels,
-            "side": unet.get("sample_size"),
-            "is_square": isinstance(unet.get("sample_size"), int),
+            "height": None if size is None else size[0],
+            "width": None if size is None else size[1],
+            "is_square": size is not None and size[0] == size[1],
         },
         "conditional": records.is_conditional,
         "network": unet.get("_class_name", STOCK_NETWORK),
@@ -245,7 +248,8 @@ def _training_variables(records: RunRecords) -> dict[str, Any]:
         "run": format_value(records.facts),
         "settings": settings_rows(records.settings),
         "monitor": {name: format_value(config.get(f"eval_{name}")) for name in ("network", "num_images", "split")},
-        "size": _format_size(data.get("resolution")),
+        "random_crop": data.get("random_crop"),
+        "size": _format_resolution(data.get("resolution")),
         "classes": None if records.classes is None else _format_classes(records.classes.names),
         "label_texts": None if records.labels is None else format_value(describe_labels(records.labels)),
         "time": None if seconds is None else _format_time(seconds),
@@ -293,11 +297,8 @@ def _compiled(template: str) -> Template:
     return jinja2.Template(template)
 
 
-def _format_size(side: int | list[int] | None) -> str | None:
-    if side is None:
-        return None
-    height, width = (side, side) if isinstance(side, int) else side
-    return f"{width} x {height}"
+def _format_resolution(resolution: int | list[int] | None) -> str | None:
+    return None if resolution is None else format_size(to_size(resolution))
 
 
 def _describe_labels(labels: Values | Columns) -> dict[str, Any]:

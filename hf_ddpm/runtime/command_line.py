@@ -234,8 +234,9 @@ def _option(name: str, hint: Any, default: Any, info: SettingInfo) -> Any:
         return Annotated[
             str | None, typer.Option(f"--{name}", metavar=metavar, autocompletion=completer(choices), **common)
         ]
-    if list[float] in kinds:
-        return Annotated[list[str] | None, typer.Option(f"--{name}", metavar="NUMBERS", **common)]
+    if kinds & {list[float], list[int]}:
+        metavar = "NUMBERS" if list[float] in kinds else "INTEGER [INTEGER]"
+        return Annotated[list[str] | None, typer.Option(f"--{name}", metavar=metavar, **common)]
     metavar = "INTEGER" if int in kinds else "NUMBER" if float in kinds else "TEXT"
     return Annotated[str | None, typer.Option(f"--{name}", metavar=metavar, **common)]
 

@@ -31,6 +31,7 @@ GIVEN = object()
 # The type in an annotation, in words, and the types of values that it takes.
 _TYPES = (
     (list[float], "a list of numbers", (int, float)),
+    (list[int], "a whole number, or a list of them", (int,)),
     (bool, "true or false", (bool,)),
     (int, "a whole number", (int,)),
     (float, "a number", (int, float)),
@@ -46,7 +47,8 @@ class SettingInfo:
         group: Its heading in `--help`.
         resume: Whether a resumed run may change it, see the top of this file.
         at_least: The smallest value; of a list, that of each number.
-        num_values: Of a list, how many numbers it has, which then rise.
+        num_values: Of a list, how many numbers it has, which then rise; of whole numbers, how many it has if it is
+            not one number.
         above: A value that it must exceed.
         below: A value that it must stay under. No number may be infinite.
         names: Of a text, the names that it may hold; several are separated by commas.
@@ -142,6 +144,8 @@ def check_values(config: Any) -> None:
             _check_type(name, value, hint)
             if info.names:
                 _check_names(name, value, info)
+            elif isinstance(value, list) and list[int] in get_args(hint):
+                _check_whole_numbers(name, value, info)
             elif isinstance(value, list):
                 _check_list(name, value, info)
             elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -189,7 +193,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     what, allowed = next(types, ("a text", (str,)))
     values = value if isinstance(value, list) else [value]
     has_type = all(isinstance(each, allowed) and (bool in allowed or type(each) is not bool) for each in values)
-    if not has_type or isinstance(value, list) is not (list[float] in kinds):
+    has_form = bool(kinds & {list[float], list[int]}) if isinstance(value, list) else list[float] not in kinds
+    if not has_type or not has_form:
         raise UsageError(f"{name} must be {what}, got {shortened(value)}")
 
 
@@ -237,6 +242,13 @@ def _check_list(name: str, values: list[float], info: SettingInfo) -> None:
     # Folders are named by numbers in this format.
     if not values or not is_in_range or len({f"{value:g}" for value in values}) < len(values):
         raise UsageError(f"{name} must be different numbers of at least {smallest:g}, got {shortened(values)}")
+
+
+def _check_whole_numbers(name: str, values: list[int], info: SettingInfo) -> None:
+    if len(values) != info.num_values:
+        raise UsageError(f"{name} must be one whole number or {info.num_values}, got {shortened(values)}")
+    for value in values:
+        _check_range(name, value, info)
 
 
 def check_effects(config: Any) -> None:
@@ -289,6 +301,9 @@ def typed_value(name: str, value: Any, hint: Any) -> Any:
     if list[float] in kinds:
         values = value if isinstance(value, list | tuple) else [value]
         return [_number(name, each, "a number or a list of numbers") for each in values]
+    if list[int] in kinds and isinstance(value, list | tuple):
+        numbers = [_whole_number(name, each) for each in value]
+        return numbers[0] if len(numbers) == 1 else numbers
     if bool in kinds:
         return _truth(name, value)
     if int in kinds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,14 @@ def sample_from_images(
         pipeline, steps, guidance = sampling.load(model, makes_from_images=True)
         assert isinstance(pipeline, ConditionalDDPMPipeline)
         labels = _class_labels(pipeline, sampling.class_label, len(names))
-        conditions = torch.cat([read_image(path, pipeline.to_conditions) for path in files])
+        size = sampling.size_of(pipeline)
+        conditions = torch.cat([read_image(path, partial(pipeline.to_conditions, size=size)) for path in files])
         record: dict[str, Any] = {
             "weights_sha256": weights_sha256(Path(pipeline.unet.config["_name_or_path"])),
             "images": [str(name) for name in names],
             "scheduler": (type(pipeline.scheduler).__name__, steps),
             "seed": sampling.seed,
+            "size": size,
             "class_label": labels and labels[0],
             "deterministic": sampling.deterministic,
             "guidance": None if guidance is None else describe_guidance(guidance, pipeline),
@@ -97,6 +100,7 @@ def sample_from_images(
                 deterministic=sampling.deterministic,
                 guidance=guidance,
                 conditions=conditions[share],
+                size=size,
             )
             return _write_share(processes, batches, len(share), new, sampling.seed)
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.figures import png_bytes
 from hf_ddpm.guidance import Guidance
+from hf_ddpm.image_size import to_resolution, to_size
 from hf_ddpm.names import FORMATS
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import (
@@ -80,6 +81,7 @@ def write_samples(
     require_writable_folder("out", out)
     with join_processes() as processes:
         pipeline, steps, guidance = sampling.load(model)
+        size = sampling.size_of(pipeline)
         channels = pipeline.unet.config.in_channels
         if format != "npz" and channels not in (1, 3, 4):
             raise ValueError(f"format must be 'npz' for images of {channels} channels, got {format!r}")
@@ -97,6 +99,7 @@ def write_samples(
             "timesteps": None if searched is None else [*searched.timesteps],
             "seed": sampling.seed,
             "num_images": num_images,
+            "resolution": None if size is None else to_resolution(size),
             "class_label": None if labels is None or sampling.class_label is None else labels[0],
             "deterministic": sampling.deterministic,
             "dtype": sampling.dtype or "fp32",
@@ -156,6 +159,7 @@ def _write_set(
             deterministic=settings["deterministic"],
             value_range=settings["value_range"],
             guidance=guidance,
+            size=None if settings["resolution"] is None else to_size(settings["resolution"]),
         )
         label, is_quiet = processes.label("Sampling"), processes.rank > 0
         with tqdm(total=len(indices), unit="image", desc=label, disable=is_quiet) as progress:

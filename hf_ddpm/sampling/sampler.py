@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_ddpm.classes import Classes
 from hf_ddpm.figures import grid, with_row_titles
 from hf_ddpm.guidance import Guidance
+from hf_ddpm.image_size import Size
 from hf_ddpm.labels import Labels
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.processes import Processes
@@ -85,6 +86,7 @@ def iter_samples(
     value_range: Sequence[float] | None = None,
     guidance: Guidance | None = None,
     conditions: Tensor | None = None,
+    size: Size | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield one image per seed, a batch at a time, in order: the batch's seeds, and (B, C, H, W) on the CPU.
 
@@ -98,12 +100,13 @@ def iter_samples(
             uint8, and the values are 0 and 255.
         guidance: How predictions are guided; None: they are not.
         conditions: See `sample_all`.
+        size: (H, W); None: that of the model's images.
 
     Raises:
         ValueError: When an argument cannot work, or an image is not finite.
     """
     steps = num_inference_steps
-    batches = _sample(pipeline, seeds, batch_size, steps, class_labels, deterministic, guidance, conditions)
+    batches = _sample(pipeline, seeds, batch_size, steps, class_labels, deterministic, guidance, conditions, size)
     for batch_seeds, images in batches:
         is_finite = images.isfinite().flatten(1).all(dim=1)
         if not bool(is_finite.all()):
@@ -162,15 +165,17 @@ def _sample(
     deterministic: bool = False,
     guidance: Guidance | None = None,
     conditions: Tensor | None = None,
+    size: Size | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield the seeds of each batch and its images in [0, 1], on the CPU."""
-    size = forward_batch_of(pipeline.device, batch_size)
-    for first in range(0, len(seeds), size):
-        batch_seeds = [*seeds[first : first + size]]
+    count = forward_batch_of(pipeline.device, batch_size)
+    height, width = size or (None, None)
+    for first in range(0, len(seeds), count):
+        batch_seeds = [*seeds[first : first + count]]
         # The last batch is made as large as the others by repeating its last image.
-        filled = [min(i, len(seeds) - 1) for i in range(first, first + size)]
+        filled = [min(i, len(seeds) - 1) for i in range(first, first + count)]
         # A model that makes images from images takes these in the place of their number.
-        number: dict[str, Any] = {"batch_size": size} if conditions is None else {"image": conditions[filled]}
+        number: dict[str, Any] = {"batch_size": count} if conditions is None else {"image": conditions[filled]}
         (images,) = pipeline(
             **number,
             generator=seeded_generators([seeds[i] for i in filled], pipeline.device),
@@ -179,6 +184,8 @@ def _sample(
             class_labels=None if class_labels is None else [class_labels[i] for i in filled],
             deterministic=deterministic,
             guidance=guidance,
+            height=height,
+            width=width,
             return_dict=False,
         )
         yield batch_seeds, images[: len(batch_seeds)].cpu()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_ddpm.guidance import Guidance
+from hf_ddpm.image_size import Size, to_size
 from hf_ddpm.names import DTYPES, SCHEDULERS
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.prediction import Label
@@ -74,11 +75,14 @@ class SampleSettings(SamplingSettings):
     """The settings of `hf-ddpm sample`: those of every command, and these.
 
     Attributes:
+        resolution: The side of the images in pixels, or height and width; also of the images that they are made from,
+            but for a low resolution of them. None: those of training. With others quality may fall.
         deterministic: Whether to iterate the mean of each reverse step, without noise; for `ddpm` only.
         compile: Whether `torch.compile` compiles the network, at its first forward pass.
         uniform: Whether to ignore timesteps that were searched for.
     """
 
+    resolution: int | Sequence[int] | None = None
     deterministic: bool = False
     compile: bool = False
     uniform: bool = False
@@ -87,6 +91,10 @@ class SampleSettings(SamplingSettings):
         super().__post_init__()
         if self.compile:
             require_compiler(process_device(self.device))
+
+    def size_of(self, pipeline: DDPMPipeline) -> Size | None:
+        """Return the size that a pipeline is asked for, after a warning; None for that of training."""
+        return None if not self.resolution else pipeline._requested_size(*to_size(self.resolution))
 
     def load(self, model: str, makes_from_images: bool = False) -> tuple[DDPMPipeline, int, Guidance | None]:
         """Load a pipeline that is ready to sample by these settings.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from hf_ddpm.condition import require_factor
 from hf_ddpm.data.config import check_data_paths
+from hf_ddpm.image_size import to_size
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import require_writable_folder
 from hf_ddpm.runtime.launch import environment_number
@@ -64,7 +65,9 @@ def _check_relations(config: TrainingConfig) -> None:
             f"condition_noise = {config.condition_noise} has no effect: give condition_column or super_resolution"
         )
     if config.super_resolution is not None and config.resolution is not None:
-        require_factor(config.super_resolution, config.resolution)
+        require_factor(config.super_resolution, to_size(config.resolution))
+    if config.random_crop and config.resolution is None and config.init_from is None:
+        raise UsageError("resolution must be given with random_crop, as the size of the crops: give --resolution")
     steps = config.ddpm_num_inference_steps
     if steps is not None and steps > config.ddpm_num_steps:
         raise UsageError(f"ddpm_num_inference_steps must be in [1, {config.ddpm_num_steps}], got {steps}")

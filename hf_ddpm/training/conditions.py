@@ -21,7 +21,7 @@ def condition_of(config: TrainingConfig, images: Any) -> Condition | None:
         UsageError: When the factor of super-resolution does not divide the resolution.
     """
     if config.super_resolution is not None:
-        require_factor(config.super_resolution, images.resolution)
+        require_factor(config.super_resolution, images.size)
         return Condition(images.channels, super_resolution=config.super_resolution, noise=config.condition_noise)
     if config.condition_column is None:
         return None
@@ -31,7 +31,7 @@ def condition_of(config: TrainingConfig, images: Any) -> Condition | None:
 
 
 def conditions_of_batch(run: Run, batch: dict[str, Any], pixels: Tensor) -> Tensor | None:
-    """Return the condition of each image of a micro-batch, (B, C', R, R) in [-1, 1] but for noise.
+    """Return the condition of each image of a micro-batch, (B, C', H, W) in [-1, 1] but for noise.
 
     Args:
         run: The run.

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from hf_ddpm.image_size import format_size, to_resolution, to_size
 from hf_ddpm.label_embedding import embedding_of, empty_copy, example_labels
 from hf_ddpm.network_config import size_unit
 from hf_ddpm.runtime.devices import device_name
@@ -181,8 +182,7 @@ def _count_flops_of(kind: Any, settings: str) -> tuple[int, int]:
 def _count_flops(copy: Any) -> tuple[int, int]:
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         config = copy.config
-        size = config.sample_size
-        x_t = torch.zeros(1, config.in_channels, *((size, size) if isinstance(size, int) else size))
+        x_t = torch.zeros(1, config.in_channels, *to_size(config.sample_size))
         t = torch.zeros(1, dtype=torch.int64)
         output = copy(x_t, t, **example_labels(copy)).sample
         forward = counter.get_total_flops()
@@ -195,7 +195,7 @@ def _title(run: Run) -> str:
     count = "images" if images.num_images is None else f"{images.num_images:,} images"
     precision = "float32" if config.mixed_precision == "no" else f"{config.mixed_precision}"
     return (
-        f"{images.name}: {count} of {images.resolution} x {images.resolution}, channels {images.channels}; processes "
+        f"{images.name}: {count} of {format_size(images.size)}, channels {images.channels}; processes "
         f"{run.processes.size}: {device_name(run.device)}; {precision}{', compiled' * config.compile}"
     )
 
@@ -281,11 +281,15 @@ def _replaced_bytes(config: TrainingConfig, progress: Progress) -> int:
 def _sizes(run: Run) -> str:
     config: Any = run.state.unet.config
     if not isinstance(run.state.unet, UNet2DModel):
-        return f"{run.images.resolution}, as the network that was passed"
-    num_levels, resolution = len(config.block_out_channels), run.images.resolution
+        return f"{to_resolution(run.images.size)}, as the network that was passed"
+    num_levels, sides = len(config.block_out_channels), dict.fromkeys(run.images.size)
     unit = size_unit(num_levels)
-    nearest = " and ".join(str(side) for side in (resolution - unit, resolution + unit) if side > 0)
-    return f"a multiple of {unit} (halvings of this network: {num_levels - 1}); next to {resolution}: {nearest}"
+    nearest = (
+        f"next to {side}: {' and '.join(str(each) for each in (side - unit, side + unit) if each > 0)}"
+        for side in sides
+    )
+    what = "a multiple" if len(sides) == 1 else "multiples"
+    return f"{what} of {unit} (halvings of this network: {num_levels - 1}); {', '.join(nearest)}"
 
 
 def _signal_left(run: Run, notes: list[str]) -> str:

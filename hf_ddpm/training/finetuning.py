@@ -18,6 +18,7 @@ from diffusers import UNet2DModel
 
 from hf_ddpm.condition import CONDITIONAL_NETWORK, is_conditional
 from hf_ddpm.hub.download import find_model
+from hf_ddpm.image_size import to_resolution, to_size
 from hf_ddpm.label_embedding import PREFIX, begin_at_zero
 from hf_ddpm.network import load_unet, naming_weights
 from hf_ddpm.runtime.errors import UsageError
@@ -127,8 +128,5 @@ def _settings_of(model: str) -> dict[str, Any]:
     if is_conditional(folder):
         outputs = 2 if known["variance_type"] in LEARNED_VARIANCES else 1
         channels = network.get("out_channels", 3) // outputs
-    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
-        size = size[0]
-    if not isinstance(size, int):
-        raise UsageError(f"init_from needs a model of square images, got {model!r} of {size}")
-    return {**known, "resolution": size, "channels": channels}
+    resolution = to_resolution(to_size(size, f"sample_size of init_from {model!r}"))
+    return {**known, "resolution": resolution, "channels": channels}

@@ -106,7 +106,7 @@ def train(
     Args:
         config: The settings.
         dataset: The images, in place of those that the settings name: a `datasets.Dataset`, or any data set with a
-            length and an item for each index. An item is a PIL image, float32 values (C, R, R) in [-1, 1] that are
+            length and an item for each index. An item is a PIL image, float32 values (C, H, W) in [-1, 1] that are
             used as they are, or a dict with either as `image` and an integer `label`; then the data set's `classes`
             names the classes. It is a function of its index. A run is resumed if the length and, where the data set
             has one, its text `fingerprint` agree.

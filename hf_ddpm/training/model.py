@@ -94,7 +94,7 @@ def make_network(
         widens = condition is not None and not is_conditional_network(network)
     unet = make_unet(
         images.channels,
-        images.resolution,
+        images.size,
         labels.num_embeddings if isinstance(labels, Classes) else None,
         model_config=config.model_config_name_or_path if network is None else str(network),
         variance_type=config.variance_type,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
+from hf_ddpm.image_size import to_resolution, to_size
 from hf_ddpm.network_config import num_classes_of
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.processes import Processes
@@ -91,8 +92,8 @@ def check_given_network(network: Any, config: TrainingConfig, images: Any, condi
     Raises:
         UsageError: When its config or its output do not fit.
     """
-    size, wanted = network.config.get("sample_size"), images.resolution
-    if size not in (wanted, [wanted, wanted], (wanted, wanted)):
+    size, wanted = network.config.get("sample_size"), to_resolution(images.size)
+    if size is None or to_resolution(to_size(size, "sample_size in the network's config")) != wanted:
         raise UsageError(f"sample_size in the network's config must be the resolution, {wanted}, got {size}")
     in_channels = images.channels + condition_channels
     if network.config.get("in_channels") != in_channels:
@@ -104,7 +105,7 @@ def check_given_network(network: Any, config: TrainingConfig, images: Any, condi
     if frozen := [name for name, parameter in network.named_parameters() if not parameter.requires_grad]:
         raise UsageError(f"the network must train all of its parameters, got {frozen[0]!r} without gradient")
     channels = images.channels * (2 if config.variance_type == "learned_range" else 1)
-    x_t, t = torch.zeros(2, in_channels, wanted, wanted), torch.zeros(2, dtype=torch.int64)
+    x_t, t = torch.zeros(2, in_channels, *images.size), torch.zeros(2, dtype=torch.int64)
     conditions = {} if num_classes is None else {"class_labels": t.to(network.device)}
     mode = network.training
     network.eval()  # running statistics of a network in training would take the zeros for images
@@ -115,8 +116,8 @@ def check_given_network(network: Any, config: TrainingConfig, images: Any, condi
         raise UsageError(f"the network must take x_t and t, got {in_one_line(error, with_type=True)}") from error
     finally:
         network.train(mode)
-    if shape != (2, channels, wanted, wanted):
-        raise UsageError(f"the network must give {(2, channels, wanted, wanted)} for two images, got {shape}")
+    if shape != (2, channels, *images.size):
+        raise UsageError(f"the network must give {(2, channels, *images.size)} for two images, got {shape}")
 
 
 def call_callbacks(callbacks: Sequence[Any], processes: Processes, run: Any, events: Sequence[Event]) -> None:

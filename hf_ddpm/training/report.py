@@ -18,6 +18,7 @@ from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.conditions import example_pairs
 from hf_ddpm.data.planes import center_crop
 from hf_ddpm.hub.card import write_card
+from hf_ddpm.image_size import to_resolution
 from hf_ddpm.labels import describe_labels
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.devices import device_name
@@ -124,7 +125,8 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
             "name": images.name,
             "num_images": images.num_images,
             "num_bad_images": progress.num_bad_images,
-            "resolution": images.resolution,
+            "resolution": to_resolution(images.size),
+            "random_crop": run.config.random_crop,
             "channels": images.channels,
             "max_value": images.max_value,
             "value_range": run.config.value_range,
@@ -218,8 +220,8 @@ def _draw_loss(output_dir: Path) -> None:
 def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
     """Draw a training image that is carried through the Markov chain."""
     images = run.images
-    scheduler, side = pipeline.scheduler, images.resolution
-    planes = center_crop(images.image(0), side)
+    scheduler = pipeline.scheduler
+    planes = center_crop(images.image(0), images.size)
     pixels = torch.from_numpy(planes.astype("int32" if planes.dtype.kind == "u" else planes.dtype))
     x_0 = to_x_0(pixels, images.max_value)
     timesteps = figures.spread(len(scheduler), figures.NUM_STRIP_COLUMNS - 1)

@@ -24,6 +24,7 @@ from hf_ddpm.data.splits import check_split
 from hf_ddpm.evaluation.feature_weights import check_network
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme, write_card
+from hf_ddpm.image_size import to_resolution
 from hf_ddpm.labels import scales_of, takes_floats
 from hf_ddpm.network import compile_network
 from hf_ddpm.runtime.devices import require_compiler
@@ -247,7 +248,7 @@ def _load_images(
             return config, load_images(config, accept)
         stream = open_stream(config)
         if accept is not None:
-            accept(stream.resolution, stream.channels)
+            accept(stream.size, stream.channels)
         return config, stream
 
     config, images = processes.main_then_rest(load, accelerator.is_local_main_process)
@@ -257,7 +258,7 @@ def _load_images(
     config = replace(
         config,
         dataset_name=config.dataset_name or (None if config.train_data_dir or parts.dataset is not None else "digits"),
-        resolution=images.resolution,
+        resolution=to_resolution(images.size),
         channels=images.channels,
         mixed_precision=accelerator.mixed_precision,
     )

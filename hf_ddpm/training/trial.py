@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from hf_ddpm.condition import require_factor
+from hf_ddpm.image_size import Size, format_size, to_size
 from hf_ddpm.network import Trial, load_unet, try_network
 from hf_ddpm.runtime.devices import memory_of
 from hf_ddpm.runtime.errors import UsageError
@@ -25,14 +26,14 @@ TABLES = 8  # of T numbers in 64 bits that a scheduler and an objective hold, at
 
 
 def try_run(
-    config: TrainingConfig, device: torch.device, resolution: int | None = None, channels: int | None = None
+    config: TrainingConfig, device: torch.device, size: Size | None = None, channels: int | None = None
 ) -> None:
     """Try what the settings decide of a run; nothing if it is resumed, since its first start has passed.
 
     Args:
         config: The settings, with what the model of `init_from` decides.
         device: The device of this process.
-        resolution: The height and width of the images; None: that of the settings.
+        size: The height and width of the images; None: that of the settings, if any.
         channels: Their channels; None: those of the settings, if any.
 
     Raises:
@@ -40,21 +41,23 @@ def try_run(
     """
     if is_resumed(config):
         return
-    resolution, channels = resolution or config.resolution, channels or config.channels
+    channels = channels or config.channels
+    if size is None and config.resolution is not None:
+        size = to_size(config.resolution)
     network, source, widens = None, network_source(config), False
     if config.init_from is not None:
         network = network_of(config.init_from)
         load_unet(network, source)
         widens = config.makes_from_images and not is_conditional_network(network)
     model_config = config.model_config_name_or_path if network is None else str(network)
-    if model_config is None and resolution is None:
+    if model_config is None and size is None:
         return
     condition_channels = 0
     if config.makes_from_images:
         condition_channels = channels if config.condition_column is None else None
     trial = try_network(
         channels,
-        resolution,
+        size,
         model_config=model_config,
         variance_type=config.variance_type,
         source=source,
@@ -62,7 +65,7 @@ def try_run(
         widens=widens,
     )
     if config.super_resolution is not None:
-        require_factor(config.super_resolution, trial.resolution)
+        require_factor(config.super_resolution, trial.size)
     require_memory(config, trial, device)
 
 
@@ -82,14 +85,14 @@ def require_memory(config: TrainingConfig, trial: Trial, device: torch.device) -
     Raises:
         UsageError: When it does not; the message names what takes most of it.
     """
-    image = trial.channels * trial.resolution**2
+    image = trial.channels * trial.size[0] * trial.size[1]
     batch = config.train_batch_size
     # Weights, gradients, one moment of the optimizer, and the average; input and output of the largest layer.
     copies = 4 if config.use_ema else 3
     # FSDP divides all of these among its processes.
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     shards = int(os.environ.get("WORLD_SIZE", "1")) if is_sharded else 1
-    size = f"{trial.resolution} x {trial.resolution} pixels"
+    size = f"{format_size(trial.size)} pixels"
     parts = {
         f"{trial.num_parameters:,} parameters of the network": copies * FLOAT_BYTES * trial.num_parameters // shards,
         f"the largest layer for train_batch_size {batch} of {size}": FLOAT_BYTES * trial.largest_output * batch,

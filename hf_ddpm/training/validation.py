@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from hf_ddpm.classes import Classes
 from hf_ddpm.condition import Condition
 from hf_ddpm.conditional import with_condition
-from hf_ddpm.data.batches import center_pixels, epoch_order, to_x_0
+from hf_ddpm.data.batches import epoch_order, fixed_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import low_resolution_conditions, to_conditions
 from hf_ddpm.data.labels import network_label, with_network_labels
@@ -60,13 +60,13 @@ class Validation:
 
     Args:
         network: The feature network of the kernel distance.
-        images: (n, C, R, R) uint8 or int32, on the CPU.
+        images: (n, C, H, W) uint8 or int32, on the CPU.
         max_value: The value of white: 255 or 65535.
         labels: As the network takes them, (n,) or (n, number of columns); None without labels.
         features: (n, d), of the images.
         num_samples: The number of samples per validation.
         condition: What images are made from; None: from noise alone.
-        column: Where they are made from those of a column, these, (n, C', R, R) uint8 or int32, on the CPU.
+        column: Where they are made from those of a column, these, (n, C', H, W) uint8 or int32, on the CPU.
         column_max_value: The value of white in the column.
     """
 
@@ -81,7 +81,7 @@ class Validation:
     column_max_value: int = 255
 
     def conditions(self, numbers: np.ndarray, device: torch.device) -> Tensor | None:
-        """Return the conditions of the images with these numbers, (B, C', R, R) in [-1, 1]; None: there are none."""
+        """Return the conditions of the images with these numbers, (B, C', H, W) in [-1, 1]; None: there are none."""
         if self.condition is None:
             return None
         if self.column is not None:
@@ -125,11 +125,11 @@ def open_validation(
     """
     network = load_network(config.eval_network, config.eval_network_path, device)
     with open_split(config, config.eval_split, "eval_split") as held_out:
-        image_format = (held_out.channels, held_out.resolution, held_out.max_value)
-        wanted_format = (images.channels, images.resolution, images.max_value)
-        if image_format != wanted_format or not held_out.is_uniform:
+        image_format = (held_out.channels, held_out.size, held_out.max_value)
+        wanted_format = (images.channels, images.size, images.max_value)
+        if image_format != wanted_format or not (held_out.is_uniform or held_out.random_crop):
             raise UsageError(
-                f"eval_split must hold square images like those of training, got {image_format} of "
+                f"eval_split must hold images of one shape like those of training, got {image_format} of "
                 f"{config.eval_split!r} and {wanted_format}: --center_crop"
             )
         if len(held_out) < 4:
@@ -302,7 +302,7 @@ def draw_validation_curves(records: list[dict[str, Any]], folder: Path) -> None:
 
 
 def _copy(images: ImageCache, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
-    pixels = np.stack([images.image(int(row)) for row in rows])
+    pixels = fixed_pixels(images, rows)
     labels = None if images.labels is None else torch.from_numpy(images.labels[rows])
     return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)), labels
 
@@ -324,7 +324,7 @@ def _copy_conditions(
             f"eval_split must hold conditions of {condition.channels} channels, as training does, got "
             f"{column.channels} in {condition.column!r} of {config.eval_split!r}: save them in the same form"
         )
-    pixels = center_pixels(column, rows)
+    pixels = fixed_pixels(column, rows)
     pixels = pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)
     return torch.from_numpy(np.ascontiguousarray(pixels)), column.max_value
 

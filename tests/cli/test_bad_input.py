@@ -159,7 +159,7 @@ def test_files_of_settings_name_themselves(tmp_path):
         ("seed: 1\nresolution: 8\nseed: 2\n", "settings.yaml cannot be read: 'seed' stands in it twice"),
         ("", "config must hold settings, got 'settings.yaml', which holds none"),
         ("# nothing\n", "config must hold settings, got 'settings.yaml', which holds none"),
-        ("resolution: [8]\n", "settings.yaml: resolution must be a whole number, got [8]"),
+        ("resolution: [8, big]\n", "settings.yaml: resolution must be a whole number, got 'big'"),
         ("base: &a {x: 1}\nother:\n  <<: *a\n", "settings.yaml: unknown setting 'base'"),
     ):
         Path("settings.yaml").write_text(text)

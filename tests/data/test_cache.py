@@ -156,7 +156,7 @@ def test_second_call_opens_no_image(folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_changed_files_and_settings_make_a_new_cache(folder: Path) -> None:
     save_grays(folder, 3)
     old = load_images(cache_config(folder))
-    assert load_images(cache_config(folder, resolution=4)).resolution == 4
+    assert load_images(cache_config(folder, resolution=4)).size == (4, 4)
     Image.fromarray(noise(8, 8, seed=9)).save(folder / "001.png")
     new = load_images(cache_config(folder))
     assert np.array_equal(new.image(1)[0], noise(8, 8, seed=9))
@@ -177,7 +177,7 @@ def test_decided_settings_find_the_same_cache(folder: Path, monkeypatch: pytest.
     save_grays(folder, 1)
     images = load_images(cache_config(folder))
     monkeypatch.setattr(cache, "open_dataset", lambda *_: pytest.fail("the data set was opened"))
-    again = load_images(cache_config(folder, resolution=images.resolution, channels=images.channels))
+    again = load_images(cache_config(folder, resolution=images.size[0], channels=images.channels))
     assert again.fingerprint == images.fingerprint
 
 
@@ -199,7 +199,7 @@ def test_load_images_uses_cache_of_a_faster_process(folder: Path, monkeypatch: p
 def test_deleted_cache_is_written_again(folder: Path) -> None:
     save_grays(folder, 2)
     images = load_images(cache_config(folder))
-    decided = cache_config(folder, resolution=images.resolution, channels=images.channels)
+    decided = cache_config(folder, resolution=images.size[0], channels=images.channels)
     (first,) = (p for p in (folder.parent / "cache/hf_ddpm").iterdir() if not p.is_symlink())
     shutil.rmtree(first)
     assert len(load_images(decided)) == 2

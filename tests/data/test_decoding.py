@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_ddpm.data import decoding
-from hf_ddpm.data.batches import center_pixels
+from hf_ddpm.data.batches import fixed_pixels
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import decode, unreadable_image_error
@@ -167,7 +167,7 @@ def test_decode_of_every_mode_gives_planes_or_an_error_that_names_the_mode(
     )
     mode, problem = Image.open(io.BytesIO(encoded["bytes"])).mode, None
     try:
-        planes = decode(encoded, "row 0", ImageFormat(config, resolution, channels, max_value)).planes
+        planes = decode(encoded, "row 0", ImageFormat(config, (resolution, resolution), channels, max_value)).planes
     except NeedsSixteenBits:
         assert mode.startswith("I")
         assert preserve
@@ -197,7 +197,7 @@ def test_decode_of_every_mode_gives_planes_or_an_error_that_names_the_mode(
 @pytest.mark.parametrize("mode", Image.MODES)
 def test_to_planes_of_every_mode_gives_planes_or_an_error_that_names_the_mode(mode: str) -> None:
     """In memory Pillow has more modes than it can save."""
-    image_format = ImageFormat(DataConfig(), 3, 3, 65535)
+    image_format = ImageFormat(DataConfig(), (3, 3), 3, 65535)
     image, problem = Image.new(mode, (4, 3)), None
     try:
         planes = to_planes(image, image_format, "row 0")
@@ -222,7 +222,7 @@ def test_decode_gives_the_same_planes_for_gray_in_every_mode(gray: list[int], ch
     as_palette.putpalette([value for level in range(256) for value in (level, level, level)])
     as_deep = Image.fromarray(np.array(gray, np.uint16).reshape(4, 3) * 257)
     config = DataConfig(resolution=3, channels=channels, preserve_input_precision=False)
-    image_format = ImageFormat(config, 3, channels, max_value)
+    image_format = ImageFormat(config, (3, 3), channels, max_value)
     level = np.array(gray).reshape(1, 4, 3) * (max_value // 255)
     expected = np.repeat(level, channels, axis=0)
     if channels == 4:
@@ -327,13 +327,13 @@ def test_center_crop_is_the_same_before_and_after_the_cache(folder: Path) -> Non
     cropped = load_images(cache_config(folder, resolution=10, center_crop=True))
     assert cropped.is_uniform
     assert not whole.is_uniform
-    assert np.array_equal(center_pixels(whole), center_pixels(cropped))
-    assert np.array_equal(center_pixels(whole, np.array([7, 2])), center_pixels(cropped)[[7, 2]])
+    assert np.array_equal(fixed_pixels(whole), fixed_pixels(cropped))
+    assert np.array_equal(fixed_pixels(whole, np.array([7, 2])), fixed_pixels(cropped)[[7, 2]])
 
 
 def test_open_resolution_is_that_of_the_data(folder: Path) -> None:
     save_grays(folder, 3, size=12)
-    assert load_images(cache_config(folder)).resolution == 12
+    assert load_images(cache_config(folder)).size == (12, 12)
 
 
 @pytest.mark.parametrize("num_headers", [1, 64])
@@ -343,7 +343,7 @@ def test_open_resolution_rejects_unequal_sizes(
     monkeypatch.setattr(decoding, "NUM_HEADERS", num_headers)
     save_grays(folder, 2)
     Image.fromarray(noise(8, 9)).save(folder / "odd.png")
-    with pytest.raises(UsageError, match=r"odd\.png.* 9x8.*--resolution"):
+    with pytest.raises(UsageError, match=r"odd\.png.* 8 x 9.*--resolution"):
         load_images(cache_config(folder))
 
 

@@ -38,7 +38,7 @@ def test_image_beyond_the_limit_of_pixels_names_limit_and_setting(
     with pytest.raises(UsageError, match=r"got row 0 .*: 64 pixels, more than 63; if it .* give --max_image_pixels"):
         load(cache_config(folder, streaming=streaming, max_image_pixels=63))
     images = load(cache_config(folder, streaming=streaming, max_image_pixels=64))
-    assert images.resolution == 8
+    assert images.size == (8, 8)
     if not streaming:
         assert (np.asarray(images.pixels).reshape(8, 8) == values).all()  # pyright: ignore[reportAttributeAccessIssue]
     assert Image.MAX_IMAGE_PIXELS == 20

@@ -27,7 +27,7 @@ from tests.support.image_data import cache_config, noise, save_grays
 
 def test_digits_are_those_of_the_test_set(tmp_path: Path) -> None:
     images = load_images(cache_config(None, dataset_name="digits", label_column="label", cache_dir=str(tmp_path)))
-    assert (len(images), images.resolution, images.channels, images.max_value) == (1797, 8, 1, 255)
+    assert (len(images), images.size, images.channels, images.max_value) == (1797, (8, 8), 1, 255)
     assert (images.class_names, images.num_classes) == (list("0123456789"), 10)
     assert (images.license, images.name) == ("cc-by-4.0", "digits")
     assert images.labels is not None

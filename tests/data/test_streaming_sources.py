@@ -44,7 +44,7 @@ def test_stream_of_an_image_folder(folder: Path) -> None:
     (folder / "notes.txt").write_text("not an image")
     stream = open_stream(stream_config(folder, label_column="label"))
     assert (stream.class_names, stream.num_classes, stream.num_images) == (["even", "odd"], 2, 300)
-    assert (stream.name, stream.channels, stream.resolution, stream.max_value) == ("photos", 1, 4, 255)
+    assert (stream.name, stream.channels, stream.size, stream.max_value) == ("photos", 1, (4, 4), 255)
     assert np.array_equal(stream.image(0)[0], numbered_image(0))
     batches = list(stream_batches(stream, batch_size=50, num_steps=6, num_substreams=1))
     ids = [n for batch in batches for n in numbers_of(batch["pixels"])]
@@ -163,7 +163,7 @@ def test_stream_preserves_sixteen_bits(folder: Path) -> None:
 def test_stream_rejects_images_unlike_the_first_ones(folder: Path) -> None:
     late = {
         "color": (np.zeros((4, 4, 3), np.uint8), r"channels must be given.*zz\.png\) has colors"),
-        "size": (np.zeros((4, 5), np.uint8), r"resolution must be given.*zz\.png\) is 5x4"),
+        "size": (np.zeros((4, 5), np.uint8), r"resolution must be given.*zz\.png\) is 4 x 5"),
         "deep": (np.zeros((4, 4), np.uint16), r"preserve_input_precision must be off.*zz\.png.*--no_preserve"),
     }
     for name, (values, message) in late.items():

@@ -40,7 +40,7 @@ def run(request, tmp_path) -> tuple[Any, Path]:
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "data"))
     path = tmp_path / "unet.json"
     path.write_text(json.dumps(smallest_unet_config(channels=1)))
-    unet = make_unet(1, 8, labels=labels, model_config=str(path))
+    unet = make_unet(1, (8, 8), labels=labels, model_config=str(path))
     unet.conv_out.reset_parameters()
     pipeline = DDPMPipeline(
         unet.eval(), DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")

@@ -257,10 +257,12 @@ def test_load_reference_refuses_damaged_files(splits: Path, tmp_path: Path):
 
 def test_check_comparable_shows_all_settings_that_differ(splits: Path):
     reference = make(splits)
-    check_comparable(reference, network_of(), 8, 3)
-    check_comparable(load_reference(splits.parent / "reference"), network_of(information={"torch": "other"}), 8, 3)
+    check_comparable(reference, network_of(), (8, 8), 3)
+    check_comparable(
+        load_reference(splits.parent / "reference"), network_of(information={"torch": "other"}), (8, 8), 3
+    )
     with pytest.raises(UsageError, match="they differ in") as caught:
-        check_comparable(reference, network_of(weights_sha256="f" * 64, blur=1), 32, 1)
+        check_comparable(reference, network_of(weights_sha256="f" * 64, blur=1), (32, 32), 1)
     lines = [line.split() for line in str(caught.value).splitlines()]
     assert lines[1] == ["the", "reference", "the", "samples"]
     assert lines[2:6] == [
@@ -272,7 +274,7 @@ def test_check_comparable_shows_all_settings_that_differ(splits: Path):
     assert "input_size" not in str(caught.value)
     for resolution, channels in ((9, 3), (8, 1)):
         with pytest.raises(UsageError, match="they differ in"):
-            check_comparable(reference, network_of(), resolution, channels)
+            check_comparable(reference, network_of(), (resolution, resolution), channels)
 
 
 def test_real_vs_real_returns_two_splits_or_two_halves(splits: Path):
@@ -327,9 +329,9 @@ def test_make_reference_with_efficientnet(splits: Path):
     network = load_network("efficientnet-lite0")
     make_reference(config_of(splits), "test", network, splits.parent / "reference")
     reference = load_reference(splits.parent / "reference")
-    check_comparable(reference, network, 8, 3)
+    check_comparable(reference, network, (8, 8), 3)
     assert reference.metadata["warnings"] == [
         TOO_FEW_IMAGES.format(count=20, dimensions=1280, network="efficientnet-lite0")
     ]
     with pytest.raises(UsageError, match=r"efficientnet-lite0 +quarters"):
-        check_comparable(reference, network_of(), 8, 3)
+        check_comparable(reference, network_of(), (8, 8), 3)

@@ -33,7 +33,7 @@ def model(request, tmp_path) -> tuple[Any, Path]:
     path = tmp_path / "unet.json"
     path.write_text(json.dumps(smallest_unet_config(channels=1)))
     pipeline = DDPMPipeline(
-        make_unet(1, 8, labels=request.param, model_config=str(path)),
+        make_unet(1, (8, 8), labels=request.param, model_config=str(path)),
         DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"),
     )
     pipeline.labels = request.param
@@ -100,7 +100,7 @@ def test_page_takes_labels_that_it_offers_and_that_are_typed(model):
 def test_model_comes_back_from_the_hub_with_its_labels_and_its_guide(server: HubServer, model, caplog):
     labels, folder = model
     pipeline = DDPMPipeline.from_pretrained(folder)
-    pipeline.guide = make_unet(1, 8, labels=labels, model_config=str(folder / "unet/config.json"), seed=1)
+    pipeline.guide = make_unet(1, (8, 8), labels=labels, model_config=str(folder / "unet/config.json"), seed=1)
     pipeline.save_pretrained(folder)
     push(folder, NAME)
     label = labels.in_turn[1]

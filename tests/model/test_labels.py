@@ -40,7 +40,7 @@ def config(tmp_path) -> str:
 
 
 def pipeline_of(labels, config, seed: int = 0) -> DDPMPipeline:
-    unet = make_unet(1, 8, labels=labels, model_config=config, seed=seed)
+    unet = make_unet(1, (8, 8), labels=labels, model_config=config, seed=seed)
     torch.nn.init.normal_(unet.conv_out.weight, std=0.1)  # which begins at zero
     pipeline = DDPMPipeline(unet.eval(), DDPMScheduler(**SCHEDULER))
     pipeline.labels = labels
@@ -230,7 +230,7 @@ def test_half_precision_takes_labels(labels, config):
 
 
 def test_empty_copy_has_the_same_weights_by_name(config):
-    unet = make_unet(1, 8, labels=BOTH, model_config=config)
+    unet = make_unet(1, (8, 8), labels=BOTH, model_config=config)
     with torch.device("meta"):
         copy = empty_copy(unet)
     assert {n: p.shape for n, p in copy.named_parameters()} == {n: p.shape for n, p in unet.named_parameters()}
@@ -246,7 +246,7 @@ def test_guide_keeps_its_embedding(config, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(images(loaded, **arguments), expected)
     others = Columns((("digit", Classes(("a", "b"), True)), ("slant", SLANT)), has_unconditional=True)
-    pipeline.guide = make_unet(1, 8, labels=others, model_config=config)
+    pipeline.guide = make_unet(1, (8, 8), labels=others, model_config=config)
     with pytest.raises(ValueError, match="guide must have the model's columns of labels, got others"):
         images(pipeline, **arguments)
 
@@ -287,4 +287,4 @@ def test_model_config_without_a_place_for_the_labels_is_refused(changes, labels:
     path = tmp_path / "unet.json"
     path.write_text(json.dumps(smallest_unet_config(channels=1, **changes)))
     with pytest.raises(UsageError, match=message):
-        make_unet(1, 8, labels=labels, model_config=str(path))
+        make_unet(1, (8, 8), labels=labels, model_config=str(path))

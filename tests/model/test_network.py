@@ -19,7 +19,7 @@ def processors(unet):
 
 def test_plain_attention_gives_the_same_output():
     torch.manual_seed(0)
-    unet = UNet2DModel.from_config(sized_config(16, 1, 1)).eval()
+    unet = UNet2DModel.from_config(sized_config((16, 16), 1, 1)).eval()
     x_t, t = torch.randn(3, 1, 16, 16), torch.tensor([5, 500, 999])
     with torch.no_grad():
         before = unet(x_t, t).sample
@@ -31,7 +31,7 @@ def test_plain_attention_gives_the_same_output():
 
 @pytest.mark.parametrize("block_types", ["down_block_types", "up_block_types"])
 def test_plain_attention_is_not_used_for_many_pixels(block_types):
-    settings = {**sized_config(28, 1, 1), "attention_head_dim": 32}
+    settings = {**sized_config((28, 28), 1, 1), "attention_head_dim": 32}
     kinds = settings[block_types]
     level = 0 if block_types == "down_block_types" else len(kinds) - 1
     settings[block_types] = [f"Attn{k}" if i == level else k for i, k in enumerate(kinds)]
@@ -41,7 +41,7 @@ def test_plain_attention_is_not_used_for_many_pixels(block_types):
 
 
 def test_plain_attention_is_not_used_on_other_devices():
-    unet = UNet2DModel.from_config(sized_config(28, 1, 1))
+    unet = UNet2DModel.from_config(sized_config((28, 28), 1, 1))
     use_plain_attention(unet, torch.device("cuda"))
     assert processors(unet) == {AttnProcessor2_0}
 

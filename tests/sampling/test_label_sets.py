@@ -27,7 +27,7 @@ BOTH = Columns((("digit", Classes(("zero", "one", "two"), True)), ("slant", SLAN
 def model(request, tmp_path) -> tuple[Any, str]:
     path = tmp_path / "unet.json"
     path.write_text(json.dumps(smallest_unet_config(channels=1)))
-    unet = make_unet(1, 8, labels=request.param, model_config=str(path))
+    unet = make_unet(1, (8, 8), labels=request.param, model_config=str(path))
     unet.conv_out.reset_parameters()
     pipeline = DDPMPipeline(unet.eval(), DDPMScheduler(20, beta_schedule="squaredcos_cap_v2"))
     pipeline.labels = request.param

@@ -70,7 +70,7 @@ def label_models(tmp_path_factory):
     angle, slant = (values_of(name, np.linspace(-1.5, 1.5, 9), True) for name in ("angle", "slant"))
     both = Columns((("digit", Classes(("3", "7"), True)), ("slant", slant)), has_unconditional=True)
     for name, labels in (("angle-model", angle), ("slanted-model", both)):
-        unet = make_unet(1, 8, labels=labels, model_config=str(config))
+        unet = make_unet(1, (8, 8), labels=labels, model_config=str(config))
         pipeline = DDPMPipeline(unet, DDPMScheduler(timestep_spacing="trailing"))
         pipeline.labels = labels
         pipeline.save_pretrained(folder / name)

@@ -71,6 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "learned_range": {"variance_type": "learned_range"},
     "v_prediction": {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
     "epsilon": {"timestep_spacing": "trailing"},
+    "oblong": {"timestep_spacing": "trailing"},
 }
 
 
@@ -82,7 +83,7 @@ def folder(tmp_path_factory):
         torch.manual_seed(0)
         channels = 3 if name == "learned_range" else 1
         unet = diffusers.UNet2DModel(
-            sample_size=8,
+            sample_size=[8, 12] if name == "oblong" else 8,
             in_channels=channels,
             out_channels=2 * channels if name == "learned_range" else channels,
             block_out_channels=(8, 16),

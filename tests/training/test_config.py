@@ -73,7 +73,7 @@ def test_recipe_is_legal(name):
 @pytest.mark.slow
 def test_cifar10_recipe_is_that_of_ho_et_al():
     config = load_config(recipe="cifar10-ddpm")
-    unet = make_unet(3, 32, model_config=config.model_config_name_or_path)
+    unet = make_unet(3, (32, 32), model_config=config.model_config_name_or_path)
     assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == 35.7
     assert {m.p for m in unet.modules() if isinstance(m, torch.nn.Dropout)} == {0.1, 0.0}
     scheduler = make_scheduler(config)
@@ -84,7 +84,7 @@ def test_cifar10_recipe_is_that_of_ho_et_al():
 @pytest.mark.parametrize("resolution", [4, 8, 16, 28, 32, 64, 128, 256])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_network_is_sized_for_the_data(resolution, channels):
-    settings = sized_config(resolution, channels, 2 * channels)
+    settings = sized_config((resolution, resolution), channels, 2 * channels)
     with torch.device("meta"):
         unet = UNet2DModel.from_config(settings)
     lowest = resolution >> (len(settings["block_out_channels"]) - 1)
@@ -100,7 +100,7 @@ def test_network_is_sized_for_the_data(resolution, channels):
 
 
 def test_first_prediction_is_zero():
-    unet = make_unet(1, 8)
+    unet = make_unet(1, (8, 8))
     assert unet(torch.randn(2, 1, 8, 8), 3).sample.abs().max() == 0
 
 
@@ -234,4 +234,4 @@ def test_make_unet_rejects_config_that_does_not_fit(settings, channels, resoluti
     (tmp_path / "three_classes.json").write_text('{"sample_size": 32, "num_class_embeds": 3}')
     (tmp_path / "groups.json").write_text('{"sample_size": 32, "norm_num_groups": 31}')
     with pytest.raises(UsageError, match=message):
-        make_unet(channels, resolution, num_classes, **settings)
+        make_unet(channels, (resolution, resolution), num_classes, **settings)

@@ -127,7 +127,7 @@ def test_init_from_accepts_a_square_sample_size_of_two_numbers(
     train(replace(config, **NEVER))
     description = base / "unet/config.json"
     description.write_text(json.dumps(json.loads(description.read_text()) | {"sample_size": None}))
-    with pytest.raises(UsageError, match=r"init_from needs a model of square images, got .* of None"):
+    with pytest.raises(UsageError, match=r"sample_size of init_from .* must be a whole number above 0, .* got None"):
         train(replace(config, **NEVER, overwrite_output_dir=True))
     network = tmp_path / "network.json"
     network.write_text(json.dumps(smallest_unet_config(1) | {"sample_size": [8, 8]}))

@@ -112,7 +112,7 @@ def test_muon_loads_step_numbers_onto_the_device_of_parameters(parameters):
 
 
 def test_make_optimizer_gives_muon_the_matrices_of_blocks():
-    unet = make_unet(channels=1, resolution=8, num_classes=3)
+    unet = make_unet(channels=1, size=(8, 8), num_classes=3)
     optimizer = make_optimizer(unet, TrainingConfig(optimizer="muon"))
     of_muon = {id(p) for p in optimizer.param_groups[0]["params"]}
     names = {name for name, p in unet.named_parameters() if id(p) in of_muon}

@@ -42,8 +42,8 @@ def refused(config: TrainingConfig) -> str:
     [
         ({"block_out_channels": 64}, "block_out_channels of the model config must be a list of whole numbers, got 64"),
         ({"block_out_channels": []}, "block_out_channels of the model config must be a list"),
-        ({"sample_size": []}, "sample_size of the model config must be a whole number above 0, got []"),
-        ({"sample_size": "8"}, "sample_size of the model config must be a whole number above 0, got '8'"),
+        ({"sample_size": []}, "sample_size of the model config must be a whole number above 0"),
+        ({"sample_size": "8"}, "a height and a width, got '8'"),
         (
             {"time_embedding_type": "sine"},
             "time_embedding_type of the model config must be one of positional, fourier, learned, got 'sine'",
@@ -116,9 +116,9 @@ def test_what_a_validation_needs_is_looked_for_first(config, tmp_path, image_fol
 
 
 def test_memory_that_suffices_is_not_refused(config):
-    trial = try_network(model_config=config.model_config_name_or_path, resolution=8)
+    trial = try_network(model_config=config.model_config_name_or_path, size=(8, 8))
     require_memory(config, trial, CPU)
-    assert (trial.channels, trial.resolution) == (1, 8)
+    assert (trial.channels, trial.size) == (1, (8, 8))
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from PIL import Image
 from hf_ddpm.figures import to_pil
 from hf_ddpm.hub.space_app.model import EACH_LABEL, MODES, NO_LABEL, STEP_DENOISER, Model, Samples
 from hf_ddpm.hub.space_app.pictures import CSS, edit_row, enlarged, grid, note, picture, pictures, strip
+from hf_ddpm.image_size import format_size
 from hf_ddpm.labels import describe_labels
 from hf_ddpm.runtime.seeds import check_seeds
 
@@ -51,7 +52,7 @@ def about(model: Model) -> str:
     guidance = guidance if model.can_be_guided else ""
     card = "" if Path(model.name).exists() else f"\n\n[The model's card](https://huggingface.co/{model.name})"
     return (
-        f"A denoising diffusion model for {color} images of {model.width} × {model.height} pixels. Its network has "
+        f"A denoising diffusion model for {color} images of {_size_of(model)} pixels. Its network has "
         f"{num_parameters:,} parameters and predicts {predicted}.{known}\n\n"
         f"**Forward process.** In {model.num_timesteps:,} steps, an image dissolves in Gaussian noise: "
         "x<sub>t</sub> = √ᾱ<sub>t</sub> x<sub>0</sub> + √(1 - ᾱ<sub>t</sub>) ε.\n\n"
@@ -64,6 +65,10 @@ def about(model: Model) -> str:
         "mask is drawn, the model fills the image so that it fits the rest, which stays as it is."
         f"{card}"
     )
+
+
+def _size_of(model: Model) -> str:
+    return format_size((model.height, model.width)).replace(" x ", " × ")
 
 
 def describe_noise_level(model: Model, t: int) -> str:
@@ -242,7 +247,7 @@ def _add_editing(model: Model, handlers: Handlers) -> gr.ImageEditor:
             gr.Markdown(
                 "Paint over what the model is to repaint: it fills this so that it fits the rest, which stays as it "
                 "is. If nothing is painted, the whole image is varied: lower the strength for that. An image of "
-                f"another size is cropped and resized to {model.width} × {model.height} pixels."
+                f"another size is cropped and resized to {_size_of(model)} pixels."
             )
             editor = _editor(model)
         with gr.Column(scale=1, min_width=250):

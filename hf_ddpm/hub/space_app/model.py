@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline
 from hf_ddpm.guidance import Guidance
+from hf_ddpm.image_size import to_size
 from hf_ddpm.names import SCHEDULERS
 from hf_ddpm.pipeline import DDPMPipeline, check_guide
 from hf_ddpm.runtime.errors import UsageError
@@ -79,8 +80,7 @@ class Model:
         self.scheduler: DDPMScheduler = as_our_scheduler(self.pipeline.scheduler.config)
         unet_config: Any = self.pipeline.unet.config
         self.channels: int = unet_config.in_channels
-        size = unet_config.sample_size
-        self.height, self.width = (size, size) if isinstance(size, int) else size
+        self.height, self.width = to_size(unet_config.sample_size)
         if self.channels not in MODES:
             raise ValueError(f"the model must make images of 1, 3 or 4 channels, got {self.channels}")
         labels = self.pipeline.labels
