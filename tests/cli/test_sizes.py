@@ -36,7 +36,8 @@ def test_sample_records_another_size_and_keeps_sets_apart(model, tmp_path):
             command[3] = str(out := tmp_path / "larger")
             result = CliRunner().invoke(app, [*command, *flags], catch_exceptions=False)
         assert result.exit_code == 0, result.output
-        assert Image.open(out / "000000.png").size == size
+        with Image.open(out / "000000.png") as image:
+            assert image.size == size
         assert json.loads((out / "samples.json").read_text())["resolution"] == recorded
     result = CliRunner().invoke(app, [*command, "--resolution", "15"], catch_exceptions=False)
     assert "height and width must be multiples of 2, got 15 x 15" in result.stderr
