@@ -92,6 +92,8 @@ def info(
 
         result = machine_info() if model is None else model_info(model)
     shown = {name: value for name, value in result.items() if name != "measured" and value is not None}
+    if isinstance(shown.get("size"), list):
+        shown["size"] = format_size(to_size(shown["size"]))
     lines = table([(name, ", ".join(value) if isinstance(value, list) else value) for name, value in shown.items()])
     if model is not None and result["measured"]:
         lines += ["", *table_of_results(result["measured"])]

@@ -189,6 +189,8 @@ def format_of(image: Image.Image, name: str, config: DataConfig) -> ImageFormat:
 def _format_of_headers(headers: list[_Header], config: DataConfig) -> ImageFormat:
     if config.resolution is None and config.random_crop:
         raise UsageError("resolution must be given with random_crop, as the size of the crops: give --resolution")
+    if config.random_crop and config.center_crop:
+        raise UsageError("random_crop and center_crop must not be given together: leave out one of them")
     size = headers[0].size if config.resolution is None else to_size(config.resolution)
     unequal = [header for header in headers if config.resolution is None and header.size != size]
     if unequal:
