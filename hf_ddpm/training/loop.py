@@ -43,6 +43,7 @@ from hf_ddpm.runtime.seeds import CLASS, COLUMN, first_stratum, hashed_uniform, 
 from hf_ddpm.runtime.settings import with_plain_paths
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
+from hf_ddpm.training.augmentation import draw_transformations, told_parameters, transform
 from hf_ddpm.training.checkpoint import Progress, save_checkpoint
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.conditions import conditions_of_batch
@@ -349,15 +350,17 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
         with sharding.gradient_sync(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
             t, noise = draw(run, progress.step, slot, batch["positions"], pixels.shape[1:])
             condition = conditions_of_batch(run, batch, pixels)
-            loss = run.loss(
-                network if condition is None else with_condition(network, condition),
-                to_x_0(pixels, run.images.max_value),
-                hide_labels(config.seed, batch["positions"], labels, run.labels, config.class_dropout),
-                timesteps=t,
-                noise=noise,
-                extra_images=extra_images,
-                extra_labels=extra_labels,
-            )
+            x_0, parameters = augmented(run, to_x_0(pixels, run.images.max_value), batch["positions"])
+            with told_parameters(run.state.unet, parameters):
+                loss = run.loss(
+                    network if condition is None else with_condition(network, condition),
+                    x_0,
+                    hide_labels(config.seed, batch["positions"], labels, run.labels, config.class_dropout),
+                    timesteps=t,
+                    noise=noise,
+                    extra_images=extra_images,
+                    extra_labels=extra_labels,
+                )
             if loss.shape != (len(pixels),):
                 raise RunError(f"objective must return a loss for each image, ({len(pixels)},), got {(*loss.shape,)}")
             mean = loss.mean()
@@ -447,6 +450,25 @@ def draw(run: Run, step: int, slot: int, positions: Tensor, shape: Sequence[int]
     uniform, noise = image_draws(seed, positions, shape, run.device)
     first = (slot * run.config.train_batch_size + first_stratum(seed, step, count)) % count
     return run.objective.timesteps_from_uniform(uniform, first_index=first, global_batch_size=count), noise
+
+
+def augmented(run: Run, x_0: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Augment the images of a forward pass, if the run augments.
+
+    Args:
+        run: The run.
+        x_0: (B, C, H, W) float32 in [-1, 1].
+        positions: Where each image is in the endless stream, (B,) integers.
+
+    Returns:
+        The images, (B, C, H, W), and the parameters of each that the network is told; None: it has no place for them.
+    """
+    if not run.config.augment_probability:
+        return x_0, None
+    parameters = draw_transformations(
+        run.config.seed, positions, run.config.augment_probability, x_0.shape[2], x_0.shape[3]
+    )
+    return transform(x_0, parameters), parameters.to(x_0.device, non_blocking=True)
 
 
 def hide_labels(

@@ -40,7 +40,7 @@ def test_validation_changes_no_bit_of_training(config, tmp_path):
     train(config)
     without = replace(config, output_dir=str(tmp_path / "without"), eval_steps=None, eval_num_images=2000)
     train(without)
-    own = ("eval.jsonl", "best/", "figures/kid.png", "figures/val_loss.png")
+    own = ("eval.jsonl", "best/", "figures/kid.png", "figures/val_loss.png", "figures/training_")
     found = differences(Path(config.output_dir), Path(without.output_dir))
     assert [name for name in found if not name.startswith(own)] == []
 
