@@ -3,11 +3,11 @@
     python -m benchmarks.small_data.run digits 140 256 1400 --machine NAME
     python -m benchmarks.small_data.run FOLDER 2624 --recipe fashion-mnist --steps 2000 --machine NAME
 
-Of the images, as many as are asked for are trained on, the same ones by a shuffle of seed 0, and the last ones of the
-shuffle are held out, the same ones for each number. Each run is `hf-ddpm train` in a process of its own, without stable
-targets, once with `--augment_probability 0` and once with 0.12, and is validated a few times (`--eval_steps`). Appends
-a line to `rows.jsonl` for each run, and writes `table.md`, and `share-DATA.png` and `val_loss-DATA.png`, the curves of
-all lines of the data.
+The images are shuffled, by seed 0. The first ones, as many as are asked for, are trained on, and the last ones are
+held out, the same ones for each number. Each run is `hf-ddpm train` in a process of its own, without stable targets,
+once with `--augment_probability 0` and once with 0.12, and is validated a few times (`--eval_steps`). Appends a line
+to `rows.jsonl` for each run, and writes `table.md`, and `share-DATA.png` and `val_loss-DATA.png`, the curves of all
+lines of the data.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ VALUES = (
     "training_distance",
     "held_out_distance",
     "real_distance",
+)
+
+COLUMNS = (
+    *("data", "images", "augmented", "step", "epochs", "nearest to training", "by chance", "p", "copies", "distance"),
+    *("real", "KD", "loss"),
 )
 
 
@@ -122,17 +127,16 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     """Write a line for each validation of each run."""
     lines = [
         "Models of few images, by `python -m benchmarks.small_data.run`, with and without `--augment_probability`.",
-        "Epochs are those seen by then. Nearest to training is the share of samples that are nearer to a training image",
-        "than to any held-out one, and by chance what a model that does not memorize would have; p is the probability",
-        "of a share so large, if which images were held out had been decided afterwards (at least 0.0001). Copies are",
-        "less than a third as far from the nearest training image as from the second nearest. Distance is the median",
-        "over samples of the root mean square difference of pixels to the nearest training image, white being 1; real",
-        "is that of held-out images. KD is the kernel distance of samples to held-out images with its standard error,",
-        "by features of efficientnet-lite0, and loss that of held-out images; lower is better.",
+        "Epochs are those seen by then. Nearest to training is the share of samples that are nearer to a training",
+        "image than to any held-out one, and by chance what a model that does not memorize would have; p is the",
+        "probability of a share so large, if which images were held out had been decided afterwards, 0.0001 at least.",
+        "Copies are less than a third as far from the nearest training image as from the second nearest. Distance is",
+        "the median over samples of the root mean square difference of pixels to the nearest training image, white",
+        "being 1; real is that of held-out images. KD is the kernel distance of samples to held-out images with its",
+        "standard error, by features of efficientnet-lite0, and loss that of held-out images; lower is better.",
         "",
-        "| data | images | augmented | step | epochs | nearest to training | by chance | p | copies | distance | real "
-        "| KD | loss |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
     ]
     for row in rows:
         for line in row["validations"]:

@@ -176,8 +176,7 @@ class TrainingConfig(DataConfig):
     augment_probability: float = setting(
         0.0,
         "Augment images as EDM does (Karras et al. 2022, App. F.2): each transformation with this probability, of "
-        "which the network is told, so that samples are not transformed; 0: never. EDM takes 0.12 for CIFAR-10. "
-        "Few images, as docs/small-data.md shows, gain by it.",
+        "which the network is told, so that samples are not transformed; 0: never. EDM takes 0.12 for CIFAR-10.",
         group="objective",
         resume="fixed",
         at_least=0,

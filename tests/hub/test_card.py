@@ -138,7 +138,7 @@ def test_settings_table_finds_the_settings_of_ho_et_al_equal_but_for_the_average
     assert len(ho) == 16
     assert [name for name, row in ho.items() if row[2] != "same"] == ["Averaged weights (EMA)"]
     ours = rows()
-    assert len(ours) == 15
+    assert len(ours) == 16
     assert ours["Chain length T"] == ["500", "1,000", "**differs**"]
     assert ours["Noise schedule"][0] == "cosine"
     assert ours["Target averaged over"] == ["the image", "the image", "same"]
