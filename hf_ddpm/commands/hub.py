@@ -9,6 +9,7 @@ import typer
 
 from hf_ddpm.commands.options import Json, Model
 from hf_ddpm.commands.results import table_of_results
+from hf_ddpm.image_size import format_size, to_size
 from hf_ddpm.runtime.command_line import finish, option, report_errors, switch, table
 
 

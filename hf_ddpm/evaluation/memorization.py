@@ -35,7 +35,8 @@ Rows: TypeAlias = np.ndarray | Tensor
 
 MIN_SAMPLES = 20  # With fewer of them, Z is not close to normal.
 NUM_PAIRS = 8
-BLOCK_SIZE = 1024  # rows of queries and of database that are in memory in float64 at a time
+BLOCK_SIZE = 1024  # rows of queries and of database that are in memory in float64 at a time, if they are short
+BLOCK_VALUES = 2**24  # the most values of each
 _NUM_CANDIDATES = 4
 
 
@@ -133,17 +134,28 @@ def memorization(samples: Rows, training: Rows, held_out: Rows, *, quantile: flo
 
 
 def nearest(queries: Rows, database: Rows) -> tuple[Tensor, Tensor]:
-    """Find the nearest row of `database` to each row of `queries`, by L2 distance in float64.
+    """Find the nearest row of `database` to each row of `queries`, as `nearest_rows` does.
+
+    Returns:
+        Distances, (n,) float64, and indices, (n,) int64, on the CPU.
+    """
+    distances, indices = nearest_rows(queries, database, 1)
+    return distances[:, 0], indices[:, 0]
+
+
+def nearest_rows(queries: Rows, database: Rows, count: int) -> tuple[Tensor, Tensor]:
+    """Find the nearest rows of `database` to each row of `queries`, by L2 distance in float64.
 
     |q|^2 + |x|^2 - 2 q.x selects four candidates. |q - x| is then computed directly for each of them, so that a copy
-    has the distance 0. This takes about 8 b (4 d + b) bytes, where b is BLOCK_SIZE.
+    has the distance 0. This takes about 8 b (4 d + b) bytes, where b is BLOCK_SIZE, or less for rows of many values.
 
     Args:
         queries: (n, ...) of any numeric type; rows are flattened to d values.
         database: (m, ...) with m > 0. Of equal rows the first is found.
+        count: How many rows, k, at most 4; all of them if there are fewer.
 
     Returns:
-        Distances, (n,) float64, and indices, (n,) int64, on the CPU.
+        Distances, (n, k) float64, rising, and indices, (n, k) int64, on the CPU.
 
     Raises:
         UsageError: When `database` has no rows, rows have different lengths, or values are not finite.
@@ -154,25 +166,27 @@ def nearest(queries: Rows, database: Rows) -> tuple[Tensor, Tensor]:
             f"images must be compared with some, of as many values, got {tuple(queries.shape)} against "
             f"{tuple(database.shape)}: take pixels of one size, or features of one network, for all of them"
         )
-    distances, indices = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
-    for first in range(0, len(queries), BLOCK_SIZE):
-        q = _float_rows(queries, slice(first, first + BLOCK_SIZE))
-        # Sorted, so that argmin takes the first of equal rows.
-        candidates = _candidates(q, database).sort(dim=1).values
+    count = min(count, len(database))
+    distances, indices = [torch.empty(0, count, dtype=torch.float64)], [torch.empty(0, count, dtype=torch.int64)]
+    block_size = max(1, min(BLOCK_SIZE, BLOCK_VALUES // max(1, lengths[0])))
+    for first in range(0, len(queries), block_size):
+        q = _float_rows(queries, slice(first, first + block_size))
+        # Sorted, so that the first of equal rows is taken.
+        candidates = _candidates(q, database, block_size).sort(dim=1).values
         columns = [(q - _float_rows(database, i)).square().sum(dim=1) for i in candidates.T.numpy()]
         squares = torch.stack(columns, dim=1)
-        least = squares.argmin(dim=1, keepdim=True)
-        distances.append(squares.gather(1, least)[:, 0].sqrt())
-        indices.append(candidates.gather(1, least)[:, 0])
+        squares, order = squares.sort(dim=1, stable=True)
+        distances.append(squares[:, :count].sqrt())
+        indices.append(candidates.gather(1, order)[:, :count])
     return torch.cat(distances), torch.cat(indices)
 
 
-def _candidates(q: Tensor, database: Rows) -> Tensor:
+def _candidates(q: Tensor, database: Rows, block_size: int) -> Tensor:
     """Return the indices of the rows nearest to each row of q up to rounding, (b, 4), or (b, m) if m is less."""
     q_square = q.square().sum(dim=1, keepdim=True)
     squares, indices = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64)
-    for start in range(0, len(database), BLOCK_SIZE):
-        x = _float_rows(database, slice(start, start + BLOCK_SIZE))
+    for start in range(0, len(database), block_size):
+        x = _float_rows(database, slice(start, start + block_size))
         block_squares = torch.addmm(q_square + x.square().sum(dim=1), q, x.T, alpha=-2)
         squares = torch.cat([squares, block_squares], dim=1)
         indices = torch.cat([indices, torch.arange(start, start + len(x)).expand(len(q), -1)], dim=1)

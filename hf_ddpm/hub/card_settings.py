@@ -36,6 +36,7 @@ def settings_rows(recorded: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Averaged weights (EMA)", _average(settings), "0.9999 per step"),
         ("Dropout", "{dropout:g}", "0.1"),
         ("Images mirrored at random", _yes_or_no(settings, "random_flip"), "yes"),
+        ("Images augmented, told to the network", _augmentation(settings), "no"),
         ("Optimizer steps", "{steps:,}", "800,000"),
     ]
     filled = [(name, _fill(template, settings), theirs) for name, template, theirs in rows]
@@ -114,6 +115,10 @@ def _average(settings: Mapping[str, Any]) -> str:
         return average + ", at most {ema_rampup_ratio:g} of the images seen"
     k = "k" if settings.get("ema_inv_gamma") == 1 else "k / {ema_inv_gamma:g}"
     return f"{average}, at most 1 - (1 + {k})^-{{ema_power:g}} at step k"
+
+
+def _augmentation(settings: Mapping[str, Any]) -> str:
+    return "no" if settings.get("augment_probability") == 0 else "each transformation with {augment_probability:g}"
 
 
 def _yes_or_no(settings: Mapping[str, Any], name: str) -> str:

@@ -7,13 +7,14 @@ CLASS       whether the label of an image is hidden      (seed, position)
 COLUMN + c  whether its label in column c is hidden      (seed, position)
 TOP, LEFT   where an image is cropped                    (seed, position)
 CONDITION   noise of the image that it is made from      (seed, position)
+AUGMENT     how an image is augmented                    (seed, position)
 STEP + k    dropout of forward pass k of a step          (seed, number of the optimizer step)
 STRATUM     where the strata of t begin in a step        (seed, number of the optimizer step)
 
-The draws of IMAGE and CONDITION come from Philox4x32-10 (Salmon et al. 2011), which maps a counter of 128 bits, under
-a key of 64 bits, to 128 random bits. The key is the seed, the counter is (position, stream, block of the image). All
-images of a batch are drawn at once, on the device that needs them, and an image's draws do not depend on the batch it
-is in.
+The draws of IMAGE, CONDITION and AUGMENT come from Philox4x32-10 (Salmon et al. 2011), which maps a counter of 128
+bits, under a key of 64 bits, to 128 random bits. The key is the seed, the counter is (position, stream, block of the
+image). All images of a batch are drawn at once, on the device that needs them, and an image's draws do not depend on
+the batch it is in.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from hf_ddpm.runtime.errors import UsageError
 
 IMAGE, STEP = 1, 2
 # Beyond STEP + k for all k.
-FLIP, TOP, LEFT, STRATUM, CLASS, CONDITION = (2**31 + k for k in range(6))
+FLIP, TOP, LEFT, STRATUM, CLASS, CONDITION, AUGMENT = (2**31 + k for k in range(7))
 COLUMN = 2**32
 
 MAX_SEED = 2**63 - 1

@@ -60,6 +60,17 @@ def _check_relations(config: TrainingConfig) -> None:
             f"{config.stable_target_images}: its target would be a mean over all images of the same condition, and "
             "each has its own; leave it out"
         )
+    if config.augment_probability and config.makes_from_images:
+        raise UsageError(
+            f"augment_probability must be 0 for a model that makes images from images, got "
+            f"{config.augment_probability}: its conditions would have to be transformed alike; leave it out"
+        )
+    if config.augment_probability and config.stable_target_images:
+        raise UsageError(
+            f"augment_probability must be 0 with stable_target_images, got {config.augment_probability} with "
+            f"{config.stable_target_images}: the stable target is a mean over images that are not transformed; give "
+            "stable_target_images 0"
+        )
     if config.condition_noise and not config.makes_from_images:
         raise UsageError(
             f"condition_noise = {config.condition_noise} has no effect: give condition_column or super_resolution"

@@ -173,6 +173,15 @@ class TrainingConfig(DataConfig):
         only_with={"streaming": False},
     )
 
+    augment_probability: float = setting(
+        0.0,
+        "Augment images as EDM does (Karras et al. 2022, App. F.2): each transformation with this probability, of "
+        "which the network is told, so that samples are not transformed; 0: never. EDM takes 0.12 for CIFAR-10.",
+        group="objective",
+        resume="fixed",
+        at_least=0,
+        below=1,
+    )
     class_dropout: float = setting(
         CLASS_DROPOUT,
         "How often the label of an image is hidden from the network, which so learns images without a label, too; "

@@ -1,4 +1,4 @@
-"""The random draws of a step, by the seed, the step and the position of an image: t, noise, hidden labels."""
+"""The random draws of a step, by the seed, the step and the position of an image: t, noise, hidden labels, augmentation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from hf_ddpm.labels import Columns, Labels
 from hf_ddpm.prediction import hidden_labels
 from hf_ddpm.runtime.seeds import CLASS, COLUMN, first_stratum, hashed_uniform, image_draws
-from hf_ddpm.training.run import (
-    Run,
-)
+from hf_ddpm.training.augmentation import draw_transformations, transform
+from hf_ddpm.training.run import Run
 
 
 def draw(run: Run, step: int, slot: int, positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -36,6 +35,25 @@ def draw(run: Run, step: int, slot: int, positions: Tensor, shape: Sequence[int]
     uniform, noise = image_draws(seed, positions, shape, run.device)
     first = (slot * run.config.train_batch_size + first_stratum(seed, step, count)) % count
     return run.objective.timesteps_from_uniform(uniform, first_index=first, global_batch_size=count), noise
+
+
+def augmented(run: Run, x_0: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Augment the images of a forward pass, if the run augments.
+
+    Args:
+        run: The run.
+        x_0: (B, C, H, W) float32 in [-1, 1].
+        positions: Where each image is in the endless stream, (B,) integers.
+
+    Returns:
+        The images, (B, C, H, W), and the parameters of each that the network is told; None: it has no place for them.
+    """
+    if not run.config.augment_probability:
+        return x_0, None
+    parameters = draw_transformations(
+        run.config.seed, positions, run.config.augment_probability, x_0.shape[2], x_0.shape[3]
+    )
+    return transform(x_0, parameters), parameters.to(x_0.device, non_blocking=True)
 
 
 def hide_labels(

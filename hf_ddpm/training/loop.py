@@ -41,11 +41,12 @@ from hf_ddpm.runtime.seeds import seed_step
 from hf_ddpm.runtime.settings import with_plain_paths
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
+from hf_ddpm.training.augmentation import told_parameters
 from hf_ddpm.training.checkpoint import Progress, save_checkpoint
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.conditions import conditions_of_batch
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.draws import draw, hide_labels
+from hf_ddpm.training.draws import augmented, draw, hide_labels
 from hf_ddpm.training.dry_run import estimate_cost, print_cost
 from hf_ddpm.training.loader import (
     Loader,
@@ -348,15 +349,17 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
         with sharding.gradient_sync(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
             t, noise = draw(run, progress.step, slot, batch["positions"], pixels.shape[1:])
             condition = conditions_of_batch(run, batch, pixels)
-            loss = run.loss(
-                network if condition is None else with_condition(network, condition),
-                to_x_0(pixels, run.images.max_value),
-                hide_labels(config.seed, batch["positions"], labels, run.labels, config.class_dropout),
-                timesteps=t,
-                noise=noise,
-                extra_images=extra_images,
-                extra_labels=extra_labels,
-            )
+            x_0, parameters = augmented(run, to_x_0(pixels, run.images.max_value), batch["positions"])
+            with told_parameters(run.state.unet, parameters):
+                loss = run.loss(
+                    network if condition is None else with_condition(network, condition),
+                    x_0,
+                    hide_labels(config.seed, batch["positions"], labels, run.labels, config.class_dropout),
+                    timesteps=t,
+                    noise=noise,
+                    extra_images=extra_images,
+                    extra_labels=extra_labels,
+                )
             if loss.shape != (len(pixels),):
                 raise RunError(f"objective must return a loss for each image, ({len(pixels)},), got {(*loss.shape,)}")
             mean = loss.mean()

@@ -18,7 +18,13 @@ from hf_ddpm.training.config import CLASS_DROPOUT, TrainingConfig
 # A part -> the settings that describe it.
 _REPLACED = {
     "dataset": ("dataset_name", "train_data_dir", "train_split", "dataset_config_name", "streaming", "eval_steps"),
-    "network": ("model_config_name_or_path", "init_from", "dropout", "enable_xformers_memory_efficient_attention"),
+    "network": (
+        "model_config_name_or_path",
+        "init_from",
+        "dropout",
+        "enable_xformers_memory_efficient_attention",
+        "augment_probability",
+    ),
     "objective": ("loss_weighting", "min_snr_gamma"),
 }
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from hf_ddpm import figures
 from hf_ddpm.data.conditions import example_pairs
+from hf_ddpm.evaluation.training_share import SIGNIFICANCE
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import read_metrics, write_atomically
 from hf_ddpm.sampling.sampler import grid_by_label, labels_in_turn, sample_all, sheet_by_label
@@ -22,11 +23,13 @@ from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import swap_in
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.metrics import LinesFile
-from hf_ddpm.training.run import FREE_SPACE, Run, print_once, track_values, try_to_track, try_to_write
+from hf_ddpm.training.run import FREE_SPACE, Run, print_once, send_alert, track_values, try_to_track, try_to_write
 from hf_ddpm.training.saving import pipeline_of, save_model
 from hf_ddpm.training.validation import VALIDATION_SETTINGS, measure_validation
 
 MIN_STEPS_BETWEEN = 10
+# The values of a validation that trackers get.
+TRACKED = ("kid", "val_loss", "psnr", "training_share", "copied_share", "training_distance")
 
 
 def save_preview(run: Run, step: int, has_bar: bool = False) -> Image.Image:
@@ -132,11 +135,28 @@ def validate(run: Run, progress: Progress, evaluations: LinesFile) -> None:
         problem = evaluations.write(record)
         if problem is not None:
             print_once(run.processes, f"eval.jsonl cannot be written now, its lines wait: {problem}. {FREE_SPACE}")
-    track_values(
-        run, {name: measured[name] for name in ("kid", "val_loss", "psnr") if name in measured}, progress.step
-    )
+    track_values(run, {name: measured[name] for name in TRACKED if name in measured}, progress.step)
+    if memorizes(measured) and not any(memorizes(line) for line in earlier):
+        text = describe_memorization(measured, progress.step)
+        print_once(run.processes, text)
+        send_alert(run, "the model memorizes", text)
     if measured["kid"] is not None and measured["kid"] <= min(earlier_distances, default=math.inf):
         _save_best(run, record)
+
+
+def memorizes(measured: dict[str, Any]) -> bool:
+    """Return whether more samples are nearest to a training image than chance explains, in a line of eval.jsonl."""
+    return measured.get("training_share_p_value", 1.0) <= SIGNIFICANCE
+
+
+def describe_memorization(measured: dict[str, Any], step: int) -> str:
+    """Return in words what was measured of memorization, and what helps."""
+    return (
+        f"memorization is measured at step {step}: {measured['training_share']:.1%} of the samples are nearer to a "
+        f"training image than to any held-out one, by chance {measured['training_share_by_chance']:.1%} "
+        f"(p = {measured['training_share_p_value']:.2g}), and {measured['copied_share']:.1%} are copies of one. More "
+        "images, fewer steps or --augment_probability help; best holds the model of the least kernel distance"
+    )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from hf_ddpm.network import require_finite
 from hf_ddpm.pipeline import GUIDE_FOLDER, DDPMPipeline
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.training.augmentation import without_map
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.folder import forget_replaced
 from hf_ddpm.training.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
@@ -65,7 +66,9 @@ def save_snapshot(run: Run, progress: Progress) -> None:
     parts_done = count * progress.images // run.total_images
     if run.state.ema is None or parts_done == count * images_before_step // run.total_images:
         return
-    averages = {std: full_tensors(run.names, run.state.ema.averages[f"std-{std:g}"]) for std in TRACKED_STDS}
+    averages = {
+        std: without_map(full_tensors(run.names, run.state.ema.averages[f"std-{std:g}"])) for std in TRACKED_STDS
+    }
     path = snapshot_path(run.output_dir, progress.images)
     if run.is_main:
         try_to_write(run, lambda: write_atomically(path, snapshot_bytes(progress.images, averages)))
@@ -88,7 +91,7 @@ def save_guide(run: Run, progress: Progress) -> None:
 def averaged_unet(run: Run, average: list[Tensor] | None) -> Any:
     """Return the network with averaged weights, or its own, on the CPU; all processes call it."""
     unet = run.state.unet
-    weights = full_tensors(run.names, run.parameters if average is None else average)
+    weights = without_map(full_tensors(run.names, run.parameters if average is None else average))
     buffers = {name: buffer.cpu() for name, buffer in unet.named_buffers() if name in unet.state_dict()}
     # Other networks may have buffers that are not among their weights.
     with torch.device("meta" if isinstance(unet, UNet2DModel) else "cpu"):

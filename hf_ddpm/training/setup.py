@@ -33,6 +33,7 @@ from hf_ddpm.runtime.files import lock
 from hf_ddpm.runtime.processes import Processes, share_cores
 from hf_ddpm.runtime.run_files import REPLACED_RUN
 from hf_ddpm.training import sharding
+from hf_ddpm.training.augmentation import attach_map
 from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import Progress, TrainingState, load_checkpoint
 from hf_ddpm.training.conditions import condition_of
@@ -113,6 +114,8 @@ def build_run(
     scheduler = make_scheduler(config)
     objective = make_objective(config, scheduler, images.max_value, labels)
     new_unet = make_network(config, images, labels, condition, start.checkpoint, parts.network)
+    if config.augment_probability:
+        attach_map(new_unet)
     optimizer = make_optimizer(new_unet, config)
     if labels is not None and takes_floats(labels):
         sharding.keep_inputs(accelerator)

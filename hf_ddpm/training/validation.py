@@ -5,6 +5,8 @@
                  a learned variance, plus 0.001 T L_t, as in training
     levels       the means of val_loss over tenths of [0, T), from little noise to much
     by_class     kid and val_loss of each class of which there are enough images
+    memorization how near samples are to training and to held-out images (evaluation/training_share.py), where images
+                 are made from noise alone and not streamed
     psnr         where images are made from images: how near the samples come to the held-out images themselves
 
 Images that are made from images are made from the held-out conditions, one sample for each, without noise on these.
@@ -36,10 +38,11 @@ from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.evaluation.fidelity import mean_of, psnr
+from hf_ddpm.evaluation.training_share import RealImages, compare_samples, nearest_images, summarize
 from hf_ddpm.labels import Labels
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
-from hf_ddpm.plots import Curve, draw_curves
+from hf_ddpm.plots import Curve, Level, draw_curves
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_metrics
 from hf_ddpm.runtime.format import finite_or_none
@@ -51,6 +54,8 @@ from hf_ddpm.training.config import TrainingConfig
 # They stand in each line of eval.jsonl: only distances by one network and to one set of images make a curve.
 VALIDATION_SETTINGS = ("eval_network", "eval_split", "eval_num_images")
 NUM_LEVELS = 10
+# Samples are compared with at most so many training images, which hold at most so many values.
+MAX_TRAINING_IMAGES, MAX_TRAINING_VALUES = 10_000, 2**29
 BATCH_SIZE = 64
 
 
@@ -68,6 +73,8 @@ class Validation:
         condition: What images are made from; None: from noise alone.
         column: Where they are made from those of a column, these, (n, C', H, W) uint8 or int32, on the CPU.
         column_max_value: The value of white in the column.
+        real: What samples are compared with for memorization; None: they are not.
+        real_distance: The median distance of the held-out images of `real` to its training images.
     """
 
     network: FeatureNetwork
@@ -79,6 +86,8 @@ class Validation:
     condition: Condition | None = None
     column: Tensor | None = None
     column_max_value: int = 255
+    real: RealImages | None = None
+    real_distance: float | None = None
 
     def conditions(self, numbers: np.ndarray, device: torch.device) -> Tensor | None:
         """Return the conditions of the images with these numbers, (B, C', H, W) in [-1, 1]; None: there are none."""
@@ -140,12 +149,23 @@ def open_validation(
         rows = epoch_order(0, 0, len(held_out))[: config.eval_num_images]
         pixels, network_labels = _copy(with_network_labels(held_out, labels), rows)
         column, column_max_value = _copy_conditions(config, held_out, condition, rows)
+        real = None if condition is not None else _real_images(config, images, pixels)
     parts = [network(_to_uint8(pixels[part], images.max_value)) for part in _batches(processes, len(pixels))]
     features = processes.gather_rows(torch.cat(parts), len(pixels))
     # An image that is made from another one has as many samples as there are others.
     num_samples = config.eval_num_images if condition is None else len(pixels)
     return Validation(
-        network, pixels, images.max_value, network_labels, features, num_samples, condition, column, column_max_value
+        network,
+        pixels,
+        images.max_value,
+        network_labels,
+        features,
+        num_samples,
+        condition,
+        column,
+        column_max_value,
+        real,
+        None if real is None else _distance_of_held_out(real, processes),
     )
 
 
@@ -160,7 +180,8 @@ def measure_validation(
 ) -> dict[str, Any]:
     """Return `kid`, its `kid_standard_error`, `val_loss`, `levels` and `by_class`, the same on all processes.
 
-    Where images are made from images, also `psnr` and `psnr_standard_error`.
+    Where images are made from images, also `psnr` and `psnr_standard_error`; else what `summarize` returns, and
+    `real_distance`.
 
     Args:
         pipeline: The pipeline to sample, its network in eval mode.
@@ -169,7 +190,8 @@ def measure_validation(
     loss, t = _held_out_loss(validation, processes, pipeline, objective, device)
     level = (t * NUM_LEVELS / len(objective.scheduler)).long()
     levels = [float(loss[level == k].mean()) if (level == k).any() else None for k in range(NUM_LEVELS)]
-    features, sample_labels, fidelity = _measure_samples(validation, processes, pipeline, num_inference_steps, device)
+    samples, sample_labels = _sample(validation, processes, pipeline, num_inference_steps, device)
+    features, fidelity, memorized = _measure_samples(validation, processes, samples)
     kid, standard_error = kernel_distance(features, validation.features)
     nearness = {} if fidelity is None else mean_of(fidelity)._asdict()
     return {
@@ -178,6 +200,7 @@ def measure_validation(
         "val_loss": finite_or_none(float(loss.mean())),
         "levels": levels,
         "by_class": measure_classes(validation, pipeline.classes, loss, features, sample_labels),
+        **memorized,
         **{{"value": "psnr"}.get(name, f"psnr_{name}"): value for name, value in nearness.items()},
     }
 
@@ -233,18 +256,16 @@ def _held_out_loss(
     return loss, t
 
 
-def _measure_samples(
+def _sample(
     validation: Validation,
     processes: Processes,
     pipeline: DDPMPipeline,
     num_inference_steps: int,
     device: torch.device,
-) -> tuple[Tensor, list[Any] | None, Tensor | None]:
-    """Measure the samples of the seeds 0, 1, ...
+) -> tuple[Tensor, list[Any] | None]:
+    """Return the samples of the seeds 0, 1, ..., (num_samples, C, R, R) uint8, and their labels, if there are any.
 
-    Returns:
-        Their features, (num_samples, d); their labels, if there are any; and the PSNR of each, (num_samples,), where
-        sample i is made from the condition of image i.
+    Where images are made from images, sample i is made from the condition of image i.
     """
     seeds = range(validation.num_samples)
     conditions, labels = validation.conditions(np.arange(len(seeds)), device), labels_in_turn(pipeline.labels, seeds)
@@ -260,21 +281,65 @@ def _measure_samples(
         class_labels=labels,
         conditions=conditions,
     )
-    parts = _batches(processes, len(seeds))
-    features = processes.gather_rows(torch.cat([validation.network(samples[part]) for part in parts]), len(seeds))
-    if conditions is None:
-        return features, labels, None
-    truth = [to_x_0(validation.images[part], validation.max_value) / 2 + 0.5 for part in parts]
-    rows = [psnr(samples[part] / 255, images) for part, images in zip(parts, truth, strict=True)]
-    return features, labels, processes.gather_rows(torch.cat(rows), len(seeds))
+    return samples, labels
+
+
+def _measure_samples(
+    validation: Validation, processes: Processes, samples: Tensor
+) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+    """Measure the samples.
+
+    Returns:
+        Their features, (num_samples, d); where images are made from images, the PSNR of each, (num_samples,); and
+        what is recorded of memorization.
+    """
+    count = len(samples)
+    parts = _batches(processes, count)
+    features = processes.gather_rows(torch.cat([validation.network(samples[part]) for part in parts]), count)
+    memorized, fidelity = {}, None
+    if validation.real is not None:
+        rows = compare_samples(samples[np.concatenate(parts)].cpu(), validation.real)
+        memorized = summarize(processes.gather_rows(rows, count), validation.real)
+        memorized["real_distance"] = validation.real_distance
+    if validation.condition is not None:
+        truth = [to_x_0(validation.images[part], validation.max_value) / 2 + 0.5 for part in parts]
+        rows = [psnr(samples[part] / 255, images) for part, images in zip(parts, truth, strict=True)]
+        fidelity = processes.gather_rows(torch.cat(rows), count)
+    return features, fidelity, memorized
+
+
+def _real_images(config: TrainingConfig, images: Any, held_out: Tensor) -> RealImages | None:
+    """Return what samples are compared with; None for images that are streamed, or too few.
+
+    Args:
+        images: The images of training.
+        held_out: (n, C, R, R) uint8 or int32.
+    """
+    if not isinstance(images, ImageCache) or len(images) < 2:
+        return None
+    count = min(MAX_TRAINING_IMAGES, max(2, MAX_TRAINING_VALUES // held_out[0].numel()))
+    pixels = fixed_pixels(images, epoch_order(0, 0, len(images))[:count])
+    training = torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32))
+    uint8 = (_to_uint8(pixels, images.max_value) for pixels in (training, held_out))
+    return RealImages(*uint8, is_mirrored=config.random_flip)
+
+
+def _distance_of_held_out(real: RealImages, processes: Processes) -> float:
+    """Return the median distance of held-out images to the nearest training image."""
+    share = np.array(processes.split_evenly(len(real.held_out)))
+    distances, _ = nearest_images(real.held_out[share], real.training, real.is_mirrored)
+    return float(processes.gather_rows(distances[:, 0], len(real.held_out)).median())
 
 
 def draw_validation_curves(records: list[dict[str, Any]], folder: Path) -> None:
-    """Draw what was validated over the images seen: `kid.png`, `val_loss.png` and `psnr.png` in `folder`.
+    """Draw what was validated over the images seen.
+
+    These are `kid.png`, `val_loss.png`, `psnr.png`, `training_distance.png` and `training_share.png` in `folder`.
 
     Args:
         records: The lines of eval.jsonl. A picture without a value is not drawn.
     """
+    _draw_memorization(records, folder)
     for name, title, y_label, better in (
         ("kid", "Distance of samples to held-out images", "kernel distance", "lower"),
         ("val_loss", "Loss on held-out images", "mean loss over all t", "lower"),
@@ -299,6 +364,41 @@ def draw_validation_curves(records: list[dict[str, Any]], folder: Path) -> None:
             y_label=f"{y_label}\n({better} is better)",
             y_from_zero=name == "kid",
         )
+
+
+def _draw_memorization(records: list[dict[str, Any]], folder: Path) -> None:
+    measured = [record for record in records if "training_share" in record]
+    if not measured:
+        return
+    x = [record["images"] for record in measured]
+
+    def curve(label: str, name: str) -> Curve:
+        return Curve(label, x, [record[name] for record in measured])
+
+    draw_curves(
+        folder / "training_distance.png",
+        [
+            curve("samples to training images", "training_distance"),
+            curve("samples to held-out images", "held_out_distance"),
+        ],
+        title="Distance to the nearest image",
+        x_label="training images seen",
+        y_label="median distance of pixels",
+        y_from_zero=True,
+        level=Level("held-out images to training images", measured[-1]["real_distance"]),
+    )
+    draw_curves(
+        folder / "training_share.png",
+        [
+            curve("nearest image is a training image", "training_share"),
+            curve("copies of a training image", "copied_share"),
+        ],
+        title="Memorization",
+        x_label="training images seen",
+        y_label="share of samples",
+        y_from_zero=True,
+        level=Level("nearest, by chance", measured[-1]["training_share_by_chance"]),
+    )
 
 
 def _copy(images: ImageCache, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:

@@ -135,10 +135,10 @@ def test_settings_table_finds_the_settings_of_ho_et_al_equal_but_for_the_average
 
     training = {"global_batch_size": 128, "steps": 800_000}
     ho = rows(config=CONFIG | HO_2020, run={"training": training}, scheduler={}, unet={})
-    assert len(ho) == 15
+    assert len(ho) == 16
     assert [name for name, row in ho.items() if row[2] != "same"] == ["Averaged weights (EMA)"]
     ours = rows()
-    assert len(ours) == 15
+    assert len(ours) == 16
     assert ours["Chain length T"] == ["500", "1,000", "**differs**"]
     assert ours["Noise schedule"][0] == "cosine"
     assert ours["Target averaged over"] == ["the image", "the image", "same"]

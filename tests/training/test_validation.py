@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -40,7 +41,7 @@ def test_validation_changes_no_bit_of_training(config, tmp_path):
     train(config)
     without = replace(config, output_dir=str(tmp_path / "without"), eval_steps=None, eval_num_images=2000)
     train(without)
-    own = ("eval.jsonl", "best/", "figures/kid.png", "figures/val_loss.png")
+    own = ("eval.jsonl", "best/", "figures/kid.png", "figures/val_loss.png", "figures/training_")
     found = differences(Path(config.output_dir), Path(without.output_dir))
     assert [name for name in found if not name.startswith(own)] == []
 
@@ -75,6 +76,35 @@ def test_validation_is_equal_over_processes_and_after_a_kill(config, tmp_path):
     for a, b in zip(measured(two.output_dir), measured(config.output_dir), strict=True):
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
         assert a["kid"] == pytest.approx(b["kid"], rel=1e-2, abs=1e-4)
+        for name in ("training_distance", "held_out_distance", "real_distance"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_memorization_is_said_once_and_drawn(config, tmp_path, capsys):
+    # Near gray, as what a network that has learned nothing makes of noise is, and black and white pixels.
+    rng = np.random.default_rng(0)
+    for split, count, low, high in (("train", 16, 100, 156), ("test", 8, 0, 256)):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(low, high, (8, 8)) if split == "train" else 255 * rng.integers(0, 2, (8, 8))
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / split / f"{i}.png")
+    config = replace(config, dataset_name=str(tmp_path / "data"), eval_num_images=200)
+    train(config)
+    records = measured(config.output_dir)
+    assert len(records) == 3
+    for record in records:
+        assert record["training_share"] > record["training_share_by_chance"] == 16 / 24
+        assert record["training_share_p_value"] <= 0.001
+        assert record["training_distance"] < record["held_out_distance"]
+        assert 0 < record["training_distance"] < record["real_distance"] < 1
+    said = capsys.readouterr().err
+    assert said.count("memorization is measured at step") == 1
+    assert "memorization is measured at step 2: " in said
+    for name in ("training_distance", "training_share"):
+        assert f"figures/{name}.png" in Path(config.output_dir, "README.md").read_text()
+        with Image.open(Path(config.output_dir) / "figures" / f"{name}.png") as picture:
+            picture.load()
 
 
 @pytest.mark.slow
