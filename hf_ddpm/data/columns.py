@@ -24,7 +24,7 @@ def choose_columns(dataset: Any, config: DataConfig, with_conditions: bool = Fal
 
     if config.condition_column is not None:
         _check_condition_column(dataset.features, config.condition_column)
-    column, labels = _image_column(dataset.features, config), label_columns(config.label_column, dataset.features)
+    column, labels = image_column(dataset.features, config), label_columns(config.label_column, dataset.features)
     if config.condition_column == column:
         raise UsageError(
             f"condition_column must name a second column of images, got {column!r}, the first one: --condition_column"
@@ -116,7 +116,12 @@ def _check_condition_column(features: Any, column: str) -> None:
         )
 
 
-def _image_column(features: Any, config: DataConfig) -> str:
+def image_column(features: Any, config: DataConfig) -> str:
+    """Return the name of the column of images.
+
+    Raises:
+        UsageError: When it must be named, does not exist, or holds something else.
+    """
     column = config.image_column
     image_columns = [name for name, feature in features.items() if _holds_images(feature)]
     if column is None:

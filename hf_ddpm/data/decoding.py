@@ -8,6 +8,7 @@ image_format.py says what format it gets, and planes.py how the array is made.
 
 from __future__ import annotations
 
+import errno
 import io
 import threading
 from collections.abc import Iterable
@@ -76,6 +77,8 @@ def with_bytes(encoded: Any) -> Any:
     except FileNotFoundError:
         raise
     except Exception as error:  # File systems and clients share no base class of errors.
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:  # a link to itself leads to no file
+            raise FileNotFoundError(*error.args) from error
         raise NotFetchedError(in_one_line(error, with_type=True)) from error
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, list_images
+from hf_ddpm.data.image_folder import files_below, list_images
+from hf_ddpm.data.metadata import METADATA_NAMES
 from hf_ddpm.data.sources import Source, as_usage_errors, open_dataset
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
@@ -100,11 +101,15 @@ def _names_and_sizes(source: Source) -> list[tuple[str, int]]:
     assert source.folder is not None
     if source.kind == "images":
         paths = [path for path in files_below(source.folder) if path.name in METADATA_NAMES]
-        paths += list_images(source.folder).images
+        paths += list_images(source.folder).images + list_images(source.folder).files_elsewhere
     else:
         ends = {"digits": (".parquet",), "saved": (".arrow", "state.json")}[source.kind]
         paths = [path for path in files_below(source.folder) if path.name.endswith(ends)]
-    return [(path.relative_to(source.folder).as_posix(), path.stat().st_size) for path in paths if path.exists()]
+    return [(_name_from(path, source.folder), path.stat().st_size) for path in paths if path.exists()]
+
+
+def _name_from(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def row_groups_from(dataset: Any, file: str, first_row: int) -> tuple[list[Any], int]:

@@ -8,7 +8,6 @@ column     the images of a source stand in one column of its table, and perhaps 
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import re
 import tarfile
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.held_out import HELD_OUT_SPLIT, Parts, divide, is_held_out
 from hf_ddpm.data.image_folder import (
     ImageFolder,
     list_images,
@@ -117,7 +117,24 @@ def find_source(config: DataConfig) -> Source:
         raise UsageError(
             f"dataset_config_name has no effect on {given!r}, got {config.dataset_config_name!r}: leave it out"
         )
+    _check_eval_fraction(config, source)
     return source
+
+
+def _check_eval_fraction(config: DataConfig, source: Source) -> None:
+    """Refuse `eval_fraction` beside a split that has the name of what it would hold out."""
+    if config.eval_fraction is None:
+        return
+    splits = [*source.splits]
+    if source.kind == "saved" and source.folder is not None and (source.folder / HELD_OUT_SPLIT).is_dir():
+        splits = [HELD_OUT_SPLIT]
+    taken = [name for name in splits if split_kind(name) == HELD_OUT_SPLIT]
+    if taken or config.train_split == HELD_OUT_SPLIT:
+        raise UsageError(
+            f"eval_fraction must be left out where there is a split {HELD_OUT_SPLIT!r}, got {config.eval_fraction:g} "
+            f"and {(taken or [config.train_split])[0]!r} of {source.name!r}: evaluate on that, or name the folder to "
+            "train on alone"
+        )
 
 
 def _folder_source(option: str, folder: Path, train_split: str | None) -> Source:
@@ -139,6 +156,8 @@ def _folder_source(option: str, folder: Path, train_split: str | None) -> Source
     if train_split is not None:
         return Source(option, "images", name, *_chosen_split(folder, listed, train_split))
     splits = split_folders(folder, listed.images)
+    if not splits:
+        _refuse_splits_in_classes(option, folder, listed)
     trained = [path for split, path in splits.items() if split_kind(split) == "train"]
     if splits and len(trained) != 1:
         raise UsageError(
@@ -146,6 +165,19 @@ def _folder_source(option: str, folder: Path, train_split: str | None) -> Source
             f"{str(folder)!r}: give --train_split NAME"
         )
     return Source(option, "images", name, trained[0] if splits else folder, splits)
+
+
+def _refuse_splits_in_classes(option: str, folder: Path, listed: ImageFolder) -> None:
+    """Refuse folders of splits in each of the folders of classes: all images would be trained on."""
+    names = {path.parent.name for path in listed.images if path.parent != folder}
+    kinds = {split_kind(name) for name in names}
+    if None not in kinds and "train" in kinds and len(kinds) > 1:
+        last = listed.images[-1].parent
+        raise UsageError(
+            f"{option} must hold folders of splits above those of classes, got "
+            f"{last.relative_to(folder).as_posix()!r} in {str(folder)!r}: move the images to "
+            f"{last.name}/{last.parent.name}"
+        )
 
 
 def _chosen_split(folder: Path, listed: ImageFolder, train_split: str) -> tuple[Path, dict[str, Path]]:
@@ -192,7 +224,7 @@ def open_dataset(
     Args:
         config: The settings of the data.
         split: The name of the split; only a parquet folder and a data set on the Hub have others than that of
-            training, which is the default.
+            training, which is the default, and what `eval_fraction` holds out of it.
         split_option: The setting by which the user named the split, for error messages.
         with_conditions: Whether the column that `condition_column` names comes last.
 
@@ -200,13 +232,61 @@ def open_dataset(
         UsageError: When the source cannot be loaded, has no such split, is empty, or lacks the columns that the
             settings name.
     """
-    source, split = find_source(config), split or config.train_split or "train"
-    with as_usage_errors(source, config, split, split_option):
-        loaded = _load_split(source, config, split)
+    source = find_source(config)
+    loaded = open_table(config, split, split_option)
+    if config.eval_fraction is not None and split in (None, "train", config.train_split, HELD_OUT_SPLIT):
+        parts = divide(loaded, folder_of_images(source), config)
+        loaded = loaded.select(parts.held_out if split == HELD_OUT_SPLIT else parts.trained)
+    if config.label_column == "label" and source.kind == "images" and "label" not in loaded.column_names:
+        assert source.folder is not None
+        _explain_uneven_classes(list_images(source.folder))
     dataset: Any = choose_columns(loaded, config, with_conditions)
     if len(dataset) == 0:
         raise no_images_error(source)
     return dataset
+
+
+def open_table(config: DataConfig, split: str | None = None, split_option: str = "split") -> Any:
+    """Open a split with all its columns, and all its rows: what is held out is still in the split to train on.
+
+    Args:
+        config: The settings of the data.
+        split: As of `open_dataset`.
+        split_option: As of `open_dataset`.
+
+    Raises:
+        UsageError: When the source cannot be loaded, or has no such split.
+    """
+    trained = config.train_split or "train"
+    split = trained if split is None or is_held_out(config, split) else split
+    source = find_source(config)
+    with as_usage_errors(source, config, split, split_option):
+        return _load_split(source, config, split)
+
+
+def divide_training(config: DataConfig) -> Parts:
+    """Divide the rows of the split that is trained on by `eval_fraction`; see `divide`."""
+    return divide(open_table(config), folder_of_images(find_source(config)), config)
+
+
+def folder_of_images(source: Source) -> Path | None:
+    """Return the folder of a folder of images; None for other sources."""
+    return source.folder if source.kind == "images" else None
+
+
+def _explain_uneven_classes(listed: ImageFolder) -> None:
+    """Name two images because of which folders are no classes, if there are any.
+
+    Raises:
+        UsageError: When not all images are equally deep.
+    """
+    by_depth = {len(path.parts): path.relative_to(listed.folder).as_posix() for path in listed.images}
+    if len(by_depth) > 1:
+        shallow, deep = by_depth[min(by_depth)], by_depth[max(by_depth)]
+        raise UsageError(
+            f"label_column 'label' is the folder of each image, and all must be equally deep, got {shallow!r} beside "
+            f"{deep!r}: move one, or name the classes in metadata.csv"
+        )
 
 
 def _load_split(source: Source, config: DataConfig, split: str) -> Any:
@@ -219,12 +299,7 @@ def _load_split(source: Source, config: DataConfig, split: str) -> Any:
     if source.kind == "digits":
         return datasets.load_dataset("parquet", data_files={"train": str(folder / "digits.parquet")}, **options)
     if source.kind == "images":
-        listed = list_images(folder)
-        if not listed.has_metadata:
-            return open_images(listed)
-        options["split"] = "train"
-        pattern = f"{glob.escape(str(folder))}/**"
-        return datasets.load_dataset("imagefolder", data_files={"train": pattern}, **options)
+        return open_images(list_images(folder), is_checked=config.on_bad_image == "raise")
     if source.kind == "parquet":
         return datasets.load_dataset(str(folder), config.dataset_config_name, **options)
     saved = datasets.load_from_disk(str(folder))
@@ -248,6 +323,8 @@ def as_usage_errors(
             # Otherwise `datasets` reports local folders over the network too, and waits for seconds without one.
             hf_config.HF_UPDATE_DOWNLOAD_COUNTS = False
         yield
+    except UsageError:
+        raise
     except IndexError as error:  # `datasets` raises it for a folder that it saved without rows.
         raise no_images_error(source) from error
     except (OSError, ValueError, RuntimeError, DatasetsError, zipfile.BadZipFile, tarfile.TarError) as error:

@@ -86,7 +86,7 @@ def test_files_that_are_not_read_are_counted(folder: Path) -> None:
     np.save(folder / "d.npy", np.zeros(3))
     (folder / "e.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n")
     (folder / ".hidden.png").write_bytes(b"")
-    said = describe_unread(cache_config(folder), 2)
+    said = describe_unread(cache_config(folder))
     assert said == (
         "not read: 1 .eps, 2 .heic (pip install pillow-heif), 1 .jxl (pip install pillow-jxl-plugin), 1 .npy"
     )
@@ -99,7 +99,7 @@ def test_grid_beside_samples_is_no_image_of_the_set(folder: Path) -> None:
     assert len(names(folder)) == 2
     (folder / "samples.json").write_text("{}")
     assert names(folder) == ["001.png"]
-    assert "1 grid.png of `hf-ddpm sample`" in describe_unread(cache_config(folder), 1)
+    assert "1 grid.png of `hf-ddpm sample`" in describe_unread(cache_config(folder))
 
 
 def test_images_that_the_metadata_do_not_name_are_counted(folder: Path) -> None:
@@ -107,7 +107,7 @@ def test_images_that_the_metadata_do_not_name_are_counted(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"00{i}.png"}) + "\n" for i in range(4)))
     images = load_images(cache_config(folder))
     assert len(images) == 4
-    assert describe_unread(cache_config(folder), 4) == "not read: 2 images that no row of the metadata names"
+    assert describe_unread(cache_config(folder)) == "not read: 2 images that no row of the metadata names"
 
 
 def test_archive_beside_images_is_not_opened(folder: Path) -> None:
@@ -116,7 +116,7 @@ def test_archive_beside_images_is_not_opened(folder: Path) -> None:
     save_grays(folder / "odd", 2)
     (folder / "old.zip").write_bytes(b"PK broken")
     assert len(load_images(cache_config(folder, label_column="label"))) == 4
-    assert describe_unread(cache_config(folder), 4) == "not read: 1 .zip (unpack it)"
+    assert describe_unread(cache_config(folder)) == "not read: 1 .zip (unpack it)"
 
 
 def test_folder_without_images_says_what_it_holds(folder: Path) -> None:

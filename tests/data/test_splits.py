@@ -94,7 +94,7 @@ def test_folders_named_like_splits_are_not_trained_on(folder: Path, trained: str
     config = cache_config(folder)
     assert len(load_images(config)) == 3
     assert open_stream(replace(config, streaming=True)).num_images == 3
-    assert describe_unread(config, 3) == f"not read: the folder '{Path(held_out).name}'"
+    assert describe_unread(config) == f"not read: the folder '{Path(held_out).name}'"
     for name in (split, Path(held_out).name):
         with open_split(config, name, "eval_split") as images:
             assert len(images) == 2
@@ -114,7 +114,7 @@ def test_folders_without_images_beside_splits_say_nothing(folder: Path) -> None:
     (folder / "annotations").mkdir()
     (folder / "annotations" / "all.json").write_text("{}")
     assert len(load_images(cache_config(folder))) == 3
-    assert describe_unread(cache_config(folder), 3) == "not read: the folder 'test'"
+    assert describe_unread(cache_config(folder)) == "not read: the folder 'test'"
 
 
 def test_other_folders_beside_splits_are_not_trained_on(folder: Path) -> None:
@@ -122,7 +122,7 @@ def test_other_folders_beside_splits_are_not_trained_on(folder: Path) -> None:
         save_grays(folder / name, count)
     for config in (cache_config(folder), cache_config(folder, train_split="train")):
         assert len(load_images(config)) == 3
-        assert describe_unread(config, 3) == "not read: the folder 'more', the folder 'test'"
+        assert describe_unread(config) == "not read: the folder 'more', the folder 'test'"
         for split, count in (("test", 2), ("more", 1)):
             with open_split(config, split, "eval_split") as images:
                 assert len(images) == count
@@ -133,7 +133,7 @@ def test_what_lies_beside_splits_is_counted(folder: Path) -> None:
     save_grays(folder / "images" / "val", 2)
     save_grays(folder, 4)
     (folder / "metadata.csv").write_text("file_name,kind\n")
-    said = describe_unread(cache_config(folder), 3)
+    said = describe_unread(cache_config(folder))
     assert said == "not read: the folder 'val', 4 images beside the splits, metadata.csv beside the splits"
 
 
