@@ -47,6 +47,7 @@ SPLIT_NAMES = {
     "test": ("test", "testing", "eval", "evaluation"),
     "validation": ("val", "valid", "validation", "dev", "holdout"),
 }
+UNPACK = "(unpack it)"
 ARCHIVE_EXTENSIONS = (".zip", ".tar", ".tar.gz", ".tgz")
 OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # which nobody else may read
 
@@ -119,7 +120,7 @@ def _list_images(folder: Path) -> ImageFolder:
         if path.name in METADATA_NAMES:
             metadata_files.append(path)
         elif path.name.lower().endswith(ARCHIVE_EXTENSIONS):
-            unread[f"{path.suffix.lower()} (unpack it)"] += 1
+            unread[f"{path.suffix.lower()} {UNPACK}"] += 1
         elif path.name == "grid.png" and path.with_name("samples.json").is_file():
             unread["grid.png of `hf-ddpm sample`"] += 1
         elif is_image(path):

@@ -1,6 +1,7 @@
 """The sources of images: which of them a user means, and how `datasets` loads it.
 
-source     `digits`, a folder of images, a folder of parquet files, a folder saved by `datasets`, or a Hub id
+source     `digits`, a folder of images, of parquet files or of WebDataset shards (.tar), a folder saved by `datasets`,
+           or a Hub id
 split      a named part of a source, `train` unless something else is said
 column     the images of a source stand in one column of its table, and perhaps their classes in another
 """
@@ -22,6 +23,7 @@ from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT, Parts, divide, is_held_out
 from hf_ddpm.data.image_folder import (
+    UNPACK,
     ImageFolder,
     list_images,
     open_images,
@@ -44,7 +46,8 @@ class Source:
 
     Args:
         option: The setting by which the user named the source: "dataset_name" or "train_data_dir".
-        kind: "digits", "images" (a folder of them), "parquet" (a folder), "saved" (by `datasets`) or "hub".
+        kind: "digits", "images" (a folder of them), "parquet" or "tar" (a folder of files), "saved" (by `datasets`) or
+            "hub".
         name: The name of the folder without the folders above it, or the Hub id.
         folder: The folder; None for the Hub. Of a folder of images with splits, that of the split to train on.
         splits: The folders of images that are splits, by their names.
@@ -104,6 +107,11 @@ def find_source(config: DataConfig) -> Source:
         source = Source(option, "digits", name, Path(str(resources.files("hf_ddpm.data") / "digits")))
     elif folder.is_dir():
         source = _folder_source(option, folder, config.train_split)
+    elif folder.is_file() or given.endswith((".tar", ".zip")):
+        raise UsageError(
+            f"{option} must be a folder, got {given!r}: name the folder of shards (.tar) by --dataset_name, unpack "
+            "other archives, and put an image into a folder"
+        )
     elif train_data_dir or folder.exists() or given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise UsageError(f"{option} must be a folder, got {given!r}: there is no folder {str(folder.absolute())!r}")
     else:
@@ -113,7 +121,7 @@ def find_source(config: DataConfig) -> Source:
         source = Source(option, "hub", given, None)
     if config.train_split not in (None, "train") and source.kind == "digits":
         raise UsageError(f"train_split must be train, which is all that digits has, got {config.train_split!r}")
-    if config.dataset_config_name and source.kind not in ("hub", "parquet"):
+    if config.dataset_config_name and source.kind not in ("hub", "parquet", "tar"):
         raise UsageError(
             f"dataset_config_name has no effect on {given!r}, got {config.dataset_config_name!r}: leave it out"
         )
@@ -151,8 +159,9 @@ def _folder_source(option: str, folder: Path, train_split: str | None) -> Source
             )
         return Source(option, "saved", name, folder)
     listed = list_images(folder)
-    if _is_of_parquet(option, folder, listed):
-        return Source(option, "parquet", name, folder)
+    kind = _kind_of_folder(option, folder, listed)
+    if kind != "images":
+        return Source(option, kind, name, folder)
     if train_split is not None:
         return Source(option, "images", name, *_chosen_split(folder, listed, train_split))
     splits = split_folders(folder, listed.images)
@@ -201,19 +210,23 @@ def _check_saved_splits(option: str, folder: Path, train_split: str) -> None:
         )
 
 
-def _is_of_parquet(option: str, folder: Path, listed: ImageFolder) -> bool:
-    """Return whether a folder is of parquet files and not of images; only `dataset_name` may name one."""
+def _kind_of_folder(option: str, folder: Path, listed: ImageFolder) -> str:
+    """Return "images", or "parquet" or "tar" for a folder of such files, which only `dataset_name` may name."""
     has_images, has_parquet = bool(listed.images), option == "dataset_name" and ".parquet" in listed.unread
     if has_images and has_parquet:
         raise UsageError(f"{option} must hold images or parquet files, got both in {str(folder)!r}: name a sub-folder")
+    if not has_images and not has_parquet and option == "dataset_name" and f".tar {UNPACK}" in listed.unread:
+        return "tar"
     if not has_images and not has_parquet:
-        wanted = "images or parquet files" if option == "dataset_name" else "images (parquet files: --dataset_name)"
+        wanted = "images, parquet files or shards (.tar)"
+        if option != "dataset_name":
+            wanted = "images (parquet files and shards, .tar: --dataset_name)"
         unread = ", ".join(f"{count:,} {kind}" for kind, count in sorted(listed.unread.items()))
         others = f", but {unread}" if unread else ""
         raise UsageError(
             f"{option} must be a folder of {wanted}, got {str(folder)!r}: nothing below it is one{others}"
         )
-    return has_parquet
+    return "images" if has_images else "parquet"
 
 
 def open_dataset(
@@ -300,8 +313,9 @@ def _load_split(source: Source, config: DataConfig, split: str) -> Any:
         return datasets.load_dataset("parquet", data_files={"train": str(folder / "digits.parquet")}, **options)
     if source.kind == "images":
         return open_images(list_images(folder), is_checked=config.on_bad_image == "raise")
-    if source.kind == "parquet":
-        return datasets.load_dataset(str(folder), config.dataset_config_name, **options)
+    if source.kind in ("parquet", "tar"):
+        loaded = datasets.load_dataset(str(folder), config.dataset_config_name, **options)
+        return loaded if source.kind == "parquet" else loaded.flatten()  # of a JSON file, each key is a column
     saved = datasets.load_from_disk(str(folder))
     return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
 
