@@ -141,7 +141,10 @@ def is_transient(error: Exception) -> bool:
 
 def name_of(encoded: Any, row: int) -> str:
     """Return what error messages call an image: its row, and its path if it has one."""
-    return f"row {row}" if encoded is None or encoded["path"] is None else f"row {row} ({encoded['path']})"
+    if encoded is None or encoded["path"] is None:
+        return f"row {row}"
+    path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in encoded["path"])  # a name may hold a line break
+    return f"row {row} ({path})"
 
 
 def unreadable_image_error(name: str, error: Exception) -> UsageError:

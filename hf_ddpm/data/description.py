@@ -149,9 +149,10 @@ def _describe_parts(config: DataConfig) -> list[str]:
     source = find_source(config)
     if source.kind != "images" or source.folder is None or source.splits or config.label_column is not None:
         return []
-    places = {path.relative_to(source.folder).parts[0] for path in list_images(source.folder).images}
-    named = sorted(name for name in places if split_kind(name) is not None and (source.folder / name).is_dir())
+    places = sorted({path.relative_to(source.folder).parts[0] for path in list_images(source.folder).images})
+    folders = [name for name in places if (source.folder / name).is_dir()]
+    named = [name for name in folders if split_kind(name) is not None]
     if not named:
         return []
-    others = "files" if len(places) > len(named) else "folders"
+    others = "folders" if len(folders) == len(places) else "images"
     return [f"read with all {others} beside it: the folder {named[0]!r}; --train_split {named[0]} reads it alone"]

@@ -117,7 +117,9 @@ def list_images(folder: Path) -> ImageFolder:
 def _list_images(folder: Path) -> ImageFolder:
     images, metadata_files, unread = [], [], Counter[str]()
     for path in files_below(folder):
-        if path.name in METADATA_NAMES:
+        if path.exists() and not path.is_file():  # to read a pipe or a socket would wait for a writer
+            unread["pipes and the like"] += 1
+        elif path.name in METADATA_NAMES:
             metadata_files.append(path)
         elif path.name.lower().endswith(ARCHIVE_EXTENSIONS):
             unread[f"{path.suffix.lower()} {UNPACK}"] += 1
@@ -260,8 +262,6 @@ def is_image(path: Path) -> bool:
     """Return whether a file is an image by its extension, or by its first bytes if no format has the extension."""
     extension = path.suffix.lower()
     _, extensions = _formats()
-    if path.exists() and not path.is_file():  # to read a pipe or a socket would wait for a writer
-        return False
     if extension in extensions:
         return True
     if extension in Image.EXTENSION or not path.is_file():  # of a format that is not read; a link to nothing

@@ -76,12 +76,13 @@ def read_metadata(folder: Path, files: Sequence[Path], images: Sequence[Path]) -
     merged: dict[str, list[Any]] = {name: [] for name in names}
     for file, columns, lines in tables:
         _require_file_columns(file, columns)
-        is_beside = not file.absolute().is_relative_to(folder.absolute())
+        base = f"{file.parent.absolute()}{os.sep}"
+        is_beside = not base.startswith(resolve.start)
         for row, line in enumerate(lines):
             cells = {name: columns[name][row] if name in columns else None for name in names}
             for name in column_of_file.values():
                 if name in columns:
-                    cells[name] = resolve.path(file, line, name, cells[name], is_beside)
+                    cells[name] = resolve.path(file, base, line, name, cells[name])
             if is_beside and not str(cells[of_files[0]]).startswith(resolve.start):
                 continue
             for name, cell in cells.items():
@@ -111,15 +112,16 @@ class _Resolver:
         self.folder, self.start = folder, f"{folder}{os.sep}"
         self.images = {str(path.absolute()) for path in images}
 
-    def path(self, file: Path, line: int, column: str, cell: Any, is_beside: bool) -> str | None:
+    def path(self, file: Path, base: str, line: int, column: str, cell: Any) -> str | None:
         """Return the path that a cell names, whether or not there is a file; None for an empty cell.
 
         Args:
             file: The metadata file.
-            line: The number of the line or row in it, for messages.
+            base: The absolute path of its folder. If that is no folder in the folder of images, rows name other files
+                in it, too.
+            line: The number of the line or row in the file, for messages.
             column: The name of the column of files.
             cell: The cell.
-            is_beside: Whether the metadata file lies beside the folder, so that rows name other files beside it, too.
         """
         if cell is None or cell == "":
             if column == "file_name":
@@ -132,19 +134,19 @@ class _Resolver:
             raise UsageError(
                 f"{column} must hold paths, got {cell!r} in row {line} of {str(file)!r}: write them as texts"
             )
-        path = os.path.normpath(os.path.join(file.parent.absolute(), cell))
+        path = os.path.normpath(os.path.join(base, cell))
         if path not in self.images:
-            path = self._other_spelling(file, cell, path)
-        if path.startswith((self.start, f"{file.parent.absolute()}{os.sep}") if is_beside else self.start):
+            path = self._other_spelling(path, os.path.normpath(os.path.join(base, cell.replace("\\", "/"))))
+        if path.startswith(self.start if base.startswith(self.start) else (self.start, base)):
             return path
         raise UsageError(
             f"{column} must name a file in the folder of images, {str(self.folder)!r}, got {cell!r} in row {line} of "
             f"{str(file)!r}: write paths as seen from the metadata file, and keep the images below it"
         )
 
-    def _other_spelling(self, file: Path, cell: str, path: str) -> str:
-        """Return the path of an image whose name has other code points, or separators of Windows in the cell."""
-        for spelled in (path, os.path.normpath(os.path.join(file.parent.absolute(), cell.replace("\\", "/")))):
+    def _other_spelling(self, path: str, without_backslashes: str) -> str:
+        """Return the path of the image whose name has other code points, or that Windows would write otherwise."""
+        for spelled in (path, without_backslashes):
             known = self._by_composed_name.get(unicodedata.normalize("NFC", spelled))
             if known is not None:
                 return known

@@ -173,3 +173,37 @@ def test_folder_is_listed_once_in_a_block(folder: Path) -> None:
         save_grays(folder, 3)
         assert len(list_images(folder).images) == 2
     assert len(list_images(folder).images) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+def test_pipe_is_no_image_and_no_metadata(folder: Path) -> None:
+    """To open one would wait for a writer, for ever."""
+    save_grays(folder, 1)
+    for name in ("a.png", "metadata.csv", "b"):
+        os.mkfifo(folder / name)
+    assert names(folder) == ["000.png"]
+    assert list_images(folder).unread == {"pipes and the like": 3}
+    assert len(load_images(cache_config(folder))) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes on Linux only")
+def test_image_whose_name_is_no_text_is_named(folder: Path) -> None:
+    save_grays(folder, 1)
+    os.link(folder / "000.png", os.fsencode(folder) + b"/\xff.png")
+    with pytest.raises(UsageError, match=r"must be UTF-8, got b'.*\\xff.png': rename it"):
+        load_images(cache_config(folder))
+
+
+def test_link_to_itself_is_a_missing_image(folder: Path) -> None:
+    save_grays(folder, 1)
+    (folder / "a.png").symlink_to(folder / "a.png")
+    with pytest.raises(UsageError, match=r"got row 1 .*symbolic links"):
+        load_images(cache_config(folder))
+    assert load_images(cache_config(folder, on_bad_image="skip")).num_bad == 1
+
+
+def test_classes_of_unequal_depth_are_named(folder: Path) -> None:
+    save_grays(folder / "cat", 1)
+    save_grays(folder, 1)
+    with pytest.raises(UsageError, match=r"must be equally deep, got '000.png' beside 'cat/000.png'"):
+        load_images(cache_config(folder, label_column="label"))

@@ -128,3 +128,11 @@ def test_data_have_the_name_of_the_link_to_them(folder: Path) -> None:
     link = folder.with_name("a link to them")
     link.symlink_to(folder, target_is_directory=True)
     assert load_images(cache_config(link)).name == "a link to them"
+
+
+def test_error_has_one_line_whatever_the_name_of_an_image_holds(folder: Path) -> None:
+    save_grays(folder, 1)
+    (folder / "new\nline é.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"new\\nline é.png") as raised:
+        load_images(cache_config(folder))
+    assert "\n" not in str(raised.value)

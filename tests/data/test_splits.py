@@ -12,7 +12,7 @@ from PIL import Image
 
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.description import describe_unread
+from hf_ddpm.data.description import describe_images, describe_unread
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.data.splits import describe_split, open_split
@@ -227,3 +227,20 @@ def test_open_split_checks_the_name_of_the_split(folder: Path) -> None:
         open_split(DataConfig(dataset_name="digits"), "test"),
     ):
         pass
+
+
+def test_splits_in_each_folder_of_a_class_are_refused(folder: Path) -> None:
+    """All images would be trained on, and the classes be `test` and `train`."""
+    for name in ("cat/train", "cat/test", "dog/train", "dog/test"):
+        save_grays(folder / name, 1)
+    with pytest.raises(UsageError, match=r"splits above those of classes, got 'dog/train' .* to train/dog"):
+        load_images(cache_config(folder))
+
+
+def test_folder_that_is_named_as_a_split_and_read_with_others_is_said(folder: Path) -> None:
+    for name in ("train", "test-set"):
+        save_grays(folder / name, 2)
+    config = cache_config(folder)
+    assert describe_images(config, load_images(config))[1:] == [
+        "read with all folders beside it: the folder 'train'; --train_split train reads it alone"
+    ]
