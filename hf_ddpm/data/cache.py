@@ -19,7 +19,7 @@ import shutil
 import uuid
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,7 +41,8 @@ from hf_ddpm.data.decoding import (
     unreadable_image_error,
 )
 from hf_ddpm.data.given import NAME, GivenImages, open_given
-from hf_ddpm.data.image_folder import files_below
+from hf_ddpm.data.held_out import HELD_OUT_FORMAT
+from hf_ddpm.data.image_folder import files_below, list_images
 from hf_ddpm.data.image_format import ImageFormat
 from hf_ddpm.data.labels import LabelColumn, RawLabels, find_labels
 from hf_ddpm.data.planes import NeedsSixteenBits
@@ -181,6 +182,9 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
         return images
     # What it says of colors and values is said of the images.
     of_images: dict[str, Any] = {"channels": None, "value_range": None, "label_column": None}
+    if config.eval_fraction is not None:  # of which the images decide, not the conditions
+        dataset = open_dataset(config, with_conditions=True)
+        of_images.update(eval_fraction=None, group_column=None)
     of_conditions = replace(
         config,
         image_column=config.condition_column,
@@ -214,7 +218,8 @@ def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | N
         identity = dataset._fingerprint
     else:
         dataset = None
-        identity = _names_sizes_times(source.folder)
+        elsewhere = list_images(source.folder).files_elsewhere if source.kind == "images" else []
+        identity = _names_sizes_times([*files_below(source.folder), *elsewhere])
     root = cache_folder(config)
     folder = root / _cache_key(config, source, identity)
     if not folder.is_dir():
@@ -273,10 +278,10 @@ def cache_folder(config: DataConfig) -> Path:
     return look_at("cache_dir", config.cache_dir) / "hf_ddpm"
 
 
-def _names_sizes_times(folder: Path) -> list[tuple[str, int, int]]:
-    """Return path, size and time of change of each file in a folder: if all are equal, the images are taken to be."""
+def _names_sizes_times(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Return path, size and time of change of each file: if all are equal, the images are taken to be."""
     # A link whose target is missing has no size of its own.
-    stats = ((path, path.stat() if path.exists() else path.lstat()) for path in files_below(folder))
+    stats = ((path, path.stat() if path.exists() else path.lstat()) for path in files)
     return [(str(path.absolute()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
@@ -286,6 +291,8 @@ def _cache_key(config: DataConfig, source: Source, identity: Any) -> str:
         settings.append(config.condition_column)
     if config.random_crop:
         settings.append("random_crop")
+    if config.eval_fraction is not None:
+        settings.append([HELD_OUT_FORMAT, config.eval_fraction, config.group_column])
     content = json.dumps([CACHE_FORMAT, source.kind, identity, *settings])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 

@@ -24,13 +24,13 @@ def choose_columns(dataset: Any, config: DataConfig, with_conditions: bool = Fal
 
     if config.condition_column is not None:
         _check_condition_column(dataset.features, config.condition_column)
-    column, labels = _image_column(dataset.features, config), label_columns(config.label_column, dataset.features)
+    column, labels = image_column(dataset.features, config), label_columns(config.label_column, dataset.features)
     if config.condition_column == column:
         raise UsageError(
             f"condition_column must name a second column of images, got {column!r}, the first one: --condition_column"
         )
     for label in labels:
-        _check_label_column(dataset, label, column)
+        check_label_column(dataset, label, column)
     conditions = [config.condition_column] if with_conditions and config.condition_column is not None else []
     chosen = dataset.select_columns([column, *labels, *conditions])
     for name in (column, *conditions):
@@ -58,8 +58,12 @@ def label_columns(label_column: str | None, features: Any) -> list[str]:
     return names
 
 
-def _check_label_column(dataset: Any, label: str, image_column: str) -> None:
-    """Check that a column of labels is there, and holds labels."""
+def check_label_column(dataset: Any, label: str, image_column: str) -> None:
+    """Check that a column of labels is there, and holds labels.
+
+    Raises:
+        UsageError: When it is not, or holds something else.
+    """
     if [*dataset.features] == [image_column]:
         raise UsageError(
             f"label_column must name a column of classes, got {label!r}, and there is none: in a folder of images, "
@@ -116,7 +120,12 @@ def _check_condition_column(features: Any, column: str) -> None:
         )
 
 
-def _image_column(features: Any, config: DataConfig) -> str:
+def image_column(features: Any, config: DataConfig) -> str:
+    """Return the name of the column of images.
+
+    Raises:
+        UsageError: When it must be named, does not exist, or holds something else.
+    """
     column = config.image_column
     image_columns = [name for name, feature in features.items() if _holds_images(feature)]
     if column is None:

@@ -67,6 +67,24 @@ class DataConfig:
         resume="fixed",
         only_with={"center_crop": False},
     )
+    eval_fraction: float | None = setting(
+        None,
+        "The share of the images, in (0, 1), that is held out of the split to train on, as the split `test`; which "
+        "ones is a function of their names, or of their content; default: none.",
+        group="data",
+        resume="fixed",
+        above=0,
+        below=1,
+        only_with={"streaming": False},
+    )
+    group_column: str | None = setting(
+        None,
+        "A column of groups, as patient, or `folder`, the folder of each image: no group has images in training and "
+        "in the split that is held out.",
+        group="data",
+        resume="fixed",
+        only_with={"streaming": False},
+    )
     image_column: str | None = setting(
         None, "The column of images; needed only where there are several.", group="data", resume="free"
     )

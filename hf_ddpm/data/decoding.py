@@ -8,6 +8,7 @@ image_format.py says what format it gets, and planes.py how the array is made.
 
 from __future__ import annotations
 
+import errno
 import io
 import threading
 from collections.abc import Iterable
@@ -79,6 +80,8 @@ def with_bytes(encoded: Any) -> Any:
     except FileNotFoundError:
         raise
     except Exception as error:  # File systems and clients share no base class of errors.
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:  # a link to itself leads to no file
+            raise FileNotFoundError(*error.args) from error
         raise NotFetchedError(in_one_line(error, with_type=True)) from error
 
 
@@ -141,7 +144,10 @@ def is_transient(error: Exception) -> bool:
 
 def name_of(encoded: Any, row: int) -> str:
     """Return what error messages call an image: its row, and its path if it has one."""
-    return f"row {row}" if encoded is None or encoded["path"] is None else f"row {row} ({encoded['path']})"
+    if encoded is None or encoded["path"] is None:
+        return f"row {row}"
+    path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in encoded["path"])  # a name may hold a line break
+    return f"row {row} ({path})"
 
 
 def unreadable_image_error(name: str, error: Exception) -> UsageError:

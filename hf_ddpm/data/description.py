@@ -10,10 +10,12 @@ from typing import Any
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.given import NAME, GivenImages
-from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, is_image, list_images
+from hf_ddpm.data.held_out import HELD_OUT_SPLIT
+from hf_ddpm.data.image_folder import ImageFolder, files_below, is_image, list_images, split_kind
 from hf_ddpm.data.labels import LabelColumn
+from hf_ddpm.data.metadata import METADATA_NAMES
 from hf_ddpm.data.shards import NUM_FIRST_IMAGES, ImageStream
-from hf_ddpm.data.sources import find_source
+from hf_ddpm.data.sources import divide_training, find_source
 from hf_ddpm.image_size import format_size
 
 # Values that fill less of their range than this are warned of: photographs fill nearly all of it.
@@ -41,8 +43,11 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
     if images.num_bad:
         parts.append(f"{images.num_bad:,} unreadable ones left out")
     if images.name != NAME:
-        parts.append(describe_unread(config, (images.num_images or 0) + images.num_bad))
+        parts.append(describe_unread(config))
+        parts.insert(-1, _describe_held_out(config))
+        parts.insert(-1, _describe_repeated(config))
     lines = ["; ".join(filter(None, parts))]
+    lines += _describe_parts(config) if images.name != NAME else []
     among = {ImageStream: f" of the first {NUM_FIRST_IMAGES}", GivenImages: ", of which the first was read,"}
     among = among.get(type(images), "")
     lines += [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
@@ -78,13 +83,8 @@ def _describe_range(config: DataConfig, images: ImageCache | ImageStream | Given
     return [text]
 
 
-def describe_unread(config: DataConfig, num_images: int) -> str:
-    """Return in words which files of a folder of images are not read, or "" if all are.
-
-    Args:
-        config: The settings of the data.
-        num_images: The number of images that were read or were unreadable.
-    """
+def describe_unread(config: DataConfig) -> str:
+    """Return in words what of a folder of images is not read, or "" if all is."""
     source = find_source(config)
     if source.kind != "images" or source.folder is None:
         return ""
@@ -97,9 +97,64 @@ def describe_unread(config: DataConfig, num_images: int) -> str:
         above = [path for path in files_below(root) if not str(path).startswith(starts)]
         num_beside = sum(is_image(path) for path in above)
         unread += [f"{num_beside:,} images beside the splits"] if num_beside else []
-        unread += [f"{path.name} beside the splits" for path in above if path.name in METADATA_NAMES]
+        read = {*listed.metadata_files} if listed.metadata is not None else set()
+        files = [path for path in above if path.name in METADATA_NAMES and path.absolute() not in read]
+        unread += [f"{path.name} beside the splits" for path in files]
     unread += [f"{count:,} {kind}" for kind, count in sorted(listed.unread.items())]
-    num_named = num_images if config.condition_column is None else 2 * num_images
-    if listed.has_metadata and len(listed.images) > num_named:
-        unread.append(f"{len(listed.images) - num_named:,} images that no row of the metadata names")
+    unread += _unread_beside_metadata(config, listed)
     return f"not read: {', '.join(unread)}" if unread else ""
+
+
+def _unread_beside_metadata(config: DataConfig, listed: ImageFolder) -> list[str]:
+    """Return in words which images the metadata of a folder leave out, and what the run leaves out of the metadata."""
+    metadata = listed.metadata
+    if metadata is None:
+        return []
+    unread, paths = [], {str(path.absolute()) for path in listed.images}
+    columns = metadata.columns
+    chosen = config.image_column or next((c for c in metadata.file_columns if c != config.condition_column), "")
+    read = {*columns.get(chosen, ()), *columns.get(config.condition_column or "", ())}
+    for name in metadata.file_columns:
+        if others := paths & {*columns[name]} - read:
+            unread.append(f"{len(others):,} images of the column {name!r}")
+    if unnamed := paths - metadata.named:
+        unread.append(f"{len(unnamed):,} images that no row of the metadata names")
+    if "split" in columns and {*columns["split"]} - {None}:
+        unread.append("the column 'split' of the metadata (splits are folders)")
+    return unread
+
+
+def _describe_held_out(config: DataConfig) -> str:
+    """Return in words what `eval_fraction` holds out, or ""."""
+    if config.eval_fraction is None:
+        return ""
+    parts = divide_training(config)
+    groups = f" in {parts.num_groups:,} groups of {config.group_column!r}" if config.group_column else ""
+    return f"{len(parts.held_out):,} more{groups} held out as the split {HELD_OUT_SPLIT!r}"
+
+
+def _describe_repeated(config: DataConfig) -> str:
+    """Return in words how many rows of metadata name an image again, or ""."""
+    source = find_source(config)
+    metadata = list_images(source.folder).metadata if source.kind == "images" and source.folder is not None else None
+    if metadata is None:
+        return ""
+    names = [name for name in metadata.file_columns if name != config.condition_column]
+    names = [config.image_column or names[0], *filter(None, [config.condition_column])]
+    rows = [*zip(*(metadata.columns[name] for name in names), strict=True)]
+    num_again = len(rows) - len({*rows})
+    return f"{num_again:,} rows name an image again" if num_again else ""
+
+
+def _describe_parts(config: DataConfig) -> list[str]:
+    """Return a line for folders of which one is named as a split, and all are read."""
+    source = find_source(config)
+    if source.kind != "images" or source.folder is None or source.splits or config.label_column is not None:
+        return []
+    places = sorted({path.relative_to(source.folder).parts[0] for path in list_images(source.folder).images})
+    folders = [name for name in places if (source.folder / name).is_dir()]
+    named = [name for name in folders if split_kind(name) is not None]
+    if not named:
+        return []
+    others = "folders" if len(folders) == len(places) else "images"
+    return [f"read with all {others} beside it: the folder {named[0]!r}; --train_split {named[0]} reads it alone"]

@@ -1,7 +1,7 @@
 """A folder of images: one listing of what is read and what is not, which everything that needs one shares.
 
 image      a file in a format of FORMATS, by its extension, or by its first bytes where the extension tells nothing
-metadata   a file of METADATA_NAMES, in which rows name images; `datasets` reads folders that hold one
+metadata   files whose rows name images, see metadata.py; of a split they may lie beside its folder, too
 archive    a file of ARCHIVE_EXTENSIONS, which is not opened: it may hold what lies beside it
 split      a folder with a name of SPLIT_NAMES, where others beside it have one, too: beside `car`, `train` is a class
 class      the name of the folder that an image is in, where all images are equally deep and there are several
@@ -15,13 +15,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from hf_ddpm.data.metadata import METADATA_NAMES, Metadata, read_metadata, require_files
 from hf_ddpm.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,24 +47,44 @@ SPLIT_NAMES = {
     "test": ("test", "testing", "eval", "evaluation"),
     "validation": ("val", "valid", "validation", "dev", "holdout"),
 }
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+UNPACK = "(unpack it)"
 ARCHIVE_EXTENSIONS = (".zip", ".tar", ".tar.gz", ".tgz")
 OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # which nobody else may read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageFolder:
     """The files of a folder.
 
     Args:
+        folder: The folder.
         images: The images, in the order of their paths.
-        has_metadata: Whether there are metadata.
+        metadata_files: The metadata files in it, and those beside it if it is named as a split.
         unread: What is not read -> how many files.
     """
 
+    folder: Path
     images: list[Path]
-    has_metadata: bool
+    metadata_files: list[Path]
     unread: Counter[str]
+
+    @cached_property
+    def metadata(self) -> Metadata | None:
+        """The rows of the metadata files; None without any that name a file in the folder.
+
+        Raises:
+            UsageError: As `read_metadata` raises it.
+        """
+        return read_metadata(self.folder, self.metadata_files, self.images)
+
+    @cached_property
+    def files_elsewhere(self) -> list[Path]:
+        """The files outside of the folder that are read with it: metadata beside it, and what they name there."""
+        if self.metadata is None:
+            return []
+        start = f"{self.folder.absolute()}{os.sep}"
+        files = [str(path.absolute()) for path in self.metadata_files] + sorted(self.metadata.named)
+        return [Path(path) for path in files if not path.startswith(start)]
 
 
 _listed: ContextVar[dict[Path, ImageFolder] | None] = ContextVar("_listed", default=None)
@@ -94,20 +115,46 @@ def list_images(folder: Path) -> ImageFolder:
 
 
 def _list_images(folder: Path) -> ImageFolder:
-    images, unread = [], Counter[str]()
-    has_metadata = False
+    images, metadata_files, unread = [], [], Counter[str]()
     for path in files_below(folder):
-        if path.name in METADATA_NAMES:
-            has_metadata = True
+        if path.exists() and not path.is_file():  # to read a pipe or a socket would wait for a writer
+            unread["pipes and the like"] += 1
+        elif path.name in METADATA_NAMES:
+            metadata_files.append(path)
         elif path.name.lower().endswith(ARCHIVE_EXTENSIONS):
-            unread[f"{path.suffix.lower()} (unpack it)"] += 1
+            unread[f"{path.suffix.lower()} {UNPACK}"] += 1
         elif path.name == "grid.png" and path.with_name("samples.json").is_file():
             unread["grid.png of `hf-ddpm sample`"] += 1
         elif is_image(path):
-            images.append(path)
+            images.append(_with_text_name(path))
         else:
             unread[_kind_of(path)] += 1
-    return ImageFolder(sorted(images, key=lambda path: path.as_posix()), has_metadata, unread)
+    metadata_files += _metadata_beside(folder)
+    return ImageFolder(folder, sorted(images, key=lambda path: path.as_posix()), metadata_files, unread)
+
+
+def _metadata_beside(folder: Path) -> list[Path]:
+    """Return the metadata files beside the folder of a split, or beside the folder `images` that it is in."""
+    folder = folder.absolute()
+    if split_kind(folder.name) is None:
+        return []
+    above = [folder.parent, *([folder.parent.parent] if folder.parent.name == "images" else [])]
+    return [path / name for path in above for name in METADATA_NAMES if (path / name).is_file()]
+
+
+def _with_text_name(path: Path) -> Path:
+    """Return the path of an image, whose name goes into a table of texts.
+
+    Raises:
+        UsageError: When its bytes are no text.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the names of images and of their folders must be UTF-8, got {os.fsencode(path)!r}: rename it"
+        ) from error
+    return path
 
 
 def split_folders(folder: Path, images: Sequence[Path]) -> dict[str, Path]:
@@ -135,18 +182,53 @@ def split_kind(name: str) -> str | None:
     return next((kind for kind, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
-def open_images(listed: ImageFolder) -> Dataset:
-    """Open the images as a data set with a column `image`, and `label` if their folders are classes."""
-    import datasets
+def open_images(listed: ImageFolder, is_checked: bool = True) -> Dataset:
+    """Open the images as a data set with a column `image`, and `label` if their folders are classes.
 
-    columns: dict[str, Any] = {"image": [str(path.absolute()) for path in listed.images]}
-    features: dict[str, Any] = {"image": datasets.Image()}
-    labels = [path.parent.name for path in listed.images]
+    With metadata, the rows are those of the metadata, with all their columns.
+
+    Args:
+        listed: The files of the folder.
+        is_checked: Whether each file that metadata name must be there.
+
+    Raises:
+        UsageError: When metadata cannot be read, or name a file that is not there.
+    """
+    import datasets
+    import pyarrow
+
+    metadata, columns = listed.metadata, {}
+    if metadata is None:
+        paths = [str(path.absolute()) for path in listed.images]
+        columns["image"] = pyarrow.array(paths, pyarrow.string())
+        features: dict[str, Any] = {"image": datasets.Image()}
+    else:
+        if is_checked:
+            require_files(metadata, listed.folder, listed.images)
+        for name, cells in metadata.columns.items():
+            columns[name] = _column(name, cells, is_of_files=name in metadata.file_columns)
+        features = {**datasets.Features.from_arrow_schema(pyarrow.table(columns).schema)}
+        features.update(dict.fromkeys(metadata.file_columns, datasets.Image()))
+        paths = [path or "" for path in metadata.columns[metadata.file_columns[0]]]
+    labels = [os.path.basename(os.path.dirname(path)) for path in paths]
     names = sorted(set(labels))
-    if len(names) > 1 and len({len(path.parts) for path in listed.images}) == 1:
+    if "label" not in columns and len(names) > 1 and len({path.count(os.sep) for path in paths}) == 1:
         columns["label"] = labels
         features["label"] = datasets.ClassLabel(names=names)
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _column(name: str, cells: list[Any], is_of_files: bool) -> Any:
+    """Return a column of metadata for Arrow."""
+    import pyarrow
+
+    try:
+        return pyarrow.array(cells, pyarrow.string() if is_of_files else None)
+    except pyarrow.ArrowException as error:
+        kinds = " and ".join(sorted({type(cell).__name__ for cell in cells if cell is not None}))
+        raise UsageError(
+            f"metadata must hold values of one type in a column, got {kinds} in {name!r}: make them alike"
+        ) from error
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -220,4 +302,6 @@ def _kind_of(path: Path) -> str:
     for name, (package, extensions) in PLUGINS.items():
         if extension in extensions and name not in readable_formats():
             return f"{extension} (pip install {package})"
+    if extension in (".csv", ".jsonl"):
+        return f"{extension} (metadata are in metadata{extension})"
     return extension or "without an extension"

@@ -1,22 +1,25 @@
 """The shards of a source: which files, or parts of files, a stream opens one after the other.
 
-A file of parquet is a shard; its footer tells how many rows it has, without an image. What `datasets` maps into memory
-is divided into shards of nearly equal size.
+A file of parquet is a shard; its footer tells how many rows it has, without an image. A tar file is one, too. What
+`datasets` maps into memory is divided into shards of nearly equal size.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
 
-from hf_ddpm.data.columns import choose_columns
+from hf_ddpm.data.columns import check_label_column, choose_columns, label_columns
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, list_images
+from hf_ddpm.data.image_folder import files_below, list_images
+from hf_ddpm.data.metadata import METADATA_NAMES
 from hf_ddpm.data.sources import Source, as_usage_errors, open_dataset
+from hf_ddpm.data.tar_shards import label_table, read_columns
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 # Local files that `datasets` maps into memory have no shards of their own. To open a shard takes about a millisecond.
@@ -33,6 +36,7 @@ class Shards(NamedTuple):
         files: As in `ImageStream`.
         identity: What identifies the data for the fingerprint: names and sizes of files, or names with their commit.
         num_images: The number of rows; None if unknown.
+        labels: The columns of labels, where the data set has none of them; see data/tar_shards.py.
     """
 
     dataset: Any
@@ -40,6 +44,7 @@ class Shards(NamedTuple):
     files: tuple[str, ...]
     identity: Any
     num_images: int | None
+    labels: Any = None
 
 
 def open_mapped(source: Source, config: DataConfig) -> Shards:
@@ -86,7 +91,34 @@ def open_iterable(source: Source, config: DataConfig) -> Shards:
         if all(path.endswith(".parquet") for path in files):
             rows_per_shard = np.array([_count_rows(source, path) for path in files])
             num_images = int(rows_per_shard.sum())
-    return Shards(choose_columns(dataset, config), rows_per_shard, files, identity, num_images)
+    labels = None
+    if source.kind == "tar" and config.label_column is not None:
+        rows_per_shard, labels = _read_labels(files, config.label_column, dataset.features)
+        num_images = len(labels)
+        config = replace(config, label_column=None)
+    return Shards(choose_columns(dataset, config), rows_per_shard, files, identity, num_images, labels)
+
+
+def _read_labels(files: tuple[str, ...], label_column: str, features: Any) -> tuple[np.ndarray, Any]:
+    """Read the columns of labels of WebDataset shards.
+
+    Returns:
+        The number of rows of each shard, and the columns as a table of `datasets`.
+
+    Raises:
+        UsageError: When a column is not there, or holds no labels.
+    """
+    nested = [f"{name}.{key}" for name, feature in features.items() if isinstance(feature, dict) for key in feature]
+    there = [name for name, feature in features.items() if not isinstance(feature, dict)] + nested
+    names = label_columns(label_column, there)
+    for name in names:
+        if name not in there:
+            raise UsageError(f"label_column must be one of {there}, got {name!r}: --label_column")
+    rows_per_shard, cells = read_columns(files, names)
+    table = label_table(cells)
+    for name in names:
+        check_label_column(table, name, image_column="")
+    return rows_per_shard, table
 
 
 def _relative_name(path: str, folder: Path) -> str:
@@ -100,11 +132,15 @@ def _names_and_sizes(source: Source) -> list[tuple[str, int]]:
     assert source.folder is not None
     if source.kind == "images":
         paths = [path for path in files_below(source.folder) if path.name in METADATA_NAMES]
-        paths += list_images(source.folder).images
+        paths += list_images(source.folder).images + list_images(source.folder).files_elsewhere
     else:
         ends = {"digits": (".parquet",), "saved": (".arrow", "state.json")}[source.kind]
         paths = [path for path in files_below(source.folder) if path.name.endswith(ends)]
-    return [(path.relative_to(source.folder).as_posix(), path.stat().st_size) for path in paths if path.exists()]
+    return [(_name_from(path, source.folder), path.stat().st_size) for path in paths if path.exists()]
+
+
+def _name_from(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def row_groups_from(dataset: Any, file: str, first_row: int) -> tuple[list[Any], int]:

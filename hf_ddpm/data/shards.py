@@ -266,16 +266,15 @@ def open_stream(config: DataConfig) -> ImageStream:
             does not name its classes.
     """
     source = find_source(config)
-    shards = open_iterable(source, config) if source.kind in ("hub", "parquet") else open_mapped(source, config)
+    shards = open_iterable(source, config) if source.kind in ("hub", "parquet", "tar") else open_mapped(source, config)
     columns: list[str] = list(shards.dataset.column_names)
-    is_scanned = len(columns) > 2 or (len(columns) == 2 and holds_numbers(shards.dataset.features[columns[1]]))
-    labels = _scan_labels(shards, columns[1:]) if is_scanned else RawLabels()
+    labels = _scan_labels(shards, columns[1:]) if _is_scanned(shards, columns[1:]) else RawLabels()
     stream = ImageStream(
         dataset=shards.dataset.with_format("arrow"),
         rows_per_shard=shards.rows_per_shard,
         files=shards.files,
         image_format=ImageFormat(config, (0, 0), 0, 0),
-        class_names=_class_names(shards.dataset, columns[1]) if len(columns) == 2 and not is_scanned else None,
+        class_names=_class_names(shards, columns[1:], labels),
         fingerprint="",
         name=source.name,
         license=license_of(source, shards.dataset),
@@ -323,13 +322,24 @@ def _losses_and_limits(stream: ImageStream) -> tuple[dict[str, int], tuple[int, 
     return losses, limits
 
 
+def _is_scanned(shards: Shards, columns: list[str]) -> bool:
+    """Return whether the labels are read before the first step: all but one column of classes that has their names."""
+    features = shards.dataset.features
+    is_named = len(columns) == 1 and getattr(features[columns[0]], "names", None) is not None
+    is_remote = not hasattr(shards.dataset, "num_rows") and (shards.rows_per_shard == UNKNOWN).any()
+    if is_remote and len(columns) == 1 and not holds_numbers(features[columns[0]]):
+        return False
+    return shards.labels is not None or (bool(columns) and not is_named)
+
+
 def _scan_labels(shards: Shards, columns: list[str]) -> RawLabels:
     """Read the columns of labels, without the images: the range of numbers must be known before the first step.
 
     Raises:
         UsageError: When only a pass over all images would tell them.
     """
-    dataset = shards.dataset
+    dataset = shards.dataset if shards.labels is None else shards.labels
+    columns = columns if shards.labels is None else dataset.column_names
     if hasattr(dataset, "num_rows"):  # it is mapped into memory
         cells = dataset.select_columns(columns)[:]
     elif (shards.rows_per_shard != UNKNOWN).all():
@@ -346,11 +356,18 @@ def _scan_labels(shards: Shards, columns: list[str]) -> RawLabels:
     return find_labels({name: cells[name] for name in columns}, dataset.features)
 
 
-def _class_names(dataset: Any, column: str) -> list[str]:
-    names = getattr(dataset.features[column], "names", None)
+def _class_names(shards: Shards, columns: list[str], labels: RawLabels) -> list[str] | None:
+    """Return the names of the classes of one column of classes; None without it."""
+    if labels.values is not None:
+        is_of_classes = labels.columns is None
+        return (labels.class_names or [*map(str, range(int(labels.values.max()) + 1))]) if is_of_classes else None
+    if not columns:
+        return None
+    names = getattr(shards.dataset.features[columns[0]], "names", None)
     if names is None:
         raise UsageError(
-            f"label_column must be a ClassLabel of `datasets` to be streamed, got {column!r} of "
-            f"{dataset.features[column]}: cast it with cast_column, or leave out --streaming"
+            f"label_column must be a ClassLabel of `datasets` to be streamed from there, got {columns[0]!r} of "
+            f"{shards.dataset.features[columns[0]]}: cast it with cast_column, download the data, or leave out "
+            "--streaming"
         )
     return names

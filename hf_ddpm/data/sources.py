@@ -1,6 +1,7 @@
 """The sources of images: which of them a user means, and how `datasets` loads it.
 
-source     `digits`, a folder of images, a folder of parquet files, a folder saved by `datasets`, or a Hub id
+source     `digits`, a folder of images, of parquet files or of WebDataset shards (.tar), a folder saved by `datasets`,
+           or a Hub id
 split      a named part of a source, `train` unless something else is said
 column     the images of a source stand in one column of its table, and perhaps their classes in another
 """
@@ -8,7 +9,6 @@ column     the images of a source stand in one column of its table, and perhaps 
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import re
 import tarfile
@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.held_out import HELD_OUT_SPLIT, Parts, divide, is_held_out
 from hf_ddpm.data.image_folder import (
+    UNPACK,
     ImageFolder,
     list_images,
     open_images,
@@ -44,7 +46,8 @@ class Source:
 
     Args:
         option: The setting by which the user named the source: "dataset_name" or "train_data_dir".
-        kind: "digits", "images" (a folder of them), "parquet" (a folder), "saved" (by `datasets`) or "hub".
+        kind: "digits", "images" (a folder of them), "parquet" or "tar" (a folder of files), "saved" (by `datasets`) or
+            "hub".
         name: The name of the folder without the folders above it, or the Hub id.
         folder: The folder; None for the Hub. Of a folder of images with splits, that of the split to train on.
         splits: The folders of images that are splits, by their names.
@@ -104,6 +107,11 @@ def find_source(config: DataConfig) -> Source:
         source = Source(option, "digits", name, Path(str(resources.files("hf_ddpm.data") / "digits")))
     elif folder.is_dir():
         source = _folder_source(option, folder, config.train_split)
+    elif folder.is_file() or given.endswith((".tar", ".zip")):
+        raise UsageError(
+            f"{option} must be a folder, got {given!r}: name the folder of shards (.tar) by --dataset_name, unpack "
+            "other archives, and put an image into a folder"
+        )
     elif train_data_dir or folder.exists() or given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise UsageError(f"{option} must be a folder, got {given!r}: there is no folder {str(folder.absolute())!r}")
     else:
@@ -113,11 +121,28 @@ def find_source(config: DataConfig) -> Source:
         source = Source(option, "hub", given, None)
     if config.train_split not in (None, "train") and source.kind == "digits":
         raise UsageError(f"train_split must be train, which is all that digits has, got {config.train_split!r}")
-    if config.dataset_config_name and source.kind not in ("hub", "parquet"):
+    if config.dataset_config_name and source.kind not in ("hub", "parquet", "tar"):
         raise UsageError(
             f"dataset_config_name has no effect on {given!r}, got {config.dataset_config_name!r}: leave it out"
         )
+    _check_eval_fraction(config, source)
     return source
+
+
+def _check_eval_fraction(config: DataConfig, source: Source) -> None:
+    """Refuse `eval_fraction` beside a split that has the name of what it would hold out."""
+    if config.eval_fraction is None:
+        return
+    splits = [*source.splits]
+    if source.kind == "saved" and source.folder is not None and (source.folder / HELD_OUT_SPLIT).is_dir():
+        splits = [HELD_OUT_SPLIT]
+    taken = [name for name in splits if split_kind(name) == HELD_OUT_SPLIT]
+    if taken or config.train_split == HELD_OUT_SPLIT:
+        raise UsageError(
+            f"eval_fraction must be left out where there is a split {HELD_OUT_SPLIT!r}, got {config.eval_fraction:g} "
+            f"and {(taken or [config.train_split])[0]!r} of {source.name!r}: evaluate on that, or name the folder to "
+            "train on alone"
+        )
 
 
 def _folder_source(option: str, folder: Path, train_split: str | None) -> Source:
@@ -134,11 +159,14 @@ def _folder_source(option: str, folder: Path, train_split: str | None) -> Source
             )
         return Source(option, "saved", name, folder)
     listed = list_images(folder)
-    if _is_of_parquet(option, folder, listed):
-        return Source(option, "parquet", name, folder)
+    kind = _kind_of_folder(option, folder, listed)
+    if kind != "images":
+        return Source(option, kind, name, folder)
     if train_split is not None:
         return Source(option, "images", name, *_chosen_split(folder, listed, train_split))
     splits = split_folders(folder, listed.images)
+    if not splits:
+        _refuse_splits_in_classes(option, folder, listed)
     trained = [path for split, path in splits.items() if split_kind(split) == "train"]
     if splits and len(trained) != 1:
         raise UsageError(
@@ -146,6 +174,19 @@ def _folder_source(option: str, folder: Path, train_split: str | None) -> Source
             f"{str(folder)!r}: give --train_split NAME"
         )
     return Source(option, "images", name, trained[0] if splits else folder, splits)
+
+
+def _refuse_splits_in_classes(option: str, folder: Path, listed: ImageFolder) -> None:
+    """Refuse folders of splits in each of the folders of classes: all images would be trained on."""
+    names = {path.parent.name for path in listed.images if path.parent != folder}
+    kinds = {split_kind(name) for name in names}
+    if None not in kinds and "train" in kinds and len(kinds) > 1:
+        last = listed.images[-1].parent
+        raise UsageError(
+            f"{option} must hold folders of splits above those of classes, got "
+            f"{last.relative_to(folder).as_posix()!r} in {str(folder)!r}: move the images to "
+            f"{last.name}/{last.parent.name}"
+        )
 
 
 def _chosen_split(folder: Path, listed: ImageFolder, train_split: str) -> tuple[Path, dict[str, Path]]:
@@ -169,19 +210,23 @@ def _check_saved_splits(option: str, folder: Path, train_split: str) -> None:
         )
 
 
-def _is_of_parquet(option: str, folder: Path, listed: ImageFolder) -> bool:
-    """Return whether a folder is of parquet files and not of images; only `dataset_name` may name one."""
+def _kind_of_folder(option: str, folder: Path, listed: ImageFolder) -> str:
+    """Return "images", or "parquet" or "tar" for a folder of such files, which only `dataset_name` may name."""
     has_images, has_parquet = bool(listed.images), option == "dataset_name" and ".parquet" in listed.unread
     if has_images and has_parquet:
         raise UsageError(f"{option} must hold images or parquet files, got both in {str(folder)!r}: name a sub-folder")
+    if not has_images and not has_parquet and option == "dataset_name" and f".tar {UNPACK}" in listed.unread:
+        return "tar"
     if not has_images and not has_parquet:
-        wanted = "images or parquet files" if option == "dataset_name" else "images (parquet files: --dataset_name)"
+        wanted = "images, parquet files or shards (.tar)"
+        if option != "dataset_name":
+            wanted = "images (parquet files and shards, .tar: --dataset_name)"
         unread = ", ".join(f"{count:,} {kind}" for kind, count in sorted(listed.unread.items()))
         others = f", but {unread}" if unread else ""
         raise UsageError(
             f"{option} must be a folder of {wanted}, got {str(folder)!r}: nothing below it is one{others}"
         )
-    return has_parquet
+    return "images" if has_images else "parquet"
 
 
 def open_dataset(
@@ -192,7 +237,7 @@ def open_dataset(
     Args:
         config: The settings of the data.
         split: The name of the split; only a parquet folder and a data set on the Hub have others than that of
-            training, which is the default.
+            training, which is the default, and what `eval_fraction` holds out of it.
         split_option: The setting by which the user named the split, for error messages.
         with_conditions: Whether the column that `condition_column` names comes last.
 
@@ -200,13 +245,61 @@ def open_dataset(
         UsageError: When the source cannot be loaded, has no such split, is empty, or lacks the columns that the
             settings name.
     """
-    source, split = find_source(config), split or config.train_split or "train"
-    with as_usage_errors(source, config, split, split_option):
-        loaded = _load_split(source, config, split)
+    source = find_source(config)
+    loaded = open_table(config, split, split_option)
+    if config.eval_fraction is not None and split in (None, "train", config.train_split, HELD_OUT_SPLIT):
+        parts = divide(loaded, folder_of_images(source), config)
+        loaded = loaded.select(parts.held_out if split == HELD_OUT_SPLIT else parts.trained)
+    if config.label_column == "label" and source.kind == "images" and "label" not in loaded.column_names:
+        assert source.folder is not None
+        _explain_uneven_classes(list_images(source.folder))
     dataset: Any = choose_columns(loaded, config, with_conditions)
     if len(dataset) == 0:
         raise no_images_error(source)
     return dataset
+
+
+def open_table(config: DataConfig, split: str | None = None, split_option: str = "split") -> Any:
+    """Open a split with all its columns, and all its rows: what is held out is still in the split to train on.
+
+    Args:
+        config: The settings of the data.
+        split: As of `open_dataset`.
+        split_option: As of `open_dataset`.
+
+    Raises:
+        UsageError: When the source cannot be loaded, or has no such split.
+    """
+    trained = config.train_split or "train"
+    split = trained if split is None or is_held_out(config, split) else split
+    source = find_source(config)
+    with as_usage_errors(source, config, split, split_option):
+        return _load_split(source, config, split)
+
+
+def divide_training(config: DataConfig) -> Parts:
+    """Divide the rows of the split that is trained on by `eval_fraction`; see `divide`."""
+    return divide(open_table(config), folder_of_images(find_source(config)), config)
+
+
+def folder_of_images(source: Source) -> Path | None:
+    """Return the folder of a folder of images; None for other sources."""
+    return source.folder if source.kind == "images" else None
+
+
+def _explain_uneven_classes(listed: ImageFolder) -> None:
+    """Name two images because of which folders are no classes, if there are any.
+
+    Raises:
+        UsageError: When not all images are equally deep.
+    """
+    by_depth = {len(path.parts): path.relative_to(listed.folder).as_posix() for path in listed.images}
+    if len(by_depth) > 1:
+        shallow, deep = by_depth[min(by_depth)], by_depth[max(by_depth)]
+        raise UsageError(
+            f"label_column 'label' is the folder of each image, and all must be equally deep, got {shallow!r} beside "
+            f"{deep!r}: move one, or name the classes in metadata.csv"
+        )
 
 
 def _load_split(source: Source, config: DataConfig, split: str) -> Any:
@@ -219,14 +312,10 @@ def _load_split(source: Source, config: DataConfig, split: str) -> Any:
     if source.kind == "digits":
         return datasets.load_dataset("parquet", data_files={"train": str(folder / "digits.parquet")}, **options)
     if source.kind == "images":
-        listed = list_images(folder)
-        if not listed.has_metadata:
-            return open_images(listed)
-        options["split"] = "train"
-        pattern = f"{glob.escape(str(folder))}/**"
-        return datasets.load_dataset("imagefolder", data_files={"train": pattern}, **options)
-    if source.kind == "parquet":
-        return datasets.load_dataset(str(folder), config.dataset_config_name, **options)
+        return open_images(list_images(folder), is_checked=config.on_bad_image == "raise")
+    if source.kind in ("parquet", "tar"):
+        loaded = datasets.load_dataset(str(folder), config.dataset_config_name, **options)
+        return loaded if source.kind == "parquet" else loaded.flatten()  # of a JSON file, each key is a column
     saved = datasets.load_from_disk(str(folder))
     return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
 
@@ -248,6 +337,8 @@ def as_usage_errors(
             # Otherwise `datasets` reports local folders over the network too, and waits for seconds without one.
             hf_config.HF_UPDATE_DOWNLOAD_COUNTS = False
         yield
+    except UsageError:
+        raise
     except IndexError as error:  # `datasets` raises it for a folder that it saved without rows.
         raise no_images_error(source) from error
     except (OSError, ValueError, RuntimeError, DatasetsError, zipfile.BadZipFile, tarfile.TarError) as error:

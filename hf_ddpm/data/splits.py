@@ -14,8 +14,9 @@ from typing import Any
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.held_out import groups_of, is_held_out, require_disjoint
 from hf_ddpm.data.image_folder import split_kind
-from hf_ddpm.data.sources import SPLIT_NAME, Source, find_source, open_dataset
+from hf_ddpm.data.sources import SPLIT_NAME, Source, find_source, folder_of_images, open_dataset, open_table
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 
 
@@ -35,17 +36,39 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
         UsageError: As `load_images` raises it.
     """
     check_split(config, split, option)
+    check_groups(config, split, option)
     source = find_source(config)
     if split in ("train", config.train_split):
         yield load_images(config)
-    elif source.kind in ("images", "saved"):
+    elif source.kind in ("images", "saved") and not is_held_out(config, split):
         yield load_images(_config_of_split_folder(source, config, split, option))
     else:
         with tempfile.TemporaryDirectory(prefix="hf_ddpm-", ignore_cleanup_errors=True) as temporary:
             saved = Path(temporary) / "split"
             open_dataset(config, split, option, with_conditions=True).save_to_disk(saved)
             whole: dict[str, Any] = {"dataset_config_name": None, "train_split": None, "cache_dir": temporary}
+            whole.update(train_data_dir=None, eval_fraction=None, group_column=None)
             yield load_images(replace(config, dataset_name=str(saved), **whole))
+
+
+def check_groups(config: DataConfig, split: str, option: str = "split") -> None:
+    """Check that no group of `group_column` has images in training and in a split that is held out.
+
+    No image is decoded.
+
+    Raises:
+        UsageError: When one has, or there is no such column.
+    """
+    if config.group_column is None or split in ("train", config.train_split) or is_held_out(config, split):
+        return
+    source = find_source(config)
+    trained = groups_of(open_table(config), folder_of_images(source), config)
+    if source.kind in ("images", "saved"):
+        of_split = _config_of_split_folder(source, config, split, option)
+        others = groups_of(open_table(of_split), folder_of_images(find_source(of_split)), config)
+    else:
+        others = groups_of(open_table(config, split, option), None, config)
+    require_disjoint(trained, others, option, split, config.group_column)
 
 
 def image_names(config: DataConfig, split: str, images: ImageCache) -> list[str]:
@@ -59,10 +82,10 @@ def image_names(config: DataConfig, split: str, images: ImageCache) -> list[str]
     source = find_source(config)
     if source.kind != "images":
         return [f"{number:06d}" for number in range(len(images))]
-    if split not in ("train", config.train_split):
-        config = _config_of_split_folder(source, config, split, "split")
+    if split not in ("train", config.train_split) and not is_held_out(config, split):
+        config, split = _config_of_split_folder(source, config, split, "split"), "train"
         source = find_source(config)
-    dataset = open_dataset(config)
+    dataset = open_dataset(config, split)
     assert source.folder is not None
     paths = [os.path.relpath(row["path"], source.folder.absolute()) for row in dataset[:][dataset.column_names[0]]]
     # Metadata may name files elsewhere.
@@ -81,6 +104,8 @@ def describe_split(config: DataConfig, split: str, images: ImageCache) -> list[s
     if split in ("train", config.train_split):
         if source.kind == "images" and source.splits:  # what is in other folders is the business of other splits
             config = replace(config, dataset_name=None, train_data_dir=str(source.folder), train_split=None)
+    elif is_held_out(config, split):
+        config = replace(config, eval_fraction=None, group_column=None)
     elif source.kind in ("images", "saved"):
         config = _config_of_split_folder(source, config, split, "split")
     first, *others = describe_images(config, replace(images, name=source.name))
@@ -99,7 +124,7 @@ def check_split(config: DataConfig, split: str, option: str = "split") -> None:
     source = find_source(config)
     if split == config.train_split and option != "split":
         raise MissingSplitError(f"{option} must be held out, got {split!r}, which is trained on (train_split)")
-    if split in ("train", config.train_split):
+    if split in ("train", config.train_split) or is_held_out(config, split):
         return
     if source.kind == "digits":
         raise MissingSplitError(f"{option} must be train, which is all that digits has, got {split!r}")
@@ -126,6 +151,7 @@ def _config_of_split_folder(source: Source, config: DataConfig, split: str, opti
                 else "put the others in a folder `train` beside it"
             )
         )
+    whole: dict[str, Any] = {"train_split": None, "eval_fraction": None, "group_column": None}
     if source.kind == "images":
-        return replace(config, dataset_name=None, train_data_dir=str(folder), train_split=None)
-    return replace(config, dataset_name=str(folder), train_data_dir=None, train_split=None)
+        return replace(config, dataset_name=None, train_data_dir=str(folder), **whole)
+    return replace(config, dataset_name=str(folder), train_data_dir=None, **whole)

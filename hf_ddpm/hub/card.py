@@ -247,6 +247,7 @@ def _training_variables(records: RunRecords) -> dict[str, Any]:
         "class_rows_step": format_value(validations[-1]["step"]) if validations else None,
         "run": format_value(records.facts),
         "settings": settings_rows(records.settings),
+        "held_out": _format_held_out(data.get("held_out")),
         "monitor": {name: format_value(config.get(f"eval_{name}")) for name in ("network", "num_images", "split")},
         "random_crop": data.get("random_crop"),
         "size": _format_resolution(data.get("resolution")),
@@ -256,6 +257,16 @@ def _training_variables(records: RunRecords) -> dict[str, Any]:
         "last_loss": {name: format_value(losses[-1][name]) for name in ("loss", "step")} if losses else None,
         "speed": format_value(statistics.median(speeds)) if speeds else None,
     }
+
+
+def _format_held_out(held_out: dict[str, Any] | None) -> str | None:
+    """Return in words how many images were held out of those of training, in which groups; None if none were."""
+    if held_out is None:
+        return None
+    text = f"{held_out['num_images']:,}"
+    if held_out["group_column"] is not None:
+        text += f", in {held_out['num_groups']:,} whole groups of `{held_out['group_column']}`"
+    return format_value(f"{text}; the split `{held_out['split']}`")
 
 
 def _evaluation_variables(results: list[dict[str, Any]]) -> dict[str, Any]:

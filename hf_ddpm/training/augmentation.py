@@ -125,7 +125,9 @@ def attach_map(unet: Any) -> None:
     """
     embedding = unet.time_embedding
     width = embedding.linear_1.in_features
-    weight = nn.utils.skip_init(nn.Linear, NUM_PARAMETERS, width, bias=False, device=unet.device, dtype=unet.dtype)
+    weight: Any = nn.utils.skip_init(
+        nn.Linear, NUM_PARAMETERS, width, bias=False, device=unet.device, dtype=unet.dtype
+    )
     nn.init.zeros_(weight.weight)
     embedding.cond_proj = weight
     embedding.augmentation = None

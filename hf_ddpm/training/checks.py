@@ -75,6 +75,11 @@ def _check_relations(config: TrainingConfig) -> None:
         raise UsageError(
             f"condition_noise = {config.condition_noise} has no effect: give condition_column or super_resolution"
         )
+    if config.group_column is not None and config.eval_fraction is None and config.eval_steps is None:
+        raise UsageError(
+            f"group_column = {config.group_column} has no effect: give eval_fraction, or eval_steps for a split that "
+            "is held out"
+        )
     if config.super_resolution is not None and config.resolution is not None:
         require_factor(config.super_resolution, to_size(config.resolution))
     if config.random_crop and config.resolution is None and config.init_from is None:

@@ -1,4 +1,4 @@
-"""The random draws of a step, by the seed, the step and the position of an image: t, noise, hidden labels, augmentation."""
+"""The random draws of a step, by the seed, the step and the position of an image."""
 
 from __future__ import annotations
 

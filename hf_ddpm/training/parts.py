@@ -17,7 +17,10 @@ from hf_ddpm.training.config import CLASS_DROPOUT, TrainingConfig
 
 # A part -> the settings that describe it.
 _REPLACED = {
-    "dataset": ("dataset_name", "train_data_dir", "train_split", "dataset_config_name", "streaming", "eval_steps"),
+    "dataset": (
+        *("dataset_name", "train_data_dir", "train_split", "dataset_config_name", "streaming", "eval_steps"),
+        *("eval_fraction", "group_column"),
+    ),
     "network": (
         "model_config_name_or_path",
         "init_from",

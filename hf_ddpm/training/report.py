@@ -16,7 +16,9 @@ from PIL import Image
 from hf_ddpm import figures, plots
 from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.conditions import example_pairs
+from hf_ddpm.data.held_out import HELD_OUT_SPLIT
 from hf_ddpm.data.planes import center_crop
+from hf_ddpm.data.sources import divide_training
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.image_size import to_resolution
 from hf_ddpm.labels import describe_labels
@@ -29,6 +31,7 @@ from hf_ddpm.sampling.sampler import labels_in_turn, seeded_generators
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress
+from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.previews import preview_settings, sample_sheet, save_preview
 from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, num_steps_left, print_once, try_to_write
 from hf_ddpm.training.saving import averaged_unet, pipeline_of, save_models
@@ -134,6 +137,7 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
             "labels": None if run.labels is None or run.classes is not None else describe_labels(run.labels),
             "fingerprint": images.fingerprint,
             "license": images.license,
+            **_facts_of_held_out(run.config),
         },
         "model": {
             "num_parameters": sum(p.numel() for p in pipeline.unet.parameters()),
@@ -156,6 +160,14 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
         "samples": preview_settings(run),
         "figures": _facts_of_figures(run, progress),
     }
+
+
+def _facts_of_held_out(config: TrainingConfig) -> dict[str, Any]:
+    if config.eval_fraction is None:
+        return {}
+    parts = divide_training(config)
+    counts = {"num_images": len(parts.held_out), "num_groups": parts.num_groups, "group_column": config.group_column}
+    return {"held_out": {"split": HELD_OUT_SPLIT, **counts}}
 
 
 def _facts_of_figures(run: Run, progress: Progress) -> dict[str, Any]:

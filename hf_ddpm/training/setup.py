@@ -20,7 +20,7 @@ from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.labels import with_network_labels
 from hf_ddpm.data.shards import open_stream
-from hf_ddpm.data.splits import check_split
+from hf_ddpm.data.splits import check_groups, check_split
 from hf_ddpm.evaluation.feature_weights import check_network
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme, write_card
@@ -237,6 +237,7 @@ def _load_images(
             check_readme(Path(config.output_dir))
         if config.eval_steps is not None:
             check_split(config, config.eval_split, "eval_split")
+            check_groups(config, config.eval_split, "eval_split")
             check_network(config.eval_network, config.eval_network_path)
         # What the settings leave open is tried as soon as the images have decided it.
         is_known = config.resolution is not None or config.model_config_name_or_path is not None

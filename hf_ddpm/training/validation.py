@@ -296,7 +296,8 @@ def _measure_samples(
     count = len(samples)
     parts = _batches(processes, count)
     features = processes.gather_rows(torch.cat([validation.network(samples[part]) for part in parts]), count)
-    memorized, fidelity = {}, None
+    memorized: dict[str, Any] = {}
+    fidelity = None
     if validation.real is not None:
         rows = compare_samples(samples[np.concatenate(parts)].cpu(), validation.real)
         memorized = summarize(processes.gather_rows(rows, count), validation.real)

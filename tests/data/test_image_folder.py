@@ -86,7 +86,7 @@ def test_files_that_are_not_read_are_counted(folder: Path) -> None:
     np.save(folder / "d.npy", np.zeros(3))
     (folder / "e.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n")
     (folder / ".hidden.png").write_bytes(b"")
-    said = describe_unread(cache_config(folder), 2)
+    said = describe_unread(cache_config(folder))
     assert said == (
         "not read: 1 .eps, 2 .heic (pip install pillow-heif), 1 .jxl (pip install pillow-jxl-plugin), 1 .npy"
     )
@@ -99,7 +99,7 @@ def test_grid_beside_samples_is_no_image_of_the_set(folder: Path) -> None:
     assert len(names(folder)) == 2
     (folder / "samples.json").write_text("{}")
     assert names(folder) == ["001.png"]
-    assert "1 grid.png of `hf-ddpm sample`" in describe_unread(cache_config(folder), 1)
+    assert "1 grid.png of `hf-ddpm sample`" in describe_unread(cache_config(folder))
 
 
 def test_images_that_the_metadata_do_not_name_are_counted(folder: Path) -> None:
@@ -107,7 +107,7 @@ def test_images_that_the_metadata_do_not_name_are_counted(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"00{i}.png"}) + "\n" for i in range(4)))
     images = load_images(cache_config(folder))
     assert len(images) == 4
-    assert describe_unread(cache_config(folder), 4) == "not read: 2 images that no row of the metadata names"
+    assert describe_unread(cache_config(folder)) == "not read: 2 images that no row of the metadata names"
 
 
 def test_archive_beside_images_is_not_opened(folder: Path) -> None:
@@ -116,7 +116,7 @@ def test_archive_beside_images_is_not_opened(folder: Path) -> None:
     save_grays(folder / "odd", 2)
     (folder / "old.zip").write_bytes(b"PK broken")
     assert len(load_images(cache_config(folder, label_column="label"))) == 4
-    assert describe_unread(cache_config(folder), 4) == "not read: 1 .zip (unpack it)"
+    assert describe_unread(cache_config(folder)) == "not read: 1 .zip (unpack it)"
 
 
 def test_folder_without_images_says_what_it_holds(folder: Path) -> None:
@@ -173,3 +173,37 @@ def test_folder_is_listed_once_in_a_block(folder: Path) -> None:
         save_grays(folder, 3)
         assert len(list_images(folder).images) == 2
     assert len(list_images(folder).images) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+def test_pipe_is_no_image_and_no_metadata(folder: Path) -> None:
+    """To open one would wait for a writer, for ever."""
+    save_grays(folder, 1)
+    for name in ("a.png", "metadata.csv", "b"):
+        os.mkfifo(folder / name)
+    assert names(folder) == ["000.png"]
+    assert list_images(folder).unread == {"pipes and the like": 3}
+    assert len(load_images(cache_config(folder))) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes on Linux only")
+def test_image_whose_name_is_no_text_is_named(folder: Path) -> None:
+    save_grays(folder, 1)
+    os.link(folder / "000.png", os.fsencode(folder) + b"/\xff.png")
+    with pytest.raises(UsageError, match=r"must be UTF-8, got b'.*\\xff.png': rename it"):
+        load_images(cache_config(folder))
+
+
+def test_link_to_itself_is_a_missing_image(folder: Path) -> None:
+    save_grays(folder, 1)
+    (folder / "a.png").symlink_to(folder / "a.png")
+    with pytest.raises(UsageError, match=r"got row 1 .*symbolic links"):
+        load_images(cache_config(folder))
+    assert load_images(cache_config(folder, on_bad_image="skip")).num_bad == 1
+
+
+def test_classes_of_unequal_depth_are_named(folder: Path) -> None:
+    save_grays(folder / "cat", 1)
+    save_grays(folder, 1)
+    with pytest.raises(UsageError, match=r"must be equally deep, got '000.png' beside 'cat/000.png'"):
+        load_images(cache_config(folder, label_column="label"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.runtime.errors import UsageError
-from tests.support.image_data import cache_config, load_one, noise, save_grays
+from tests.support.image_data import cache_config, load_one, noise, png, save_grays
 
 
 def test_damaged_exif_text_leaves_the_pixels_as_they_are(folder: Path) -> None:
@@ -65,10 +64,11 @@ def test_empty_cell_of_labels_is_named(folder: Path) -> None:
 
 def test_folder_of_the_cache_is_blamed_for_what_is_its_own(tmp_path: Path) -> None:
     """A file in the place of a folder refuses every user, as a folder without permission refuses all but one."""
-    save_grays(tmp_path / "data", 2)
-    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": "000.png"}) + "\n")
+    images = [{"bytes": png(noise(8, 8)), "path": None}]
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict({"image": images}).to_parquet(tmp_path / "data" / "a.parquet")
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "imagefolder").write_text("")
+    (tmp_path / "cache" / "data").write_text("")
     with pytest.raises(UsageError, match=r"^cache_dir must be a folder that can be written, got .*/cache': "):
         load_images(cache_config(tmp_path / "data"))
 
@@ -128,3 +128,11 @@ def test_data_have_the_name_of_the_link_to_them(folder: Path) -> None:
     link = folder.with_name("a link to them")
     link.symlink_to(folder, target_is_directory=True)
     assert load_images(cache_config(link)).name == "a link to them"
+
+
+def test_error_has_one_line_whatever_the_name_of_an_image_holds(folder: Path) -> None:
+    save_grays(folder, 1)
+    (folder / "new\nline é.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"new\\nline é.png") as raised:
+        load_images(cache_config(folder))
+    assert "\n" not in str(raised.value)

@@ -190,11 +190,11 @@ def test_links_to_a_folder_above_lead_in_no_circle(folder: Path) -> None:
 
 def test_check_source_rejects_folders_without_images(folder: Path) -> None:
     (folder / "a.txt").write_text("")
-    with pytest.raises(UsageError, match=r"folder of images or parquet files, got .*photos"):
+    with pytest.raises(UsageError, match=r"folder of images, parquet files or shards \(.tar\), got .*photos"):
         check_source(cache_config(folder))
     (folder / "a.parquet").write_text("")
     check_source(cache_config(folder))
-    with pytest.raises(UsageError, match=r"folder of images \(parquet files: --dataset_name\), got .*photos"):
+    with pytest.raises(UsageError, match=r"folder of images \(parquet files and shards, .tar: --dataset_name\), got"):
         check_source(cache_config(None, train_data_dir=str(folder)))
     save_grays(folder, 1)
     with pytest.raises(UsageError, match=r"got both in .*photos.*name a sub-folder"):

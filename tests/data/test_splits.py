@@ -12,7 +12,7 @@ from PIL import Image
 
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.description import describe_unread
+from hf_ddpm.data.description import describe_images, describe_unread
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.data.splits import describe_split, open_split
@@ -94,7 +94,7 @@ def test_folders_named_like_splits_are_not_trained_on(folder: Path, trained: str
     config = cache_config(folder)
     assert len(load_images(config)) == 3
     assert open_stream(replace(config, streaming=True)).num_images == 3
-    assert describe_unread(config, 3) == f"not read: the folder '{Path(held_out).name}'"
+    assert describe_unread(config) == f"not read: the folder '{Path(held_out).name}'"
     for name in (split, Path(held_out).name):
         with open_split(config, name, "eval_split") as images:
             assert len(images) == 2
@@ -114,7 +114,7 @@ def test_folders_without_images_beside_splits_say_nothing(folder: Path) -> None:
     (folder / "annotations").mkdir()
     (folder / "annotations" / "all.json").write_text("{}")
     assert len(load_images(cache_config(folder))) == 3
-    assert describe_unread(cache_config(folder), 3) == "not read: the folder 'test'"
+    assert describe_unread(cache_config(folder)) == "not read: the folder 'test'"
 
 
 def test_other_folders_beside_splits_are_not_trained_on(folder: Path) -> None:
@@ -122,7 +122,7 @@ def test_other_folders_beside_splits_are_not_trained_on(folder: Path) -> None:
         save_grays(folder / name, count)
     for config in (cache_config(folder), cache_config(folder, train_split="train")):
         assert len(load_images(config)) == 3
-        assert describe_unread(config, 3) == "not read: the folder 'more', the folder 'test'"
+        assert describe_unread(config) == "not read: the folder 'more', the folder 'test'"
         for split, count in (("test", 2), ("more", 1)):
             with open_split(config, split, "eval_split") as images:
                 assert len(images) == count
@@ -133,7 +133,7 @@ def test_what_lies_beside_splits_is_counted(folder: Path) -> None:
     save_grays(folder / "images" / "val", 2)
     save_grays(folder, 4)
     (folder / "metadata.csv").write_text("file_name,kind\n")
-    said = describe_unread(cache_config(folder), 3)
+    said = describe_unread(cache_config(folder))
     assert said == "not read: the folder 'val', 4 images beside the splits, metadata.csv beside the splits"
 
 
@@ -227,3 +227,20 @@ def test_open_split_checks_the_name_of_the_split(folder: Path) -> None:
         open_split(DataConfig(dataset_name="digits"), "test"),
     ):
         pass
+
+
+def test_splits_in_each_folder_of_a_class_are_refused(folder: Path) -> None:
+    """All images would be trained on, and the classes be `test` and `train`."""
+    for name in ("cat/train", "cat/test", "dog/train", "dog/test"):
+        save_grays(folder / name, 1)
+    with pytest.raises(UsageError, match=r"splits above those of classes, got 'dog/train' .* to train/dog"):
+        load_images(cache_config(folder))
+
+
+def test_folder_that_is_named_as_a_split_and_read_with_others_is_said(folder: Path) -> None:
+    for name in ("train", "test-set"):
+        save_grays(folder / name, 2)
+    config = cache_config(folder)
+    assert describe_images(config, load_images(config))[1:] == [
+        "read with all folders beside it: the folder 'train'; --train_split train reads it alone"
+    ]

@@ -83,8 +83,16 @@ def test_stream_of_parquet_without_metadata_and_with_binary_column(folder: Path)
     stream = open_stream(stream_config(folder, image_column="pic"))
     content, _ = read_stream(stream, 0, 8, batch_size=4, num_processes=1, num_substreams=1)
     assert sorted(content.values()) == list(range(8))
-    with pytest.raises(UsageError, match=r"label_column must be a ClassLabel.*'year'.*leave out --streaming"):
-        open_stream(stream_config(folder, image_column="pic", label_column="year"))
+
+
+def test_integers_and_texts_of_files_on_this_machine_are_classes(folder: Path) -> None:
+    """They are read before the first step, and numbered as in a cache."""
+    columns = {"pic": [png(numbered_image(n)) for n in range(8)], "year": [2000 + n % 3 for n in range(8)]}
+    pq.write_table(pa.table({**columns, "kind": [*"abcabcab"]}), folder / "a.parquet")
+    for column, names in (("year", ["2000", "2001", "2002"]), ("kind", ["a", "b", "c"])):
+        stream = open_stream(stream_config(folder, image_column="pic", label_column=column))
+        assert stream.class_names == names
+        assert [stream.label(example) for example in stream.examples()] == [n % 3 for n in range(8)]
 
 
 def rows_of(parts: list[range]) -> Iterator[dict[str, Any]]:

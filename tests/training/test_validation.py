@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline
+from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.splits import open_split
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
@@ -131,3 +133,20 @@ def test_validation_refuses_before_training(config):
     with pytest.raises(UsageError, match="eval_split = held has no effect: give eval_steps"):
         train(replace(config, eval_split="held", eval_steps=None, eval_num_images=2000))
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.slow
+def test_images_that_a_run_holds_out_are_validated_on_and_never_trained_on(config, image_folder):
+    """The card says how many they are; the run resumes with them alone."""
+    config = replace(config, dataset_name=str(image_folder), eval_fraction=0.25)
+    train(replace(config, max_train_steps=4))
+    with pytest.raises(UsageError, match="eval_fraction"):
+        train(replace(config, resume_from_checkpoint="latest", eval_fraction=0.5))
+    train(replace(config, resume_from_checkpoint="latest"))
+    facts = json.loads((Path(config.output_dir) / "run.json").read_text())
+    with open_split(config, "test") as held_out:
+        assert facts["data"]["num_images"] == len(load_images(config)) == 18
+        assert facts["data"]["fingerprint"] == load_images(config).fingerprint
+        assert facts["data"]["held_out"]["num_images"] == len(held_out) == 6
+    assert "| Images held out of them | 6; the split `test` |" in (Path(config.output_dir) / "README.md").read_text()
+    assert [record["step"] for record in measured(config.output_dir)] == [2, 4, 6]

@@ -1,0 +1,154 @@
+"""Images that are held out of the split that is trained on: `eval_fraction` of them, in whole groups.
+
+group      the images with one value of `group_column`, as the slices of one volume; without it, those of one identity
+identity   of an image: its path in the folder of images; in other sources its content, so that copies stay together
+order      of the groups: that of a hash of their names, which neither a seed nor the order of the images changes
+
+Groups are held out in their order until they hold `eval_fraction` of the images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_ddpm.data.columns import image_column
+from hf_ddpm.data.config import DataConfig
+from hf_ddpm.runtime.errors import UsageError
+
+HELD_OUT_FORMAT = 1  # Increase it when other images are held out, so that no older cache is read.
+HELD_OUT_SPLIT = "test"  # what the images that are held out are called, wherever a split is named
+FOLDER = "folder"  # the group column that every folder of images has
+
+
+class Parts(NamedTuple):
+    """The rows of a table that are trained on and those that are held out.
+
+    Args:
+        trained: The numbers of the rows that are trained on.
+        held_out: Those of the others.
+        num_groups: The number of groups that are held out.
+    """
+
+    trained: list[int]
+    held_out: list[int]
+    num_groups: int
+
+
+def is_held_out(config: DataConfig, split: str) -> bool:
+    """Return whether a split is held out of the one that is trained on."""
+    return config.eval_fraction is not None and split == HELD_OUT_SPLIT
+
+
+def divide(table: Any, folder: Path | None, config: DataConfig) -> Parts:
+    """Divide the rows of the split that is trained on by `eval_fraction`.
+
+    Args:
+        table: The split, a data set of `datasets` with all its columns.
+        folder: The folder, of a folder of images; else None.
+        config: The settings of the data, with `eval_fraction`.
+
+    Raises:
+        UsageError: When `group_column` is no column, or nothing is left to train on.
+    """
+    assert config.eval_fraction is not None
+    groups = groups_of(table, folder, config) if config.group_column else _identities(table, folder, config)
+    sizes = Counter(groups)
+    held_out: set[str] = set()
+    num_held_out = 0
+    for name in sorted(sizes, key=_hash):
+        if num_held_out >= config.eval_fraction * len(groups):
+            break
+        held_out.add(name)
+        num_held_out += sizes[name]
+    if len(held_out) == len(sizes):
+        what = f"groups of {config.group_column!r}" if config.group_column else "images"
+        raise UsageError(
+            f"eval_fraction must leave {what} to train on, got {config.eval_fraction:g} of {len(sizes):,}: give a "
+            "smaller one, or leave it out"
+        )
+    rows: tuple[list[int], list[int]] = ([], [])
+    for row, name in enumerate(groups):
+        rows[name in held_out].append(row)
+    return Parts(*rows, num_groups=len(held_out))
+
+
+def groups_of(table: Any, folder: Path | None, config: DataConfig) -> list[str]:
+    """Return the group of each row of a table, the value of `group_column` as a text.
+
+    Args:
+        table: A data set of `datasets` with all its columns.
+        folder: The folder, of a folder of images; else None.
+        config: The settings of the data, with `group_column`.
+
+    Raises:
+        UsageError: When there is no such column, or a cell is empty.
+    """
+    name = config.group_column
+    assert name is not None
+    if name not in table.column_names:
+        if name == FOLDER and folder is not None:
+            return [Path(path).parent.as_posix() for path in _paths(table, folder, config)]
+        own = f", or {FOLDER!r}, the folder of each image," if folder is not None else ""
+        raise UsageError(f"group_column must be one of {table.column_names}{own} got {name!r}: --group_column")
+    cells = table.select_columns([name])[:][name]
+    if None in cells:
+        raise UsageError(
+            f"group_column must give each image a group, got an empty cell in row {cells.index(None)} of {name!r}: "
+            "fill it, or leave the row out"
+        )
+    return [*map(str, cells)]
+
+
+def require_disjoint(trained: Sequence[str], others: Sequence[str], option: str, split: str, column: str) -> None:
+    """Check that no group has images in training and in a split that is held out.
+
+    Args:
+        trained: The group of each image that is trained on.
+        others: The group of each image of the split.
+        option: The setting that names the split, for the message.
+        split: The name of the split.
+        column: The group column.
+
+    Raises:
+        UsageError: When one has, with the first of them.
+    """
+    if common := sorted({*trained} & {*others}):
+        some = ", ".join([*map(repr, common[:3]), *["..."][: len(common) > 3]])
+        raise UsageError(
+            f"{option} must share no group of {column!r} with training, got {split!r} with {len(common):,} that do, "
+            f"{some}: move all images of a group to one side, or leave out group_column"
+        )
+
+
+def _identities(table: Any, folder: Path | None, config: DataConfig) -> list[str]:
+    if folder is not None:
+        return _paths(table, folder, config)
+    return [_content_of(encoded) for encoded in _encoded_images(table, config)]
+
+
+def _paths(table: Any, folder: Path, config: DataConfig) -> list[str]:
+    """Return the path of each image as seen from the folder."""
+    start = folder.absolute()
+    return [Path(os.path.relpath(encoded["path"], start)).as_posix() for encoded in _encoded_images(table, config)]
+
+
+def _encoded_images(table: Any, config: DataConfig) -> Any:
+    """Yield the encoded image of each row."""
+    import datasets
+
+    name = image_column(table.features, config)
+    return (row[name] for row in table.select_columns([name]).cast_column(name, datasets.Image(decode=False)))
+
+
+def _content_of(encoded: Any) -> str:
+    content = b"" if encoded is None else encoded["bytes"] or str(encoded["path"]).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()

@@ -1,0 +1,196 @@
+"""Images that `eval_fraction` holds out: which ones, in which groups, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.held_out import divide
+from hf_ddpm.data.sources import check_source, find_source, open_dataset
+from hf_ddpm.data.splits import check_split, describe_split, image_names, open_split
+from hf_ddpm.runtime.errors import MissingSplitError, UsageError
+from tests.support.image_data import cache_config, noise, png, save_grays
+
+
+def contents(images: ImageCache) -> set[bytes]:
+    return {images.image(i).tobytes() for i in range(len(images))}
+
+
+def save_patients(folder: Path, num_patients: int = 8, num_slices: int = 3) -> None:
+    """Save slices of several patients, with metadata of whose they are and how heavy they are."""
+    save_grays(folder, num_patients * num_slices)
+    rows = [f"{i:03}.png,p{i % num_patients},{i}.5" for i in range(num_patients * num_slices)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,patient,mass", *rows]) + "\n")
+
+
+def save_source(kind: str, folder: Path) -> dict[str, Any]:
+    """Save 20 images as a source of a kind, and return the settings that name it."""
+    arrays = save_grays(folder / "images", 20)
+    table = datasets.Dataset.from_dict({"image": [{"bytes": png(values), "path": None} for values in arrays]})
+    if kind == "parquet":
+        (folder / "files").mkdir()
+        table.cast_column("image", datasets.Image()).to_parquet(folder / "files" / "train.parquet")
+    if kind == "saved":
+        table.cast_column("image", datasets.Image()).save_to_disk(folder / "files")
+    if kind == "digits":
+        return {"dataset_name": "digits"}
+    return {"dataset_name": str(folder / ("images" if kind == "images" else "files"))}
+
+
+@pytest.mark.parametrize("kind", ["images", "parquet", "saved", "digits"])
+def test_training_and_held_out_images_are_all_and_none_is_both(folder: Path, kind: str) -> None:
+    whole = DataConfig(**save_source(kind, folder), cache_dir=str(folder / "cache"))
+    config = DataConfig(**save_source(kind, folder / "again"), cache_dir=str(folder / "cache"), eval_fraction=0.25)
+    trained = load_images(config)
+    with open_split(config, "test") as held_out:
+        assert len(held_out) == -(-len(load_images(whole)) // 4)
+        assert contents(trained) | contents(held_out) == contents(load_images(whole))
+        assert not contents(trained) & contents(held_out)
+        assert describe_split(config, "test", held_out)[0].startswith(f"split test of {find_source(config).name}: ")
+        assert len(image_names(config, "test", held_out)) == len(held_out)
+    with open_split(config, "train") as images:
+        assert contents(images) == contents(trained)
+    said = describe_images(config, trained)[0]
+    assert f"; {len(held_out)} more held out as the split 'test'" in said
+
+
+def test_order_and_number_of_images_decide_little(folder: Path) -> None:
+    """Images that are held out stay so in another order, and when others come: their share grows alike."""
+    rows = [{"bytes": png(noise(8, 8, seed=i)), "path": None} for i in range(40)]
+    config = DataConfig(eval_fraction=0.2)
+
+    def held_out(indices: list[int]) -> set[int]:
+        table = datasets.Dataset.from_dict({"image": [rows[i] for i in indices]}).cast_column(
+            "image", datasets.Image()
+        )
+        return {indices[row] for row in divide(table, None, config).held_out}
+
+    assert held_out([*range(40)]) == held_out([*range(39, -1, -1)])
+    assert len(held_out([*range(40)])) == 8
+    twice = held_out([*range(40), *range(40)])
+    assert len(twice) == 8  # copies of an image stay together
+    before, after = held_out([*range(20)]), held_out([*range(40)])
+    assert len(before & after) >= len(before) - 2
+
+
+def test_groups_are_held_out_as_a_whole(folder: Path) -> None:
+    save_patients(folder)
+    config = cache_config(folder, eval_fraction=0.25, group_column="patient")
+    trained, held_out = (open_dataset(config, split)["image"] for split in ("train", "test"))
+    patients = [{int(Path(row["path"]).stem) % 8 for row in rows} for rows in (trained, held_out)]
+    assert not patients[0] & patients[1]
+    assert len(held_out) == 6
+    said = describe_images(config, load_images(config))[0]
+    assert "6 more in 2 groups of 'patient' held out as the split 'test'" in said
+
+
+def test_folder_of_each_image_may_be_its_group(folder: Path) -> None:
+    for name in ("scan-1/a", "scan-1/b", "scan-2/a", "scan-3/a"):
+        save_grays(folder / name, 2)
+    config = cache_config(folder, eval_fraction=0.1, group_column="folder")
+    held_out = open_dataset(config, "test")["image"]
+    assert len({Path(row["path"]).parent for row in held_out}) == 1
+    assert len(held_out) == 2
+
+
+def test_labels_and_conditions_stay_with_their_images(folder: Path) -> None:
+    """One image is made from several others, and none of them may be on both sides."""
+    images = [noise(8, 8, seed=i // 2) for i in range(12)]
+    for i, values in enumerate(images):
+        Image.fromarray(values).save(folder / f"{i}.png")
+        Image.fromarray(255 - values).save(folder / f"from-{i}.png")
+    rows = [f"{i}.png,from-{i}.png,{i}.5" for i in range(12)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,mask_file_name,k", *rows]) + "\n")
+    config = cache_config(folder, eval_fraction=0.25, condition_column="mask", label_column="k")
+    with open_split(config, "test") as held_out:
+        for part, count in ((load_images(config), 9), (held_out, 3)):
+            assert len(part) == count
+            assert part.conditions is not None
+            assert part.labels is not None
+            for i in range(count):
+                assert (part.image(i) == 255 - part.conditions.image(i)).all()
+                assert (part.image(i) == images[int(part.labels[i] - 0.5)]).all()
+
+
+def test_conditions_decide_not_which_images_are_held_out(folder: Path) -> None:
+    save_grays(folder, 10)
+    rows = [f"{i:03}.png,{9 - i:03}.png" for i in range(10)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,mask_file_name", *rows]) + "\n")
+    config = cache_config(folder, eval_fraction=0.3, condition_column="mask")
+    images = load_images(config)
+    assert images.conditions is not None
+    for i, row in enumerate(open_dataset(config)["image"]):
+        other = 9 - int(Path(row["path"]).stem)
+        assert (images.conditions.image(i)[0] == noise(8, 8, seed=other)).all()
+
+
+@pytest.mark.parametrize("kind", ["images", "parquet", "saved"])
+def test_group_in_training_and_in_a_split_is_named(folder: Path, kind: str) -> None:
+    tables = {}
+    for split, patients in (("train", "abc"), ("test", "cd")):
+        images = [{"bytes": png(noise(8, 8, seed=i)), "path": None} for i in range(len(patients))]
+        columns = {"image": images, "patient": [*patients]}
+        tables[split] = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        if kind == "parquet":
+            tables[split].to_parquet(folder / f"{split}.parquet")
+        if kind == "images":
+            save_grays(folder / split, len(patients))
+            rows = [f"{i:03}.png,{patient}" for i, patient in enumerate(patients)]
+            (folder / split / "metadata.csv").write_text("\n".join(["file_name,patient", *rows]) + "\n")
+    if kind == "saved":
+        datasets.DatasetDict(tables).save_to_disk(folder)
+    with open_split(cache_config(folder), "test"):
+        pass
+    message = r"test_split must share no group of 'patient' with training, got 'test' with 1 that do, 'c'"
+    with (
+        pytest.raises(UsageError, match=message),
+        open_split(cache_config(folder, group_column="patient"), "test", "test_split"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_fraction": 0.99}, "must leave images to train on, got 0.99 of 24"),
+        ({"eval_fraction": 0.9, "group_column": "patient"}, "must leave groups of 'patient' .* got 0.9 of 8"),
+        (
+            {"eval_fraction": 0.1, "group_column": "name"},
+            r"group_column must be one of \[.*\], or 'folder', .* got 'name'",
+        ),
+    ],
+)
+def test_what_holds_out_all_or_nothing_is_refused(folder: Path, settings: dict[str, Any], message: str) -> None:
+    save_patients(folder)
+    with pytest.raises(UsageError, match=message):
+        load_images(cache_config(folder, **settings))
+
+
+def test_empty_cell_of_groups_is_named(folder: Path) -> None:
+    save_grays(folder, 2)
+    (folder / "metadata.csv").write_text("file_name,patient\n000.png,a\n001.png,\n")
+    with pytest.raises(UsageError, match="an empty cell in row 1 of 'patient'"):
+        load_images(cache_config(folder, eval_fraction=0.5, group_column="patient"))
+
+
+def test_split_that_is_there_is_not_held_out_again(folder: Path) -> None:
+    for split in ("train", "test", "val"):
+        save_grays(folder / split, 2)
+    with pytest.raises(UsageError, match=r"left out where there is a split 'test', got 0.5 and 'test' of 'photos'"):
+        check_source(cache_config(folder, eval_fraction=0.5))
+    check_source(cache_config(folder / "train", eval_fraction=0.5))
+    with pytest.raises(MissingSplitError):
+        check_split(cache_config(folder / "train", eval_fraction=0.5), "val", "eval_split")
+
+
+def test_other_fraction_makes_another_cache(folder: Path) -> None:
+    save_grays(folder, 10)
+    prints = {load_images(cache_config(folder, eval_fraction=f)).fingerprint for f in (None, 0.1, 0.2)}
+    assert len(prints) == 3
