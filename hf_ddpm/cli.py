@@ -187,7 +187,15 @@ def sample(
     dtype: Dtype = "fp32",
     compile: Compile = False,
     uniform: Uniform = False,
-    format: Annotated[str, choice("format", "png, named by seed; parquet, for `datasets`; or npz.", FORMATS)] = "png",
+    format: Annotated[
+        str | None,
+        choice(
+            "format",
+            "png, npy or tif, named by seed; parquet, for `datasets`; or npz. Default: png, or npy for arrays that PNG "
+            "cannot hold.",
+            FORMATS,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Sample images of a model.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import fsspec
 import numpy as np
 from PIL import Image
 
+from hf_ddpm.data.arrays import array_format, decode_array, is_array, require_no_array_settings
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import readable_formats
 from hf_ddpm.data.image_format import (
@@ -39,7 +41,7 @@ class Decoded(NamedTuple):
     """A decoded image.
 
     Args:
-        planes: (C, h, w) in [0, max_value], of the format's type.
+        planes: (C, h, w) in [0, max_value], of the format's type; arrays have their own values.
         losses: What the file holds and the planes do not, see `losses_of`.
     """
 
@@ -65,7 +67,7 @@ def with_bytes(encoded: Any) -> Any:
         FileNotFoundError: When there is no such file.
         NotFetchedError: When reading the file fails for any other reason.
     """
-    if encoded is None or encoded["bytes"] is not None or encoded["path"] is None:
+    if encoded is None or is_array(encoded) or encoded["bytes"] is not None or encoded["path"] is None:
         return encoded
     path: str = encoded["path"]
     try:
@@ -122,6 +124,8 @@ def decode(encoded: Any, name: str, image_format: ImageFormat) -> Decoded:
         NeedsSixteenBits: When the image has 16 bits and the format has 8.
         Exception: When the file is broken; Pillow's decoders raise nearly any class.
     """
+    if image_format.array_dtype is not None:
+        return Decoded(*decode_array(encoded, name, image_format))
     with open_image(encoded, image_format.config.max_image_pixels) as image:
         # Loading forgets how many bits and bands there were.
         losses = losses_of(image, image_format)
@@ -138,7 +142,10 @@ def is_transient(error: Exception) -> bool:
 
 def name_of(encoded: Any, row: int) -> str:
     """Return what error messages call an image: its row, and its path if it has one."""
-    return f"row {row}" if encoded is None or encoded["path"] is None else f"row {row} ({encoded['path']})"
+    path = encoded["path"] if isinstance(encoded, dict) else None
+    number = encoded.get("slice") if isinstance(encoded, dict) else None
+    place = path if number is None else f"{path}, image {number}"
+    return f"row {row}" if path is None else f"row {row} ({place})"
 
 
 def unreadable_image_error(name: str, error: Exception) -> UsageError:
@@ -170,7 +177,25 @@ def infer_format(images: Iterable[tuple[str, Any]], config: DataConfig) -> Image
         UsageError: When an image is unreadable and `on_bad_image` is "raise", when none is readable, or when
             `resolution` is left open and the images are not all squares of one size.
     """
-    return _format_of_headers(_read_headers(images, config), config)
+    images = iter(images)
+    first = next(images, None)
+    if first is not None and is_array(first[1]):
+        return _format_of_arrays(chain([first], images), config)
+    require_no_array_settings(config)
+    return _format_of_headers(_read_headers(chain([first] if first is not None else [], images), config), config)
+
+
+def _format_of_arrays(arrays: Iterable[tuple[str, Any]], config: DataConfig) -> ImageFormat:
+    """Decide what the settings leave open by the first array that can be read."""
+    for name, encoded in arrays:
+        try:
+            return array_format(encoded, name, config)
+        except UsageError:
+            raise
+        except Exception as error:  # readers raise nearly any class
+            if config.on_bad_image == "raise" or is_transient(error):
+                raise unreadable_image_error(name, error) from error
+    raise UsageError("on_bad_image='skip' must leave some images, got unreadable ones only: repair or replace them")
 
 
 def format_of(image: Image.Image, name: str, config: DataConfig) -> ImageFormat:

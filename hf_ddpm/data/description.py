@@ -28,7 +28,9 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
     """
     count = "images" if images.num_images is None else f"{images.num_images:,} images"
     parts = [f"{images.name}: {count}, {images.resolution} x {images.resolution}, channels {images.channels}"]
-    if images.max_value > 255:
+    if images.value_range is not None:
+        parts.append(f"values {images.value_range}")
+    elif images.max_value > 255:
         parts.append("16 bits")
     if not isinstance(images, GivenImages) and images.label_columns is not None:
         parts.append(f"labels {', '.join(_describe_labels(images.label_columns, images.labels))}")
@@ -43,6 +45,10 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
     lines = ["; ".join(filter(None, parts))]
     among = {ImageStream: f" of the first {NUM_FIRST_IMAGES}", GivenImages: ", of which the first was read,"}
     among = among.get(type(images), "")
+    if isinstance(images, ImageCache) and images.num_clipped:
+        assert images.value_range is not None
+        low, high, share = images.value_range.low, images.value_range.high, images.num_clipped / images.pixels.size
+        lines.append(f"clipped: {images.num_clipped:,} values ({share:.2%}) lie outside of {low:g} to {high:g}")
     lines += [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
     return lines + _describe_range(config, images, among)
 
@@ -60,18 +66,25 @@ def _describe_labels(columns: Sequence[LabelColumn], values: Any) -> list[str]:
 
 def _describe_range(config: DataConfig, images: ImageCache | ImageStream | GivenImages, among: str) -> list[str]:
     """Return a warning, with the setting that mends it, where values fill less than SMALLEST_SHARE of their range."""
-    low, high = config.value_range or (0, images.file_max)
-    smallest, largest = (low + value * (high - low) / images.max_value for value in images.limits)
+    if images.value_range is not None:
+        (low, high), (smallest, largest) = (images.value_range.low, images.value_range.high), images.limits
+    else:
+        low, high = config.value_range or (0, images.file_max)
+        smallest, largest = (low + value * (high - low) / images.max_value for value in images.limits)
     if smallest >= largest or largest - smallest >= SMALLEST_SHARE * (high - low):
         return []
     # What a camera or a mask can hold is mostly a power of two less one, and begins at 0.
     wanted = (0, 2 ** round(largest).bit_length() - 1)
-    if smallest < 0 or largest - smallest < SMALLEST_SHARE * wanted[1]:
+    form = ".0f"
+    if images.value_range is not None and not images.value_range.is_integer:
+        form = ".3g"
+        wanted = (float(f"{smallest:.3g}"), float(f"{largest:.3g}"))
+    elif smallest < 0 or largest - smallest < SMALLEST_SHARE * wanted[1]:
         wanted = (round(smallest), round(largest))
     text = (
-        f"warning: the values of the images{among} fill little of their range: they go from {smallest:.0f} to "
-        f"{largest:.0f}, and -1 and 1 stand for {low:g} and {high:g}; --value_range {wanted[0]} {wanted[1]} stretches "
-        "them, if no image can hold others"
+        f"warning: the values of the images{among} fill little of their range: they go from {smallest:{form}} to "
+        f"{largest:{form}}, and -1 and 1 stand for {low:g} and {high:g}; --value_range {wanted[0]} {wanted[1]} "
+        "stretches them, if no image can hold others"
     )
     return [text]
 
@@ -84,7 +97,7 @@ def describe_unread(config: DataConfig, num_images: int) -> str:
         num_images: The number of images that were read or were unreadable.
     """
     source = find_source(config)
-    if source.kind != "images" or source.folder is None:
+    if source.kind not in ("images", "arrays") or source.folder is None:
         return ""
     listed = list_images(source.folder)
     held_out = [split for split, path in source.splits.items() if path != source.folder]
@@ -98,6 +111,8 @@ def describe_unread(config: DataConfig, num_images: int) -> str:
         unread += [f"{path.name} beside the splits" for path in above if path.name in METADATA_NAMES]
     unread += [f"{count:,} {kind}" for kind, count in sorted(listed.unread.items())]
     num_named = num_images if config.condition_column is None else 2 * num_images
-    if listed.has_metadata and len(listed.images) > num_named:
+    if source.kind == "arrays":
+        unread += ["metadata, which are read beside images only"] if listed.has_metadata else []
+    elif listed.has_metadata and len(listed.images) > num_named:
         unread.append(f"{len(listed.images) - num_named:,} images that no row of the metadata names")
     return f"not read: {', '.join(unread)}" if unread else ""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from hf_ddpm.data.array_files import is_array_file
 from hf_ddpm.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,11 +58,13 @@ class ImageFolder:
 
     Args:
         images: The images, in the order of their paths.
+        arrays: The files of arrays, in this order; where there are images, they count as unread, too.
         has_metadata: Whether there are metadata.
         unread: What is not read -> how many files.
     """
 
     images: list[Path]
+    arrays: list[Path]
     has_metadata: bool
     unread: Counter[str]
 
@@ -94,7 +97,7 @@ def list_images(folder: Path) -> ImageFolder:
 
 
 def _list_images(folder: Path) -> ImageFolder:
-    images, unread = [], Counter[str]()
+    images, arrays, unread = [], [], Counter[str]()
     has_metadata = False
     for path in files_below(folder):
         if path.name in METADATA_NAMES:
@@ -103,11 +106,16 @@ def _list_images(folder: Path) -> ImageFolder:
             unread[f"{path.suffix.lower()} (unpack it)"] += 1
         elif path.name == "grid.png" and path.with_name("samples.json").is_file():
             unread["grid.png of `hf-ddpm sample`"] += 1
+        elif is_array_file(path):
+            arrays.append(path)
         elif is_image(path):
             images.append(path)
         else:
             unread[_kind_of(path)] += 1
-    return ImageFolder(sorted(images, key=lambda path: path.as_posix()), has_metadata, unread)
+    for path in arrays if images else ():
+        unread[_kind_of(path)] += 1
+    images, arrays = (sorted(paths, key=lambda path: path.as_posix()) for paths in (images, arrays))
+    return ImageFolder(images, arrays, has_metadata, unread)
 
 
 def split_folders(folder: Path, images: Sequence[Path]) -> dict[str, Path]:
@@ -141,12 +149,18 @@ def open_images(listed: ImageFolder) -> Dataset:
 
     columns: dict[str, Any] = {"image": [str(path.absolute()) for path in listed.images]}
     features: dict[str, Any] = {"image": datasets.Image()}
-    labels = [path.parent.name for path in listed.images]
-    names = sorted(set(labels))
-    if len(names) > 1 and len({len(path.parts) for path in listed.images}) == 1:
+    labels = folder_classes(listed.images)
+    if labels is not None:
         columns["label"] = labels
-        features["label"] = datasets.ClassLabel(names=names)
+        features["label"] = datasets.ClassLabel(names=sorted(set(labels)))
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def folder_classes(paths: Sequence[Path]) -> list[str] | None:
+    """Return the class of each file, the folder that it is in; None where folders are no classes."""
+    labels = [path.parent.name for path in paths]
+    is_of_classes = len(set(labels)) > 1 and len({len(path.parts) for path in paths}) == 1
+    return labels if is_of_classes else None
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -50,7 +50,7 @@ def to_planes(image: Image.Image, image_format: ImageFormat, name: str) -> np.nd
             raise NeedsSixteenBits
     else:
         image = _to_mode(image, config, image_format.channels, name)
-    values = np.asarray(_resized(image, image_format.resolution))
+    values = np.asarray(resized(image, image_format.resolution))
     if is_deep:
         scaled = (values.astype(np.float64) - low) * max_value / (high - low)
         values = np.clip(np.rint(scaled), 0, max_value).astype(image_format.dtype)
@@ -165,7 +165,12 @@ def _stretched(image: Image.Image, config: DataConfig, name: str, num_bands: int
     return image.point(table * num_bands + [*range(256)] * (bands - num_bands))
 
 
-def _resized(image: Image.Image, resolution: int) -> Image.Image:
+def resized(image: Image.Image, resolution: int) -> Image.Image:
+    """Return an image whose shorter side is `resolution`, by bilinear interpolation.
+
+    Raises:
+        ValueError: When it is too oblong.
+    """
     width, height = image.size
     short, long = min(width, height), max(width, height)
     if long > MAX_ASPECT_RATIO * short:

@@ -16,7 +16,7 @@ import numpy as np
 from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import METADATA_NAMES, files_below, list_images
-from hf_ddpm.data.sources import Source, as_usage_errors, open_dataset
+from hf_ddpm.data.sources import Source, as_usage_errors, files_of_arrays, open_dataset
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 # Local files that `datasets` maps into memory have no shards of their own. To open a shard takes about a millisecond.
@@ -101,6 +101,8 @@ def _names_and_sizes(source: Source) -> list[tuple[str, int]]:
     if source.kind == "images":
         paths = [path for path in files_below(source.folder) if path.name in METADATA_NAMES]
         paths += list_images(source.folder).images
+    elif source.kind == "arrays":
+        paths = files_of_arrays(source)
     else:
         ends = {"digits": (".parquet",), "saved": (".arrow", "state.json")}[source.kind]
         paths = [path for path in files_below(source.folder) if path.name.endswith(ends)]

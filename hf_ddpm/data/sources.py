@@ -19,6 +19,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_ddpm.data.array_files import is_hdf5, require_package
+from hf_ddpm.data.arrays import (
+    check_array_settings,
+    is_read_as_arrays,
+    open_array_files,
+    require_no_array_settings,
+)
 from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import (
@@ -44,7 +51,8 @@ class Source:
 
     Args:
         option: The setting by which the user named the source: "dataset_name" or "train_data_dir".
-        kind: "digits", "images" (a folder of them), "parquet" (a folder), "saved" (by `datasets`) or "hub".
+        kind: "digits", "images" (a folder of them), "arrays" (a folder of their files), "parquet" or "hdf5" (a folder
+            of tables), "saved" (by `datasets`) or "hub".
         name: The name of the folder without the folders above it, or the Hub id.
         folder: The folder; None for the Hub. Of a folder of images with splits, that of the split to train on.
         splits: The folders of images that are splits, by their names.
@@ -68,6 +76,9 @@ def check_source(config: DataConfig, output_dir: str | None = None) -> None:
         UsageError: When no source can be meant, or `output_dir` lies in the folder of images.
     """
     source = find_source(config)
+    check_array_settings(config)
+    if source.kind in ("digits", "images"):
+        require_no_array_settings(config)
     if source.folder is None or output_dir is None:
         return
     # Beside splits its pictures would make another folder of images.
@@ -103,7 +114,7 @@ def find_source(config: DataConfig) -> Source:
     if name == "digits":
         source = Source(option, "digits", name, Path(str(resources.files("hf_ddpm.data") / "digits")))
     elif folder.is_dir():
-        source = _folder_source(option, folder, config.train_split)
+        source = _folder_source(option, folder, config)
     elif train_data_dir or folder.exists() or given.startswith((".", "/", "~")) or given.count("/") > 1:
         raise UsageError(f"{option} must be a folder, got {given!r}: there is no folder {str(folder.absolute())!r}")
     else:
@@ -113,14 +124,15 @@ def find_source(config: DataConfig) -> Source:
         source = Source(option, "hub", given, None)
     if config.train_split not in (None, "train") and source.kind == "digits":
         raise UsageError(f"train_split must be train, which is all that digits has, got {config.train_split!r}")
-    if config.dataset_config_name and source.kind not in ("hub", "parquet"):
+    if config.dataset_config_name and source.kind not in ("hub", "parquet", "hdf5"):
         raise UsageError(
             f"dataset_config_name has no effect on {given!r}, got {config.dataset_config_name!r}: leave it out"
         )
     return source
 
 
-def _folder_source(option: str, folder: Path, train_split: str | None) -> Source:
+def _folder_source(option: str, folder: Path, config: DataConfig) -> Source:
+    train_split = config.train_split
     if train_split is not None and not re.fullmatch(SPLIT_NAME, train_split):
         raise UsageError(f"train_split must be a name such as train or test, got {train_split!r}")
     name = Path(os.path.abspath(folder)).name  # of the link, where it is one
@@ -134,18 +146,19 @@ def _folder_source(option: str, folder: Path, train_split: str | None) -> Source
             )
         return Source(option, "saved", name, folder)
     listed = list_images(folder)
-    if _is_of_parquet(option, folder, listed):
-        return Source(option, "parquet", name, folder)
+    if (tables := _kind_of_tables(option, folder, listed)) is not None:
+        return Source(option, tables, name, folder)
+    kind = "arrays" if is_read_as_arrays(listed.images, listed.arrays, config) else "images"
     if train_split is not None:
-        return Source(option, "images", name, *_chosen_split(folder, listed, train_split))
-    splits = split_folders(folder, listed.images)
+        return Source(option, kind, name, *_chosen_split(folder, listed, train_split))
+    splits = split_folders(folder, listed.images or listed.arrays)
     trained = [path for split, path in splits.items() if split_kind(split) == "train"]
     if splits and len(trained) != 1:
         raise UsageError(
             f"{option} must hold one folder to train on beside those of other splits, got {[*splits]} in "
             f"{str(folder)!r}: give --train_split NAME"
         )
-    return Source(option, "images", name, trained[0] if splits else folder, splits)
+    return Source(option, kind, name, trained[0] if splits else folder, splits)
 
 
 def _chosen_split(folder: Path, listed: ImageFolder, train_split: str) -> tuple[Path, dict[str, Path]]:
@@ -153,7 +166,8 @@ def _chosen_split(folder: Path, listed: ImageFolder, train_split: str) -> tuple[
     path = next((level / train_split for level in (folder, folder / "images") if (level / train_split).is_dir()), None)
     if path is None:
         raise UsageError(f"train_split must be a folder in {str(folder)!r}, got {train_split!r}, which is none")
-    if not list_images(path).images:
+    chosen = list_images(path)
+    if not chosen.images and not chosen.arrays:
         raise UsageError(f"train_split must be a folder of images, got {str(path)!r}, which holds none")
     beside = {each.name: each for each in sorted(path.parent.iterdir()) if each.is_dir() and each.name[0] != "."}
     return path, beside
@@ -169,19 +183,27 @@ def _check_saved_splits(option: str, folder: Path, train_split: str) -> None:
         )
 
 
-def _is_of_parquet(option: str, folder: Path, listed: ImageFolder) -> bool:
-    """Return whether a folder is of parquet files and not of images; only `dataset_name` may name one."""
-    has_images, has_parquet = bool(listed.images), option == "dataset_name" and ".parquet" in listed.unread
+def _kind_of_tables(option: str, folder: Path, listed: ImageFolder) -> str | None:
+    """Return "parquet" or "hdf5" for a folder of tables, which only `dataset_name` may name; None for one of files.
+
+    `datasets` reads the rows of HDF5 files along the first axis of all arrays in them. As `train_data_dir` each file
+    is an image.
+    """
+    is_named = option == "dataset_name"
+    has_images, has_parquet = bool(listed.images), is_named and ".parquet" in listed.unread
     if has_images and has_parquet:
         raise UsageError(f"{option} must hold images or parquet files, got both in {str(folder)!r}: name a sub-folder")
-    if not has_images and not has_parquet:
-        wanted = "images or parquet files" if option == "dataset_name" else "images (parquet files: --dataset_name)"
+    if is_named and not has_images and listed.arrays and all(is_hdf5(path) for path in listed.arrays):
+        require_package(listed.arrays[0])
+        return "hdf5"
+    if not has_images and not has_parquet and not listed.arrays:
+        wanted = "images or parquet files" if is_named else "images (parquet files: --dataset_name)"
         unread = ", ".join(f"{count:,} {kind}" for kind, count in sorted(listed.unread.items()))
         others = f", but {unread}" if unread else ""
         raise UsageError(
             f"{option} must be a folder of {wanted}, got {str(folder)!r}: nothing below it is one{others}"
         )
-    return has_parquet
+    return "parquet" if has_parquet else None
 
 
 def open_dataset(
@@ -225,10 +247,19 @@ def _load_split(source: Source, config: DataConfig, split: str) -> Any:
         options["split"] = "train"
         pattern = f"{glob.escape(str(folder))}/**"
         return datasets.load_dataset("imagefolder", data_files={"train": pattern}, **options)
-    if source.kind == "parquet":
+    if source.kind == "arrays":
+        return open_array_files(files_of_arrays(source), config)
+    if source.kind in ("parquet", "hdf5"):
         return datasets.load_dataset(str(folder), config.dataset_config_name, **options)
     saved = datasets.load_from_disk(str(folder))
     return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+
+
+def files_of_arrays(source: Source) -> list[Path]:
+    """Return the files of a folder of arrays: TIFF files that are read as values, or those of other formats."""
+    assert source.folder is not None
+    listed = list_images(source.folder)
+    return listed.images or listed.arrays
 
 
 @contextlib.contextmanager
@@ -248,6 +279,8 @@ def as_usage_errors(
             # Otherwise `datasets` reports local folders over the network too, and waits for seconds without one.
             hf_config.HF_UPDATE_DOWNLOAD_COUNTS = False
         yield
+    except UsageError:
+        raise
     except IndexError as error:  # `datasets` raises it for a folder that it saved without rows.
         raise no_images_error(source) from error
     except (OSError, ValueError, RuntimeError, DatasetsError, zipfile.BadZipFile, tarfile.TarError) as error:

@@ -87,6 +87,7 @@ RUN_FILES = (
     ),
     RunFile("scheduler/*.json", is_uploaded=True, is_of_weights=True),
     RunFile("scheduler/labels.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
+    RunFile("scheduler/values.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
     RunFile("scheduler/labels.npz", is_uploaded=True, is_replaced=True, is_of_weights=True),
     RunFile(
         SEARCHED_TIMESTEPS,

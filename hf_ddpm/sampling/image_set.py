@@ -2,10 +2,12 @@
 
 set             one image for each seed from the first one on
 samples.json    the settings that decide the images of a set; a folder holds one set
-metadata.jsonl  of a set of PNG files: the seed of each, and its class, as `datasets` and `--dataset_name` read them
+metadata.jsonl  of a set of single files: the seed of each, and its class; `datasets` and `--dataset_name` read those of
+                PNG files
 grid.png        the first GRID_IMAGES of them, in 8 bits, which is no image of the set
 value range     the values that -1 and 1 stand for in the 16-bit images of a model that was trained on 16-bit images
-group           the images that one process writes together: one PNG file, or a part file of many images
+units           the values of a model of arrays, in the type of its data; a PNG file holds few of them
+group           the images that one process writes together: one file, or a part file of many images
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from hf_ddpm.data.array_files import require_package
 from hf_ddpm.figures import png_bytes, to_pil
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.names import DTYPES, FORMATS
@@ -55,10 +59,13 @@ from hf_ddpm.sampling.sampler import (
     speed_up,
 )
 from hf_ddpm.solvers import choose_sampler
+from hf_ddpm.value_range import ValueRange, pictured
 
 GRID_IMAGES = 64
 # What a set calls its own columns, and numpy an argument.
 _TAKEN_NAMES = ("file_name", "image", "seed", "seeds", "labels", "arr_0", "file", "allow_pickle")
+# The formats of which a file holds one image.
+_FILE_FORMATS = ("png", "npy", "tif")
 # A set is written in at most MAX_PARTS part files, unless they would then hold more than MAX_PART_IMAGES each.
 MAX_PARTS, MAX_PART_IMAGES = 64, 1024
 
@@ -82,7 +89,7 @@ def write_samples(
     dtype: str | None = None,
     compile: bool = False,
     uniform: bool = False,
-    format: str = "png",
+    format: str | None = None,
 ) -> None:
     """Sample a model into the folder `out`: one image for each seed from `seed` on, and the first 64 as grid.png.
 
@@ -91,6 +98,7 @@ def write_samples(
 
         format    files                                      lost when a process is killed
         png       000000.png, named by seed                  the images of a forward pass
+        npy, tif  000000.npy (C,H,W), named by seed          the images of a forward pass
         parquet   data/train-00000-of-00064.parquet, ...     a file; `datasets.load_dataset(out)` reads all of them
         npz       samples.npz: arr_0 (N,H,W,C), seeds        a 64th of the set, of at most 1024 images
 
@@ -98,7 +106,8 @@ def write_samples(
         model: A folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
         out: A new folder, or one that holds a part of this set.
         num_images: The number of images in the set. They have 16 bits where the model was trained on such images,
-            and the values that those had before `--value_range`.
+            and the values that those had before `--value_range`. Those of a model of arrays are in the units and the
+            type of its data.
         seed: The seed of the first image.
         num_inference_steps: A number in [1, T]. None: the one that the model's folder keeps (`DDPMPipeline.use`), or
             20, or all T of `ddpm`.
@@ -118,13 +127,15 @@ def write_samples(
         dtype: The type that the network computes in, `fp32` or `bf16`. None: fp32.
         compile: Whether `torch.compile` compiles the network, at its first forward pass.
         uniform: Whether to ignore timesteps that were searched for.
-        format: `png`, `parquet` or `npz`.
+        format: `png`, `npy`, `tif`, `parquet` or `npz`. None: png, or npy for arrays that PNG cannot hold.
 
     Raises:
         ValueError: Before sampling, when there is no such model, a setting cannot work, or `out` holds something else.
         OSError: When the model cannot be read, or `out` cannot be written.
     """
-    require_choice("format", format, FORMATS)
+    if format is not None:
+        require_choice("format", format, FORMATS)
+        require_package(Path(f"a file .{format}"))
     if dtype is not None:
         require_choice("dtype", dtype, DTYPES)
     if compile:
@@ -142,8 +153,8 @@ def write_samples(
         guidance = choose_guidance(pipeline, guidance_scale, guidance_interval, guidance_method, guidance_model)
         speed_up(pipeline, dtype, compile)
         unet = pipeline.unet
-        if format != "npz" and unet.config.in_channels not in (1, 3, 4):
-            raise ValueError(f"format must be 'npz' for images of {unet.config.in_channels} channels, got {format!r}")
+        values = pipeline.value_range
+        format = _format_for(format, unet.config.in_channels, values)
         pipeline._check_inputs(1, None, "pt", ("latents",), deterministic)
         labels = labels_in_turn(pipeline.labels, range(seed, seed + num_images))
         if class_label is not None and pipeline.labels is not None:
@@ -164,7 +175,8 @@ def write_samples(
             "dtype": dtype or "fp32",
             "compile": compile,
             "format": format,
-            "value_range": _value_range(unet, format, processes),
+            "value_range": None if values is not None else _value_range(unet, format, processes),
+            **({} if values is None else {"values": {"low": values.low, "high": values.high, "dtype": values.dtype}}),
             "device": pipeline.device.type,
             "forward_batch": forward_batch_of(pipeline.device, batch_size),
             "guidance": None if guidance is None else describe_guidance(guidance, pipeline),
@@ -186,10 +198,11 @@ def _write_set(
     table = {}
     if pipeline.labels is not None and labels is not None:
         table = {_column_name(name): column for name, column in pipeline.labels.table(labels).items()}
-    if format == "png":
-        image_set: PngSet | PartFiles = PngSet(out, seed, table, num_images)
+    if format in _FILE_FORMATS:
+        image_set: FileSet | PartFiles = FileSet(out, seed, table, num_images, format)
     else:
-        image_set = PartFiles(out, seed, table, num_images, format)
+        dtype = None if pipeline.value_range is None else pipeline.value_range.dtype
+        image_set = PartFiles(out, seed, table, num_images, format, dtype)
 
     def check_and_record() -> list[int]:
         _check_folder(out, settings, image_set.existing())
@@ -209,7 +222,7 @@ def _write_set(
             num_inference_steps=settings["num_inference_steps"],
             class_labels=None if labels is None else [labels[i] for i in indices],
             deterministic=settings["deterministic"],
-            value_range=settings["value_range"],
+            value_range=pipeline.value_range or settings["value_range"],
             guidance=guidance,
         )
         label, is_quiet = processes.label("Sampling"), processes.rank > 0
@@ -224,31 +237,28 @@ def _write_set(
         if shown is not None and len(first_images) >= 2 * len(shown.in_turn):
             columns = len(first_images) // len(shown.in_turn)
             first_images = first_images[: columns * len(shown.in_turn)]
-        if first_images[0].shape[2] in (1, 3, 4):
-            pixels = np.stack(first_images)
-            if settings["value_range"] is not None:
-                low, high = settings["value_range"]
-                pixels = np.clip(np.rint((pixels.astype(np.float64) - low) * 255 / (high - low)), 0, 255)
-            sheet = sheet_by_label(_pictures(pixels.astype(np.uint8)), columns, shown)
-            write_atomically(out / "grid.png", png_bytes(sheet))
+        pixels = _in_8_bits(np.stack(first_images), pipeline.value_range or settings["value_range"])
+        pictures = to_pil(pictured(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), pipeline.value_range))
+        write_atomically(out / "grid.png", png_bytes(sheet_by_label(pictures, columns, shown)))
 
     processes.gather(write_share)
     processes.on_main(finish)
 
 
-class PngSet:
-    """A set as one PNG file per image.
+class FileSet:
+    """A set as one file per image.
 
     Args:
         out: The folder of the set.
         seed: The seed of the first image.
         labels: The label of each image in columns of a table, by their names; none if the model has no labels.
         num_images: The number of images in the set.
+        format: One of _FILE_FORMATS.
     """
 
-    def __init__(self, out: Path, seed: int, labels: Mapping[str, Sequence[Any]], num_images: int):
-        self.out, self.seed, self.labels = out, seed, labels
-        self.names = [f"{seed + i:06d}.png" for i in range(num_images)]
+    def __init__(self, out: Path, seed: int, labels: Mapping[str, Sequence[Any]], num_images: int, format: str):
+        self.out, self.seed, self.labels, self.format = out, seed, labels, format
+        self.names = [f"{seed + i:06d}.{format}" for i in range(num_images)]
 
     def existing(self) -> list[Path]:
         """Return the files of the set that exist."""
@@ -265,9 +275,9 @@ class PngSet:
         return range(group, group + 1)
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
-        """Write the images with these numbers, (B, H, W, C) uint8 or uint16."""
-        for i, picture in zip(indices, _pictures(images), strict=True):
-            write_atomically(self.out / self.names[i], png_bytes(picture))
+        """Write the images with these numbers, (B, H, W, C) uint8, uint16 or in the type of a model of arrays."""
+        for i, image in zip(indices, images, strict=True):
+            write_atomically(self.out / self.names[i], _file_content(image, self.format))
 
     def finish(self) -> list[np.ndarray]:
         """Write the metadata, when all images are written, and return the first GRID_IMAGES of them."""
@@ -276,11 +286,7 @@ class PngSet:
             label = {column: labels[i] for column, labels in self.labels.items()}
             rows.append(json.dumps({"file_name": name, "seed": self.seed + i, **label}) + "\n")
         write_atomically(self.out / "metadata.jsonl", "".join(rows))
-        images = []
-        for name in self.names[:GRID_IMAGES]:
-            with Image.open(self.out / name) as image:
-                images.append(_pixels(image))
-        return images
+        return [_read_file(self.out / name) for name in self.names[:GRID_IMAGES]]
 
 
 class PartFiles:
@@ -292,10 +298,20 @@ class PartFiles:
         labels: The label of each image in columns of a table, by their names; none if the model has no labels.
         num_images: The number of images in the set.
         format: "parquet" or "npz".
+        dtype: The type of the values of a model of arrays; None for other models.
     """
 
-    def __init__(self, out: Path, seed: int, labels: Mapping[str, Sequence[Any]], num_images: int, format: str):
+    def __init__(
+        self,
+        out: Path,
+        seed: int,
+        labels: Mapping[str, Sequence[Any]],
+        num_images: int,
+        format: str,
+        dtype: str | None = None,
+    ):
         self.out, self.seed, self.labels, self.num_images, self.format = out, seed, labels, num_images, format
+        self.dtype = dtype
         # Whole forward passes, so that none is filled up.
         forward_passes_per_part = -(-num_images // (MAX_PARTS * FORWARD_BATCH))
         self.part_images = min(MAX_PART_IMAGES, FORWARD_BATCH * forward_passes_per_part)
@@ -321,7 +337,7 @@ class PartFiles:
         return range(group * self.part_images, min((group + 1) * self.part_images, self.num_images))
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
-        """Take the images with these numbers, (B, H, W, C) uint8 or uint16, and write each part that is then whole."""
+        """Take the images with these numbers, as of `FileSet.add`, and write each part that is then whole."""
         self.unwritten.update(zip(indices, images, strict=True))
         for part in sorted({i // self.part_images for i in self.unwritten}):
             members = self.members(part)
@@ -345,12 +361,9 @@ class PartFiles:
         import pyarrow.parquet as pq
 
         seeds = [self.seed + i for i in members]
-        pictures = _pictures(pixels)
-        images = [{"bytes": png_bytes(p), "path": f"{s:06d}.png"} for s, p in zip(seeds, pictures, strict=True)]
-        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-        columns = {"image": pa.array(images, kind), "seed": pa.array(seeds, pa.int64())}
-        integer = {"dtype": "int64", "_type": "Value"}
-        features = {"image": {"_type": "Image"}, "seed": integer}
+        columns, features = {}, {}
+        columns["image"], features["image"] = _cells(pixels, seeds, self.dtype is not None)
+        columns["seed"], features["seed"] = pa.array(seeds, pa.int64()), {"dtype": "int64", "_type": "Value"}
         for name, labels in self.labels.items():
             dtype = _dtype(labels)
             columns[name] = pa.array([labels[i] for i in members], getattr(pa, dtype)())
@@ -376,8 +389,11 @@ class PartFiles:
 
         images: list[np.ndarray] = []
         for path in self.files[: -(-GRID_IMAGES // self.part_images)]:
-            for row in pq.read_table(path, columns=["image"])["image"].to_pylist():
-                with Image.open(io.BytesIO(row["bytes"])) as image:
+            for cell in pq.read_table(path, columns=["image"])["image"].to_pylist():
+                if self.dtype is not None:
+                    images.append(np.asarray(cell, self.dtype).transpose(1, 2, 0))
+                    continue
+                with Image.open(io.BytesIO(cell["bytes"])) as image:
                     images.append(_pixels(image))
         return images[:GRID_IMAGES]
 
@@ -414,7 +430,7 @@ def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path])
     recorded = read_mapping(record, "choose another folder, or delete its set")
     # The model may have another name now, and a set of PNG files may become larger.
     may_differ = {"model"}
-    if settings["format"] == "png" and _is_part_of(recorded, settings):
+    if settings["format"] in _FILE_FORMATS and _is_part_of(recorded, settings):
         may_differ.add("num_images")
     differing = [key for key in settings if key not in may_differ and recorded.get(key) != settings[key]]
     if differing:
@@ -432,7 +448,7 @@ def _value_range(unet: Any, format: str, processes: Processes) -> list[float] | 
     data = read_run(run_folder_of(folder.parent if folder.name in NETWORK_FOLDERS else folder)).get("data", {})
     if data.get("max_value", 255) == 255:
         return None
-    if format != "npz" and unet.config.in_channels > 1:
+    if format in ("png", "parquet") and unet.config.in_channels > 1:
         if processes.rank == 0:
             text = f"the images get 8 bits: of 16 bits, {format} files hold gray ones only; --format npz holds all"
             tqdm.write(text, file=sys.stderr)
@@ -445,11 +461,81 @@ def _is_part_of(recorded: dict[str, Any], settings: dict[str, Any]) -> bool:
     return isinstance(num_images, int) and num_images <= settings["num_images"]
 
 
-def _pictures(pixels: np.ndarray) -> list[Image.Image]:
-    """Return (B, H, W, C) uint8, or (B, H, W, 1) uint16, as pictures."""
-    if pixels.dtype == np.uint16:
-        return [Image.fromarray(values[:, :, 0]) for values in pixels]
-    return to_pil(pixels.transpose(0, 3, 1, 2))
+def _format_for(format: str | None, channels: int, values: ValueRange | None) -> str:
+    """Return the format of a set, after checking that it holds the images of the model.
+
+    Raises:
+        ValueError: When it does not.
+    """
+    if values is None:
+        fits_png = channels in (1, 3, 4)
+    else:
+        fits_png = (values.dtype == "uint8" and channels in (1, 3)) or (values.dtype == "uint16" and channels == 1)
+    format = format or ("png" if fits_png or values is None else "npy")
+    if format == "png" and not fits_png:
+        what = f"images of {channels} channels" + ("" if values is None else f" of {values.dtype}")
+        raise ValueError(f"format must be 'npy', 'tif', 'parquet' or 'npz' for {what}, got 'png'")
+    if format == "parquet" and values is None and not fits_png:
+        raise ValueError(f"format must be 'npy', 'tif' or 'npz' for images of {channels} channels, got 'parquet'")
+    return format
+
+
+def _in_8_bits(pixels: np.ndarray, value_range: Sequence[float] | ValueRange | None) -> np.ndarray:
+    """Return the images of a set as pictures show them, uint8."""
+    if value_range is None:
+        return pixels
+    is_of_arrays = isinstance(value_range, ValueRange)
+    low, high = (value_range.low, value_range.high) if is_of_arrays else value_range
+    return np.clip(np.rint((pixels.astype(np.float64) - low) * 255 / (high - low)), 0, 255).astype(np.uint8)
+
+
+def _file_content(image: np.ndarray, format: str) -> bytes:
+    """Return the content of a file of one image, (H, W, C)."""
+    if format == "png":
+        return png_bytes(_picture(image))
+    planes, content = np.ascontiguousarray(image.transpose(2, 0, 1)), io.BytesIO()
+    if format == "npy":
+        np.save(content, planes)
+    else:
+        import tifffile
+
+        # A band per plane, which no reader takes for colors.
+        tifffile.imwrite(content, planes, photometric="minisblack", planarconfig="separate", metadata=None)
+    return content.getvalue()
+
+
+def _read_file(path: Path) -> np.ndarray:
+    """Return the image of a file, (H, W, C)."""
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            return _pixels(image)
+    if path.suffix == ".npy":
+        planes = np.load(path)
+    else:
+        import tifffile
+
+        planes = tifffile.imread(path)
+    return (planes[None] if planes.ndim == 2 else planes).transpose(1, 2, 0)
+
+
+def _cells(pixels: np.ndarray, seeds: Sequence[int], is_of_arrays: bool) -> tuple[Any, dict[str, Any]]:
+    """Return the column of images of a parquet file, and what `datasets` calls it: pictures, or arrays (C, H, W)."""
+    import pyarrow as pa
+
+    if not is_of_arrays:
+        pictures = map(_picture, pixels)
+        images = [{"bytes": png_bytes(p), "path": f"{s:06d}.png"} for s, p in zip(seeds, pictures, strict=True)]
+        return pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()})), {"_type": "Image"}
+    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    cells: Any = pa.array(planes.reshape(-1))
+    for side in planes.shape[:0:-1]:
+        cells = pa.ListArray.from_arrays(pa.array(np.arange(0, len(cells) + 1, side, dtype=np.int32)), cells)
+    return cells, {"_type": "Array3D", "shape": [*planes.shape[1:]], "dtype": planes.dtype.name}
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    """Return (H, W, C) uint8, or (H, W, 1) uint16, as a picture."""
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else np.ascontiguousarray(image))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

@@ -338,7 +338,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
     if run.loss is not run.objective:  # which makes its network compute in mixed precision by itself
         network = sharding.under_autocast(run.model, run.device, config.mixed_precision)
     extra_pixels = on_device(micro_batches[0], "extra_images")
-    extra_images = None if extra_pixels is None else to_x_0(extra_pixels, run.images.max_value)
+    extra_images = None if extra_pixels is None else to_x_0(extra_pixels, run.images.scale)
     extra_labels = on_device(micro_batches[0], "extra_labels")
     for micro, batch in enumerate(micro_batches):
         pixels = batch["pixels"].to(run.device, non_blocking=True)
@@ -351,7 +351,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
             condition = conditions_of_batch(run, batch, pixels)
             loss = run.loss(
                 network if condition is None else with_condition(network, condition),
-                to_x_0(pixels, run.images.max_value),
+                to_x_0(pixels, run.images.scale),
                 hide_labels(config.seed, batch["positions"], labels, run.labels, config.class_dropout),
                 timesteps=t,
                 noise=noise,

@@ -61,6 +61,7 @@ from hf_ddpm.training.schedules import average_decays, learning_rate_schedule
 from hf_ddpm.training.tracking import finish_trackers, start_trackers
 from hf_ddpm.training.trial import network_source, try_run
 from hf_ddpm.training.validation import check_validation_settings, open_validation
+from hf_ddpm.value_range import ValueRange
 
 # The longest that processes wait while one of them decodes the images, or writes the report.
 LONGEST_WAIT = timedelta(hours=2)
@@ -130,6 +131,8 @@ def build_run(
     sharding.check(accelerator)
     _check_device(config, accelerator)
     config, images = _load_images(config, accelerator, processes, parts)
+    if images.value_range is not None:
+        _check_arrays(config, images.value_range)
     start = _find_start(config, images, processes)
     config, progress = start.config, start.progress
     _check_extra_images(config, images, start.global_batch_size)
@@ -142,7 +145,7 @@ def build_run(
     if config.eval_steps is not None:
         validation = open_validation(config, images, labels, condition, processes, accelerator.device)
     scheduler = make_scheduler(config)
-    objective = _make_objective(config, scheduler, images.max_value, labels)
+    objective = _make_objective(config, scheduler, images, labels)
     new_unet = _make_unet(config, images, labels, condition, start.checkpoint, parts.network)
     optimizer = make_optimizer(new_unet, config)
     if labels is not None and takes_floats(labels):
@@ -313,6 +316,23 @@ def _load_images(
         mixed_precision=accelerator.mixed_precision,
     )
     return config, images
+
+
+def _check_arrays(config: TrainingConfig, values: ValueRange) -> None:
+    """Check what settings ask of arrays that only images have.
+
+    Raises:
+        UsageError: When one does.
+    """
+    if config.super_resolution is not None:
+        raise UsageError(
+            f"super_resolution must be left out for arrays, got {config.super_resolution}: it is for images"
+        )
+    if config.variance_type.startswith("learned") and not values.is_integer:
+        raise UsageError(
+            f"variance_type must be fixed_small or fixed_large for {values.dtype}, got {config.variance_type}: a "
+            "learned variance is trained by the likelihood of integers"
+        )
 
 
 def _find_start(config: TrainingConfig, images: Images, processes: Processes) -> _Start:
@@ -565,7 +585,7 @@ def _check_same_labels(config: TrainingConfig, labels: Labels | None, of_model: 
 
 
 def _make_objective(
-    config: TrainingConfig, scheduler: DDPMScheduler, max_value: int, labels: Labels | None
+    config: TrainingConfig, scheduler: DDPMScheduler, images: Images, labels: Labels | None
 ) -> Objective:
     unconditional = None if labels is None or isinstance(labels, Values) else labels.unconditional
     return Objective(
@@ -576,7 +596,7 @@ def _make_objective(
         noise_level_mean=config.noise_level_mean,
         noise_level_std=config.noise_level_std,
         autocast_dtype=sharding.AUTOCAST[config.mixed_precision or "no"],
-        max_value=max_value,
+        max_value=images.max_value if images.value_range is None else images.value_range.num_steps or images.max_value,
         unconditional_class=unconditional,
     )
 
