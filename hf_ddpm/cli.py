@@ -191,8 +191,8 @@ def sample(
         str | None,
         choice(
             "format",
-            "png, npy or tif, named by seed; parquet, for `datasets`; or npz. Default: png, or npy for arrays that PNG "
-            "cannot hold.",
+            "png, npy or tif, named by seed; parquet, for `datasets`; or npz. Default: png, but npy for arrays that "
+            "it cannot hold.",
             FORMATS,
         ),
     ] = None,
@@ -309,8 +309,8 @@ def evaluate(
         choice(
             "metrics",
             "Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
-            "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim, lpips, and "
-            "these distances.",
+            "nll (bits per dimension), memorization, values (moments and spectra, without a network). Of a model that "
+            "makes images from images: psnr, ssim, lpips, and these distances.",
             METRICS,
             is_list=True,
         ),

@@ -19,8 +19,10 @@ import torch
 
 from hf_ddpm._version import __version__
 from hf_ddpm.conditional import ConditionalDDPMPipeline
-from hf_ddpm.data.batches import center_pixels, epoch_order
+from hf_ddpm.data.batches import as_tensor, center_pixels, epoch_order
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import Pairs
+from hf_ddpm.evaluation.array_features import as_seen
 from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.fidelity import mean_of, measure_fidelity
@@ -36,17 +38,28 @@ from hf_ddpm.evaluation.measure import (
 )
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT
-from hf_ddpm.evaluation.names import DISTANCES, FIDELITY
+from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, VALUES
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
+from hf_ddpm.evaluation.value_statistics import (
+    describe_spectra,
+    draw_spectra,
+    joined,
+    scales_of,
+    spectrum_rows,
+    value_distance,
+    value_statistics,
+)
 from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import UnwrittenError, UsageError, in_one_line
 from hf_ddpm.runtime.format import finite_or_none, format_measurement
 from hf_ddpm.sampling.sampler import describe_guidance, iter_samples, speed_up
 from hf_ddpm.solvers import named_scheduler
+from hf_ddpm.value_range import ValueRange
 
 NUM_MEMORIZATION_SAMPLES = 1000
+STATISTICS_BATCH = 64  # images of which statistics of values are computed at once
 
 
 def evaluate(model: str | Path, **settings: Any) -> dict[str, Any]:
@@ -113,13 +126,14 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
             yield _rows_of_pairs(job, job.pairs, setting), {}
         return
     measures_copies = "memorization" in job.request.metrics
-    num_settings = len(job.sampler_settings) if job.distances else int(measures_copies)
+    is_grid = bool(job.distances) or job.value_images is not None
+    num_settings = len(job.sampler_settings) if is_grid else int(measures_copies)
     for number, setting in enumerate(job.sampler_settings[:num_settings]):
         is_first = number == 0
         num_images_to_keep = 0
         if measures_copies and is_first:
             num_images_to_keep = min(NUM_MEMORIZATION_SAMPLES, job.request.num_images)
-        num_images = job.request.num_images if job.distances else num_images_to_keep
+        num_images = job.request.num_images if is_grid else num_images_to_keep
         earlier = job.sampler_settings[:number]
         # Guided by its own classes, a network gets twice as many images: a shape that is compiled for itself.
         if job.request.compile and bool(setting.guidance) not in {bool(each.guidance) for each in earlier}:
@@ -129,6 +143,8 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
         sampling = _describe_sampling(job, setting, num_images, samples)
         if job.distances:
             yield job.processes.on_main(partial(_distance_rows, job, samples.statistics, sampling)), {}
+        if job.value_images is not None:
+            yield job.processes.on_main(partial(_measure_values, job, job.value_images, samples, sampling))
         if num_images_to_keep:
             yield _measure_copies(job, samples, sampling | {"num_images": num_images_to_keep})
 
@@ -146,6 +162,7 @@ def _sample(job: Job, setting: SamplerSetting, num_images: int, num_images_to_ke
         batch_size=job.request.batch_size,
         num_images_to_keep=num_images_to_keep,
         guidance=setting.guidance,
+        measures_values=job.value_images is not None,
         label=f"{setting.scheduler}, {steps} steps" + (f", {setting.guidance.scale:g}" if setting.guidance else ""),
     )
 
@@ -308,6 +325,7 @@ def _measure_likelihood(job: Job) -> tuple[list[dict[str, Any]], dict[str, Draw]
         timesteps_per_image=timesteps_per_image,
         batch_size=request.batch_size,
         device=job.pipeline.device,
+        scale=job.pipeline.value_range or 255,
     )
     row = {
         "metric": "nll",
@@ -336,6 +354,44 @@ def _describe_terms(likelihood: Likelihood) -> str:
     return f"of them L_T = {likelihood.prior:.4g}, the decoder {likelihood.decoder:.4g}"
 
 
+def _measure_values(
+    job: Job, images: ImageCache, samples: Samples, sampling: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Draw]]:
+    """Measure how far the moments and spectra of samples are from those of images; the picture shows the spectra."""
+    assert samples.values is not None
+    value_range = job.pipeline.value_range or ValueRange(0, images.max_value, "uint8")
+    pixels = center_pixels(images)
+    of_images = joined(
+        [
+            value_statistics(as_tensor(np.array(pixels[first : first + STATISTICS_BATCH])))
+            for first in range(0, len(pixels), STATISTICS_BATCH)
+        ]
+    )
+    drawn, real = (each.vectors(value_range) for each in (samples.values, of_images))
+    scale = scales_of(of_images, real)
+    halves = real[torch.from_numpy(epoch_order(0, 0, len(real)))]
+    spectra = {"samples": spectrum_rows(samples.values), "images": spectrum_rows(of_images)}
+    row = {
+        "metric": VALUES,
+        "name": "Fréchet distance of values",
+        "value": finite_or_none(value_distance(drawn, real, scale)),
+        "standard_error": None,
+        "num_compared": [len(drawn), len(real)],
+        "real_vs_real": {
+            "value": finite_or_none(value_distance(halves[::2], halves[1::2], scale)),
+            "standard_error": None,
+            "num_compared": [len(halves[::2]), len(halves[1::2])],
+            "of": f"halves of {job.request.split}",
+        },
+        "reference": describe_images(images, job.data, job.request.split),
+        "sampling": sampling,
+        "spectra": spectra,
+        "remark": describe_spectra(spectra),
+    }
+    channels = value_range.display_channels or range(images.channels)
+    return [row], {"spectrum.png": partial(draw_spectra, row, channels)}
+
+
 def _measure_copies(
     job: Job, samples: Samples, sampling: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Draw]]:
@@ -359,7 +415,11 @@ def _measure_copies(
     measured = job.processes.on_main(compare)
     rows = [_memorization_row(job, space, one, sampling, comparison) for space, one in measured.items()]
     pairs = measured["features"].pairs
-    return rows, {"memorization.png": lambda path: draw_pairs(samples.images, training_pixels, pairs, path)}
+    shown, shown_training = samples.images, training_pixels
+    if (value_range := job.pipeline.value_range) is not None:
+        shown = as_seen(samples.images, value_range)
+        shown_training = as_seen(as_tensor(training_pixels), value_range).numpy()
+    return rows, {"memorization.png": lambda path: draw_pairs(shown, shown_training, pairs, path)}
 
 
 def _memorization_row(

@@ -30,15 +30,17 @@ from hf_ddpm.data.conditions import Pairs, example_pairs
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.data.labels import label_list, with_network_labels
+from hf_ddpm.evaluation.array_features import for_arrays
 from hf_ddpm.evaluation.features import FeatureNetwork, check_network, load_network
 from hf_ddpm.evaluation.likelihood import inclusion_probabilities
 from hf_ddpm.evaluation.measure import NEIGHBORS, Measured, first_images, measure_distances
 from hf_ddpm.evaluation.memorization import MIN_SAMPLES
 from hf_ddpm.evaluation.model_data import DEFAULT_TEST_SPLIT, Splits
-from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, METRICS, OF_IMAGES_FROM_IMAGES
+from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, METRICS, OF_IMAGES_FROM_IMAGES, VALUES
 from hf_ddpm.evaluation.perceptual import Perceptual, load_lpips
 from hf_ddpm.evaluation.results import stored_results
 from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_warnings, load_reference, real_vs_real
+from hf_ddpm.evaluation.value_statistics import num_components
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.hub.card import check_readme, loadable_path
 from hf_ddpm.hub.download import find_model, is_hub_id
@@ -59,6 +61,7 @@ from hf_ddpm.sampling.sampler import (
 )
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.solvers import choose_sampler, named_scheduler
+from hf_ddpm.value_range import ValueRange, require_seen
 
 MEMORIZATION_QUANTILE = 0.01
 
@@ -70,8 +73,8 @@ class Request:
     Attributes:
         model: A folder that holds a pipeline, stock diffusers' or ours, or a Hub id.
         metrics: Some of fd (Fréchet distance), kid, precision (with recall, density and coverage), cmmd, nll (bits per
-            dimension) and memorization. For a model that makes images from images: some of psnr, ssim, lpips and the
-            distances, of samples that are made from the conditions of `test_split`.
+            dimension), memorization and values (moments and spectra). For a model that makes images from images: some
+            of psnr, ssim, lpips and the distances, of samples that are made from the conditions of `test_split`.
         reference: A folder of `hf-ddpm reference`. None: it is made of `data`, and kept in the cache of the data; of
             `split`, or of `test_split`, which is the truth, for a model that makes images from images.
         other_reference: A second reference, of other images: what real images get is measured with both. None: with
@@ -219,6 +222,7 @@ class Job:
         reference_labels: The class of each image whose features the reference keeps; None if nobody tells it.
         held_out: Images that were not trained on; None if they are not needed.
         training: Images that were trained on; None if they are not needed.
+        value_images: Images whose values samples are compared with; None if they are not.
         pairs: Images that were not trained on with their conditions, for a model that makes images from images.
         perceptual: LPIPS; None if it is not measured.
         data: The settings of these images; `random_flip` says whether mirrored images were trained on, too.
@@ -239,6 +243,7 @@ class Job:
     reference_labels: np.ndarray | None
     held_out: ImageCache | None
     training: ImageCache | None
+    value_images: ImageCache | None
     pairs: Pairs | None
     perceptual: Perceptual | None
     data: DataConfig
@@ -280,7 +285,11 @@ def load_job(request: Request) -> Iterator[Job]:
         distances = [metric for metric in DISTANCES if metric in request.metrics]
         image_shape = pipeline._image_shape()
         perceptual = load_lpips(*image_shape, pipeline.device) if "lpips" in request.metrics else None
-        with closing(Splits(processes, request.data, folder, pipeline.unet.config, image_shape[0])) as splits:
+        value_range = pipeline.value_range
+        _check_metrics_of_values(request, value_range)
+        of_model = (pipeline.unet.config, image_shape[0], value_range)
+        with closing(Splits(processes, request.data, folder, *of_model)) as splits:
+            value_images = None
             if isinstance(pipeline, ConditionalDDPMPipeline):
                 class_labels, class_choice = None, None if pipeline.labels is None else "of the images"
                 held_out, pairs = _open_pairs(request, pipeline, splits)
@@ -291,6 +300,9 @@ def load_job(request: Request) -> Iterator[Job]:
                 comparison = _load_comparison(request, distances, processes, pipeline, splits, request.num_images)
                 class_labels, class_choice = _choose_labels(pipeline, splits, request)
                 held_out, training = _open_images(request, pipeline, splits)
+                if VALUES in request.metrics:
+                    value_images = splits.open(request.split)
+                    _check_values(value_images, request.num_images)
             yield Job(
                 request=request,
                 processes=processes,
@@ -307,6 +319,7 @@ def load_job(request: Request) -> Iterator[Job]:
                 reference_labels=_reference_labels(request, comparison, splits, class_labels is not None),
                 held_out=held_out,
                 training=training,
+                value_images=value_images,
                 pairs=pairs,
                 perceptual=perceptual,
                 data=splits.data or DataConfig(),
@@ -326,6 +339,30 @@ def _check_metrics(request: Request, makes_from_images: bool) -> None:
             f"metrics must be of {', '.join(metric for metric in METRICS if metric not in others)} for a model that "
             f"makes images {kind}, got {', '.join(wrong)} for {str(request.model)!r}: give --metrics"
         )
+
+
+def _check_metrics_of_values(request: Request, value_range: ValueRange | None) -> None:
+    """Check that metrics can be measured of the values of a model.
+
+    Raises:
+        UsageError: When one cannot.
+    """
+    if "nll" in request.metrics and value_range is not None and not value_range.is_integer:
+        raise UsageError(
+            f"nll must be left out for a model of {value_range.dtype}: bits per dimension are a probability of whole "
+            "numbers, and floats have none"
+        )
+
+
+def _check_values(images: ImageCache, num_images: int) -> None:
+    """Check that there are more images, and more samples, than components of their statistics."""
+    least = num_components(images.channels, images.resolution, images.resolution) + 1
+    for name, count in (("num_images", num_images), ("the split", len(images))):
+        if count < least:
+            raise UsageError(
+                f"{name} must be at least {least} for values, got {count:,}: a covariance of {least - 1} statistics "
+                "needs more images"
+            )
 
 
 def _name_on_card(out: Path, model_folder: Path) -> str:
@@ -390,11 +427,15 @@ def _load_comparison(
     if isinstance(pipeline, ConditionalDDPMPipeline):  # which is compared with the truth
         split, other_split = other_split, split
     reference = None if request.reference is None else load_reference(request.reference)
-    if channels not in (1, 3):
+    if pipeline.value_range is not None:
+        require_seen(pipeline.value_range, channels)
+    elif channels not in (1, 3):
         raise UsageError(f"feature networks take 1 or 3 channels, got a model of {channels}: only nll can be measured")
     # MPS has no float64, and what it computes is not reproducible.
     device = "cpu" if pipeline.device.type == "mps" else pipeline.device
     network = load_network(_network_name(request, reference), request.network_path, device)
+    if pipeline.value_range is not None:
+        network = for_arrays(network, pipeline.value_range, channels)
     if not distances:
         return Comparison(network)
     # The features of all images of a split take minutes: counts are compared before.

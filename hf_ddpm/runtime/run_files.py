@@ -111,6 +111,7 @@ RUN_FILES = (
     _picture("seconds.png", is_replaced=True, names_weights=EVALUATION),
     _picture("guidance.png", is_replaced=True, names_weights=EVALUATION),
     _picture("bound.png", is_replaced=True, names_weights=EVALUATION),
+    _picture("spectrum.png", is_replaced=True, names_weights=EVALUATION),
     _picture("memorization.png", is_replaced=True, names_weights=EVALUATION),
     # Pictures of a run at its end, and those that people add.
     _picture("samples.png", on_resume="delete"),

@@ -2,8 +2,8 @@
 
 set             one image for each seed from the first one on
 samples.json    the settings that decide the images of a set; a folder holds one set
-metadata.jsonl  of a set of single files: the seed of each, and its class; `datasets` and `--dataset_name` read those of
-                PNG files
+metadata.jsonl  of a set of single files: the seed of each, and its class; of PNG files, `datasets` and
+                `--dataset_name` read them
 grid.png        the first GRID_IMAGES of them, in 8 bits, which is no image of the set
 value range     the values that -1 and 1 stand for in the 16-bit images of a model that was trained on 16-bit images
 units           the values of a model of arrays, in the type of its data; a PNG file holds few of them
@@ -499,8 +499,9 @@ def _file_content(image: np.ndarray, format: str) -> bytes:
     else:
         import tifffile
 
-        # A band per plane, which no reader takes for colors.
-        tifffile.imwrite(content, planes, photometric="minisblack", planarconfig="separate", metadata=None)
+        # A plane for each channel, which no reader takes for colors.
+        layout = {"planarconfig": "separate"} if len(planes) > 1 else {}
+        tifffile.imwrite(content, planes, photometric="minisblack", metadata=None, **layout)
     return content.getvalue()
 
 
@@ -530,7 +531,12 @@ def _cells(pixels: np.ndarray, seeds: Sequence[int], is_of_arrays: bool) -> tupl
     cells: Any = pa.array(planes.reshape(-1))
     for side in planes.shape[:0:-1]:
         cells = pa.ListArray.from_arrays(pa.array(np.arange(0, len(cells) + 1, side, dtype=np.int32)), cells)
-    return cells, {"_type": "Array3D", "shape": [*planes.shape[1:]], "dtype": planes.dtype.name}
+    from datasets import Array3D
+
+    # Without its type in the schema, `datasets` would take the column for nested lists.
+    kind = Array3D(shape=planes.shape[1:], dtype=planes.dtype.name)()
+    features = {"_type": "Array3D", "shape": [*planes.shape[1:]], "dtype": planes.dtype.name}
+    return pa.ExtensionArray.from_storage(kind, cells), features
 
 
 def _picture(image: np.ndarray) -> Image.Image:
