@@ -760,7 +760,7 @@ def _check_timesteps_of_other_schedulers(scheduler: Any, num_steps: int) -> None
 
 
 def _decode(
-    x_0: Tensor, output_type: str | None, values: ValueRange | None
+    x_0: Tensor, output_type: str | None, values: ValueRange | None = None
 ) -> list[Image.Image] | np.ndarray | Tensor:
     """Turn x_0 into images of `output_type`, arrays of a model of arrays into the units of the data."""
     images = (x_0 / 2 + 0.5).clamp(0, 1)

@@ -27,11 +27,13 @@ NIFTI = (".nii", ".nii.gz")
 TIFF = (".tif", ".tiff")
 # Extensions -> the package that reads them.
 PACKAGES = {HDF5: "h5py", NIFTI: "nibabel", TIFF: "tifffile"}
+# The tag of planes for channels (TIFF 6.0, Section 8), which Pillow does not read with 16 bits.
+_PLANAR_CONFIGURATION = 284
 # Compressed files that stay in memory: the images of one follow each other.
 NUM_WHOLE_FILES = 4
 NUM_TRIED_FILES = 64
-# Modes whose pixels Pillow's reading keeps: gray of 8 or 16 bits, and colors of 8.
-_PICTURE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I;16L")
+# Modes of files that are read as pictures: gray of 8 or 16 bits, integers with a value range, and colors of 8 bits.
+_PICTURE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "I;16", "I;16B", "I;16L")
 
 
 class FileArray(NamedTuple):
@@ -71,7 +73,9 @@ def are_pictures(paths: Sequence[Path], keeps_precision: bool) -> bool:
     """
     for path in paths[:NUM_TRIED_FILES]:
         with contextlib.suppress(Exception), Image.open(path) as image:  # Pillow raises nearly any class
-            return image.mode in _PICTURE_MODES and not (keeps_precision and has_deep_colors(image))
+            is_split = image.tag_v2.get(_PLANAR_CONFIGURATION) == 2  # pyright: ignore[reportAttributeAccessIssue]
+            is_lost = has_deep_colors(image) and (keeps_precision or is_split)
+            return image.mode in _PICTURE_MODES and not is_lost
     return False
 
 
@@ -105,7 +109,7 @@ def open_arrays(path: Path, keys: Sequence[str]) -> Iterator[list[FileArray]]:
     if name.endswith(".npy"):
         yield [FileArray(np.load(path, mmap_mode="r", allow_pickle=False))]
     elif name.endswith(".npz"):
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             chosen = _chosen(path, archive.files, keys)
         yield [FileArray(_npz_array(path, key, path.stat().st_mtime_ns)) for key in chosen]
     elif name.endswith(HDF5):
@@ -139,7 +143,7 @@ def _chosen(path: Path, names: Sequence[str], keys: Sequence[str]) -> Sequence[s
 @lru_cache(maxsize=NUM_WHOLE_FILES)
 def _npz_array(path: Path, key: str, _: int) -> np.ndarray:
     """Read an array of a .npz file; the time of its change tells one content of the file from another."""
-    with np.load(path, allow_pickle=False) as archive:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
         return archive[key]
 
 

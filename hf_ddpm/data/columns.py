@@ -155,6 +155,9 @@ def _image_column(features: Any, config: DataConfig) -> str:
         if len(image_columns) == 1:
             return image_columns[0]
         problem = f"there is no column of images among {list(features)}"
+        if volumes := [name for name, feature in features.items() if type(feature).__name__ == "Nifti"]:
+            problem = f"{volumes[0]} holds volumes; save their slices as arrays, or name the folder of files as "
+            raise UsageError(f"image_column must hold images, got none: {problem}--train_data_dir")
         if image_columns:
             problem = f"there are several columns of images, {image_columns}"
         raise UsageError(f"image_column must name the images, got None: {problem}; give --image_column")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_ddpm.data.array_files import is_tiff
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.given import NAME, GivenImages
@@ -50,7 +51,17 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
         low, high, share = images.value_range.low, images.value_range.high, images.num_clipped / images.pixels.size
         lines.append(f"clipped: {images.num_clipped:,} values ({share:.2%}) lie outside of {low:g} to {high:g}")
     lines += [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
+    if any(loss.startswith("frames") for loss in images.losses) and _has_tiff_files(config):
+        lines.append("--stack_axis 0 reads each page of a TIFF file as an image, --channel_axis 0 as a channel")
     return lines + _describe_range(config, images, among)
+
+
+def _has_tiff_files(config: DataConfig) -> bool:
+    """Return whether the source is a folder of TIFF files, which can be read as arrays."""
+    source = find_source(config)
+    if source.kind != "images" or source.folder is None:
+        return False
+    return all(map(is_tiff, list_images(source.folder).images))
 
 
 def _describe_labels(columns: Sequence[LabelColumn], values: Any) -> list[str]:

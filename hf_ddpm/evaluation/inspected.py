@@ -45,6 +45,8 @@ def fit_to_model(data: DataConfig, pipeline: DDPMPipeline, folder: Path) -> Data
     height, width = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
     if height != width:
         raise UsageError(f"model must be one of square images, got {width} x {height}")
+    if pipeline.value_range is not None:
+        raise UsageError(f"model must be one of images, got arrays ({pipeline.value_range}): maps are of images")
     if unet.in_channels not in (1, 3, 4):
         raise UsageError(f"model must be one of images with 1, 3 or 4 channels, got {unet.in_channels}")
     if data.channels not in (None, unet.in_channels):
