@@ -120,7 +120,7 @@ def test_slices_of_a_volume_are_images(folder: Path) -> None:
 def test_several_arrays_of_a_file_become_channels(folder: Path) -> None:
     np.savez(folder / "a.npz", real=FIELDS[0], imag=FIELDS[1])
     assert (loaded(folder, array_key="imag,real")[0] == FIELDS[[1, 0]]).all()
-    with pytest.raises(UsageError, match="array_key must name arrays of each file, got none .* real, imag"):
+    with pytest.raises(UsageError, match=r"array_key must name arrays of each file, got none .* real, imag"):
         loaded(folder)
 
 
@@ -149,6 +149,7 @@ def test_arrays_of_a_table_are_read_from_a_cache_or_a_stream(tmp_path: Path, str
 
 
 def test_hdf5_tables_are_read_by_rows_as_datasets_does(tmp_path: Path) -> None:
+    pytest.importorskip("datasets.packaged_modules.hdf5.hdf5", reason="a later version of datasets has it")
     folder = tmp_path / "table"
     folder.mkdir()
     with h5py.File(folder / "a.h5", "w") as file:
@@ -194,7 +195,7 @@ def test_quantiles_become_the_ends_and_what_they_clip_is_counted(folder: Path) -
     low, high = np.quantile(FIELDS, [0.1, 0.9])
     assert images.value_range is not None
     assert (images.value_range.low, images.value_range.high) == pytest.approx((low, high))
-    assert images.num_clipped == ((FIELDS < low) | (FIELDS > high)).sum()
+    assert images.num_clipped == (np.clip(FIELDS, low, high) != FIELDS).sum()
     assert any(line.startswith(f"clipped: {images.num_clipped} values") for line in describe_images(config, images))
     other = load_images(files_config(folder, stack_axis=0))
     assert other.fingerprint != images.fingerprint  # a resumed run would train on other x_0
@@ -307,7 +308,7 @@ def test_damaged_archive_says_its_error(folder: Path) -> None:
     content = io.BytesIO()
     np.savez(content, x=FIELDS)
     (folder / "a.npz").write_bytes(content.getvalue()[:100])
-    with pytest.raises(UsageError, match="each file must be readable, got a.npz"):
+    with pytest.raises(UsageError, match=r"each file must be readable, got a\.npz"):
         load_images(files_config(folder))
     with pytest.raises(UsageError, match="array_key has no effect"), open_arrays(folder / "a.npy", ["x"]):
         pass

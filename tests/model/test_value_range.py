@@ -44,7 +44,7 @@ def test_values_are_kept_in_the_folder_and_damage_is_named(tmp_path: Path) -> No
     write_value_range(tmp_path, value_range)
     assert read_value_range(tmp_path) == value_range
     (tmp_path / "scheduler/values.json").write_text('{"low": 2, "high": 1, "dtype": "uint8"}')
-    with pytest.raises(UsageError, match="values.json cannot be read"):
+    with pytest.raises(UsageError, match=r"values\.json cannot be read"):
         read_value_range(tmp_path)
 
 
