@@ -145,7 +145,10 @@ def test_bits_per_dimension_of_16_bits_are_those_of_their_own_bins(tmp_path: Pat
 
 
 def test_learned_variance_of_floats_is_refused_before_training(config: TrainingConfig, tmp_path: Path) -> None:
-    learned = {"output_dir": str(tmp_path / "other"), "variance_type": "learned_range"}
+    model = tmp_path / "unet.json"
+    model.write_text(json.dumps(smallest_unet_config(channels=2, out_channels=4)))
+    learned = {"variance_type": "learned_range", "model_config_name_or_path": str(model)}
+    learned["output_dir"] = str(tmp_path / "other")
     with pytest.raises(UsageError, match="variance_type must be fixed_small or fixed_large for float32"):
         train(TrainingConfig(**{**vars(config), **learned}))
     assert not (tmp_path / "other").exists()
