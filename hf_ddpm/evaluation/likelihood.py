@@ -171,7 +171,7 @@ def sum_bound_terms(
             device_t = t.to(device)
             x_t = scheduler.add_noise(x_0, torch.stack(noise).to(device), device_t)
             output = unet(x_t.to(getattr(unet, "dtype", x_t.dtype)), device_t, **conditions).sample
-            exact = (x.to(precise) for x in (output, x_0, x_t))
+            exact = output.to(precise), x_0.to(precise), x_t.to(precise)
             term = variational_bound(scheduler, *exact, device_t, max_value)
             term = term.cpu().double()
             add(t, term)

@@ -90,7 +90,7 @@ def write_samples(
     compile: bool = False,
     uniform: bool = False,
     format: str | None = None,
-) -> None:
+) -> str:
     """Sample a model into the folder `out`: one image for each seed from `seed` on, and the first 64 as grid.png.
 
     Each process that was launched writes its share. Images of the same set that `out` holds already are kept. The
@@ -128,6 +128,9 @@ def write_samples(
         compile: Whether `torch.compile` compiles the network, at its first forward pass.
         uniform: Whether to ignore timesteps that were searched for.
         format: `png`, `npy`, `tif`, `parquet` or `npz`. None: png, or npy for arrays that PNG cannot hold.
+
+    Returns:
+        The format of the files.
 
     Raises:
         ValueError: Before sampling, when there is no such model, a setting cannot work, or `out` holds something else.
@@ -182,6 +185,7 @@ def write_samples(
             "guidance": None if guidance is None else describe_guidance(guidance, pipeline),
         }
         _write_set(processes, pipeline, out, settings, labels, batch_size, guidance)
+    return format
 
 
 def _write_set(
@@ -500,8 +504,8 @@ def _file_content(image: np.ndarray, format: str) -> bytes:
         import tifffile
 
         # A plane for each channel, which no reader takes for colors.
-        layout = {"planarconfig": "separate"} if len(planes) > 1 else {}
-        tifffile.imwrite(content, planes, photometric="minisblack", metadata=None, **layout)
+        layout = "separate" if len(planes) > 1 else None
+        tifffile.imwrite(content, planes, photometric="minisblack", metadata=None, planarconfig=layout)
     return content.getvalue()
 
 
