@@ -4,6 +4,6 @@ SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 # The types that the network can compute in.
 DTYPES = ("fp32", "bf16")
 # Of the files of a set of images.
-FORMATS = ("png", "parquet", "npz")
+FORMATS = ("png", "parquet", "npz", "npy", "tif")
 # How two predictions are combined.
 GUIDANCE_METHODS = ("cfg", "cfg-zero*", "apg", "tcfg")

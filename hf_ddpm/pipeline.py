@@ -74,6 +74,7 @@ from hf_ddpm.timesteps import (
     takes_timesteps,
     write_searched,
 )
+from hf_ddpm.value_range import ValueRange, read_value_range, write_value_range
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ class DDPMPipelineOutput(BaseOutput):
     """The images of one call.
 
     Args:
-        images: PIL images, or values in [0, 1]: a (B, H, W, C) array or a (B, C, H, W) tensor.
+        images: PIL images, or values in [0, 1]: a (B, H, W, C) array or a (B, C, H, W) tensor. The array of a model of
+            arrays is in the units and the type of the data instead.
         trajectory: The recorded steps in the order of sampling; None if none were asked for.
     """
 
@@ -147,6 +149,7 @@ class DDPMPipeline(DiffusionPipeline):
             class, or the one of the model's folder `guide`, which is loaded when it is needed.
         labels: The labels that the network is conditioned on: classes with their names, numbers with their range, or
             several columns of these; None for a network without labels.
+        value_range: The values of a model of arrays, which say what 0 and 1 stand for; None for other models.
     """
 
     model_cpu_offload_seq = "unet"
@@ -167,6 +170,7 @@ class DDPMPipeline(DiffusionPipeline):
         self._running: Tensor | None = None  # of the guidance `apg`, from one step to the next
         self._source: tuple[Any, dict[str, Any]] | None = None  # what the pipeline was loaded from
         self.labels: Labels | None = None if unet is None else unnamed_classes(unet.config)
+        self.value_range: ValueRange | None = None
         if unet is not None:
             accept_labels_in_any_type(unet)
 
@@ -188,6 +192,7 @@ class DDPMPipeline(DiffusionPipeline):
         folder = _folder_of(pipeline.unet)
         pipeline.kept_sampler = read_sampler(folder)
         pipeline._load_labels(folder)
+        pipeline.value_range = read_value_range(folder)
         if searched := read_searched(folder):
             pipeline.searched_timesteps, pipeline._searched_weights = searched, weights_sha256(folder)
         return pipeline
@@ -214,12 +219,14 @@ class DDPMPipeline(DiffusionPipeline):
         other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         if "unet" not in components and not isinstance(pipeline, DDPMPipeline):
             other._load_labels(_folder_of(other.unet))
+            other.value_range = read_value_range(_folder_of(other.unet))
         if isinstance(pipeline, DDPMPipeline):
             other.sampler, other._scheduler_of_sampler = pipeline.sampler, pipeline._scheduler_of_sampler
             if "unet" not in components:
                 other.kept_sampler, other._searched_weights = pipeline.kept_sampler, pipeline._searched_weights
                 other.searched_timesteps = {**pipeline.searched_timesteps}
                 other.labels, other.guide, other._source = pipeline.labels, pipeline.guide, pipeline._source
+                other.value_range = pipeline.value_range
         return other
 
     def _load_labels(self, folder: Path) -> None:
@@ -253,6 +260,8 @@ class DDPMPipeline(DiffusionPipeline):
             write_sampler(Path(save_directory), sampler)
         if self.labels is not None and (self.classes is None or self.classes.is_named):
             write_labels(Path(save_directory), self.labels)
+        if self.value_range is not None:
+            write_value_range(Path(save_directory), self.value_range)
         if self.guide is None and sampler is not None and self._needs_guide(sampler):
             self.load_guide()
         if self.guide is not None:
@@ -375,7 +384,7 @@ class DDPMPipeline(DiffusionPipeline):
                 each image its own; the image then depends on its batch by rounding alone.
             num_inference_steps: The number of steps of the scheduler; None: T, the steps of training, or what `use`
                 chose.
-            output_type: `pil`, `np` or `pt`.
+            output_type: `pil`, `np` or `pt`. Of a model of arrays, `np` is in the units and the type of the data.
             return_dict: Return a `DDPMPipelineOutput` rather than a tuple.
             class_labels: For a model that is conditioned on labels, one for all images or B of them: a class by its
                 name or its number, a number, or for several columns a mapping from their names. None: images without
@@ -429,7 +438,7 @@ class DDPMPipeline(DiffusionPipeline):
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
             )
-            images = _decode(x_0, output_type)
+            images = _decode(x_0, output_type, self.value_range)
             self.maybe_free_model_hooks()
             if not return_dict:
                 return (images,) if trajectory is False else (images, recorded)
@@ -648,7 +657,8 @@ class DDPMPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         if output_type == "pil" and channels not in (1, 3, 4):
-            raise ValueError(f"PIL has no image of {channels} channels: use output_type='np'")
+            units = "" if self.value_range is None else f", which is {self.value_range.dtype} in the data's own units"
+            raise ValueError(f"PIL has no image of {channels} channels: use output_type='np'{units}")
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs may hold 'latents', got {sorted(unknown)}")
         ours = isinstance(self.scheduler, DDPMScheduler)
@@ -794,9 +804,14 @@ def _check_timesteps_of_other_schedulers(scheduler: Any, num_steps: int) -> None
         )
 
 
-def _decode(x_0: Tensor, output_type: str | None) -> list[Image.Image] | np.ndarray | Tensor:
-    """Turn x_0 into images of `output_type`."""
-    return as_output_type((x_0 / 2 + 0.5).clamp(0, 1), output_type)
+def _decode(
+    x_0: Tensor, output_type: str | None, values: ValueRange | None = None
+) -> list[Image.Image] | np.ndarray | Tensor:
+    """Turn x_0 into images of `output_type`, arrays of a model of arrays into the units of the data."""
+    images = (x_0 / 2 + 0.5).clamp(0, 1)
+    if values is not None and output_type == "np":
+        return values.to_units(images.permute(0, 2, 3, 1))
+    return as_output_type(images, output_type)
 
 
 def as_output_type(images: Tensor, output_type: str | None) -> list[Image.Image] | np.ndarray | Tensor:

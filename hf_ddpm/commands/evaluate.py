@@ -50,8 +50,8 @@ Metrics = Annotated[
     choice(
         "metrics",
         "Comma-separated: fd (of Inception: the FID), kid, precision (with recall, density, coverage), cmmd, "
-        "nll (bits per dimension), memorization. Of a model that makes images from images: psnr, ssim, lpips, and "
-        "these distances.",
+        "nll (bits per dimension), memorization, values (moments and spectra, without a network). Of a model that "
+        "makes images from images: psnr, ssim, lpips, and these distances.",
         METRICS,
         is_list=True,
     ),

@@ -74,7 +74,15 @@ def sample(
     dtype: Dtype = "fp32",
     compile: Compile = False,
     uniform: Uniform = False,
-    format: Annotated[str, choice("format", "png, named by seed; parquet, for `datasets`; or npz.", FORMATS)] = "png",
+    format: Annotated[
+        str | None,
+        choice(
+            "format",
+            "png, npy or tif, named by seed; parquet, for `datasets`; or npz. Default: png, but npy for arrays that "
+            "it cannot hold.",
+            FORMATS,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Sample images of a model.
@@ -100,12 +108,12 @@ def sample(
             "uniform": uniform,
         }
         if image is not None:
-            return _sample_from_images(model, image, out, num_images, format, json, settings)
+            return _sample_from_images(model, image, out, num_images, format or "png", json, settings)
         join_launcher()
         from hf_ddpm.sampling.image_set import write_samples
 
         num_images = 16 if num_images is None else num_images
-        write_samples(model, out, num_images=num_images, format=format, **settings)
+        format = write_samples(model, out, num_images=num_images, format=format, **settings)
     result = {"out": str(out), "num_images": num_images, "grid": str(out / "grid.png"), "format": format}
     first = "all of them" if num_images <= 64 else "the first 64"
     finish(json, result, f"{num_images:,} images are in {out}; grid.png shows {first}.")

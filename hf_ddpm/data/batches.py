@@ -21,6 +21,7 @@ import torch
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.planes import center_crop, random_crop
+from hf_ddpm.value_range import Scale, ValueRange
 
 _DRAWS = ("order", "flip", "crop")
 
@@ -53,7 +54,8 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Item k belongs to step k // A, counted from the first of these steps. It is a dict of tensors:
 
-    - `pixels` (B, C, H, W), uint8, or int32 where the images have 16 bits, or float32 where they are x_0;
+    - `pixels` (B, C, H, W), uint8, or int32 where the images have 16 bits, or float32 where they are x_0; of arrays
+      in their own type, int32 for uint16;
     - `positions` (B,) int64, positions in the stream;
     - `labels` (B,) int64, if the images have classes; numbers are (B,) float32, several columns of labels
       (B, number of columns) float32;
@@ -137,9 +139,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if self.random_flip:
             is_flipped = self._draw_for("flip", positions)[:, 0] < 0.5
             pixels[is_flipped] = pixels[is_flipped, :, :, ::-1]
-        if pixels.dtype == np.uint16:
-            pixels = pixels.astype(np.int32)
-        return torch.from_numpy(pixels)
+        return as_tensor(pixels)
 
     def _draw_for(self, draw: str, positions: np.ndarray) -> np.ndarray:
         """Return what each position drew in its epoch; consecutive positions lie in few epochs."""
@@ -170,11 +170,23 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return np.stack(crops), None if images.class_names is None else np.array(labels, np.int64)
 
 
-def to_x_0(pixels: torch.Tensor, max_value: int) -> torch.Tensor:
+def as_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """Return pixels as torch holds them: int32 in the place of uint16, with which torch does not compute."""
+    return torch.from_numpy(pixels.astype(np.int32) if pixels.dtype == np.uint16 else np.ascontiguousarray(pixels))
+
+
+def to_x_0(pixels: torch.Tensor, scale: Scale) -> torch.Tensor:
     """Return x_0 = pixels * (2 / max_value) - 1, float32 in [-1, 1], exact where `pixels` are 0 or `max_value`.
 
     Floating-point `pixels` are x_0 already.
+
+    Args:
+        pixels: The pixels of images.
+        scale: `max_value`; of arrays their range, see `ValueRange.to_x_0`.
     """
+    if isinstance(scale, ValueRange):
+        return scale.to_x_0(pixels)
+    max_value = scale
     if pixels.is_floating_point():
         return pixels.to(torch.float32)
     return pixels.to(torch.float32) * (2 / max_value) - 1
@@ -191,7 +203,7 @@ def fixed_pixels(images: ImageCache, indices: np.ndarray | None = None) -> np.nd
         indices: (n,) which of the images; None for all.
 
     Returns:
-        The pixels, (n, C, H, W), uint8 or uint16.
+        The pixels, (n, C, H, W), uint8 or uint16; of arrays in their own type.
     """
     shape = (images.channels, *images.size)
     if images.is_uniform:

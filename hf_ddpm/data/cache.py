@@ -1,7 +1,7 @@
 """The cache: all images of a data set, decoded and resized once, back to back in one file that is mapped into memory.
 
 cache folder   <cache_dir>/hf_ddpm/<key>; the key is a hash of the images' files and of the settings that shape them
-pixels.bin     the planes of all images, uint8 or uint16, one image after the other
+pixels.bin     the planes of all images, one image after the other: uint8 or uint16, or arrays in their own type
 index.npy      for each image, where it begins in pixels.bin, its height and its width
 labels.npy     the label of each image, if there are labels
 meta.json      everything else that `ImageCache` holds
@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -30,7 +31,8 @@ import huggingface_hub
 import numpy as np
 from huggingface_hub.utils import tqdm
 
-from hf_ddpm.data.columns import choose_columns
+from hf_ddpm.data.arrays import count_outside, quantiles, require_no_array_settings, value_range_of
+from hf_ddpm.data.columns import choose_columns, encoded_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
     Decoded,
@@ -51,6 +53,7 @@ from hf_ddpm.image_size import Size, format_size, to_resolution, to_size
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import lock, look_at
 from hf_ddpm.runtime.format import format_amount
+from hf_ddpm.value_range import Scale, ValueRange, check_display_channels
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,6 +76,7 @@ CACHED_SETTINGS = (
     "on_bad_image",
     "max_image_pixels",
 )
+CACHED_ARRAY_SETTINGS = ("value_quantiles", "channel_axis", "stack_axis", "array_key")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +84,9 @@ class ImageCache:
     """N decoded images, each at least as large as `size`; all of that size if they were cropped.
 
     Args:
-        pixels: All values back to back, uint8 or uint16, mapped from the file.
+        pixels: All values back to back, uint8 or uint16, of arrays in their own type, mapped from the file.
         index: (N, 3) int64; for each image the offset of its first value, its height and its width.
-        channels: The number of planes of each image: 1, 3 or 4.
+        channels: The number of planes of each image: 1, 3 or 4, of arrays any number.
         max_value: 255, or 65535 where 16-bit images keep their precision.
         size: Height and width of x_0, to which larger images are cropped when they are read.
         labels: The raw labels of data/labels.py, or what `with_network_labels` makes of them; None without labels.
@@ -99,6 +103,8 @@ class ImageCache:
         label_columns: What the columns of raw labels hold; None for one column of classes, for none, and for labels
             of a network.
         random_crop: Whether images have the size of their files, for `random_crop`.
+        value_range: The values of arrays that become -1 and 1; None for images.
+        num_clipped: How many values of arrays lie outside, and are clipped.
     """
 
     pixels: np.ndarray
@@ -110,7 +116,7 @@ class ImageCache:
     class_names: list[str] | None
     num_bad: int
     losses: dict[str, int]
-    limits: tuple[int, int]
+    limits: tuple[float, float]
     file_max: int
     fingerprint: str
     name: str
@@ -118,9 +124,16 @@ class ImageCache:
     conditions: ImageCache | None = None
     label_columns: list[LabelColumn] | None = None
     random_crop: bool = False
+    value_range: ValueRange | None = None
+    num_clipped: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def scale(self) -> Scale:
+        """What -1 and 1 stand for."""
+        return self.value_range or self.max_value
 
     @property
     def num_images(self) -> int:
@@ -180,6 +193,11 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
     images = _load_column(config, accept, dataset)
     if config.condition_column is None:
         return images
+    if images.value_range is not None:
+        raise UsageError(
+            f"condition_column must be left out for arrays, got {config.condition_column!r}: images are made from "
+            "images of files only"
+        )
     # What it says of colors and values is said of the images.
     of_images: dict[str, Any] = {"channels": None, "value_range": None, "label_column": None}
     if config.eval_fraction is not None:  # of which the images decide, not the conditions
@@ -226,6 +244,11 @@ def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | N
         _create_cache(folder, open_dataset(config) if dataset is None else dataset, source, config, accept)
         accept = None
     images = _read_cache(folder, source.name)
+    if images.value_range is None:
+        require_no_array_settings(config)
+    else:
+        channels = check_display_channels(config.display_channels, images.channels)
+        images = replace(images, value_range=replace(images.value_range, display_channels=channels))
     if accept is not None:
         accept(images.size, images.channels)
     # A run writes the resolution and channels that were decided here into its config.yaml. Those settings have another
@@ -293,6 +316,9 @@ def _cache_key(config: DataConfig, source: Source, identity: Any) -> str:
         settings.append("random_crop")
     if config.eval_fraction is not None:
         settings.append([HELD_OUT_FORMAT, config.eval_fraction, config.group_column])
+    of_arrays = [getattr(config, name) for name in CACHED_ARRAY_SETTINGS]
+    if any(value is not None for value in of_arrays):
+        settings.append(of_arrays)
     content = json.dumps([CACHE_FORMAT, source.kind, identity, *settings])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
@@ -386,6 +412,8 @@ def _read_cache(folder: Path, name: str) -> ImageCache:
         image_size = to_size(meta.pop("resolution"))
         if meta["label_columns"] is not None:
             meta["label_columns"] = [LabelColumn(*column) for column in meta["label_columns"]]
+        if "value_range" in meta:
+            meta["value_range"] = ValueRange(**meta["value_range"])
         pixels = np.memmap(folder / "pixels.bin", dtype=dtype, mode="r", shape=(size,))
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"cache_dir must hold whole files, got a damaged {str(folder)!r}: delete it") from error
@@ -393,20 +421,21 @@ def _read_cache(folder: Path, name: str) -> ImageCache:
 
 
 def _infer_format(dataset: Dataset, config: DataConfig) -> ImageFormat:
-    encoded_images = ((row, dataset[row][dataset.column_names[0]]) for row in range(len(dataset)))
-    return infer_format(((name_of(encoded, row), encoded) for row, encoded in encoded_images), config)
+    encoded = ((row, encoded_images(dataset, slice(row, row + 1))[0]) for row in range(len(dataset)))
+    return infer_format(((name_of(each, row), each) for row, each in encoded), config)
 
 
 def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> dict[str, Any]:
     """Write pixels, index and labels, and return the content of meta.json but for the license."""
     labels, class_names, label_columns = _find_labels(dataset)
-    dtype = np.dtype("<u2" if image_format.max_value == 65535 else "u1")
+    dtype = image_format.dtype.newbyteorder("<")
     # The crops of whole images, which a model and a reference are of, have a size that the pixels do not tell.
     crop = f" {image_format.size}" if image_format.config.random_crop else ""
-    digest = hashlib.sha256(f"{image_format.channels} {image_format.max_value}{crop}".encode())
+    depth = image_format.array_dtype or image_format.max_value
+    digest = hashlib.sha256(f"{image_format.channels} {depth}{crop}".encode())
     entries, rows, size = array("q"), array("q"), 0
     losses: Counter[str] = Counter()
-    smallest, largest = image_format.max_value, 0
+    smallest, largest = math.inf, -math.inf
     decoded = tqdm(
         _decode_all(dataset, image_format), "Decoding", len(dataset), unit="image", disable=len(dataset) < 2000
     )
@@ -416,7 +445,7 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
                 continue
             planes = image.planes
             losses.update(image.losses)
-            smallest, largest = min(smallest, int(planes.min())), max(largest, int(planes.max()))
+            smallest, largest = min(smallest, planes.min().item()), max(largest, planes.max().item())
             content = np.ascontiguousarray(planes, dtype).tobytes()
             file.write(content)
             digest.update(content)
@@ -435,7 +464,12 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
         labels = labels[np.array(rows)]
         np.save(folder / "labels.npy", labels)
         digest.update(labels.tobytes())
+    of_arrays: dict[str, Any] = {}
+    if image_format.array_dtype is not None:
+        of_arrays = _describe_values(np.memmap(folder / "pixels.bin", dtype, "r"), image_format, smallest, largest)
+        digest.update(json.dumps(of_arrays["value_range"]).encode())
     return {
+        **of_arrays,
         "channels": image_format.channels,
         "max_value": image_format.max_value,
         "resolution": to_resolution(image_format.size),
@@ -452,6 +486,15 @@ def _write_images(folder: Path, dataset: Dataset, image_format: ImageFormat) -> 
     }
 
 
+def _describe_values(pixels: np.ndarray, image_format: ImageFormat, smallest: float, largest: float) -> dict[str, Any]:
+    """Return the content of meta.json that arrays have beside that of images."""
+    levels = image_format.config.value_quantiles
+    limits = (smallest, largest) if levels is None else quantiles(pixels, levels)
+    values = value_range_of(image_format, limits)
+    content = {"low": values.low, "high": values.high, "dtype": values.dtype}
+    return {"value_range": content, "num_clipped": count_outside(pixels, values)}
+
+
 def _find_labels(dataset: Dataset) -> RawLabels:
     """Return the labels of each row, from all columns but the first."""
     names = dataset.column_names[1:]
@@ -462,21 +505,21 @@ def _find_labels(dataset: Dataset) -> RawLabels:
 def _decode_all(dataset: Dataset, image_format: ImageFormat) -> Iterator[Decoded | None]:
     """Yield the image of each row in order, decoded by several threads; None for an image that is left out."""
     num_threads = max(2, min(8, os.cpu_count() or 2))
-    column, tasks = dataset.column_names[0], deque()
+    tasks = deque()
     rows_per_task = ROWS_PER_TASK_OF_CROPS if image_format.config.random_crop else ROWS_PER_TASK
     with ThreadPoolExecutor(num_threads) as pool:
         for row in range(0, len(dataset), rows_per_task):
-            encoded_images = dataset[row : row + rows_per_task][column]
-            tasks.append(pool.submit(_decode_rows, encoded_images, row, image_format))
+            encoded = encoded_images(dataset, slice(row, row + rows_per_task))
+            tasks.append(pool.submit(_decode_rows, encoded, row, image_format))
             if len(tasks) > 2 * num_threads:
                 yield from tasks.popleft().result()
         while tasks:
             yield from tasks.popleft().result()
 
 
-def _decode_rows(encoded_images: list[Any], first_row: int, image_format: ImageFormat) -> list[Decoded | None]:
+def _decode_rows(encoded_rows: list[Any], first_row: int, image_format: ImageFormat) -> list[Decoded | None]:
     decoded: list[Decoded | None] = []
-    for row, encoded in enumerate(encoded_images, first_row):
+    for row, encoded in enumerate(encoded_rows, first_row):
         try:
             decoded.append(decode(encoded, name_of(encoded, row), image_format))
         except (UsageError, NeedsSixteenBits):

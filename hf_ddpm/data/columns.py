@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.runtime.errors import UsageError
 
@@ -34,8 +36,35 @@ def choose_columns(dataset: Any, config: DataConfig, with_conditions: bool = Fal
     conditions = [config.condition_column] if with_conditions and config.condition_column is not None else []
     chosen = dataset.select_columns([column, *labels, *conditions])
     for name in (column, *conditions):
-        chosen = chosen.cast_column(name, datasets.Image(decode=False))
+        if not holds_arrays(dataset.features[name]):
+            chosen = chosen.cast_column(name, datasets.Image(decode=False))
     return chosen
+
+
+def holds_arrays(feature: Any) -> bool:
+    """Return whether a column holds arrays: of `datasets`, or slices of files as `open_arrays` names them."""
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path", "slice"}
+    return type(feature).__name__ in ("Array2D", "Array3D")
+
+
+def encoded_images(dataset: Any, rows: slice) -> list[Any]:
+    """Return the cells of the column of images in some rows; arrays in their own type."""
+    column = dataset.column_names[0]
+    if isinstance(dataset.features[column], dict) or not holds_arrays(dataset.features[column]):
+        return dataset[rows][column]
+    return cells_of(dataset.with_format("arrow")[rows][column])
+
+
+def cells_of(column: Any) -> list[Any]:
+    """Return the cells of a column of Arrow; those of arrays of `datasets` in their own type.
+
+    Args:
+        column: An array or a chunked array of Arrow.
+    """
+    dtype = getattr(column.type, "value_type", None) if hasattr(column.type, "shape") else None
+    cells = column.to_pylist()
+    return cells if dtype is None else [None if cell is None else np.asarray(cell, dtype) for cell in cells]
 
 
 def label_columns(label_column: str | None, features: Any) -> list[str]:
@@ -128,12 +157,16 @@ def image_column(features: Any, config: DataConfig) -> str:
     """
     column = config.image_column
     image_columns = [name for name, feature in features.items() if _holds_images(feature)]
+    image_columns = image_columns or [name for name, feature in features.items() if holds_arrays(feature)]
     if column is None:
         if len(image_columns) > 1:
             image_columns = [name for name in image_columns if name != config.condition_column]
         if len(image_columns) == 1:
             return image_columns[0]
         problem = f"there is no column of images among {list(features)}"
+        if volumes := [name for name, feature in features.items() if type(feature).__name__ == "Nifti"]:
+            problem = f"{volumes[0]} holds volumes; save their slices as arrays, or name the folder of files as "
+            raise UsageError(f"image_column must hold images, got none: {problem}--train_data_dir")
         if image_columns:
             problem = f"there are several columns of images, {image_columns}"
         raise UsageError(f"image_column must name the images, got None: {problem}; give --image_column")
@@ -141,7 +174,7 @@ def image_column(features: Any, config: DataConfig) -> str:
         raise UsageError(
             f"image_column must be one of {image_columns or list(features)}, got {column!r}: --image_column"
         )
-    if column not in image_columns and not _holds_bytes(features[column]):
+    if column not in image_columns and not _holds_bytes(features[column]) and not holds_arrays(features[column]):
         raise UsageError(f"image_column must hold images, got {column!r} of {features[column]}: --image_column")
     return column
 

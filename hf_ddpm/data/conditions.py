@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_ddpm.condition import Condition
 from hf_ddpm.conditional import enlarged, low_resolution
-from hf_ddpm.data.batches import epoch_order, fixed_pixels, to_x_0
+from hf_ddpm.data.batches import as_tensor, epoch_order, fixed_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.labels import label_list, network_label
 from hf_ddpm.data.planes import center_crop
@@ -71,13 +71,13 @@ def pairs_of(condition: Condition, images: Any, indices: np.ndarray) -> Pairs:
     if not isinstance(images, ImageCache):
         return _pairs_of_low_resolution(condition, images, [images.read(int(i)) for i in indices])
     labels = label_list(images, indices)
-    pixels = _tensor(fixed_pixels(images, indices))
+    pixels = as_tensor(fixed_pixels(images, indices))
     if condition.super_resolution is not None:
         conditions = low_resolution_conditions(pixels, condition.super_resolution, images.max_value)
     else:
         assert images.conditions is not None
         of_column = images.conditions
-        conditions = to_conditions(_tensor(fixed_pixels(of_column, indices)), of_column.max_value)
+        conditions = to_conditions(as_tensor(fixed_pixels(of_column, indices)), of_column.max_value)
     return Pairs((to_x_0(pixels, images.max_value) + 1) / 2, (conditions + 1) / 2, labels)
 
 
@@ -101,11 +101,7 @@ def _pairs_of_low_resolution(
 ) -> Pairs:
     """Return images that were read, with their classes, and the conditions that super-resolution makes of them."""
     assert condition.super_resolution is not None
-    pixels = _tensor(np.stack([center_crop(planes, images.size) for planes, _ in read]))
+    pixels = as_tensor(np.stack([center_crop(planes, images.size) for planes, _ in read]))
     conditions = low_resolution_conditions(pixels, condition.super_resolution, images.max_value)
     labels = [network_label(np.asarray(label)) for _, label in read if label is not None] or None
     return Pairs((to_x_0(pixels, images.max_value) + 1) / 2, (conditions + 1) / 2, labels)
-
-
-def _tensor(planes: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(planes, np.int32 if planes.dtype == np.uint16 else None))

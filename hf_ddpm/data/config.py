@@ -39,11 +39,12 @@ class DataConfig:
         at_least=1,
         num_values=2,
     )
-    channels: Literal[1, 3, 4] | None = setting(
+    channels: int | None = setting(
         None,
-        "The channels of x_0: 1 for gray, 3 for RGB, 4 for RGBA; default: the data's.",
+        "The channels of x_0: 1 for gray, 3 for RGB, 4 for RGBA, of arrays as many as they have; default: the data's.",
         group="data",
         resume="fixed",
+        at_least=1,
     )
     label_column: str | None = setting(
         None,
@@ -105,11 +106,45 @@ class DataConfig:
     )
     value_range: list[float] | None = setting(  # noqa: RUF009
         None,
-        "The values of an image file that become -1 and 1; default: the smallest and the largest that its type can "
-        "hold, as 0 255 or 0 65535.",
+        "The values of the data that become -1 and 1; default: the smallest and the largest that their type can hold, "
+        "as 0 255 or 0 65535, and of floats those of the training data.",
         group="data",
         resume="fixed",
         num_values=2,
+    )
+    value_quantiles: list[float] | None = setting(  # noqa: RUF009
+        None,
+        "The quantiles of the values of arrays that become -1 and 1, as 0.001 0.999; what lies outside is clipped.",
+        group="data",
+        resume="fixed",
+        num_values=2,
+        only_with={"value_range": None, "streaming": False},
+    )
+    channel_axis: int | None = setting(
+        None,
+        "The axis of an array that its channels are along, as -1 of (H, W, C); default: the one before (H, W).",
+        group="data",
+        resume="fixed",
+    )
+    stack_axis: int | None = setting(
+        None,
+        "The axis of an array file along which it holds several images, as 0 of (N, H, W); default: 0 of four axes.",
+        group="data",
+        resume="fixed",
+    )
+    array_key: str | None = setting(
+        None,
+        "The array in each .npz or .h5 file, or several, as real,imag, which become channels; default: the only one.",
+        group="data",
+        resume="fixed",
+    )
+    display_channels: list[float] | None = setting(  # noqa: RUF009
+        None,
+        "The channels of arrays that pictures show: one in gray, or three as red, green and blue, as 3 2 1; the first "
+        "is 0. Default: all of them, side by side in gray.",
+        group="data",
+        resume="free",
+        at_least=0,
     )
     preserve_input_precision: bool | None = setting(
         None,

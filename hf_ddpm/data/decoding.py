@@ -12,6 +12,7 @@ import errno
 import io
 import threading
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import fsspec
 import numpy as np
 from PIL import Image
 
+from hf_ddpm.data.arrays import array_format, decode_array, is_array, require_no_array_settings
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import readable_formats
 from hf_ddpm.data.image_format import (
@@ -27,12 +29,13 @@ from hf_ddpm.data.image_format import (
     check_matches_format,
     is_gray,
     losses_of,
+    size_of,
     unequal_sizes_error,
     upright_size,
     without_opaque,
 )
 from hf_ddpm.data.planes import TooSmallError, to_planes
-from hf_ddpm.image_size import Size, to_size
+from hf_ddpm.image_size import Size
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 NUM_HEADERS = 64  # The first so many headers decide what resolution=None and channels=None mean.
@@ -43,7 +46,7 @@ class Decoded(NamedTuple):
     """A decoded image.
 
     Args:
-        planes: (C, h, w) in [0, max_value], of the format's type.
+        planes: (C, h, w) in [0, max_value], of the format's type; arrays have their own values.
         losses: What the file holds and the planes do not, see `losses_of`.
     """
 
@@ -69,7 +72,7 @@ def with_bytes(encoded: Any) -> Any:
         FileNotFoundError: When there is no such file.
         NotFetchedError: When reading the file fails for any other reason.
     """
-    if encoded is None or encoded["bytes"] is not None or encoded["path"] is None:
+    if encoded is None or is_array(encoded) or encoded["bytes"] is not None or encoded["path"] is None:
         return encoded
     path: str = encoded["path"]
     try:
@@ -128,6 +131,8 @@ def decode(encoded: Any, name: str, image_format: ImageFormat) -> Decoded:
         NeedsSixteenBits: When the image has 16 bits and the format has 8.
         Exception: When the file is broken; Pillow's decoders raise nearly any class.
     """
+    if image_format.array_dtype is not None:
+        return Decoded(*decode_array(encoded, name, image_format))
     with open_image(encoded, image_format.config.max_image_pixels) as image:
         # Loading forgets how many bits and bands there were.
         losses = losses_of(image, image_format)
@@ -144,10 +149,12 @@ def is_transient(error: Exception) -> bool:
 
 def name_of(encoded: Any, row: int) -> str:
     """Return what error messages call an image: its row, and its path if it has one."""
-    if encoded is None or encoded["path"] is None:
+    path = encoded["path"] if isinstance(encoded, dict) else None
+    if path is None:
         return f"row {row}"
-    path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in encoded["path"])  # a name may hold a line break
-    return f"row {row} ({path})"
+    path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in path)  # a name may hold a line break
+    number = encoded.get("slice")
+    return f"row {row} ({path})" if number is None else f"row {row} ({path}, image {number})"
 
 
 def unreadable_image_error(name: str, error: Exception) -> UsageError:
@@ -184,7 +191,25 @@ def infer_format(images: Iterable[tuple[str, Any]], config: DataConfig) -> Image
         UsageError: When an image is unreadable and `on_bad_image` is "raise", when none is readable, or when
             `resolution` is left open and the images are not all of one size, or are to be cropped at random.
     """
-    return _format_of_headers(_read_headers(images, config), config)
+    images = iter(images)
+    first = next(images, None)
+    if first is not None and is_array(first[1]):
+        return _format_of_arrays(chain([first], images), config)
+    require_no_array_settings(config)
+    return _format_of_headers(_read_headers(chain([first] if first is not None else [], images), config), config)
+
+
+def _format_of_arrays(arrays: Iterable[tuple[str, Any]], config: DataConfig) -> ImageFormat:
+    """Decide what the settings leave open by the first array that can be read."""
+    for name, encoded in arrays:
+        try:
+            return array_format(encoded, name, config)
+        except UsageError:
+            raise
+        except Exception as error:  # readers raise nearly any class
+            if config.on_bad_image == "raise" or is_transient(error):
+                raise unreadable_image_error(name, error) from error
+    raise UsageError("on_bad_image='skip' must leave some images, got unreadable ones only: repair or replace them")
 
 
 def format_of(image: Image.Image, name: str, config: DataConfig) -> ImageFormat:
@@ -193,11 +218,7 @@ def format_of(image: Image.Image, name: str, config: DataConfig) -> ImageFormat:
 
 
 def _format_of_headers(headers: list[_Header], config: DataConfig) -> ImageFormat:
-    if config.resolution is None and config.random_crop:
-        raise UsageError("resolution must be given with random_crop, as the size of the crops: give --resolution")
-    if config.random_crop and config.center_crop:
-        raise UsageError("random_crop and center_crop must not be given together: leave out one of them")
-    size = headers[0].size if config.resolution is None else to_size(config.resolution)
+    size = size_of(config, headers[0].size)
     unequal = [header for header in headers if config.resolution is None and header.size != size]
     if unequal:
         raise unequal_sizes_error(unequal[-1].name, unequal[-1].size, size)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_ddpm.data.array_files import is_tiff
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.given import NAME, GivenImages
@@ -32,7 +33,9 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
     count = "images" if images.num_images is None else f"{images.num_images:,} images"
     size = f"{'crops of ' * config.random_crop}{format_size(images.size)}"
     parts = [f"{images.name}: {count}, {size}, channels {images.channels}"]
-    if images.max_value > 255:
+    if images.value_range is not None:
+        parts.append(f"values {images.value_range}")
+    elif images.max_value > 255:
         parts.append("16 bits")
     if not isinstance(images, GivenImages) and images.label_columns is not None:
         parts.append(f"labels {', '.join(_describe_labels(images.label_columns, images.labels))}")
@@ -50,8 +53,22 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
     lines += _describe_parts(config) if images.name != NAME else []
     among = {ImageStream: f" of the first {NUM_FIRST_IMAGES}", GivenImages: ", of which the first was read,"}
     among = among.get(type(images), "")
+    if isinstance(images, ImageCache) and images.num_clipped:
+        assert images.value_range is not None
+        low, high, share = images.value_range.low, images.value_range.high, images.num_clipped / images.pixels.size
+        lines.append(f"clipped: {images.num_clipped:,} values ({share:.2%}) lie outside of {low:g} to {high:g}")
     lines += [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
+    if any(loss.startswith("frames") for loss in images.losses) and _has_tiff_files(config):
+        lines.append("--stack_axis 0 reads each page of a TIFF file as an image, --channel_axis 0 as a channel")
     return lines + _describe_range(config, images, among)
+
+
+def _has_tiff_files(config: DataConfig) -> bool:
+    """Return whether the source is a folder of TIFF files, which can be read as arrays."""
+    source = find_source(config)
+    if source.kind != "images" or source.folder is None:
+        return False
+    return all(map(is_tiff, list_images(source.folder).images))
 
 
 def _describe_labels(columns: Sequence[LabelColumn], values: Any) -> list[str]:
@@ -67,18 +84,25 @@ def _describe_labels(columns: Sequence[LabelColumn], values: Any) -> list[str]:
 
 def _describe_range(config: DataConfig, images: ImageCache | ImageStream | GivenImages, among: str) -> list[str]:
     """Return a warning, with the setting that mends it, where values fill less than SMALLEST_SHARE of their range."""
-    low, high = config.value_range or (0, images.file_max)
-    smallest, largest = (low + value * (high - low) / images.max_value for value in images.limits)
+    if images.value_range is not None:
+        (low, high), (smallest, largest) = (images.value_range.low, images.value_range.high), images.limits
+    else:
+        low, high = config.value_range or (0, images.file_max)
+        smallest, largest = (low + value * (high - low) / images.max_value for value in images.limits)
     if smallest >= largest or largest - smallest >= SMALLEST_SHARE * (high - low):
         return []
     # What a camera or a mask can hold is mostly a power of two less one, and begins at 0.
     wanted = (0, 2 ** round(largest).bit_length() - 1)
-    if smallest < 0 or largest - smallest < SMALLEST_SHARE * wanted[1]:
+    form = ".0f"
+    if images.value_range is not None and not images.value_range.is_integer:
+        form = ".3g"
+        wanted = (float(f"{smallest:.3g}"), float(f"{largest:.3g}"))
+    elif smallest < 0 or largest - smallest < SMALLEST_SHARE * wanted[1]:
         wanted = (round(smallest), round(largest))
     text = (
-        f"warning: the values of the images{among} fill little of their range: they go from {smallest:.0f} to "
-        f"{largest:.0f}, and -1 and 1 stand for {low:g} and {high:g}; --value_range {wanted[0]} {wanted[1]} stretches "
-        "them, if no image can hold others"
+        f"warning: the values of the images{among} fill little of their range: they go from {smallest:{form}} to "
+        f"{largest:{form}}, and -1 and 1 stand for {low:g} and {high:g}; --value_range {wanted[0]} {wanted[1]} "
+        "stretches them, if no image can hold others"
     )
     return [text]
 
@@ -86,7 +110,7 @@ def _describe_range(config: DataConfig, images: ImageCache | ImageStream | Given
 def describe_unread(config: DataConfig) -> str:
     """Return in words what of a folder of images is not read, or "" if all is."""
     source = find_source(config)
-    if source.kind != "images" or source.folder is None:
+    if source.kind not in ("images", "arrays") or source.folder is None:
         return ""
     listed = list_images(source.folder)
     held_out = [split for split, path in source.splits.items() if path != source.folder]
@@ -97,11 +121,14 @@ def describe_unread(config: DataConfig) -> str:
         above = [path for path in files_below(root) if not str(path).startswith(starts)]
         num_beside = sum(is_image(path) for path in above)
         unread += [f"{num_beside:,} images beside the splits"] if num_beside else []
-        read = {*listed.metadata_files} if listed.metadata is not None else set()
+        read = {*listed.metadata_files} if source.kind == "images" and listed.metadata is not None else set()
         files = [path for path in above if path.name in METADATA_NAMES and path.absolute() not in read]
         unread += [f"{path.name} beside the splits" for path in files]
     unread += [f"{count:,} {kind}" for kind, count in sorted(listed.unread.items())]
-    unread += _unread_beside_metadata(config, listed)
+    if source.kind == "arrays":
+        unread += ["metadata, which are read beside images only"] if listed.metadata_files else []
+    else:
+        unread += _unread_beside_metadata(config, listed)
     return f"not read: {', '.join(unread)}" if unread else ""
 
 

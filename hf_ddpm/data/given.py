@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
+from hf_ddpm.data.arrays import ARRAY_SETTINGS
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import format_of
 from hf_ddpm.data.image_format import (
@@ -30,6 +31,7 @@ from hf_ddpm.data.image_format import (
 from hf_ddpm.data.planes import NeedsSixteenBits, to_planes
 from hf_ddpm.image_size import to_resolution
 from hf_ddpm.runtime.errors import UsageError, in_one_line
+from hf_ddpm.value_range import ValueRange
 
 NAME = "the data set that was passed to train()"
 
@@ -46,6 +48,7 @@ class GivenImages(InFormat):
         fingerprint: A hash of the length, the format, and the data set's own `fingerprint` if it has one.
         limits: The smallest and the largest value of the first image; of x_0, all that there may be.
         losses: What the first item holds and its planes do not.
+        value_range: None: x_0 is in no units of its own.
     """
 
     dataset: Any
@@ -58,6 +61,7 @@ class GivenImages(InFormat):
     name: str = NAME
     license: str | None = None
     num_bad: int = 0
+    value_range: ValueRange | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -149,6 +153,9 @@ def _first_parts(dataset: Any) -> tuple[Any, int | None]:
 
 def _own_fingerprint(dataset: Any, config: DataConfig) -> str | None:
     """Return the data set's own fingerprint, after a look at settings that would have no effect on it."""
+    for name in ARRAY_SETTINGS:
+        if getattr(config, name) is not None:
+            raise UsageError(f"{name} has no effect on a data set that reads its own items, leave it out")
     for name, default in (("on_bad_image", "raise"), ("max_image_pixels", None)):
         if getattr(config, name) != default:
             raise UsageError(f"{name} has no effect on a data set that reads its own items, leave it out")
@@ -165,8 +172,6 @@ def _format_of_x_0(shape: tuple[int, ...], config: DataConfig) -> ImageFormat:
         wanted = getattr(config, name)
         if wanted not in (None, got):
             raise UsageError(f"{name} must be that of the data set's x_0, {got}, got {wanted}: leave it out")
-    if shape[0] not in (1, 3, 4):
-        raise UsageError(f"channels must be 1, 3 or 4, of which there are pictures, got x_0 with {shape[0]}")
     if config.value_range is not None:
         raise UsageError("value_range must be left out for a data set of x_0, whose values are used as they are")
     if config.random_crop:

@@ -1,7 +1,8 @@
 """Images that are held out of the split that is trained on: `eval_fraction` of them, in whole groups.
 
 group      the images with one value of `group_column`, as the slices of one volume; without it, those of one identity
-identity   of an image: its path in the folder of images; in other sources its content, so that copies stay together
+identity   of an image: its path in the folder of images, of arrays with its number in the file; in other sources its
+           content, so that copies stay together
 order      of the groups: that of a hash of their names, which neither a seed nor the order of the images changes
 
 Groups are held out in their order until they hold `eval_fraction` of the images.
@@ -13,15 +14,21 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_ddpm.data.columns import image_column
+import numpy as np
+
+from hf_ddpm.data.arrays import is_array
+from hf_ddpm.data.columns import choose_columns, encoded_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.runtime.errors import UsageError
 
 HELD_OUT_FORMAT = 1  # Increase it when other images are held out, so that no older cache is read.
 HELD_OUT_SPLIT = "test"  # what the images that are held out are called, wherever a split is named
+ROWS_PER_BLOCK = 64
 FOLDER = "folder"  # the group column that every folder of images has
 
 
@@ -127,7 +134,9 @@ def require_disjoint(trained: Sequence[str], others: Sequence[str], option: str,
 
 def _identities(table: Any, folder: Path | None, config: DataConfig) -> list[str]:
     if folder is not None:
-        return _paths(table, folder, config)
+        numbers = (encoded.get("slice") for encoded in _encoded_images(table, config))
+        paths = _paths(table, folder, config)
+        return [path if n is None else f"{path}:{n}" for path, n in zip(paths, numbers, strict=True)]
     return [_content_of(encoded) for encoded in _encoded_images(table, config)]
 
 
@@ -139,13 +148,15 @@ def _paths(table: Any, folder: Path, config: DataConfig) -> list[str]:
 
 def _encoded_images(table: Any, config: DataConfig) -> Any:
     """Yield the encoded image of each row."""
-    import datasets
-
-    name = image_column(table.features, config)
-    return (row[name] for row in table.select_columns([name]).cast_column(name, datasets.Image(decode=False)))
+    images = choose_columns(table, replace(config, label_column=None))
+    blocks = (slice(row, row + ROWS_PER_BLOCK) for row in range(0, len(images), ROWS_PER_BLOCK))
+    return chain.from_iterable(encoded_images(images, rows) for rows in blocks)
 
 
 def _content_of(encoded: Any) -> str:
+    if is_array(encoded):
+        values = np.asarray(encoded)
+        return hashlib.sha256(f"{values.dtype} {values.shape}".encode() + values.tobytes()).hexdigest()
     content = b"" if encoded is None else encoded["bytes"] or str(encoded["path"]).encode()
     return hashlib.sha256(content).hexdigest()
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from hf_ddpm.data.array_files import is_array_file
 from hf_ddpm.data.metadata import METADATA_NAMES, Metadata, read_metadata, require_files
 from hf_ddpm.runtime.errors import UsageError
 
@@ -59,12 +60,14 @@ class ImageFolder:
     Args:
         folder: The folder.
         images: The images, in the order of their paths.
+        arrays: The files of arrays, in this order; where there are images, they count as unread, too.
         metadata_files: The metadata files in it, and those beside it if it is named as a split.
         unread: What is not read -> how many files.
     """
 
     folder: Path
     images: list[Path]
+    arrays: list[Path]
     metadata_files: list[Path]
     unread: Counter[str]
 
@@ -115,7 +118,7 @@ def list_images(folder: Path) -> ImageFolder:
 
 
 def _list_images(folder: Path) -> ImageFolder:
-    images, metadata_files, unread = [], [], Counter[str]()
+    images, arrays, metadata_files, unread = [], [], [], Counter[str]()
     for path in files_below(folder):
         if path.exists() and not path.is_file():  # to read a pipe or a socket would wait for a writer
             unread["pipes and the like"] += 1
@@ -125,12 +128,17 @@ def _list_images(folder: Path) -> ImageFolder:
             unread[f"{path.suffix.lower()} {UNPACK}"] += 1
         elif path.name == "grid.png" and path.with_name("samples.json").is_file():
             unread["grid.png of `hf-ddpm sample`"] += 1
+        elif is_array_file(path):
+            arrays.append(_with_text_name(path))
         elif is_image(path):
             images.append(_with_text_name(path))
         else:
             unread[_kind_of(path)] += 1
     metadata_files += _metadata_beside(folder)
-    return ImageFolder(folder, sorted(images, key=lambda path: path.as_posix()), metadata_files, unread)
+    for path in arrays if images else ():
+        unread[_kind_of(path)] += 1
+    images, arrays = (sorted(paths, key=lambda path: path.as_posix()) for paths in (images, arrays))
+    return ImageFolder(folder, images, arrays, metadata_files, unread)
 
 
 def _metadata_beside(folder: Path) -> list[Path]:
@@ -210,11 +218,10 @@ def open_images(listed: ImageFolder, is_checked: bool = True) -> Dataset:
         features = {**datasets.Features.from_arrow_schema(pyarrow.table(columns).schema)}
         features.update(dict.fromkeys(metadata.file_columns, datasets.Image()))
         paths = [path or "" for path in metadata.columns[metadata.file_columns[0]]]
-    labels = [os.path.basename(os.path.dirname(path)) for path in paths]
-    names = sorted(set(labels))
-    if "label" not in columns and len(names) > 1 and len({path.count(os.sep) for path in paths}) == 1:
+    labels = None if "label" in columns else folder_classes([*map(Path, paths)])
+    if labels is not None:
         columns["label"] = labels
-        features["label"] = datasets.ClassLabel(names=names)
+        features["label"] = datasets.ClassLabel(names=sorted(set(labels)))
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
@@ -229,6 +236,13 @@ def _column(name: str, cells: list[Any], is_of_files: bool) -> Any:
         raise UsageError(
             f"metadata must hold values of one type in a column, got {kinds} in {name!r}: make them alike"
         ) from error
+
+
+def folder_classes(paths: Sequence[Path]) -> list[str] | None:
+    """Return the class of each file, the folder that it is in; None where folders are no classes."""
+    labels = [path.parent.name for path in paths]
+    is_of_classes = len(set(labels)) > 1 and len({len(path.parts) for path in paths}) == 1
+    return labels if is_of_classes else None
 
 
 def files_below(folder: Path) -> Iterator[Path]:

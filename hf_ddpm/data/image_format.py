@@ -2,6 +2,7 @@
 
 mode            Pillow's name of what a pixel is: "L" is 8-bit gray, "I;16" 16-bit gray, "RGB" color, ...
 image format    the size, the channels and the largest value that all images of a data set are brought to
+array           what is not a picture: a file or a cell of any number of channels, see arrays.py
 loss            what a file holds and its planes do not: bits, bands or frames
 """
 
@@ -14,8 +15,9 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.image_size import Size, format_size
+from hf_ddpm.image_size import Size, format_size, to_size
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.value_range import Scale, ValueRange
 
 TRANSPARENCY = "transparency, which becomes white"
 GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"))
@@ -28,9 +30,10 @@ class ImageFormat:
     Args:
         config: The settings as the user gave them.
         size: Height and width of x_0, which an image covers after it was resized, or is cut from with `random_crop`.
-        channels: 1, 3 or 4.
+        channels: 1, 3 or 4; of arrays any number.
         max_value: 255, or 65535 for 16-bit images.
         file_max: The same of the files, of which `max_value` may be a reduction.
+        array_dtype: The type of arrays, one of `value_range.DTYPES`; None for images.
     """
 
     config: DataConfig
@@ -38,11 +41,12 @@ class ImageFormat:
     channels: int
     max_value: int
     file_max: int = 255
+    array_dtype: str | None = None
 
     @property
-    def dtype(self) -> type[np.uint8] | type[np.uint16]:
-        """The type of the planes: uint8, or uint16 for 16-bit images."""
-        return np.uint8 if self.max_value == 255 else np.uint16
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the planes: uint8, uint16 for 16-bit images, or that of arrays."""
+        return np.dtype(self.array_dtype or ("uint8" if self.max_value == 255 else "uint16"))
 
 
 class InFormat:
@@ -50,6 +54,12 @@ class InFormat:
 
     image_format: ImageFormat
     class_names: list[str] | None
+    value_range: ValueRange | None
+
+    @property
+    def scale(self) -> Scale:
+        """What -1 and 1 stand for."""
+        return self.value_range or self.max_value
 
     @property
     def channels(self) -> int:
@@ -144,6 +154,19 @@ def upright_size(image: Image.Image) -> Size:
     except Exception:  # Damaged text beside pixels that are whole; Pillow raises nearly any class.
         is_turned = False
     return (image.width, image.height) if is_turned else (image.height, image.width)
+
+
+def size_of(config: DataConfig, first: Size) -> Size:
+    """Return the size of x_0 by the settings, or else by the first image.
+
+    Raises:
+        UsageError: When crops at random have no size, or are to be crops of the center, too.
+    """
+    if config.resolution is None and config.random_crop:
+        raise UsageError("resolution must be given with random_crop, as the size of the crops: give --resolution")
+    if config.random_crop and config.center_crop:
+        raise UsageError("random_crop and center_crop must not be given together: leave out one of them")
+    return first if config.resolution is None else to_size(config.resolution)
 
 
 def unequal_sizes_error(name: str, size: Size, other: Size) -> UsageError:

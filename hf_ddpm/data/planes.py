@@ -56,7 +56,7 @@ def to_planes(image: Image.Image, image_format: ImageFormat, name: str) -> np.nd
             raise NeedsSixteenBits
     else:
         image = _to_mode(image, config, image_format.channels, name)
-    values = np.asarray(_resized(image, image_format))
+    values = np.asarray(resized(image, image_format))
     if is_deep:
         scaled = (values.astype(np.float64) - low) * max_value / (high - low)
         values = np.clip(np.rint(scaled), 0, max_value).astype(image_format.dtype)
@@ -171,8 +171,12 @@ def _stretched(image: Image.Image, config: DataConfig, name: str, num_bands: int
     return image.point(table * num_bands + [*range(256)] * (bands - num_bands))
 
 
-def _resized(image: Image.Image, image_format: ImageFormat) -> Image.Image:
-    """Resize an image so that it covers the size of x_0, with `random_crop` check that it does."""
+def resized(image: Image.Image, image_format: ImageFormat) -> Image.Image:
+    """Resize an image so that it covers the size of x_0, with `random_crop` check that it does.
+
+    Raises:
+        ValueError: When it is too oblong, or with `random_crop` too small.
+    """
     (width, height), (H, W) = image.size, image_format.size
     if image_format.config.random_crop:
         if height < H or width < W:

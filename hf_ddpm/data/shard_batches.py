@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from hf_ddpm.data.batches import as_tensor
 from hf_ddpm.data.planes import random_crop
 from hf_ddpm.data.shard_files import UNKNOWN
 from hf_ddpm.data.shards import Example, ImageStream, examples_in
@@ -250,7 +251,7 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     Each item is a dict:
 
-    - `pixels` (B, C, H, W), uint8, or int32 where the images have 16 bits;
+    - `pixels` (B, C, H, W), uint8, or int32 where the images have 16 bits; of arrays as in `MicroBatches`;
     - `positions` (B,) int64, positions in the stream;
     - `labels` (B,) int64, if the images have classes; other labels as in `MicroBatches`;
     - `num_bad`, an int64 scalar, the number of images that stand in for unreadable ones;
@@ -314,7 +315,7 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
             is_flipped = hashed_uniform(self.seed, FLIP, positions) < 0.5
             pixels[is_flipped] = pixels[is_flipped, :, :, ::-1]
         batch = {
-            "pixels": torch.from_numpy(pixels.astype(np.int32) if dtype == np.uint16 else pixels),
+            "pixels": as_tensor(pixels),
             "positions": torch.from_numpy(positions),
             "num_bad": torch.tensor(num_bad),
             "block_starts": [substreams[number].block_start for number in sorted(substreams)],

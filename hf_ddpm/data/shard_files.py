@@ -18,7 +18,7 @@ from hf_ddpm.data.columns import check_label_column, choose_columns, label_colum
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import files_below, list_images
 from hf_ddpm.data.metadata import METADATA_NAMES
-from hf_ddpm.data.sources import Source, as_usage_errors, open_dataset
+from hf_ddpm.data.sources import Source, as_usage_errors, files_of_arrays, open_dataset
 from hf_ddpm.data.tar_shards import label_table, read_columns
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
@@ -133,6 +133,8 @@ def _names_and_sizes(source: Source) -> list[tuple[str, int]]:
     if source.kind == "images":
         paths = [path for path in files_below(source.folder) if path.name in METADATA_NAMES]
         paths += list_images(source.folder).images + list_images(source.folder).files_elsewhere
+    elif source.kind == "arrays":
+        paths = files_of_arrays(source)
     else:
         ends = {"digits": (".parquet",), "saved": (".arrow", "state.json")}[source.kind]
         paths = [path for path in files_below(source.folder) if path.name.endswith(ends)]

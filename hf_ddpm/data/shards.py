@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_ddpm.data import decoding
-from hf_ddpm.data.columns import holds_numbers
+from hf_ddpm.data.arrays import value_range_of
+from hf_ddpm.data.columns import cells_of, holds_numbers
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
     Decoded,
@@ -44,6 +46,7 @@ from hf_ddpm.data.sources import (
 )
 from hf_ddpm.image_size import to_resolution
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
+from hf_ddpm.value_range import ValueRange
 
 STREAM_FORMAT = 1  # Increase it when the order of the stream changes, so that no older run is resumed.
 ROWS_PER_TABLE = 256
@@ -77,7 +80,7 @@ def examples_in(table: Any, shard: int, first_row: int, rows: Iterable[int]) -> 
     """
     columns = table.columns
     for row in rows:
-        encoded, *label = (column[row - first_row].as_py() for column in columns[:2])
+        encoded, *label = (cells_of(column.slice(row - first_row, 1))[0] for column in columns[:2])
         yield Example(encoded, label[0] if label else None, shard, row)
 
 
@@ -103,6 +106,7 @@ class ImageStream(InFormat):
         labels: The labels of all rows, as of `ImageCache`, if they are numbers or stand in several columns. They were
             read when the stream was opened, and no image with them.
         label_columns: As of `ImageCache`.
+        value_range: As of `ImageCache`.
     """
 
     dataset: Any
@@ -116,9 +120,10 @@ class ImageStream(InFormat):
     num_images: int | None
     num_bad: int = 0
     losses: dict[str, int] = field(default_factory=dict)
-    limits: tuple[int, int] = (0, 0)
+    limits: tuple[float, float] = (0, 0)
     labels: np.ndarray | None = None
     label_columns: list[LabelColumn] | None = None
+    value_range: ValueRange | None = None
 
     def image(self, i: int) -> np.ndarray:
         """Return readable image i in the order of the files, (C, h, w). The images before it are read, too.
@@ -238,12 +243,13 @@ class ImageStream(InFormat):
 
         Where shards are parts of files, the row is the number of the row in the whole data set.
         """
-        path, file = example.encoded and example.encoded["path"], self.files[example.shard]
-        row = example.row
+        encoded, file = example.encoded, self.files[example.shard]
+        path, row = encoded["path"] if isinstance(encoded, dict) else None, example.row
         if not file:
             row += int(self.rows_per_shard[: example.shard].clip(0).sum())
         location = " in ".join(part for part in (path, file) if part)
-        return decoding.name_of({"path": location or None}, row)
+        number = encoded.get("slice") if isinstance(encoded, dict) else None
+        return decoding.name_of({"path": location or None, "slice": number}, row)
 
     def _name_of_shard(self, shard: int) -> str:
         return self.files[shard] or f"shard {shard} of {self.name!r}"
@@ -266,7 +272,8 @@ def open_stream(config: DataConfig) -> ImageStream:
             does not name its classes.
     """
     source = find_source(config)
-    shards = open_iterable(source, config) if source.kind in ("hub", "parquet", "tar") else open_mapped(source, config)
+    is_iterable = source.kind in ("hub", "parquet", "tar", "hdf5")
+    shards = open_iterable(source, config) if is_iterable else open_mapped(source, config)
     columns: list[str] = list(shards.dataset.column_names)
     labels = _scan_labels(shards, columns[1:]) if _is_scanned(shards, columns[1:]) else RawLabels()
     stream = ImageStream(
@@ -304,22 +311,27 @@ def open_stream(config: DataConfig) -> ImageStream:
     ]
     if config.random_crop:
         content.append("random_crop")
+    values = None if image_format.array_dtype is None else value_range_of(image_format, None)
+    if values is not None:
+        content.append(
+            [values.dtype, values.low, values.high, config.channel_axis, config.stack_axis, config.array_key]
+        )
     if labels.values is not None:
         content.append(hashlib.sha256(labels.values.tobytes()).hexdigest())
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    stream = replace(stream, image_format=image_format, fingerprint=fingerprint)
+    stream = replace(stream, image_format=image_format, fingerprint=fingerprint, value_range=values)
     losses, limits = _losses_and_limits(stream)
     return replace(stream, losses=losses, limits=limits)
 
 
-def _losses_and_limits(stream: ImageStream) -> tuple[dict[str, int], tuple[int, int]]:
+def _losses_and_limits(stream: ImageStream) -> tuple[dict[str, int], tuple[float, float]]:
     """Decode the first images of a stream for what they lose and the limits of their values."""
     losses: Counter[str] = Counter()
-    limits = (stream.max_value, 0)
+    limits: tuple[float, float] = (math.inf, -math.inf)
     for decoded in filter(None, map(stream.decode, islice(stream.examples(), NUM_FIRST_IMAGES))):
         losses.update(decoded.losses)
-        limits = (min(limits[0], int(decoded.planes.min())), max(limits[1], int(decoded.planes.max())))
-    return losses, limits
+        limits = (min(limits[0], decoded.planes.min().item()), max(limits[1], decoded.planes.max().item()))
+    return losses, limits if limits[0] <= limits[1] else (stream.max_value, 0)
 
 
 def _is_scanned(shards: Shards, columns: list[str]) -> bool:

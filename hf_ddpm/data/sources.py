@@ -19,6 +19,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_ddpm.data.array_files import is_hdf5, require_package
+from hf_ddpm.data.arrays import (
+    check_array_settings,
+    is_read_as_arrays,
+    open_array_files,
+    require_no_array_settings,
+)
 from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT, Parts, divide, is_held_out
@@ -46,8 +53,8 @@ class Source:
 
     Args:
         option: The setting by which the user named the source: "dataset_name" or "train_data_dir".
-        kind: "digits", "images" (a folder of them), "parquet" or "tar" (a folder of files), "saved" (by `datasets`) or
-            "hub".
+        kind: "digits", "images" (a folder of them), "arrays" (a folder of their files), "parquet", "tar" or "hdf5" (a
+            folder of tables), "saved" (by `datasets`) or "hub".
         name: The name of the folder without the folders above it, or the Hub id.
         folder: The folder; None for the Hub. Of a folder of images with splits, that of the split to train on.
         splits: The folders of images that are splits, by their names.
@@ -71,6 +78,9 @@ def check_source(config: DataConfig, output_dir: str | None = None) -> None:
         UsageError: When no source can be meant, or `output_dir` lies in the folder of images.
     """
     source = find_source(config)
+    check_array_settings(config)
+    if source.kind in ("digits", "images"):
+        require_no_array_settings(config)
     if source.folder is None or output_dir is None:
         return
     # Beside splits its pictures would make another folder of images.
@@ -106,7 +116,7 @@ def find_source(config: DataConfig) -> Source:
     if name == "digits":
         source = Source(option, "digits", name, Path(str(resources.files("hf_ddpm.data") / "digits")))
     elif folder.is_dir():
-        source = _folder_source(option, folder, config.train_split)
+        source = _folder_source(option, folder, config)
     elif folder.is_file() or given.endswith((".tar", ".zip")):
         raise UsageError(
             f"{option} must be a folder, got {given!r}: name the folder of shards (.tar) by --dataset_name, unpack "
@@ -121,7 +131,7 @@ def find_source(config: DataConfig) -> Source:
         source = Source(option, "hub", given, None)
     if config.train_split not in (None, "train") and source.kind == "digits":
         raise UsageError(f"train_split must be train, which is all that digits has, got {config.train_split!r}")
-    if config.dataset_config_name and source.kind not in ("hub", "parquet", "tar"):
+    if config.dataset_config_name and source.kind not in ("hub", "parquet", "tar", "hdf5"):
         raise UsageError(
             f"dataset_config_name has no effect on {given!r}, got {config.dataset_config_name!r}: leave it out"
         )
@@ -145,7 +155,8 @@ def _check_eval_fraction(config: DataConfig, source: Source) -> None:
         )
 
 
-def _folder_source(option: str, folder: Path, train_split: str | None) -> Source:
+def _folder_source(option: str, folder: Path, config: DataConfig) -> Source:
+    train_split = config.train_split
     if train_split is not None and not re.fullmatch(SPLIT_NAME, train_split):
         raise UsageError(f"train_split must be a name such as train or test, got {train_split!r}")
     name = Path(os.path.abspath(folder)).name  # of the link, where it is one
@@ -159,29 +170,30 @@ def _folder_source(option: str, folder: Path, train_split: str | None) -> Source
             )
         return Source(option, "saved", name, folder)
     listed = list_images(folder)
-    kind = _kind_of_folder(option, folder, listed)
-    if kind != "images":
-        return Source(option, kind, name, folder)
+    if (tables := _kind_of_tables(option, folder, listed)) is not None:
+        return Source(option, tables, name, folder)
+    kind = "arrays" if is_read_as_arrays(listed.images, listed.arrays, config) else "images"
     if train_split is not None:
-        return Source(option, "images", name, *_chosen_split(folder, listed, train_split))
-    splits = split_folders(folder, listed.images)
+        return Source(option, kind, name, *_chosen_split(folder, listed, train_split))
+    files = listed.images or listed.arrays
+    splits = split_folders(folder, files)
     if not splits:
-        _refuse_splits_in_classes(option, folder, listed)
+        _refuse_splits_in_classes(option, folder, files)
     trained = [path for split, path in splits.items() if split_kind(split) == "train"]
     if splits and len(trained) != 1:
         raise UsageError(
             f"{option} must hold one folder to train on beside those of other splits, got {[*splits]} in "
             f"{str(folder)!r}: give --train_split NAME"
         )
-    return Source(option, "images", name, trained[0] if splits else folder, splits)
+    return Source(option, kind, name, trained[0] if splits else folder, splits)
 
 
-def _refuse_splits_in_classes(option: str, folder: Path, listed: ImageFolder) -> None:
+def _refuse_splits_in_classes(option: str, folder: Path, files: list[Path]) -> None:
     """Refuse folders of splits in each of the folders of classes: all images would be trained on."""
-    names = {path.parent.name for path in listed.images if path.parent != folder}
+    names = {path.parent.name for path in files if path.parent != folder}
     kinds = {split_kind(name) for name in names}
     if None not in kinds and "train" in kinds and len(kinds) > 1:
-        last = listed.images[-1].parent
+        last = files[-1].parent
         raise UsageError(
             f"{option} must hold folders of splits above those of classes, got "
             f"{last.relative_to(folder).as_posix()!r} in {str(folder)!r}: move the images to "
@@ -194,7 +206,8 @@ def _chosen_split(folder: Path, listed: ImageFolder, train_split: str) -> tuple[
     path = next((level / train_split for level in (folder, folder / "images") if (level / train_split).is_dir()), None)
     if path is None:
         raise UsageError(f"train_split must be a folder in {str(folder)!r}, got {train_split!r}, which is none")
-    if not list_images(path).images:
+    chosen = list_images(path)
+    if not chosen.images and not chosen.arrays:
         raise UsageError(f"train_split must be a folder of images, got {str(path)!r}, which holds none")
     beside = {each.name: each for each in sorted(path.parent.iterdir()) if each.is_dir() and each.name[0] != "."}
     return path, beside
@@ -210,23 +223,32 @@ def _check_saved_splits(option: str, folder: Path, train_split: str) -> None:
         )
 
 
-def _kind_of_folder(option: str, folder: Path, listed: ImageFolder) -> str:
-    """Return "images", or "parquet" or "tar" for a folder of such files, which only `dataset_name` may name."""
-    has_images, has_parquet = bool(listed.images), option == "dataset_name" and ".parquet" in listed.unread
+def _kind_of_tables(option: str, folder: Path, listed: ImageFolder) -> str | None:
+    """Return "parquet", "tar" or "hdf5" for a folder of tables, which only `dataset_name` may name; else None.
+
+    `datasets` reads the rows of HDF5 files along the first axis of all arrays in them. As `train_data_dir` each file
+    is an image.
+    """
+    is_named = option == "dataset_name"
+    has_images, has_parquet = bool(listed.images), is_named and ".parquet" in listed.unread
     if has_images and has_parquet:
         raise UsageError(f"{option} must hold images or parquet files, got both in {str(folder)!r}: name a sub-folder")
-    if not has_images and not has_parquet and option == "dataset_name" and f".tar {UNPACK}" in listed.unread:
+    if is_named and not has_images and listed.arrays and all(is_hdf5(path) for path in listed.arrays):
+        require_package(listed.arrays[0])
+        return "hdf5"
+    has_files = has_images or has_parquet or bool(listed.arrays)
+    if not has_files and is_named and f".tar {UNPACK}" in listed.unread:
         return "tar"
-    if not has_images and not has_parquet:
+    if not has_files:
         wanted = "images, parquet files or shards (.tar)"
-        if option != "dataset_name":
+        if not is_named:
             wanted = "images (parquet files and shards, .tar: --dataset_name)"
         unread = ", ".join(f"{count:,} {kind}" for kind, count in sorted(listed.unread.items()))
         others = f", but {unread}" if unread else ""
         raise UsageError(
             f"{option} must be a folder of {wanted}, got {str(folder)!r}: nothing below it is one{others}"
         )
-    return "images" if has_images else "parquet"
+    return "parquet" if has_parquet else None
 
 
 def open_dataset(
@@ -283,8 +305,8 @@ def divide_training(config: DataConfig) -> Parts:
 
 
 def folder_of_images(source: Source) -> Path | None:
-    """Return the folder of a folder of images; None for other sources."""
-    return source.folder if source.kind == "images" else None
+    """Return the folder of a folder of images, or of files of arrays; None for other sources."""
+    return source.folder if source.kind in ("images", "arrays") else None
 
 
 def _explain_uneven_classes(listed: ImageFolder) -> None:
@@ -313,11 +335,20 @@ def _load_split(source: Source, config: DataConfig, split: str) -> Any:
         return datasets.load_dataset("parquet", data_files={"train": str(folder / "digits.parquet")}, **options)
     if source.kind == "images":
         return open_images(list_images(folder), is_checked=config.on_bad_image == "raise")
-    if source.kind in ("parquet", "tar"):
+    if source.kind == "arrays":
+        return open_array_files(files_of_arrays(source), config)
+    if source.kind in ("parquet", "tar", "hdf5"):
         loaded = datasets.load_dataset(str(folder), config.dataset_config_name, **options)
-        return loaded if source.kind == "parquet" else loaded.flatten()  # of a JSON file, each key is a column
+        return loaded.flatten() if source.kind == "tar" else loaded  # of a JSON file, each key is a column
     saved = datasets.load_from_disk(str(folder))
     return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+
+
+def files_of_arrays(source: Source) -> list[Path]:
+    """Return the files of a folder of arrays: TIFF files that are read as values, or those of other formats."""
+    assert source.folder is not None
+    listed = list_images(source.folder)
+    return listed.images or listed.arrays
 
 
 @contextlib.contextmanager

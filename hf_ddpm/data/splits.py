@@ -40,7 +40,7 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
     source = find_source(config)
     if split in ("train", config.train_split):
         yield load_images(config)
-    elif source.kind in ("images", "saved") and not is_held_out(config, split):
+    elif source.kind in ("images", "arrays", "saved") and not is_held_out(config, split):
         yield load_images(_config_of_split_folder(source, config, split, option))
     else:
         with tempfile.TemporaryDirectory(prefix="hf_ddpm-", ignore_cleanup_errors=True) as temporary:
@@ -102,11 +102,13 @@ def describe_split(config: DataConfig, split: str, images: ImageCache) -> list[s
     """
     source = find_source(config)
     if split in ("train", config.train_split):
-        if source.kind == "images" and source.splits:  # what is in other folders is the business of other splits
+        if (
+            source.kind in ("images", "arrays") and source.splits
+        ):  # what is in other folders is the business of other splits
             config = replace(config, dataset_name=None, train_data_dir=str(source.folder), train_split=None)
     elif is_held_out(config, split):
         config = replace(config, eval_fraction=None, group_column=None)
-    elif source.kind in ("images", "saved"):
+    elif source.kind in ("images", "arrays", "saved"):
         config = _config_of_split_folder(source, config, split, "split")
     first, *others = describe_images(config, replace(images, name=source.name))
     return [f"split {split} of {first}", *others]
@@ -128,7 +130,7 @@ def check_split(config: DataConfig, split: str, option: str = "split") -> None:
         return
     if source.kind == "digits":
         raise MissingSplitError(f"{option} must be train, which is all that digits has, got {split!r}")
-    if source.kind in ("images", "saved"):
+    if source.kind in ("images", "arrays", "saved"):
         _config_of_split_folder(source, config, split, option)
 
 
@@ -142,7 +144,7 @@ def _config_of_split_folder(source: Source, config: DataConfig, split: str, opti
         raise MissingSplitError(
             f"{option} must be in {source.option} as a folder, got {split!r} of {source.name!r}{there}"
         )
-    if option != "split" and source.kind == "images" and source.folder == root:
+    if option != "split" and source.kind in ("images", "arrays") and source.folder == root:
         raise MissingSplitError(
             f"{option} must be held out, got {split!r} of {source.name!r}, all of which is trained on: "
             + (
@@ -152,6 +154,6 @@ def _config_of_split_folder(source: Source, config: DataConfig, split: str, opti
             )
         )
     whole: dict[str, Any] = {"train_split": None, "eval_fraction": None, "group_column": None}
-    if source.kind == "images":
+    if source.kind in ("images", "arrays"):
         return replace(config, dataset_name=None, train_data_dir=str(folder), **whole)
     return replace(config, dataset_name=str(folder), train_data_dir=None, **whole)

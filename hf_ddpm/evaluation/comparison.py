@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_ddpm.conditional import ConditionalDDPMPipeline
+from hf_ddpm.evaluation.array_features import for_arrays
 from hf_ddpm.evaluation.features import FeatureNetwork, check_network, load_network
 from hf_ddpm.evaluation.measure import NEIGHBORS, Measured, first_images, measure_distances
 from hf_ddpm.evaluation.model_data import Splits
@@ -19,6 +20,7 @@ from hf_ddpm.evaluation.statistics import Reference, check_comparable, frechet_w
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
+from hf_ddpm.value_range import require_seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +56,15 @@ def load_comparison(
     if isinstance(pipeline, ConditionalDDPMPipeline):  # which is compared with the truth
         split, other_split = other_split, split
     reference = None if request.reference is None else load_reference(request.reference)
-    if channels not in (1, 3):
+    if pipeline.value_range is not None:
+        require_seen(pipeline.value_range, channels)
+    elif channels not in (1, 3):
         raise UsageError(f"feature networks take 1 or 3 channels, got a model of {channels}: only nll can be measured")
     # MPS has no float64, and what it computes is not reproducible.
     device = "cpu" if pipeline.device.type == "mps" else pipeline.device
     network = load_network(_network_name(request, reference), request.network_path, device)
+    if pipeline.value_range is not None:
+        network = for_arrays(network, pipeline.value_range, channels)
     if not distances:
         return Comparison(network)
     # The features of all images of a split take minutes: counts are compared before.

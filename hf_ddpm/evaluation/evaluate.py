@@ -18,7 +18,14 @@ from hf_ddpm.evaluation.job import Job, SamplerSetting, load_job
 from hf_ddpm.evaluation.measure import Samples, sample_statistics
 from hf_ddpm.evaluation.request import Request
 from hf_ddpm.evaluation.results import Draw, write_evaluation
-from hf_ddpm.evaluation.rows import describe_sampling, distance_rows, measure_copies, measure_nll, rows_of_pairs
+from hf_ddpm.evaluation.rows import (
+    describe_sampling,
+    distance_rows,
+    measure_copies,
+    measure_nll,
+    measure_values,
+    rows_of_pairs,
+)
 from hf_ddpm.runtime.errors import UnwrittenError, UsageError, in_one_line
 from hf_ddpm.sampling.loading import speed_up
 from hf_ddpm.sampling.sampler import iter_samples
@@ -91,13 +98,14 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
             yield rows_of_pairs(job, job.pairs, setting), {}
         return
     measures_copies = "memorization" in job.request.metrics
-    num_settings = len(job.sampler_settings) if job.distances else int(measures_copies)
+    is_grid = bool(job.distances) or job.value_images is not None
+    num_settings = len(job.sampler_settings) if is_grid else int(measures_copies)
     for number, setting in enumerate(job.sampler_settings[:num_settings]):
         is_first = number == 0
         num_images_to_keep = 0
         if measures_copies and is_first:
             num_images_to_keep = min(NUM_MEMORIZATION_SAMPLES, job.request.num_images)
-        num_images = job.request.num_images if job.distances else num_images_to_keep
+        num_images = job.request.num_images if is_grid else num_images_to_keep
         earlier = job.sampler_settings[:number]
         # Guided by its own classes, a network gets twice as many images: a shape that is compiled for itself.
         if job.request.compile and bool(setting.guidance) not in {bool(each.guidance) for each in earlier}:
@@ -107,6 +115,8 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
         sampling = describe_sampling(job, setting, num_images, samples)
         if job.distances:
             yield job.processes.on_main(partial(distance_rows, job, samples.statistics, sampling)), {}
+        if job.value_images is not None:
+            yield job.processes.on_main(partial(measure_values, job, job.value_images, samples, sampling))
         if num_images_to_keep:
             yield measure_copies(job, samples, sampling | {"num_images": num_images_to_keep})
 
@@ -124,6 +134,7 @@ def _sample(job: Job, setting: SamplerSetting, num_images: int, num_images_to_ke
         batch_size=job.request.batch_size,
         num_images_to_keep=num_images_to_keep,
         guidance=setting.guidance,
+        measures_values=job.value_images is not None,
         label=f"{setting.scheduler}, {steps} steps" + (f", {setting.guidance.scale:g}" if setting.guidance else ""),
     )
 

@@ -44,6 +44,8 @@ class Inspected:
 def fit_to_model(data: DataConfig, pipeline: DDPMPipeline, folder: Path) -> DataConfig:
     """Return the settings of the data for images as the model's own are."""
     unet = pipeline.unet.config
+    if pipeline.value_range is not None:
+        raise UsageError(f"model must be one of images, got arrays ({pipeline.value_range}): maps are of images")
     if unet.in_channels not in (1, 3, 4):
         raise UsageError(f"model must be one of images with 1, 3 or 4 channels, got {unet.in_channels}")
     if data.channels not in (None, unet.in_channels):

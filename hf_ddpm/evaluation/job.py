@@ -26,10 +26,11 @@ from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.evaluation.comparison import Comparison, check_requested_network, load_comparison
 from hf_ddpm.evaluation.images import choose_labels, open_images, open_pairs, reference_labels
 from hf_ddpm.evaluation.model_data import Splits
-from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, METRICS, OF_IMAGES_FROM_IMAGES
+from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, METRICS, OF_IMAGES_FROM_IMAGES, VALUES
 from hf_ddpm.evaluation.perceptual import Perceptual, load_lpips
 from hf_ddpm.evaluation.request import Request
 from hf_ddpm.evaluation.results import stored_results
+from hf_ddpm.evaluation.value_statistics import num_components
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.hub.card import check_readme, loadable_path
 from hf_ddpm.hub.download import find_model, is_hub_id
@@ -42,6 +43,7 @@ from hf_ddpm.sampling.loading import choose_guidance, load_for_sampling
 from hf_ddpm.sampling.sampler import forward_batch_of
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.solvers import choose_sampler, named_scheduler
+from hf_ddpm.value_range import ValueRange
 
 
 class SamplerSetting(NamedTuple):
@@ -72,6 +74,7 @@ class Job:
         reference_labels: The class of each image whose features the reference keeps; None if nobody tells it.
         held_out: Images that were not trained on; None if they are not needed.
         training: Images that were trained on; None if they are not needed.
+        value_images: Images whose values samples are compared with; None if they are not.
         pairs: Images that were not trained on with their conditions, for a model that makes images from images.
         perceptual: LPIPS; None if it is not measured.
         data: The settings of these images; `random_flip` says whether mirrored images were trained on, too.
@@ -92,6 +95,7 @@ class Job:
     reference_labels: np.ndarray | None
     held_out: ImageCache | None
     training: ImageCache | None
+    value_images: ImageCache | None
     pairs: Pairs | None
     perceptual: Perceptual | None
     data: DataConfig
@@ -133,7 +137,11 @@ def load_job(request: Request) -> Iterator[Job]:
         distances = [metric for metric in DISTANCES if metric in request.metrics]
         image_shape = pipeline._image_shape()
         perceptual = load_lpips(*image_shape, pipeline.device) if "lpips" in request.metrics else None
-        with closing(Splits(processes, request.data, folder, pipeline.unet.config, image_shape[0])) as splits:
+        value_range = pipeline.value_range
+        _check_metrics_of_values(request, value_range)
+        of_model = (pipeline.unet.config, image_shape[0], value_range)
+        with closing(Splits(processes, request.data, folder, *of_model)) as splits:
+            value_images = None
             if isinstance(pipeline, ConditionalDDPMPipeline):
                 class_labels, class_choice = None, None if pipeline.labels is None else "of the images"
                 held_out, pairs = open_pairs(request, pipeline, splits)
@@ -144,6 +152,9 @@ def load_job(request: Request) -> Iterator[Job]:
                 comparison = load_comparison(request, distances, processes, pipeline, splits, request.num_images)
                 class_labels, class_choice = choose_labels(pipeline, splits, request)
                 held_out, training = open_images(request, pipeline, splits)
+                if VALUES in request.metrics:
+                    value_images = splits.open(request.split)
+                    _check_values(value_images, request.num_images)
             yield Job(
                 request=request,
                 processes=processes,
@@ -160,6 +171,7 @@ def load_job(request: Request) -> Iterator[Job]:
                 reference_labels=reference_labels(request, comparison, splits, class_labels is not None),
                 held_out=held_out,
                 training=training,
+                value_images=value_images,
                 pairs=pairs,
                 perceptual=perceptual,
                 data=splits.data or DataConfig(),
@@ -179,6 +191,30 @@ def _check_metrics(request: Request, makes_from_images: bool) -> None:
             f"metrics must be of {', '.join(metric for metric in METRICS if metric not in others)} for a model that "
             f"makes images {kind}, got {', '.join(wrong)} for {str(request.model)!r}: give --metrics"
         )
+
+
+def _check_metrics_of_values(request: Request, value_range: ValueRange | None) -> None:
+    """Check that metrics can be measured of the values of a model.
+
+    Raises:
+        UsageError: When one cannot.
+    """
+    if "nll" in request.metrics and value_range is not None and not value_range.is_integer:
+        raise UsageError(
+            f"nll must be left out for a model of {value_range.dtype}: bits per dimension are a probability of whole "
+            "numbers, and floats have none"
+        )
+
+
+def _check_values(images: ImageCache, num_images: int) -> None:
+    """Check that there are more images, and more samples, than components of their statistics."""
+    least = num_components(images.channels, *images.size) + 1
+    for name, count in (("num_images", num_images), ("the split", len(images))):
+        if count < least:
+            raise UsageError(
+                f"{name} must be at least {least} for values, got {count:,}: a covariance of {least - 1} statistics "
+                "needs more images"
+            )
 
 
 def _name_on_card(out: Path, model_folder: Path) -> str:

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from hf_ddpm.bound import variational_bound
-from hf_ddpm.data.batches import to_x_0
+from hf_ddpm.data.batches import as_tensor, to_x_0
 from hf_ddpm.plots import Curve, draw_curves
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.seeds import hashed
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.value_range import Scale, ValueRange
 
 # Streams of `hashed` that training does not use.
 _NOISE, _CHOICE = 2**32, 2**32 + 1
@@ -105,6 +106,7 @@ def sum_bound_terms(
     batch_size: int,
     timesteps_per_image: int | None = None,
     class_labels: Sequence[int] | np.ndarray | Tensor | None = None,
+    scale: Scale = 255,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Sum the terms of the bound over some of the images; `bits_per_dimension` takes the sums of all of them, added.
@@ -122,6 +124,7 @@ def sum_bound_terms(
         batch_size: Images per network evaluation.
         timesteps_per_image: K in [2, T]. None: T, which is each term of each image.
         class_labels: The labels as the network takes them: (N,) integers or float32, or several columns of these.
+        scale: What -1 and 1 stand for: 255, or the range of arrays of integers, whose values are the decoder's then.
         device: The network's device. Noise is drawn on the CPU and is the same for every device.
 
     Returns:
@@ -142,6 +145,9 @@ def sum_bound_terms(
         raise UsageError(f"class_labels must hold one for each of {len(images)} images, got {len(class_labels)}")
     probability = inclusion_probabilities(scheduler, timesteps_per_image)
     num_steps = len(probability)
+    max_value = scale.num_steps if isinstance(scale, ValueRange) else scale
+    if max_value is None:
+        raise UsageError(f"images must be integers, got {scale}: floats have no bits per dimension")
     # MPS has no float64.
     precise = torch.float32 if torch.device(device).type == "mps" else torch.float64
     sums = torch.zeros(num_steps + 2, 3, dtype=torch.float64)
@@ -153,7 +159,7 @@ def sum_bound_terms(
     chosen = np.arange(len(images)) if indices is None else np.array(indices, dtype=np.int64)
     for first in range(0, len(chosen), batch_size):
         batch = chosen[first : first + batch_size]
-        x_0 = to_x_0(_pixels(images, batch), 255).to(device)
+        x_0 = to_x_0(_pixels(images, batch, scale), scale).to(device)
         conditions = {}
         if class_labels is not None:
             conditions["class_labels"] = torch.from_numpy(np.asarray(class_labels)[batch]).to(device)
@@ -165,7 +171,8 @@ def sum_bound_terms(
             device_t = t.to(device)
             x_t = scheduler.add_noise(x_0, torch.stack(noise).to(device), device_t)
             output = unet(x_t.to(getattr(unet, "dtype", x_t.dtype)), device_t, **conditions).sample
-            term = variational_bound(scheduler, output.to(precise), x_0.to(precise), x_t.to(precise), device_t)
+            exact = output.to(precise), x_0.to(precise), x_t.to(precise)
+            term = variational_bound(scheduler, *exact, device_t, max_value)
             term = term.cpu().double()
             add(t, term)
             bound = bound + term / probability[t]
@@ -263,13 +270,14 @@ def draw_bound(likelihood: Likelihood, path: str | Path) -> None:
     )
 
 
-def _pixels(images: Any, batch: np.ndarray) -> Tensor:
-    """Return the images of these numbers, (B, C, H, W) uint8."""
+def _pixels(images: Any, batch: np.ndarray, scale: Scale) -> Tensor:
+    """Return the images of these numbers, (B, C, H, W) uint8, or of arrays in their own type."""
     pixels = [np.array(images[int(i)]) for i in batch]
     kinds = sorted({(x.shape, str(x.dtype)) for x in pixels})
-    if len(kinds) > 1 or kinds[0][1] != "uint8" or len(kinds[0][0]) != 3:
+    dtype = scale.dtype if isinstance(scale, ValueRange) else "uint8"
+    if len(kinds) > 1 or kinds[0][1] != dtype or len(kinds[0][0]) != 3:
         raise UsageError(
             f"images must be uint8 of one shape (C, H, W), got {kinds}: the decoder is one of 256 values. Crop to one "
             "size; load 16-bit images without preserve_input_precision"
         )
-    return torch.from_numpy(np.stack(pixels))
+    return as_tensor(np.stack(pixels))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ddpm.data.batches import as_tensor
 from hf_ddpm.evaluation.distances import (
     Moments,
     cmmd,
@@ -27,11 +28,13 @@ from hf_ddpm.evaluation.distances import (
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.evaluation.likelihood import Likelihood, bits_per_dimension, sum_bound_terms
 from hf_ddpm.evaluation.statistics import NUM_FEATURES, Statistics
+from hf_ddpm.evaluation.value_statistics import ValueStatistics, joined, value_statistics
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.sampler import iter_samples
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.value_range import Scale
 
 NEIGHBORS = 5  # k of precision, recall, density and coverage
 
@@ -42,21 +45,24 @@ class Samples:
 
     Attributes:
         statistics: The statistics of their features. None on all processes but the main one, or without a network.
-        images: The first of them, (n, C, H, W) uint8.
+        images: The first of them, (n, C, H, W) uint8, of a model of arrays in the units of its data.
         network_evaluations: The number of network evaluations per image.
         seconds_per_image: The time that one process takes to sample an image, without its features.
+        values: The statistics of their values, if they are measured.
     """
 
     statistics: Statistics | None
     images: Tensor
     network_evaluations: int
     seconds_per_image: float
+    values: ValueStatistics | None = None
 
 
 class _SampledBatch(NamedTuple):
     features: Tensor | None
     images: Tensor
     seconds: float
+    values: ValueStatistics | None
 
 
 def sample_statistics(
@@ -70,6 +76,7 @@ def sample_statistics(
     batch_size: int,
     num_images_to_keep: int = 0,
     guidance: Guidance | None = None,
+    measures_values: bool = False,
     label: str = "Sampling",
 ) -> Samples:
     """Sample one image per seed, and collect the statistics of their features.
@@ -80,6 +87,7 @@ def sample_statistics(
         batch_size: Images per network evaluation.
         num_images_to_keep: The number of images to return.
         guidance: How predictions are guided; None: they are not.
+        measures_values: Whether to compute the statistics of their values.
         label: What the progress bar is called.
 
     Raises:
@@ -100,6 +108,7 @@ def sample_statistics(
                 num_inference_steps=num_inference_steps,
                 class_labels=None if class_labels is None else class_labels[batch],
                 guidance=guidance,
+                value_range=pipeline.value_range,
             )
         ]
         seconds = time.perf_counter() - started
@@ -108,7 +117,7 @@ def sample_statistics(
         features = None if network is None else network(images)
         # A view would be sent with all that it is a view of.
         kept = images[: max(0, num_images_to_keep - k * batch_size)].clone()
-        return _SampledBatch(features, kept, seconds)
+        return _SampledBatch(features, kept, seconds, value_statistics(images) if measures_values else None)
 
     with counted_evaluations(pipeline) as evaluated:
         batches = processes.map(sample_batch, math.ceil(len(seeds) / batch_size), label)
@@ -119,6 +128,7 @@ def sample_statistics(
         images=torch.cat([b.images for b in batches]),
         network_evaluations=processes.on_main(lambda: sum(evaluated) // (num_forward_batches * batch_size)),
         seconds_per_image=sum(b.seconds for b in batches) / len(seeds),
+        values=joined([b.values for b in batches if b.values is not None]) if measures_values else None,
     )
 
 
@@ -195,11 +205,11 @@ def pixel_features(processes: Processes, network: FeatureNetwork, pixels: np.nda
     """Return the features of all images, (n, d).
 
     Args:
-        pixels: (n, C, H, W) uint8.
+        pixels: (n, C, H, W), as `network` takes them.
     """
 
     def compute(k: int) -> Tensor:
-        return network(torch.from_numpy(pixels[k * batch_size : (k + 1) * batch_size].copy()))
+        return network(as_tensor(pixels[k * batch_size : (k + 1) * batch_size].copy()))
 
     return torch.cat(processes.map(compute, math.ceil(len(pixels) / batch_size), "Features"))
 
@@ -215,15 +225,17 @@ def measure_likelihood(
     timesteps_per_image: int,
     batch_size: int,
     device: torch.device,
+    scale: Scale = 255,
 ) -> Likelihood:
     """Measure the variational bound of a model.
 
     Args:
         unet: The network, in float32 and not compiled.
-        pixels: (N, C, H, W) uint8.
+        pixels: (N, C, H, W) uint8, or arrays of integers.
         class_labels: (N,) int64, if the model has classes.
         timesteps_per_image: K; see `sum_bound_terms`.
         batch_size: Images per network evaluation.
+        scale: See `sum_bound_terms`.
     """
     num_batches = math.ceil(len(pixels) / batch_size)
 
@@ -239,6 +251,7 @@ def measure_likelihood(
                 batch_size=batch_size,
                 timesteps_per_image=timesteps_per_image,
                 class_labels=class_labels,
+                scale=scale,
                 device=device,
             )
 

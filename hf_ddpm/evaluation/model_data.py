@@ -1,6 +1,7 @@
 """The data that a model is measured with.
 
-split        train, test, ...: images of the model's size and channels in 8 bits, each split opened once
+split        train, test, ...: images of the model's size and channels in 8 bits, or arrays in its range of values,
+             each split opened once
 fingerprint  identifies the pixels; the fingerprint of a run's own data must be the one that the run recorded
 """
 
@@ -29,6 +30,7 @@ from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 from hf_ddpm.runtime.files import read_mapping
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.run_files import read_run
+from hf_ddpm.value_range import ValueRange
 
 # The split of held-out images, if a model's data have one and none is named.
 DEFAULT_TEST_SPLIT = "test"
@@ -47,13 +49,20 @@ class Splits:
         folder: The model's folder.
         unet: The config of the model's network.
         channels: The channels of the model's images. None: those that the network takes.
+        value_range: The values of a model of arrays; None for other models.
     """
 
     def __init__(
-        self, processes: Processes, data: DataConfig | None, folder: Path, unet: Any, channels: int | None = None
+        self,
+        processes: Processes,
+        data: DataConfig | None,
+        folder: Path,
+        unet: Any,
+        channels: int | None = None,
+        value_range: ValueRange | None = None,
     ) -> None:
         self._processes, self._stack = processes, ExitStack()
-        self._is_given = data is not None
+        self._is_given, self._value_range = data is not None, value_range
         self._folder, self._channels = folder, channels or unet.in_channels
         self.size = to_size(unet.sample_size, "sample_size")
         self.data = data
@@ -91,7 +100,8 @@ class Splits:
         for name, value in (("resolution", resolution), ("channels", self._channels)):
             if getattr(self.data, name) not in (None, value):
                 raise UsageError(f"{name} must be the model's, {value}, got {getattr(self.data, name)}: leave it out")
-        config = replace(self.data, resolution=resolution, channels=self._channels, preserve_input_precision=False)
+        precision = False if self._value_range is None else self.data.preserve_input_precision
+        config = replace(self.data, resolution=resolution, channels=self._channels, preserve_input_precision=precision)
         recorded = read_run(self._folder).get("data", {}).get("fingerprint")
         if not self._is_given and recorded and not config.streaming:
             self._check_fingerprint(self.data, recorded)
@@ -121,8 +131,18 @@ class Splits:
             if self._processes.rank == 0 and not any(name == split for name, _ in self._opened):
                 for line in describe_split(config, split, images):
                     tqdm.write(line, file=sys.stderr)
-            self._opened[split, is_labeled] = images
+            self._opened[split, is_labeled] = self._in_range_of_model(images, split)
         return self._opened[split, is_labeled]
+
+    def _in_range_of_model(self, images: ImageCache, split: str) -> ImageCache:
+        """Return images of which -1 and 1 stand for what they do in the model."""
+        of_data, of_model = (None if each is None else each.dtype for each in (images.value_range, self._value_range))
+        if of_data != of_model:
+            raise UsageError(
+                f"the data must be of the model's type, {of_model or 'pictures'}, got {of_data or 'pictures'} in "
+                f"{split}: name others"
+            )
+        return images if self._value_range is None else replace(images, value_range=self._value_range)
 
     def references(self, network: FeatureNetwork, split: str, test_split: str) -> tuple[Reference, Reference | None]:
         """Return the references of the two splits, from the cache or made now.
@@ -134,7 +154,7 @@ class Splits:
         Raises:
             UsageError: When a split that was named is missing, or its images cannot be read.
         """
-        if self._channels not in (1, 3):
+        if self._value_range is None and self._channels not in (1, 3):
             raise UsageError(f"feature networks take 1 or 3 channels, got a model of {self._channels}")
         self.open(split)
         has_test_split = test_split != split
@@ -159,7 +179,9 @@ class Splits:
         def load_or_make() -> Reference:
             if not folder.is_dir():
                 try:
-                    check_new_reference(config, folder)
+                    check_new_reference(
+                        config if self._value_range is None else replace(config, channels=None), folder
+                    )
                     write_reference(self.open(split), config, split, network, folder)
                 except UsageError:
                     if not folder.is_dir():  # Otherwise another evaluation has made the same one meanwhile.

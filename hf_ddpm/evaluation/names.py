@@ -13,9 +13,11 @@ DISTANCES = {
     "cmmd": ("cmmd",),
     "precision": ("precision", "recall", "density", "coverage"),
 }
+# The distance between moments and spectra of the values themselves.
+VALUES = "values"
 # Metrics that compare each sample of a model that makes images from images with the truth -> their names.
 FIDELITY = {"psnr": "PSNR in dB", "ssim": "SSIM", "lpips": "LPIPS"}
-METRICS = (*DISTANCES, "nll", "memorization", *FIDELITY)
+METRICS = (*DISTANCES, "nll", "memorization", VALUES, *FIDELITY)
 OF_IMAGES_FROM_IMAGES = (*FIDELITY, *DISTANCES)
 NETWORK_NAMES = ("inception", "dinov2", "clip", "efficientnet-lite0")
 

@@ -23,8 +23,8 @@ class Request:
     Attributes:
         model: A folder that holds a pipeline, stock diffusers' or ours, or a Hub id.
         metrics: Some of fd (Fréchet distance), kid, precision (with recall, density and coverage), cmmd, nll (bits per
-            dimension) and memorization. For a model that makes images from images: some of psnr, ssim, lpips and the
-            distances, of samples that are made from the conditions of `test_split`.
+            dimension), memorization and values (moments and spectra). For a model that makes images from images: some
+            of psnr, ssim, lpips and the distances, of samples that are made from the conditions of `test_split`.
         reference: A folder of `hf-ddpm reference`. None: it is made of `data`, and kept in the cache of the data; of
             `split`, or of `test_split`, which is the truth, for a model that makes images from images.
         other_reference: A second reference, of other images: what real images get is measured with both. None: with

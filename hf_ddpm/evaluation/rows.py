@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from hf_ddpm.conditional import ConditionalDDPMPipeline
-from hf_ddpm.data.batches import epoch_order, fixed_pixels
+from hf_ddpm.data.batches import as_tensor, epoch_order, fixed_pixels
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import Pairs
+from hf_ddpm.evaluation.array_features import as_seen
 from hf_ddpm.evaluation.comparison import Comparison
 from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork
@@ -21,13 +23,25 @@ from hf_ddpm.evaluation.job import Job, SamplerSetting
 from hf_ddpm.evaluation.likelihood import Likelihood, draw_bound
 from hf_ddpm.evaluation.measure import NEIGHBORS, Samples, measure_distances, measure_likelihood, pixel_features
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
-from hf_ddpm.evaluation.names import DISTANCES, FIDELITY
+from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, VALUES
 from hf_ddpm.evaluation.results import Draw
 from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
+from hf_ddpm.evaluation.value_statistics import (
+    describe_spectra,
+    draw_spectra,
+    joined,
+    scales_of,
+    spectrum_rows,
+    value_distance,
+    value_statistics,
+)
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.format import finite_or_none, format_measurement
 from hf_ddpm.sampling.loading import describe_guidance
 from hf_ddpm.solvers import named_scheduler
+from hf_ddpm.value_range import ValueRange
+
+STATISTICS_BATCH = 64  # images of which statistics of values are computed at once
 
 
 def rows_of_pairs(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict[str, Any]]:
@@ -173,6 +187,7 @@ def measure_nll(job: Job) -> tuple[list[dict[str, Any]], dict[str, Draw]]:
         timesteps_per_image=timesteps_per_image,
         batch_size=request.batch_size,
         device=job.pipeline.device,
+        scale=job.pipeline.value_range or 255,
     )
     row = {
         "metric": "nll",
@@ -201,6 +216,44 @@ def _describe_terms(likelihood: Likelihood) -> str:
     return f"of them L_T = {likelihood.prior:.4g}, the decoder {likelihood.decoder:.4g}"
 
 
+def measure_values(
+    job: Job, images: ImageCache, samples: Samples, sampling: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Draw]]:
+    """Measure how far the moments and spectra of samples are from those of images; the picture shows the spectra."""
+    assert samples.values is not None
+    value_range = job.pipeline.value_range or ValueRange(0, images.max_value, "uint8")
+    pixels = fixed_pixels(images)
+    of_images = joined(
+        [
+            value_statistics(as_tensor(np.array(pixels[first : first + STATISTICS_BATCH])))
+            for first in range(0, len(pixels), STATISTICS_BATCH)
+        ]
+    )
+    drawn, real = (each.vectors(value_range) for each in (samples.values, of_images))
+    scale = scales_of(of_images, real)
+    halves = real[torch.from_numpy(epoch_order(0, 0, len(real)))]
+    spectra = {"samples": spectrum_rows(samples.values), "images": spectrum_rows(of_images)}
+    row = {
+        "metric": VALUES,
+        "name": "Fréchet distance of values",
+        "value": finite_or_none(value_distance(drawn, real, scale)),
+        "standard_error": None,
+        "num_compared": [len(drawn), len(real)],
+        "real_vs_real": {
+            "value": finite_or_none(value_distance(halves[::2], halves[1::2], scale)),
+            "standard_error": None,
+            "num_compared": [len(halves[::2]), len(halves[1::2])],
+            "of": f"halves of {job.request.split}",
+        },
+        "reference": describe_images(images, job.data, job.request.split),
+        "sampling": sampling,
+        "spectra": spectra,
+        "remark": describe_spectra(spectra),
+    }
+    channels = value_range.display_channels or range(images.channels)
+    return [row], {"spectrum.png": partial(draw_spectra, row, channels)}
+
+
 def measure_copies(
     job: Job, samples: Samples, sampling: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Draw]]:
@@ -224,7 +277,11 @@ def measure_copies(
     measured = job.processes.on_main(compare)
     rows = [_memorization_row(job, space, one, sampling, comparison) for space, one in measured.items()]
     pairs = measured["features"].pairs
-    return rows, {"memorization.png": lambda path: draw_pairs(samples.images, training_pixels, pairs, path)}
+    shown, shown_training = samples.images, training_pixels
+    if (value_range := job.pipeline.value_range) is not None:
+        shown = as_seen(samples.images, value_range)
+        shown_training = as_seen(as_tensor(training_pixels), value_range).numpy()
+    return rows, {"memorization.png": lambda path: draw_pairs(shown, shown_training, pairs, path)}
 
 
 def _memorization_row(

@@ -32,6 +32,7 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.sources import check_source, find_source
 from hf_ddpm.data.splits import describe_split, open_split
+from hf_ddpm.evaluation.array_features import ArrayFeatureNetwork
 from hf_ddpm.evaluation.distances import Moments
 from hf_ddpm.evaluation.features import FeatureNetwork
 from hf_ddpm.image_size import Size, format_size, to_resolution
@@ -159,8 +160,16 @@ def write_reference(
     """Do what `make_reference` does, with the images of a split that is open.
 
     Args:
-        images: What `open_split` provides, with 8 bits and without labels.
+        images: What `open_split` provides, with 8 bits and without labels, or arrays for an `ArrayFeatureNetwork`.
+
+    Raises:
+        UsageError: When images are arrays, and the network takes none.
     """
+    if images.value_range is not None and not isinstance(network, ArrayFeatureNetwork):
+        raise UsageError(
+            f"a reference must be of images, got arrays ({images.value_range}): `hf-ddpm evaluate MODEL` makes one of "
+            "arrays by itself"
+        )
     statistics = collect(network, _batches(images, batch_size), num_features)
     data = describe_images(images, config, split, oblong_crop="random, seed 0")
     height, width = images.size

@@ -33,6 +33,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, read_metrics, write_atomically
 from hf_ddpm.runtime.format import format_duration, format_measurement, format_value
 from hf_ddpm.timesteps import read_searched
+from hf_ddpm.value_range import read_value_range
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -98,13 +99,19 @@ def result_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "Value": format_measurement(row["value"], row.get("standard_error")),
         "Real images": _real_images_cell(row),
         "Images": _counts(row["num_compared"]),
-        "Network": f"{network['network']}, {network['input_size']} px" if network else "",
+        "Network": _network_cell(network) if network else "",
         "Reference": (
             f"{format_value(reference['name'])}{format_value(config)}, {reference['split']}, {reference['count']:,}"
         ),
         "By": _method_cell(row),
         "Seed": str(settings["seed"]),
     }
+
+
+def _network_cell(network: Mapping[str, Any]) -> str:
+    """Return which feature network saw the images, and which channels of arrays."""
+    channels = f", channels {' '.join(map(str, network['channels']))}" if "channels" in network else ""
+    return f"{network['network']}, {network['input_size']} px{channels}"
 
 
 def _real_images_cell(row: Mapping[str, Any]) -> str:
@@ -185,10 +192,12 @@ def _model_variables(records: RunRecords) -> dict[str, Any]:
     else:
         trajectory = f"range(0, {example_steps}, {example_steps // 10})"
     searched = [*read_searched(records.folder).values()]
-    condition = records.condition
+    condition, values = records.condition, _describe_values(records.folder)
     condition_channels = 0 if condition is None else condition.channels
     size = None if unet.get("sample_size") is None else to_size(unet["sample_size"])
     return {
+        "values": values,
+        "as_array": "" if values is None else ', output_type="np"',
         "condition": None if condition is None else {**asdict(condition), "words": describe_condition(condition)},
         "unet": {
             "size": _format_resolution(unet.get("sample_size")),
@@ -213,6 +222,16 @@ def _model_variables(records: RunRecords) -> dict[str, Any]:
         "searched": searched,
         "kernel_network": next((row.network for row in searched if row.network), None),
     }
+
+
+def _describe_values(folder: Path) -> dict[str, str] | None:
+    """Return what the template says of the values of a model of arrays; None for other models."""
+    values = read_value_range(folder)
+    if values is None:
+        return None
+    low, width = (f"{value:.9g}" for value in (values.low, values.high - values.low))
+    shown = " ".join(map(str, values.display_channels or ()))
+    return {"words": str(values), "low": low, "width": width, "shown": shown}
 
 
 def _is_solvable_by_stock(settings: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from hf_ddpm.labels import describe_labels, read_labels
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, network_folder, read_mapping
 from hf_ddpm.runtime.run_files import checkpoint_names, read_evaluation, read_run
+from hf_ddpm.value_range import read_value_range
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub", "safetensors", "numpy")
 
@@ -55,7 +56,7 @@ def model_info(model: str) -> dict[str, Any]:
     network = network_folder(folder)
     unet, scheduler = map(_read_json, (network / "config.json", folder / "scheduler/scheduler_config.json"))
     condition = read_condition(folder)
-    progress = _progress(folder)
+    progress, values = _progress(folder), read_value_range(folder)
     return {
         "model": model,
         "size": unet.get("sample_size"),
@@ -63,6 +64,7 @@ def model_info(model: str) -> dict[str, Any]:
         "made_from": None if condition is None else describe_condition(condition),
         "classes": _classes(folder, unet),
         "labels": _labels(folder),
+        "values": None if values is None else str(values),
         "parameters": _num_parameters(network),
         "prediction_type": scheduler.get("prediction_type"),
         "schedule": scheduler.get("beta_schedule"),

@@ -87,6 +87,7 @@ RUN_FILES = (
     ),
     RunFile("scheduler/*.json", is_uploaded=True, is_of_weights=True),
     RunFile("scheduler/labels.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
+    RunFile("scheduler/values.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
     RunFile("scheduler/labels.npz", is_uploaded=True, is_replaced=True, is_of_weights=True),
     RunFile(
         SEARCHED_TIMESTEPS,
@@ -110,6 +111,7 @@ RUN_FILES = (
     _picture("seconds.png", is_replaced=True, names_weights=EVALUATION),
     _picture("guidance.png", is_replaced=True, names_weights=EVALUATION),
     _picture("bound.png", is_replaced=True, names_weights=EVALUATION),
+    _picture("spectrum.png", is_replaced=True, names_weights=EVALUATION),
     _picture("memorization.png", is_replaced=True, names_weights=EVALUATION),
     # Pictures of a run at its end, and those that people add.
     _picture("samples.png", on_resume="delete"),

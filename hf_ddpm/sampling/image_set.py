@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
-from hf_ddpm.figures import png_bytes
+from hf_ddpm.data.array_files import require_package
+from hf_ddpm.figures import png_bytes, to_pil
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.image_size import to_resolution, to_size
 from hf_ddpm.names import FORMATS
@@ -36,9 +38,10 @@ from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.sampling.loading import describe_guidance
 from hf_ddpm.sampling.sampler import forward_batch_of, iter_samples, labels_in_turn, sheet_by_label
-from hf_ddpm.sampling.set_files import PartFiles, PngSet, column_name, pictures_of
+from hf_ddpm.sampling.set_files import FILE_FORMATS, FileSet, PartFiles, column_name
 from hf_ddpm.sampling.settings import SampleSettings
 from hf_ddpm.solvers import choose_sampler
+from hf_ddpm.value_range import ValueRange, pictured
 
 
 def write_samples(
@@ -46,9 +49,9 @@ def write_samples(
     out: str | Path,
     *,
     num_images: int,
-    format: str = "png",
+    format: str | None = None,
     **settings: Any,
-) -> None:
+) -> str:
     """Sample a model into the folder `out`: one image for each seed from `seed` on, and the first 64 as grid.png.
 
     Each process that was launched writes its share. Images of the same set that `out` holds already are kept. The
@@ -56,6 +59,7 @@ def write_samples(
 
         format    files                                      lost when a process is killed
         png       000000.png, named by seed                  the images of a forward pass
+        npy, tif  000000.npy (C,H,W), named by seed          the images of a forward pass
         parquet   data/train-00000-of-00064.parquet, ...     a file; `datasets.load_dataset(out)` reads all of them
         npz       samples.npz: arr_0 (N,H,W,C), seeds        a 64th of the set, of at most 1024 images
 
@@ -63,17 +67,23 @@ def write_samples(
         model: A folder that holds a pipeline, stock diffusers' or ours, or a run; or a Hub id.
         out: A new folder, or one that holds a part of this set.
         num_images: The number of images in the set. They have 16 bits where the model was trained on such images,
-            and the values that those had before `--value_range`.
-        format: `png`, `parquet` or `npz`.
+            and the values that those had before `--value_range`. Those of a model of arrays are in the units and the
+            type of its data.
+        format: `png`, `npy`, `tif`, `parquet` or `npz`. None: png, or npy for arrays that PNG cannot hold.
         settings: The attributes of `hf_ddpm.sampling.settings.SampleSettings` by name, such as `seed`,
             `num_inference_steps` and `device`.
+
+    Returns:
+        The format of the files.
 
     Raises:
         ValueError: Before sampling, when there is no such model, a setting cannot work, or `out` holds something else.
         OSError: When the model cannot be read, or `out` cannot be written.
     """
     sampling = SampleSettings(**settings)
-    require_choice("format", format, FORMATS)
+    if format is not None:
+        require_choice("format", format, FORMATS)
+        require_package(Path(f"a file .{format}"))
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     check_seeds(sampling.seed, num_images)
@@ -82,9 +92,8 @@ def write_samples(
     with join_processes() as processes:
         pipeline, steps, guidance = sampling.load(model)
         size = sampling.size_of(pipeline)
-        channels = pipeline.unet.config.in_channels
-        if format != "npz" and channels not in (1, 3, 4):
-            raise ValueError(f"format must be 'npz' for images of {channels} channels, got {format!r}")
+        values = pipeline.value_range
+        format = _format_for(format, pipeline.unet.config.in_channels, values)
         labels = _labels_of(pipeline, sampling, num_images)
         label = sampling.class_label if labels is None else labels[:1]
         pipeline._conditions(label, 1, pipeline.device, guidance)
@@ -105,12 +114,14 @@ def write_samples(
             "dtype": sampling.dtype or "fp32",
             "compile": sampling.compile,
             "format": format,
-            "value_range": _value_range(pipeline.unet, format, processes),
+            "value_range": None if values is not None else _value_range(pipeline.unet, format, processes),
+            **({} if values is None else {"values": {"low": values.low, "high": values.high, "dtype": values.dtype}}),
             "device": pipeline.device.type,
             "forward_batch": forward_batch_of(pipeline.device, sampling.batch_size),
             "guidance": None if guidance is None else describe_guidance(guidance, pipeline),
         }
         _write_set(processes, pipeline, out, record, labels, sampling.batch_size, guidance)
+    return format
 
 
 def _labels_of(pipeline: DDPMPipeline, sampling: SampleSettings, num_images: int) -> list[Any] | None:
@@ -134,10 +145,11 @@ def _write_set(
     table = {}
     if pipeline.labels is not None and labels is not None:
         table = {column_name(name): column for name, column in pipeline.labels.table(labels).items()}
-    if format == "png":
-        image_set: PngSet | PartFiles = PngSet(out, seed, table, num_images)
+    if format in FILE_FORMATS:
+        image_set: FileSet | PartFiles = FileSet(out, seed, table, num_images, format)
     else:
-        image_set = PartFiles(out, seed, table, num_images, format)
+        dtype = None if pipeline.value_range is None else pipeline.value_range.dtype
+        image_set = PartFiles(out, seed, table, num_images, format, dtype)
 
     def check_and_record() -> list[int]:
         _check_folder(out, settings, image_set.existing())
@@ -157,7 +169,7 @@ def _write_set(
             num_inference_steps=settings["num_inference_steps"],
             class_labels=None if labels is None else [labels[i] for i in indices],
             deterministic=settings["deterministic"],
-            value_range=settings["value_range"],
+            value_range=pipeline.value_range or settings["value_range"],
             guidance=guidance,
             size=None if settings["resolution"] is None else to_size(settings["resolution"]),
         )
@@ -173,13 +185,9 @@ def _write_set(
         if shown is not None and len(first_images) >= 2 * len(shown.in_turn):
             columns = len(first_images) // len(shown.in_turn)
             first_images = first_images[: columns * len(shown.in_turn)]
-        if first_images[0].shape[2] in (1, 3, 4):
-            pixels = np.stack(first_images)
-            if settings["value_range"] is not None:
-                low, high = settings["value_range"]
-                pixels = np.clip(np.rint((pixels.astype(np.float64) - low) * 255 / (high - low)), 0, 255)
-            sheet = sheet_by_label(pictures_of(pixels.astype(np.uint8)), columns, shown)
-            write_atomically(out / "grid.png", png_bytes(sheet))
+        pixels = _in_8_bits(np.stack(first_images), pipeline.value_range or settings["value_range"])
+        pictures = to_pil(pictured(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), pipeline.value_range))
+        write_atomically(out / "grid.png", png_bytes(sheet_by_label(pictures, columns, shown)))
 
     processes.gather(write_share)
     processes.on_main(finish)
@@ -202,9 +210,9 @@ def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path])
             )
         return
     recorded = read_mapping(record, "choose another folder, or delete its set")
-    # The model may have another name now, and a set of PNG files may become larger.
+    # The model may have another name now, and a set of single files may become larger.
     may_differ = {"model"}
-    if settings["format"] == "png" and _is_part_of(recorded, settings):
+    if settings["format"] in FILE_FORMATS and _is_part_of(recorded, settings):
         may_differ.add("num_images")
     differing = [key for key in settings if key not in may_differ and recorded.get(key) != settings[key]]
     if differing:
@@ -222,7 +230,7 @@ def _value_range(unet: Any, format: str, processes: Processes) -> list[float] | 
     data = read_run(run_folder_of(folder.parent if folder.name in NETWORK_FOLDERS else folder)).get("data", {})
     if data.get("max_value", 255) == 255:
         return None
-    if format != "npz" and unet.config.in_channels > 1:
+    if format in ("png", "parquet") and unet.config.in_channels > 1:
         if processes.rank == 0:
             text = f"the images get 8 bits: of 16 bits, {format} files hold gray ones only; --format npz holds all"
             tqdm.write(text, file=sys.stderr)
@@ -233,3 +241,31 @@ def _value_range(unet: Any, format: str, processes: Processes) -> list[float] | 
 def _is_part_of(recorded: dict[str, Any], settings: dict[str, Any]) -> bool:
     num_images = recorded.get("num_images")
     return isinstance(num_images, int) and num_images <= settings["num_images"]
+
+
+def _format_for(format: str | None, channels: int, values: ValueRange | None) -> str:
+    """Return the format of a set, after checking that it holds the images of the model.
+
+    Raises:
+        ValueError: When it does not.
+    """
+    if values is None:
+        fits_png = channels in (1, 3, 4)
+    else:
+        fits_png = (values.dtype == "uint8" and channels in (1, 3)) or (values.dtype == "uint16" and channels == 1)
+    format = format or ("png" if fits_png or values is None else "npy")
+    if format == "png" and not fits_png:
+        what = f"images of {channels} channels" + ("" if values is None else f" of {values.dtype}")
+        raise ValueError(f"format must be 'npy', 'tif', 'parquet' or 'npz' for {what}, got 'png'")
+    if format == "parquet" and values is None and not fits_png:
+        raise ValueError(f"format must be 'npy', 'tif' or 'npz' for images of {channels} channels, got 'parquet'")
+    return format
+
+
+def _in_8_bits(pixels: np.ndarray, value_range: Sequence[float] | ValueRange | None) -> np.ndarray:
+    """Return the images of a set as pictures show them, uint8."""
+    if value_range is None:
+        return pixels
+    is_of_arrays = isinstance(value_range, ValueRange)
+    low, high = (value_range.low, value_range.high) if is_of_arrays else value_range
+    return np.clip(np.rint((pixels.astype(np.float64) - low) * 255 / (high - low)), 0, 255).astype(np.uint8)

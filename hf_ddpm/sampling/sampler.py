@@ -24,6 +24,7 @@ from hf_ddpm.image_size import Size
 from hf_ddpm.labels import Labels
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.processes import Processes
+from hf_ddpm.value_range import ValueRange
 
 # From 16 images on, PyTorch chooses a CPU's 1x1 convolution without regard to the number of threads, which differs
 # between one process and several; from 64 images on, diffusers lays out what it enlarges in another way.
@@ -83,7 +84,7 @@ def iter_samples(
     num_inference_steps: int | None = None,
     class_labels: Sequence[Any] | None = None,
     deterministic: bool = False,
-    value_range: Sequence[float] | None = None,
+    value_range: Sequence[float] | ValueRange | None = None,
     guidance: Guidance | None = None,
     conditions: Tensor | None = None,
     size: Size | None = None,
@@ -96,8 +97,8 @@ def iter_samples(
         num_inference_steps: A number in [1, T]. None: T.
         class_labels: One for each seed, if the model has labels.
         deterministic: Whether to iterate the mean of each reverse step, without noise; for `ddpm` only.
-        value_range: The values in [0, 65535] that -1 and 1 stand for; the images are then uint16. None: they are
-            uint8, and the values are 0 and 255.
+        value_range: The values in [0, 65535] that -1 and 1 stand for; the images are then uint16. The values of a
+            model of arrays: the images are then in its type. None: they are uint8, and the values are 0 and 255.
         guidance: How predictions are guided; None: they are not.
         conditions: See `sample_all`.
         size: (H, W); None: that of the model's images.
@@ -112,7 +113,9 @@ def iter_samples(
         if not bool(is_finite.all()):
             seed = batch_seeds[int(is_finite.int().argmin())]
             raise ValueError(f"samples must be finite, got NaN for seed {seed}: the weights are damaged or overflow")
-        if value_range is None:
+        if isinstance(value_range, ValueRange):
+            yield batch_seeds, torch.from_numpy(value_range.to_units(images))
+        elif value_range is None:
             yield batch_seeds, (images * 255).round().to(torch.uint8)
         else:
             low, high = value_range

@@ -1,7 +1,9 @@
 """The files of a set of images, by format, which any number of processes write.
 
-metadata.jsonl  of a set of PNG files: the seed of each, and its class, as `datasets` and `--dataset_name` read them
-group           the images that one process writes together: one PNG file, or a part file of many images
+metadata.jsonl  of a set of single files: the seed of each, and its class; of PNG files, `datasets` and
+                `--dataset_name` read them
+units           the values of a model of arrays, in the type of its data; a PNG file holds few of them
+group           the images that one process writes together: one file, or a part file of many images
 """
 
 from __future__ import annotations
@@ -18,34 +20,33 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hf_ddpm.figures import png_bytes, to_pil
+from hf_ddpm.figures import png_bytes
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.sampling.sampler import FORWARD_BATCH
 
 GRID_IMAGES = 64
-
-
 # What a set calls its own columns, and numpy an argument.
 _TAKEN_NAMES = ("file_name", "image", "seed", "seeds", "labels", "arr_0", "file", "allow_pickle")
-
-
+# The formats of which a file holds one image.
+FILE_FORMATS = ("png", "npy", "tif")
 # A set is written in at most MAX_PARTS part files, unless they would then hold more than MAX_PART_IMAGES each.
 MAX_PARTS, MAX_PART_IMAGES = 64, 1024
 
 
-class PngSet:
-    """A set as one PNG file per image.
+class FileSet:
+    """A set as one file per image.
 
     Args:
         out: The folder of the set.
         seed: The seed of the first image.
         labels: The label of each image in columns of a table, by their names; none if the model has no labels.
         num_images: The number of images in the set.
+        format: One of FILE_FORMATS.
     """
 
-    def __init__(self, out: Path, seed: int, labels: Mapping[str, Sequence[Any]], num_images: int):
-        self.out, self.seed, self.labels = out, seed, labels
-        self.names = [f"{seed + i:06d}.png" for i in range(num_images)]
+    def __init__(self, out: Path, seed: int, labels: Mapping[str, Sequence[Any]], num_images: int, format: str):
+        self.out, self.seed, self.labels, self.format = out, seed, labels, format
+        self.names = [f"{seed + i:06d}.{format}" for i in range(num_images)]
 
     def existing(self) -> list[Path]:
         """Return the files of the set that exist."""
@@ -62,9 +63,9 @@ class PngSet:
         return range(group, group + 1)
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
-        """Write the images with these numbers, (B, H, W, C) uint8 or uint16."""
-        for i, picture in zip(indices, pictures_of(images), strict=True):
-            write_atomically(self.out / self.names[i], png_bytes(picture))
+        """Write the images with these numbers, (B, H, W, C) uint8, uint16 or in the type of a model of arrays."""
+        for i, image in zip(indices, images, strict=True):
+            write_atomically(self.out / self.names[i], _file_content(image, self.format))
 
     def finish(self) -> list[np.ndarray]:
         """Write the metadata, when all images are written, and return the first GRID_IMAGES of them."""
@@ -73,11 +74,7 @@ class PngSet:
             label = {column: labels[i] for column, labels in self.labels.items()}
             rows.append(json.dumps({"file_name": name, "seed": self.seed + i, **label}) + "\n")
         write_atomically(self.out / "metadata.jsonl", "".join(rows))
-        images = []
-        for name in self.names[:GRID_IMAGES]:
-            with Image.open(self.out / name) as image:
-                images.append(_pixels(image))
-        return images
+        return [_read_file(self.out / name) for name in self.names[:GRID_IMAGES]]
 
 
 class PartFiles:
@@ -89,10 +86,20 @@ class PartFiles:
         labels: The label of each image in columns of a table, by their names; none if the model has no labels.
         num_images: The number of images in the set.
         format: "parquet" or "npz".
+        dtype: The type of the values of a model of arrays; None for other models.
     """
 
-    def __init__(self, out: Path, seed: int, labels: Mapping[str, Sequence[Any]], num_images: int, format: str):
+    def __init__(
+        self,
+        out: Path,
+        seed: int,
+        labels: Mapping[str, Sequence[Any]],
+        num_images: int,
+        format: str,
+        dtype: str | None = None,
+    ):
         self.out, self.seed, self.labels, self.num_images, self.format = out, seed, labels, num_images, format
+        self.dtype = dtype
         # Whole forward passes, so that none is filled up.
         forward_passes_per_part = -(-num_images // (MAX_PARTS * FORWARD_BATCH))
         self.part_images = min(MAX_PART_IMAGES, FORWARD_BATCH * forward_passes_per_part)
@@ -118,7 +125,7 @@ class PartFiles:
         return range(group * self.part_images, min((group + 1) * self.part_images, self.num_images))
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
-        """Take the images with these numbers, (B, H, W, C) uint8 or uint16, and write each part that is then whole."""
+        """Take the images with these numbers, as of `FileSet.add`, and write each part that is then whole."""
         self.unwritten.update(zip(indices, images, strict=True))
         for part in sorted({i // self.part_images for i in self.unwritten}):
             members = self.members(part)
@@ -142,12 +149,9 @@ class PartFiles:
         import pyarrow.parquet as pq
 
         seeds = [self.seed + i for i in members]
-        pictures = pictures_of(pixels)
-        images = [{"bytes": png_bytes(p), "path": f"{s:06d}.png"} for s, p in zip(seeds, pictures, strict=True)]
-        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-        columns = {"image": pa.array(images, kind), "seed": pa.array(seeds, pa.int64())}
-        integer = {"dtype": "int64", "_type": "Value"}
-        features = {"image": {"_type": "Image"}, "seed": integer}
+        columns, features = {}, {}
+        columns["image"], features["image"] = _cells(pixels, seeds, self.dtype is not None)
+        columns["seed"], features["seed"] = pa.array(seeds, pa.int64()), {"dtype": "int64", "_type": "Value"}
         for name, labels in self.labels.items():
             dtype = _dtype(labels)
             columns[name] = pa.array([labels[i] for i in members], getattr(pa, dtype)())
@@ -173,8 +177,11 @@ class PartFiles:
 
         images: list[np.ndarray] = []
         for path in self.files[: -(-GRID_IMAGES // self.part_images)]:
-            for row in pq.read_table(path, columns=["image"])["image"].to_pylist():
-                with Image.open(io.BytesIO(row["bytes"])) as image:
+            for cell in pq.read_table(path, columns=["image"])["image"].to_pylist():
+                if self.dtype is not None:
+                    images.append(np.asarray(cell, self.dtype).transpose(1, 2, 0))
+                    continue
+                with Image.open(io.BytesIO(cell["bytes"])) as image:
                     images.append(_pixels(image))
         return images[:GRID_IMAGES]
 
@@ -192,11 +199,59 @@ def _dtype(labels: Sequence[Any]) -> str:
     return "int64" if present and isinstance(present[0], int) else "float64"
 
 
-def pictures_of(pixels: np.ndarray) -> list[Image.Image]:
-    """Return (B, H, W, C) uint8, or (B, H, W, 1) uint16, as pictures."""
-    if pixels.dtype == np.uint16:
-        return [Image.fromarray(values[:, :, 0]) for values in pixels]
-    return to_pil(pixels.transpose(0, 3, 1, 2))
+def _file_content(image: np.ndarray, format: str) -> bytes:
+    """Return the content of a file of one image, (H, W, C)."""
+    if format == "png":
+        return png_bytes(_picture(image))
+    planes, content = np.ascontiguousarray(image.transpose(2, 0, 1)), io.BytesIO()
+    if format == "npy":
+        np.save(content, planes)
+    else:
+        import tifffile
+
+        # A plane for each channel, which no reader takes for colors.
+        layout = "separate" if len(planes) > 1 else None
+        tifffile.imwrite(content, planes, photometric="minisblack", metadata=None, planarconfig=layout)
+    return content.getvalue()
+
+
+def _read_file(path: Path) -> np.ndarray:
+    """Return the image of a file, (H, W, C)."""
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            return _pixels(image)
+    if path.suffix == ".npy":
+        planes = np.load(path)
+    else:
+        import tifffile
+
+        planes = tifffile.imread(path)
+    return (planes[None] if planes.ndim == 2 else planes).transpose(1, 2, 0)
+
+
+def _cells(pixels: np.ndarray, seeds: Sequence[int], is_of_arrays: bool) -> tuple[Any, dict[str, Any]]:
+    """Return the column of images of a parquet file, and what `datasets` calls it: pictures, or arrays (C, H, W)."""
+    import pyarrow as pa
+
+    if not is_of_arrays:
+        pictures = map(_picture, pixels)
+        images = [{"bytes": png_bytes(p), "path": f"{s:06d}.png"} for s, p in zip(seeds, pictures, strict=True)]
+        return pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()})), {"_type": "Image"}
+    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    cells: Any = pa.array(planes.reshape(-1))
+    for side in planes.shape[:0:-1]:
+        cells = pa.ListArray.from_arrays(pa.array(np.arange(0, len(cells) + 1, side, dtype=np.int32)), cells)
+    from datasets import Array3D
+
+    # Without its type in the schema, `datasets` would take the column for nested lists.
+    kind = Array3D(shape=planes.shape[1:], dtype=planes.dtype.name)()
+    features = {"_type": "Array3D", "shape": [*planes.shape[1:]], "dtype": planes.dtype.name}
+    return pa.ExtensionArray.from_storage(kind, cells), features
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    """Return (H, W, C) uint8, or (H, W, 1) uint16, as a picture."""
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else np.ascontiguousarray(image))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

@@ -338,7 +338,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
     if run.loss is not run.objective:  # which makes its network compute in mixed precision by itself
         network = sharding.under_autocast(run.model, run.device, config.mixed_precision)
     extra_pixels = on_device(micro_batches[0], "extra_images")
-    extra_images = None if extra_pixels is None else to_x_0(extra_pixels, run.images.max_value)
+    extra_images = None if extra_pixels is None else to_x_0(extra_pixels, run.images.scale)
     extra_labels = on_device(micro_batches[0], "extra_labels")
     for micro, batch in enumerate(micro_batches):
         pixels = batch["pixels"].to(run.device, non_blocking=True)
@@ -349,7 +349,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
         with sharding.gradient_sync(accelerator, run.model, is_last=micro == len(micro_batches) - 1):
             t, noise = draw(run, progress.step, slot, batch["positions"], pixels.shape[1:])
             condition = conditions_of_batch(run, batch, pixels)
-            x_0, parameters = augmented(run, to_x_0(pixels, run.images.max_value), batch["positions"])
+            x_0, parameters = augmented(run, to_x_0(pixels, run.images.scale), batch["positions"])
             with told_parameters(run.state.unet, parameters):
                 loss = run.loss(
                     network if condition is None else with_condition(network, condition),

@@ -149,9 +149,9 @@ def _check_same_labels(config: TrainingConfig, labels: Labels | None, of_model: 
 
 
 def make_objective(
-    config: TrainingConfig, scheduler: DDPMScheduler, max_value: int, labels: Labels | None
+    config: TrainingConfig, scheduler: DDPMScheduler, images: Images, labels: Labels | None
 ) -> Objective:
-    """Make the loss of the run, for images with values of [0, max_value] before they become x_0."""
+    """Make the loss of the run; a learned variance is trained on the integers that x_0 is made of."""
     unconditional = None if labels is None or isinstance(labels, Values) else labels.unconditional
     return Objective(
         scheduler=scheduler,
@@ -161,6 +161,6 @@ def make_objective(
         noise_level_mean=config.noise_level_mean,
         noise_level_std=config.noise_level_std,
         autocast_dtype=sharding.AUTOCAST[config.mixed_precision or "no"],
-        max_value=max_value,
+        max_value=images.max_value if images.value_range is None else images.value_range.num_steps or images.max_value,
         unconditional_class=unconditional,
     )

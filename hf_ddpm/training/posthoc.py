@@ -40,12 +40,13 @@ from hf_ddpm.network import naming_weights, require_finite
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, network_folder
 from hf_ddpm.runtime.run_files import MODEL_INDEX
+from hf_ddpm.value_range import VALUES_FILE
 
 TRACKED_STDS = (0.05, 0.10)
 MAX_STD = 1 / math.sqrt(12)  # gamma = 0, where every image counts alike
 MAX_PROFILE_ERROR = 1e-3
 
-_COPIED_IF_THERE = (CLASSES_FILE.as_posix(), LABELS_FILE.as_posix(), CONDITION_FILE.as_posix())
+_COPIED_IF_THERE = tuple(path.as_posix() for path in (CLASSES_FILE, LABELS_FILE, VALUES_FILE, CONDITION_FILE))
 _DESCRIPTION = "average.json"
 
 

@@ -26,6 +26,7 @@ from hf_ddpm.training.metrics import LinesFile
 from hf_ddpm.training.run import FREE_SPACE, Run, print_once, send_alert, track_values, try_to_track, try_to_write
 from hf_ddpm.training.saving import pipeline_of, save_model
 from hf_ddpm.training.validation import VALIDATION_SETTINGS, measure_validation
+from hf_ddpm.value_range import pictured
 
 MIN_STEPS_BETWEEN = 10
 # The values of a validation that trackers get.
@@ -77,7 +78,7 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
     if pairs is not None and run.condition is not None:
         labels = [run.condition.label, "sample", "truth"]
         return figures.side_by_side([*map(figures.to_pil, (pairs.conditions, samples, pairs.images))], labels)
-    return sheet_by_label(figures.to_pil(samples), columns, run.labels)
+    return sheet_by_label(figures.to_pil(pictured(samples, run.images.value_range)), columns, run.labels)
 
 
 def next_preview(run: Run, done: int, num_steps: int) -> int:

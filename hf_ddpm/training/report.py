@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from hf_ddpm import figures, plots
-from hf_ddpm.data.batches import to_x_0
+from hf_ddpm.data.batches import as_tensor, to_x_0
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import example_pairs
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT
 from hf_ddpm.data.planes import center_crop
@@ -36,6 +37,7 @@ from hf_ddpm.training.previews import preview_settings, sample_sheet, save_previ
 from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, num_steps_left, print_once, try_to_write
 from hf_ddpm.training.saving import averaged_unet, pipeline_of, save_models
 from hf_ddpm.training.validation import draw_validation_curves
+from hf_ddpm.value_range import pictured
 
 NUM_GIF_FRAMES = 60
 CHAIN_SIZE = 2  # images
@@ -133,6 +135,7 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
             "channels": images.channels,
             "max_value": images.max_value,
             "value_range": run.config.value_range,
+            **_facts_of_values(images),
             "class_names": None if run.classes is None else [*run.classes.names],
             "labels": None if run.labels is None or run.classes is not None else describe_labels(run.labels),
             "fingerprint": images.fingerprint,
@@ -168,6 +171,14 @@ def _facts_of_held_out(config: TrainingConfig) -> dict[str, Any]:
     parts = divide_training(config)
     counts = {"num_images": len(parts.held_out), "num_groups": parts.num_groups, "group_column": config.group_column}
     return {"held_out": {"split": HELD_OUT_SPLIT, **counts}}
+
+
+def _facts_of_values(images: Any) -> dict[str, Any]:
+    """Return what run.json says of the values of arrays; the values of a stream that are clipped are not known."""
+    if images.value_range is None:
+        return {}
+    num_clipped = images.num_clipped if isinstance(images, ImageCache) else None
+    return {"values": str(images.value_range), "num_clipped": num_clipped}
 
 
 def _facts_of_figures(run: Run, progress: Progress) -> dict[str, Any]:
@@ -233,13 +244,13 @@ def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
     """Draw a training image that is carried through the Markov chain."""
     images = run.images
     scheduler = pipeline.scheduler
-    planes = center_crop(images.image(0), images.size)
-    pixels = torch.from_numpy(planes.astype("int32" if planes.dtype.kind == "u" else planes.dtype))
-    x_0 = to_x_0(pixels, images.max_value)
+    x_0 = to_x_0(as_tensor(center_crop(images.image(0), images.size)), images.scale)
     timesteps = figures.spread(len(scheduler), figures.NUM_STRIP_COLUMNS - 1)
     chain = figures.forward_chain(x_0, scheduler, [-1, *timesteps], torch.Generator().manual_seed(0))
     labels = ["x_0", *(f"t = {t}" for t in timesteps)]
-    figures.strip([figures.to_pil(chain / 2 + 0.5)], labels).save(run.output_dir / "figures" / "forward.png")
+    figures.strip([figures.to_pil(pictured(chain / 2 + 0.5, images.value_range))], labels).save(
+        run.output_dir / "figures" / "forward.png"
+    )
 
 
 def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline, total: int) -> None:
@@ -261,8 +272,9 @@ def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline, total: int) -> None:
     pipeline.set_progress_bar_config()  # `train` returns this pipeline
     final = 2 * final.cpu() - 1
     steps = dict(zip(frames, trajectory, strict=True))
-    strip = figures.reverse_strip([steps[k] for k in columns], final)
+    strip = figures.reverse_strip([steps[k] for k in columns], final, values=run.images.value_range)
     strip.save(run.output_dir / "figures" / "reverse.png")
     states = [*(step.x_t for step in steps.values()), final]
-    pictures = [figures.grid(figures.to_pil(x / 2 + 0.5), columns=CHAIN_SIZE) for x in states]
+    shown = (pictured(x / 2 + 0.5, run.images.value_range) for x in states)
+    pictures = [figures.grid(figures.to_pil(x), columns=CHAIN_SIZE) for x in shown]
     figures.chain_gif(pictures, run.output_dir / "figures" / "reverse.gif")

@@ -109,7 +109,7 @@ def pipeline_of(run: Run, unet: Any, scheduler: Any) -> DDPMPipeline:
         pipeline = ConditionalDDPMPipeline(unet, run.scheduler)
         pipeline.scheduler = scheduler
         pipeline.condition = run.condition
-    pipeline.labels = run.labels
+    pipeline.labels, pipeline.value_range = run.labels, run.images.value_range
     return pipeline
 
 

@@ -50,6 +50,7 @@ from hf_ddpm.training.start import Images, find_start, require_same_run
 from hf_ddpm.training.tracking import finish_trackers, start_trackers
 from hf_ddpm.training.trial import try_run
 from hf_ddpm.training.validation import open_validation
+from hf_ddpm.value_range import ValueRange
 
 # The longest that processes wait while one of them decodes the images, or writes the report.
 LONGEST_WAIT = timedelta(hours=2)
@@ -100,6 +101,8 @@ def build_run(
     sharding.check(accelerator)
     _check_device(config, accelerator)
     config, images = _load_images(config, accelerator, processes, parts)
+    if images.value_range is not None:
+        _check_arrays(config, images.value_range)
     start = find_start(config, images, processes)
     config, progress = start.config, start.progress
     _check_extra_images(config, images, start.global_batch_size)
@@ -112,7 +115,7 @@ def build_run(
     if config.eval_steps is not None:
         validation = open_validation(config, images, labels, condition, processes, accelerator.device)
     scheduler = make_scheduler(config)
-    objective = make_objective(config, scheduler, images.max_value, labels)
+    objective = make_objective(config, scheduler, images, labels)
     new_unet = make_network(config, images, labels, condition, start.checkpoint, parts.network)
     if config.augment_probability:
         attach_map(new_unet)
@@ -267,6 +270,23 @@ def _load_images(
         mixed_precision=accelerator.mixed_precision,
     )
     return config, images
+
+
+def _check_arrays(config: TrainingConfig, values: ValueRange) -> None:
+    """Check what settings ask of arrays that only images have.
+
+    Raises:
+        UsageError: When one does.
+    """
+    if config.super_resolution is not None:
+        raise UsageError(
+            f"super_resolution must be left out for arrays, got {config.super_resolution}: it is for images"
+        )
+    if config.variance_type.startswith("learned") and not values.is_integer:
+        raise UsageError(
+            f"variance_type must be fixed_small or fixed_large for {values.dtype}, got {config.variance_type}: a "
+            "learned variance is trained by the likelihood of integers"
+        )
 
 
 def _check_extra_images(config: TrainingConfig, images: Images, global_batch_size: int) -> None:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from hf_ddpm.classes import Classes
 from hf_ddpm.condition import Condition
 from hf_ddpm.conditional import with_condition
-from hf_ddpm.data.batches import epoch_order, fixed_pixels, to_x_0
+from hf_ddpm.data.batches import as_tensor, epoch_order, fixed_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import low_resolution_conditions, to_conditions
 from hf_ddpm.data.labels import network_label, with_network_labels
@@ -50,6 +50,7 @@ from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import image_draws
 from hf_ddpm.sampling.sampler import labels_in_turn, sample_all
 from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.value_range import Scale, ValueRange, pictured, require_seen
 
 # They stand in each line of eval.jsonl: only distances by one network and to one set of images make a curve.
 VALIDATION_SETTINGS = ("eval_network", "eval_split", "eval_num_images")
@@ -65,8 +66,8 @@ class Validation:
 
     Args:
         network: The feature network of the kernel distance.
-        images: (n, C, H, W) uint8 or int32, on the CPU.
-        max_value: The value of white: 255 or 65535.
+        images: (n, C, H, W) uint8 or int32, of arrays in their own type, on the CPU.
+        scale: What -1 and 1 stand for in them.
         labels: As the network takes them, (n,) or (n, number of columns); None without labels.
         features: (n, d), of the images.
         num_samples: The number of samples per validation.
@@ -79,7 +80,7 @@ class Validation:
 
     network: FeatureNetwork
     images: Tensor
-    max_value: int
+    scale: Scale
     labels: Tensor | None
     features: Tensor
     num_samples: int
@@ -97,7 +98,8 @@ class Validation:
             return to_conditions(self.column[numbers].to(device), self.column_max_value)
         assert self.condition.super_resolution is not None
         pixels = self.images[numbers].to(device)
-        return low_resolution_conditions(pixels, self.condition.super_resolution, self.max_value)
+        assert isinstance(self.scale, int)
+        return low_resolution_conditions(pixels, self.condition.super_resolution, self.scale)
 
 
 def check_validation_settings(config: TrainingConfig, path: Path) -> None:
@@ -132,10 +134,11 @@ def open_validation(
     Raises:
         UsageError: There is no such split or network, or the images are of another form.
     """
+    if images.value_range is not None:
+        require_seen(images.value_range, images.channels)
     network = load_network(config.eval_network, config.eval_network_path, device)
     with open_split(config, config.eval_split, "eval_split") as held_out:
-        image_format = (held_out.channels, held_out.size, held_out.max_value)
-        wanted_format = (images.channels, images.size, images.max_value)
+        image_format, wanted_format = _format_of(held_out), _format_of(images)
         if image_format != wanted_format or not (held_out.is_uniform or held_out.random_crop):
             raise UsageError(
                 f"eval_split must hold images of one shape like those of training, got {image_format} of "
@@ -149,15 +152,17 @@ def open_validation(
         rows = epoch_order(0, 0, len(held_out))[: config.eval_num_images]
         pixels, network_labels = _copy(with_network_labels(held_out, labels), rows)
         column, column_max_value = _copy_conditions(config, held_out, condition, rows)
-        real = None if condition is not None else _real_images(config, images, pixels)
-    parts = [network(_to_uint8(pixels[part], images.max_value)) for part in _batches(processes, len(pixels))]
+    # The held-out images are seen in the range of training.
+    scale = images.scale
+    real = None if condition is not None else _real_images(config, images, pixels)
+    parts = [network(_to_uint8(pixels[part], scale)) for part in _batches(processes, len(pixels))]
     features = processes.gather_rows(torch.cat(parts), len(pixels))
     # An image that is made from another one has as many samples as there are others.
     num_samples = config.eval_num_images if condition is None else len(pixels)
     return Validation(
         network,
         pixels,
-        images.max_value,
+        scale,
         network_labels,
         features,
         num_samples,
@@ -244,7 +249,7 @@ def _held_out_loss(
     count = len(validation.images)
     rows = []
     for part in _batches(processes, count):
-        x_0 = to_x_0(validation.images[part].to(device), validation.max_value)
+        x_0 = to_x_0(validation.images[part].to(device), validation.scale)
         labels = None if validation.labels is None else validation.labels[part].to(device)
         uniform, noise = image_draws(0, torch.from_numpy(part), x_0.shape[1:], device)
         t = fixed.timesteps_from_uniform(uniform, first_index=int(part[0]), global_batch_size=count)
@@ -295,33 +300,33 @@ def _measure_samples(
     """
     count = len(samples)
     parts = _batches(processes, count)
-    features = processes.gather_rows(torch.cat([validation.network(samples[part]) for part in parts]), count)
+    shown = pictured(samples, validation.scale) if isinstance(validation.scale, ValueRange) else samples
+    features = processes.gather_rows(torch.cat([validation.network(shown[part]) for part in parts]), count)
     memorized: dict[str, Any] = {}
     fidelity = None
     if validation.real is not None:
-        rows = compare_samples(samples[np.concatenate(parts)].cpu(), validation.real)
+        rows = compare_samples(shown[np.concatenate(parts)].cpu(), validation.real)
         memorized = summarize(processes.gather_rows(rows, count), validation.real)
         memorized["real_distance"] = validation.real_distance
     if validation.condition is not None:
-        truth = [to_x_0(validation.images[part], validation.max_value) / 2 + 0.5 for part in parts]
+        truth = [to_x_0(validation.images[part], validation.scale) / 2 + 0.5 for part in parts]
         rows = [psnr(samples[part] / 255, images) for part, images in zip(parts, truth, strict=True)]
         fidelity = processes.gather_rows(torch.cat(rows), count)
     return features, fidelity, memorized
 
 
 def _real_images(config: TrainingConfig, images: Any, held_out: Tensor) -> RealImages | None:
-    """Return what samples are compared with; None for images that are streamed, or too few.
+    """Return what samples are compared with, in 8 bits; None for images that are streamed, or too few.
 
     Args:
         images: The images of training.
-        held_out: (n, C, R, R) uint8 or int32.
+        held_out: (n, C, H, W) uint8 or int32, of arrays in their own type.
     """
     if not isinstance(images, ImageCache) or len(images) < 2:
         return None
     count = min(MAX_TRAINING_IMAGES, max(2, MAX_TRAINING_VALUES // held_out[0].numel()))
-    pixels = fixed_pixels(images, epoch_order(0, 0, len(images))[:count])
-    training = torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32))
-    uint8 = (_to_uint8(pixels, images.max_value) for pixels in (training, held_out))
+    training = as_tensor(fixed_pixels(images, epoch_order(0, 0, len(images))[:count]))
+    uint8 = (_to_uint8(pixels, images.scale) for pixels in (training, held_out))
     return RealImages(*uint8, is_mirrored=config.random_flip)
 
 
@@ -402,10 +407,16 @@ def _draw_memorization(records: list[dict[str, Any]], folder: Path) -> None:
     )
 
 
+def _format_of(images: Any) -> tuple[Any, ...]:
+    """Return what held-out images must have in common with those of training."""
+    of_values = images.max_value if images.value_range is None else images.value_range.dtype
+    return (images.channels, images.size, of_values)
+
+
 def _copy(images: ImageCache, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
     pixels = fixed_pixels(images, rows)
     labels = None if images.labels is None else torch.from_numpy(images.labels[rows])
-    return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)), labels
+    return as_tensor(pixels), labels
 
 
 def _copy_conditions(
@@ -425,13 +436,14 @@ def _copy_conditions(
             f"eval_split must hold conditions of {condition.channels} channels, as training does, got "
             f"{column.channels} in {condition.column!r} of {config.eval_split!r}: save them in the same form"
         )
-    pixels = fixed_pixels(column, rows)
-    pixels = pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32)
-    return torch.from_numpy(np.ascontiguousarray(pixels)), column.max_value
+    return as_tensor(fixed_pixels(column, rows)), column.max_value
 
 
-def _to_uint8(pixels: Tensor, max_value: int) -> Tensor:
-    return pixels if max_value == 255 else (pixels / 257).round().to(torch.uint8)
+def _to_uint8(pixels: Tensor, scale: Scale) -> Tensor:
+    """Return images as a feature network sees them; of arrays the channels that pictures show."""
+    if isinstance(scale, ValueRange):
+        return pictured((scale.to_unit_interval(pixels) * 255).round().to(torch.uint8), scale)
+    return pixels if scale == 255 else (pixels / 257).round().to(torch.uint8)
 
 
 def _batches(processes: Processes, count: int) -> list[np.ndarray]:

@@ -287,6 +287,9 @@ def test_decode_makes_transparent_level_of_sixteen_bits_white(folder: Path) -> N
     [(np.full((4, 4), 0.5, np.float32), "32-bit floats"), (np.full((4, 4), 70000, np.int32), "70000")],
 )
 def test_decode_rejects_pixels_of_unknown_range(folder: Path, values: np.ndarray, reason: str) -> None:
+    (folder / "z.png").write_bytes(
+        png(np.zeros((4, 4), np.uint8))
+    )  # a folder of TIFF files alone may be one of arrays
     with pytest.raises(UsageError, match=reason):
         load_one(folder, Image.fromarray(values), "tif")
 

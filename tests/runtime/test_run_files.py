@@ -54,7 +54,8 @@ def test_every_file_of_a_finished_run_is_in_the_table(tiny_settings: dict[str, A
 
 def test_tables_of_an_upload_are_those_of_the_rows():
     assert FILE.as_posix() == SEARCHED_TIMESTEPS
-    assert EVALUATION_PICTURES == ("steps.png", "seconds.png", "guidance.png", "bound.png", "memorization.png")
+    names = ("steps", "seconds", "guidance", "bound", "spectrum", "memorization")
+    assert tuple(f"{name}.png" for name in names) == EVALUATION_PICTURES
     assert {"config.yaml", "unet/*.safetensors", "figures/*.png", "evaluation.json"} <= set(UPLOADED)
     assert not [name for name in UPLOADED if name.startswith(("checkpoint", "previews", "ema", "partial", "."))]
     assert {"run.json", "unet/*.bin", "figures/kid.png", "evaluation.json"} <= set(REPLACED)

@@ -202,7 +202,7 @@ def test_write_samples_rejects_folders_with_other_content(arguments, tmp_path):
         ({"dtype": "bf16"}, "dtype='fp32', got dtype='bf16'"),
         ({"format": "npz"}, "format='png', got format='npz'"),
         ({"num_images": 1}, "num_images=2, got num_images=1"),
-        ({"format": "gif"}, "format must be one of png, parquet, npz, got 'gif'"),
+        ({"format": "gif"}, "format must be one of png, parquet, npz, npy, tif, got 'gif'; did you mean tif?"),
         ({"num_images": 0}, "num_images must be at least 1, got 0"),
         ({"out": out / "samples.json"}, r"out must be a folder, got .*samples\.json', which is a file"),
         ({"out": out / "samples.json/x"}, r"out must be a folder that can be written, got .*: see .*samples\.json$"),
@@ -257,7 +257,10 @@ def test_command_line_rejects_what_cannot_work(tmp_path):
         ([tmp_path, "--scheduler", "euler"], "euler"),
         ([tmp_path, "--device", "abacus"], "device must be one that torch finds here, as cpu, got 'abacus'"),
         ([tmp_path, "--num_images", "0"], "num_images"),
-        ([tmp_path, "--format", "gif"], "format must be one of png, parquet, npz, got 'gif'"),
+        (
+            [tmp_path, "--format", "gif"],
+            "format must be one of png, parquet, npz, npy, tif, got 'gif'; did you mean tif?",
+        ),
     ):
         done = hf_ddpm("sample", *arguments, "--out", out)
         assert done.exit_code == 2

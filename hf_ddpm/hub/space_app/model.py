@@ -81,8 +81,10 @@ class Model:
         unet_config: Any = self.pipeline.unet.config
         self.channels: int = unet_config.in_channels
         self.height, self.width = to_size(unet_config.sample_size)
-        if self.channels not in MODES:
-            raise ValueError(f"the model must make images of 1, 3 or 4 channels, got {self.channels}")
+        is_of_arrays = self.pipeline.value_range is not None
+        if self.channels not in MODES or (is_of_arrays and self.channels == 4):
+            what = "arrays" if is_of_arrays else "images"
+            raise ValueError(f"the page shows images of 1, 3 or 4 channels, got {what} of {self.channels}")
         labels = self.pipeline.labels
         self.has_no_label: bool = labels is not None and labels.unconditional is not None
         self.can_be_guided: bool = self.has_no_label or _has_guide(self.pipeline)
