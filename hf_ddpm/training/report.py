@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -231,7 +232,7 @@ def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
     images = run.images
     scheduler, side = pipeline.scheduler, images.resolution
     planes = center_crop(images.image(0), side)
-    x_0 = to_x_0(as_tensor(planes), images.scale)
+    x_0 = to_x_0(as_tensor(np.array(planes)), images.scale)
     timesteps = figures.spread(len(scheduler), figures.NUM_STRIP_COLUMNS - 1)
     chain = figures.forward_chain(x_0, scheduler, [-1, *timesteps], torch.Generator().manual_seed(0))
     labels = ["x_0", *(f"t = {t}" for t in timesteps)]
