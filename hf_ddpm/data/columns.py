@@ -67,6 +67,24 @@ def cells_of(column: Any) -> list[Any]:
     return cells if dtype is None else [None if cell is None else np.asarray(cell, dtype) for cell in cells]
 
 
+def column_of_arrays(arrays: np.ndarray) -> tuple[Any, dict[str, Any]]:
+    """Return arrays as a column of Arrow, and what `datasets` writes of it into the metadata of a parquet file.
+
+    Args:
+        arrays: (N, C, H, W).
+    """
+    import datasets
+    import pyarrow as pa
+
+    cells: Any = pa.array(np.ascontiguousarray(arrays).reshape(-1))
+    for side in arrays.shape[:0:-1]:
+        cells = pa.ListArray.from_arrays(pa.array(np.arange(0, len(cells) + 1, side, dtype=np.int32)), cells)
+    # Without its type in the schema, `datasets` would take the column for nested lists.
+    kind: Any = datasets.Array3D(shape=arrays.shape[1:], dtype=arrays.dtype.name)()
+    feature = {"_type": "Array3D", "shape": [*arrays.shape[1:]], "dtype": arrays.dtype.name}
+    return pa.ExtensionArray.from_storage(kind, cells), feature
+
+
 def label_columns(label_column: str | None, features: Any) -> list[str]:
     """Return the names of the columns of labels; a column whose name holds a comma is one.
 

@@ -280,7 +280,7 @@ def measure_copies(
     shown, shown_training = samples.images, training_pixels
     if (value_range := job.pipeline.value_range) is not None:
         shown = as_seen(samples.images, value_range)
-        shown_training = as_seen(as_tensor(training_pixels), value_range).numpy()
+        shown_training = as_seen(as_tensor(np.array(training_pixels)), value_range).numpy()
     return rows, {"memorization.png": lambda path: draw_pairs(shown, shown_training, pairs, path)}
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hf_ddpm.data.columns import column_of_arrays
 from hf_ddpm.figures import png_bytes
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.sampling.sampler import FORWARD_BATCH
@@ -237,16 +238,7 @@ def _cells(pixels: np.ndarray, seeds: Sequence[int], is_of_arrays: bool) -> tupl
         pictures = map(_picture, pixels)
         images = [{"bytes": png_bytes(p), "path": f"{s:06d}.png"} for s, p in zip(seeds, pictures, strict=True)]
         return pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()})), {"_type": "Image"}
-    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-    cells: Any = pa.array(planes.reshape(-1))
-    for side in planes.shape[:0:-1]:
-        cells = pa.ListArray.from_arrays(pa.array(np.arange(0, len(cells) + 1, side, dtype=np.int32)), cells)
-    from datasets import Array3D
-
-    # Without its type in the schema, `datasets` would take the column for nested lists.
-    kind = Array3D(shape=planes.shape[1:], dtype=planes.dtype.name)()
-    features = {"_type": "Array3D", "shape": [*planes.shape[1:]], "dtype": planes.dtype.name}
-    return pa.ExtensionArray.from_storage(kind, cells), features
+    return column_of_arrays(pixels.transpose(0, 3, 1, 2))
 
 
 def _picture(image: np.ndarray) -> Image.Image:

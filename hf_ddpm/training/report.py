@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -244,7 +245,7 @@ def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
     """Draw a training image that is carried through the Markov chain."""
     images = run.images
     scheduler = pipeline.scheduler
-    x_0 = to_x_0(as_tensor(center_crop(images.image(0), images.size)), images.scale)
+    x_0 = to_x_0(as_tensor(np.array(center_crop(images.image(0), images.size))), images.scale)
     timesteps = figures.spread(len(scheduler), figures.NUM_STRIP_COLUMNS - 1)
     chain = figures.forward_chain(x_0, scheduler, [-1, *timesteps], torch.Generator().manual_seed(0))
     labels = ["x_0", *(f"t = {t}" for t in timesteps)]

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarnin
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "metric": (
         {"metrics": ["fid"]},
-        "metrics must be of fd, kid, cmmd, precision, nll, memorization, psnr, ssim, lpips, got fid",
+        "metrics must be of fd, kid, cmmd, precision, nll, memorization, values, psnr, ssim, lpips, got fid",
     ),
     "no metric": ({"metrics": []}, "got none"),
     "scheduler": ({"schedulers": ["euler"]}, "scheduler must be one of ddpm, ddim, .*, got 'euler'"),

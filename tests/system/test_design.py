@@ -136,7 +136,9 @@ def test_imports_are_declared_and_minimums_are_tested():
     imported = {DISTRIBUTION_OF.get(name, name) for path in SOURCES for name in third_party(path)}
     extras = project["optional-dependencies"]
     optional = {
-        Requirement(line).name.lower() for name in ("demo", "evaluation", "lpips", "trackio") for line in extras[name]
+        Requirement(line).name.lower()
+        for name in ("arrays", "demo", "evaluation", "lpips", "trackio")
+        for line in extras[name]
     }
     assert imported - {name.replace("-", "_") for name in optional} <= runtime.keys()
 
