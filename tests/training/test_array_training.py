@@ -15,11 +15,15 @@ import torch
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline, evaluate
+from hf_ddpm.data.batches import epoch_order, fixed_pixels
+from hf_ddpm.data.cache import load_images
 from hf_ddpm.hub.info import model_info
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.image_set import write_samples
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.validation import open_validation
 from hf_ddpm.value_range import ValueRange
 from tests.support.networks import smallest_unet_config
 from tests.support.trained import assert_same_weights, part
@@ -92,6 +96,21 @@ def test_run_leaves_its_values_in_its_folder_and_on_its_card(config: TrainingCon
         assert preview.mode == "L"  # both channels side by side
     DDPMPipeline.from_pretrained(folder).save_pretrained(tmp_path / "copy")
     assert DDPMPipeline.from_pretrained(tmp_path / "copy").value_range == value_range
+
+
+def test_validation_compares_what_pictures_show(config: TrainingConfig) -> None:
+    of_run = {**vars(config), "display_channels": [1.0], "eval_fraction": 0.2, "eval_steps": 1, "random_flip": True}
+    settings = TrainingConfig(**of_run)
+    images = load_images(settings)
+    validation = open_validation(settings, images, None, None, Processes(), torch.device("cpu"))
+    assert validation.real is not None
+    order = epoch_order(0, 0, len(images))
+    assert images.value_range is not None
+    low, high = images.value_range.low, images.value_range.high
+    shares = np.clip((fixed_pixels(images, order)[:, 1:] - low) / (high - low), 0, 1)
+    assert (validation.real.held_out.shape, validation.real.held_out.dtype) == ((12, 1, 8, 8), torch.uint8)
+    assert np.abs(validation.real.training.numpy() - shares * 255).max() <= 0.51
+    assert validation.real.is_mirrored
 
 
 def test_resumed_run_is_the_run(config: TrainingConfig) -> None:
