@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.batches import center_pixels, to_x_0
+from hf_ddpm.data.batches import fixed_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.sources import open_dataset
@@ -120,7 +120,7 @@ def save_without_class(options: argparse.Namespace, path: str) -> None:
 
 def x_0_of(images: ImageCache) -> Tensor:
     """Return all images, (N, C, H, W) in [-1, 1]."""
-    return to_x_0(torch.from_numpy(np.array(center_pixels(images))), images.max_value)
+    return to_x_0(torch.from_numpy(np.array(fixed_pixels(images))), images.max_value)
 
 
 def measure(model: str, training: Tensor, scored: ImageCache, held_out: str, about: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ddpm import DDPMImg2ImgPipeline, DDPMInpaintPipeline, DDPMPipeline
-from hf_ddpm.data.batches import center_pixels
+from hf_ddpm.data.batches import fixed_pixels
 from hf_ddpm.data.config import load_data_config
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.figures import png_bytes, strip, to_pil
@@ -50,7 +50,7 @@ def main() -> None:
     pipeline.use(num_inference_steps=steps)
     with open_split(load_data_config(options.run / "config.yaml"), "test") as test:
         assert test.class_names is not None
-        images = torch.from_numpy(np.array(center_pixels(test)[:1000])).float() / test.max_value
+        images = torch.from_numpy(np.array(fixed_pixels(test)[:1000])).float() / test.max_value
         labels = torch.from_numpy(np.array(test.labels[:1000]))
         names = list(test.class_names)
     edited, to_invert = (

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_ddpm.data.batches import center_pixels
+from hf_ddpm.data.batches import fixed_pixels
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.config import DataConfig, load_data_config
 from hf_ddpm.evaluation.evaluate import evaluate
@@ -135,7 +135,7 @@ def learn_classifier(data: DataConfig) -> tuple[Classifier, float]:
 def tensors_of(images: ImageCache) -> tuple[Tensor, Tensor]:
     """Return all images, (N, C, R, R) in [0, 1], and their classes, (N,)."""
     assert images.labels is not None
-    pixels = torch.from_numpy(np.array(center_pixels(images), dtype=np.float32))
+    pixels = torch.from_numpy(np.array(fixed_pixels(images), dtype=np.float32))
     return pixels / images.max_value, torch.from_numpy(images.labels)
 
 

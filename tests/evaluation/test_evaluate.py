@@ -15,7 +15,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from hf_ddpm.data.batches import center_pixels, epoch_order
+from hf_ddpm.data.batches import epoch_order, fixed_pixels
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.evaluate import evaluate
@@ -58,7 +58,7 @@ def test_evaluate_measures_all_metrics_of_a_run(run: Path, measure: Any, digits:
     samples = [images for _, images in iter_samples(pipeline, range(40), batch_size=16, num_inference_steps=steps)]
     X = network(torch.cat(samples))
     real = {
-        split: network(torch.from_numpy(center_pixels(load_images(config_of(digits / split))).copy()))
+        split: network(torch.from_numpy(fixed_pixels(load_images(config_of(digits / split))).copy()))
         for split in ("train", "test")
     }
     for metric, row in rows.items():
@@ -263,7 +263,7 @@ def test_evaluate_samples_classes_as_often_as_in_the_data(
         Request(model=of_classes, metrics=["kid"], num_images=4, device="cpu", **of_network, **settings)
     ) as job:
         images = load_images(settings["data"])
-        features = job.comparison.network(torch.from_numpy(center_pixels(images).copy()))
+        features = job.comparison.network(torch.from_numpy(fixed_pixels(images).copy()))
         nearest = torch.cdist(job.comparison.reference.features.float(), features.float()).argmin(dim=1)
         assert (images.labels[nearest] == job.reference_labels).all()
     turn = measure(of_classes, metrics=["kid"], data=config_of(digits))["results"]
@@ -294,7 +294,7 @@ def test_distances_rise_with_noise_blur_and_missing_classes(name: str, network_f
     network = load_network(name, network_file if name == "inception" else None)
     cached = load_images(TrainingConfig(dataset_name="digits", label_column="label", cache_dir=str(tmp_path)))
     half = 200 if name == "inception" else 100
-    pixels, labels = torch.from_numpy(center_pixels(cached)[: 2 * half].copy()), torch.from_numpy(cached.labels)
+    pixels, labels = torch.from_numpy(fixed_pixels(cached)[: 2 * half].copy()), torch.from_numpy(cached.labels)
     reference, others, kinds = collect(network, [pixels[:half]]), pixels[half:], labels[half : 2 * half]
 
     def distances(images: torch.Tensor) -> dict[str, float]:

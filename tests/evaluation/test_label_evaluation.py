@@ -10,7 +10,7 @@ import pytest
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UsageError
 from hf_ddpm.classes import Classes
-from hf_ddpm.data.batches import center_pixels, epoch_order
+from hf_ddpm.data.batches import epoch_order, fixed_pixels
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.evaluation.evaluate import evaluate
@@ -76,7 +76,7 @@ def test_samples_take_the_labels_of_training_images_and_likelihood_those_of_held
         assert job.held_out is not None
         held_out = [number_of(labels, ("even", "odd")[i % 2], 0.1 * i) for i in range(6)]
         assert np.array_equal(job.held_out.labels, np.array(held_out, np.float32))
-        pixels, of_network = center_pixels(job.held_out).copy(), job.held_out.labels
+        pixels, of_network = fixed_pixels(job.held_out).copy(), job.held_out.labels
         pipeline: Any = job.pipeline
         images = pipeline(2, class_labels=job.class_labels[:2], num_inference_steps=2, output_type="np").images
         assert np.isfinite(images).all()

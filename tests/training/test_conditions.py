@@ -187,9 +187,9 @@ def test_average_of_any_length_is_a_model_of_the_same_kind(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"super_resolution": 3}, "super_resolution must divide the resolution, 8, got 3: give one of 2, 4"),
-        ({"super_resolution": 8}, "super_resolution must divide the resolution, 8, got 8"),
-        ({"super_resolution": 4, "resolution": 10}, "super_resolution must divide the resolution, 10, got 4"),
+        ({"super_resolution": 3}, "super_resolution must divide the resolution, 8 x 8, got 3: give one of 2, 4"),
+        ({"super_resolution": 8}, "super_resolution must divide the resolution, 8 x 8, got 8"),
+        ({"super_resolution": 4, "resolution": 10}, "super_resolution must divide the resolution, 10 x 10, got 4"),
         (
             {"super_resolution": 2, "stable_target_images": 4},
             "stable_target_images must be 0 for a model that makes images from images, got 4: its target would be",
