@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("name", help="what the table calls the pictures")
     options = parser.parse_args()
     listed = list_images(options.folder)
-    image_format = ImageFormat(DataConfig(resolution=64, channels=3, center_crop=True), 64, 3, 255)
+    image_format = ImageFormat(DataConfig(resolution=64, channels=3, center_crop=True), (64, 64), 3, 255)
     refused: Counter[str] = Counter()
     losses: Counter[str] = Counter()
     started = time.perf_counter()

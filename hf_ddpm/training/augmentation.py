@@ -125,11 +125,8 @@ def attach_map(unet: Any) -> None:
     """
     embedding = unet.time_embedding
     width = embedding.linear_1.in_features
-    weight: Any = nn.utils.skip_init(
-        nn.Linear, NUM_PARAMETERS, width, bias=False, device=unet.device, dtype=unet.dtype
-    )
-    nn.init.zeros_(weight.weight)
-    embedding.cond_proj = weight
+    embedding.cond_proj = nn.Linear(NUM_PARAMETERS, width, bias=False, device=unet.device, dtype=unet.dtype)
+    nn.init.zeros_(embedding.cond_proj.weight)
     embedding.augmentation = None
     embedding.register_forward_pre_hook(_add_condition, with_kwargs=True)
 

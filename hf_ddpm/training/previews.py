@@ -156,7 +156,7 @@ def describe_memorization(measured: dict[str, Any], step: int) -> str:
         f"memorization is measured at step {step}: {measured['training_share']:.1%} of the samples are nearer to a "
         f"training image than to any held-out one, by chance {measured['training_share_by_chance']:.1%} "
         f"(p = {measured['training_share_p_value']:.2g}), and {measured['copied_share']:.1%} are copies of one. More "
-        "images, fewer steps or --augment_probability help; best holds the model of the least kernel distance"
+        "images, fewer steps or --augment_probability help"
     )
 
 

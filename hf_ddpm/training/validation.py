@@ -304,10 +304,10 @@ def _measure_samples(
     features = processes.gather_rows(torch.cat([validation.network(shown[part]) for part in parts]), count)
     memorized: dict[str, Any] = {}
     fidelity = None
-    if validation.real is not None:
+    if validation.real is not None and validation.real_distance is not None:
         rows = compare_samples(shown[np.concatenate(parts)].cpu(), validation.real)
         memorized = summarize(processes.gather_rows(rows, count), validation.real)
-        memorized["real_distance"] = validation.real_distance
+        memorized |= {"real_distance": validation.real_distance}
     if validation.condition is not None:
         truth = [to_x_0(validation.images[part], validation.scale) / 2 + 0.5 for part in parts]
         rows = [psnr(samples[part] / 255, images) for part, images in zip(parts, truth, strict=True)]

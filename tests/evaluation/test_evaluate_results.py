@@ -23,6 +23,7 @@ from hf_ddpm.hub.card_metadata import eval_results
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import UnwrittenError
 from hf_ddpm.runtime.files import weights_sha256
+from hf_ddpm.runtime.run_files import read_evaluation
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 from tests.support import forks
 from tests.support.evaluations import (
@@ -157,7 +158,7 @@ def test_results_replace_only_those_measured_in_the_same_way(run: Path, measure:
     again = measure(run, metrics=["kid"])["results"]
     assert [row["value"] for row in again] == [first[1]["value"]]
     assert results_in(run) == [*kept, *again]
-    assert cards.read_evaluation(run) == results_in(run)
+    assert read_evaluation(run) == results_in(run)
 
 
 def add_rows(folder: Path, name: str) -> None:
@@ -198,7 +199,7 @@ def test_results_of_other_weights_are_removed(run: Path, measure: Any):
     with torch.no_grad():
         pipeline.unet.conv_out.weight.mul_(0.5)
     pipeline.save_pretrained(run)
-    assert cards.read_evaluation(run) == []
+    assert read_evaluation(run) == []
     cards.write_card(run)
     text = (run / "README.md").read_text()
     assert "Bits per dimension" not in text

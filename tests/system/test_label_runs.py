@@ -71,7 +71,7 @@ def test_fsdp_in_bfloat16_keeps_labels_that_bfloat16_has_not(config, tmp_path):
     table = read_embedding(Path(config.output_dir) / EMBEDDING_FILE)["class_embedding.columns.0.weight"]
     at_first = make_unet(
         1,
-        8,
+        (8, 8),
         model_config=config.model_config_name_or_path,
         seed=config.seed,
         labels=DDPMPipeline.from_pretrained(config.output_dir).labels,

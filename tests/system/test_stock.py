@@ -70,8 +70,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "previous_sample": {"prediction_type": "previous_sample"},
     "learned_range": {"variance_type": "learned_range"},
     "v_prediction": {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
-    "epsilon": {"timestep_spacing": "trailing"},
     "oblong": {"timestep_spacing": "trailing"},
+    "epsilon": {"timestep_spacing": "trailing"},  # the last: stock saves it, too
 }
 
 

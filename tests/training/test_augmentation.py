@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,8 @@ def test_saved_network_is_the_trained_one_that_is_told_nothing(config):
     saved = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     assert saved.keys() == average.keys()
     assert all(torch.equal(saved[name], average[name]) for name in saved)
-    _, loading = UNet2DModel.from_pretrained(folder / "unet", output_loading_info=True)
+    loaded: Any = UNet2DModel.from_pretrained(folder / "unet", output_loading_info=True)
+    loading = loaded[1]
     assert loading["unexpected_keys"] == loading["missing_keys"] == []
     for snapshot in folder.glob("ema/snapshot-*.safetensors"):
         assert not [name for name in load_file(snapshot) if name.endswith(WEIGHT)]
