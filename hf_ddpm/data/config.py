@@ -80,7 +80,7 @@ class DataConfig:
     )
     group_column: str | None = setting(
         None,
-        "A column of groups, as patient, or `folder`, the folder of each image: no group has images in training and "
+        "A column of groups, as patient, or the `folder` or `file` of each image: no group has images in training and "
         "in the split that is held out.",
         group="data",
         resume="fixed",

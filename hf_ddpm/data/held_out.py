@@ -29,7 +29,8 @@ from hf_ddpm.runtime.errors import UsageError
 HELD_OUT_FORMAT = 1  # Increase it when other images are held out, so that no older cache is read.
 HELD_OUT_SPLIT = "test"  # what the images that are held out are called, wherever a split is named
 ROWS_PER_BLOCK = 64
-FOLDER = "folder"  # the group column that every folder of images has
+# The group columns that every folder of images has. The slices of a volume are in one file.
+FOLDER, FILE = "folder", "file"
 
 
 class Parts(NamedTuple):
@@ -98,9 +99,10 @@ def groups_of(table: Any, folder: Path | None, config: DataConfig) -> list[str]:
     name = config.group_column
     assert name is not None
     if name not in table.column_names:
-        if name == FOLDER and folder is not None:
-            return [Path(path).parent.as_posix() for path in _paths(table, folder, config)]
-        own = f", or {FOLDER!r}, the folder of each image," if folder is not None else ""
+        if name in (FOLDER, FILE) and folder is not None:
+            paths = _paths(table, folder, config)
+            return paths if name == FILE else [Path(path).parent.as_posix() for path in paths]
+        own = f", or {FOLDER!r} or {FILE!r}, those of each image," if folder is not None else ""
         raise UsageError(f"group_column must be one of {table.column_names}{own} got {name!r}: --group_column")
     cells = table.select_columns([name])[:][name]
     if None in cells:

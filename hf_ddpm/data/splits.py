@@ -14,7 +14,7 @@ from typing import Any
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
-from hf_ddpm.data.held_out import groups_of, is_held_out, require_disjoint
+from hf_ddpm.data.held_out import FILE, groups_of, is_held_out, require_disjoint
 from hf_ddpm.data.image_folder import split_kind
 from hf_ddpm.data.sources import SPLIT_NAME, Source, find_source, folder_of_images, open_dataset, open_table
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
@@ -62,8 +62,11 @@ def check_groups(config: DataConfig, split: str, option: str = "split") -> None:
     if config.group_column is None or split in ("train", config.train_split) or is_held_out(config, split):
         return
     source = find_source(config)
-    trained = groups_of(open_table(config), folder_of_images(source), config)
-    if source.kind in ("images", "saved"):
+    table, folder = open_table(config), folder_of_images(source)
+    if config.group_column == FILE and folder is not None and FILE not in table.column_names:
+        return  # no file is in two splits, though two may have one name
+    trained = groups_of(table, folder, config)
+    if source.kind in ("images", "arrays", "saved"):
         of_split = _config_of_split_folder(source, config, split, option)
         others = groups_of(open_table(of_split), folder_of_images(find_source(of_split)), config)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hf_ddpm.data.batches import fixed_pixels
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.sources import divide_training
-from hf_ddpm.data.splits import open_split
+from hf_ddpm.data.splits import check_groups, open_split
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, micro_batches
 
@@ -82,6 +83,30 @@ def test_volumes_in_folders_of_their_own_are_held_out_whole(tmp_path: Path) -> N
     trained, held_out, num_groups = divide_training(config)
     assert num_groups == 2
     assert not {row // 3 for row in trained} & {row // 3 for row in held_out}
+
+
+def test_slices_of_a_file_are_held_out_together(tmp_path: Path) -> None:
+    (tmp_path / "volumes").mkdir()
+    for i in range(4):
+        np.save(tmp_path / f"volumes/{i}.npy", PLACES[3 * i : 3 * i + 3])
+    trained, held_out, num_groups = divide_training(
+        cache_config(None, train_data_dir=str(tmp_path / "volumes"), eval_fraction=0.3, group_column="file")
+    )
+    assert num_groups == 2
+    assert not {row // 3 for row in trained} & {row // 3 for row in held_out}
+
+
+def test_splits_of_arrays_share_the_groups_that_both_have(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split / "p1").mkdir(parents=True)
+        np.save(tmp_path / split / "p1/volume.npy", PLACES[:3])
+    (tmp_path / "test/p1").rename(tmp_path / "test/p2")
+    config = cache_config(None, train_data_dir=str(tmp_path), group_column="folder")
+    check_groups(config, "test")
+    (tmp_path / "test/p2").rename(tmp_path / "test/p1")
+    with pytest.raises(UsageError, match=r"must share no group of 'folder' with training, got 'test' with 1 that do"):
+        check_groups(config, "test")
+    check_groups(replace(config, group_column="file"), "test")  # one name, two files
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])

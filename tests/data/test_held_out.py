@@ -163,7 +163,7 @@ def test_group_in_training_and_in_a_split_is_named(folder: Path, kind: str) -> N
         ({"eval_fraction": 0.9, "group_column": "patient"}, "must leave groups of 'patient' .* got 0.9 of 8"),
         (
             {"eval_fraction": 0.1, "group_column": "name"},
-            r"group_column must be one of \[.*\], or 'folder', .* got 'name'",
+            r"group_column must be one of \[.*\], or 'folder' or 'file', .* got 'name'",
         ),
     ],
 )
