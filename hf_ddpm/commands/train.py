@@ -32,10 +32,11 @@ def train(
 
     There is a process for each GPU, or those that a file of `accelerate config` asks for.
     """
-    from hf_ddpm.data.sources import check_source
     from hf_ddpm.training.parsing import config_from_flags
 
     settings = config_from_flags(flags, config, recipe)
+    from hf_ddpm.data.sources import check_source
+
     check_source(settings, settings.output_dir)
     say_loading()
     code = start_processes(settings.hub_token)

@@ -39,7 +39,10 @@ def hf_ddpm(*arguments):
         (["train", "--ddpm_beta_schedule", "cosine"], "got 'cosine'; did you mean squaredcos_cap_v2?\n"),
         (["push", "run", "name", "--publc"], "did you mean --public?\n"),
         (["evaluate", "model", "--center_crop"], "center_crop needs --dataset_name, got none"),
-        (["reference", "digits", "--out", "x", "--channels", "2"], "channels must be one of 1, 3, 4, got '2'\n"),
+        (
+            ["reference", "digits", "--out", "x", "--channels", "2"],
+            "channels must be 1 or 3, as networks take, got 2: --channels 3, or 1\n",
+        ),
         (["schedule", "model", "--steps", "five"], "steps must be whole numbers, got 'five'\n"),
         (["info", "nothing/at/all"], "model must be a folder with model_index.json"),
         (["trian"], "No such command 'trian'"),
