@@ -330,11 +330,13 @@ def _axes_of(array: FileArray, name: str, config: DataConfig) -> _Axes:
         stack = _named_axis(array.axes, "ZT", channel)
     open_axes = [axis for axis in range(rank) if axis not in (stack, channel)]
     # Of three axes the first one is the channels; of four it is the images.
-    if len(open_axes) == 4 and stack is channel is None:
+    names = array.axes or "?" * rank  # of named axes none is taken for another
+    if len(open_axes) == 4 and stack is channel is None and not array.axes:
         stack, channel, *open_axes = open_axes
-    if len(open_axes) == 3 and channel is None:
+    is_other = len(open_axes) == 3 and names[open_axes[0]] not in "XYZT"
+    if is_other and channel is None:
         channel, *open_axes = open_axes
-    elif len(open_axes) == 3 and stack is None:
+    elif is_other and stack is None:
         stack, *open_axes = open_axes
     if len(open_axes) != 2 or 0 in shape:
         raise UsageError(

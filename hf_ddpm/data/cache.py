@@ -198,10 +198,11 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
             f"condition_column must be left out for arrays, got {config.condition_column!r}: images are made from "
             "images of files only"
         )
+    files: Any = None
     # What it says of colors and values is said of the images.
     of_images: dict[str, Any] = {"channels": None, "value_range": None, "label_column": None}
     if config.eval_fraction is not None:  # of which the images decide, not the conditions
-        dataset = open_dataset(config, with_conditions=True)
+        dataset, files = open_dataset(config, with_conditions=True), _files_of(find_source(config))
         of_images.update(eval_fraction=None, group_column=None)
     of_conditions = replace(
         config,
@@ -210,7 +211,7 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
         resolution=to_resolution(images.size),
         **of_images,
     )
-    conditions = _load_column(of_conditions, None, dataset)
+    conditions = _load_column(of_conditions, None, dataset, files)
     unequal = np.flatnonzero((images.index[:, 1:] != conditions.index[:, 1:]).any(axis=1))
     if len(unequal):
         row = int(unequal[0])
@@ -225,19 +226,31 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
     return replace(images, conditions=conditions, fingerprint=fingerprint)
 
 
-def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | None) -> ImageCache:
-    """Return the images of the column of images; see `load_images`."""
+def _files_of(source: Source) -> Any:
+    """Return what tells that a file of a source changed; None for the Hub."""
+    if source.folder is None:
+        return None
+    elsewhere = list_images(source.folder).files_elsewhere if source.kind == "images" else []
+    return _names_sizes_times([*files_below(source.folder), *elsewhere])
+
+
+def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | None, files: Any = None) -> ImageCache:
+    """Return the images of the column of images; see `load_images`.
+
+    Args:
+        files: Of a `dataset` whose rows name files, what tells that one of these changed.
+    """
     source = find_source(config) if dataset is None else Source("dataset", "given", NAME, None)
     if dataset is not None:
         dataset = choose_columns(dataset, config)
         identity: Any = getattr(dataset, "_fingerprint", None)
+        identity = identity if files is None else [identity, files]
     elif source.folder is None:
         dataset = open_dataset(config)
         identity = dataset._fingerprint
     else:
         dataset = None
-        elsewhere = list_images(source.folder).files_elsewhere if source.kind == "images" else []
-        identity = _names_sizes_times([*files_below(source.folder), *elsewhere])
+        identity = _files_of(source)
     root = cache_folder(config)
     folder = root / _cache_key(config, source, identity)
     if not folder.is_dir():

@@ -5,7 +5,8 @@ identity   of an image: its path in the folder of images, of arrays with its num
            content, so that copies stay together
 order      of the groups: that of a hash of their names, which neither a seed nor the order of the images changes
 
-Groups are held out in their order until they hold `eval_fraction` of the images.
+Groups are held out in their order until they hold `eval_fraction` of the images. One that would overshoot by more than
+is missing without it is passed over; if all would, the smallest is held out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hf_ddpm.data.columns import choose_columns, encoded_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.runtime.errors import UsageError
 
-HELD_OUT_FORMAT = 1  # Increase it when other images are held out, so that no older cache is read.
+HELD_OUT_FORMAT = 2  # Increase it when other images are held out, so that no older cache is read.
 HELD_OUT_SPLIT = "test"  # what the images that are held out are called, wherever a split is named
 ROWS_PER_BLOCK = 64
 # The group columns that every folder of images has. The slices of a volume are in one file.
@@ -68,11 +69,15 @@ def divide(table: Any, folder: Path | None, config: DataConfig) -> Parts:
     sizes = Counter(groups)
     held_out: set[str] = set()
     num_held_out = 0
+    wanted = config.eval_fraction * len(groups)
     for name in sorted(sizes, key=_hash):
-        if num_held_out >= config.eval_fraction * len(groups):
-            break
+        # A group that would overshoot by more than is missing without it stays.
+        if num_held_out + sizes[name] / 2 < wanted:
+            held_out.add(name)
+            num_held_out += sizes[name]
+    if not held_out:  # each group is too large: the smallest one
+        name = min(sizes, key=lambda name: (sizes[name], _hash(name)))
         held_out.add(name)
-        num_held_out += sizes[name]
     if len(held_out) == len(sizes):
         what = f"groups of {config.group_column!r}" if config.group_column else "images"
         raise UsageError(
@@ -102,9 +107,11 @@ def groups_of(table: Any, folder: Path | None, config: DataConfig) -> list[str]:
         if name in (FOLDER, FILE) and folder is not None:
             paths = _paths(table, folder, config)
             return paths if name == FILE else [Path(path).parent.as_posix() for path in paths]
-        own = f", or {FOLDER!r} or {FILE!r}, those of each image," if folder is not None else ""
-        raise UsageError(f"group_column must be one of {table.column_names}{own} got {name!r}: --group_column")
+        own = f", or {FOLDER!r} or {FILE!r}, those of each image" if folder is not None else ""
+        raise UsageError(f"group_column must be one of {table.column_names}{own}, got {name!r}: --group_column")
     cells = table.select_columns([name])[:][name]
+    if hasattr(table.features[name], "int2str"):  # classes: their numbers differ from split to split
+        cells = [None if cell is None else table.features[name].int2str(cell) for cell in cells]
     if None in cells:
         raise UsageError(
             f"group_column must give each image a group, got an empty cell in row {cells.index(None)} of {name!r}: "
@@ -136,7 +143,7 @@ def require_disjoint(trained: Sequence[str], others: Sequence[str], option: str,
 
 def _identities(table: Any, folder: Path | None, config: DataConfig) -> list[str]:
     if folder is not None:
-        numbers = (encoded.get("slice") for encoded in _encoded_images(table, config))
+        numbers = ((encoded or {}).get("slice") for encoded in _encoded_images(table, config))
         paths = _paths(table, folder, config)
         return [path if n is None else f"{path}:{n}" for path, n in zip(paths, numbers, strict=True)]
     return [_content_of(encoded) for encoded in _encoded_images(table, config)]
@@ -145,7 +152,11 @@ def _identities(table: Any, folder: Path | None, config: DataConfig) -> list[str
 def _paths(table: Any, folder: Path, config: DataConfig) -> list[str]:
     """Return the path of each image as seen from the folder."""
     start = folder.absolute()
-    return [Path(os.path.relpath(encoded["path"], start)).as_posix() for encoded in _encoded_images(table, config)]
+    return [
+        # An empty cell is named, or left out, when it is decoded.
+        f"row {row}" if encoded is None else Path(os.path.relpath(encoded["path"], start)).as_posix()
+        for row, encoded in enumerate(_encoded_images(table, config))
+    ]
 
 
 def _encoded_images(table: Any, config: DataConfig) -> Any:

@@ -155,6 +155,22 @@ def _check_eval_fraction(config: DataConfig, source: Source) -> None:
         )
 
 
+def _check_no_test_split(config: DataConfig, source: Source) -> None:
+    """Refuse `eval_fraction` for tables that have a split of the name of what it would hold out."""
+    if source.kind not in ("parquet", "tar", "hdf5", "hub"):
+        return
+    import datasets
+
+    name = source.name if source.folder is None else str(source.folder)
+    with as_usage_errors(source, config):
+        splits = datasets.get_dataset_split_names(name, config.dataset_config_name)
+    if HELD_OUT_SPLIT in splits:
+        raise UsageError(
+            f"eval_fraction must be left out where there is a split {HELD_OUT_SPLIT!r}, got {config.eval_fraction:g} "
+            f"and the splits {', '.join(splits)} of {source.name!r}: evaluate on that"
+        )
+
+
 def _folder_source(option: str, folder: Path, config: DataConfig) -> Source:
     train_split = config.train_split
     if train_split is not None and not re.fullmatch(SPLIT_NAME, train_split):
@@ -270,6 +286,7 @@ def open_dataset(
     source = find_source(config)
     loaded = open_table(config, split, split_option)
     if config.eval_fraction is not None and split in (None, "train", config.train_split, HELD_OUT_SPLIT):
+        _check_no_test_split(config, source)
         parts = divide(loaded, folder_of_images(source), config)
         loaded = loaded.select(parts.held_out if split == HELD_OUT_SPLIT else parts.trained)
     if config.label_column == "label" and source.kind == "images" and "label" not in loaded.column_names:

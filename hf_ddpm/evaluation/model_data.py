@@ -71,8 +71,10 @@ class Splits:
                 recorded = load_data_config(folder / "config.yaml")
                 # A run on a data set that was passed to train() names none, and no default is meant.
                 self.data = recorded if recorded.dataset_name or recorded.train_data_dir else None
-            elif read_mapping(folder / "config.yaml").get("random_flip"):  # the model has seen mirrored images, too
-                self.data = replace(data, random_flip=True)
+            else:  # the model has seen mirrored images, or parts of images, too
+                of_run = read_mapping(folder / "config.yaml")
+                own = {name: True for name in ("random_flip", "random_crop") if of_run.get(name)}
+                self.data = replace(data, **own)
         self._opened: dict[tuple[str, bool], ImageCache] = {}
 
     def close(self) -> None:

@@ -222,7 +222,7 @@ def measure_values(
     """Measure how far the moments and spectra of samples are from those of images; the picture shows the spectra."""
     assert samples.values is not None
     value_range = job.pipeline.value_range or ValueRange(0, images.max_value, "uint8")
-    pixels = fixed_pixels(images)
+    pixels = _in_range(fixed_pixels(images), job.pipeline.value_range)
     of_images = joined(
         [
             value_statistics(as_tensor(np.array(pixels[first : first + STATISTICS_BATCH])))
@@ -254,6 +254,13 @@ def measure_values(
     return [row], {"spectrum.png": partial(draw_spectra, row, channels)}
 
 
+def _in_range(pixels: np.ndarray, value_range: ValueRange | None) -> np.ndarray:
+    """Return pixels as a model learned them, without the values that its range clips."""
+    if value_range is None:
+        return pixels
+    return np.clip(pixels, value_range.low, value_range.high).astype(pixels.dtype)
+
+
 def measure_copies(
     job: Job, samples: Samples, sampling: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Draw]]:
@@ -262,7 +269,9 @@ def measure_copies(
     assert training is not None
     assert held_out is not None
     assert comparison is not None
-    training_pixels, held_out_pixels = fixed_pixels(training), fixed_pixels(held_out)
+    training_pixels, held_out_pixels = (
+        _in_range(fixed_pixels(each), job.pipeline.value_range) for each in (training, held_out)
+    )
     if job.data.random_flip:
         training_pixels = np.concatenate([training_pixels, training_pixels[..., ::-1]])
     pixels = (samples.images.numpy(), training_pixels, held_out_pixels)

@@ -41,11 +41,14 @@ class RealImages:
         held_out: The n held-out images, (n, C, H, W) uint8 on the CPU.
         is_mirrored: Whether the model was trained on mirrored images, too. An image is then as near as the nearer of
             itself and its mirror image.
+        in_groups: Whether whole groups of images were held out. Choices of single images then say nothing of chance,
+            and there is no p-value.
     """
 
     training: Tensor
     held_out: Tensor
     is_mirrored: bool
+    in_groups: bool = False
 
 
 def nearest_images(queries: Tensor, images: Tensor, is_mirrored: bool) -> tuple[Tensor, Tensor]:
@@ -118,10 +121,11 @@ def summarize(compared: Tensor, real: RealImages) -> dict[str, float]:
     """
     share, p_value = training_share(compared[:, 3].long(), len(real.training), len(real.held_out))
     nearest, second, to_held_out = compared[:, :3].unbind(dim=1)
+    tested = {} if real.in_groups else {"training_share_p_value": p_value}
     return {
         "training_share": share,
         "training_share_by_chance": len(real.training) / (len(real.training) + len(real.held_out)),
-        "training_share_p_value": p_value,
+        **tested,
         "copied_share": float((nearest < COPY_RATIO * second).double().mean()),
         "training_distance": float(nearest.median()),
         "held_out_distance": float(to_held_out.median()),

@@ -92,6 +92,7 @@ def scales_of(statistics: ValueStatistics, vectors: Tensor) -> Tensor:
         vectors: These as vectors.
     """
     pixels = statistics.covariances.diagonal(dim1=1, dim2=2).mean(dim=0).sqrt()
+    pixels = pixels.clamp(min=max(1e-6 * float(pixels.max()), 1e-12))  # a channel may be constant
     rows, columns = torch.triu_indices(len(pixels), len(pixels))
     log_powers = torch.ones(statistics.spectra[0].numel(), dtype=torch.float64)
     least = SMALLEST_SCALE * torch.cat([pixels, pixels[rows] * pixels[columns], log_powers])

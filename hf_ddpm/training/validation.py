@@ -327,7 +327,7 @@ def _real_images(config: TrainingConfig, images: Any, held_out: Tensor) -> RealI
     count = min(MAX_TRAINING_IMAGES, max(2, MAX_TRAINING_VALUES // held_out[0].numel()))
     training = as_tensor(fixed_pixels(images, epoch_order(0, 0, len(images))[:count]))
     uint8 = (_to_uint8(pixels, images.scale) for pixels in (training, held_out))
-    return RealImages(*uint8, is_mirrored=config.random_flip)
+    return RealImages(*uint8, is_mirrored=config.random_flip, in_groups=config.group_column is not None)
 
 
 def _distance_of_held_out(real: RealImages, processes: Processes) -> float:

@@ -77,7 +77,7 @@ def test_volumes_in_folders_of_their_own_are_held_out_whole(tmp_path: Path) -> N
         None,
         train_data_dir=str(tmp_path / "volumes"),
         cache_dir=str(tmp_path / "cache"),
-        eval_fraction=0.3,
+        eval_fraction=0.5,
         group_column="folder",
     )
     trained, held_out, num_groups = divide_training(config)
@@ -90,7 +90,7 @@ def test_slices_of_a_file_are_held_out_together(tmp_path: Path) -> None:
     for i in range(4):
         np.save(tmp_path / f"volumes/{i}.npy", PLACES[3 * i : 3 * i + 3])
     trained, held_out, num_groups = divide_training(
-        cache_config(None, train_data_dir=str(tmp_path / "volumes"), eval_fraction=0.3, group_column="file")
+        cache_config(None, train_data_dir=str(tmp_path / "volumes"), eval_fraction=0.5, group_column="file")
     )
     assert num_groups == 2
     assert not {row // 3 for row in trained} & {row // 3 for row in held_out}

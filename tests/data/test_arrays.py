@@ -312,3 +312,12 @@ def test_damaged_archive_says_its_error(folder: Path) -> None:
         load_images(files_config(folder))
     with pytest.raises(UsageError, match="array_key has no effect"), open_arrays(folder / "a.npy", ["x"]):
         pass
+
+
+def test_four_axes_of_a_volume_are_not_guessed(folder: Path) -> None:
+    save_nifti(folder / "a.nii.gz", np.arange(384, dtype=np.float32).reshape(8, 8, 3, 2))
+    for settings in ({}, {"stack_axis": 3}):
+        with pytest.raises(UsageError, match="--channel_axis and --stack_axis say"):
+            load_images(cache_config(None, train_data_dir=str(folder), **settings))
+    images = load_images(cache_config(None, train_data_dir=str(folder), stack_axis=2, channel_axis=3))
+    assert (len(images), images.channels, images.size) == (3, 2, (8, 8))

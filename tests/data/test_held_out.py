@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -50,7 +51,7 @@ def test_training_and_held_out_images_are_all_and_none_is_both(folder: Path, kin
     config = DataConfig(**save_source(kind, folder / "again"), cache_dir=str(folder / "cache"), eval_fraction=0.25)
     trained = load_images(config)
     with open_split(config, "test") as held_out:
-        assert len(held_out) == -(-len(load_images(whole)) // 4)
+        assert len(held_out) == round(len(load_images(whole)) / 4)
         assert contents(trained) | contents(held_out) == contents(load_images(whole))
         assert not contents(trained) & contents(held_out)
         assert describe_split(config, "test", held_out)[0].startswith(f"split test of {find_source(config).name}: ")
@@ -89,6 +90,48 @@ def test_groups_are_held_out_as_a_whole(folder: Path) -> None:
     assert len(held_out) == 6
     said = describe_images(config, load_images(config))[0]
     assert "6 more in 2 groups of 'patient' held out as the split 'test'" in said
+
+
+@pytest.mark.parametrize("sizes", [(19, 1, 1, 1), (1, 1, 19, 1), (1, 19, 1, 1)])
+def test_large_group_is_not_held_out_for_a_few_images(folder: Path, sizes: tuple[int, ...]) -> None:
+    for name, size in zip("abcd", sizes, strict=True):
+        save_grays(folder / name, size)
+    held_out = open_dataset(cache_config(folder, eval_fraction=0.1, group_column="folder"), "test")
+    assert 1 <= len(held_out) <= 2
+
+
+def test_image_that_is_missing_is_named_when_it_is_decoded(folder: Path) -> None:
+    table = datasets.Dataset.from_dict(
+        {"image": [*[{"bytes": png(noise(8, 8, seed=i)), "path": None} for i in range(9)], None]}
+    )
+    parts = divide(table.cast_column("image", datasets.Image()), None, DataConfig(eval_fraction=0.5))
+    assert sorted([*parts.trained, *parts.held_out]) == [*range(10)]
+
+
+def test_condition_that_changes_is_decoded_again(folder: Path) -> None:
+    for i in range(8):
+        Image.fromarray(noise(8, 8, seed=i)).save(folder / f"{i}.png")
+        Image.fromarray(np.full((8, 8), 100, np.uint8)).save(folder / f"from-{i}.png")
+    rows = [f"{i}.png,from-{i}.png" for i in range(8)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,mask_file_name", *rows]) + "\n")
+    config = cache_config(folder, eval_fraction=0.25, condition_column="mask")
+    first = load_images(config)
+    for i in range(8):
+        Image.fromarray(np.full((8, 8), 200, np.uint8)).save(folder / f"from-{i}.png")
+    again = load_images(config)
+    assert first.conditions is not None
+    assert again.conditions is not None
+    assert (again.conditions.image(0) == 200).all()
+    assert again.fingerprint != first.fingerprint
+
+
+def test_split_of_tables_is_not_shadowed(folder: Path) -> None:
+    for split, count in (("train", 12), ("test", 5)):
+        rows = [{"bytes": png(noise(8, 8, seed=i)), "path": None} for i in range(count)]
+        table = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
+        table.to_parquet(folder / f"{split}.parquet")
+    with pytest.raises(UsageError, match=r"must be left out where there is a split 'test', got 0.25 and the splits"):
+        load_images(cache_config(folder, eval_fraction=0.25))
 
 
 def test_folder_of_each_image_may_be_its_group(folder: Path) -> None:
@@ -160,7 +203,7 @@ def test_group_in_training_and_in_a_split_is_named(folder: Path, kind: str) -> N
     ("settings", "message"),
     [
         ({"eval_fraction": 0.99}, "must leave images to train on, got 0.99 of 24"),
-        ({"eval_fraction": 0.9, "group_column": "patient"}, "must leave groups of 'patient' .* got 0.9 of 8"),
+        ({"eval_fraction": 0.95, "group_column": "patient"}, "must leave groups of 'patient' .* got 0.95 of 8"),
         (
             {"eval_fraction": 0.1, "group_column": "name"},
             r"group_column must be one of \[.*\], or 'folder' or 'file', .* got 'name'",

@@ -39,6 +39,13 @@ def test_p_value_is_the_share_of_all_choices_of_held_out_images(counts):
     assert p_value == pytest.approx(np.mean([s >= observed for s in sums]), abs=0.02)
 
 
+def test_whole_groups_that_are_held_out_have_no_p_value():
+    real = RealImages(images(30, 0), images(10, 1), is_mirrored=False, in_groups=True)
+    result = summarize(compare_samples(images(20, 2), real), real)
+    assert result["training_share_by_chance"] == 0.75
+    assert "training_share_p_value" not in result
+
+
 def test_samples_of_the_data_are_nearest_to_training_images_by_chance():
     # Another choice of held-out images each time: given one, the p-values of several samples are alike.
     results = [measured(images(300, 3 * k), images(150, 3 * k + 1), images(50, 3 * k + 2)) for k in range(8)]

@@ -79,6 +79,18 @@ def test_images_without_any_variation_have_a_distance_that_is_finite() -> None:
     assert math.isfinite(value_distance(other.vectors(RANGE), vectors, scales_of(statistics, vectors)))
 
 
+def test_channel_that_is_constant_does_not_hide_the_others() -> None:
+    padded = [torch.cat([noise(20, 1, seed=seed), torch.full((20, 1, 8, 8), 3.0)], dim=1) for seed in range(3)]
+    padded[2][:, :1] += 1
+    statistics = [value_statistics(each) for each in padded]
+    vectors = [each.vectors(RANGE) for each in statistics]
+    scale = scales_of(statistics[0], vectors[0])
+    assert (scale > 0).all()
+    near, far = (value_distance(each, vectors[0], scale) for each in vectors[1:])
+    assert math.isfinite(near)
+    assert far > 2 * near
+
+
 def test_smoother_samples_are_told_by_their_spectrum() -> None:
     images = noise(50, 1)
     smooth = (images + images.roll(1, dims=3)) / 2
