@@ -73,8 +73,9 @@ class Splits:
                 self.data = recorded if recorded.dataset_name or recorded.train_data_dir else None
             else:  # the model has seen mirrored images, or parts of images, too
                 of_run = read_mapping(folder / "config.yaml")
-                own = {name: True for name in ("random_flip", "random_crop") if of_run.get(name)}
-                self.data = replace(data, **own)
+                crops = bool(of_run.get("random_crop")) and not data.center_crop
+                flips = data.random_flip or bool(of_run.get("random_flip"))
+                self.data = replace(data, random_flip=flips, random_crop=data.random_crop or crops)
         self._opened: dict[tuple[str, bool], ImageCache] = {}
 
     def close(self) -> None:

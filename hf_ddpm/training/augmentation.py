@@ -57,10 +57,10 @@ def draw_transformations(seed: int, positions: Tensor, probability: float, heigh
     uniform = (words.double() + 0.5) * 2.0**-32
     is_applied = (uniform[:, :6] < probability).double()
     flip_x, flip_y = (uniform[:, 6:8] < 0.5).double().unbind(dim=1)
-    half_phi, theta = 2 * math.pi * uniform[:, 8], 2 * math.pi * (uniform[:, 9] - 0.5)
+    twice_phi, theta = 2 * math.pi * uniform[:, 8], 2 * math.pi * (uniform[:, 9] - 0.5)
     a, b, d, e = torch.special.ndtri(uniform[:, 10:14]).unbind(dim=1)
     right, down = ((z * _TRANSLATION * side).round() / (_TRANSLATION * side) for z, side in ((d, width), (e, height)))
-    columns = (flip_x, flip_y, a, b * half_phi.cos(), b * half_phi.sin(), theta.cos() - 1, theta.sin(), right, down)
+    columns = (flip_x, flip_y, a, b * twice_phi.cos(), b * twice_phi.sin(), theta.cos() - 1, theta.sin(), right, down)
     row_of_column = torch.tensor([0, 1, 2, 3, 3, 4, 4, 5, 5])
     return (torch.stack(columns, dim=1) * is_applied[:, row_of_column]).float()
 

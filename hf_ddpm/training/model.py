@@ -114,7 +114,7 @@ def make_network(
     return unet
 
 
-def _on_scales_of_start(config: TrainingConfig, labels: Labels | None, start: Start) -> Labels | None:
+def on_scales_of_start(config: TrainingConfig, labels: Labels | None, start: Start) -> Labels | None:
     """Return the labels on the scales of what the run begins with: a number means to its network what it meant."""
     if start.checkpoint is not None:
         return on_scales(labels, start.progress.label_scales)

@@ -40,7 +40,7 @@ from hf_ddpm.training.conditions import condition_of
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.finetuning import take_over
 from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
-from hf_ddpm.training.model import _on_scales_of_start, labels_of_run, make_network, make_objective, make_scheduler
+from hf_ddpm.training.model import labels_of_run, make_network, make_objective, make_scheduler, on_scales_of_start
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parts import Parts
 from hf_ddpm.training.publishing import create_run_repository, repository_of
@@ -108,7 +108,7 @@ def build_run(
     _check_extra_images(config, images, start.global_batch_size)
     condition = condition_of(config, images)
     labels = labels_of_run(config, images, parts.network)
-    labels = _on_scales_of_start(config, labels, start)
+    labels = on_scales_of_start(config, labels, start)
     progress = replace(progress, label_scales=scales_of(labels))
     images = with_network_labels(images, labels)
     validation = None
