@@ -43,6 +43,10 @@ def for_arrays(network: FeatureNetwork, value_range: ValueRange, num_channels: i
     """
     require_seen(value_range, num_channels)
     channels = value_range.display_channels or tuple(range(num_channels))
-    identity = {**network.identity, "channels": [*channels], "values": str(value_range)}
+    identity = {
+        **network.identity,
+        "channels": [*channels],
+        "values": [value_range.low, value_range.high, value_range.dtype],
+    }
     parts = {name: getattr(network, name) for name in ("name", "dimensions", "device", "compute")}
     return ArrayFeatureNetwork(identity=identity, value_range=value_range, **parts)
