@@ -15,7 +15,7 @@ from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.held_out import divide
 from hf_ddpm.data.sources import check_source, find_source, open_dataset
-from hf_ddpm.data.splits import check_split, describe_split, image_names, open_split
+from hf_ddpm.data.splits import check_groups, check_split, describe_split, image_names, open_split
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 from tests.support.image_data import cache_config, noise, png, save_grays
 
@@ -100,12 +100,18 @@ def test_large_group_is_not_held_out_for_a_few_images(folder: Path, sizes: tuple
     assert 1 <= len(held_out) <= 2
 
 
-def test_image_that_is_missing_is_named_when_it_is_decoded(folder: Path) -> None:
-    table = datasets.Dataset.from_dict(
-        {"image": [*[{"bytes": png(noise(8, 8, seed=i)), "path": None} for i in range(9)], None]}
-    )
-    parts = divide(table.cast_column("image", datasets.Image()), None, DataConfig(eval_fraction=0.5))
+def test_empty_cell_is_divided_as_other_rows_are(folder: Path) -> None:
+    """It is named, or left out, when it is decoded."""
+    rows = [*[{"bytes": None, "path": str(folder / f"{i}.png")} for i in range(9)], None]
+    table = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
+    parts = divide(table, folder, DataConfig(eval_fraction=0.5))
     assert sorted([*parts.trained, *parts.held_out]) == [*range(10)]
+
+
+def test_classes_are_compared_by_their_names(folder: Path) -> None:
+    for name in ("train/a", "train/b", "test/c", "test/d"):
+        save_grays(folder / name, 1)
+    check_groups(cache_config(folder, group_column="label"), "test")
 
 
 def test_condition_that_changes_is_decoded_again(folder: Path) -> None:
