@@ -170,6 +170,11 @@ def read_array(encoded: Any, name: str, config: DataConfig) -> ArrayImage:
         with open_arrays(path, _keys(config)) as arrays:
             parts = [_image_of(array, encoded["slice"], name, config) for array in arrays]
     else:
+        if config.array_key is not None:
+            raise UsageError(
+                f"array_key takes effect only for .npz and .h5 files, got {config.array_key!r} for cells of a table: "
+                "leave it out; --image_column names the column"
+            )
         parts = [_image_of(FileArray(np.asarray(encoded)), None, name, config)]
     if len({part.dtype for part in parts}) > 1 or len({part.shape[1:] for part in parts}) > 1:
         shapes = ", ".join(f"{part.dtype} {part.shape}" for part in parts)

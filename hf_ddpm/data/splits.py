@@ -17,7 +17,7 @@ from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.held_out import FILE, groups_of, is_held_out, require_disjoint
 from hf_ddpm.data.image_folder import split_kind
 from hf_ddpm.data.sources import SPLIT_NAME, Source, find_source, folder_of_images, open_dataset, open_table
-from hf_ddpm.runtime.errors import MissingSplitError, UsageError
+from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line
 
 
 @contextlib.contextmanager
@@ -45,7 +45,14 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
     else:
         with tempfile.TemporaryDirectory(prefix="hf_ddpm-", ignore_cleanup_errors=True) as temporary:
             saved = Path(temporary) / "split"
-            open_dataset(config, split, option, with_conditions=True).save_to_disk(saved)
+            held_out = open_dataset(config, split, option, with_conditions=True)
+            try:
+                held_out.save_to_disk(saved)
+            except FileNotFoundError as error:  # metadata may name it
+                raise UsageError(
+                    f"{option} must hold images that are there, got {in_one_line(error)}: remove its row, or "
+                    "restore it"
+                ) from error
             whole: dict[str, Any] = {"dataset_config_name": None, "train_split": None, "cache_dir": temporary}
             whole.update(train_data_dir=None, eval_fraction=None, group_column=None)
             yield load_images(replace(config, dataset_name=str(saved), **whole))

@@ -146,6 +146,8 @@ def test_arrays_of_a_table_are_read_from_a_cache_or_a_stream(tmp_path: Path, str
     if not streaming:
         of_dataset = load_images(cache_config(None, cache_dir=str(tmp_path / "c"), image_column="y"), dataset=table)
         assert (of_dataset.image(2)[0] == FIELDS[2]).all()
+        with pytest.raises(UsageError, match=r"array_key takes effect only for .npz and .h5 files, got 'x' for cells"):
+            load_images(cache_config(tmp_path / "table", image_column="x", array_key="x"))
 
 
 def test_hdf5_tables_are_read_by_rows_as_datasets_does(tmp_path: Path) -> None:

@@ -108,6 +108,17 @@ def test_empty_cell_is_divided_as_other_rows_are(folder: Path) -> None:
     assert sorted([*parts.trained, *parts.held_out]) == [*range(10)]
 
 
+def test_missing_image_of_the_held_out_ones_is_one_line(folder: Path) -> None:
+    save_grays(folder, 6)
+    (folder / "metadata.csv").write_text("\n".join(["file_name", *[f"{i:03}.png" for i in range(12)]]) + "\n")
+    config = cache_config(folder, eval_fraction=0.9, on_bad_image="skip")
+    with (
+        pytest.raises(UsageError, match=r"test_split must hold images that are there, got .*\.png.*: remove its row"),
+        open_split(config, "test", "test_split"),
+    ):
+        pass
+
+
 def test_classes_are_compared_by_their_names(folder: Path) -> None:
     for name in ("train/a", "train/b", "test/c", "test/d"):
         save_grays(folder / name, 1)
