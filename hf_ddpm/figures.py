@@ -20,8 +20,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from hf_ddpm.value_range import ValueRange, pictured
-
 if TYPE_CHECKING:
     from hf_ddpm.pipeline import TrajectoryStep
     from hf_ddpm.scheduler import DDPMScheduler
@@ -164,10 +162,7 @@ def side_by_side(columns: Sequence[Images], labels: Sequence[str]) -> Image.Imag
 
 
 def reverse_strip(
-    steps: Sequence[TrajectoryStep],
-    images: Tensor | None = None,
-    max_images: int | None = None,
-    values: ValueRange | None = None,
+    steps: Sequence[TrajectoryStep], images: Tensor | None = None, max_images: int | None = None
 ) -> Image.Image:
     """Return the reverse chain as a strip: two rows for each image, x_t and below it x_0_hat, under the timesteps.
 
@@ -175,13 +170,12 @@ def reverse_strip(
         steps: At least one step of sampling.
         images: What the chain ends at, (B, C, H, W) in [-1, 1], as a last column; None: no such column.
         max_images: How many of the B images are shown at most; None: all.
-        values: The values of a model of arrays, which say the channels that are shown; None for other models.
     """
     rows, names = [], []
     for i in range(len(steps[0].x_t))[:max_images]:
         end = [] if images is None else [images[i]]
         for states in ([step.x_t[i] for step in steps], [step.x_0_hat[i] for step in steps]):
-            rows.append(to_pil(pictured(torch.stack([*states, *end]) / 2 + 0.5, values)))
+            rows.append(to_pil(torch.stack([*states, *end]) / 2 + 0.5))
         names += ["x_t", "x_0_hat"]
     return strip(rows, [f"t = {step.timestep}" for step in steps] + ([] if images is None else ["image"]), names)
 

@@ -132,7 +132,7 @@ class ImageCache:
 
     @property
     def scale(self) -> Scale:
-        """What -1 and 1 stand for."""
+        """The largest value of a pixel, or the range of values, that -1 and 1 stand for."""
         return self.value_range or self.max_value
 
     @property

@@ -6,6 +6,8 @@ The card is written from the files of `output_dir` alone, so that each of its nu
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -271,11 +273,12 @@ def _draw_reverse_chain(run: Run, pipeline: DDPMPipeline, total: int) -> None:
         return_dict=False,
     )
     pipeline.set_progress_bar_config()  # `train` returns this pipeline
-    final = 2 * final.cpu() - 1
-    steps = dict(zip(frames, trajectory, strict=True))
-    strip = figures.reverse_strip([steps[k] for k in columns], final, values=run.images.value_range)
+    shown = partial(pictured, values=run.images.value_range)
+    final = shown(2 * final.cpu() - 1)
+    states = (replace(step, x_t=shown(step.x_t), x_0_hat=shown(step.x_0_hat)) for step in trajectory)
+    steps = dict(zip(frames, states, strict=True))
+    strip = figures.reverse_strip([steps[k] for k in columns], final)
     strip.save(run.output_dir / "figures" / "reverse.png")
-    states = [*(step.x_t for step in steps.values()), final]
-    shown = (pictured(x / 2 + 0.5, run.images.value_range) for x in states)
-    pictures = [figures.grid(figures.to_pil(x), columns=CHAIN_SIZE) for x in shown]
+    frames_and_end = [*(step.x_t for step in steps.values()), final]
+    pictures = [figures.grid(figures.to_pil(x / 2 + 0.5), columns=CHAIN_SIZE) for x in frames_and_end]
     figures.chain_gif(pictures, run.output_dir / "figures" / "reverse.gif")
