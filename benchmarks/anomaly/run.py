@@ -33,8 +33,8 @@ from torch import Tensor
 from hf_ddpm.data.batches import fixed_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.data.splits import open_split
+from hf_ddpm.data.tables import open_dataset
 from hf_ddpm.evaluation.anomaly import anomaly_maps, auroc, scores_of
 from hf_ddpm.evaluation.detection import find_anomalies
 from hf_ddpm.evaluation.memorization import nearest

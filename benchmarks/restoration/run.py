@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.sources import open_dataset
+from hf_ddpm.data.tables import open_dataset
 from hf_ddpm.figures import grid, to_pil
 from hf_ddpm.measurements import Operator, blur, downsample, mask
 from hf_ddpm.restoration import restore

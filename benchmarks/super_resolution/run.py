@@ -33,8 +33,8 @@ from hf_ddpm import ConditionalDDPMPipeline
 from hf_ddpm.condition import read_condition
 from hf_ddpm.data.conditions import Pairs, pairs_of
 from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.sources import open_dataset
 from hf_ddpm.data.splits import open_split
+from hf_ddpm.data.tables import open_dataset
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.fidelity import mean_of, psnr, ssim
 from hf_ddpm.figures import png_bytes, strip, to_pil

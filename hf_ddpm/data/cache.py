@@ -48,7 +48,8 @@ from hf_ddpm.data.image_folder import files_below, list_images
 from hf_ddpm.data.image_format import ImageFormat
 from hf_ddpm.data.labels import LabelColumn, RawLabels, find_labels
 from hf_ddpm.data.planes import NeedsSixteenBits
-from hf_ddpm.data.sources import Source, find_source, license_of, open_dataset
+from hf_ddpm.data.sources import Source, find_source
+from hf_ddpm.data.tables import license_of, open_dataset
 from hf_ddpm.image_size import Size, format_size, to_resolution, to_size
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import lock, look_at

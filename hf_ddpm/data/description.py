@@ -16,7 +16,8 @@ from hf_ddpm.data.image_folder import ImageFolder, files_below, is_image, list_i
 from hf_ddpm.data.labels import LabelColumn
 from hf_ddpm.data.metadata import METADATA_NAMES
 from hf_ddpm.data.shards import NUM_FIRST_IMAGES, ImageStream
-from hf_ddpm.data.sources import divide_training, find_source
+from hf_ddpm.data.sources import find_source
+from hf_ddpm.data.tables import divide_training
 from hf_ddpm.image_size import format_size
 
 # Values that fill less of their range than this are warned of: photographs fill nearly all of it.

@@ -18,7 +18,8 @@ from hf_ddpm.data.columns import check_label_column, choose_columns, label_colum
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import files_below, list_images
 from hf_ddpm.data.metadata import METADATA_NAMES
-from hf_ddpm.data.sources import Source, as_usage_errors, files_of_arrays, open_dataset
+from hf_ddpm.data.sources import Source, files_of_arrays
+from hf_ddpm.data.tables import as_usage_errors, open_dataset
 from hf_ddpm.data.tar_shards import label_table, read_columns
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 

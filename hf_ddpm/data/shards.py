@@ -39,11 +39,8 @@ from hf_ddpm.data.image_format import ImageFormat, InFormat
 from hf_ddpm.data.labels import LabelColumn, RawLabels, find_labels
 from hf_ddpm.data.planes import NeedsSixteenBits
 from hf_ddpm.data.shard_files import UNKNOWN, Shards, open_iterable, open_mapped, row_groups_from
-from hf_ddpm.data.sources import (
-    find_source,
-    license_of,
-    no_images_error,
-)
+from hf_ddpm.data.sources import find_source
+from hf_ddpm.data.tables import license_of, no_images_error
 from hf_ddpm.image_size import to_resolution
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.value_range import ValueRange

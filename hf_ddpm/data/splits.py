@@ -16,7 +16,8 @@ from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.held_out import FILE, groups_of, is_held_out, require_disjoint
 from hf_ddpm.data.image_folder import split_kind
-from hf_ddpm.data.sources import SPLIT_NAME, Source, find_source, folder_of_images, open_dataset, open_table
+from hf_ddpm.data.sources import SPLIT_NAME, Source, find_source, folder_of_images
+from hf_ddpm.data.tables import open_dataset, open_table
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line
 
 

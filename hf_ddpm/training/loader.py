@@ -22,7 +22,7 @@ from hf_ddpm.data.decoding import name_of
 from hf_ddpm.data.given import NAME
 from hf_ddpm.data.shard_batches import BlockStart, StreamBatches, newest_block_starts
 from hf_ddpm.data.shards import ImageStream
-from hf_ddpm.data.sources import open_dataset
+from hf_ddpm.data.tables import open_dataset
 from hf_ddpm.runtime.format import format_duration
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.signals import leave_signals_to_parent

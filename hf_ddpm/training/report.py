@@ -22,7 +22,7 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import example_pairs
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT
 from hf_ddpm.data.planes import center_crop
-from hf_ddpm.data.sources import divide_training
+from hf_ddpm.data.tables import divide_training
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.image_size import to_resolution
 from hf_ddpm.labels import describe_labels

@@ -14,8 +14,9 @@ from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.held_out import divide
-from hf_ddpm.data.sources import check_source, find_source, open_dataset
+from hf_ddpm.data.sources import check_source, find_source
 from hf_ddpm.data.splits import check_groups, check_split, describe_split, image_names, open_split
+from hf_ddpm.data.tables import open_dataset
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 from tests.support.image_data import cache_config, noise, png, save_grays
 

@@ -18,8 +18,9 @@ from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.image_folder import list_images, open_images
 from hf_ddpm.data.shards import open_stream
-from hf_ddpm.data.sources import find_source, open_dataset
+from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import open_split
+from hf_ddpm.data.tables import open_dataset
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, noise, save_grays
 from tests.support.streams import stream_config
