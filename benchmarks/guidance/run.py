@@ -2,11 +2,13 @@
 
     hf-ddpm train --label_column label --output_dir runs/digits
     python -m benchmarks.guidance.run runs/digits --machine NAME
+    python -m benchmarks.guidance.run runs/digits --guidance_model runs/digits/guide --machine NAME
 
 A small convolutional classifier learns the classes from real images; its accuracy on images that it has not seen is
 stated. It names the class of samples, which ask for each class in turn. `hf-ddpm evaluate` measures their distance to
 the training images at each scale. Appends each row to `rows.jsonl` as soon as it is measured, unless it is there, and
-writes `table.md` and `samples.png`: a row for each class, at scale 1 to the left, at the best scale to the right.
+writes `table.md` and, of a model of classes, `samples.png`: a row for each class, at scale 1 to the left, at the best
+scale to the right. A model without classes has distances alone, and is guided by `--guidance_model`.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0, 3.0])
     parser.add_argument("--interval", type=float, nargs=2, help="low and high; default: everywhere")
+    parser.add_argument("--guidance_model", help="a weaker version of the model; default: the model without a class")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first seed of each repetition")
     parser.add_argument("--num_images", type=int, default=5000)
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="what the network samples in")
@@ -56,31 +59,34 @@ def main() -> None:
     parser.add_argument("--machine", required=True, help="what the processor is called in the table")
     options = parser.parse_args()
     data = load_data_config(options.run / "config.yaml")
-    classifier, accuracy = learn_classifier(data)
+    has_classes = bool(read_run(options.run)["data"]["class_names"])
+    classifier, accuracy = learn_classifier(data) if has_classes else (None, None)
+    weaker = options.guidance_model and weights_sha256(Path(options.guidance_model))
     for seed in options.seeds:
         for scale in options.scales:
-            cell = [weights_sha256(options.run), scale, None if scale == 1 else options.interval, seed]
-            if any(row["cell"] == [*cell, options.num_images] for row in read_rows()):
+            by, interval = (None, None) if scale == 1 else (weaker, options.interval)
+            cell = [weights_sha256(options.run), by, scale, interval, seed, options.num_images]
+            if any(row["cell"] == cell for row in read_rows()):
                 continue
-            guidance = None if scale == 1 else Guidance(scale, options.interval and tuple(options.interval))
+            guidance = None if scale == 1 else Guidance(scale, interval and tuple(interval))
             row = {
-                "cell": [*cell, options.num_images],
+                "cell": cell,
                 "data": read_run(options.run)["data"]["name"],
                 "trained_steps": read_run(options.run)["training"]["steps"],
                 "machine": options.machine,
                 "date": time.strftime("%Y-%m-%d"),
                 "classifier": accuracy,
                 "dtype": options.dtype,
-                "named": share_named(options, classifier, guidance, seed),
+                "named": classifier and share_named(options, classifier, guidance, seed),
                 **distances(options, data, guidance, seed),
             }
             with ROWS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             write_table(read_rows())
-    weights = weights_sha256(options.run)
-    best = min((row for row in read_rows() if row["cell"][0] == weights), key=lambda row: row["fd"])
-    _, scale, interval, *_ = best["cell"]
-    draw(options.run, None if scale == 1 else Guidance(scale, interval and tuple(interval)))
+    if has_classes:
+        rows = [row for row in read_rows() if row["cell"][:2] == [weights_sha256(options.run), weaker]]
+        _, _, scale, interval, *_ = min(rows, key=lambda row: row["fd"])["cell"]
+        draw(options, None if scale == 1 else Guidance(scale, interval and tuple(interval)))
     if (options.run / "figures/guidance.png").is_file():
         shutil.copyfile(options.run / "figures/guidance.png", FOLDER / "guidance.png")
 
@@ -90,13 +96,15 @@ def read_rows() -> list[dict[str, Any]]:
 
 
 class Classifier(nn.Module):
-    """Two convolutions and two layers, for gray or color images of at least 8x8 pixels in [0, 1]."""
+    """Four convolutions and two layers, for gray or color images of at least 8x8 pixels in [0, 1]."""
 
     def __init__(self, channels: int, size: int, num_classes: int) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(
-            *(nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
         )
         width = 64 * (size // 4) ** 2
         self.layers = nn.Sequential(
@@ -119,17 +127,27 @@ def learn_classifier(data: DataConfig) -> tuple[Classifier, float]:
         held_out, kept = order[: int(HELD_OUT * len(x))], order[int(HELD_OUT * len(x)) :]
         test, (x, y) = (x[held_out], y[held_out]), (x[kept], y[kept])
     classifier = Classifier(images.channels, images.size[0], images.num_classes or 0)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
     epochs = max(EPOCHS, math.ceil(2000 * BATCH / len(x)))  # small data are seen more often
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, epochs * math.ceil(len(x) / BATCH))
     for _ in range(epochs):
         for batch in torch.randperm(len(x)).split(BATCH):
-            nn.functional.cross_entropy(classifier(x[batch]), y[batch]).backward()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = classifier(shifted(x[batch]))
+            nn.functional.cross_entropy(logits.float(), y[batch], label_smoothing=0.1).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
     classifier.eval()
     return classifier, float((named(classifier, test[0]) == test[1]).float().mean())
+
+
+def shifted(images: Tensor) -> Tensor:
+    """Return the images, moved together by up to a fourteenth of their size, (N, C, R, R); the border is repeated."""
+    most = images.shape[-1] // 14
+    down, right = torch.randint(2 * most + 1, (2,)).tolist()
+    padded = nn.functional.pad(images, [most] * 4, mode="replicate")
+    return padded[..., down : down + images.shape[-2], right : right + images.shape[-1]]
 
 
 def tensors_of(images: ImageCache) -> tuple[Tensor, Tensor]:
@@ -145,9 +163,12 @@ def named(classifier: Classifier, images: Tensor) -> Tensor:
     return torch.cat([classifier(batch).argmax(dim=1) for batch in images.split(500)])
 
 
-def sample(run: Path, seeds: Sequence[int], guidance: Guidance | None, dtype: str = "fp32") -> tuple[Tensor, Tensor]:
+def sample(
+    options: argparse.Namespace, seeds: Sequence[int], guidance: Guidance | None, dtype: str = "fp32"
+) -> tuple[Tensor, Tensor]:
     """Return samples, (N, C, R, R) in [0, 1], and the classes that they were asked for, (N,)."""
-    pipeline, steps = load_for_sampling(str(run), dtype=dtype)
+    weaker = None if guidance is None else options.guidance_model
+    pipeline, steps = load_for_sampling(str(options.run), dtype=dtype, guidance_model=weaker)
     labels = labels_in_turn(pipeline.classes, seeds) or []
     batches = iter_samples(
         pipeline, seeds, batch_size=64, num_inference_steps=steps, class_labels=labels, guidance=guidance
@@ -158,7 +179,7 @@ def sample(run: Path, seeds: Sequence[int], guidance: Guidance | None, dtype: st
 
 def share_named(options: argparse.Namespace, classifier: Classifier, guidance: Guidance | None, seed: int) -> float:
     """Return the share of samples whose class the classifier names as it was asked for."""
-    images, labels = sample(options.run, range(seed, seed + NUM_CLASSIFIED), guidance, options.dtype)
+    images, labels = sample(options, range(seed, seed + NUM_CLASSIFIED), guidance, options.dtype)
     return float((named(classifier, images) == labels).float().mean())
 
 
@@ -174,16 +195,17 @@ def distances(options: argparse.Namespace, data: DataConfig, guidance: Guidance 
         compile=options.compile,
         guidance_scales=[1.0 if guidance is None else guidance.scale],
         guidance_interval=None if guidance is None else guidance.interval,
+        guidance_model=None if guidance is None else options.guidance_model,
     )
     return {row["metric"]: row["value"] for row in result["results"]}
 
 
-def draw(run: Path, guidance: Guidance | None) -> None:
+def draw(options: argparse.Namespace, guidance: Guidance | None) -> None:
     """Draw the same seeds without guidance and with it, a row for each class."""
-    names = read_run(run)["data"]["class_names"]
+    names = read_run(options.run)["data"]["class_names"]
     seeds = range(COLUMNS * len(names))
-    plain, labels = sample(run, seeds, None)
-    guided, _ = sample(run, seeds, guidance)
+    plain, labels = sample(options, seeds, None)
+    guided, _ = sample(options, seeds, guidance)
     by_class = [labels == number for number in range(len(names))]
     rows = [[*to_pil(plain[each]), *to_pil(guided[each])] for each in by_class]
     scale = 1.0 if guidance is None else guidance.scale
@@ -199,16 +221,20 @@ def write_table(rows: list[dict[str, Any]]) -> None:
         f"UniPC. *Named* is the share of {NUM_CLASSIFIED:,} samples whose class a classifier names as it was asked "
         "for; higher is better. Beside it stands the share of real images that it names rightly, which it has not "
         "seen. FD and KD are the Fréchet and the kernel distance to the training images by features of "
-        "efficientnet-lite0; lower is better. Higher precision and recall are better. Scale 1 is no guidance.\n\n"
-        "| data | steps of training | type | scale | sigma | first seed | images | named | real images | FD | KD "
-        "| precision | recall |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "efficientnet-lite0; lower is better. Higher precision and recall are better. Scale 1 is no guidance; else "
+        "the model is guided by itself without a class, or by its average after an eighth of the training "
+        "(autoguidance).\n\n"
+        "| data | steps of training | type | guided by | scale | sigma | first seed | images | named | real images "
+        "| FD | KD | precision | recall |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
-    for row in sorted(rows, key=lambda row: (row["data"], str(row["cell"][0]), row["cell"][3], row["cell"][1])):
-        _, scale, interval, seed, count = row["cell"]
-        sigma = "all" if interval is None else f"{interval[0]:g} to {interval[1]:g}"
+    for row in sorted(rows, key=lambda row: (row["data"], row["cell"][0], row["cell"][4], row["cell"][2])):
+        _, weaker, scale, interval, seed, count = row["cell"]
+        by = "" if scale == 1 else "no class" if weaker is None else "its average"
+        sigma = "" if scale == 1 else "all" if interval is None else f"{interval[0]:g} to {interval[1]:g}"
+        shares = [share and f"{share:.1%}" for share in (row["named"], row["classifier"])]
         text += (
-            f"| {row['data']} | {row['trained_steps']:,} | {row.get('dtype', 'fp32')} | {scale:g} | {sigma} "
-            f"| {seed:,} | {count:,} | {row['named']:.1%} | {row['classifier']:.1%} | {row['fd']:.1f} "
+            f"| {row['data']} | {row['trained_steps']:,} | {row.get('dtype', 'fp32')} | {by} | {scale:g} | {sigma} "
+            f"| {seed:,} | {count:,} | {shares[0] or ''} | {shares[1] or ''} | {row['fd']:.1f} "
             f"| {row['kid']:.4f} | {row['precision']:.3f} | {row['recall']:.3f} |\n"
         )
     (FOLDER / "table.md").write_text(text)

@@ -39,7 +39,7 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.previews import preview_settings, sample_sheet, save_preview
 from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, num_steps_left, print_once, try_to_write
 from hf_ddpm.training.saving import averaged_unet, pipeline_of, save_models
-from hf_ddpm.training.validation import draw_validation_curves
+from hf_ddpm.training.validation_curves import draw_validation_curves
 from hf_ddpm.value_range import pictured
 
 NUM_GIF_FRAMES = 60
