@@ -72,6 +72,7 @@ from hf_ddpm.timesteps import (
     set_timesteps,
     solver_name,
     takes_timesteps,
+    timesteps_even_in_log_sigma,
     write_searched,
 )
 from hf_ddpm.value_range import ValueRange, read_value_range, write_value_range
@@ -473,16 +474,25 @@ class DDPMPipeline(DiffusionPipeline):
         guides_itself = self.labels is not None and self.labels.has_unconditional
         return sampler.guidance is not None and (sampler.uses_guide or not guides_itself)
 
+    def default_timesteps(self, scheduler: Any, num_steps: int) -> list[int] | None:
+        """Return the timesteps that a solver takes for the model when none were searched; None: its own.
+
+        Models of arrays are sampled at timesteps that are even in log sigma, so that small scales keep their power.
+        """
+        if self.value_range is None or solver_name(scheduler) is None or num_steps == len(scheduler.alphas_cumprod):
+            return None
+        return timesteps_even_in_log_sigma(scheduler.alphas_cumprod.tolist(), num_steps)
+
     @property
     def num_timesteps(self) -> int:
         """The number of steps of the running call, for callbacks. To set `_interrupt` ends it after its step."""
         return self._num_timesteps
 
     def _set_timesteps(self, num_steps: int, timesteps: Sequence[int] | None) -> None:
-        """Set the scheduler's list: `timesteps`, else the searched ones, else the scheduler's own of `num_steps`."""
+        """Set the scheduler's list: `timesteps`, else the searched ones, else `default_timesteps` of `num_steps`."""
         if timesteps is None:
             searched = self.searched_timesteps_for(num_steps)
-            timesteps = None if searched is None else searched.timesteps
+            timesteps = self.default_timesteps(self.scheduler, num_steps) if searched is None else searched.timesteps
         if timesteps is None:
             self.scheduler.set_timesteps(num_steps)
         else:

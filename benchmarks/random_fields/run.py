@@ -66,6 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", required=True, help="What the processor is called in the table.")
     parser.add_argument("--steps", type=int, default=1000, help="The optimizer steps of 64 fields.")
+    parser.add_argument("--noise_level_mean", type=float, default=-0.4, help="As in `hf-ddpm train`.")
+    parser.add_argument("--noise_level_std", type=float, default=1.2, help="As in `hf-ddpm train`.")
+    parser.add_argument("--inference_steps", type=int, default=20, help="The steps of a sample.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -83,6 +86,8 @@ def main() -> None:
                 cache_dir=str(folder / "cache"),
                 train_batch_size=64,
                 max_train_steps=options.steps,
+                noise_level_mean=options.noise_level_mean,
+                noise_level_std=options.noise_level_std,
                 cpu_threads_per_process=1,
                 eval_batch_size=4,
                 save_figures=False,

@@ -167,13 +167,13 @@ def search_timesteps(
     of_solver = {solver: trajectories(solver) for solver in dict.fromkeys(schedulers)}
     unipc = trajectories("unipc")[1]
     for n in dict.fromkeys(num_steps):
-        unipc_images = unipc.images(uniform_timesteps(pipeline.scheduler.config, "unipc", n))
+        unipc_images = unipc.images(unsearched_timesteps(pipeline, "unipc", n))
         for solver, (searched, unseen) in of_solver.items():
             best = _search(searched, reference.searched, n)
             images = unseen.images(best)
             uniform = unipc_images
             if solver != "unipc":
-                uniform = unseen.images(uniform_timesteps(pipeline.scheduler.config, solver, n))
+                uniform = unseen.images(unsearched_timesteps(pipeline, solver, n))
             yield SearchedTimesteps(
                 scheduler=solver,
                 timesteps=best,
@@ -194,7 +194,7 @@ def _sample_reference(pipeline: DDPMPipeline, trajectories: Sequence[Trajectorie
     """Load a feature network if one is at hand, and sample the reference."""
     is_comparable = len(trajectories[1].x_T) > 1 and pipeline.unet.config.in_channels in (1, 3)
     network = network_at_hand(pipeline.device) if is_comparable else None
-    timesteps = uniform_timesteps(pipeline.scheduler.config, REFERENCE_SOLVER, num_steps)
+    timesteps = unsearched_timesteps(pipeline, REFERENCE_SOLVER, num_steps)
     with tqdm(total=len(trajectories) * num_steps, desc=f"Images of {num_steps} steps", unit="step") as progress:
         searched, unseen = (each.images(timesteps, on_step=progress.update) for each in trajectories)
     if not (searched.isfinite().all() and unseen.isfinite().all()):
@@ -244,15 +244,14 @@ def _check(
     require_known_labels(pipeline)
 
 
-def uniform_timesteps(config: Any, scheduler: str, n: int) -> list[int]:
-    """Return the solver's own n timesteps.
-
-    Args:
-        config: The config of the model's scheduler.
-    """
-    solver = named_scheduler(scheduler, config, n)
-    solver.set_timesteps(n)
-    return [int(t) for t in solver.timesteps]
+def unsearched_timesteps(pipeline: DDPMPipeline, scheduler: str, n: int) -> list[int]:
+    """Return the n timesteps that a solver takes for the model where none were searched."""
+    solver = named_scheduler(scheduler, pipeline.scheduler.config, n)
+    timesteps = pipeline.default_timesteps(solver, n)
+    if timesteps is None:
+        solver.set_timesteps(n)
+        timesteps = [int(t) for t in solver.timesteps]
+    return timesteps
 
 
 def distance(images: Tensor, target: Tensor) -> float:

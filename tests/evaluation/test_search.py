@@ -16,7 +16,13 @@ from hf_ddpm.cli import app
 from hf_ddpm.evaluation import features
 from hf_ddpm.evaluation.distances import paired_kernel_distance
 from hf_ddpm.evaluation.features import load_network
-from hf_ddpm.evaluation.search import descend, search_and_keep, search_timesteps, starting_timesteps, uniform_timesteps
+from hf_ddpm.evaluation.search import (
+    descend,
+    search_and_keep,
+    search_timesteps,
+    starting_timesteps,
+    unsearched_timesteps,
+)
 from hf_ddpm.evaluation.trajectories import Trajectories
 from hf_ddpm.hub.card import write_card
 from hf_ddpm.runtime.files import weights_sha256
@@ -106,7 +112,7 @@ def test_search_timesteps_finds_better_ones_than_uniform_on_unseen_noises(model)
     for row in rows:
         assert row.distance < row.uniform_distance
         unseen = Trajectories(pipeline, "dpmsolver++", range(4, 8), batch_size=32)
-        target = unseen.images(uniform_timesteps(pipeline.scheduler.config, "dpmsolver++", 20))
+        target = unseen.images(unsearched_timesteps(pipeline, "dpmsolver++", 20))
         unseen = Trajectories(pipeline, row.scheduler, range(4, 8), batch_size=32)
         measured = (unseen.images(row.timesteps) - target).square().mean().sqrt()
         torch.testing.assert_close(float(measured), row.distance)
@@ -136,7 +142,7 @@ def test_kernel_distance_decides_where_a_network_is_at_hand(model, monkeypatch):
     (row,) = search_timesteps(pipeline, [2], **settings)
     network = load_network("efficientnet-lite0")
     unseen = {name: Trajectories(pipeline, name, range(4, 8), batch_size=32) for name in ("dpmsolver++", "unipc")}
-    lists = {"target": uniform_timesteps(pipeline.scheduler.config, "dpmsolver++", 20), "own": row.timesteps}
+    lists = {"target": unsearched_timesteps(pipeline, "dpmsolver++", 20), "own": row.timesteps}
     images = [unseen["dpmsolver++"].images(lists["target"]), unseen["unipc"].images(lists["own"])]
     target, own = (network(((x + 1) * 127.5).round().to(torch.uint8)) for x in images)
     assert row.network == "efficientnet-lite0"
