@@ -9,24 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_ddpm.data.arrays import (
-    open_array_files,
-)
+from hf_ddpm.data.arrays import open_array_files
 from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT, Parts, divide, is_held_out
-from hf_ddpm.data.image_folder import (
-    ImageFolder,
-    list_images,
-    open_images,
-)
+from hf_ddpm.data.image_folder import ImageFolder, list_images, open_images
+from hf_ddpm.data.sources import Source, files_of_arrays, find_source, folder_of_images
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-from hf_ddpm.data.sources import Source, files_of_arrays, find_source, folder_of_images
 
 
 def _check_no_test_split(config: DataConfig, source: Source) -> None:
