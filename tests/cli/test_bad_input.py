@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -251,8 +252,8 @@ app({["train", "--output_dir", str(tmp_path / "run")]!r})
     assert json.dumps([path.name for path in tmp_path.iterdir()]) == "[]"
 
 
+@pytest.mark.skipif(find_spec("gradio") is None, reason='needs pip install "hf_ddpm[demo]"')
 def test_demo_for_agents_says_what_is_not_installed(monkeypatch):
-    pytest.importorskip("gradio", reason='needs pip install "hf_ddpm[demo]"')
     monkeypatch.setitem(sys.modules, "mcp", None)
     result = CliRunner().invoke(app, ["demo", "model", "--mcp_server"])
     assert result.exit_code == 2

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -74,12 +75,18 @@ def app() -> Any:
     return import_module("hf_ddpm.hub.space_app.app")
 
 
+@cache
+def load_with_package(folder: Path) -> tuple[DDPMPipeline, Any]:
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, pipeline.scheduler.config
+
+
 def sample_with_package(
     folder: Path, sampler: str, num_steps: int, labels: list[int] | None = None, deterministic: bool = False
 ) -> list[np.ndarray]:
-    pipeline = DDPMPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = named_scheduler(sampler, pipeline.scheduler.config, num_steps)
+    pipeline, config = load_with_package(folder)
+    pipeline.scheduler = named_scheduler(sampler, config, num_steps)
     output = pipeline(
         batch_size=len(SEEDS),
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from PIL import Image
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.classes import Classes
 from hf_ddpm.hub.space_app.model import NUM_SHOWN_STEPS
+from tests.support.forks import python
 from tests.support.networks import smallest_unet_config
 
 pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason='needs pip install "hf_ddpm[demo]"')
@@ -45,17 +45,16 @@ def test_page_shows_in_a_browser(folder: Path, tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "import sys; from hf_ddpm.cli import app; app(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "demo", str(folder), "--port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    os.mkfifo(tmp_path / "said.txt")
+    command = ["-m", "hf_ddpm", "demo", str(folder), "--port", str(port)]
+    server = python(command, tmp_path, None, tmp_path / "said.txt", tmp_path / "complained.txt")
+    server.start()
     playwright.expect.set_options(timeout=60_000)
     errors: list[str] = []
     hosts: set[str] = set()
-    with server, playwright.sync_playwright() as api:
+    with open(tmp_path / "said.txt") as said, playwright.sync_playwright() as api:
         try:
-            assert server.stdout is not None
-            assert any(f"http://127.0.0.1:{port}" in line for line in server.stdout)
+            assert any(f"http://127.0.0.1:{port}" in line for line in said)
             page = api.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
             page.set_default_timeout(60_000)
             page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -103,6 +102,7 @@ def test_page_shows_in_a_browser(folder: Path, tmp_path: Path):
             page.locator("[role=tabpanel]:visible input[type=file]").set_input_files(tmp_path / "gray.png")
             playwright.expect(clean).not_to_have_attribute("src", sources[2])
         finally:
-            server.terminate()
+            os.kill(server.pid, signal.SIGTERM)
+            server.join()
     assert errors == []
     assert hosts <= {f"127.0.0.1:{port}", ""}  # data: addresses have none

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -21,6 +19,7 @@ from hf_ddpm.hub.upload import Pushed, commit, copy_for_upload, push
 from hf_ddpm.runtime.errors import PushError, UsageError
 from hf_ddpm.runtime.files import sha256, weights_sha256
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
+from tests.support.forks import python
 from tests.support.hub_runs import (
     ARRIVES,
     NAME,
@@ -283,7 +282,10 @@ def test_copy_for_upload_lists_no_folder_that_may_vanish(run: Path):
         copy_for_upload(Path(sys.argv[1]))
         print(*listed)
     """
-    done = subprocess.run([sys.executable, "-c", dedent(code), run], check=True, capture_output=True, text=True)
-    listed = done.stdout.split()
+    process = python(["-c", dedent(code), str(run)], run.parent, None, run.with_name("listed.txt"))
+    process.start()
+    process.join()
+    listed = run.with_name("listed.txt").read_text().split()
+    assert process.exitcode == 0, listed
     assert "unet" in listed
     assert set(listed) <= {run.name, "unet", "scheduler", "figures"}

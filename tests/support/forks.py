@@ -19,9 +19,13 @@ from contextlib import contextmanager
 from importlib import import_module, reload
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from PIL import Image
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+from hf_ddpm.hub.card import write_card
 
 IMPORTED = ("hf_ddpm.cli", "hf_ddpm.training.loop", "datasets", "matplotlib.figure", "matplotlib.backends.backend_agg")
 
@@ -35,6 +39,9 @@ def mother_of_processes() -> Iterator[None]:
     global _mother
     for name in IMPORTED:
         import_module(name)
+    Image.init()  # which imports what reads each format
+    with TemporaryDirectory() as folder:
+        write_card(folder)  # whose template each process would compile
     # torch names the caller in each event of its elastic agent. It looks through the thousands of modules that are
     # imported here for each caller that is in none of them, which takes more time than all else that the agent does.
     dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name

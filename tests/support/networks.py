@@ -18,11 +18,15 @@ def tiny_unet_config(channels: int = 3, size: int = 8, **changes) -> dict:
     }
 
 
+ATTENTION = {"mid_block_type": "UNetMidBlock2D"}
+
+
 def smallest_unet_config(channels: int = 3, **changes) -> dict:
-    """One level, with attention in the middle, for what a run does with a network, whichever it is."""
+    """One level and no middle, for what a run does with a network, whichever it is; `ATTENTION` adds a middle."""
     one_level = {
         "block_out_channels": [8],
         "down_block_types": ["DownBlock2D"],
         "up_block_types": ["UpBlock2D"],
+        "mid_block_type": None,
     }
     return {**tiny_unet_config(channels), **one_level, **changes}

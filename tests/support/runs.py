@@ -15,10 +15,12 @@ from accelerate import DistributedType, PartialState
 from diffusers import UNet2DModel
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.runtime.signals import STOPPED, StoppedOnPurpose
+from hf_ddpm.training import loader
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from tests.support.forks import Process, write_output_to
@@ -77,6 +79,9 @@ def child(  # noqa: C901
     write_output_to(log_of(config))
     multiprocessing.set_start_method("fork", force=True)  # for its loaders, as in a process of its own
     torch.set_num_threads(1)
+    if action in (WORKER, SUSPEND):  # else we look for it every two seconds, and torch every five
+        loader.LOOK_SECONDS = 0.1
+        _MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.1,)
     left = count
 
     def happened(*_) -> None:

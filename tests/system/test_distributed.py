@@ -22,7 +22,7 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import load_config, save_config
 from tests.support.forks import Process, write_output_to
-from tests.support.networks import smallest_unet_config
+from tests.support.networks import ATTENTION, smallest_unet_config
 from tests.support.runs import child, differences, log_of, said, start, trace
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def runs(tmp_path_factory):
 def train_divided(root: Path, divisions: dict, **settings) -> TrainingConfig:
     """The runs in `root`, and the config of one that two processes divide in two, which is config.yaml there."""
     model = root / "unet.json"
-    model.write_text(json.dumps(smallest_unet_config(channels=1, num_class_embeds=11)))
+    model.write_text(json.dumps(smallest_unet_config(channels=1, num_class_embeds=11, **ATTENTION)))
     config = TrainingConfig(
         dataset_name="digits",
         label_column="label",

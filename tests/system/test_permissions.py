@@ -57,9 +57,6 @@ def answers(place: Path, commands: list[list[str]], out: Path) -> None:
     huggingface_hub.constants.HF_HOME = str(place / "hf")
     huggingface_hub.constants.HF_TOKEN_PATH = str(place / "locked" / "token")
     for number, command in enumerate(commands):
-        import time
-
-        t0 = time.process_time()
         with open(out / f"{number}.txt", "w") as said:
             sys.stdout = sys.stderr = said
             try:
@@ -68,7 +65,6 @@ def answers(place: Path, commands: list[list[str]], out: Path) -> None:
                 print(f"exit {end.code}")
             except BaseException as error:
                 print(f"Traceback: {type(error).__name__}: {error}")
-        sys.__stderr__.write(f"{time.process_time() - t0:.2f} {command[-4:]}"[:100] + "\n")
 
 
 CASES = [

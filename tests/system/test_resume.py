@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,9 +24,9 @@ from hf_ddpm.training.checkpoint import verify
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import save_config
-from tests.support.forks import Process
+from tests.support.forks import Process, python
 from tests.support.image_data import sort_into_kinds
-from tests.support.networks import smallest_unet_config
+from tests.support.networks import ATTENTION, smallest_unet_config
 from tests.support.runs import SUSPEND, TWICE, UNREAD, WORKER, differences, said, start, trace
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +78,7 @@ def finish(config: TrainingConfig, num_processes: int = 1) -> Path:
 def test_run_killed_at_any_moment_resumes_to_the_same_bits(whole, settings, image_folder, tmp_path):
     """In a step before and after the first checkpoint, within the writing of each file, and while it finishes."""
     network = json.loads(Path(settings["model_config_name_or_path"]).read_text())
-    Path(settings["model_config_name_or_path"]).write_text(json.dumps({**network, "num_class_embeds": 3}))
+    Path(settings["model_config_name_or_path"]).write_text(json.dumps({**network, **ATTENTION, "num_class_embeds": 3}))
     kinds = sort_into_kinds(image_folder, tmp_path / "kinds", ["dark", "light"])
     classes = {"train_data_dir": str(kinds), "label_column": "label", "class_dropout": 0.3}
     unkilled, config = whole(stable_target_images=7, save_figures=True, **classes)
@@ -286,14 +285,17 @@ def test_killed_launcher_ends_the_run_after_a_checkpoint(settings, tmp_path):
         pytest.skip("only Linux tells a process of its parent's end")
     config = TrainingConfig(**{**settings, "dataloader_num_workers": 0, "max_train_steps": 10**6})
     save_config(config, tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += [str(ROOT / "train_accelerate.py"), "--config", str(tmp_path / "config.yaml")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as launcher:
-        for line in launcher.stderr:  # the bar's lines end with the first thing that is said
+    os.mkfifo(tmp_path / "said.txt")
+    launcher = python(command, tmp_path, None, tmp_path / "said.txt")  # the process that trains is a fresh one
+    launcher.start()
+    with open(tmp_path / "said.txt") as pipe:
+        for line in pipe:  # the bar's lines end with the first thing that is said
             if "it/s" in line or "s/it" in line or "checkpoint" in line:
                 break
         launcher.kill()
-        rest = launcher.stderr.read()  # until the process that trains has closed it
+        rest = pipe.read()  # until the process that trains has closed it
     assert "the end of the launcher was noticed: the run ends after step" in rest
     step = int(re.search(r"resumes from step (\d+)", rest)[1])
     assert verify(Path(config.output_dir) / f"checkpoint-{step}") is None

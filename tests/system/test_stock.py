@@ -15,8 +15,11 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from tests.support.hub_runs import NAME, TOKEN, nowhere, sample_images, save_run
 from tests.support.hub_server import HubServer, client_environment, run_client
+from tests.support.networks import ATTENTION, smallest_unet_config
 
 pytestmark = pytest.mark.slow  # all take the folders of a fixture that starts a process
+
+T = 10
 
 # With stock diffusers: loads a repository, with and without a network, and each folder; samples, and saves the images.
 STOCK = """
@@ -82,17 +85,12 @@ def folder(tmp_path_factory):
     for name, settings in SETTINGS.items():
         torch.manual_seed(0)
         channels = 3 if name == "learned_range" else 1
+        size = [8, 12] if name == "oblong" else 8
+        out_channels = 2 * channels if name == "learned_range" else channels
         unet = diffusers.UNet2DModel(
-            sample_size=[8, 12] if name == "oblong" else 8,
-            in_channels=channels,
-            out_channels=2 * channels if name == "learned_range" else channels,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            **smallest_unet_config(channels, sample_size=size, out_channels=out_channels, **ATTENTION)
         )
-        DDPMPipeline(unet, DDPMScheduler(25, beta_schedule="squaredcos_cap_v2", **settings)).save_pretrained(
+        DDPMPipeline(unet, DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", **settings)).save_pretrained(
             root / name
         )
     folders = [str(root / name) for name in SETTINGS]
@@ -112,7 +110,7 @@ def test_stock_samples_the_same_images(folder, name):
     assert type(pipeline.scheduler) is DDPMScheduler
     pipeline.set_progress_bar_config(disable=True)
     ours = pipeline(
-        batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=25, output_type="np"
+        batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=T, output_type="np"
     ).images
     for loader in ("DDPMPipeline", "DiffusionPipeline"):
         assert np.array_equal(np.load(folder / name / f"{loader}.npy"), ours)
@@ -145,7 +143,7 @@ def test_stock_checkpoint_is_loaded_as_ours(folder):
     assert type(pipeline.scheduler) is DDPMScheduler
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
-        batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=25, output_type="np"
+        batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=T, output_type="np"
     ).images
     assert np.array_equal(images, np.load(folder / "epsilon/DDPMPipeline.npy"))
 

@@ -89,8 +89,8 @@ def test_accumulated_run_is_the_same_but_for_rounding(settings):
 def test_network_follows_the_number(tiny_settings, tmp_path):
     """Images are of one gray, and the number says which."""
     del tiny_settings["train_data_dir"]
-    tiny_settings |= {"max_train_steps": 300, "train_batch_size": 32, "checkpointing_steps": 300, "ema_snapshots": 0}
-    tiny_settings |= {"learning_rate": 3e-3, "eval_batch_size": 1, "ddpm_num_inference_steps": 10}
+    tiny_settings |= {"max_train_steps": 150, "train_batch_size": 16, "checkpointing_steps": 150, "ema_snapshots": 0}
+    tiny_settings |= {"learning_rate": 6e-3, "eval_batch_size": 1, "ddpm_num_inference_steps": 10}
     config = TrainingConfig(
         **tiny_settings, dataset_name=save_labeled(tmp_path / "images", 64), label_column="light", ema_max_decay=0.98
     )

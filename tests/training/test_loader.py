@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from hf_ddpm.training import loader
 from hf_ddpm.training.loader import DataWaitError, Loader, Watch, explain_loader_failure, next_batches
@@ -31,11 +32,13 @@ class Waits(Dataset):
 def waits(monkeypatch):
     monkeypatch.setattr(loader, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(loader, "SAY_SECONDS", 0.1)
+    # How long torch waits for a batch before it looks whether a worker has died.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
     dataset, others = Waits(), multiprocessing.active_children()
     batches = iter(DataLoader(dataset, batch_size=None, num_workers=1))
     workers = [child for child in multiprocessing.active_children() if child not in others]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as `open_loader` does
-    watch = Watch(workers, 0.3)
+    watch = Watch(workers, 1.0)
     yield Loader(batches, workers, watch), dataset
     watch.close()
     os.write(dataset.write_end, b"x")
@@ -44,6 +47,7 @@ def waits(monkeypatch):
 def test_wait_says_what_it_waits_for_and_ends(waits, capsys):
     opened, _ = waits
     assert next_batches(opened, 1, lambda: False) == ([torch.tensor(0)], None)
+    capsys.readouterr()  # on a busy machine, the first one is waited for, too
     batches, failure = next_batches(opened, 2, lambda: False)
     assert batches == []
     assert isinstance(failure, DataWaitError)

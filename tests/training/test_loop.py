@@ -34,7 +34,7 @@ from hf_ddpm.training.draws import hide_labels
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.schedules import learning_rate_schedule
 from hf_ddpm.training.start import find_start
-from tests.support.networks import smallest_unet_config
+from tests.support.networks import ATTENTION, smallest_unet_config
 from tests.support.runs import differences
 from tests.support.trained import losses, metrics, model_file, weights
 
@@ -334,6 +334,8 @@ def test_compile_trains_and_saves_the_network_itself(tiny_settings, tmp_path, mo
     compile = torch.compile
     # Which rounds otherwise than the kernel that is used without compilation.
     monkeypatch.setattr(hf_ddpm.network, "use_plain_attention", lambda *_: None)
+    network = smallest_unet_config(channels=1, **ATTENTION)
+    Path(tiny_settings["model_config_name_or_path"]).write_text(json.dumps(network))
     train(TrainingConfig(**tiny_settings))
     monkeypatch.setattr(torch, "compile", compile_without_code)
     train(TrainingConfig(**{**tiny_settings, "output_dir": str(tmp_path / "compiled"), "compile": True}))

@@ -91,7 +91,7 @@ def test_memorization_is_said_once_and_drawn(config, tmp_path, capsys):
         for i in range(count):
             pixels = rng.integers(low, high, (8, 8)) if split == "train" else 255 * rng.integers(0, 2, (8, 8))
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / split / f"{i}.png")
-    config = replace(config, dataset_name=str(tmp_path / "data"), eval_num_images=200)
+    config = replace(config, dataset_name=str(tmp_path / "data"), eval_num_images=32)
     train(config)
     records = measured(config.output_dir)
     assert len(records) == 3
