@@ -304,6 +304,9 @@ def _image_of(array: FileArray, number: int | None, name: str, config: DataConfi
     """Return one image of an array, (C, H, W)."""
     stack, channel = _axes_of(array, name, config)
     values = array.values
+    num_pixels = math.prod(n for axis, n in enumerate(values.shape) if axis not in (stack, channel))
+    if config.max_image_pixels is not None and num_pixels > config.max_image_pixels:
+        raise Image.DecompressionBombError(f"{num_pixels} pixels, more than {config.max_image_pixels}")
     if stack is not None:
         index = [slice(None)] * len(values.shape)
         if number is None:

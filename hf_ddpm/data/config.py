@@ -161,7 +161,8 @@ class DataConfig:
     )
     max_image_pixels: int | None = setting(
         None,
-        "The most pixels of an image, against files that fill the memory; default: Pillow's limit, 179 million.",
+        "The most pixels of an image, against files that fill the memory; default: Pillow's limit, 179 million, and of "
+        "arrays none.",
         group="data",
         resume="free",
         at_least=1,

@@ -158,7 +158,7 @@ def _describe_held_out(config: DataConfig) -> str:
         return ""
     parts = divide_training(config)
     groups = f" in {parts.num_groups:,} groups of {config.group_column!r}" if config.group_column else ""
-    return f"{len(parts.held_out):,} more{groups} held out as the split {HELD_OUT_SPLIT!r}"
+    return f"{len(parts.held_out):,} more{groups} held out as the split {HELD_OUT_SPLIT!r}, {parts.share:.1%} of all"
 
 
 def _describe_repeated(config: DataConfig) -> str:

@@ -39,6 +39,7 @@ from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.evaluation.fidelity import mean_of, psnr
 from hf_ddpm.evaluation.training_share import RealImages, compare_samples, nearest_images, summarize
+from hf_ddpm.image_size import format_size
 from hf_ddpm.labels import Labels
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
@@ -139,10 +140,16 @@ def open_validation(
     network = load_network(config.eval_network, config.eval_network_path, device)
     with open_split(config, config.eval_split, "eval_split") as held_out:
         image_format, wanted_format = _format_of(held_out), _format_of(images)
-        if image_format != wanted_format or not (held_out.is_uniform or held_out.random_crop):
+        if image_format != wanted_format:
             raise UsageError(
-                f"eval_split must hold images of one shape like those of training, got {image_format} of "
-                f"{config.eval_split!r} and {wanted_format}: --center_crop"
+                f"eval_split must hold images like those of training, got {image_format} of {config.eval_split!r} beside "
+                f"{wanted_format}: convert them, or give --no_preserve_input_precision for 8 bits of both"
+            )
+        if not (held_out.is_uniform or held_out.random_crop):
+            sizes = sorted({(int(height), int(width)) for height, width in held_out.index[:, 1:]})
+            raise UsageError(
+                f"eval_split must hold images of one shape, as nothing crops them, got {format_size(sizes[0])} and "
+                f"{format_size(sizes[-1])} of {config.eval_split!r} after they were resized: --center_crop"
             )
         if len(held_out) < 4:
             raise UsageError(f"eval_split must hold at least 4 images, got {len(held_out)} of {config.eval_split!r}")
@@ -407,10 +414,10 @@ def _draw_memorization(records: list[dict[str, Any]], folder: Path) -> None:
     )
 
 
-def _format_of(images: Any) -> tuple[Any, ...]:
-    """Return what held-out images must have in common with those of training."""
-    of_values = images.max_value if images.value_range is None else images.value_range.dtype
-    return (images.channels, images.size, of_values)
+def _format_of(images: Any) -> str:
+    """Return in words what held-out images must have in common with those of training."""
+    of_values = f"{images.max_value.bit_length()} bits" if images.value_range is None else images.value_range.dtype
+    return f"channels {images.channels}, {format_size(images.size)}, {of_values}"
 
 
 def _copy(images: ImageCache, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:

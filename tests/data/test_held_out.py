@@ -90,7 +90,7 @@ def test_groups_are_held_out_as_a_whole(folder: Path) -> None:
     assert not patients[0] & patients[1]
     assert len(held_out) == 6
     said = describe_images(config, load_images(config))[0]
-    assert "6 more in 2 groups of 'patient' held out as the split 'test'" in said
+    assert "6 more in 2 groups of 'patient' held out as the split 'test', 25.0% of all" in said
 
 
 @pytest.mark.parametrize("sizes", [(19, 1, 1, 1), (1, 1, 19, 1), (1, 19, 1, 1)])
@@ -99,6 +99,17 @@ def test_large_group_is_not_held_out_for_a_few_images(folder: Path, sizes: tuple
         save_grays(folder / name, size)
     held_out = open_dataset(cache_config(folder, eval_fraction=0.1, group_column="folder"), "test")
     assert 1 <= len(held_out) <= 2
+
+
+def test_groups_that_would_hold_out_far_more_are_refused_with_their_sizes(folder: Path) -> None:
+    for name, size in (("a", 12), ("b", 9)):
+        save_grays(folder / name, size)
+    assert len(open_dataset(cache_config(folder, eval_fraction=0.1, group_column="folder"), "test")) == 9
+    save_grays(folder / "b", 13)
+    more = cache_config(folder, eval_fraction=0.4, group_column="folder")
+    with pytest.raises(UsageError, match=r"got 0\.4 of 2 with 12 to 13 of 25 images, of which 52% would be held out"):
+        load_images(more)
+    assert len(open_dataset(cache_config(folder, eval_fraction=0.51, group_column="folder"), "test")) == 13
 
 
 def test_empty_cell_is_divided_as_other_rows_are(folder: Path) -> None:
