@@ -193,7 +193,10 @@ def array_format(encoded: Any, name: str, config: DataConfig) -> ImageFormat:
     values, _ = read_array(encoded, name, config)
     channels, height, width = values.shape
     if config.channels not in (None, channels):
-        raise UsageError(f"channels must be those of the arrays, {channels} in {name}, got {config.channels}")
+        raise UsageError(
+            f"channels must be those of the arrays, {channels} in {name}, got {config.channels} by --channels or by "
+            "the model of --init_from: leave that out, or choose the channels by --channel_axis, --array_key"
+        )
     size = size_of(config, (height, width))
     check_display_channels(config.display_channels, channels)
     _check_value_range(config, values.dtype, name)
@@ -243,8 +246,8 @@ def value_range_of(image_format: ImageFormat, limits: Sequence[float] | None) ->
 
     Args:
         image_format: The format of arrays.
-        limits: The smallest and the largest value of the training data, or their quantiles; None for a stream, which
-            is not read before.
+        limits: The smallest and the largest value of the training data, or their quantiles, or those of a model; None
+            for a stream, which is not read before.
 
     Raises:
         UsageError: When nothing tells them.

@@ -60,9 +60,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CACHE_FORMAT = 5  # Increase it when the content of a cache changes, so that no older cache is read.
+X_0 = "x_0"
 ROWS_PER_TASK = 16
 ROWS_PER_TASK_OF_CROPS = 1  # Whole images are large, and those of all tasks are in memory at once.
-Accept = Callable[[Size, int], None]
+Accept = Callable[[Size, int, str | None], None]
 # The settings that decide what a cache holds.
 CACHED_SETTINGS = (
     "dataset_config_name",
@@ -183,7 +184,8 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
 
     Args:
         config: The settings of the data.
-        accept: A function of the size and the channels of the images, which is called before they are decoded.
+        accept: A function of the size and the channels of the images, and of the type of arrays, None for images and
+            X_0 for x_0 of the user's code; it is called before they are decoded.
         dataset: A data set of `datasets` to take instead of the one that the settings name.
 
     Raises:
@@ -264,7 +266,7 @@ def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | N
         channels = check_display_channels(config.display_channels, images.channels)
         images = replace(images, value_range=replace(images.value_range, display_channels=channels))
     if accept is not None:
-        accept(images.size, images.channels)
+        accept(images.size, images.channels, images.value_range and images.value_range.dtype)
     # A run writes the resolution and channels that were decided here into its config.yaml. Those settings have another
     # key, which only a link can lead to this folder: to hash what is decided, each call would have to open the images.
     decided = replace(config, resolution=to_resolution(images.size), channels=images.channels)
@@ -300,7 +302,7 @@ def load_dataset(dataset: Any, config: DataConfig, accept: Accept | None) -> Ima
         )
     images = open_given(dataset, config)
     if accept is not None:
-        accept(images.size, images.channels)
+        accept(images.size, images.channels, X_0 if images.is_x_0 else None)
     return images
 
 
@@ -369,7 +371,7 @@ def _fill_cache(
     try:
         image_format = _infer_format(dataset, config)
         if accept is not None:
-            accept(image_format.size, image_format.channels)
+            accept(image_format.size, image_format.channels, image_format.array_dtype)
         _require_room(root, len(dataset), image_format)
         try:
             meta = _write_images(part, dataset, image_format)

@@ -161,8 +161,8 @@ class DataConfig:
     )
     max_image_pixels: int | None = setting(
         None,
-        "The most pixels of an image, against files that fill the memory; default: Pillow's limit, 179 million, and of "
-        "arrays none.",
+        "The most pixels of an image, against files that fill the memory; default: Pillow's limit, 179 million, and "
+        "none of arrays.",
         group="data",
         resume="free",
         at_least=1,

@@ -97,9 +97,9 @@ def divide(table: Any, folder: Path | None, config: DataConfig) -> Parts:
     parts = Parts(*rows, num_groups=len(held_out))
     if config.eval_fraction <= MAX_UNASKED_SHARE < parts.share:
         raise UsageError(
-            f"eval_fraction must be near a share of whole {what}, got {config.eval_fraction:g} of {len(sizes):,} with "
-            f"{min(sizes.values()):,} to {max(sizes.values()):,} of {len(groups):,} images, of which {parts.share:.0%} "
-            "would be held out: give smaller groups, or a split of your own"
+            f"eval_fraction must be near a share of whole {what}, got {config.eval_fraction:g} of {len(sizes):,} "
+            f"with {min(sizes.values()):,} to {max(sizes.values()):,} of {len(groups):,} images, of which "
+            f"{parts.share:.0%} would be held out: give smaller groups, or a split of your own"
         )
     return parts
 

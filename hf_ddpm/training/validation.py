@@ -142,8 +142,8 @@ def open_validation(
         image_format, wanted_format = _format_of(held_out), _format_of(images)
         if image_format != wanted_format:
             raise UsageError(
-                f"eval_split must hold images like those of training, got {image_format} of {config.eval_split!r} beside "
-                f"{wanted_format}: convert them, or give --no_preserve_input_precision for 8 bits of both"
+                f"eval_split must hold images like those of training, got {image_format} of {config.eval_split!r} "
+                f"beside {wanted_format}: convert them, or give --no_preserve_input_precision for 8 bits of both"
             )
         if not (held_out.is_uniform or held_out.random_crop):
             sizes = sorted({(int(height), int(width)) for height, width in held_out.index[:, 1:]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.image_set import write_samples
 from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.finetuning import range_to_keep
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.validation import open_validation
 from hf_ddpm.value_range import ValueRange
@@ -117,6 +119,58 @@ def test_resumed_run_is_the_run(config: TrainingConfig) -> None:
     parted = part(config)
     train(TrainingConfig(**{**vars(parted), "resume_from_checkpoint": "latest"}))
     assert_same_weights(config.output_dir, parted.output_dir)
+
+
+def tuned_settings(config: TrainingConfig, folder: Path, values: np.ndarray) -> dict[str, Any]:
+    """Return the settings of a run that begins with the model of `config`, on other arrays."""
+    (folder / "more").mkdir()
+    np.save(folder / "more/all.npy", values)
+    others = {"init_from": config.output_dir, "train_data_dir": str(folder / "more"), "max_train_steps": 1}
+    return {**settings_in(folder), **others, "model_config_name_or_path": None, "ddpm_num_steps": 1000}
+
+
+def test_tuned_model_keeps_the_units_of_the_model_that_it_begins_with(
+    config: TrainingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.random.default_rng(1).standard_normal((12, 2, 8, 8)).astype(np.float32)
+    settings = tuned_settings(config, tmp_path, 9 * values)
+    settings["init_from"] = shutil.copytree(config.output_dir, tmp_path / "base")
+    base = DDPMPipeline.from_pretrained(config.output_dir).value_range
+    assert base is not None
+    train(TrainingConfig(**settings))
+    assert f"-1 and 1 stand for what they do in the model in init_from: {base}" in capsys.readouterr().err
+    folder = Path(settings["output_dir"])
+    assert DDPMPipeline.from_pretrained(folder).value_range == base
+    num_clipped = ((9 * values < base.low) | (9 * values > base.high)).sum()
+    assert json.loads((folder / "run.json").read_text())["data"]["num_clipped"] == num_clipped > 0
+    assert range_to_keep(TrainingConfig(**settings, value_range=[0, 1])) is None
+    streamed = {"streaming": True, "output_dir": str(tmp_path / "streamed")}
+    train(TrainingConfig(**{**settings, **streamed}))
+    assert DDPMPipeline.from_pretrained(tmp_path / "streamed").value_range == base
+    shutil.rmtree(tmp_path / "base")
+    train(TrainingConfig(**{**settings, "resume_from_checkpoint": "latest", "max_train_steps": 2}))
+    assert DDPMPipeline.from_pretrained(folder).value_range == base
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        (
+            (4, 2, 8, 8),
+            "uint16",
+            r"of the model in init_from, float32, .* got uint16: convert them to float32, or give",
+        ),
+        ((4, 3, 8, 8), "float32", r"channels must be those of the arrays, 3 in .*, got 2 by .* model of --init_from"),
+    ],
+)
+def test_data_that_cannot_have_the_units_of_the_model_are_refused_before_work(
+    config: TrainingConfig, tmp_path: Path, shape: tuple[int, ...], dtype: str, message: str
+) -> None:
+    settings = tuned_settings(config, tmp_path, np.arange(np.prod(shape)).reshape(shape).astype(dtype))
+    with pytest.raises(UsageError, match=message):
+        train(TrainingConfig(**settings))
+    assert not [*tmp_path.glob("cache/hf_ddpm/*")]
+    assert not (tmp_path / "run").exists()
 
 
 def test_set_holds_the_same_values_in_each_format(config: TrainingConfig, tmp_path: Path) -> None:
