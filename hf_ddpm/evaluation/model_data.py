@@ -100,7 +100,10 @@ class Splits:
                 "give --dataset_name or, for distances alone, --reference"
             )
         resolution = to_resolution(self.size)
-        for name, value in (("resolution", resolution), ("channels", self._channels)):
+        of_model: dict[str, Any] = {"resolution": resolution, "channels": self._channels}
+        if self._is_given and self._value_range is not None:
+            of_model["value_range"] = [self._value_range.low, self._value_range.high]
+        for name, value in of_model.items():
             if getattr(self.data, name) not in (None, value):
                 raise UsageError(f"{name} must be the model's, {value}, got {getattr(self.data, name)}: leave it out")
         precision = False if self._value_range is None else self.data.preserve_input_precision
@@ -143,7 +146,7 @@ class Splits:
         if of_data != of_model:
             raise UsageError(
                 f"the data must be of the model's type, {of_model or 'pictures'}, got {of_data or 'pictures'} in "
-                f"{split}: name others"
+                f"{split}: name others{', or read TIFF files as arrays by --channel_axis' * (of_data is None)}"
             )
         return images if self._value_range is None else replace(images, value_range=self._value_range)
 

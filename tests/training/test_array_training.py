@@ -14,8 +14,10 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from hf_ddpm import DDPMPipeline, evaluate
+from hf_ddpm.cli import app
 from hf_ddpm.data.batches import epoch_order, fixed_pixels
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.hub.info import model_info
@@ -201,6 +203,18 @@ def test_values_are_measured_and_what_floats_cannot_have_is_refused(config: Trai
     assert row["value"] > row["real_vs_real"]["value"] > 0  # the model has hardly been trained
     assert np.array(row["spectra"]["samples"]["spectrum"]).shape == (2, 4)
     assert (tmp_path / "out/figures/spectrum.png").is_file()
+    # The same arrays, channels last, are read in the range of the model, not in that of the folder.
+    (tmp_path / "last").mkdir()
+    np.save(tmp_path / "last/all.npy", np.moveaxis(np.load(Path(config.train_data_dir or "") / "all.npy"), 1, -1))
+    words = [*("--dataset_name", tmp_path / "last", "--cache_dir", tmp_path / "cache"), "--channel_axis", -1]
+    words += [*("--metrics", "values", "--num_images", 32, "--num_inference_steps", 2), "--out", tmp_path / "other"]
+    command = ["evaluate", config.output_dir, "--json", *map(str, words)]
+    answer = CliRunner().invoke(app, command)
+    (other,) = json.loads(answer.stdout)["results"]
+    assert other["value"] == row["value"]
+    assert "--channel_axis -1" in (tmp_path / "other/README.md").read_text()
+    answer = CliRunner().invoke(app, [*command, "--value_range", "0", "1"])
+    assert "value_range must be the model's, [" in answer.stderr
     with pytest.raises(UsageError, match="nll must be left out for a model of float32"):
         evaluate(config.output_dir, metrics=("nll",), num_images=4, **settings)
     with pytest.raises(UsageError, match="feature networks see 1 or 3 channels, got arrays of 2"):
