@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Settings that say something of arrays alone.
 ARRAY_SETTINGS = ("value_quantiles", "channel_axis", "stack_axis", "array_key", "display_channels")
+# An image of a file of arrays, in a column of `datasets`.
+SLICE_TYPES = {"bytes": "binary", "path": "string", "slice": "int64"}
 MAX_QUANTILE_VALUES = 2**26
 FLOAT64 = "the lower 29 of 53 bits of float64"
 # Types -> the type that holds all of their values, or nearly all.
@@ -112,22 +114,36 @@ def open_array_files(paths: Sequence[Path], config: DataConfig) -> Dataset:
     holds_one = False
     for i, path in enumerate(paths):
         # If the first file is one image, all are: one that is not will be named when it is read.
-        count = None if holds_one else _num_slices(path, config)
-        holds_one = holds_one or count is None
-        slices = range(count) if count else [None]
-        rows += [{"bytes": None, "path": str(path.absolute()), "slice": k} for k in slices]
-        labels += [] if classes is None else [classes[i]] * (count or 1)
-    features: dict[str, Any] = {
-        "image": {
-            "bytes": datasets.Value("binary"),
-            "path": datasets.Value("string"),
-            "slice": datasets.Value("int64"),
-        }
-    }
+        of_file = [_slice(path, None)] if holds_one else slices_of(path, config)
+        holds_one = of_file == [_slice(path, None)]
+        rows += of_file
+        labels += [] if classes is None else [classes[i]] * len(of_file)
+    features: dict[str, Any] = {"image": slice_feature()}
     columns: dict[str, Any] = {"image": rows}
     if classes is not None:
         columns["label"], features["label"] = labels, datasets.ClassLabel(names=sorted(set(labels)))
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def slice_feature() -> dict[str, Any]:
+    """Return the type of a column of slices of files, as `datasets` describes it."""
+    import datasets
+
+    return {name: datasets.Value(dtype) for name, dtype in SLICE_TYPES.items()}
+
+
+def slices_of(path: Path, config: DataConfig) -> list[dict[str, Any]]:
+    """Return the encoded images of a file.
+
+    Raises:
+        UsageError: When it cannot be opened, or the axes of its arrays cannot be told.
+    """
+    count = _num_slices(path, config)
+    return [_slice(path, k) for k in range(count)] if count else [_slice(path, None)]
+
+
+def _slice(path: Path, number: int | None) -> dict[str, Any]:
+    return {"bytes": None, "path": str(path.absolute()), "slice": number}
 
 
 def _num_slices(path: Path, config: DataConfig) -> int | None:

@@ -27,13 +27,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 import numpy as np
 from huggingface_hub.utils import tqdm
 
 from hf_ddpm.data.arrays import count_outside, quantiles, require_no_array_settings, value_range_of
 from hf_ddpm.data.columns import choose_columns, encoded_images
-from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.config import DataConfig, cache_folder
 from hf_ddpm.data.decoding import (
     Decoded,
     decode,
@@ -50,9 +49,10 @@ from hf_ddpm.data.labels import LabelColumn, RawLabels, find_labels
 from hf_ddpm.data.planes import NeedsSixteenBits
 from hf_ddpm.data.sources import Source, find_source
 from hf_ddpm.data.tables import license_of, open_dataset
+from hf_ddpm.data.volumes import with_slices
 from hf_ddpm.image_size import Size, format_size, to_resolution, to_size
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import lock, look_at
+from hf_ddpm.runtime.files import lock
 from hf_ddpm.runtime.format import format_amount
 from hf_ddpm.value_range import Scale, ValueRange, check_display_channels
 
@@ -245,7 +245,7 @@ def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | N
     """
     source = find_source(config) if dataset is None else Source("dataset", "given", NAME, None)
     if dataset is not None:
-        dataset = choose_columns(dataset, config)
+        dataset = choose_columns(with_slices(dataset, config), config)
         identity: Any = getattr(dataset, "_fingerprint", None)
         identity = identity if files is None else [identity, files]
     elif source.folder is None:
@@ -304,17 +304,6 @@ def load_dataset(dataset: Any, config: DataConfig, accept: Accept | None) -> Ima
     if accept is not None:
         accept(images.size, images.channels, X_0 if images.is_x_0 else None)
     return images
-
-
-def cache_folder(config: DataConfig) -> Path:
-    """Return the folder of all that this package caches, which need not exist.
-
-    Raises:
-        UsageError: When it may not be read.
-    """
-    if config.cache_dir is None:
-        return look_at("HF_HOME, the default of cache_dir,", huggingface_hub.constants.HF_HOME) / "hf_ddpm"
-    return look_at("cache_dir", config.cache_dir) / "hf_ddpm"
 
 
 def _names_sizes_times(files: Iterable[Path]) -> list[tuple[str, int, int]]:

@@ -225,3 +225,16 @@ def load_data_config(path: Path) -> DataConfig:
     check_values(config)
     check_data_paths(config)
     return config
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Return the folder of all that this package caches, which need not exist.
+
+    Raises:
+        UsageError: When it may not be read.
+    """
+    if config.cache_dir is None:
+        import huggingface_hub  # which the command line does without
+
+        return look_at("HF_HOME, the default of cache_dir,", huggingface_hub.constants.HF_HOME) / "hf_ddpm"
+    return look_at("cache_dir", config.cache_dir) / "hf_ddpm"

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_ddpm.data.arrays import is_array
-from hf_ddpm.data.columns import choose_columns, encoded_images
+from hf_ddpm.data.columns import choose_columns, encoded_images, holds_slices, image_column
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.runtime.errors import UsageError
 
@@ -118,6 +118,8 @@ def groups_of(table: Any, folder: Path | None, config: DataConfig) -> list[str]:
     name = config.group_column
     assert name is not None
     if name not in table.column_names:
+        if name == FILE and folder is None and holds_slices(table.features[image_column(table.features, config)]):
+            return [_file_of(encoded, row) for row, encoded in enumerate(_encoded_images(table, config))]
         if name in (FOLDER, FILE) and folder is not None:
             paths = _paths(table, folder, config)
             return paths if name == FILE else [Path(path).parent.as_posix() for path in paths]
@@ -160,7 +162,12 @@ def _identities(table: Any, folder: Path | None, config: DataConfig) -> list[str
         numbers = ((encoded or {}).get("slice") for encoded in _encoded_images(table, config))
         paths = _paths(table, folder, config)
         return [path if n is None else f"{path}:{n}" for path, n in zip(paths, numbers, strict=True)]
-    return [_content_of(encoded) for encoded in _encoded_images(table, config)]
+    return [_content_of(encoded, row) for row, encoded in enumerate(_encoded_images(table, config))]
+
+
+def _file_of(encoded: Any, row: int) -> str:
+    """Return the file of a slice and its folder, which are the same in each cache."""
+    return f"row {row}" if encoded is None else "/".join(Path(encoded["path"]).parts[-2:])
 
 
 def _paths(table: Any, folder: Path, config: DataConfig) -> list[str]:
@@ -180,7 +187,9 @@ def _encoded_images(table: Any, config: DataConfig) -> Any:
     return chain.from_iterable(encoded_images(images, rows) for rows in blocks)
 
 
-def _content_of(encoded: Any) -> str:
+def _content_of(encoded: Any, row: int) -> str:
+    if isinstance(encoded, dict) and "slice" in encoded:  # a file is named by its content, or by the user
+        return f"{_file_of(encoded, row)}:{encoded['slice']}"
     if is_array(encoded):
         values = np.asarray(encoded)
         return hashlib.sha256(f"{values.dtype} {values.shape}".encode() + values.tobytes()).hexdigest()

@@ -20,6 +20,7 @@ from hf_ddpm.data.image_folder import (
     list_images,
     open_images,
 )
+from hf_ddpm.data.volumes import with_slices
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def open_table(config: DataConfig, split: str | None = None, split_option: str =
     split = trained if split is None or is_held_out(config, split) else split
     source = find_source(config)
     with as_usage_errors(source, config, split, split_option):
-        return _load_split(source, config, split)
+        table = _load_split(source, config, split)
+    return with_slices(table, config)
 
 
 def divide_training(config: DataConfig) -> Parts:

@@ -49,12 +49,10 @@ def command_of(job: Job) -> str:
         "dtype": None if request.dtype == "fp32" else request.dtype,
         "out": request.out,
     }
-    interval = request.guidance_interval
+    interval, values = request.guidance_interval, data.get("value_range") or ()
     flags = {
         f"--guidance_interval {' '.join(f'{end:g}' for end in interval or ())}": interval is not None,
-        f"--value_range {' '.join(f'{end:g}' for end in data.get('value_range') or ())}": bool(
-            data.get("value_range")
-        ),
+        f"--value_range {' '.join(map(str, values))}": bool(values),
         "--center_crop": data.get("center_crop"),
         "--random_crop": data.get("random_crop"),
         "--compile": request.compile,
