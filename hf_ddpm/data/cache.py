@@ -160,6 +160,11 @@ class ImageCache:
         shape = (self.channels, height, width)
         return np.asarray(self.pixels[offset : offset + self.channels * height * width]).reshape(shape)
 
+    def in_range(self, values: ValueRange) -> ImageCache:
+        """Return the same arrays, of which -1 and 1 stand for other values; what lies outside is counted."""
+        is_inside = values.low <= self.limits[0] and self.limits[1] <= values.high
+        return replace(self, value_range=values, num_clipped=0 if is_inside else count_outside(self.pixels, values))
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         if isinstance(self.pixels, np.memmap):  # Otherwise it would be pickled with all its values.

@@ -134,10 +134,11 @@ class Splits:
             images = self._processes.main_then_rest(
                 lambda: self._stack.enter_context(open_split(config, split, option))
             )
+            images = self._in_range_of_model(images, split)
             if self._processes.rank == 0 and not any(name == split for name, _ in self._opened):
                 for line in describe_split(config, split, images):
                     tqdm.write(line, file=sys.stderr)
-            self._opened[split, is_labeled] = self._in_range_of_model(images, split)
+            self._opened[split, is_labeled] = images
         return self._opened[split, is_labeled]
 
     def _in_range_of_model(self, images: ImageCache, split: str) -> ImageCache:
@@ -148,7 +149,7 @@ class Splits:
                 f"the data must be of the model's type, {of_model or 'pictures'}, got {of_data or 'pictures'} in "
                 f"{split}: name others{', or read TIFF files as arrays by --channel_axis' * (of_data is None)}"
             )
-        return images if self._value_range is None else replace(images, value_range=self._value_range)
+        return images if self._value_range is None else images.in_range(self._value_range)
 
     def references(self, network: FeatureNetwork, split: str, test_split: str) -> tuple[Reference, Reference | None]:
         """Return the references of the two splits, from the cache or made now.

@@ -18,7 +18,6 @@ import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm.condition import CONDITIONAL_NETWORK, is_conditional
-from hf_ddpm.data.arrays import count_outside
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.image_size import to_resolution, to_size
@@ -96,11 +95,8 @@ def with_range(images: Any, values: ValueRange) -> Any:
     """Return images of arrays of which -1 and 1 stand for what they do in a model; x_0 of the user's code as it is."""
     if images.value_range is None:
         return images
-    images = replace(images, value_range=replace(images.value_range, low=values.low, high=values.high))
-    if not isinstance(images, ImageCache):
-        return images
-    is_inside = values.low <= images.limits[0] and images.limits[1] <= values.high
-    return replace(images, num_clipped=0 if is_inside else count_outside(images.pixels, values))
+    values = replace(images.value_range, low=values.low, high=values.high)
+    return images.in_range(values) if isinstance(images, ImageCache) else replace(images, value_range=values)
 
 
 def load_weights(unet: UNet2DModel, network: Path, source: str) -> None:

@@ -153,13 +153,14 @@ def open_validation(
             )
         if len(held_out) < 4:
             raise UsageError(f"eval_split must hold at least 4 images, got {len(held_out)} of {config.eval_split!r}")
+        if images.value_range is not None:  # they are seen in the range of training
+            held_out = held_out.in_range(images.value_range)
         if processes.rank == 0:
             for line in describe_split(config, config.eval_split, held_out):
                 tqdm.write(line, file=sys.stderr)
         rows = epoch_order(0, 0, len(held_out))[: config.eval_num_images]
         pixels, network_labels = _copy(with_network_labels(held_out, labels), rows)
         column, column_max_value = _copy_conditions(config, held_out, condition, rows)
-    # The held-out images are seen in the range of training.
     scale = images.scale
     real = None if condition is not None else _real_images(config, images, pixels)
     parts = [network(_to_uint8(pixels[part], scale)) for part in _batches(processes, len(pixels))]

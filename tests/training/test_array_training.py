@@ -102,11 +102,13 @@ def test_run_leaves_its_values_in_its_folder_and_on_its_card(config: TrainingCon
     assert DDPMPipeline.from_pretrained(tmp_path / "copy").value_range == value_range
 
 
-def test_validation_compares_what_pictures_show(config: TrainingConfig) -> None:
+def test_validation_compares_what_pictures_show(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
     of_run = {**vars(config), "display_channels": [1.0], "eval_fraction": 0.2, "eval_steps": 1, "random_flip": True}
     settings = TrainingConfig(**of_run)
     images = load_images(settings)
     validation = open_validation(settings, images, None, None, Processes(), torch.device("cpu"))
+    # Its range is that of training, whose quantiles are not its own.
+    assert f"test of fields: 12 images, 8 x 8, channels 2; values {images.value_range}" in capsys.readouterr().err
     assert validation.real is not None
     order = epoch_order(0, 0, len(images))
     assert images.value_range is not None
