@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from hf_ddpm.data.array_files import FileArray, are_pictures, is_tiff, open_arrays
+from hf_ddpm.data.array_files import FileArray, are_pictures, is_png, is_tiff, open_arrays
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import folder_classes
 from hf_ddpm.data.image_format import ImageFormat, size_of, unequal_sizes_error
@@ -432,6 +432,8 @@ def is_read_as_arrays(images: list[Path], arrays: list[Path], config: DataConfig
     """
     if not images:
         return bool(arrays)
+    if all(map(is_png, images)):
+        return bool(config.preserve_input_precision) and not are_pictures(images, keeps_precision=True)
     if not all(map(is_tiff, images)):
         return False
     if has_array_settings(config) or config.channels not in (None, 1, 3, 4):
