@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from hf_ddpm import figures, plots
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import read_metrics
+from hf_ddpm.value_range import pictured
 
 if TYPE_CHECKING:
     from hf_ddpm.pipeline import TrajectoryStep
@@ -35,7 +37,7 @@ def show(
         images: What a `DDPMPipeline` returns as `images`, by its `output_type`: PIL images, an array (B, H, W, C) or a
             tensor (B, C, H, W), both in [0, 1] or uint8. One image alone, and a list of arrays or tensors, are taken
             too. Or what it returns as `trajectory`, of which the first MAX_TRAJECTORIES images are shown, each as a
-            row of x_t and one of x_0_hat.
+            row of x_t and one of x_0_hat; of a model of arrays the channels that its other pictures show.
         columns: The images in a row, by default as many as there are rows; of a trajectory the steps in a row, evenly
             spaced, by default all up to NUM_STRIP_COLUMNS.
         labels: A text above each column, in place of `columns`; not for a trajectory.
@@ -113,7 +115,10 @@ def _is_trajectory(images: Any) -> bool:
 
 
 def _show_trajectory(steps: Sequence[TrajectoryStep], columns: int | None) -> Image.Image:
-    chosen = [steps[i] for i in figures.spread(len(steps), columns or figures.NUM_STRIP_COLUMNS)]
+    chosen = [
+        replace(step, x_t=pictured(step.x_t, step.value_range), x_0_hat=pictured(step.x_0_hat, step.value_range))
+        for step in (steps[i] for i in figures.spread(len(steps), columns or figures.NUM_STRIP_COLUMNS))
+    ]
     return figures.reverse_strip(chosen, max_images=MAX_TRAJECTORIES)
 
 

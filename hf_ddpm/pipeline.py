@@ -111,11 +111,13 @@ class TrajectoryStep:
         x_0_hat: The clean image that the network predicts from it, (B, C, H, W) on the CPU. It is the one from which
             the scheduler computes the step: clipped or thresholded where the scheduler does that, as all of
             `hf-ddpm sample` do for a model with `clip_sample`, and as the network puts it out where it does not.
+        value_range: The values of a model of arrays, which say what a picture shows of them; None for other models.
     """
 
     timestep: int
     x_t: Tensor
     x_0_hat: Tensor
+    value_range: ValueRange | None = None
 
 
 @dataclass
@@ -608,7 +610,7 @@ class DDPMPipeline(DiffusionPipeline):
                 x_0_hat = getattr(result, "pred_original_sample", None)
                 if x_0_hat is None:
                     x_0_hat = predict_original(self.scheduler, model_output, network_input, t)
-                recorded.append(TrajectoryStep(int(t), x_t.cpu(), x_0_hat.cpu()))
+                recorded.append(TrajectoryStep(int(t), x_t.cpu(), x_0_hat.cpu(), self.value_range))
             x_t = result.prev_sample
             if callback is not None:
                 returned = callback(self, i, t, {name: x_t for name in callback_tensors}) or {}

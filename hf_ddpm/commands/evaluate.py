@@ -65,7 +65,7 @@ TimestepsPerImage = Annotated[
     DataConfig,
     (
         *("dataset_name", "dataset_config_name", "image_column", "label_column", "condition_column", "center_crop"),
-        *("random_crop", "value_range", "max_image_pixels", "cache_dir"),
+        *("random_crop", "value_range", "channel_axis", "stack_axis", "array_key", "max_image_pixels", "cache_dir"),
     ),
 )
 def evaluate(

@@ -1,6 +1,6 @@
 """Files of arrays: which of a folder they are, and the arrays in them.
 
-array file   .npy, .npz, HDF5, TIFF that is read as values, or NIfTI
+array file   .npy, .npz, HDF5, NIfTI, or TIFF and PNG that are read as values
 key          the name of an array in a .npz or HDF5 file
 slice        one image of a file that holds several, along an axis of its arrays
 encoded      a row of a data set: {"bytes": None, "path": ..., "slice": ...}, the last None where a file is one image
@@ -25,8 +25,9 @@ NUMPY = (".npy", ".npz")
 HDF5 = (".h5", ".hdf5", ".he5")
 NIFTI = (".nii", ".nii.gz")
 TIFF = (".tif", ".tiff")
+PNG = (".png",)
 # Extensions -> the package that reads them.
-PACKAGES = {HDF5: "h5py", NIFTI: "nibabel", TIFF: "tifffile"}
+PACKAGES = {HDF5: "h5py", NIFTI: "nibabel", TIFF: "tifffile", PNG: "imagecodecs"}
 # The tag of planes for channels (TIFF 6.0, Section 8), which Pillow does not read with 16 bits.
 _PLANAR_CONFIGURATION = 284
 # Compressed files that stay in memory: the images of one follow each other.
@@ -64,8 +65,13 @@ def is_tiff(path: Path) -> bool:
     return path.suffix.lower() in TIFF
 
 
+def is_png(path: Path) -> bool:
+    """Return whether a file is a PNG file by its extension."""
+    return path.suffix.lower() in PNG
+
+
 def are_pictures(paths: Sequence[Path], keeps_precision: bool) -> bool:
-    """Return whether Pillow reads TIFF files as what they are, by the first that it can open.
+    """Return whether Pillow reads TIFF or PNG files as what they are, by the first that it can open.
 
     Args:
         paths: The files.
@@ -73,7 +79,7 @@ def are_pictures(paths: Sequence[Path], keeps_precision: bool) -> bool:
     """
     for path in paths[:NUM_TRIED_FILES]:
         with contextlib.suppress(Exception), Image.open(path) as image:  # Pillow raises nearly any class
-            is_split = image.tag_v2.get(_PLANAR_CONFIGURATION) == 2  # pyright: ignore[reportAttributeAccessIssue]
+            is_split = getattr(image, "tag_v2", {}).get(_PLANAR_CONFIGURATION) == 2
             is_lost = has_deep_colors(image) and (keeps_precision or is_split)
             return image.mode in _PICTURE_MODES and not is_lost
     return False
@@ -122,6 +128,11 @@ def open_arrays(path: Path, keys: Sequence[str]) -> Iterator[list[FileArray]]:
             yield [FileArray(file[key]) for key in _chosen(path, names, keys)]
     elif name.endswith(NIFTI):
         yield [FileArray(*_nifti_array(path, path.stat().st_mtime_ns))]
+    elif name.endswith(PNG):
+        import imagecodecs
+
+        values = imagecodecs.png_decode(path.read_bytes())
+        yield [FileArray(values, "YXS"[: values.ndim])]
     else:
         with _open_tiff(path) as array:
             yield [array]

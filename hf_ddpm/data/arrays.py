@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from hf_ddpm.data.array_files import FileArray, are_pictures, is_tiff, open_arrays
+from hf_ddpm.data.array_files import FileArray, are_pictures, is_png, is_tiff, open_arrays
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import folder_classes
 from hf_ddpm.data.image_format import ImageFormat, size_of, unequal_sizes_error
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Settings that say something of arrays alone.
 ARRAY_SETTINGS = ("value_quantiles", "channel_axis", "stack_axis", "array_key", "display_channels")
+# An image of a file of arrays, in a column of `datasets`.
+SLICE_TYPES = {"bytes": "binary", "path": "string", "slice": "int64"}
 MAX_QUANTILE_VALUES = 2**26
 FLOAT64 = "the lower 29 of 53 bits of float64"
 # Types -> the type that holds all of their values, or nearly all.
@@ -112,22 +114,36 @@ def open_array_files(paths: Sequence[Path], config: DataConfig) -> Dataset:
     holds_one = False
     for i, path in enumerate(paths):
         # If the first file is one image, all are: one that is not will be named when it is read.
-        count = None if holds_one else _num_slices(path, config)
-        holds_one = holds_one or count is None
-        slices = range(count) if count else [None]
-        rows += [{"bytes": None, "path": str(path.absolute()), "slice": k} for k in slices]
-        labels += [] if classes is None else [classes[i]] * (count or 1)
-    features: dict[str, Any] = {
-        "image": {
-            "bytes": datasets.Value("binary"),
-            "path": datasets.Value("string"),
-            "slice": datasets.Value("int64"),
-        }
-    }
+        of_file = [_slice(path, None)] if holds_one else slices_of(path, config)
+        holds_one = of_file == [_slice(path, None)]
+        rows += of_file
+        labels += [] if classes is None else [classes[i]] * len(of_file)
+    features: dict[str, Any] = {"image": slice_feature()}
     columns: dict[str, Any] = {"image": rows}
     if classes is not None:
         columns["label"], features["label"] = labels, datasets.ClassLabel(names=sorted(set(labels)))
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def slice_feature() -> dict[str, Any]:
+    """Return the type of a column of slices of files, as `datasets` describes it."""
+    import datasets
+
+    return {name: datasets.Value(dtype) for name, dtype in SLICE_TYPES.items()}
+
+
+def slices_of(path: Path, config: DataConfig) -> list[dict[str, Any]]:
+    """Return the encoded images of a file.
+
+    Raises:
+        UsageError: When it cannot be opened, or the axes of its arrays cannot be told.
+    """
+    count = _num_slices(path, config)
+    return [_slice(path, k) for k in range(count)] if count else [_slice(path, None)]
+
+
+def _slice(path: Path, number: int | None) -> dict[str, Any]:
+    return {"bytes": None, "path": str(path.absolute()), "slice": number}
 
 
 def _num_slices(path: Path, config: DataConfig) -> int | None:
@@ -193,7 +209,10 @@ def array_format(encoded: Any, name: str, config: DataConfig) -> ImageFormat:
     values, _ = read_array(encoded, name, config)
     channels, height, width = values.shape
     if config.channels not in (None, channels):
-        raise UsageError(f"channels must be those of the arrays, {channels} in {name}, got {config.channels}")
+        raise UsageError(
+            f"channels must be those of the arrays, {channels} in {name}, got {config.channels} by --channels or by "
+            "the model of --init_from: leave that out, or choose the channels by --channel_axis, --array_key"
+        )
     size = size_of(config, (height, width))
     check_display_channels(config.display_channels, channels)
     _check_value_range(config, values.dtype, name)
@@ -243,8 +262,8 @@ def value_range_of(image_format: ImageFormat, limits: Sequence[float] | None) ->
 
     Args:
         image_format: The format of arrays.
-        limits: The smallest and the largest value of the training data, or their quantiles; None for a stream, which
-            is not read before.
+        limits: The smallest and the largest value of the training data, or their quantiles, or those of a model; None
+            for a stream, which is not read before.
 
     Raises:
         UsageError: When nothing tells them.
@@ -304,6 +323,9 @@ def _image_of(array: FileArray, number: int | None, name: str, config: DataConfi
     """Return one image of an array, (C, H, W)."""
     stack, channel = _axes_of(array, name, config)
     values = array.values
+    num_pixels = math.prod(n for axis, n in enumerate(values.shape) if axis not in (stack, channel))
+    if config.max_image_pixels is not None and num_pixels > config.max_image_pixels:
+        raise Image.DecompressionBombError(f"{num_pixels} pixels, more than {config.max_image_pixels}")
     if stack is not None:
         index = [slice(None)] * len(values.shape)
         if number is None:
@@ -410,6 +432,8 @@ def is_read_as_arrays(images: list[Path], arrays: list[Path], config: DataConfig
     """
     if not images:
         return bool(arrays)
+    if all(map(is_png, images)):
+        return bool(config.preserve_input_precision) and not are_pictures(images, keeps_precision=True)
     if not all(map(is_tiff, images)):
         return False
     if has_array_settings(config) or config.channels not in (None, 1, 3, 4):

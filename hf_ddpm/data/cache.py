@@ -27,13 +27,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 import numpy as np
 from huggingface_hub.utils import tqdm
 
 from hf_ddpm.data.arrays import count_outside, quantiles, require_no_array_settings, value_range_of
 from hf_ddpm.data.columns import choose_columns, encoded_images
-from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.config import DataConfig, cache_folder
 from hf_ddpm.data.decoding import (
     Decoded,
     decode,
@@ -50,9 +49,10 @@ from hf_ddpm.data.labels import LabelColumn, RawLabels, find_labels
 from hf_ddpm.data.planes import NeedsSixteenBits
 from hf_ddpm.data.sources import Source, find_source
 from hf_ddpm.data.tables import license_of, open_dataset
+from hf_ddpm.data.volumes import with_slices
 from hf_ddpm.image_size import Size, format_size, to_resolution, to_size
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import lock, look_at
+from hf_ddpm.runtime.files import lock
 from hf_ddpm.runtime.format import format_amount
 from hf_ddpm.value_range import Scale, ValueRange, check_display_channels
 
@@ -60,9 +60,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CACHE_FORMAT = 5  # Increase it when the content of a cache changes, so that no older cache is read.
+X_0 = "x_0"
 ROWS_PER_TASK = 16
 ROWS_PER_TASK_OF_CROPS = 1  # Whole images are large, and those of all tasks are in memory at once.
-Accept = Callable[[Size, int], None]
+Accept = Callable[[Size, int, str | None], None]
 # The settings that decide what a cache holds.
 CACHED_SETTINGS = (
     "dataset_config_name",
@@ -159,6 +160,11 @@ class ImageCache:
         shape = (self.channels, height, width)
         return np.asarray(self.pixels[offset : offset + self.channels * height * width]).reshape(shape)
 
+    def in_range(self, values: ValueRange) -> ImageCache:
+        """Return the same arrays, of which -1 and 1 stand for other values; what lies outside is counted."""
+        is_inside = values.low <= self.limits[0] and self.limits[1] <= values.high
+        return replace(self, value_range=values, num_clipped=0 if is_inside else count_outside(self.pixels, values))
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         if isinstance(self.pixels, np.memmap):  # Otherwise it would be pickled with all its values.
@@ -183,7 +189,8 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
 
     Args:
         config: The settings of the data.
-        accept: A function of the size and the channels of the images, which is called before they are decoded.
+        accept: A function of the size and the channels of the images, and of the type of arrays, None for images and
+            X_0 for x_0 of the user's code; it is called before they are decoded.
         dataset: A data set of `datasets` to take instead of the one that the settings name.
 
     Raises:
@@ -243,7 +250,7 @@ def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | N
     """
     source = find_source(config) if dataset is None else Source("dataset", "given", NAME, None)
     if dataset is not None:
-        dataset = choose_columns(dataset, config)
+        dataset = choose_columns(with_slices(dataset, config), config)
         identity: Any = getattr(dataset, "_fingerprint", None)
         identity = identity if files is None else [identity, files]
     elif source.folder is None:
@@ -264,7 +271,7 @@ def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | N
         channels = check_display_channels(config.display_channels, images.channels)
         images = replace(images, value_range=replace(images.value_range, display_channels=channels))
     if accept is not None:
-        accept(images.size, images.channels)
+        accept(images.size, images.channels, images.value_range and images.value_range.dtype)
     # A run writes the resolution and channels that were decided here into its config.yaml. Those settings have another
     # key, which only a link can lead to this folder: to hash what is decided, each call would have to open the images.
     decided = replace(config, resolution=to_resolution(images.size), channels=images.channels)
@@ -300,19 +307,8 @@ def load_dataset(dataset: Any, config: DataConfig, accept: Accept | None) -> Ima
         )
     images = open_given(dataset, config)
     if accept is not None:
-        accept(images.size, images.channels)
+        accept(images.size, images.channels, X_0 if images.is_x_0 else None)
     return images
-
-
-def cache_folder(config: DataConfig) -> Path:
-    """Return the folder of all that this package caches, which need not exist.
-
-    Raises:
-        UsageError: When it may not be read.
-    """
-    if config.cache_dir is None:
-        return look_at("HF_HOME, the default of cache_dir,", huggingface_hub.constants.HF_HOME) / "hf_ddpm"
-    return look_at("cache_dir", config.cache_dir) / "hf_ddpm"
 
 
 def _names_sizes_times(files: Iterable[Path]) -> list[tuple[str, int, int]]:
@@ -369,7 +365,7 @@ def _fill_cache(
     try:
         image_format = _infer_format(dataset, config)
         if accept is not None:
-            accept(image_format.size, image_format.channels)
+            accept(image_format.size, image_format.channels, image_format.array_dtype)
         _require_room(root, len(dataset), image_format)
         try:
             meta = _write_images(part, dataset, image_format)

@@ -43,9 +43,12 @@ def choose_columns(dataset: Any, config: DataConfig, with_conditions: bool = Fal
 
 def holds_arrays(feature: Any) -> bool:
     """Return whether a column holds arrays: of `datasets`, or slices of files as `open_arrays` names them."""
-    if isinstance(feature, dict):
-        return set(feature) == {"bytes", "path", "slice"}
-    return type(feature).__name__ in ("Array2D", "Array3D")
+    return holds_slices(feature) or type(feature).__name__ in ("Array2D", "Array3D")
+
+
+def holds_slices(feature: Any) -> bool:
+    """Return whether a column holds slices of files, as `slices_of` of arrays.py names them."""
+    return isinstance(feature, dict) and set(feature) == {"bytes", "path", "slice"}
 
 
 def encoded_images(dataset: Any, rows: slice) -> list[Any]:
@@ -174,6 +177,7 @@ def image_column(features: Any, config: DataConfig) -> str:
         UsageError: When it must be named, does not exist, or holds something else.
     """
     column = config.image_column
+    _require_no_volumes(features, config)
     image_columns = [name for name, feature in features.items() if _holds_images(feature)]
     image_columns = image_columns or [name for name, feature in features.items() if holds_arrays(feature)]
     if column is None:
@@ -182,9 +186,6 @@ def image_column(features: Any, config: DataConfig) -> str:
         if len(image_columns) == 1:
             return image_columns[0]
         problem = f"there is no column of images among {list(features)}"
-        if volumes := [name for name, feature in features.items() if type(feature).__name__ == "Nifti"]:
-            problem = f"{volumes[0]} holds volumes; save their slices as arrays, or name the folder of files as "
-            raise UsageError(f"image_column must hold images, got none: {problem}--train_data_dir")
         if image_columns:
             problem = f"there are several columns of images, {image_columns}"
         raise UsageError(f"image_column must name the images, got None: {problem}; give --image_column")
@@ -195,6 +196,40 @@ def image_column(features: Any, config: DataConfig) -> str:
     if column not in image_columns and not _holds_bytes(features[column]) and not holds_arrays(features[column]):
         raise UsageError(f"image_column must hold images, got {column!r} of {features[column]}: --image_column")
     return column
+
+
+def volume_column(features: Any, config: DataConfig) -> str | None:
+    """Return the name of the column of volumes that is read: the one that is named, or the only one without images."""
+    volumes = [name for name, feature in features.items() if _holds_volumes(feature)]
+    if config.image_column is not None:
+        return config.image_column if config.image_column in volumes else None
+    is_alone = not any(_holds_images(feature) or holds_arrays(feature) for feature in features.values())
+    return volumes[0] if len(volumes) == 1 and is_alone else None
+
+
+def _require_no_volumes(features: Any, config: DataConfig) -> None:
+    """Check that what is read is no column of volumes, which become slices before unless they are streamed."""
+    if (name := volume_column(features, config)) is not None:
+        raise UsageError(
+            f"streaming must be off for a column of volumes, got {name!r}: their slices are counted before the first "
+            "step; leave out --streaming"
+        )
+    volumes = [name for name, feature in features.items() if _holds_volumes(feature)]
+    others = [name for name, feature in features.items() if _holds_images(feature) or holds_arrays(feature)]
+    if config.image_column is None and len(volumes) > 1 and not others:
+        raise UsageError(
+            f"image_column must name the volumes, got None: there are several columns of them, {volumes}; give "
+            "--image_column"
+        )
+
+
+def holds_files(feature: Any) -> bool:
+    """Return whether a column holds files, or the bytes of some: images, volumes or others."""
+    return _holds_images(feature) or _holds_bytes(feature) or _holds_volumes(feature)
+
+
+def _holds_volumes(feature: Any) -> bool:
+    return type(feature).__name__ == "Nifti"  # which older versions of `datasets` do not have
 
 
 def _holds_images(feature: Any) -> bool:

@@ -149,7 +149,7 @@ class DataConfig:
     preserve_input_precision: bool | None = setting(
         None,
         "Keep 16-bit images in 16 bits, or with `--no_preserve_input_precision` make them 8-bit; default: keep gray "
-        "ones, as color of 16 bits cannot be kept.",
+        "ones. Color keeps them in folders of PNG or of TIFF files, which are then read as arrays.",
         group="data",
         resume="fixed",
     )
@@ -161,7 +161,8 @@ class DataConfig:
     )
     max_image_pixels: int | None = setting(
         None,
-        "The most pixels of an image, against files that fill the memory; default: Pillow's limit, 179 million.",
+        "The most pixels of an image, against files that fill the memory; default: Pillow's limit, 179 million, and "
+        "none of arrays.",
         group="data",
         resume="free",
         at_least=1,
@@ -224,3 +225,16 @@ def load_data_config(path: Path) -> DataConfig:
     check_values(config)
     check_data_paths(config)
     return config
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Return the folder of all that this package caches, which need not exist.
+
+    Raises:
+        UsageError: When it may not be read.
+    """
+    if config.cache_dir is None:
+        import huggingface_hub  # which the command line does without
+
+        return look_at("HF_HOME, the default of cache_dir,", huggingface_hub.constants.HF_HOME) / "hf_ddpm"
+    return look_at("cache_dir", config.cache_dir) / "hf_ddpm"

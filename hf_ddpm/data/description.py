@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_ddpm.data.array_files import is_tiff
+from hf_ddpm.data.array_files import is_png, is_tiff
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.given import NAME, GivenImages
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT
 from hf_ddpm.data.image_folder import ImageFolder, files_below, is_image, list_images, split_kind
+from hf_ddpm.data.image_format import LOWER_BITS
 from hf_ddpm.data.labels import LabelColumn
 from hf_ddpm.data.metadata import METADATA_NAMES
 from hf_ddpm.data.shards import NUM_FIRST_IMAGES, ImageStream
@@ -59,17 +60,19 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
         low, high, share = images.value_range.low, images.value_range.high, images.num_clipped / images.pixels.size
         lines.append(f"clipped: {images.num_clipped:,} values ({share:.2%}) lie outside of {low:g} to {high:g}")
     lines += [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
-    if any(loss.startswith("frames") for loss in images.losses) and _has_tiff_files(config):
+    if LOWER_BITS in images.losses and (_has_files(config, is_png) or _has_files(config, is_tiff)):
+        lines.append("--preserve_input_precision reads 16 bits of color, as arrays")
+    if any(loss.startswith("frames") for loss in images.losses) and _has_files(config, is_tiff):
         lines.append("--stack_axis 0 reads each page of a TIFF file as an image, --channel_axis 0 as a channel")
     return lines + _describe_range(config, images, among)
 
 
-def _has_tiff_files(config: DataConfig) -> bool:
-    """Return whether the source is a folder of TIFF files, which can be read as arrays."""
+def _has_files(config: DataConfig, is_of_kind: Callable[[Path], bool]) -> bool:
+    """Return whether the source is a folder of files of one kind, which can be read as arrays."""
     source = find_source(config)
     if source.kind != "images" or source.folder is None:
         return False
-    return all(map(is_tiff, list_images(source.folder).images))
+    return all(map(is_of_kind, list_images(source.folder).images))
 
 
 def _describe_labels(columns: Sequence[LabelColumn], values: Any) -> list[str]:
@@ -158,7 +161,7 @@ def _describe_held_out(config: DataConfig) -> str:
         return ""
     parts = divide_training(config)
     groups = f" in {parts.num_groups:,} groups of {config.group_column!r}" if config.group_column else ""
-    return f"{len(parts.held_out):,} more{groups} held out as the split {HELD_OUT_SPLIT!r}"
+    return f"{len(parts.held_out):,} more{groups} held out as the split {HELD_OUT_SPLIT!r}, {parts.share:.1%} of all"
 
 
 def _describe_repeated(config: DataConfig) -> str:

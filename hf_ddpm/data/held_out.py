@@ -6,7 +6,8 @@ identity   of an image: its path in the folder of images, of arrays with its num
 order      of the groups: that of a hash of their names, which neither a seed nor the order of the images changes
 
 Groups are held out in their order until they hold `eval_fraction` of the images. One that would overshoot by more than
-is missing without it is passed over; if all would, the smallest is held out.
+is missing without it is passed over; if all would, the smallest is held out. More than MAX_UNASKED_SHARE of the images
+are held out only where `eval_fraction` is more.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_ddpm.data.arrays import is_array
-from hf_ddpm.data.columns import choose_columns, encoded_images
+from hf_ddpm.data.columns import choose_columns, encoded_images, holds_slices, image_column
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.runtime.errors import UsageError
 
 HELD_OUT_FORMAT = 2  # Increase it when other images are held out, so that no older cache is read.
 HELD_OUT_SPLIT = "test"  # what the images that are held out are called, wherever a split is named
+MAX_UNASKED_SHARE = 0.5
 ROWS_PER_BLOCK = 64
 # The group columns that every folder of images has. The slices of a volume are in one file.
 FOLDER, FILE = "folder", "file"
@@ -47,6 +49,11 @@ class Parts(NamedTuple):
     held_out: list[int]
     num_groups: int
 
+    @property
+    def share(self) -> float:
+        """The share of the rows that is held out."""
+        return len(self.held_out) / (len(self.trained) + len(self.held_out))
+
 
 def is_held_out(config: DataConfig, split: str) -> bool:
     """Return whether a split is held out of the one that is trained on."""
@@ -62,7 +69,7 @@ def divide(table: Any, folder: Path | None, config: DataConfig) -> Parts:
         config: The settings of the data, with `eval_fraction`.
 
     Raises:
-        UsageError: When `group_column` is no column, or nothing is left to train on.
+        UsageError: When `group_column` is no column, nothing is left to train on, or whole groups would be far more.
     """
     assert config.eval_fraction is not None
     groups = groups_of(table, folder, config) if config.group_column else _identities(table, folder, config)
@@ -78,8 +85,8 @@ def divide(table: Any, folder: Path | None, config: DataConfig) -> Parts:
     if not held_out:  # each group is too large: the smallest one
         name = min(sizes, key=lambda name: (sizes[name], _hash(name)))
         held_out.add(name)
+    what = f"groups of {config.group_column!r}" if config.group_column else "images"
     if len(held_out) == len(sizes):
-        what = f"groups of {config.group_column!r}" if config.group_column else "images"
         raise UsageError(
             f"eval_fraction must leave {what} to train on, got {config.eval_fraction:g} of {len(sizes):,}: give a "
             "smaller one, or leave it out"
@@ -87,7 +94,14 @@ def divide(table: Any, folder: Path | None, config: DataConfig) -> Parts:
     rows: tuple[list[int], list[int]] = ([], [])
     for row, name in enumerate(groups):
         rows[name in held_out].append(row)
-    return Parts(*rows, num_groups=len(held_out))
+    parts = Parts(*rows, num_groups=len(held_out))
+    if config.eval_fraction <= MAX_UNASKED_SHARE < parts.share:
+        raise UsageError(
+            f"eval_fraction must be near a share of whole {what}, got {config.eval_fraction:g} of {len(sizes):,} "
+            f"with {min(sizes.values()):,} to {max(sizes.values()):,} of {len(groups):,} images, of which "
+            f"{parts.share:.0%} would be held out: give smaller groups, or a split of your own"
+        )
+    return parts
 
 
 def groups_of(table: Any, folder: Path | None, config: DataConfig) -> list[str]:
@@ -104,6 +118,8 @@ def groups_of(table: Any, folder: Path | None, config: DataConfig) -> list[str]:
     name = config.group_column
     assert name is not None
     if name not in table.column_names:
+        if name == FILE and folder is None and holds_slices(table.features[image_column(table.features, config)]):
+            return [_file_of(encoded, row) for row, encoded in enumerate(_encoded_images(table, config))]
         if name in (FOLDER, FILE) and folder is not None:
             paths = _paths(table, folder, config)
             return paths if name == FILE else [Path(path).parent.as_posix() for path in paths]
@@ -146,7 +162,12 @@ def _identities(table: Any, folder: Path | None, config: DataConfig) -> list[str
         numbers = ((encoded or {}).get("slice") for encoded in _encoded_images(table, config))
         paths = _paths(table, folder, config)
         return [path if n is None else f"{path}:{n}" for path, n in zip(paths, numbers, strict=True)]
-    return [_content_of(encoded) for encoded in _encoded_images(table, config)]
+    return [_content_of(encoded, row) for row, encoded in enumerate(_encoded_images(table, config))]
+
+
+def _file_of(encoded: Any, row: int) -> str:
+    """Return the file of a slice and its folder, which are the same in each cache."""
+    return f"row {row}" if encoded is None else "/".join(Path(encoded["path"]).parts[-2:])
 
 
 def _paths(table: Any, folder: Path, config: DataConfig) -> list[str]:
@@ -166,7 +187,9 @@ def _encoded_images(table: Any, config: DataConfig) -> Any:
     return chain.from_iterable(encoded_images(images, rows) for rows in blocks)
 
 
-def _content_of(encoded: Any) -> str:
+def _content_of(encoded: Any, row: int) -> str:
+    if isinstance(encoded, dict) and "slice" in encoded:  # a file is named by its content, or by the user
+        return f"{_file_of(encoded, row)}:{encoded['slice']}"
     if is_array(encoded):
         values = np.asarray(encoded)
         return hashlib.sha256(f"{values.dtype} {values.shape}".encode() + values.tobytes()).hexdigest()

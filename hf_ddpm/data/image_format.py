@@ -19,6 +19,7 @@ from hf_ddpm.image_size import Size, format_size, to_size
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.value_range import Scale, ValueRange
 
+LOWER_BITS = "the lower 8 of 16 bits of color or transparency, which Pillow drops"
 TRANSPARENCY = "transparency, which becomes white"
 GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"))
 
@@ -94,7 +95,7 @@ def losses_of(image: Image.Image, image_format: ImageFormat) -> list[str]:
     if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
         losses.append("frames after the first of an animation or a stack")
     if has_deep_colors(image) and image_format.config.preserve_input_precision is not False:
-        losses.append("the lower 8 of 16 bits of color or transparency, which Pillow drops")
+        losses.append(LOWER_BITS)
     if has_unnamed_bands(image) and image_format.channels != 4:
         losses.append("bands beyond the colors that are no transparency")
     elif image_format.channels != 4 and image.has_transparency_data:
@@ -117,8 +118,8 @@ def check_keeps_precision(image: Image.Image, name: str, config: DataConfig) -> 
     """
     if config.preserve_input_precision and has_deep_colors(image):
         raise UsageError(
-            f"preserve_input_precision can keep 16 bits of gray images only, got 16-bit {image.mode} in {name}: leave "
-            "it out, or convert the images to 8 bits"
+            f"preserve_input_precision can keep 16 bits of color only in a folder of PNG or of TIFF files, got 16-bit "
+            f"{image.mode} in {name}: leave it out, or name such a folder"
         )
 
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -258,11 +258,12 @@ class ImageStream(InFormat):
         return RunError(f"{name} cannot be read: {reason}; put it back as it was, or repair it{remedy}")
 
 
-def open_stream(config: DataConfig) -> ImageStream:
+def open_stream(config: DataConfig, limits: Sequence[float] | None = None) -> ImageStream:
     """Open the split `train`, of which only the first images are read; the settings mean what they do for a cache.
 
     Args:
         config: The settings of the data.
+        limits: The values of floats that become -1 and 1 without `value_range`; None: nothing tells them.
 
     Raises:
         UsageError: When `load_images` would raise it, as far as the first images show, or when the column of classes
@@ -308,7 +309,7 @@ def open_stream(config: DataConfig) -> ImageStream:
     ]
     if config.random_crop:
         content.append("random_crop")
-    values = None if image_format.array_dtype is None else value_range_of(image_format, None)
+    values = None if image_format.array_dtype is None else value_range_of(image_format, limits)
     if values is not None:
         content.append(
             [values.dtype, values.low, values.high, config.channel_axis, config.stack_axis, config.array_key]

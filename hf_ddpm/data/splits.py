@@ -46,17 +46,39 @@ def open_split(config: DataConfig, split: str, option: str = "split") -> Iterato
     else:
         with tempfile.TemporaryDirectory(prefix="hf_ddpm-", ignore_cleanup_errors=True) as temporary:
             saved = Path(temporary) / "split"
-            held_out = open_dataset(config, split, option, with_conditions=True)
-            try:
-                held_out.save_to_disk(saved)
-            except FileNotFoundError as error:  # metadata may name it
-                raise UsageError(
-                    f"{option} must hold images that are there, got {in_one_line(error)}: remove its row, or "
-                    "restore it"
-                ) from error
+            with _without_bars():
+                _save_split(config, split, option, saved)
             whole: dict[str, Any] = {"dataset_config_name": None, "train_split": None, "cache_dir": temporary}
             whole.update(train_data_dir=None, eval_fraction=None, group_column=None)
             yield load_images(replace(config, dataset_name=str(saved), **whole))
+
+
+def _save_split(config: DataConfig, split: str, option: str, folder: Path) -> None:
+    """Save a split as a data set of its own, with the bytes of its images."""
+    held_out = open_dataset(config, split, option, with_conditions=True)
+    try:
+        held_out.save_to_disk(folder)
+    except FileNotFoundError as error:  # metadata may name it
+        raise UsageError(
+            f"{option} must hold images that are there, got {in_one_line(error)}: remove its row, or restore it"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Switch the progress bars of `datasets` off for the duration of a `with` block."""
+    from datasets import config as hf_config
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    # What the environment says of them cannot be changed.
+    if are_progress_bars_disabled() or hf_config.HF_DATASETS_DISABLE_PROGRESS_BARS is not None:
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def check_groups(config: DataConfig, split: str, option: str = "split") -> None:

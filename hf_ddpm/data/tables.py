@@ -15,6 +15,7 @@ from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT, Parts, divide, is_held_out
 from hf_ddpm.data.image_folder import ImageFolder, list_images, open_images
 from hf_ddpm.data.sources import Source, files_of_arrays, find_source, folder_of_images
+from hf_ddpm.data.volumes import with_slices
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def open_table(config: DataConfig, split: str | None = None, split_option: str =
     split = trained if split is None or is_held_out(config, split) else split
     source = find_source(config)
     with as_usage_errors(source, config, split, split_option):
-        return _load_split(source, config, split)
+        table = _load_split(source, config, split)
+    return with_slices(table, config)
 
 
 def divide_training(config: DataConfig) -> Parts:

@@ -27,7 +27,7 @@ def command_of(job: Job) -> str:
     schedulers = names if is_full_grid else request.schedulers
     data_options = (
         *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "label_column"),
-        "condition_column",
+        *("condition_column", "channel_axis", "stack_axis", "array_key"),
     )
     options = {
         "metrics": ",".join(request.metrics),
@@ -49,9 +49,10 @@ def command_of(job: Job) -> str:
         "dtype": None if request.dtype == "fp32" else request.dtype,
         "out": request.out,
     }
-    interval = request.guidance_interval
+    interval, values = request.guidance_interval, data.get("value_range") or ()
     flags = {
         f"--guidance_interval {' '.join(f'{end:g}' for end in interval or ())}": interval is not None,
+        f"--value_range {' '.join(map(str, values))}": bool(values),
         "--center_crop": data.get("center_crop"),
         "--random_crop": data.get("random_crop"),
         "--compile": request.compile,

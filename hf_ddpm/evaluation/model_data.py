@@ -100,7 +100,10 @@ class Splits:
                 "give --dataset_name or, for distances alone, --reference"
             )
         resolution = to_resolution(self.size)
-        for name, value in (("resolution", resolution), ("channels", self._channels)):
+        of_model: dict[str, Any] = {"resolution": resolution, "channels": self._channels}
+        if self._is_given and self._value_range is not None:
+            of_model["value_range"] = [self._value_range.low, self._value_range.high]
+        for name, value in of_model.items():
             if getattr(self.data, name) not in (None, value):
                 raise UsageError(f"{name} must be the model's, {value}, got {getattr(self.data, name)}: leave it out")
         precision = False if self._value_range is None else self.data.preserve_input_precision
@@ -131,10 +134,11 @@ class Splits:
             images = self._processes.main_then_rest(
                 lambda: self._stack.enter_context(open_split(config, split, option))
             )
+            images = self._in_range_of_model(images, split)
             if self._processes.rank == 0 and not any(name == split for name, _ in self._opened):
                 for line in describe_split(config, split, images):
                     tqdm.write(line, file=sys.stderr)
-            self._opened[split, is_labeled] = self._in_range_of_model(images, split)
+            self._opened[split, is_labeled] = images
         return self._opened[split, is_labeled]
 
     def _in_range_of_model(self, images: ImageCache, split: str) -> ImageCache:
@@ -143,9 +147,9 @@ class Splits:
         if of_data != of_model:
             raise UsageError(
                 f"the data must be of the model's type, {of_model or 'pictures'}, got {of_data or 'pictures'} in "
-                f"{split}: name others"
+                f"{split}: name others{', or read TIFF files as arrays by --channel_axis' * (of_data is None)}"
             )
-        return images if self._value_range is None else replace(images, value_range=self._value_range)
+        return images if self._value_range is None else images.in_range(self._value_range)
 
     def references(self, network: FeatureNetwork, split: str, test_split: str) -> tuple[Reference, Reference | None]:
         """Return the references of the two splits, from the cache or made now.

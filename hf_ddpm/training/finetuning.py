@@ -1,7 +1,7 @@
 """A run that begins with the weights of another model (`init_from`).
 
 The run keeps that model's network, prediction type, variance and noise schedule, which its weights were trained for.
-Size and channels of the images are the model's, too.
+Size and channels of the images are the model's, too, and so are the units of a model of arrays.
 
 A model that makes images from noise alone may become one that makes them from images. Its first convolution then takes
 the channels of the conditions, too, by weights that begin at zero, so that the model begins as it was.
@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm.condition import CONDITIONAL_NETWORK, is_conditional
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.image_size import to_resolution, to_size
 from hf_ddpm.label_embedding import PREFIX, begin_at_zero
@@ -27,6 +29,7 @@ from hf_ddpm.scheduler import LEARNED_VARIANCES, as_our_scheduler
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
 from hf_ddpm.training.parsing import load_config
+from hf_ddpm.value_range import ValueRange, read_value_range
 
 FIRST_CONVOLUTION = "conv_in.weight"
 
@@ -54,6 +57,46 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
     config = replace(config, **decided)
     check_config(config)
     return config
+
+
+def range_to_keep(config: TrainingConfig) -> ValueRange | None:
+    """Return the value range that a run has from the model of `init_from`, so that its units stay; None: its own.
+
+    A resumed run goes on with that of its own model.
+    """
+    if config.init_from is None or config.value_range is not None or config.value_quantiles is not None:
+        return None
+    folder = Path(config.output_dir)
+    is_resumed = config.resume_from_checkpoint is not None and (folder / "model_index.json").is_file()
+    return read_value_range(folder if is_resumed else find_model(config.init_from)[0])
+
+
+def require_type(values: ValueRange, dtype: str | None) -> None:
+    """Check that data are of a type that can have the units of a model.
+
+    Args:
+        values: The values of the model.
+        dtype: The type of arrays; None for images.
+
+    Raises:
+        UsageError: When they are not.
+    """
+    if dtype is not None and replace(values, dtype=dtype).is_integer == values.is_integer:
+        limits = np.iinfo(dtype) if values.is_integer else np.finfo(dtype)
+        if limits.min <= values.low and values.high <= limits.max:
+            return
+    raise UsageError(
+        f"the data must be of a type that holds the values of the model in init_from, {values}, so that its units "
+        f"stay, got {dtype or 'images'}: convert them to {values.dtype}, or give --value_range LOW HIGH for their own"
+    )
+
+
+def with_range(images: Any, values: ValueRange) -> Any:
+    """Return images of arrays of which -1 and 1 stand for what they do in a model; x_0 of the user's code as it is."""
+    if images.value_range is None:
+        return images
+    values = replace(images.value_range, low=values.low, high=values.high)
+    return images.in_range(values) if isinstance(images, ImageCache) else replace(images, value_range=values)
 
 
 def load_weights(unet: UNet2DModel, network: Path, source: str) -> None:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from hf_ddpm.data.cache import load_dataset, load_images
+from hf_ddpm.data.cache import X_0, Accept, load_dataset, load_images
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.labels import with_network_labels
@@ -24,7 +24,7 @@ from hf_ddpm.data.splits import check_groups, check_split
 from hf_ddpm.evaluation.feature_weights import check_network
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme, write_card
-from hf_ddpm.image_size import to_resolution
+from hf_ddpm.image_size import Size, to_resolution
 from hf_ddpm.labels import scales_of, takes_floats
 from hf_ddpm.network import compile_network
 from hf_ddpm.runtime.devices import require_compiler
@@ -38,7 +38,7 @@ from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import Progress, TrainingState, load_checkpoint
 from hf_ddpm.training.conditions import condition_of
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.finetuning import take_over
+from hf_ddpm.training.finetuning import range_to_keep, require_type, take_over, with_range
 from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.model import labels_of_run, make_network, make_objective, make_scheduler, on_scales_of_start
 from hf_ddpm.training.optimizer import make_optimizer
@@ -233,7 +233,7 @@ def _load_images(
 ) -> tuple[TrainingConfig, Images]:
     """Load the images on each machine once; return them, and the config with what they and the launcher decide."""
 
-    def load() -> tuple[TrainingConfig, Images]:
+    def load() -> tuple[TrainingConfig, Images, bool]:
         config = take_over(requested)
         require_same_run(config)
         if not config.overwrite_output_dir:
@@ -248,18 +248,23 @@ def _load_images(
             try_run(config, accelerator.device)
         is_open = not is_known or (config.model_config_name_or_path is not None and config.channels is None)
         is_open = is_open and parts.network is None
-        accept = partial(try_run, config, accelerator.device) if is_open else None
-        if parts.dataset is not None:
-            return config, load_dataset(parts.dataset, config, accept)
-        if not config.streaming:
-            return config, load_images(config, accept)
-        stream = open_stream(config)
-        if accept is not None:
-            accept(stream.size, stream.channels)
-        return config, stream
+        values = range_to_keep(config)
 
-    config, images = processes.main_then_rest(load, accelerator.is_local_main_process)
+        def accept(size: Size, channels: int, dtype: str | None) -> None:
+            if values is not None and dtype != X_0:
+                require_type(values, dtype)
+            if is_open:
+                try_run(config, accelerator.device, size, channels)
+
+        images = _open_images(config, parts, accept, values)
+        return config, images if values is None else with_range(images, values), values is not None
+
+    config, images, keeps_units = processes.main_then_rest(load, accelerator.is_local_main_process)
     processes.require_equal(images.fingerprint, "images")
+    if keeps_units:
+        stays = f"-1 and 1 stand for what they do in the model in init_from: {images.value_range}"
+        is_lost = "the units of the model in init_from are lost: the data set gives x_0, which has none"
+        print_once(processes, is_lost if images.value_range is None else stays)
     for line in processes.on_main(lambda: describe_images(config, images)):
         print_once(processes, line)
     config = replace(
@@ -270,6 +275,24 @@ def _load_images(
         mixed_precision=accelerator.mixed_precision,
     )
     return config, images
+
+
+def _open_images(config: TrainingConfig, parts: Parts, accept: Accept, values: ValueRange | None) -> Images:
+    """Open the images that the settings name, or the data set of the user's own code.
+
+    Args:
+        config: The settings.
+        parts: The user's own parts.
+        accept: As of `load_images`.
+        values: The values that a stream of floats takes from another model; None for its own.
+    """
+    if parts.dataset is not None:
+        return load_dataset(parts.dataset, config, accept)
+    if not config.streaming:
+        return load_images(config, accept)
+    stream = open_stream(config, None if values is None else (values.low, values.high))
+    accept(stream.size, stream.channels, None if stream.value_range is None else stream.value_range.dtype)
+    return stream
 
 
 def _check_arrays(config: TrainingConfig, values: ValueRange) -> None:

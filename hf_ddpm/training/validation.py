@@ -38,6 +38,7 @@ from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network
 from hf_ddpm.evaluation.fidelity import mean_of, psnr
 from hf_ddpm.evaluation.training_share import RealImages, compare_samples, nearest_images, summarize
+from hf_ddpm.image_size import format_size
 from hf_ddpm.labels import Labels
 from hf_ddpm.objective import Objective
 from hf_ddpm.pipeline import DDPMPipeline
@@ -137,20 +138,27 @@ def open_validation(
     network = load_network(config.eval_network, config.eval_network_path, device)
     with open_split(config, config.eval_split, "eval_split") as held_out:
         image_format, wanted_format = _format_of(held_out), _format_of(images)
-        if image_format != wanted_format or not (held_out.is_uniform or held_out.random_crop):
+        if image_format != wanted_format:
             raise UsageError(
-                f"eval_split must hold images of one shape like those of training, got {image_format} of "
-                f"{config.eval_split!r} and {wanted_format}: --center_crop"
+                f"eval_split must hold images like those of training, got {image_format} of {config.eval_split!r} "
+                f"beside {wanted_format}: convert them, or give --no_preserve_input_precision for 8 bits of both"
+            )
+        if not (held_out.is_uniform or held_out.random_crop):
+            sizes = sorted({(int(height), int(width)) for height, width in held_out.index[:, 1:]})
+            raise UsageError(
+                f"eval_split must hold images of one shape, as nothing crops them, got {format_size(sizes[0])} and "
+                f"{format_size(sizes[-1])} of {config.eval_split!r} after they were resized: --center_crop"
             )
         if len(held_out) < 4:
             raise UsageError(f"eval_split must hold at least 4 images, got {len(held_out)} of {config.eval_split!r}")
+        if images.value_range is not None:  # they are seen in the range of training
+            held_out = held_out.in_range(images.value_range)
         if processes.rank == 0:
             for line in describe_split(config, config.eval_split, held_out):
                 tqdm.write(line, file=sys.stderr)
         rows = epoch_order(0, 0, len(held_out))[: config.eval_num_images]
         pixels, network_labels = _copy(with_network_labels(held_out, labels), rows)
         column, column_max_value = _copy_conditions(config, held_out, condition, rows)
-    # The held-out images are seen in the range of training.
     scale = images.scale
     real = None if condition is not None else _real_images(config, images, pixels)
     parts = [network(_to_uint8(pixels[part], scale)) for part in _batches(processes, len(pixels))]
@@ -335,10 +343,10 @@ def _distance_of_held_out(real: RealImages, processes: Processes) -> float:
     return float(processes.gather_rows(distances[:, 0], len(real.held_out)).median())
 
 
-def _format_of(images: Any) -> tuple[Any, ...]:
-    """Return what held-out images must have in common with those of training."""
-    of_values = images.max_value if images.value_range is None else images.value_range.dtype
-    return (images.channels, images.size, of_values)
+def _format_of(images: Any) -> str:
+    """Return in words what held-out images must have in common with those of training."""
+    of_values = f"{images.max_value.bit_length()} bits" if images.value_range is None else images.value_range.dtype
+    return f"channels {images.channels}, {format_size(images.size)}, {of_values}"
 
 
 def _copy(images: ImageCache, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import h5py
+import imagecodecs
 import nibabel
 import numpy as np
 import pytest
@@ -129,6 +130,26 @@ def test_colors_of_16_bits_are_kept_if_that_is_asked_for(folder: Path) -> None:
     save_each(folder, colors, save_tiff(photometric="rgb"), "tif")
     assert loaded(folder).dtype == np.uint8  # as Pillow reads them
     assert (loaded(folder, preserve_input_precision=True) == colors.transpose(0, 3, 1, 2)).all()
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colors_of_16_bits_in_png_files_are_kept_if_that_is_asked_for(folder: Path, channels: int) -> None:
+    colors = RNG.integers(0, 65536, (2, 4, 4, channels)).astype(np.uint16)
+    for i, values in enumerate(colors):
+        (folder / f"{i}.png").write_bytes(imagecodecs.png_encode(values))
+    images = load_images(files_config(folder))
+    assert (images.max_value, images.channels) == (255, 3)  # as Pillow reads them
+    if channels == 3:
+        assert (loaded(folder) == (colors >> 8).transpose(0, 3, 1, 2)).all()
+    lines = describe_images(files_config(folder), images)
+    assert "not read in 2 images: the lower 8 of 16 bits of color or transparency, which Pillow drops" in lines
+    assert "--preserve_input_precision reads 16 bits of color, as arrays" in lines
+    assert (loaded(folder, preserve_input_precision=True) == colors.transpose(0, 3, 1, 2)).all()
+
+
+def test_png_files_of_8_bits_are_images_whatever_is_to_be_kept(folder: Path) -> None:
+    save_grays(folder, 2)
+    assert load_images(files_config(folder, preserve_input_precision=True)).value_range is None
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import datasets
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -90,7 +93,7 @@ def test_groups_are_held_out_as_a_whole(folder: Path) -> None:
     assert not patients[0] & patients[1]
     assert len(held_out) == 6
     said = describe_images(config, load_images(config))[0]
-    assert "6 more in 2 groups of 'patient' held out as the split 'test'" in said
+    assert "6 more in 2 groups of 'patient' held out as the split 'test', 25.0% of all" in said
 
 
 @pytest.mark.parametrize("sizes", [(19, 1, 1, 1), (1, 1, 19, 1), (1, 19, 1, 1)])
@@ -99,6 +102,17 @@ def test_large_group_is_not_held_out_for_a_few_images(folder: Path, sizes: tuple
         save_grays(folder / name, size)
     held_out = open_dataset(cache_config(folder, eval_fraction=0.1, group_column="folder"), "test")
     assert 1 <= len(held_out) <= 2
+
+
+def test_groups_that_would_hold_out_far_more_are_refused_with_their_sizes(folder: Path) -> None:
+    for name, size in (("a", 12), ("b", 9)):
+        save_grays(folder / name, size)
+    assert len(open_dataset(cache_config(folder, eval_fraction=0.1, group_column="folder"), "test")) == 9
+    save_grays(folder / "b", 13)
+    more = cache_config(folder, eval_fraction=0.4, group_column="folder")
+    with pytest.raises(UsageError, match=r"got 0\.4 of 2 with 12 to 13 of 25 images, of which 52% would be held out"):
+        load_images(more)
+    assert len(open_dataset(cache_config(folder, eval_fraction=0.51, group_column="folder"), "test")) == 13
 
 
 def test_empty_cell_is_divided_as_other_rows_are(folder: Path) -> None:
@@ -143,13 +157,43 @@ def test_condition_that_changes_is_decoded_again(folder: Path) -> None:
     assert again.fingerprint != first.fingerprint
 
 
-def test_split_of_tables_is_not_shadowed(folder: Path) -> None:
-    for split, count in (("train", 12), ("test", 5)):
-        rows = [{"bytes": png(noise(8, 8, seed=i)), "path": None} for i in range(count)]
-        table = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
-        table.to_parquet(folder / f"{split}.parquet")
-    with pytest.raises(UsageError, match=r"must be left out where there is a split 'test', got 0.25 and the splits"):
+def save_tables(kind: str, folder: Path, splits: dict[str, int]) -> None:
+    """Save splits of so many images as tables of a kind."""
+    tables = {}
+    for split, count in splits.items():
+        images = [noise(8, 8, seed=i) for i in range(count)]
+        rows = [{"bytes": png(image), "path": None} for image in images]
+        tables[split] = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
+        if kind == "parquet":
+            tables[split].to_parquet(folder / f"{split}.parquet")
+        if kind == "hdf5":
+            with h5py.File(folder / f"{split}.h5", "w") as file:
+                file["image"] = np.stack(images)
+        if kind == "tar":
+            with tarfile.open(folder / f"{split}-0.tar", "w") as file:
+                for i, row in enumerate(rows):
+                    member = tarfile.TarInfo(f"{i}.png")
+                    member.size = len(row["bytes"])
+                    file.addfile(member, io.BytesIO(row["bytes"]))
+    if kind == "saved":
+        datasets.DatasetDict(tables).save_to_disk(folder)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "hdf5", "saved"])
+def test_split_of_tables_is_not_shadowed(folder: Path, kind: str) -> None:
+    save_tables(kind, folder, {"train": 12, "test": 5})
+    with pytest.raises(UsageError, match=r"must be left out where there is a split 'test', got 0.25 and .*'photos'"):
         load_images(cache_config(folder, eval_fraction=0.25))
+
+
+def test_no_bar_of_datasets_is_seen_when_a_split_is_opened(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tables("saved", folder, {"train": 4})
+    datasets.enable_progress_bars()
+    capsys.readouterr()
+    with open_split(cache_config(folder, eval_fraction=0.5), "test") as images:
+        assert len(images) == 2
+    assert capsys.readouterr().err == ""
+    assert not datasets.utils.are_progress_bars_disabled()
 
 
 def test_folder_of_each_image_may_be_its_group(folder: Path) -> None:

@@ -43,6 +43,18 @@ def test_image_beyond_the_limit_of_pixels_names_limit_and_setting(
     assert Image.MAX_IMAGE_PIXELS == 20
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_array_beyond_the_limit_of_pixels_is_named_as_an_image_is(folder: Path, streaming: bool) -> None:
+    np.save(folder / "a.npy", noise(8, 9, 5).transpose(2, 0, 1))
+    load = open_stream if streaming else load_images
+    with pytest.raises(UsageError, match=r"got row 0 \(.*a\.npy\): 72 pixels, more than 71; .* --max_image_pixels"):
+        load(cache_config(folder, streaming=streaming, max_image_pixels=71))
+    assert load(cache_config(folder, streaming=streaming, max_image_pixels=72)).channels == 5
+    np.save(folder / "b.npy", noise(9, 9, 5).transpose(2, 0, 1))
+    skipping = cache_config(folder, max_image_pixels=72, on_bad_image="skip", resolution=8)
+    assert (len(load_images(skipping)), load_images(skipping).num_bad) == (1, 1)
+
+
 def test_skipped_image_is_decoded_when_the_limit_allows_it(folder: Path) -> None:
     save_grays(folder, 1)
     Image.fromarray(noise(8, 9)).save(folder / "b.png")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from hf_ddpm import UsageError, figures, plot_metrics, plots, show
 from hf_ddpm.pipeline import TrajectoryStep
+from hf_ddpm.value_range import ValueRange, pictured
 
 VALUES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PICTURES = figures.to_pil(VALUES)
@@ -74,6 +75,15 @@ def test_show_of_a_long_trajectory_is_even_and_of_few_images():
     first = [TrajectoryStep(s.timestep, s.x_t[:4], s.x_0_hat[:4]) for s in steps[::10]]
     assert same(show(steps), show(first))
     assert same(show(steps, columns=2), show([first[0], first[-1]]))
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_show_of_a_trajectory_of_arrays_shows_what_other_pictures_of_the_model_show(channels):
+    x_t, x_0_hat = torch.randn(2, 3, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    for shown in ((1,), (1, 0, 1), None):
+        values = ValueRange(0, 1, "float32", shown)
+        chosen = [TrajectoryStep(9, pictured(x_t, values), pictured(x_0_hat, values))]
+        assert same(show([TrajectoryStep(9, x_t, x_0_hat, values)]), show(chosen))
 
 
 @pytest.mark.parametrize(

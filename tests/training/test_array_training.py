@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from hf_ddpm import DDPMPipeline, evaluate
+from hf_ddpm.cli import app
 from hf_ddpm.data.batches import epoch_order, fixed_pixels
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.hub.info import model_info
@@ -22,6 +25,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.image_set import write_samples
 from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.finetuning import range_to_keep
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.validation import open_validation
 from hf_ddpm.value_range import ValueRange
@@ -98,11 +102,13 @@ def test_run_leaves_its_values_in_its_folder_and_on_its_card(config: TrainingCon
     assert DDPMPipeline.from_pretrained(tmp_path / "copy").value_range == value_range
 
 
-def test_validation_compares_what_pictures_show(config: TrainingConfig) -> None:
+def test_validation_compares_what_pictures_show(config: TrainingConfig, capsys: pytest.CaptureFixture[str]) -> None:
     of_run = {**vars(config), "display_channels": [1.0], "eval_fraction": 0.2, "eval_steps": 1, "random_flip": True}
     settings = TrainingConfig(**of_run)
     images = load_images(settings)
     validation = open_validation(settings, images, None, None, Processes(), torch.device("cpu"))
+    # Its range is that of training, whose quantiles are not its own.
+    assert f"test of fields: 12 images, 8 x 8, channels 2; values {images.value_range}" in capsys.readouterr().err
     assert validation.real is not None
     order = epoch_order(0, 0, len(images))
     assert images.value_range is not None
@@ -117,6 +123,58 @@ def test_resumed_run_is_the_run(config: TrainingConfig) -> None:
     parted = part(config)
     train(TrainingConfig(**{**vars(parted), "resume_from_checkpoint": "latest"}))
     assert_same_weights(config.output_dir, parted.output_dir)
+
+
+def tuned_settings(config: TrainingConfig, folder: Path, values: np.ndarray) -> dict[str, Any]:
+    """Return the settings of a run that begins with the model of `config`, on other arrays."""
+    (folder / "more").mkdir()
+    np.save(folder / "more/all.npy", values)
+    others = {"init_from": config.output_dir, "train_data_dir": str(folder / "more"), "max_train_steps": 1}
+    return {**settings_in(folder), **others, "model_config_name_or_path": None, "ddpm_num_steps": 1000}
+
+
+def test_tuned_model_keeps_the_units_of_the_model_that_it_begins_with(
+    config: TrainingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.random.default_rng(1).standard_normal((12, 2, 8, 8)).astype(np.float32)
+    settings = tuned_settings(config, tmp_path, 9 * values)
+    settings["init_from"] = shutil.copytree(config.output_dir, tmp_path / "base")
+    base = DDPMPipeline.from_pretrained(config.output_dir).value_range
+    assert base is not None
+    train(TrainingConfig(**settings))
+    assert f"-1 and 1 stand for what they do in the model in init_from: {base}" in capsys.readouterr().err
+    folder = Path(settings["output_dir"])
+    assert DDPMPipeline.from_pretrained(folder).value_range == base
+    num_clipped = ((9 * values < base.low) | (9 * values > base.high)).sum()
+    assert json.loads((folder / "run.json").read_text())["data"]["num_clipped"] == num_clipped > 0
+    assert range_to_keep(TrainingConfig(**settings, value_range=[0, 1])) is None
+    streamed = {"streaming": True, "output_dir": str(tmp_path / "streamed")}
+    train(TrainingConfig(**{**settings, **streamed}))
+    assert DDPMPipeline.from_pretrained(tmp_path / "streamed").value_range == base
+    shutil.rmtree(tmp_path / "base")
+    train(TrainingConfig(**{**settings, "resume_from_checkpoint": "latest", "max_train_steps": 2}))
+    assert DDPMPipeline.from_pretrained(folder).value_range == base
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        (
+            (4, 2, 8, 8),
+            "uint16",
+            r"of the model in init_from, float32, .* got uint16: convert them to float32, or give",
+        ),
+        ((4, 3, 8, 8), "float32", r"channels must be those of the arrays, 3 in .*, got 2 by .* model of --init_from"),
+    ],
+)
+def test_data_that_cannot_have_the_units_of_the_model_are_refused_before_work(
+    config: TrainingConfig, tmp_path: Path, shape: tuple[int, ...], dtype: str, message: str
+) -> None:
+    settings = tuned_settings(config, tmp_path, np.arange(np.prod(shape)).reshape(shape).astype(dtype))
+    with pytest.raises(UsageError, match=message):
+        train(TrainingConfig(**settings))
+    assert not [*tmp_path.glob("cache/hf_ddpm/*")]
+    assert not (tmp_path / "run").exists()
 
 
 def test_set_holds_the_same_values_in_each_format(config: TrainingConfig, tmp_path: Path) -> None:
@@ -147,6 +205,18 @@ def test_values_are_measured_and_what_floats_cannot_have_is_refused(config: Trai
     assert row["value"] > row["real_vs_real"]["value"] > 0  # the model has hardly been trained
     assert np.array(row["spectra"]["samples"]["spectrum"]).shape == (2, 4)
     assert (tmp_path / "out/figures/spectrum.png").is_file()
+    # The same arrays, channels last, are read in the range of the model, not in that of the folder.
+    (tmp_path / "last").mkdir()
+    np.save(tmp_path / "last/all.npy", np.moveaxis(np.load(Path(config.train_data_dir or "") / "all.npy"), 1, -1))
+    words = [*("--dataset_name", tmp_path / "last", "--cache_dir", tmp_path / "cache"), "--channel_axis", -1]
+    words += [*("--metrics", "values", "--num_images", 32, "--num_inference_steps", 2), "--out", tmp_path / "other"]
+    command = ["evaluate", config.output_dir, "--json", *map(str, words)]
+    answer = CliRunner().invoke(app, command)
+    (other,) = json.loads(answer.stdout)["results"]
+    assert other["value"] == row["value"]
+    assert "--channel_axis -1" in (tmp_path / "other/README.md").read_text()
+    answer = CliRunner().invoke(app, [*command, "--value_range", "0", "1"])
+    assert "value_range must be the model's, [" in answer.stderr
     with pytest.raises(UsageError, match="nll must be left out for a model of float32"):
         evaluate(config.output_dir, metrics=("nll",), num_images=4, **settings)
     with pytest.raises(UsageError, match="feature networks see 1 or 3 channels, got arrays of 2"):

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.validation import open_validation
 from tests.support.runs import differences, said, start, trace
 
 
@@ -133,6 +136,23 @@ def test_validation_refuses_before_training(config):
     with pytest.raises(UsageError, match="eval_split = held has no effect: give eval_steps"):
         train(replace(config, eval_split="held", eval_steps=None, eval_num_images=2000))
     assert not Path(config.output_dir).exists()
+
+
+def test_held_out_images_of_several_shapes_are_told_from_those_of_another_form(config, tmp_path):
+    for split, shapes in (("train", [(8, 8)]), ("test", [(8, 8), (8, 12)]), ("deep", [(8, 8)])):
+        (tmp_path / "mixed" / split).mkdir(parents=True)
+        for shape in shapes:
+            values = np.zeros(shape, np.uint16 if split == "deep" else np.uint8)
+            Image.fromarray(values).save(tmp_path / "mixed" / split / f"{shape[1]}.png")
+    mixed = replace(config, dataset_name=str(tmp_path / "mixed"), resolution=8, channels=1)
+    messages = {
+        "test": r"one shape, .* got 8 x 8 and 8 x 12 \(height x width\) of 'test' after .* --center_crop",
+        "deep": r"like those of training, got channels 1, 8 x 8, 16 bits of 'deep' beside channels 1, 8 x 8, 8 bits",
+    }
+    for split, message in messages.items():
+        split_config = replace(mixed, eval_split=split)
+        with pytest.raises(UsageError, match=message):
+            open_validation(split_config, load_images(mixed), None, None, Processes(), torch.device("cpu"))
 
 
 @pytest.mark.slow
