@@ -20,6 +20,7 @@ import fsspec
 import numpy as np
 from PIL import Image
 
+from hf_ddpm.data.array_files import TIFF
 from hf_ddpm.data.arrays import array_format, decode_array, is_array, require_no_array_settings
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import readable_formats
@@ -167,6 +168,8 @@ def unreadable_image_error(name: str, error: Exception) -> UsageError:
         )
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that Pillow knows"
+        if name.lower().rstrip(")").endswith(TIFF):
+            reason += "; bands or floats are read as an array in a folder of such TIFF files alone, with --channels"
     if isinstance(error, Image.DecompressionBombError):
         return UsageError(
             f"every image must be within the limit of pixels, got {name}: {reason}; if it is no attack on the memory, "

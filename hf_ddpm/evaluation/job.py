@@ -211,9 +211,10 @@ def _check_values(images: ImageCache, num_images: int) -> None:
     least = num_components(images.channels, *images.size) + 1
     for name, count in (("num_images", num_images), ("the split", len(images))):
         if count < least:
+            remedy = "; of an image that is cropped at random one part is compared: cut it into tiles"
             raise UsageError(
                 f"{name} must be at least {least} for values, got {count:,}: a covariance of {least - 1} statistics "
-                "needs more images"
+                f"needs more images{remedy if images.random_crop and name == 'the split' else ''}"
             )
 
 

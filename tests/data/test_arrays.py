@@ -344,3 +344,14 @@ def test_four_axes_of_a_volume_are_not_guessed(folder: Path) -> None:
             load_images(cache_config(None, train_data_dir=str(folder), **settings))
     images = load_images(cache_config(None, train_data_dir=str(folder), stack_axis=2, channel_axis=3))
     assert (len(images), images.channels, images.size) == (3, 2, (8, 8))
+
+
+@pytest.mark.parametrize("other", ["picture.png", "panchromatic.tif"])
+def test_tiff_file_of_bands_beside_pictures_is_not_called_damaged(folder: Path, other: str) -> None:
+    save_each(folder, BANDS, save_tiff(**PLANES), "tif")
+    gray = Image.fromarray(BANDS[0, 0])
+    gray.save(folder / other)
+    with pytest.raises(UsageError, match=r"0\.tif.*read as an array in a folder of such TIFF files alone"):
+        load_images(files_config(folder))
+    (folder / other).unlink()
+    assert (loaded(folder) == BANDS).all()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from hf_ddpm.data.cache import load_images
+from hf_ddpm.evaluation.job import _check_values
 from hf_ddpm.evaluation.value_statistics import (
     describe_spectra,
     joined,
@@ -17,7 +20,9 @@ from hf_ddpm.evaluation.value_statistics import (
     value_distance,
     value_statistics,
 )
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.value_range import ValueRange
+from tests.support.image_data import cache_config, save_grays
 
 RANGE = ValueRange(-4, 4, "float32")
 
@@ -98,3 +103,12 @@ def test_smoother_samples_are_told_by_their_spectrum() -> None:
         {"samples": spectrum_rows(value_statistics(smooth)), "images": spectrum_rows(value_statistics(images))}
     )
     assert "k = 4 of channel 0: -" in text
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_too_few_images_of_random_crops_are_to_be_cut_into_tiles(tmp_path: Path, random_crop: bool) -> None:
+    save_grays(tmp_path / "photos", 2, size=16)
+    images = load_images(cache_config(tmp_path / "photos", resolution=8, random_crop=random_crop))
+    with pytest.raises(UsageError, match="the split must be at least 7 for values, got 2") as raised:
+        _check_values(images, num_images=100)
+    assert ("cut it into tiles" in str(raised.value)) == random_crop
