@@ -23,7 +23,7 @@ from hf_ddpm.data.config import DataConfig, load_data_config
 from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.features import FeatureNetwork
-from hf_ddpm.evaluation.statistics import FORMAT as REFERENCE_FORMAT
+from hf_ddpm.evaluation.reference_files import FORMAT as REFERENCE_FORMAT
 from hf_ddpm.evaluation.statistics import Reference, check_new_reference, load_reference, write_reference
 from hf_ddpm.image_size import to_resolution, to_size
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
