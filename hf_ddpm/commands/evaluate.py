@@ -153,7 +153,7 @@ def evaluate(
     DataConfig,
     (
         *("dataset_config_name", "image_column", "label_column", "channels", "value_range", "max_image_pixels"),
-        "cache_dir",
+        *("channel_axis", "stack_axis", "array_key", "cache_dir"),
     ),
 )
 def anomaly(
@@ -218,6 +218,8 @@ def anomaly(
     ending = (
         f"The scores of {num_images:,} images are in {out / 'scores.csv'}{maps}; {out / 'grid.png'} shows the first."
     )
+    if (unit := result.get("unit")) is not None:
+        ending += f" Scores and maps are in {unit}; the values of the maps are in .npy files."
     hint = "Name the normal classes to measure how well scores tell: --label_column label --normal CLASS"
     finish(json, {"out": str(out), **result}, *(table_of_auroc(result) or [hint]), ending)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_ddpm.data.arrays import count_outside
 from hf_ddpm.data.cache import ImageCache, cache_folder, load_images
 from hf_ddpm.data.config import DataConfig, load_data_config
 from hf_ddpm.data.sources import find_source
@@ -131,21 +132,12 @@ class Splits:
             images = self._processes.main_then_rest(
                 lambda: self._stack.enter_context(open_split(config, split, option))
             )
+            images = in_range_of_model(images, self._value_range, split)
             if self._processes.rank == 0 and not any(name == split for name, _ in self._opened):
                 for line in describe_split(config, split, images):
                     tqdm.write(line, file=sys.stderr)
-            self._opened[split, is_labeled] = self._in_range_of_model(images, split)
+            self._opened[split, is_labeled] = images
         return self._opened[split, is_labeled]
-
-    def _in_range_of_model(self, images: ImageCache, split: str) -> ImageCache:
-        """Return images of which -1 and 1 stand for what they do in the model."""
-        of_data, of_model = (None if each is None else each.dtype for each in (images.value_range, self._value_range))
-        if of_data != of_model:
-            raise UsageError(
-                f"the data must be of the model's type, {of_model or 'pictures'}, got {of_data or 'pictures'} in "
-                f"{split}: name others"
-            )
-        return images if self._value_range is None else replace(images, value_range=self._value_range)
 
     def references(self, network: FeatureNetwork, split: str, test_split: str) -> tuple[Reference, Reference | None]:
         """Return the references of the two splits, from the cache or made now.
@@ -199,3 +191,25 @@ class Splits:
             "config": config.dataset_config_name,
         }
         return replace(reference, metadata={**reference.metadata, "data": data})
+
+
+def in_range_of_model(images: ImageCache, value_range: ValueRange | None, split: str) -> ImageCache:
+    """Return images of which -1 and 1 stand for what they do in a model, with the number of values that this clips.
+
+    Args:
+        images: The images.
+        value_range: The values of a model of arrays; None for other models.
+        split: What messages call the images.
+
+    Raises:
+        UsageError: When they are of another type than those of the model.
+    """
+    of_data, of_model = (None if each is None else each.dtype for each in (images.value_range, value_range))
+    if of_data != of_model:
+        raise UsageError(
+            f"the data must be of the model's type, {of_model or 'pictures'}, got {of_data or 'pictures'} in "
+            f"{split}: name others"
+        )
+    if value_range is None:
+        return images
+    return replace(images, value_range=value_range, num_clipped=count_outside(images.pixels, value_range))

@@ -55,7 +55,7 @@ def test_range_clips_values_and_counts_them(folder: Path, tmp_path: Path) -> Non
 
 
 def test_what_is_for_images_alone_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="network has no effect on a reference of arrays, .*got 'inception'"):
+    with pytest.raises(UsageError, match=r"network has no effect on a reference of arrays, .*got 'inception'"):
         make_reference_of_data(config(folder), "train", tmp_path / "reference", network="inception")
     assert not (tmp_path / "reference").exists()
 
