@@ -22,7 +22,7 @@ from hf_ddpm.commands.options import (
     Seed,
     Uniform,
 )
-from hf_ddpm.names import FORMATS, SCHEDULERS
+from hf_ddpm.names import ARRAY_FILE_FORMATS, FORMATS, SCHEDULERS
 from hf_ddpm.runtime.command_line import choice, finish, join_launcher, option, report_errors, switch
 from hf_ddpm.runtime.errors import UsageError
 
@@ -121,11 +121,16 @@ def sample(
 
 def edit(
     model: Model,
-    image: Annotated[Path, option("image", "An image of the model's size, or a folder of them.")],
+    image: Annotated[
+        Path, option("image", "An image of the model's size, an array for a model of arrays, or a folder of them.")
+    ],
     out: Annotated[Path, option("out", "The folder for the edits and edits.png.")],
     mask: Annotated[
         Path | None,
-        option("mask", "What is white here is repainted: one image for all, or a folder of one for each."),
+        option(
+            "mask",
+            "What is white here, or not 0 in an array, is repainted: one for all images, or a folder of one for each.",
+        ),
     ] = None,
     strength: Annotated[
         float | None, option("strength", "In (0, 1], how much changes. Default: 0.5, or 1 with --mask.")
@@ -140,6 +145,9 @@ def edit(
     guidance_interval: GuidanceInterval = None,
     guidance_method: GuidanceMethod = None,
     guidance_model: GuidanceModel = None,
+    format: Annotated[
+        str | None, choice("format", "Of the edits of arrays, npy or tif. Default: npy.", ("png", *ARRAY_FILE_FORMATS))
+    ] = None,
     batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = "fp32",
@@ -160,6 +168,7 @@ def edit(
             out,
             mask=mask,
             strength=strength,
+            format=format,
             seed=seed,
             num_inference_steps=num_inference_steps,
             scheduler=scheduler,

@@ -11,7 +11,7 @@ do TIFF and NIfTI files.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,17 +106,8 @@ def open_array_files(paths: Sequence[Path], config: DataConfig) -> Dataset:
     """
     import datasets
 
-    classes = folder_classes(paths)
-    rows: list[dict[str, Any]] = []
-    labels: list[str] = []
-    holds_one = False
-    for i, path in enumerate(paths):
-        # If the first file is one image, all are: one that is not will be named when it is read.
-        count = None if holds_one else _num_slices(path, config)
-        holds_one = holds_one or count is None
-        slices = range(count) if count else [None]
-        rows += [{"bytes": None, "path": str(path.absolute()), "slice": k} for k in slices]
-        labels += [] if classes is None else [classes[i]] * (count or 1)
+    classes, of_files = folder_classes(paths), [*rows_of_files(paths, config)]
+    rows = [row for of_file in of_files for row in of_file]
     features: dict[str, Any] = {
         "image": {
             "bytes": datasets.Value("binary"),
@@ -126,8 +117,24 @@ def open_array_files(paths: Sequence[Path], config: DataConfig) -> Dataset:
     }
     columns: dict[str, Any] = {"image": rows}
     if classes is not None:
+        labels = [name for name, of_file in zip(classes, of_files, strict=True) for _ in of_file]
         columns["label"], features["label"] = labels, datasets.ClassLabel(names=sorted(set(labels)))
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def rows_of_files(paths: Sequence[Path], config: DataConfig) -> Iterator[list[dict[str, Any]]]:
+    """Yield the encoded rows of each file, one for each image in it.
+
+    Raises:
+        UsageError: When a file cannot be opened, or the axes of its arrays cannot be told.
+    """
+    holds_one = False
+    for path in paths:
+        # If the first file is one image, all are: one that is not will be named when it is read.
+        count = None if holds_one else _num_slices(path, config)
+        holds_one = holds_one or count is None
+        slices = range(count) if count else [None]
+        yield [{"bytes": None, "path": str(path.absolute()), "slice": k} for k in slices]
 
 
 def _num_slices(path: Path, config: DataConfig) -> int | None:
