@@ -146,8 +146,8 @@ def load_job(request: Request) -> Iterator[Job]:
         sampler_settings = _grid(pipeline, request)
         distances = [metric for metric in DISTANCES if metric in request.metrics]
         image_shape = pipeline._image_shape()
-        perceptual = load_lpips(*image_shape, pipeline.device) if "lpips" in request.metrics else None
         value_range = pipeline.value_range
+        perceptual = _load_perceptual(pipeline) if "lpips" in request.metrics else None
         _check_metrics_of_values(request, value_range)
         of_model = (pipeline.unet.config, image_shape[0], value_range)
         with closing(Splits(processes, request.data, folder, *of_model)) as splits:
@@ -232,6 +232,14 @@ def _load_value_references(request: Request) -> list[ValueReference]:
         return []
     paths = (request.reference, request.other_reference)
     return [load_value_reference(path) for path in paths if path is not None]
+
+
+def _load_perceptual(pipeline: DDPMPipeline) -> Perceptual:
+    """Load LPIPS for what pictures show of a model's images."""
+    channels, height, width = pipeline._image_shape()
+    if pipeline.value_range is not None and pipeline.value_range.display_channels is not None:
+        channels = len(pipeline.value_range.display_channels)
+    return load_lpips(channels, height, width, pipeline.device)
 
 
 def _name_on_card(out: Path, model_folder: Path) -> str:

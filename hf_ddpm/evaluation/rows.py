@@ -65,7 +65,7 @@ def rows_of_pairs(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict[
     )
     sampling = describe_sampling(job, setting, count, measured.samples)
     held_out = describe_images(job.held_out, job.data, job.request.test_split)
-    rows = []
+    rows, values = [], job.pipeline.value_range
     for metric in (name for name in FIDELITY if name in job.request.metrics):
         row = {
             "metric": metric,
@@ -82,6 +82,9 @@ def rows_of_pairs(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict[
                 text = format_measurement(of_input.value, of_input.standard_error)
                 better = "less" if metric == "lpips" else "more"
                 row["remark"] = f"the low resolution, enlarged by cubic interpolation, gets {text}; {better} is better"
+        if values is not None and metric != "lpips":
+            peak = f"the peak is the width of the value range, {values.high - values.low:g}"
+            row["remark"] = "; ".join(filter(None, [row.get("remark"), peak]))
         rows.append(row)
     if job.distances:
         statistics = measured.samples.statistics
