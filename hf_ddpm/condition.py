@@ -27,7 +27,7 @@ class Condition:
     """The image that a model makes images from.
 
     Args:
-        channels: The channels of a condition, 1, 3 or 4.
+        channels: The channels of a condition, 1, 3 or 4; of arrays any number.
         super_resolution: The factor by which x_0 was made smaller; None: the condition comes from a column.
         column: The name of the column; None for super-resolution, or where nobody has named it.
         noise: The largest standard deviation of the noise that was added to conditions in training.
@@ -69,7 +69,7 @@ def read_condition(folder: Path) -> Condition | None:
     with naming_damage(f"{path} cannot be read", "save or download the model again"):
         condition = Condition(**content)
         factor = condition.super_resolution
-        if condition.channels not in (1, 3, 4) or not (factor is None or (type(factor) is int and factor > 1)):
+        if condition.channels < 1 or not (factor is None or (type(factor) is int and factor > 1)):
             raise ValueError(f"it must hold channels and a factor, got {content}")
     return condition
 

@@ -25,6 +25,7 @@ from hf_ddpm.image_inputs import images_to_tensor
 from hf_ddpm.image_size import Size
 from hf_ddpm.pipeline import Conditions, DDPMPipeline, DDPMPipelineOutput, _folder_of
 from hf_ddpm.scheduler import LEARNED_VARIANCES
+from hf_ddpm.value_range import Scale, ValueRange
 
 
 class ConditionalDDPMPipeline(DDPMPipeline):
@@ -145,22 +146,27 @@ def _is_low(image: Any, height: int) -> bool:
     return first.shape[-3 if has_channels_last else -2] == height
 
 
-def low_resolution(pixels: Tensor, factor: int, max_value: int) -> Tensor:
+def low_resolution(pixels: Tensor, factor: int, scale: Scale) -> Tensor:
     """Return images in a lower resolution, as a file would hold them.
 
     They are made smaller by cubic interpolation with an antialiasing filter, as Saharia et al. 2021, Sec. 4, and
-    Pillow's BICUBIC do, and rounded to whole values.
+    Pillow's BICUBIC do, and rounded to whole values; of arrays, which are clipped to their range, to their type.
 
     Args:
-        pixels: Images, (B, C, H, W) in [0, max_value].
+        pixels: Images, (B, C, H, W) in [0, max_value], or arrays in the units of the data.
         factor: What divides height and width.
-        max_value: The largest value of a pixel.
+        scale: The largest value of a pixel, or the range of arrays.
 
     Returns:
-        (B, C, H / factor, W / factor) float32, whole numbers in [0, max_value].
+        (B, C, H / factor, W / factor) float32, values that a file can hold, in [0, max_value] or the range.
     """
     size = (pixels.shape[2] // factor, pixels.shape[3] // factor)
-    return _bicubic(pixels.float(), size).round().clamp(0, max_value)
+    if not isinstance(scale, ValueRange):
+        return _bicubic(pixels.float(), size).round().clamp(0, scale)
+    small = _bicubic(pixels.float().clamp(scale.low, scale.high), size)
+    small = small.round() if scale.is_integer else small
+    small = small.clamp(scale.low, scale.high)
+    return small if scale.is_integer else small.to(getattr(torch, scale.dtype)).float()
 
 
 def enlarged(images: Tensor, height: int, width: int, max_value: float = 1.0) -> Tensor:

@@ -5,5 +5,7 @@ SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 DTYPES = ("fp32", "bf16")
 # Of the files of a set of images.
 FORMATS = ("png", "parquet", "npz", "npy", "tif")
+# Those of which a file holds one array.
+ARRAY_FILE_FORMATS = ("npy", "tif")
 # How two predictions are combined.
 GUIDANCE_METHODS = ("cfg", "cfg-zero*", "apg", "tcfg")

@@ -62,8 +62,11 @@ class ValueRange:
 
     def to_x_0(self, values: Tensor) -> Tensor:
         """Return x_0 = (values - low) * 2 / (high - low) - 1, float32, clipped to [-1, 1]."""
-        scaled = (values.float() - self.low) * (2 / (self.high - self.low)) - 1
-        return scaled.clamp(-1, 1)
+        return self.scaled(values).clamp(-1, 1)
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Return what `to_x_0` does, without clipping what lies outside of the range."""
+        return (values.float() - self.low) * (2 / (self.high - self.low)) - 1
 
     def to_units(self, images: Tensor) -> np.ndarray:
         """Return images in the units and the type of the data: low + image * (high - low), integers rounded.

@@ -153,7 +153,7 @@ def evaluate(
     DataConfig,
     (
         *("dataset_config_name", "image_column", "label_column", "channels", "value_range", "max_image_pixels"),
-        "cache_dir",
+        *("channel_axis", "stack_axis", "array_key", "cache_dir"),
     ),
 )
 def anomaly(
@@ -218,6 +218,8 @@ def anomaly(
     ending = (
         f"The scores of {num_images:,} images are in {out / 'scores.csv'}{maps}; {out / 'grid.png'} shows the first."
     )
+    if (unit := result.get("unit")) is not None:
+        ending += f" Scores and maps are in {unit}; the values of the maps are in .npy files."
     hint = "Name the normal classes to measure how well scores tell: --label_column label --normal CLASS"
     finish(json, {"out": str(out), **result}, *(table_of_auroc(result) or [hint]), ending)
 
@@ -233,7 +235,7 @@ def reference(
     dataset: Data,
     out: Annotated[Path, option("out", "A new folder for the statistics.")],
     split: Annotated[str, option("split", "train, test, ...")] = "train",
-    network: Network = "inception",
+    network: Network = None,
     network_path: NetworkPath = None,
     num_features: Annotated[int, option("num_features", "Images whose features are kept.", min=4)] = 10_000,
     batch_size: Annotated[int, option("batch_size", "Images per step.", min=1)] = 64,
@@ -245,21 +247,29 @@ def reference(
     with report_errors():
         config = data_config({**flags, "dataset_name": dataset})
         say_loading()
-        from hf_ddpm.evaluation.features import load_network
-        from hf_ddpm.evaluation.statistics import check_new_reference, make_reference
+        from hf_ddpm.evaluation.value_reference import ValueReference, make_reference_of_data
 
-        check_new_reference(config, out)
-        loaded = load_network(network or "inception", network_path, device)
-        made = make_reference(config, split, loaded, out, num_features=num_features, batch_size=batch_size)
+        made = make_reference_of_data(
+            config,
+            split,
+            out,
+            network=network,
+            network_path=network_path,
+            device=device,
+            num_features=num_features,
+            batch_size=batch_size,
+        )
     data = made.metadata["data"]
     for warning in made.metadata["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
     finish(
         json,
-        {"out": str(out), "num_images": made.count, "metric": loaded.frechet_name, **made.metadata},
+        {"out": str(out), "num_images": made.count, "metric": made.metric, **made.metadata},
         f"{out} holds the statistics of {made.count:,} images of {data['name']}, split {split}, "
-        f"{format_size(to_size(data['resolution']))}, {data['channels']} channels; {loaded.frechet_name}, "
-        f"{loaded.dimensions:,} dimensions. Compare a model with them: hf-ddpm evaluate MODEL --reference {out}",
+        f"{format_size(to_size(data['resolution']))}, {data['channels']} channels; {made.metric}, "
+        f"{made.dimensions:,} dimensions. Compare a model with them: hf-ddpm evaluate MODEL --reference {out}"
+        + " --metrics values"
+        * isinstance(made, ValueReference),
     )
 
 

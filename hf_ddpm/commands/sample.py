@@ -22,7 +22,7 @@ from hf_ddpm.commands.options import (
     Seed,
     Uniform,
 )
-from hf_ddpm.names import FORMATS, SCHEDULERS
+from hf_ddpm.names import ARRAY_FILE_FORMATS, FORMATS, SCHEDULERS
 from hf_ddpm.runtime.command_line import choice, finish, join_launcher, option, report_errors, switch
 from hf_ddpm.runtime.errors import UsageError
 
@@ -32,7 +32,11 @@ def sample(
     out: Annotated[Path, option("out", "The folder for images and grid.png; an interrupted set is continued.")],
     image: Annotated[
         Path | None,
-        option("image", "For a model that makes images from images: an image, or a folder of them, one sample each."),
+        option(
+            "image",
+            "For a model that makes images from images: an image, or an array for a model of arrays, or a folder of "
+            "them, one sample each.",
+        ),
     ] = None,
     num_images: Annotated[int | None, option("num_images", "How many images. Default: 16.", min=1)] = None,
     resolution: Annotated[
@@ -108,7 +112,7 @@ def sample(
             "uniform": uniform,
         }
         if image is not None:
-            return _sample_from_images(model, image, out, num_images, format or "png", json, settings)
+            return _sample_from_images(model, image, out, num_images, format, json, settings)
         join_launcher()
         from hf_ddpm.sampling.image_set import write_samples
 
@@ -121,11 +125,16 @@ def sample(
 
 def edit(
     model: Model,
-    image: Annotated[Path, option("image", "An image of the model's size, or a folder of them.")],
+    image: Annotated[
+        Path, option("image", "An image of the model's size, an array for a model of arrays, or a folder of them.")
+    ],
     out: Annotated[Path, option("out", "The folder for the edits and edits.png.")],
     mask: Annotated[
         Path | None,
-        option("mask", "What is white here is repainted: one image for all, or a folder of one for each."),
+        option(
+            "mask",
+            "What is white here, or not 0 in an array, is repainted: one for all images, or a folder of one for each.",
+        ),
     ] = None,
     strength: Annotated[
         float | None, option("strength", "In (0, 1], how much changes. Default: 0.5, or 1 with --mask.")
@@ -140,6 +149,9 @@ def edit(
     guidance_interval: GuidanceInterval = None,
     guidance_method: GuidanceMethod = None,
     guidance_model: GuidanceModel = None,
+    format: Annotated[
+        str | None, choice("format", "Of the edits of arrays, npy or tif. Default: npy.", ("png", *ARRAY_FILE_FORMATS))
+    ] = None,
     batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = "fp32",
@@ -160,6 +172,7 @@ def edit(
             out,
             mask=mask,
             strength=strength,
+            format=format,
             seed=seed,
             num_inference_steps=num_inference_steps,
             scheduler=scheduler,
@@ -182,15 +195,20 @@ def edit(
 
 
 def _sample_from_images(
-    model: str, image: Path, out: Path, num_images: int | None, format: str, json: bool, settings: Mapping[str, Any]
+    model: str,
+    image: Path,
+    out: Path,
+    num_images: int | None,
+    format: str | None,
+    json: bool,
+    settings: Mapping[str, Any],
 ) -> None:
     """Sample an image from each image."""
-    for name, value, default in (("num_images", num_images, None), ("format", format, "png")):
-        if value != default:
-            raise UsageError(f"{name} = {value} has no effect with image: each image gives a PNG file, leave it out")
+    if num_images is not None:
+        raise UsageError(f"num_images = {num_images} has no effect with image: each image gives one, leave it out")
     join_launcher()
     from hf_ddpm.sampling.conditional_set import PICTURE, sample_from_images
 
-    files = sample_from_images(model, image, out, **settings)
+    files = sample_from_images(model, image, out, format=format, **settings)
     result = {"out": str(out), "images": [str(path) for path in files], "picture": str(out / PICTURE)}
     finish(json, result, f"The samples ({len(files):,}) are in {out}; {PICTURE} shows them beside their images.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +34,8 @@ _PLANAR_CONFIGURATION = 284
 # Compressed files that stay in memory: the images of one follow each other.
 NUM_WHOLE_FILES = 4
 NUM_TRIED_FILES = 64
+# NumPy parses the header of an array by Python's own parser, which threads of Python 3.11 cannot share.
+_HEADERS = threading.Lock()
 # Modes of files that are read as pictures: gray of 8 or 16 bits, integers with a value range, and colors of 8 bits.
 _PICTURE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "I;16", "I;16B", "I;16L")
 
@@ -113,7 +116,9 @@ def open_arrays(path: Path, keys: Sequence[str]) -> Iterator[list[FileArray]]:
     if keys and not name.endswith((".npz", *HDF5)):
         raise UsageError(f"array_key has no effect on {path.name}, which holds one array: leave it out")
     if name.endswith(".npy"):
-        yield [FileArray(np.load(path, mmap_mode="r", allow_pickle=False))]
+        with _HEADERS:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        yield [FileArray(array)]
     elif name.endswith(".npz"):
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             chosen = _chosen(path, archive.files, keys)
@@ -154,7 +159,7 @@ def _chosen(path: Path, names: Sequence[str], keys: Sequence[str]) -> Sequence[s
 @lru_cache(maxsize=NUM_WHOLE_FILES)
 def _npz_array(path: Path, key: str, _: int) -> np.ndarray:
     """Read an array of a .npz file; the time of its change tells one content of the file from another."""
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+    with _HEADERS, open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
         return archive[key]
 
 

@@ -215,7 +215,8 @@ def array_format(encoded: Any, name: str, config: DataConfig) -> ImageFormat:
         )
     size = size_of(config, (height, width))
     check_display_channels(config.display_channels, channels)
-    _check_value_range(config, values.dtype, name)
+    if config.value_range is not None:
+        require_range_of_type(config.value_range, values.dtype, name)
     largest = _largest(values.dtype)
     return ImageFormat(config, size, channels, largest, largest, str(values.dtype))
 
@@ -302,10 +303,18 @@ def count_outside(values: np.ndarray, value_range: ValueRange) -> int:
     return sum(int(((part < value_range.low) | (part > value_range.high)).sum()) for part in parts)
 
 
-def _check_value_range(config: DataConfig, dtype: np.dtype[Any], name: str) -> None:
-    if config.value_range is None:
-        return
-    low, high = config.value_range
+def require_range_of_type(limits: Sequence[float], dtype: np.dtype[Any], name: str) -> None:
+    """Check that a type can hold the two ends of a range of values.
+
+    Args:
+        limits: The setting `value_range`.
+        dtype: The type of arrays.
+        name: What has this type, for the message.
+
+    Raises:
+        UsageError: When it cannot.
+    """
+    low, high = limits
     info = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
     is_whole = dtype.kind == "f" or (low == int(low) and high == int(high))
     if not (info.min <= low and high <= info.max and is_whole):

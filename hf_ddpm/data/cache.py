@@ -203,8 +203,8 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
         return images
     if images.value_range is not None:
         raise UsageError(
-            f"condition_column must be left out for arrays, got {config.condition_column!r}: images are made from "
-            "images of files only"
+            f"condition_column must be left out for arrays, got {config.condition_column!r}: of arrays a model learns "
+            "super-resolution alone, by --super_resolution"
         )
     files: Any = None
     # What it says of colors and values is said of the images.
@@ -220,6 +220,11 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
         **of_images,
     )
     conditions = _load_column(of_conditions, None, dataset, files)
+    if conditions.value_range is not None:
+        raise UsageError(
+            f"condition_column must be a column of images, got {config.condition_column!r}, which holds arrays: save "
+            "them as images"
+        )
     unequal = np.flatnonzero((images.index[:, 1:] != conditions.index[:, 1:]).any(axis=1))
     if len(unequal):
         row = int(unequal[0])

@@ -20,6 +20,7 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.labels import label_list, network_label
 from hf_ddpm.data.planes import center_crop
 from hf_ddpm.data.shards import ImageStream
+from hf_ddpm.value_range import Scale, ValueRange
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,21 +38,25 @@ class Pairs:
     labels: list[Any] | None
 
 
-def low_resolution_conditions(pixels: Tensor, factor: int, max_value: int) -> Tensor:
+def low_resolution_conditions(pixels: Tensor, factor: int, scale: Scale) -> Tensor:
     """Return the conditions of super-resolution: images in a low resolution, enlarged again.
 
     Args:
         pixels: Images as of `to_x_0`, (B, C, H, W); x_0 counts as an image of 8 bits.
         factor: The factor of super-resolution.
-        max_value: The largest value of a pixel.
+        scale: The largest value of a pixel, or the range of arrays.
 
     Returns:
         c, (B, C, H, W) float32 in [-1, 1].
     """
+    height, width = pixels.shape[2:]
+    if isinstance(scale, ValueRange):
+        shares = scale.to_unit_interval(low_resolution(pixels, factor, scale))
+        return 2 * enlarged(shares, height, width) - 1
+    max_value = scale
     if pixels.is_floating_point():
         pixels = (pixels + 1) * (max_value / 2)
     low = low_resolution(pixels, factor, max_value)
-    height, width = pixels.shape[2:]
     return to_conditions(enlarged(low, height, width, max_value), max_value)
 
 
@@ -73,12 +78,12 @@ def pairs_of(condition: Condition, images: Any, indices: np.ndarray) -> Pairs:
     labels = label_list(images, indices)
     pixels = as_tensor(fixed_pixels(images, indices))
     if condition.super_resolution is not None:
-        conditions = low_resolution_conditions(pixels, condition.super_resolution, images.max_value)
+        conditions = low_resolution_conditions(pixels, condition.super_resolution, images.scale)
     else:
         assert images.conditions is not None
         of_column = images.conditions
         conditions = to_conditions(as_tensor(fixed_pixels(of_column, indices)), of_column.max_value)
-    return Pairs((to_x_0(pixels, images.max_value) + 1) / 2, (conditions + 1) / 2, labels)
+    return Pairs((to_x_0(pixels, images.scale) + 1) / 2, (conditions + 1) / 2, labels)
 
 
 def example_pairs(condition: Condition, images: Any, count: int) -> Pairs:
@@ -102,6 +107,6 @@ def _pairs_of_low_resolution(
     """Return images that were read, with their classes, and the conditions that super-resolution makes of them."""
     assert condition.super_resolution is not None
     pixels = as_tensor(np.stack([center_crop(planes, images.size) for planes, _ in read]))
-    conditions = low_resolution_conditions(pixels, condition.super_resolution, images.max_value)
+    conditions = low_resolution_conditions(pixels, condition.super_resolution, images.scale)
     labels = [network_label(np.asarray(label)) for _, label in read if label is not None] or None
-    return Pairs((to_x_0(pixels, images.max_value) + 1) / 2, (conditions + 1) / 2, labels)
+    return Pairs((to_x_0(pixels, images.scale) + 1) / 2, (conditions + 1) / 2, labels)

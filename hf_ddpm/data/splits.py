@@ -107,22 +107,27 @@ def check_groups(config: DataConfig, split: str, option: str = "split") -> None:
 def image_names(config: DataConfig, split: str, images: ImageCache) -> list[str]:
     """Return the name of each image of a split: its path in the folder of images, or its number in other sources.
 
+    The name of one of several images in a file of arrays ends with its number in the file.
+
     Args:
         config: The settings of the data, none of whose images was left out.
         split: The name of the split.
         images: What `open_split` provides for it.
     """
     source = find_source(config)
-    if source.kind != "images":
+    if source.kind not in ("images", "arrays"):
         return [f"{number:06d}" for number in range(len(images))]
     if split not in ("train", config.train_split) and not is_held_out(config, split):
         config, split = _config_of_split_folder(source, config, split, "split"), "train"
         source = find_source(config)
     dataset = open_dataset(config, split)
     assert source.folder is not None
-    paths = [os.path.relpath(row["path"], source.folder.absolute()) for row in dataset[:][dataset.column_names[0]]]
+    rows = dataset[:][dataset.column_names[0]]
+    paths = [os.path.relpath(row["path"], source.folder.absolute()) for row in rows]
     # Metadata may name files elsewhere.
-    return [f"{i:06d}" if path.startswith(os.pardir) else Path(path).as_posix() for i, path in enumerate(paths)]
+    names = [f"{i:06d}" if path.startswith(os.pardir) else Path(path).as_posix() for i, path in enumerate(paths)]
+    numbers = (row.get("slice") for row in rows)
+    return [name if k is None else f"{name}/{k:06d}" for name, k in zip(names, numbers, strict=True)]
 
 
 def describe_split(config: DataConfig, split: str, images: ImageCache) -> list[str]:

@@ -35,7 +35,7 @@ class AnomalyMaps(NamedTuple):
     """The maps and reconstructions that `anomaly_maps` makes of B images.
 
     Args:
-        maps: (B, H, W) float32 in [0, 4], on the CPU.
+        maps: (B, H, W) float32, on the CPU; in [0, 4] where x_0 is in [-1, 1].
         reconstructions: The mean reconstruction of each strength, in their order, (B, S, C, H, W) float32 in [-1, 1],
             on the CPU.
     """
@@ -69,7 +69,8 @@ def anomaly_maps(
 
     Args:
         pipeline: A pipeline with the scheduler that denoises.
-        x_0: The images, (B, C, H, W) in [-1, 1].
+        x_0: The images, (B, C, H, W) in [-1, 1]. Arrays may have values beyond, which the model sees clipped; their
+            errors are those of the values themselves.
         seeds: The seeds of the generators that draw the noise of each image, B of them.
         strengths: Each in (0, 1].
         num_inference_steps: The number of steps that strength 1 takes, in [1, T].
@@ -86,10 +87,11 @@ def anomaly_maps(
         raise UsageError(f"num_reconstructions must be at least 1, got {num_reconstructions}")
     x_0 = x_0.to(pipeline.device, torch.float32)
     generators = seeded_generators(seeds, x_0.device)
+    seen = x_0.clamp(-1, 1)
     errors, sums = torch.zeros_like(x_0), [torch.zeros_like(x_0) for _ in strengths]
     for _ in range(num_reconstructions):
         for total, strength in zip(sums, strengths, strict=True):
-            x_0_hat = reconstruct(pipeline, x_0, generators, strength, num_inference_steps, class_labels)
+            x_0_hat = reconstruct(pipeline, seen, generators, strength, num_inference_steps, class_labels)
             errors += (x_0_hat - x_0).square()
             total += x_0_hat
     maps = errors.mean(dim=1) / (num_reconstructions * len(strengths))

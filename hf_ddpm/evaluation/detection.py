@@ -2,8 +2,10 @@
 
 scores.csv     file_name, label and score of each image, in the order of the data; label stands there if it is known
 anomaly.json   the settings behind the scores, and how well the scores tell normal from anomalous images
-maps           the maps of the images with the highest scores, on one scale from 0 to `map_scale`
+maps           the maps of the images with the highest scores, on one scale from 0 to `map_scale`; of arrays also
+               their values, (H, W) float32 in .npy files
 grid.png       the first of these images beside their reconstructions and their maps
+unit           that of maps and scores: x_0 squared, or of arrays that of the data squared
 """
 
 from __future__ import annotations
@@ -21,10 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ddpm.data.batches import fixed_pixels, to_x_0
+from hf_ddpm.data.batches import as_tensor, fixed_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import listed_once
@@ -42,9 +43,12 @@ from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.sampling.loading import load_for_sampling
 from hf_ddpm.sampling.sampler import forward_batch_of
 from hf_ddpm.solvers import choose_sampler
+from hf_ddpm.value_range import pictured
 
 GRID_ROWS = 8
 _NAME_LENGTH = 32
+# Of maps and scores of arrays.
+UNIT = "squared units of the data"
 
 
 class Finding(NamedTuple):
@@ -53,7 +57,7 @@ class Finding(NamedTuple):
     Args:
         order: The score times -1, and the number of the image.
         map: (H, W) float32.
-        pictures: The image and its reconstructions, (1 + S, C, H, W) uint8.
+        pictures: The image and its reconstructions as pictures show them, (1 + S, c, H, W') uint8.
     """
 
     order: tuple[float, int]
@@ -123,6 +127,7 @@ def find_anomalies(
         images = processes.main_then_rest(lambda: stack.enter_context(open_split(data, split)))
         inspected = inspect(images, data, split, normal, pipeline, folder)
         check_seeds(seed, len(images))
+        images = inspected.images
         if processes.rank == 0:
             tqdm.write("\n".join(describe_inspected(data, split, images)), file=sys.stderr)
         settings = {
@@ -142,7 +147,8 @@ def find_anomalies(
         }
         processes.require_equal(settings, "model, data and settings")
         scores, findings = score_images(processes, pipeline, inspected, settings, max(num_maps, GRID_ROWS))
-        result = {**settings, **_measure(scores, inspected), "map_scale": scale_of(findings)}
+        unit = {} if images.value_range is None else {"unit": UNIT}
+        result = {**settings, **_measure(scores, inspected), "map_scale": scale_of(findings), **unit}
         processes.on_main(lambda: _write(out, result, scores, inspected, findings, num_maps))
     return result
 
@@ -185,7 +191,9 @@ def _score_batch(
     """Return the scores of the images with these numbers, and all of them as findings."""
     # Each forward pass has as many images as any other; see hf_ddpm.sampling.sampler.
     filled = np.resize(np.array(numbers), settings["forward_batch"])
-    x_0 = to_x_0(_pixels(inspected.images, filled), inspected.images.max_value)
+    values, pixels = inspected.images.value_range, as_tensor(fixed_pixels(inspected.images, filled))
+    # An anomaly may lie beyond the values that the model learned, and counts with all of its error.
+    x_0 = to_x_0(pixels, inspected.images.max_value) if values is None else values.scaled(pixels)
     maps, reconstructions = anomaly_maps(
         pipeline,
         x_0,
@@ -195,8 +203,12 @@ def _score_batch(
         num_reconstructions=settings["num_reconstructions"],
         class_labels=None if inspected.class_labels is None else [inspected.class_labels[i] for i in filled],
     )
+    if values is not None:
+        maps = maps * ((values.high - values.low) / 2) ** 2
     scores = scores_of(maps).numpy()[: len(numbers)]
-    pictures = (torch.cat([x_0.unsqueeze(1), reconstructions], dim=1) / 2 + 0.5).mul(255).round().to(torch.uint8)
+    shares = torch.cat([x_0.unsqueeze(1), reconstructions], dim=1) / 2 + 0.5
+    pictures = pictured(shares.flatten(0, 1).clamp(0, 1).mul(255).round().to(torch.uint8), values)
+    pictures = pictures.unflatten(0, shares.shape[:2])
     findings = [
         Finding((-float(score), number), map_.numpy().copy(), shown.numpy().copy())
         for score, number, map_, shown in zip(scores, numbers, maps, pictures, strict=False)
@@ -206,6 +218,7 @@ def _score_batch(
 
 def _facts_of_data(data: DataConfig, split: str, images: ImageCache, normal: Sequence[str]) -> dict[str, Any]:
     """Return what anomaly.json says of the data."""
+    values = images.value_range
     return {
         "name": images.name,
         "split": split,
@@ -213,6 +226,7 @@ def _facts_of_data(data: DataConfig, split: str, images: ImageCache, normal: Seq
         "num_images": len(images),
         "label_column": data.label_column,
         "normal": [*normal] or None,
+        **({} if values is None else {"values": str(values), "num_clipped": images.num_clipped}),
     }
 
 
@@ -283,11 +297,18 @@ def _write(
     write_atomically(out / "scores.csv", table.getvalue())
     for finding in findings[:num_maps]:
         name = inspected.names[finding.order[1]]
-        name = name if name.endswith(".png") else f"{name}.png"
         (picture,) = map_pictures([finding.map], result["map_scale"])
-        write_atomically(out / "maps" / name, png_bytes(picture))
+        write_atomically(out / "maps" / _with_suffix(name, ".png"), png_bytes(picture))
+        if inspected.images.value_range is not None:
+            content = io.BytesIO()
+            np.save(content, finding.map)
+            write_atomically(out / "maps" / _with_suffix(name, ".npy"), content.getvalue())
     write_atomically(out / "grid.png", png_bytes(draw_findings(findings[:GRID_ROWS], inspected, result)))
     write_atomically(out / "anomaly.json", json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _with_suffix(name: str, suffix: str) -> str:
+    return name if name.endswith(suffix) else f"{name}{suffix}"
 
 
 def scale_of(findings: Sequence[Finding]) -> float:
@@ -309,18 +330,19 @@ def draw_findings(findings: Sequence[Finding], inspected: Inspected, result: dic
     The rows are called by file name, label and score.
     """
     rows, names = [], []
+    is_of_arrays = inspected.images.value_range is not None
     for finding in findings:
         shown = [picture.convert("RGB") for picture in to_pil(finding.pictures)]
-        rows.append([*shown, *map_pictures([finding.map], result["map_scale"])])
+        (of_map,) = map_pictures([finding.map], result["map_scale"])
+        canvas = Image.new("RGB", shown[0].size, "white")  # as wide as channels that stand side by side
+        canvas.paste(of_map)
+        rows.append([*shown, canvas])
         score, number = finding.order
         name = inspected.names[number]
         name = name if len(name) <= _NAME_LENGTH else f"...{name[3 - _NAME_LENGTH :]}"
         label = "" if inspected.labels is None else f"{inspected.labels[number]:.{_NAME_LENGTH}}  "
-        names.append(f"{name}  {label}{-score:.3f}")
+        names.append(f"{name}  {label}{-score:{'.3g' if is_of_arrays else '.3f'}}")
     columns = ["image", *(f"strength {strength:g}" for strength in result["strengths"])]
-    return strip(rows, [*columns, f"map, 0 to {result['map_scale']:.2g}"], names)
-
-
-def _pixels(images: ImageCache, numbers: np.ndarray) -> Tensor:
-    pixels = fixed_pixels(images, numbers)
-    return torch.from_numpy(pixels.astype(np.int32) if pixels.dtype == np.uint16 else np.array(pixels))
+    scale = result["map_scale"]
+    of_maps = f"map, 0 to {scale:.3g} {UNIT}" if is_of_arrays else f"map, 0 to {scale:.2g}"
+    return strip(rows, [*columns, of_maps], names)

@@ -16,6 +16,7 @@ from hf_ddpm._version import __version__
 from hf_ddpm.evaluation.command import command_of
 from hf_ddpm.evaluation.job import Job, SamplerSetting, load_job
 from hf_ddpm.evaluation.measure import Samples, sample_statistics
+from hf_ddpm.evaluation.names import VALUES
 from hf_ddpm.evaluation.request import Request
 from hf_ddpm.evaluation.results import Draw, write_evaluation
 from hf_ddpm.evaluation.rows import (
@@ -98,7 +99,8 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
             yield rows_of_pairs(job, job.pairs, setting), {}
         return
     measures_copies = "memorization" in job.request.metrics
-    is_grid = bool(job.distances) or job.value_images is not None
+    measures_values = VALUES in job.request.metrics
+    is_grid = bool(job.distances) or measures_values
     num_settings = len(job.sampler_settings) if is_grid else int(measures_copies)
     for number, setting in enumerate(job.sampler_settings[:num_settings]):
         is_first = number == 0
@@ -115,8 +117,8 @@ def _measure(job: Job) -> Iterator[tuple[list[dict[str, Any]], dict[str, Draw]]]
         sampling = describe_sampling(job, setting, num_images, samples)
         if job.distances:
             yield job.processes.on_main(partial(distance_rows, job, samples.statistics, sampling)), {}
-        if job.value_images is not None:
-            yield job.processes.on_main(partial(measure_values, job, job.value_images, samples, sampling))
+        if measures_values:
+            yield job.processes.on_main(partial(measure_values, job, samples, sampling))
         if num_images_to_keep:
             yield measure_copies(job, samples, sampling | {"num_images": num_images_to_keep})
 
@@ -134,7 +136,7 @@ def _sample(job: Job, setting: SamplerSetting, num_images: int, num_images_to_ke
         batch_size=job.request.batch_size,
         num_images_to_keep=num_images_to_keep,
         guidance=setting.guidance,
-        measures_values=job.value_images is not None,
+        measures_values=VALUES in job.request.metrics,
         label=f"{setting.scheduler}, {steps} steps" + (f", {setting.guidance.scale:g}" if setting.guidance else ""),
     )
 

@@ -1,6 +1,7 @@
 """The nearness of the samples of a model that makes images from images to the images that are the truth.
 
-    PSNR    10 log10(1 / MSE) of an image in [0, 1], in dB
+    PSNR    10 log10(1 / MSE) of an image in [0, 1], in dB; of arrays 0 and 1 are the ends of their range, so that the
+            peak is its width
     SSIM    the mean over the image of (2 mu_x mu_y + C1) (2 s_xy + C2) / ((mu_x^2 + mu_y^2 + C1) (s_x^2 + s_y^2 + C2))
             (Wang et al. 2004, Eq. 13): mu, s^2 and s_xy are means, variances and the covariance under a window
 
@@ -30,6 +31,7 @@ from hf_ddpm.guidance import Guidance
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.sampler import iter_samples
+from hf_ddpm.value_range import pictured
 
 WINDOW_SIZE, WINDOW_STD = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
@@ -169,16 +171,20 @@ def measure_fidelity(
             class_labels=None if pairs.labels is None else pairs.labels[part],
             guidance=guidance,
             conditions=pairs.conditions[part],
+            value_range=pipeline.value_range,
         )
         passes = [images for _, images in batches]
         seconds = time.perf_counter() - started
         num_passes += len(passes)
         images = torch.cat(passes)
-        truth, conditions = pairs.images[part], pairs.conditions[part]
+        shown, truth, conditions = (
+            pictured(each, pipeline.value_range)
+            for each in (_shares(images, pipeline), pairs.images[part], pairs.conditions[part])
+        )
         return _SampledBatch(
             images,
             None if network is None else network(images),
-            None if perceptual is None else perceptual(images / 255, truth),
+            None if perceptual is None else perceptual(shown, truth),
             perceptual(conditions, truth) if perceptual is not None and compare_conditions else None,
             seconds,
         )
@@ -194,11 +200,16 @@ def measure_fidelity(
             network_evaluations=processes.on_main(lambda: sum(evaluated) // (num_passes * batch_size)),
             seconds_per_image=sum(batch.seconds for batch in batches) / count,
         ),
-        of_samples=_fidelity(images.double() / 255, pairs.images, [batch.lpips for batch in batches]),
+        of_samples=_fidelity(_shares(images.double(), pipeline), pairs.images, [batch.lpips for batch in batches]),
         of_conditions=_fidelity(pairs.conditions, pairs.images, [batch.lpips_of_conditions for batch in batches])
         if compare_conditions
         else None,
     )
+
+
+def _shares(images: Tensor, pipeline: DDPMPipeline) -> Tensor:
+    """Return samples as images in [0, 1]."""
+    return images / 255 if pipeline.value_range is None else pipeline.value_range.to_unit_interval(images)
 
 
 def _fidelity(images: Tensor, truth: Tensor, distances: Sequence[Tensor | None]) -> Fidelity:

@@ -12,6 +12,7 @@ import numpy as np
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.splits import describe_split, image_names
+from hf_ddpm.evaluation.model_data import in_range_of_model
 from hf_ddpm.image_size import format_size, to_resolution, to_size
 from hf_ddpm.labels import describe_labels
 from hf_ddpm.pipeline import DDPMPipeline
@@ -44,13 +45,21 @@ class Inspected:
 def fit_to_model(data: DataConfig, pipeline: DDPMPipeline, folder: Path) -> DataConfig:
     """Return the settings of the data for images as the model's own are."""
     unet = pipeline.unet.config
-    if pipeline.value_range is not None:
-        raise UsageError(f"model must be one of images, got arrays ({pipeline.value_range}): maps are of images")
-    if unet.in_channels not in (1, 3, 4):
+    values = pipeline.value_range
+    if values is None and unet.in_channels not in (1, 3, 4):
         raise UsageError(f"model must be one of images with 1, 3 or 4 channels, got {unet.in_channels}")
     if data.channels not in (None, unet.in_channels):
         raise UsageError(f"channels must be the model's, {unet.in_channels}, got {data.channels}: leave it out")
     own = _facts_of_training(folder)
+    if values is not None:
+        if data.value_range is not None:
+            low, high = data.value_range
+            raise UsageError(
+                f"value_range must be left out for a model of arrays, which has its own ({values}), got {low:g} "
+                f"{high:g}"
+            )
+        size = to_resolution(to_size(unet.sample_size, "sample_size"))
+        return replace(data, resolution=size, random_crop=bool(own.get("random_crop")))
     return replace(
         data,
         resolution=to_resolution(to_size(unet.sample_size, "sample_size")),
@@ -66,6 +75,7 @@ def inspect(
     images: ImageCache, data: DataConfig, split: str, normal: Sequence[str], pipeline: DDPMPipeline, folder: Path
 ) -> Inspected:
     """Return the images with what is known about them, after checking that they fit the model."""
+    images = in_range_of_model(images, pipeline.value_range, split)
     channels = pipeline.unet.config.in_channels
     if images.channels != channels:
         raise UsageError(

@@ -30,7 +30,12 @@ from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, METRICS, OF_IMAGES_FRO
 from hf_ddpm.evaluation.perceptual import Perceptual, load_lpips
 from hf_ddpm.evaluation.request import Request
 from hf_ddpm.evaluation.results import stored_results
-from hf_ddpm.evaluation.value_statistics import num_components
+from hf_ddpm.evaluation.value_reference import (
+    ValueReference,
+    check_values_comparable,
+    load_value_reference,
+    require_enough_images,
+)
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.hub.card import check_readme, loadable_path
 from hf_ddpm.hub.download import find_model, is_hub_id
@@ -74,7 +79,9 @@ class Job:
         reference_labels: The class of each image whose features the reference keeps; None if nobody tells it.
         held_out: Images that were not trained on; None if they are not needed.
         training: Images that were trained on; None if they are not needed.
-        value_images: Images whose values samples are compared with; None if they are not.
+        value_images: Images whose values samples are compared with; None if they are not, or with a reference.
+        value_reference: The reference of values that samples are compared with; None if there is none.
+        other_value_reference: Another one, for what real images get; None: halves of the first.
         pairs: Images that were not trained on with their conditions, for a model that makes images from images.
         perceptual: LPIPS; None if it is not measured.
         data: The settings of these images; `random_flip` says whether mirrored images were trained on, too.
@@ -96,6 +103,8 @@ class Job:
     held_out: ImageCache | None
     training: ImageCache | None
     value_images: ImageCache | None
+    value_reference: ValueReference | None
+    other_value_reference: ValueReference | None
     pairs: Pairs | None
     perceptual: Perceptual | None
     data: DataConfig
@@ -119,6 +128,7 @@ def load_job(request: Request) -> Iterator[Job]:
         makes_from_images = is_conditional(folder)
         _check_metrics(request, makes_from_images)
         check_requested_network(request)
+        value_references = _load_value_references(request)
         weights = weights_sha256(folder)
         processes.require_equal(weights, "weights")
         if weights is None:
@@ -136,8 +146,8 @@ def load_job(request: Request) -> Iterator[Job]:
         sampler_settings = _grid(pipeline, request)
         distances = [metric for metric in DISTANCES if metric in request.metrics]
         image_shape = pipeline._image_shape()
-        perceptual = load_lpips(*image_shape, pipeline.device) if "lpips" in request.metrics else None
         value_range = pipeline.value_range
+        perceptual = _load_perceptual(pipeline) if "lpips" in request.metrics else None
         _check_metrics_of_values(request, value_range)
         of_model = (pipeline.unet.config, image_shape[0], value_range)
         with closing(Splits(processes, request.data, folder, *of_model)) as splits:
@@ -153,8 +163,14 @@ def load_job(request: Request) -> Iterator[Job]:
                 class_labels, class_choice = choose_labels(pipeline, splits, request)
                 held_out, training = open_images(request, pipeline, splits)
                 if VALUES in request.metrics:
+                    require_enough_images("num_images", request.num_images, image_shape[0], splits.size)
+                for each in value_references:
+                    check_values_comparable(each, value_range, image_shape[0], splits.size)
+                    require_enough_images("the reference", each.count, image_shape[0], splits.size)
+                if VALUES in request.metrics and not value_references:
                     value_images = splits.open(request.split)
-                    _check_values(value_images, request.num_images)
+                    settings = image_shape[0], splits.size, value_images.random_crop
+                    require_enough_images("the split", len(value_images), *settings)
             yield Job(
                 request=request,
                 processes=processes,
@@ -172,6 +188,8 @@ def load_job(request: Request) -> Iterator[Job]:
                 held_out=held_out,
                 training=training,
                 value_images=value_images,
+                value_reference=value_references[0] if value_references else None,
+                other_value_reference=value_references[1] if len(value_references) > 1 else None,
                 pairs=pairs,
                 perceptual=perceptual,
                 data=splits.data or DataConfig(),
@@ -206,16 +224,23 @@ def _check_metrics_of_values(request: Request, value_range: ValueRange | None) -
         )
 
 
-def _check_values(images: ImageCache, num_images: int) -> None:
-    """Check that there are more images, and more samples, than components of their statistics."""
-    least = num_components(images.channels, *images.size) + 1
-    for name, count in (("num_images", num_images), ("the split", len(images))):
-        if count < least:
-            remedy = "; of an image that is cropped at random one part is compared: cut it into tiles"
-            raise UsageError(
-                f"{name} must be at least {least} for values, got {count:,}: a covariance of {least - 1} statistics "
-                f"needs more images{remedy if images.random_crop and name == 'the split' else ''}"
-            )
+def _load_value_references(request: Request) -> list[ValueReference]:
+    """Return the references of values that were asked for; empty where values are compared with those of the data.
+
+    Beside metrics of features, the references of a request are of features.
+    """
+    if VALUES not in request.metrics or {*DISTANCES, "memorization"} & {*request.metrics}:
+        return []
+    paths = (request.reference, request.other_reference)
+    return [load_value_reference(path) for path in paths if path is not None]
+
+
+def _load_perceptual(pipeline: DDPMPipeline) -> Perceptual:
+    """Load LPIPS for what pictures show of a model's images."""
+    channels, height, width = pipeline._image_shape()
+    if pipeline.value_range is not None and pipeline.value_range.display_channels is not None:
+        channels = len(pipeline.value_range.display_channels)
+    return load_lpips(channels, height, width, pipeline.device)
 
 
 def _name_on_card(out: Path, model_folder: Path) -> str:

@@ -23,7 +23,7 @@ from hf_ddpm.data.config import DataConfig, load_data_config
 from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.features import FeatureNetwork
-from hf_ddpm.evaluation.statistics import FORMAT as REFERENCE_FORMAT
+from hf_ddpm.evaluation.reference_files import FORMAT as REFERENCE_FORMAT
 from hf_ddpm.evaluation.statistics import Reference, check_new_reference, load_reference, write_reference
 from hf_ddpm.image_size import to_resolution, to_size
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
@@ -134,22 +134,12 @@ class Splits:
             images = self._processes.main_then_rest(
                 lambda: self._stack.enter_context(open_split(config, split, option))
             )
-            images = self._in_range_of_model(images, split)
+            images = in_range_of_model(images, self._value_range, split)
             if self._processes.rank == 0 and not any(name == split for name, _ in self._opened):
                 for line in describe_split(config, split, images):
                     tqdm.write(line, file=sys.stderr)
             self._opened[split, is_labeled] = images
         return self._opened[split, is_labeled]
-
-    def _in_range_of_model(self, images: ImageCache, split: str) -> ImageCache:
-        """Return images of which -1 and 1 stand for what they do in the model."""
-        of_data, of_model = (None if each is None else each.dtype for each in (images.value_range, self._value_range))
-        if of_data != of_model:
-            raise UsageError(
-                f"the data must be of the model's type, {of_model or 'pictures'}, got {of_data or 'pictures'} in "
-                f"{split}: name others{', or read TIFF files as arrays by --channel_axis' * (of_data is None)}"
-            )
-        return images if self._value_range is None else images.in_range(self._value_range)
 
     def references(self, network: FeatureNetwork, split: str, test_split: str) -> tuple[Reference, Reference | None]:
         """Return the references of the two splits, from the cache or made now.
@@ -203,3 +193,23 @@ class Splits:
             "config": config.dataset_config_name,
         }
         return replace(reference, metadata={**reference.metadata, "data": data})
+
+
+def in_range_of_model(images: ImageCache, value_range: ValueRange | None, split: str) -> ImageCache:
+    """Return images of which -1 and 1 stand for what they do in a model, with the number of values that this clips.
+
+    Args:
+        images: The images.
+        value_range: The values of a model of arrays; None for other models.
+        split: What messages call the images.
+
+    Raises:
+        UsageError: When they are of another type than those of the model.
+    """
+    of_data, of_model = (None if each is None else each.dtype for each in (images.value_range, value_range))
+    if of_data != of_model:
+        raise UsageError(
+            f"the data must be of the model's type, {of_model or 'pictures'}, got {of_data or 'pictures'} in "
+            f"{split}: name others{', or read TIFF files as arrays by --channel_axis' * (of_data is None)}"
+        )
+    return images if value_range is None else images.in_range(value_range)

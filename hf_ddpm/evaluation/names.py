@@ -15,6 +15,7 @@ DISTANCES = {
 }
 # The distance between moments and spectra of the values themselves.
 VALUES = "values"
+VALUES_NAME = "Fréchet distance of values"
 # Metrics that compare each sample of a model that makes images from images with the truth -> their names.
 FIDELITY = {"psnr": "PSNR in dB", "ssim": "SSIM", "lpips": "LPIPS"}
 METRICS = (*DISTANCES, "nll", "memorization", VALUES, *FIDELITY)

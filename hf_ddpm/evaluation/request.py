@@ -25,8 +25,9 @@ class Request:
         metrics: Some of fd (Fréchet distance), kid, precision (with recall, density and coverage), cmmd, nll (bits per
             dimension), memorization and values (moments and spectra). For a model that makes images from images: some
             of psnr, ssim, lpips and the distances, of samples that are made from the conditions of `test_split`.
-        reference: A folder of `hf-ddpm reference`. None: it is made of `data`, and kept in the cache of the data; of
-            `split`, or of `test_split`, which is the truth, for a model that makes images from images.
+        reference: A folder of `hf-ddpm reference`; of values for the metric `values` without one of features. None: it
+            is made of `data`, and kept in the cache of the data; of `split`, or of `test_split`, which is the truth,
+            for a model that makes images from images.
         other_reference: A second reference, of other images: what real images get is measured with both. None: with
             halves of `reference`. It needs `reference`.
         data: The settings of the data. None: those of the run in the model's folder. nll and memorization need data,

@@ -11,7 +11,6 @@ import torch
 
 from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.data.batches import as_tensor, epoch_order, fixed_pixels
-from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import Pairs
 from hf_ddpm.evaluation.array_features import as_seen
 from hf_ddpm.evaluation.comparison import Comparison
@@ -23,25 +22,22 @@ from hf_ddpm.evaluation.job import Job, SamplerSetting
 from hf_ddpm.evaluation.likelihood import Likelihood, draw_bound
 from hf_ddpm.evaluation.measure import NEIGHBORS, Samples, measure_distances, measure_likelihood, pixel_features
 from hf_ddpm.evaluation.memorization import Memorization, draw_pairs, memorization
-from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, VALUES
+from hf_ddpm.evaluation.names import DISTANCES, FIDELITY, VALUES, VALUES_NAME
 from hf_ddpm.evaluation.results import Draw
 from hf_ddpm.evaluation.statistics import Statistics, describe_images, frechet_warnings
+from hf_ddpm.evaluation.value_reference import clipped, statistics_of_values
 from hf_ddpm.evaluation.value_statistics import (
     describe_spectra,
     draw_spectra,
-    joined,
     scales_of,
     spectrum_rows,
     value_distance,
-    value_statistics,
 )
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.format import finite_or_none, format_measurement
 from hf_ddpm.sampling.loading import describe_guidance
 from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.value_range import ValueRange
-
-STATISTICS_BATCH = 64  # images of which statistics of values are computed at once
 
 
 def rows_of_pairs(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict[str, Any]]:
@@ -69,7 +65,7 @@ def rows_of_pairs(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict[
     )
     sampling = describe_sampling(job, setting, count, measured.samples)
     held_out = describe_images(job.held_out, job.data, job.request.test_split)
-    rows = []
+    rows, values = [], job.pipeline.value_range
     for metric in (name for name in FIDELITY if name in job.request.metrics):
         row = {
             "metric": metric,
@@ -86,6 +82,9 @@ def rows_of_pairs(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict[
                 text = format_measurement(of_input.value, of_input.standard_error)
                 better = "less" if metric == "lpips" else "more"
                 row["remark"] = f"the low resolution, enlarged by cubic interpolation, gets {text}; {better} is better"
+        if values is not None and metric != "lpips":
+            peak = f"the peak is the width of the value range, {values.high - values.low:g}"
+            row["remark"] = "; ".join(filter(None, [row.get("remark"), peak]))
         rows.append(row)
     if job.distances:
         statistics = measured.samples.statistics
@@ -217,48 +216,48 @@ def _describe_terms(likelihood: Likelihood) -> str:
 
 
 def measure_values(
-    job: Job, images: ImageCache, samples: Samples, sampling: dict[str, Any]
+    job: Job, samples: Samples, sampling: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Draw]]:
     """Measure how far the moments and spectra of samples are from those of images; the picture shows the spectra."""
     assert samples.values is not None
-    value_range = job.pipeline.value_range or ValueRange(0, images.max_value, "uint8")
-    pixels = _in_range(fixed_pixels(images), job.pipeline.value_range)
-    of_images = joined(
-        [
-            value_statistics(as_tensor(np.array(pixels[first : first + STATISTICS_BATCH])))
-            for first in range(0, len(pixels), STATISTICS_BATCH)
-        ]
-    )
+    images, reference = job.value_images, job.value_reference
+    if reference is not None:
+        of_images, described = reference.statistics, reference.metadata["data"]
+        value_range = job.pipeline.value_range
+    else:
+        assert images is not None
+        of_images = statistics_of_values(images, job.pipeline.value_range)
+        described = describe_images(images, job.data, job.request.split)
+        value_range = job.pipeline.value_range or ValueRange(0, images.max_value, "uint8")
+    assert value_range is not None
     drawn, real = (each.vectors(value_range) for each in (samples.values, of_images))
     scale = scales_of(of_images, real)
+    other, compared = job.other_value_reference, f"halves of {described['split']}"
     halves = real[torch.from_numpy(epoch_order(0, 0, len(real)))]
+    one_side, other_side = halves[::2], halves[1::2]
+    if other is not None:
+        one_side, other_side = other.statistics.vectors(value_range), real
+        compared = f"{other.metadata['data']['split']} against {described['split']}"
     spectra = {"samples": spectrum_rows(samples.values), "images": spectrum_rows(of_images)}
     row = {
         "metric": VALUES,
-        "name": "Fréchet distance of values",
+        "name": VALUES_NAME,
         "value": finite_or_none(value_distance(drawn, real, scale)),
         "standard_error": None,
         "num_compared": [len(drawn), len(real)],
         "real_vs_real": {
-            "value": finite_or_none(value_distance(halves[::2], halves[1::2], scale)),
+            "value": finite_or_none(value_distance(one_side, other_side, scale)),
             "standard_error": None,
-            "num_compared": [len(halves[::2]), len(halves[1::2])],
-            "of": f"halves of {job.request.split}",
+            "num_compared": [len(one_side), len(other_side)],
+            "of": compared,
         },
-        "reference": describe_images(images, job.data, job.request.split),
+        "reference": described,
         "sampling": sampling,
         "spectra": spectra,
         "remark": describe_spectra(spectra),
     }
-    channels = value_range.display_channels or range(images.channels)
+    channels = value_range.display_channels or range(described["channels"])
     return [row], {"spectrum.png": partial(draw_spectra, row, channels)}
-
-
-def _in_range(pixels: np.ndarray, value_range: ValueRange | None) -> np.ndarray:
-    """Return pixels as a model learned them, without the values that its range clips."""
-    if value_range is None:
-        return pixels
-    return np.clip(pixels, value_range.low, value_range.high).astype(pixels.dtype)
 
 
 def measure_copies(
@@ -270,7 +269,7 @@ def measure_copies(
     assert held_out is not None
     assert comparison is not None
     training_pixels, held_out_pixels = (
-        _in_range(fixed_pixels(each), job.pipeline.value_range) for each in (training, held_out)
+        clipped(fixed_pixels(each), job.pipeline.value_range) for each in (training, held_out)
     )
     if job.data.random_flip:
         training_pixels = np.concatenate([training_pixels, training_pixels[..., ::-1]])

@@ -1,32 +1,23 @@
 """The statistics of real images, which samples are compared with; they are computed once and stored.
 
 statistics    moments of the features of all images, and the features of the first n images in a fixed random order
-reference     the statistics of one split of a data set, with everything that determines them; a folder of two files:
-                reference.safetensors   count, mean and scatter, float64; features (n, d) float32
-                reference.json          the data, the network, versions, warnings, and the sha256 of the other file
+reference     the statistics of one split of a data set, with everything that determines them; a folder, see
+              reference_files.py, whose tensors are count, mean and scatter, float64, and features (n, d) float32
 real vs real  the distance between two sets of real images, which a model as good as the data would get
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import sys
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from hf_ddpm._version import __version__
 from hf_ddpm.data.batches import MicroBatches
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
@@ -34,19 +25,13 @@ from hf_ddpm.data.sources import check_source, find_source
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.array_features import ArrayFeatureNetwork
 from hf_ddpm.evaluation.distances import Moments
+from hf_ddpm.evaluation.feature_weights import NETWORKS
 from hf_ddpm.evaluation.features import FeatureNetwork
+from hf_ddpm.evaluation.reference_files import FORMAT, read_files, versions_of, write_files
 from hf_ddpm.image_size import Size, format_size, to_resolution
-from hf_ddpm.runtime.errors import UsageError, in_one_line
-from hf_ddpm.runtime.files import (
-    flush_folder,
-    look_at,
-    naming_damage,
-    read_mapping,
-    require_writable_folder,
-    write_flushed,
-)
+from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.files import look_at, require_writable_folder
 
-FORMAT = 1
 NUM_FEATURES = 10_000  # rows that are stored, for distances that need the features themselves
 TOO_FEW_IMAGES = (
     "{count:,} images are not more than the {dimensions:,} dimensions of {network}: a Fréchet distance is then mostly "
@@ -81,6 +66,16 @@ class Reference(Statistics):
     """
 
     metadata: dict[str, Any]
+
+    @property
+    def metric(self) -> str:
+        """The name of the Fréchet distance from it."""
+        return NETWORKS[self.metadata["network"]["network"]].frechet_name
+
+    @property
+    def dimensions(self) -> int:
+        """The length of a feature, d."""
+        return self.features.shape[1]
 
 
 def collect(network: FeatureNetwork, batches: Iterable[Tensor], num_features: int = NUM_FEATURES) -> Statistics:
@@ -184,10 +179,10 @@ def write_reference(
         "network": network.identity,
         "num_features": len(statistics.features),
         "warnings": frechet_warnings(statistics.count, network),
-        "versions": {"hf_ddpm": __version__, **{name: version(name) for name in packages}},
+        "versions": versions_of(*packages),
     }
     reference = Reference(statistics.moments, statistics.features, metadata)
-    _write(reference, out)
+    write_files(out, {**vars(reference.moments), "features": reference.features}, metadata)
     return reference
 
 
@@ -201,7 +196,7 @@ def check_new_reference(config: DataConfig, out: str | Path) -> Path:
     if out.exists():
         raise UsageError(f"out must be a new folder, got {str(out)!r}, which exists: delete it or name another")
     require_writable_folder("out", out)
-    if config.channels not in (None, 1, 3):
+    if find_source(config).kind != "arrays" and config.channels not in (None, 1, 3):
         raise UsageError(f"channels must be 1 or 3, as networks take, got {config.channels}: --channels 3, or 1")
     check_source(config)
     return out
@@ -233,28 +228,14 @@ def load_reference(path: str | Path) -> Reference:
     Raises:
         UsageError: When there is none, or it is damaged.
     """
-    folder = look_at("reference", path)
-    if not (folder / "reference.json").is_file():
+    metadata, tensors = read_files(path)
+    if "network" not in metadata:
         raise UsageError(
-            f"reference must be a folder with reference.json, got {str(path)!r}: make one with `hf-ddpm reference`"
+            f"reference must be of features for this metric, got {str(path)!r}, which is of values: give --metrics "
+            "values, or make another of images"
         )
-    try:
-        with naming_damage(f"{folder / 'reference.json'} cannot be read", "make it again"):
-            metadata = read_mapping(folder / "reference.json", "make it again")
-            if metadata["format"] != FORMAT:
-                raise UsageError(f"reference must have the format {FORMAT}, got {metadata['format']}: make it again")
-            content = (folder / "reference.safetensors").read_bytes()
-            expected, actual = metadata.pop("sha256"), hashlib.sha256(content).hexdigest()
-            if actual != expected:
-                raise UsageError(
-                    f"reference must be as it was written, got {str(path)!r} with the sha256\n  {actual} instead of\n"
-                    f"  {expected}: make it again with `hf-ddpm reference`"
-                )
-            tensors = load(content)
-            features = tensors.pop("features")
-            return Reference(Moments(**tensors), features, metadata)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{folder} cannot be read: {in_one_line(error)}: make it again") from error
+    features = tensors.pop("features")
+    return Reference(Moments(**tensors), features, metadata)
 
 
 def check_comparable(reference: Reference, network: FeatureNetwork, size: Size, channels: int) -> None:
@@ -269,7 +250,7 @@ def check_comparable(reference: Reference, network: FeatureNetwork, size: Size, 
         UsageError: When they cannot; the message lists what differs.
     """
     samples = _comparable_settings(network.identity, to_resolution(size), channels)
-    _require_equal("the reference", _settings_of(reference), "the samples", samples)
+    require_equal("the reference", _settings_of(reference), "the samples", samples)
 
 
 def real_vs_real(reference: Reference, other: Reference | None = None) -> tuple[Statistics, Statistics]:
@@ -283,7 +264,7 @@ def real_vs_real(reference: Reference, other: Reference | None = None) -> tuple[
         UsageError: When the two cannot be compared or are the same images, or there are less than 4 features.
     """
     if other is not None:
-        _require_equal("one reference", _settings_of(reference), "the other", _settings_of(other))
+        require_equal("one reference", _settings_of(reference), "the other", _settings_of(other))
         if reference.metadata["data"]["fingerprint"] == other.metadata["data"]["fingerprint"]:
             raise UsageError("the references must be of different images, got the same twice: give another split")
         return reference, other
@@ -312,22 +293,6 @@ def _batches(images: ImageCache, batch_size: int) -> Iterator[Tensor]:
         yield stream[k]["pixels"][: len(images) - k * batch_size]
 
 
-def _write(reference: Reference, out: Path) -> None:
-    content = save({**vars(reference.moments), "features": reference.features})
-    metadata = {**reference.metadata, "sha256": hashlib.sha256(content).hexdigest()}
-    part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
-    try:
-        part.mkdir(parents=True)
-        write_flushed(part / "reference.safetensors", content)
-        write_flushed(part / "reference.json", json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
-        part.rename(out)
-        flush_folder(out.parent)
-    except OSError as error:
-        raise UsageError(f"out must be a folder to write to, got {str(out)!r}: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def _settings_of(reference: Reference) -> dict[str, str]:
     data = reference.metadata["data"]
     return _comparable_settings(reference.metadata["network"], data["resolution"], data["channels"])
@@ -340,7 +305,7 @@ def _comparable_settings(identity: dict[str, Any], resolution: int | list[int], 
     return {key: str(value) for key, value in settings.items()}
 
 
-def _require_equal(left: str, left_settings: dict[str, str], right: str, right_settings: dict[str, str]) -> None:
+def require_equal(left: str, left_settings: dict[str, str], right: str, right_settings: dict[str, str]) -> None:
     """Raise a UsageError with a table of the settings that differ, if there are any."""
     keys = [key for key in {**left_settings, **right_settings} if left_settings.get(key) != right_settings.get(key)]
     if not keys:

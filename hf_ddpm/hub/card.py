@@ -231,7 +231,7 @@ def _describe_values(folder: Path) -> dict[str, str] | None:
         return None
     low, width = (f"{value:.9g}" for value in (values.low, values.high - values.low))
     shown = " ".join(map(str, values.display_channels or ()))
-    return {"words": str(values), "low": low, "width": width, "shown": shown}
+    return {"words": str(values), "low": low, "width": width, "shown": shown, "dtype": values.dtype}
 
 
 def _is_solvable_by_stock(settings: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:

@@ -1,13 +1,14 @@
 """The images that a model makes from images, in a folder that any number of processes write: `hf-ddpm sample --image`.
 
-image        a file that a sample is made from; the sample is a PNG file of the same name in the folder `out`
+image        a file that a sample is made from; the sample is a PNG file of the same name in the folder `out`, or for a
+             model of arrays a file of its values
 samples.png  the first PICTURE_IMAGES images with their samples, side by side
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from hf_ddpm.figures import png_bytes, side_by_side, to_pil
 from hf_ddpm.labels import describe_labels
 from hf_ddpm.prediction import Label
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256, write_atomically
+from hf_ddpm.runtime.files import look_at, naming_damage, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
+from hf_ddpm.sampling.array_images import GivenArrays, given_arrays
 from hf_ddpm.sampling.image_files import image_files, new_files, read_image
 from hf_ddpm.sampling.loading import describe_guidance
 from hf_ddpm.sampling.sampler import forward_batch_of, iter_samples, shared_batches
 from hf_ddpm.sampling.settings import SampleSettings
+from hf_ddpm.value_range import pictured
 
 PICTURE = "samples.png"
 PICTURE_IMAGES = 16
@@ -38,6 +41,8 @@ def sample_from_images(
     model: str,
     image: str | Path,
     out: str | Path,
+    *,
+    format: str | None = None,
     **settings: Any,
 ) -> list[Path]:
     """Sample an image from each image, and write the samples and a picture of all into the folder `out`.
@@ -49,6 +54,7 @@ def sample_from_images(
         image: An image of the model's size, or a folder of them. For super-resolution they may have the low
             resolution.
         out: A folder, which must not hold files of the samples' names.
+        format: The format of the samples of arrays, `npy` or `tif`. None: npy; those of pictures are PNG files.
         settings: The attributes of `hf_ddpm.sampling.settings.SampleSettings` by name, such as `seed`,
             `num_inference_steps` and `device`.
 
@@ -64,15 +70,21 @@ def sample_from_images(
     out = look_at("out", out)
     require_writable_folder("out", out)
     names, files = image_files("image", image)
+    arrays = given_arrays(names, files, model, format)
+    names = names if arrays is None else arrays.names
     check_seeds(sampling.seed, len(names))
-    new = new_files(out, names, PICTURE)
+    new = new_files(out, names, PICTURE, ".png" if arrays is None else f".{arrays.format}")
 
     with join_processes() as processes:
         pipeline, steps, guidance = sampling.load(model, makes_from_images=True)
         assert isinstance(pipeline, ConditionalDDPMPipeline)
         labels = _class_labels(pipeline, sampling.class_label, len(names))
         size = sampling.size_of(pipeline)
-        conditions = torch.cat([read_image(path, partial(pipeline.to_conditions, size=size)) for path in files])
+        to_conditions = partial(pipeline.to_conditions, size=size)
+        if arrays is None:
+            conditions = torch.cat([read_image(path, to_conditions) for path in files])
+        else:
+            conditions = _arrays_as_conditions(processes, arrays, to_conditions)
         record: dict[str, Any] = {
             "weights_sha256": weights_sha256(Path(pipeline.unet.config["_name_or_path"])),
             "images": [str(name) for name in names],
@@ -101,13 +113,15 @@ def sample_from_images(
                 guidance=guidance,
                 conditions=conditions[share],
                 size=size,
+                value_range=None if arrays is None else arrays.value_range,
             )
-            return _write_share(processes, batches, len(share), new, sampling.seed)
+            return _write_share(processes, batches, len(share), new, sampling.seed, arrays)
 
         samples = [picture for share in processes.gather(sample_share) for picture in share]
 
         def write_picture() -> None:
-            columns = [to_pil(conditions[:PICTURE_IMAGES]), samples]
+            shown = pictured(conditions[:PICTURE_IMAGES], None if arrays is None else arrays.value_range)
+            columns = [to_pil(shown), samples]
             write_atomically(out / PICTURE, png_bytes(side_by_side(columns, [pipeline.condition.label, "sample"])))
 
         processes.on_main(write_picture)
@@ -120,6 +134,7 @@ def _write_share(
     num_images: int,
     files: Sequence[Path],
     seed: int,
+    arrays: GivenArrays | None,
 ) -> list[Image.Image]:
     """Write the samples of this process, and return those of the first PICTURE_IMAGES images.
 
@@ -129,18 +144,42 @@ def _write_share(
         num_images: The number of samples in all batches.
         files: The files of the samples of all processes.
         seed: The seed of the first of these.
+        arrays: The arrays that samples are made from; None for pictures.
     """
     first_samples = []
     label, is_quiet = processes.label("Sampling"), processes.rank > 0
     with tqdm(total=num_images, unit="image", desc=label, file=sys.stderr, disable=is_quiet) as progress:
         for seeds, images in batches:
             # Written as soon as it is made, so that a command that is killed has lost no more than a batch.
-            for each, picture in zip(seeds, to_pil(images), strict=True):
-                write_atomically(files[each - seed], png_bytes(picture))
+            if arrays is None:
+                pictures = to_pil(images)
+                contents = [*map(png_bytes, pictures)]
+            else:
+                pictures = arrays.pictures(arrays.value_range.to_unit_interval(images))
+                contents = arrays.contents(images.numpy())
+            for each, content, picture in zip(seeds, contents, pictures, strict=True):
+                write_atomically(files[each - seed], content)
                 if each - seed < PICTURE_IMAGES:
                     first_samples.append(picture)
             progress.update(len(seeds))
     return first_samples
+
+
+def _arrays_as_conditions(
+    processes: Processes, arrays: GivenArrays, to_conditions: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return arrays as conditions, (N, C', H, W) in [0, 1].
+
+    Raises:
+        UsageError: When one cannot be read, or a function that makes conditions of shares refuses it.
+    """
+    values = [arrays.read(i) for i in range(len(arrays.names))]
+    processes.on_main(lambda: arrays.describe_clipped(values))
+    conditions = []
+    for name, each in zip(arrays.names, values, strict=True):
+        with naming_damage(f"{name} cannot be taken", "change the file, or give another one"):
+            conditions.append(to_conditions(arrays.shares(each)))
+    return torch.cat(conditions)
 
 
 def _class_labels(pipeline: ConditionalDDPMPipeline, class_label: Label | None, num_images: int) -> list[Any] | None:

@@ -1,7 +1,9 @@
 """The edited images of a model in a folder, which any number of processes write: `hf-ddpm edit`.
 
-image      a file that is edited; its edit is a PNG file of the same name in the folder `out`
-mask       a file whose white part is repainted: one for all images, or one for each in the order of their names
+image      a file that is edited; its edit is a PNG file of the same name in the folder `out`, or for a model of
+           arrays a file of its values
+mask       a file whose white part, or in an array what is not 0, is repainted: one for all images, or one for each
+           in the order of their names
 edits.png  the first PICTURE_IMAGES images with their masks and edits, side by side
 """
 
@@ -9,8 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,19 +23,28 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline, require_strength
 from hf_ddpm.figures import png_bytes, strip, to_pil
-from hf_ddpm.image_inputs import images_to_tensor, masks_to_tensor
+from hf_ddpm.image_inputs import images_to_tensor
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
+from hf_ddpm.sampling.array_images import GivenArrays, given_arrays, read_mask
 from hf_ddpm.sampling.image_files import image_files, new_files, read_image
 from hf_ddpm.sampling.loading import describe_guidance, load_for_sampling, speed_up
 from hf_ddpm.sampling.sampler import forward_batch_of, seeded_generators, shared_batches
 from hf_ddpm.sampling.settings import SamplingSettings
 from hf_ddpm.solvers import choose_sampler
+from hf_ddpm.value_range import ValueRange, pictured
 
 PICTURE = "edits.png"
 PICTURE_IMAGES = 16
+
+
+class Edits(NamedTuple):
+    """Edited images: the content of the file of each, and what a picture shows of it."""
+
+    contents: list[bytes]
+    pictures: list[Image.Image]
 
 
 def edit_images(
@@ -42,6 +54,7 @@ def edit_images(
     *,
     mask: str | Path | None = None,
     strength: float | None = None,
+    format: str | None = None,
     batch_size: int = 16,
     **settings: Any,
 ) -> list[Path]:
@@ -56,6 +69,7 @@ def edit_images(
         out: A folder, which must not hold files of the edits' names.
         mask: An image of the same size, or a folder of as many as there are images.
         strength: In (0, 1]. None: 0.5 without a mask, and 1 with one.
+        format: The format of the edits of arrays, `npy` or `tif`. None: npy; those of pictures are PNG files.
         batch_size: Images per forward pass; on a CPU there are 16 of two or more images.
         settings: The other attributes of `hf_ddpm.sampling.settings.SamplingSettings` by name, such as `seed`,
             `num_inference_steps` and `device`.
@@ -75,8 +89,10 @@ def edit_images(
     out = look_at("out", out)
     require_writable_folder("out", out)
     names, files = image_files("image", image)
+    arrays = given_arrays(names, files, model, format)
+    names = names if arrays is None else arrays.names
     check_seeds(sampling.seed, len(names))
-    edits = new_files(out, names, PICTURE)
+    edits = new_files(out, names, PICTURE, ".png" if arrays is None else f".{arrays.format}")
     mask_files = None if mask is None else _mask_files(mask, len(names))
     with join_processes() as processes:
         plain, _ = load_for_sampling(model, "ddpm", device=sampling.device, guidance_model=sampling.guidance_model)
@@ -86,7 +102,14 @@ def edit_images(
         sampler = choose_sampler(config, sampling.scheduler, sampling.num_inference_steps, kept, searched)
         pipeline: Any = (DDPMImg2ImgPipeline if mask_files is None else DDPMInpaintPipeline).from_pipe(plain)
         pipeline.use(sampler.scheduler, sampler.num_inference_steps, guidance_scale=1.0)  # each call is given its own
-        images, masks = _read_all(files, mask_files, plain._image_shape())
+        shape = plain._image_shape()
+        masks = None if mask_files is None else _read_masks(mask_files, len(names), shape)
+        if arrays is None:
+            images, values = _read_pictures(files, shape), None
+        else:
+            values = _read_arrays(arrays, masks if strength == 1 else None, shape)
+            images = arrays.shares(values)
+            processes.on_main(lambda: arrays.describe_clipped([values]))
         plain._conditions(sampling.class_label, 1, plain.device, guidance)
         record: dict[str, Any] = {
             "weights_sha256": weights_sha256(Path(plain.unet.config["_name_or_path"])),
@@ -102,18 +125,26 @@ def edit_images(
         }
         processes.require_equal(record, "model, images and settings")
 
-        def edit(numbers: np.ndarray) -> list[Image.Image]:
-            return pipeline(
+        def edit(numbers: np.ndarray) -> Edits:
+            edited = pipeline(
                 images[numbers],
                 **({} if masks is None else {"mask_image": masks[numbers]}),
                 strength=strength,
                 generator=seeded_generators([sampling.seed + int(i) for i in numbers], pipeline.device),
                 class_labels=sampling.class_label,
                 guidance=guidance,
+                output_type="pil" if arrays is None else "pt",
             ).images
+            if arrays is None or values is None:
+                return Edits([*map(png_bytes, edited)], edited)
+            units = arrays.value_range.to_units(edited)
+            if masks is not None:  # known values are those of the file, to the last bit
+                units = np.where(masks[numbers].numpy(), units, values[numbers])
+            return Edits(arrays.contents(units), arrays.pictures(edited.cpu()))
 
         pictures = _edit_all(processes, edit, edits, record["forward_batch"])
-        processes.on_main(lambda: write_atomically(out / PICTURE, png_bytes(_picture(images, masks, pictures))))
+        shown = partial(_picture, images, masks, pictures, None if arrays is None else arrays.value_range)
+        processes.on_main(lambda: write_atomically(out / PICTURE, png_bytes(shown())))
     return edits
 
 
@@ -127,26 +158,48 @@ def _mask_files(mask: str | Path, num_images: int) -> list[Path]:
     return files
 
 
-def _read_all(
-    files: Sequence[Path], mask_files: Sequence[Path] | None, shape: tuple[int, int, int]
-) -> tuple[Tensor, Tensor | None]:
-    """Return the images, (N, C, H, W) in [0, 1], and a mask for each, (N, 1, H, W) bool; None without masks.
+def _read_masks(files: Sequence[Path], num_images: int, shape: tuple[int, int, int]) -> Tensor:
+    """Return a mask for each image, (N, 1, H, W) bool.
+
+    Raises:
+        UsageError: When a file cannot be read, or does not have the model's height and width.
+    """
+    return torch.cat([read_mask(path, *shape[1:]) for path in files]).expand(num_images, -1, -1, -1)
+
+
+def _read_pictures(files: Sequence[Path], shape: tuple[int, int, int]) -> Tensor:
+    """Return the pictures, (N, C, H, W) in [0, 1].
 
     Raises:
         UsageError: When a file cannot be read, or does not have the model's shape, (C, H, W).
     """
-    channels, height, width = shape
-    if channels not in (1, 3, 4):
-        raise UsageError(f"model must make images of 1, 3 or 4 channels, got {channels}, which no file holds")
-    images = torch.cat([read_image(path, lambda picture: images_to_tensor(picture, *shape)) for path in files])
-    if mask_files is None:
-        return images, None
-    masks = [read_image(path, lambda picture: masks_to_tensor(picture, 1, height, width)) for path in mask_files]
-    return images, torch.cat(masks).expand(len(images), -1, -1, -1)
+    if shape[0] not in (1, 3, 4):
+        raise UsageError(f"model must make images of 1, 3 or 4 channels, got {shape[0]}, which no picture holds")
+    return torch.cat([read_image(path, lambda picture: images_to_tensor(picture, *shape)) for path in files])
+
+
+def _read_arrays(arrays: GivenArrays, masks: Tensor | None, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the arrays, (N, C, H, W) in the type of the data.
+
+    Args:
+        arrays: Where they are.
+        masks: What of them need not be finite, (N, 1, H, W) bool; None: all must be.
+        shape: That of the model's images, (C, H, W).
+
+    Raises:
+        UsageError: When one cannot be read, or has another shape.
+    """
+    read = []
+    for i, name in enumerate(arrays.names):
+        values = arrays.read(i, None if masks is None else masks[i].numpy())
+        if values.shape != shape:
+            raise UsageError(f"image must have the model's shape, {shape}, got {values.shape} in {name}: cut it so")
+        read.append(values)
+    return np.stack(read)
 
 
 def _edit_all(
-    processes: Processes, edit: Callable[[np.ndarray], list[Image.Image]], files: Sequence[Path], forward_batch: int
+    processes: Processes, edit: Callable[[np.ndarray], Edits], files: Sequence[Path], forward_batch: int
 ) -> list[Image.Image]:
     """Write all edits; the processes share their batches.
 
@@ -170,8 +223,8 @@ def _edit_all(
                 # alone need not take the time of many: it is nobody's share.
                 filled = np.resize(numbers, 1 if count == 1 else forward_batch)
                 # Written as soon as they are made, so that a command that is killed has lost no more than a batch.
-                for i, picture in zip(numbers, edit(filled), strict=False):
-                    write_atomically(files[i], png_bytes(picture))
+                for i, content, picture in zip(numbers, *edit(filled), strict=False):
+                    write_atomically(files[i], content)
                     if i < PICTURE_IMAGES:
                         first_edits.append(picture)
                 progress.update(len(numbers))
@@ -180,12 +233,17 @@ def _edit_all(
     return [picture for share in processes.gather(edit_share) for picture in share]
 
 
-def _picture(images: Tensor, masks: Tensor | None, edited: Sequence[Image.Image]) -> Image.Image:
+def _picture(
+    images: Tensor, masks: Tensor | None, edited: Sequence[Image.Image], value_range: ValueRange | None
+) -> Image.Image:
     """Return the first images with their masks and edits, one row for each."""
-    columns = [to_pil(images[:PICTURE_IMAGES]), [*edited[:PICTURE_IMAGES]]]
+    images = images[:PICTURE_IMAGES]
+    columns = [to_pil(pictured(images, value_range)), [*edited[:PICTURE_IMAGES]]]
     labels = ["image", "edit"]
     if masks is not None:
-        mode = edited[0].mode
-        columns.insert(1, [each.convert(mode) for each in to_pil(masks[:PICTURE_IMAGES].float())])
+        mode, shown = edited[0].mode, masks[:PICTURE_IMAGES].float()
+        if value_range is not None:  # as large as channels that stand side by side
+            shown = pictured(shown.expand_as(images), value_range)
+        columns.insert(1, [each.convert(mode) for each in to_pil(shown)])
         labels.insert(1, "mask")
     return strip([*zip(*columns, strict=True)], labels)

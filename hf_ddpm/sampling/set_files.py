@@ -22,6 +22,7 @@ from PIL import Image
 
 from hf_ddpm.data.columns import column_of_arrays
 from hf_ddpm.figures import png_bytes
+from hf_ddpm.names import ARRAY_FILE_FORMATS
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.sampling.sampler import FORWARD_BATCH
 
@@ -29,7 +30,7 @@ GRID_IMAGES = 64
 # What a set calls its own columns, and numpy an argument.
 _TAKEN_NAMES = ("file_name", "image", "seed", "seeds", "labels", "arr_0", "file", "allow_pickle")
 # The formats of which a file holds one image.
-FILE_FORMATS = ("png", "npy", "tif")
+FILE_FORMATS = ("png", *ARRAY_FILE_FORMATS)
 # A set is written in at most MAX_PARTS part files, unless they would then hold more than MAX_PART_IMAGES each.
 MAX_PARTS, MAX_PART_IMAGES = 64, 1024
 
@@ -66,7 +67,7 @@ class FileSet:
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
         """Write the images with these numbers, (B, H, W, C) uint8, uint16 or in the type of a model of arrays."""
         for i, image in zip(indices, images, strict=True):
-            write_atomically(self.out / self.names[i], _file_content(image, self.format))
+            write_atomically(self.out / self.names[i], file_content(image, self.format))
 
     def finish(self) -> list[np.ndarray]:
         """Write the metadata, when all images are written, and return the first GRID_IMAGES of them."""
@@ -200,7 +201,7 @@ def _dtype(labels: Sequence[Any]) -> str:
     return "int64" if present and isinstance(present[0], int) else "float64"
 
 
-def _file_content(image: np.ndarray, format: str) -> bytes:
+def file_content(image: np.ndarray, format: str) -> bytes:
     """Return the content of a file of one image, (H, W, C)."""
     if format == "png":
         return png_bytes(_picture(image))

@@ -44,7 +44,7 @@ def conditions_of_batch(run: Run, batch: dict[str, Any], pixels: Tensor) -> Tens
     if run.condition is None:
         return None
     if run.condition.super_resolution is not None:
-        conditions = low_resolution_conditions(pixels, run.condition.super_resolution, run.images.max_value)
+        conditions = low_resolution_conditions(pixels, run.condition.super_resolution, run.images.scale)
     else:
         assert isinstance(run.images, ImageCache)
         assert run.images.conditions is not None

@@ -301,10 +301,6 @@ def _check_arrays(config: TrainingConfig, values: ValueRange) -> None:
     Raises:
         UsageError: When one does.
     """
-    if config.super_resolution is not None:
-        raise UsageError(
-            f"super_resolution must be left out for arrays, got {config.super_resolution}: it is for images"
-        )
     if config.variance_type.startswith("learned") and not values.is_integer:
         raise UsageError(
             f"variance_type must be fixed_small or fixed_large for {values.dtype}, got {config.variance_type}: a "

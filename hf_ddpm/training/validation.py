@@ -97,7 +97,6 @@ class Validation:
             return to_conditions(self.column[numbers].to(device), self.column_max_value)
         assert self.condition.super_resolution is not None
         pixels = self.images[numbers].to(device)
-        assert isinstance(self.scale, int)
         return low_resolution_conditions(pixels, self.condition.super_resolution, self.scale)
 
 

@@ -227,7 +227,7 @@ def test_make_reference_removes_an_incomplete_reference(splits: Path, monkeypatc
             raise OSError("no space left on device")
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
-    monkeypatch.setattr("hf_ddpm.evaluation.statistics.write_flushed", full)
+    monkeypatch.setattr("hf_ddpm.evaluation.reference_files.write_flushed", full)
     with pytest.raises(UsageError, match="no space left"):
         make(splits)
     assert sorted(path.name for path in splits.parent.iterdir()) == ["cache", "data"]

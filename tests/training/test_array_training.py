@@ -241,3 +241,17 @@ def test_learned_variance_of_floats_is_refused_before_training(config: TrainingC
     with pytest.raises(UsageError, match="variance_type must be fixed_small or fixed_large for float32"):
         train(TrainingConfig(**{**vars(config), **learned}))
     assert not (tmp_path / "other").exists()
+
+
+def test_super_resolution_trains_validates_and_says_how_arrays_are_given(tmp_path: Path) -> None:
+    (tmp_path / "fields").mkdir()
+    np.save(tmp_path / "fields/all.npy", np.random.default_rng(0).standard_normal((20, 2, 8, 8)).astype(np.float32))
+    settings = {**settings_in(tmp_path), "super_resolution": 2, "eval_fraction": 0.3, "display_channels": [1]}
+    (tmp_path / "unet.json").write_text(json.dumps(smallest_unet_config(channels=2, in_channels=4)))
+    settings |= {"eval_steps": 4, "eval_num_images": 4, "eval_network": "efficientnet-lite0"}
+    train(TrainingConfig(**settings))
+    assert json.loads((tmp_path / "run/scheduler/condition.json").read_text())["channels"] == 2
+    assert json.loads((tmp_path / "run/eval.jsonl").read_text())["psnr"] > 0
+    card = (tmp_path / "run/README.md").read_text()
+    assert "image = pipeline.value_range.to_unit_interval(array)" in card
+    assert "Image.open" not in card
