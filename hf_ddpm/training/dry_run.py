@@ -91,7 +91,7 @@ def estimate_cost(run: Run, progress: Progress, take_step: TakeStep) -> Cost:
     processes, device = run.processes, run.device
     text = f"a dry run: {WARM_UP_STEPS + MIN_STEPS} to {WARM_UP_STEPS + MAX_STEPS} steps are taken and forgotten"
     print_once(processes, text)
-    memory, bytes_before, peak_of = _watch_memory(device)
+    memory, bytes_before, peak_of = watch_memory(device)
     seconds: list[float] = []
     failure, num_bad_steps = None, 0
     run.model.train()
@@ -302,7 +302,7 @@ def _signal_left(run: Run, notes: list[str]) -> str:
     return f"{alpha_bar_T:.3g} of the signal's power is left in x_T"
 
 
-def _watch_memory(device: torch.device) -> tuple[str, int | None, Callable[[], int]]:
+def watch_memory(device: torch.device) -> tuple[str, int | None, Callable[[], int]]:
     """Start to watch the memory of this process.
 
     Where a system does not forget the highest value from before, the peak is that since the start of the process, and
