@@ -45,7 +45,7 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loader import explain_loader_failure, next_batches, open_loader
 from hf_ddpm.training.posthoc import TRACKED_STDS
 from hf_ddpm.training.report import passes_of_a_step, reverse_chain_steps
-from hf_ddpm.training.run import Run, num_steps_left, print_once
+from hf_ddpm.training.run import Run, naming_compilation, num_steps_left, print_once
 
 # In the first steps torch reserves memory and compiles.
 WARM_UP_STEPS = 2
@@ -103,7 +103,8 @@ def estimate_cost(run: Run, progress: Progress, take_step: TakeStep) -> Cost:
             is_enough = number >= WARM_UP_STEPS + MIN_STEPS and sum(seconds[WARM_UP_STEPS:]) > ENOUGH_SECONDS
             if any(processes.any([is_enough, failure is not None])):
                 break
-            result = take_step(run, progress, micro_batches)
+            with naming_compilation(run, number == 0):
+                result = take_step(run, progress, micro_batches)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             seconds.append(time.perf_counter() - started)
