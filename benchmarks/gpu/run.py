@@ -171,7 +171,7 @@ def table(rows: Sequence[Row], case: Case, seconds: float) -> str:
 
 
 def _value(row: Row) -> str:
-    return f"{row.value:.4g}" if isinstance(row.value, float) else row.value
+    return f"{row.value:.4g}" if isinstance(row.value, float) else str(row.value)
 
 
 def folder_of(case: Case) -> Path:

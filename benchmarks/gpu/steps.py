@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -62,10 +62,9 @@ def diffusers_loop(case: Case) -> Iterator[Measured]:
             if len(times) > WARM_UP_STEPS + _num_steps(case):
                 raise StopIteration
 
-        try:
+        with suppress(StopIteration):
             stock_loop(net, case.batch, note, case.device, precision)
-        except StopIteration:
-            spent = (seconds[-1] - seconds[WARM_UP_STEPS]) / (len(seconds) - 1 - WARM_UP_STEPS)
+        spent = (seconds[-1] - seconds[WARM_UP_STEPS]) / (len(seconds) - 1 - WARM_UP_STEPS)
         yield Measured(f"{_name(precision)}, a step", 1e3 * spent, "ms", f"{case.batch / spent:,.0f} images/s")
 
 

@@ -228,7 +228,8 @@ def stock_loop(
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
-    unet: Any = UNet2DModel.from_config(net).to(device)
+    unet: Any = UNet2DModel.from_config(net)
+    unet.to(device)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10**6)
