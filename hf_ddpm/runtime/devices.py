@@ -25,13 +25,16 @@ def process_device(device: str | torch.device | None = None) -> torch.device:
     Raises:
         ValueError: When torch does not find this device.
     """
-    if device is None:
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-        device = "cpu" if on_cpu else best_device()
-    device = require_device(device)
+    device = require_device(process_device_type() if device is None else device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", environment_number("LOCAL_RANK", 0) % torch.cuda.device_count())
     return device
+
+
+def process_device_type() -> str:
+    """Return cpu if `accelerate launch --cpu` says so, else the best type there is; no device is touched."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    return "cpu" if on_cpu else best_device()
 
 
 def require_device(device: str | torch.device) -> torch.device:

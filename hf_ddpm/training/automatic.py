@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hf_ddpm.image_size import Size
-from hf_ddpm.runtime.devices import has_amx, has_avx512, has_bfloat16, process_device, require_compiler
+from hf_ddpm.runtime.devices import has_amx, has_avx512, has_bfloat16, process_device_type, require_compiler
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.launch import launcher_precision
 from hf_ddpm.training.config import TrainingConfig
@@ -31,7 +31,7 @@ def choose_precision(config: TrainingConfig) -> tuple[TrainingConfig, str | None
         The config with it, and a line that says why; without `auto` the config as it is, and a line only where
         bfloat16 is slow.
     """
-    device = process_device()
+    device = torch.device(process_device_type())
     if config.mixed_precision != "auto":
         asked = config.mixed_precision or launcher_precision()
         return config, _slowness(asked, device)
