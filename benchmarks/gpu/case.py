@@ -76,6 +76,8 @@ def settings_of(name: str, case: Case) -> Iterator[dict[str, Any]]:
             "random_flip": True,
             "train_batch_size": case.batch,
         }
+        if case.device == "cpu":  # tiny networks are slower with more, most of all beside other work
+            settings["cpu_threads_per_process"] = 1
         if name == "recipe":
             settings["recipe"] = "cifar10-ddpm"
         if case.is_small:
