@@ -71,10 +71,7 @@ def kill_and_compare(
     folder: Path, num_processes: int, changes: dict, num_kills: int, rng: random.Random
 ) -> tuple[int, int, list[str]]:
     """Return the kills, those of them while a checkpoint was written, and the names of files that differ."""
-    (folder / "unet.json").write_text(json.dumps(tiny_unet_config(1, out_channels=2, dropout=0.2)))
-    settings = {**ALL, **changes, "dataset_name": "digits", "model_config_name_or_path": str(folder / "unet.json")}
-    settings["cache_dir"] = str(folder / "cache")
-    (folder / "settings.yaml").write_text(json.dumps(settings))  # which YAML is, too
+    write_settings(folder, changes)
     started = time.monotonic()
     process = launch(folder, num_processes, folder / "whole")
     wait_for_training(process)
@@ -99,8 +96,17 @@ def kill_and_compare(
     return num_kills, in_writing, differences(folder / "killed", folder / "whole")
 
 
-def launch(folder: Path, num_processes: int, output_dir: Path) -> subprocess.Popen:
-    command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--cpu"]
+def write_settings(folder: Path, changes: dict) -> None:
+    """Write the settings of the runs in a folder, and their network."""
+    (folder / "unet.json").write_text(json.dumps(tiny_unet_config(1, out_channels=2, dropout=0.2)))
+    settings = {**ALL, **changes, "dataset_name": "digits", "model_config_name_or_path": str(folder / "unet.json")}
+    settings["cache_dir"] = str(folder / "cache")
+    (folder / "settings.yaml").write_text(json.dumps(settings))  # which YAML is, too
+
+
+def launch(folder: Path, num_processes: int, output_dir: Path, device: str = "cpu") -> subprocess.Popen:
+    command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch"]
+    command += ["--cpu"] if device == "cpu" else []
     command += ["--num_processes", str(num_processes), str(ROOT / "train_accelerate.py")]
     command += ["--config", str(folder / "settings.yaml"), "--output_dir", str(output_dir)]
     command += ["--resume_from_checkpoint", "latest"]

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("table.md"))
     options = parser.parse_args()
+    options.device = "cpu"
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     unet: Any = UNet2DModel.from_config(sized_config((28, 28), 1, 1))
@@ -124,7 +125,7 @@ def seconds(sample: Callable[[], None]) -> float:
 
 
 def stock(folder: str, options: argparse.Namespace) -> Callable[[], None]:
-    pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(folder).to(options.device)
     # The same solver as ours.
     config = load_for_sampling(folder, "dpmsolver++", options.steps, "cpu")[0].scheduler.config
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config)
@@ -143,7 +144,7 @@ def stock(folder: str, options: argparse.Namespace) -> Callable[[], None]:
 
 
 def ours(folder: str, options: argparse.Namespace, **settings) -> Callable[[], None]:
-    pipeline, steps = load_for_sampling(folder, "dpmsolver++", options.steps, "cpu", **settings)
+    pipeline, steps = load_for_sampling(folder, "dpmsolver++", options.steps, options.device, **settings)
 
     def sample() -> None:
         for _ in iter_samples(pipeline, range(options.images), batch_size=BATCH, num_inference_steps=steps):

@@ -133,14 +133,22 @@ def count(way: str) -> tuple[int, int]:
     return sum(p.numel() for p in unet.parameters()), count_flops(unet)[1]
 
 
-def matrix_product(dtype: torch.dtype, size: int = 2048) -> float:
+def matrix_product(dtype: torch.dtype, size: int = 2048, device: str = "cpu") -> float:
     """Return the GFLOP/s of a product of two square matrices."""
-    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     torch.mm(a, b)
+    wait_for(device)
     started = time.perf_counter()
     for _ in range(4):
         torch.mm(a, b)
+    wait_for(device)
     return 4 * 2 * size**3 / (time.perf_counter() - started) / 1e9
+
+
+def wait_for(device: str) -> None:
+    """Wait until the device has done what it was given; a CPU always has."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -176,7 +184,7 @@ def take_turns(options: argparse.Namespace) -> None:
         state.update(steps=0, of_turn=STEPS_PER_TURN, since=time.perf_counter())
 
     if options.way == "stock":
-        stock_loop(options, after_step)
+        stock_loop(net_config("stock"), options.batch, after_step)
     else:
         our_loop(options, after_step)
 
@@ -211,25 +219,30 @@ def our_loop(options: argparse.Namespace, after_step: Callable[[], None]) -> Non
     )
 
 
-def stock_loop(options: argparse.Namespace, after_step: Callable[[], None]) -> None:
-    """Train as diffusers' `train_unconditional.py` does, with the images in memory."""
+def stock_loop(
+    net: dict[str, Any], batch: int, after_step: Callable[[], None], device: str = "cpu", precision: str = "no"
+) -> None:
+    """Train as diffusers' `train_unconditional.py` does, with the images in memory, until `after_step` raises."""
     import torch.nn.functional as F
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
-    unet: Any = UNet2DModel.from_config(net_config(options.way))
+    unet: Any = UNet2DModel.from_config(net)
+    unet.to(device)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10**6)
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
-    images = torch.randn(256, 1, SIDE, SIDE)
+    images = torch.randn(256, net["in_channels"], net["sample_size"], net["sample_size"])
     while True:
-        clean = images[torch.randint(len(images), (options.batch,))]
+        clean = images[torch.randint(len(images), (batch,))].to(device)
         noise = torch.randn_like(clean)
-        t: Any = torch.randint(0, 1000, (options.batch,)).long()
+        t: Any = torch.randint(0, 1000, (batch,), device=device).long()
         noisy = noise_scheduler.add_noise(clean, noise, t)
-        loss = F.mse_loss(unet(noisy, t).sample.float(), noise.float())
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            prediction = unet(noisy, t).sample
+        loss = F.mse_loss(prediction.float(), noise.float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()

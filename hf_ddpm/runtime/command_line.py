@@ -144,6 +144,8 @@ def typer_forms(arguments: Sequence[str], params: Sequence[Any]) -> list[str]:
         --use_ema False      ->  --no_use_ema
         --use_ema=true       ->  --use_ema
         --halflives 50 500   ->  --halflives 50 --halflives 500
+        --compile            ->  --compile=true         where it may also be a word, as auto
+        --no_compile         ->  --compile=false
 
     Args:
         arguments: The words after the command.
@@ -151,6 +153,8 @@ def typer_forms(arguments: Sequence[str], params: Sequence[Any]) -> list[str]:
     """
     switches = {opt: param for param in params if param.secondary_opts for opt in param.opts}
     lists = {opt for param in params if param.multiple for opt in param.opts}
+    # A switch that also takes a word is an option with two flags, see `_option`.
+    word_switches = {opt: param for param in params if f"--no_{param.name}" in param.opts for opt in param.opts}
     words, forms = list(arguments), []
     while words:
         word = words.pop(0)
@@ -160,6 +164,10 @@ def typer_forms(arguments: Sequence[str], params: Sequence[Any]) -> list[str]:
             if not has_value and words and words[0].lower() in ("true", "false"):
                 value = words.pop(0)
             forms.append(_switch_form(flag, value, switches[flag]))
+        elif flag in word_switches and not has_value:
+            takes_word = words and not words[0].startswith("-")
+            value = "false" if flag.startswith("--no_") else words.pop(0) if takes_word else "true"
+            forms.append(f"--{word_switches[flag].name}={value}")
         elif flag in lists and not has_value:
             values = []
             while words and not words[0].startswith("--"):
@@ -227,6 +235,12 @@ def options_of(config_type: type) -> list[inspect.Parameter]:
 def _option(name: str, hint: Any, default: Any, info: SettingInfo) -> Any:
     kinds = {hint, *get_args(hint)}
     common = {"help": _help(name, default, info), "rich_help_panel": info.group.capitalize(), "show_default": False}
+    if True in choices_of(hint):
+        choices = [str(choice).lower() for choice in choices_of(hint)]
+        flags, metavar = (f"--{name}", f"--no_{name}"), f"[{'|'.join(choices)}]"
+        return Annotated[
+            str | None, typer.Option(*flags, metavar=metavar, autocompletion=completer(choices), **common)
+        ]
     if bool in kinds:
         return Annotated[bool | None, typer.Option(f"--{name}/--no_{name}", **common)]
     if choices := [str(choice) for choice in choices_of(hint)]:

@@ -25,13 +25,16 @@ def process_device(device: str | torch.device | None = None) -> torch.device:
     Raises:
         ValueError: When torch does not find this device.
     """
-    if device is None:
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-        device = "cpu" if on_cpu else best_device()
-    device = require_device(device)
+    device = require_device(process_device_type() if device is None else device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", environment_number("LOCAL_RANK", 0) % torch.cuda.device_count())
     return device
+
+
+def process_device_type() -> str:
+    """Return cpu if `accelerate launch --cpu` says so, else the best type there is; no device is touched."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    return "cpu" if on_cpu else best_device()
 
 
 def require_device(device: str | torch.device) -> torch.device:
@@ -63,6 +66,36 @@ def memory_of(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().total + psutil.swap_memory().total
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for products in bfloat16, by its flags.
+
+    Of a CPU, `ATEN_CPU_CAPABILITY=avx2` and `ONEDNN_MAX_CPU_ISA=AVX2` in the environment count: they make it a smaller
+    one, also for torch.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    # With AVX-512 alone oneDNN takes bfloat16, too, and is slow.
+    has_units = has_avx512() and torch.cpu._is_avx512_bf16_supported() if _is_x86() else True
+    return has_units and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def has_avx512() -> bool:
+    """Return whether torch uses AVX-512 of the CPU."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def has_amx() -> bool:
+    """Return whether the CPU has Intel's units for products of matrices."""
+    return _is_x86() and torch.cpu._is_amx_tile_supported()
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64", "x86", "i386", "i686")
 
 
 def require_compiler(device: torch.device) -> None:

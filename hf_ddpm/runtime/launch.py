@@ -70,6 +70,11 @@ def environment_number(name: str, default: int) -> int:
     return int(text)
 
 
+def launcher_precision() -> str:
+    """Return the precision that a launcher left in the environment; `no` is also what it says unasked."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
 def is_main_process() -> bool:
     """Return whether this is the process that speaks for all of a run."""
     return os.environ.get("RANK", "0") == "0"

@@ -129,11 +129,14 @@ class Processes:
         """Return the label of a progress bar, which says that there are more processes."""
         return text if self.size == 1 else f"{text} (process {self.rank + 1} of {self.size})"
 
-    def require_equal(self, value: object, what: str) -> None:
+    def require_equal(
+        self, value: object, what: str, remedy: str = "give all machines the same files, and start again"
+    ) -> None:
         """Check that all processes have the same value.
 
         Args:
             what: The value's name, for the message.
+            remedy: What to do about it, likewise.
 
         Raises:
             UsageError: On all processes, when one has another value than the main one.
@@ -143,7 +146,7 @@ class Processes:
         if differing_ranks:
             raise UsageError(
                 f"all processes must have the same {what}, but process {differing_ranks[0]} differs from process 0: "
-                "give all machines the same files, and start again"
+                f"{remedy}"
             )
 
     def main_then_rest(self, compute: Callable[[], Value], is_main: bool | None = None) -> Value:

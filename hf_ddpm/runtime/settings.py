@@ -28,6 +28,7 @@ from hf_ddpm.runtime.files import look_at
 Resume = Literal["fixed", "free", "start"]
 # For `only_with`: any value but None.
 GIVEN = object()
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 # The type in an annotation, in words, and the types of values that it takes.
 _TYPES = (
     (list[float], "a list of numbers", (int, float)),
@@ -161,7 +162,7 @@ def require_choice(
         UsageError: When it is none; the message names the nearest one.
     """
     if value not in choices:
-        texts = [str(choice) for choice in choices]
+        texts = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices]
         hint = did_you_mean(str(value), texts, also_called)
         raise UsageError(f"{name} must be one of {', '.join(texts)}, got {shortened(value)}{hint}")
 
@@ -295,6 +296,8 @@ def typed_value(name: str, value: Any, hint: Any) -> Any:
     if value is None:
         return None
     if choices := choices_of(hint):
+        if True in choices and str(value).lower() in _TRUTH:
+            return _TRUTH[str(value).lower()]
         # YAML takes a bare `no` for false.
         text = "no" if value is False and "no" in choices else str(value)
         return next((choice for choice in choices if str(choice) == text), value)
@@ -316,10 +319,9 @@ def typed_value(name: str, value: Any, hint: Any) -> Any:
 
 
 def _truth(name: str, value: Any) -> bool:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if str(value).lower() not in words:
+    if str(value).lower() not in _TRUTH:
         raise UsageError(f"{name} must be true or false, got {shortened(value)}")
-    return words[str(value).lower()]
+    return _TRUTH[str(value).lower()]
 
 
 def _whole_number(name: str, value: Any) -> int:

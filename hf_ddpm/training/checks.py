@@ -16,7 +16,7 @@ from hf_ddpm.data.config import check_data_paths
 from hf_ddpm.image_size import to_size
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import require_writable_folder
-from hf_ddpm.runtime.launch import environment_number
+from hf_ddpm.runtime.launch import environment_number, launcher_precision
 from hf_ddpm.runtime.run_files import checkpoint_names, run_files
 from hf_ddpm.runtime.settings import check_effects, check_values
 
@@ -94,7 +94,9 @@ def _check_environment(config: TrainingConfig) -> None:
     local_rank = environment_number("LOCAL_RANK", max(0, config.local_rank))
     if config.local_rank not in (-1, local_rank):
         raise UsageError(f"local_rank must be the launcher's LOCAL_RANK, {local_rank}, got {config.local_rank}")
-    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    precision = config.mixed_precision
+    if precision in (None, "auto"):
+        precision = launcher_precision()
     if precision not in PRECISIONS:
         raise UsageError(
             f"mixed_precision must be one of {', '.join(PRECISIONS)}, got {precision!r} of `accelerate config` or of "

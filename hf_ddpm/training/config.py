@@ -243,9 +243,10 @@ class TrainingConfig(DataConfig):
         only_with={"lr_scheduler": ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")},
         off=0,
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = setting(
         None,
-        "The network's arithmetic; default: what `accelerate launch` says.",
+        "The network's arithmetic; default: what `accelerate launch` says. `auto`: also what that says, but where it "
+        "says `no`, `bf16` if the processor has instructions for it; a resumed run keeps what was chosen.",
         group="optimization",
         resume="free",
         also_called={"fp32": "no", "float32": "no", "float16": "fp16", "bfloat16": "bf16"},
@@ -513,9 +514,10 @@ class TrainingConfig(DataConfig):
         group="machine",
         resume="start",
     )
-    compile: bool = setting(
+    compile: Literal[True, False, "auto"] = setting(  # pyright: ignore[reportInvalidTypeForm]
         False,
-        "Compile the network by torch.compile: a minute or more at the start, then faster steps.",
+        "Compile the network by torch.compile: a minute or more at the start, then faster steps. `auto`: where that "
+        "pays, by the processor and the length of the run; a resumed run keeps what was chosen.",
         group="machine",
         resume="free",
     )

@@ -45,7 +45,7 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loader import explain_loader_failure, next_batches, open_loader
 from hf_ddpm.training.posthoc import TRACKED_STDS
 from hf_ddpm.training.report import passes_of_a_step, reverse_chain_steps
-from hf_ddpm.training.run import Run, num_steps_left, print_once
+from hf_ddpm.training.run import Run, naming_compilation, num_steps_left, print_once
 
 # In the first steps torch reserves memory and compiles.
 WARM_UP_STEPS = 2
@@ -91,7 +91,7 @@ def estimate_cost(run: Run, progress: Progress, take_step: TakeStep) -> Cost:
     processes, device = run.processes, run.device
     text = f"a dry run: {WARM_UP_STEPS + MIN_STEPS} to {WARM_UP_STEPS + MAX_STEPS} steps are taken and forgotten"
     print_once(processes, text)
-    memory, bytes_before, peak_of = _watch_memory(device)
+    memory, bytes_before, peak_of = watch_memory(device)
     seconds: list[float] = []
     failure, num_bad_steps = None, 0
     run.model.train()
@@ -103,7 +103,8 @@ def estimate_cost(run: Run, progress: Progress, take_step: TakeStep) -> Cost:
             is_enough = number >= WARM_UP_STEPS + MIN_STEPS and sum(seconds[WARM_UP_STEPS:]) > ENOUGH_SECONDS
             if any(processes.any([is_enough, failure is not None])):
                 break
-            result = take_step(run, progress, micro_batches)
+            with naming_compilation(run, number == 0):
+                result = take_step(run, progress, micro_batches)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             seconds.append(time.perf_counter() - started)
@@ -302,7 +303,7 @@ def _signal_left(run: Run, notes: list[str]) -> str:
     return f"{alpha_bar_T:.3g} of the signal's power is left in x_T"
 
 
-def _watch_memory(device: torch.device) -> tuple[str, int | None, Callable[[], int]]:
+def watch_memory(device: torch.device) -> tuple[str, int | None, Callable[[], int]]:
     """Start to watch the memory of this process.
 
     Where a system does not forget the highest value from before, the peak is that since the start of the process, and

@@ -42,6 +42,7 @@ from hf_ddpm.runtime.settings import with_plain_paths
 from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
 from hf_ddpm.training import sharding
 from hf_ddpm.training.augmentation import told_parameters
+from hf_ddpm.training.automatic import choose_precision
 from hf_ddpm.training.checkpoint import Progress, save_checkpoint
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.conditions import conditions_of_batch
@@ -67,6 +68,7 @@ from hf_ddpm.training.run import (
     FREE_SPACE,
     Run,
     describe_start,
+    naming_compilation,
     num_steps_left,
     print_once,
     send_alert,
@@ -140,8 +142,12 @@ def train(
 
 def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipeline | None:
     """Train a model from what `train` has checked; `started` is the start of the run by `time.monotonic`."""
+    config, reason = choose_precision(config)
     accelerator = make_accelerator(config)
     processes = Processes(LONGEST_WAIT)
+    processes.require_equal(accelerator.mixed_precision, "mixed_precision", "give one that is not auto")
+    if reason is not None:
+        print_once(processes, reason)
     if config.overwrite_output_dir and not config.dry_run:
         restore_output_dir(config, processes)
     with listed_once():
@@ -246,7 +252,8 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
                 progress = advance_stream(progress, micro_batches)
                 if progress.num_bad_images > num_bad_images == state.first.num_bad_images:
                     send_alert(run, "images are lost", "an unreadable image was met, and left out")
-            result = take_step(run, progress, micro_batches)
+            with naming_compilation(run, progress.step == state.first.step):
+                result = take_step(run, progress, micro_batches)
             state.meter.add([loss for loss, _, _ in result.evaluated], result.is_bad)
             state.unread.append(result)
             state.bar.update()

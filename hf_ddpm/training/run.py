@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from hf_ddpm.labels import Labels
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.errors import in_one_line
+from hf_ddpm.runtime.format import format_duration
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training.checkpoint import Progress, TrainingState
@@ -135,6 +138,19 @@ def print_once(processes: Processes, text: str) -> None:
     """Print a line above the progress bar, on the first process."""
     if processes.rank == 0:
         tqdm.write(text, file=sys.stderr)
+
+
+@contextmanager
+def naming_compilation(run: Run, is_first_step: bool) -> Iterator[None]:
+    """Say that the first step compiles the network, and after the `with` block around it how long that took."""
+    if not (is_first_step and run.config.compile):
+        yield
+        return
+    text = "the first step compiles the network: a minute or more, less where that was done before"
+    print_once(run.processes, text)
+    started = time.perf_counter()
+    yield
+    print_once(run.processes, f"the network is compiled: {format_duration(time.perf_counter() - started)}")
 
 
 def try_to_write(run: Run, write: Callable[[], Any]) -> bool:

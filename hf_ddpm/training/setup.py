@@ -34,6 +34,7 @@ from hf_ddpm.runtime.processes import Processes, share_cores
 from hf_ddpm.runtime.run_files import REPLACED_RUN
 from hf_ddpm.training import sharding
 from hf_ddpm.training.augmentation import attach_map
+from hf_ddpm.training.automatic import choose_compile
 from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import Progress, TrainingState, load_checkpoint
 from hf_ddpm.training.conditions import condition_of
@@ -105,6 +106,11 @@ def build_run(
         _check_arrays(config, images.value_range)
     start = find_start(config, images, processes)
     config, progress = start.config, start.progress
+    num_steps, size, channels = start.num_steps, images.size, images.channels
+    compile, reason = processes.on_main(lambda: choose_compile(config, accelerator.device, num_steps, size, channels))
+    config = replace(config, compile=compile)
+    if reason is not None:
+        print_once(processes, reason)
     _check_extra_images(config, images, start.global_batch_size)
     condition = condition_of(config, images)
     labels = labels_of_run(config, images, parts.network)
@@ -219,7 +225,7 @@ def end_processes(run: Run) -> None:
 
 
 def _check_device(config: TrainingConfig, accelerator: Accelerator) -> None:
-    if config.compile:
+    if config.compile is True:
         require_compiler(accelerator.device)
     if accelerator.device.type != "cpu":
         return

@@ -132,6 +132,7 @@ def test_draws_leave_the_global_generator_alone():
     assert torch.equal(after, torch.rand(3))
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a GPU")  # not asked before processes have forked
 def test_draws_are_the_same_on_all_devices():
     positions = torch.arange(64) + 2**33

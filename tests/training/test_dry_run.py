@@ -285,7 +285,7 @@ def test_dry_run_ends_when_images_cannot_be_read(tiny_settings, monkeypatch):
 
 
 def hold_100_megabytes(path: Path) -> None:
-    what, before, highest = dry_run._watch_memory(torch.device("cpu"))
+    what, before, highest = dry_run.watch_memory(torch.device("cpu"))
     assert what == "main memory"
     held = torch.ones(25_000_000)
     del held

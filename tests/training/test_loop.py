@@ -324,7 +324,7 @@ def test_script_refuses_before_it_writes(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_compile_trains_and_saves_the_network_itself(tiny_settings, tmp_path, monkeypatch):
+def test_compile_trains_and_saves_the_network_itself(tiny_settings, tmp_path, monkeypatch, capsys):
     compiled = []
 
     def compile_without_code(model, **settings):  # the graph as torch.compile finds it, run as it is
@@ -337,9 +337,11 @@ def test_compile_trains_and_saves_the_network_itself(tiny_settings, tmp_path, mo
     network = smallest_unet_config(channels=1, **ATTENTION)
     Path(tiny_settings["model_config_name_or_path"]).write_text(json.dumps(network))
     train(TrainingConfig(**tiny_settings))
+    assert "the network is compiled: " not in capsys.readouterr().err
     monkeypatch.setattr(torch, "compile", compile_without_code)
     train(TrainingConfig(**{**tiny_settings, "output_dir": str(tmp_path / "compiled"), "compile": True}))
     assert compiled[0].frame_count == 1  # for all steps and previews
+    assert capsys.readouterr().err.count("the network is compiled: ") == 1
     assert differences(tmp_path / "run", tmp_path / "compiled") == []
 
 

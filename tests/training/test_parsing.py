@@ -66,6 +66,29 @@ def test_bool_flag_takes_each_form(arguments, use_ema):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "compile"),
+    [
+        ([], False),
+        (["--compile"], True),
+        (["--no_compile"], False),
+        (["--no-compile"], False),
+        (["--compile", "--random_flip"], True),
+        (["--compile", "auto"], "auto"),
+        (["--compile=auto"], "auto"),
+        (["--compile", "False"], False),
+        (["--compile=TRUE"], True),
+    ],
+)
+def test_bool_flag_that_takes_a_word_takes_each_form(arguments, compile):
+    assert parse_config([*arguments, "--max_train_steps", "3"]).compile is compile
+
+
+def test_bool_flag_names_the_words_that_it_takes():
+    with pytest.raises(UsageError, match="compile must be one of true, false, auto, got 'always'"):
+        parse_config(["--compile", "always", "--max_train_steps", "3"])
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["--ema_halflife_images", "50", "500", "--seed", "1"],
