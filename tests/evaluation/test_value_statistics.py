@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_ddpm.data.cache import load_images
-from hf_ddpm.evaluation.job import _check_values
+from hf_ddpm.evaluation.value_reference import require_enough_images
 from hf_ddpm.evaluation.value_statistics import (
     describe_spectra,
     joined,
@@ -110,5 +110,5 @@ def test_too_few_images_of_random_crops_are_to_be_cut_into_tiles(tmp_path: Path,
     save_grays(tmp_path / "photos", 2, size=16)
     images = load_images(cache_config(tmp_path / "photos", resolution=8, random_crop=random_crop))
     with pytest.raises(UsageError, match="the split must be at least 7 for values, got 2") as raised:
-        _check_values(images, num_images=100)
+        require_enough_images("the split", len(images), images.channels, images.size, images.random_crop)
     assert ("cut it into tiles" in str(raised.value)) == random_crop
