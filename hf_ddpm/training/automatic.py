@@ -20,7 +20,7 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.parsing import load_config
 from hf_ddpm.training.trial import is_resumed
 
-# Compiling takes as long as some hundred steps, and a compiled step is a quarter to a third faster.
+# Compiling takes as long as hundreds of steps of a small network, which a shorter run does not win back.
 MIN_COMPILED_STEPS = 1000
 
 
@@ -73,7 +73,7 @@ def choose_compile(
     chosen = _recorded(config, "compile")
     if chosen is None:
         why_not = _why_not_compiled(config, device, num_steps, size, channels)
-        chosen, reason = why_not is None, why_not or "compiled steps are faster with AVX-512"
+        chosen, reason = why_not is None, why_not or "the processor has AVX-512"
     else:
         reason = "as in this run until now"
     return chosen, f"compile auto is {'on' if chosen else 'off'}: {reason}"
@@ -89,13 +89,13 @@ def _why_not_compiled(
         return "compiled steps pay with AVX-512, which this processor does not have"
     if num_steps < MIN_COMPILED_STEPS:
         return f"compiling would take longer than it saves in {num_steps:,} steps"
-    is_known_to_work = channels == 1 and max(size) <= 28 and not config.makes_from_images
+    is_known_to_work = (channels, *size) == (1, 28, 28) and not config.makes_from_images
     if config.mixed_precision == "bf16" and has_amx() and not is_known_to_work:
-        # torch 2.13 compiles networks for 32x32 pixels with 3 or 6 channels to gradients of NaN there. Runs of 28x28
-        # gray pixels were right to their end; others were not tried.
+        # torch 2.13 compiled networks for 32x32 pixels with 3 or 6 channels, and for 16x16 gray ones, to gradients of
+        # NaN there; the network of the recipe, for 28x28 gray pixels, it compiles rightly.
         return (
             "on processors with AMX, as this one, torch compiles some networks in bfloat16 to gradients of NaN; only "
-            "gray images of at most 28 x 28 pixels are known to work"
+            "gray images of 28 x 28 pixels are known to work"
         )
     try:
         require_compiler(device)
