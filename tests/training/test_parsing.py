@@ -273,6 +273,9 @@ def values_of(hint, info) -> st.SearchStrategy:
         strategy = st.sampled_from(choices)
     elif info.names:
         strategy = st.lists(st.sampled_from(info.names), min_size=1, unique=True).map(",".join)
+    elif list[int] in kinds:
+        numbers = st.integers(int(info.at_least), 10**6)
+        strategy = numbers | st.lists(numbers, min_size=info.num_values, max_size=info.num_values)
     elif info.num_values:
         numbers = st.integers(-1000, 65535).map(float)
         strategy = st.lists(numbers, min_size=info.num_values, max_size=info.num_values, unique=True).map(sorted)
