@@ -133,13 +133,14 @@ def test_terms_equal_the_reference(name, monkeypatch):
             variance_type=variance_type,
             clip_sample=clip == "clip=True",
         )
+        # With two steps per image, 0 and another, this tells the number of an image that has step t.
+        probability = inclusion_probabilities(scheduler, 2)
+        drawn = draw_timesteps(probability, 0, np.arange(50_000))
         for j, t in enumerate(steps):
             channels = [output[j], variance_output[j]] if variance_type.startswith("learned") else [output[j]]
             answer = SimpleNamespace(sample=torch.cat(channels)[None])
             monkeypatch.setattr(torch, "randn", lambda *_, j=j, **__: noise[j])
-            # With two steps per image, 0 and another, this is the number of an image that has step t.
-            probability = inclusion_probabilities(scheduler, 2)
-            number = int((draw_timesteps(probability, 0, np.arange(50_000)) == t).any(dim=1).nonzero()[0])
+            number = int((drawn == t).any(dim=1).nonzero()[0])
             images = pixels[j].expand(number + 1, -1, -1, -1)
             settings: dict[str, Any] = {"seed": 0, "batch_size": 1, "timesteps_per_image": 2}
             sums = sum_bound_terms(lambda x_t, t, a=answer: a, scheduler, images, [number], **settings)
