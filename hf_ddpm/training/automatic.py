@@ -16,9 +16,9 @@ from hf_ddpm.image_size import Size
 from hf_ddpm.runtime.devices import has_amx, has_avx512, has_bfloat16, process_device_type, require_compiler
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.launch import launcher_precision
+from hf_ddpm.training.checks import is_resumed
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.parsing import load_config
-from hf_ddpm.training.trial import is_resumed
 
 # Compiling takes as long as hundreds of steps of a small network, which a shorter run does not win back.
 MIN_COMPILED_STEPS = 1000

@@ -171,3 +171,8 @@ def _check_checkpoint(config: TrainingConfig, checkpoint: str, folder: Path) -> 
             f"resuming from {checkpoint!r} would leave {names[-1]}, of a run that went on otherwise, the latest: "
             "move the newer checkpoints away first"
         )
+
+
+def is_resumed(config: TrainingConfig) -> bool:
+    """Return whether there is a checkpoint that the run is to be resumed from."""
+    return config.resume_from_checkpoint is not None and bool(checkpoint_names(Path(config.output_dir)))

@@ -7,7 +7,6 @@ Whatever fails here has cost seconds, and the corrected command finds everything
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,7 @@ from hf_ddpm.network import Trial, load_unet, try_network
 from hf_ddpm.runtime.devices import memory_of
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.format import format_amount
-from hf_ddpm.runtime.run_files import checkpoint_names
+from hf_ddpm.training.checks import is_resumed
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.finetuning import is_conditional_network, network_of
 
@@ -67,11 +66,6 @@ def try_run(
     if config.super_resolution is not None:
         require_factor(config.super_resolution, trial.size)
     require_memory(config, trial, device)
-
-
-def is_resumed(config: TrainingConfig) -> bool:
-    """Return whether there is a checkpoint that the run is to be resumed from."""
-    return config.resume_from_checkpoint is not None and bool(checkpoint_names(Path(config.output_dir)))
 
 
 def network_source(config: TrainingConfig) -> str:
