@@ -396,7 +396,7 @@ def statistics_of(images: np.ndarray) -> dict[str, float | None]:
     channels = np.moveaxis(images, 1, 0).reshape(images.shape[1], -1).astype(np.float64)
     correlation = None
     if len(channels) > 1:
-        correlation = float(np.corrcoef(channels)[np.triu_indices(len(channels), 1)].mean())
+        correlation = float(np.atleast_2d(np.corrcoef(channels))[np.triu_indices(len(channels), 1)].mean())
     return {
         "min": float(channels.min()),
         "max": float(channels.max()),

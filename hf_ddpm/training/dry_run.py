@@ -197,7 +197,7 @@ def _title(run: Run) -> str:
     precision = "float32" if config.mixed_precision == "no" else f"{config.mixed_precision}"
     return (
         f"{images.name}: {count} of {format_size(images.size)}, channels {images.channels}; processes "
-        f"{run.processes.size}: {device_name(run.device)}; {precision}{', compiled' * config.compile}"
+        f"{run.processes.size}: {device_name(run.device)}; {precision}{', compiled' * (config.compile is True)}"
     )
 
 

@@ -204,6 +204,7 @@ def test_arrays_are_sampled_with_the_power_of_their_small_scales(scheduler: str)
 
     def ratio() -> torch.Tensor:
         images = pipeline(1000, latents=x_T, num_inference_steps=20, output_type="pt").images
+        assert isinstance(images, torch.Tensor)
         return (images * 2 - 1).reshape(-1, 4).std(dim=0) / std[:4]
 
     lost = ratio()[3]
