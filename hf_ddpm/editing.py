@@ -110,7 +110,7 @@ class EditingPipeline(DDPMPipeline):
         It is that of diffusers' pipelines for images, but there is always a step to take.
         """
         self._set_timesteps(num_steps, None)
-        begin = num_steps - num_steps_of(strength, num_steps)
+        begin = first_index(self, self.scheduler, strength, num_steps)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(begin)
         return begin
@@ -400,6 +400,18 @@ def num_steps_of(strength: float, num_inference_steps: int) -> int:
     """Return how many of n steps of sampling a strength takes: floor(strength n), and at least one."""
     # 100 * 0.29 is 28.999999999999996, which means 29.
     return min(max(1, int(strength * num_inference_steps + 1e-6)), num_inference_steps)
+
+
+def first_index(pipeline: DDPMPipeline, scheduler: Any, strength: float, num_steps: int) -> int:
+    """Return the index of the timestep that a strength begins at, in the list that the scheduler has.
+
+    Of a list that is even in t it leaves the last steps, as diffusers' pipelines for images do. A list that is even in
+    log sigma begins at the noise that the same strength has there: at the first t of at most strength (T - 1).
+    """
+    if pipeline.default_timesteps(scheduler, num_steps) is None:
+        return num_steps - num_steps_of(strength, num_steps)
+    most = strength * (len(scheduler.alphas_cumprod) - 1) + 0.5
+    return next((i for i, t in enumerate(scheduler.timesteps.tolist()) if t <= most), num_steps - 1)
 
 
 def require_strength(strength: Any) -> None:

@@ -95,6 +95,7 @@ SAMPLING_SCHEDULERS = (
 # Their first step leaves noise of two values where almost nothing but noise is seen.
 _SENSITIVE_SCHEDULERS = ("HeunDiscreteScheduler", "PNDMScheduler")
 _MIN_FIRST_ALPHA_BAR = 1e-6
+_MIN_STEPS_IN_LOG_SIGMA = 4
 # The folder of a model that holds a weaker version of its network.
 GUIDE_FOLDER = "guide"
 
@@ -481,7 +482,10 @@ class DDPMPipeline(DiffusionPipeline):
 
         Models of arrays are sampled at timesteps that are even in log sigma, so that small scales keep their power.
         """
-        if self.value_range is None or solver_name(scheduler) is None or num_steps == len(scheduler.alphas_cumprod):
+        if self.value_range is None or solver_name(scheduler) is None:
+            return None
+        # Of fewer steps none would be left for the levels between noise and data.
+        if not _MIN_STEPS_IN_LOG_SIGMA <= num_steps < len(scheduler.alphas_cumprod):
             return None
         return timesteps_even_in_log_sigma(scheduler.alphas_cumprod.tolist(), num_steps)
 

@@ -198,7 +198,12 @@ def timesteps_even_in_log_sigma(alpha_bar: Sequence[float], n: int) -> list[int]
     Source:
         Lu et al. 2022, "DPM-Solver" (arXiv 2206.00927), whose steps are even in log(alpha / sigma).
     """
-    log_sigma = [math.log((1 - value) / value) / 2 if value > 0 else math.inf for value in alpha_bar]
+    # In float32, alpha_bar may have become 1.
+    variances = [max(1 - value, 2.0**-24) for value in alpha_bar]
+    ratios = [
+        variance / value if value > 0 else math.inf for variance, value in zip(variances, alpha_bar, strict=True)
+    ]
+    log_sigma = [math.log(ratio) / 2 for ratio in ratios]
     first, last = min(math.log(_HIGH_SIGMA), log_sigma[-1]), log_sigma[0]
     levels = [last + (first - last) * i / max(n - 2, 1) for i in reversed(range(n - 1))]
     nearest = [min(range(len(log_sigma)), key=lambda t: abs(log_sigma[t] - level)) for level in levels]

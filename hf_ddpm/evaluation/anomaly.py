@@ -24,11 +24,12 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from hf_ddpm.editing import num_steps_of
+from hf_ddpm.editing import first_index
 from hf_ddpm.evaluation.names import check_strengths
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.sampling.sampler import seeded_generators
+from hf_ddpm.timesteps import set_timesteps
 
 
 class AnomalyMaps(NamedTuple):
@@ -109,7 +110,7 @@ def reconstruct(
     """Noise images to the timestep of a strength, and denoise them.
 
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, Ho et al. 2020, Eq. 4, where t is the first of the last
-    `num_steps_of(strength, n)` of the n timesteps of sampling.
+    the last of the n timesteps of sampling, from `first_index` on.
 
     Args:
         pipeline: A pipeline with the scheduler that denoises.
@@ -126,7 +127,7 @@ def reconstruct(
         ValueError: When it is not finite.
     """
     scheduler: Any = pipeline.scheduler
-    timesteps = set_last_timesteps(scheduler, strength, num_inference_steps, x_0.device)
+    timesteps = set_last_timesteps(pipeline, strength, num_inference_steps)
     shape, noise_device = tuple(x_0.shape), generators[0].device
     eps = randn_tensor(shape, generator=generators, device=noise_device, dtype=x_0.dtype).to(x_0.device)
     x_t = scheduler.add_noise(x_0, eps, timesteps[:1].expand(len(x_0)))
@@ -140,15 +141,18 @@ def reconstruct(
     return x_t.clamp(-1, 1)
 
 
-def set_last_timesteps(
-    scheduler: Any, strength: float, num_inference_steps: int, device: torch.device | None = None
-) -> Tensor:
-    """Let a scheduler begin at the timestep of a strength, and return the timesteps from there on.
+def set_last_timesteps(pipeline: DDPMPipeline, strength: float, num_inference_steps: int) -> Tensor:
+    """Let a pipeline's scheduler begin at the timestep of a strength, and return the timesteps from there on.
 
     A solver then forgets the steps that it took before.
     """
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    first = num_inference_steps - num_steps_of(strength, num_inference_steps)
+    scheduler: Any = pipeline.scheduler
+    timesteps = pipeline.default_timesteps(scheduler, num_inference_steps)
+    if timesteps is None:
+        scheduler.set_timesteps(num_inference_steps, device=pipeline.device)
+    else:
+        set_timesteps(scheduler, timesteps)
+    first = first_index(pipeline, scheduler, strength, num_inference_steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return scheduler.timesteps[first:]

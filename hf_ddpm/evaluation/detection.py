@@ -137,7 +137,7 @@ def find_anomalies(
             "scheduler": choose_sampler(pipeline.scheduler.config, scheduler, steps, pipeline.kept_sampler).scheduler,
             "num_inference_steps": steps,
             "strengths": [*strengths],
-            "timesteps": [int(set_last_timesteps(pipeline.scheduler, s, steps)[0]) for s in strengths],
+            "timesteps": [int(set_last_timesteps(pipeline, s, steps)[0]) for s in strengths],
             "num_reconstructions": num_reconstructions,
             "seed": seed,
             "dtype": dtype or "fp32",

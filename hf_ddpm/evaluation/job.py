@@ -232,7 +232,10 @@ def _load_value_references(request: Request) -> list[ValueReference]:
     if VALUES not in request.metrics or {*DISTANCES, "memorization"} & {*request.metrics}:
         return []
     paths = (request.reference, request.other_reference)
-    return [load_value_reference(path) for path in paths if path is not None]
+    references = [load_value_reference(path) for path in paths if path is not None]
+    if len({each.metadata["data"]["fingerprint"] for each in references}) < len(references):
+        raise UsageError("the references must be of different images, got the same twice: give another split")
+    return references
 
 
 def _load_perceptual(pipeline: DDPMPipeline) -> Perceptual:

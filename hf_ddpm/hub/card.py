@@ -218,7 +218,8 @@ def _model_variables(records: RunRecords) -> dict[str, Any]:
         "example_steps": example_steps,
         "trajectory": trajectory,
         "chain_steps": (records.facts.get("figures") or {}).get("reverse_chain_steps"),
-        "few_steps": min(FEW_STEPS, T) if T and _is_solvable_by_stock(settings, unet) else None,
+        # Stock takes few steps evenly in t, which loses the small scales of fields.
+        "few_steps": min(FEW_STEPS, T) if T and not values and _is_solvable_by_stock(settings, unet) else None,
         "searched": searched,
         "kernel_network": next((row.network for row in searched if row.network), None),
     }

@@ -164,9 +164,13 @@ def typer_forms(arguments: Sequence[str], params: Sequence[Any]) -> list[str]:
             if not has_value and words and words[0].lower() in ("true", "false"):
                 value = words.pop(0)
             forms.append(_switch_form(flag, value, switches[flag]))
+        elif flag in word_switches and flag.startswith("--no_"):
+            takes_word = not has_value and words and words[0].lower() in ("true", "false")
+            value = words.pop(0) if takes_word else value or "true"
+            value = {"true": "false", "false": "true"}.get(value.lower(), f"no {value}")
+            forms.append(f"--{word_switches[flag].name}={value}")
         elif flag in word_switches and not has_value:
-            takes_word = words and not words[0].startswith("-")
-            value = "false" if flag.startswith("--no_") else words.pop(0) if takes_word else "true"
+            value = words.pop(0) if words and not words[0].startswith("-") else "true"
             forms.append(f"--{word_switches[flag].name}={value}")
         elif flag in lists and not has_value:
             values = []

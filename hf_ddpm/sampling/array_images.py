@@ -23,6 +23,7 @@ from hf_ddpm.data.arrays import count_outside, read_array, slices_of
 from hf_ddpm.data.batches import as_tensor
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import name_of
+from hf_ddpm.data.image_format import has_deep_colors
 from hf_ddpm.figures import to_pil
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.image_inputs import masks_to_tensor
@@ -108,7 +109,7 @@ def given_arrays(names: Sequence[Path], files: Sequence[Path], model: str, forma
     Raises:
         UsageError: When the files are none for the model, or the format is none for them.
     """
-    are_arrays = [is_array_file(file) or is_tiff(file) for file in files]
+    are_arrays = [_holds_array(file) for file in files]
     value_range = read_value_range(find_model(model)[0]) if any(are_arrays) else None
     if value_range is None:
         if format not in (None, "png"):
@@ -126,6 +127,17 @@ def given_arrays(names: Sequence[Path], files: Sequence[Path], model: str, forma
         rows += of_file
         new += [name if row["slice"] is None else name / f"{row['slice']:06d}" for row in of_file]
     return GivenArrays(value_range, new, rows, format)
+
+
+def _holds_array(path: Path) -> bool:
+    """Return whether a file is read as an array for a model of arrays: also a PNG file of 16-bit color."""
+    if is_array_file(path) or is_tiff(path) or path.suffix.lower() != ".png":
+        return is_array_file(path) or is_tiff(path)
+    try:
+        with Image.open(path) as image:
+            return has_deep_colors(image)
+    except (OSError, ValueError):  # what reads it as a picture will name it
+        return False
 
 
 def read_mask(path: Path, height: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `auto` stands for in the settings of a run: chosen by what the processor has, never by the clock.
+"""The choice of what `auto` stands for in the settings of a run: by what the processor has, never by the clock.
 
 A run that is resumed, here or on another machine, keeps what was chosen at its first start, and what a later start
 gave in its place: its config.yaml has it.
@@ -76,6 +76,8 @@ def choose_compile(
         chosen, reason = why_not is None, why_not or "the processor has AVX-512"
     else:
         reason = "as in this run until now"
+        if chosen:
+            require_compiler(device)
     return chosen, f"compile auto is {'on' if chosen else 'off'}: {reason}"
 
 

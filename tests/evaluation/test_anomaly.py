@@ -48,7 +48,7 @@ def test_reconstruct_follows_the_ode_from_the_noised_image(exact, name, strength
     """It keeps the quantile of each value: x_0_hat = MEAN + SPREAD (x_t - a MEAN) / sqrt(a^2 SPREAD^2 + b^2)."""
     pipeline = exact(name, 400)
     x_0 = constant(MEAN, 0.0, 0.5)
-    (first,) = anomaly.set_last_timesteps(pipeline.scheduler, strength, 400)[:1].tolist()
+    (first,) = anomaly.set_last_timesteps(pipeline, strength, 400)[:1].tolist()
     assert first == pytest.approx(1000 * strength, abs=3)
     x_0_hat = reconstruct(pipeline, x_0, seeded_generators([4, 5, 6], x_0.device), strength, 400)
     alpha_bar = DDPMScheduler().alpha_bar[first]
@@ -67,7 +67,7 @@ def test_scores_are_the_expected_squared_error(exact):
     assert reconstructions.shape == (48, 2, 1, 8, 8)
     expected = torch.zeros(3, dtype=torch.float64)
     for strength in settings["strengths"]:
-        first = anomaly.set_last_timesteps(pipeline.scheduler, strength, 50)[0]
+        first = anomaly.set_last_timesteps(pipeline, strength, 50)[0]
         alpha_bar = DDPMScheduler().alpha_bar[first]
         k = SPREAD / (alpha_bar * SPREAD**2 + 1 - alpha_bar).sqrt()
         d = x_0[::16, 0, 0, 0].double() - MEAN

@@ -9,6 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm.editing import first_index
+from hf_ddpm.evaluation.anomaly import reconstruct
 from hf_ddpm.evaluation.search import unsearched_timesteps
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.loading import load_for_sampling
@@ -212,3 +214,26 @@ def test_arrays_are_sampled_with_the_power_of_their_small_scales(scheduler: str)
     # The standard error of 4,000 values is 1.1 %.
     assert (ratio() - 1).abs().max() < 0.04
     assert lost < 0.6
+    # What anomalies are told from: the way back from some noise leaves such fields their distribution, too.
+    x_0 = torch.randn(x_T.shape, generator=torch.Generator().manual_seed(1)) * std.float().view(4, 4)[0]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(x_0))]
+    again = reconstruct(pipeline, x_0, generators, strength=0.4, num_inference_steps=20)
+    assert (again.reshape(-1, 4).std(dim=0) / std[:4] - 1).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("strength", [0.01, 0.3, 0.5, 0.8, 1])
+def test_strength_begins_at_the_same_noise_in_each_list(make_unet, strength: float) -> None:
+    pipeline = DDPMPipeline(make_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+    pipeline.scheduler = named_scheduler("unipc", pipeline.scheduler.config, 20)
+    first = []
+    for value_range in (None, ValueRange(0, 1, "float32")):
+        pipeline.value_range = value_range
+        timesteps = pipeline.default_timesteps(pipeline.scheduler, 20)
+        if timesteps is None:
+            pipeline.scheduler.set_timesteps(20)
+        else:
+            set_timesteps(pipeline.scheduler, timesteps)
+        first.append(int(pipeline.scheduler.timesteps[first_index(pipeline, pipeline.scheduler, strength, 20)]))
+    own, even = first
+    assert even <= max(own, strength * 999 + 0.5)
+    assert even >= own - 150  # the list that is even in log sigma has no steps nearer to each other there

@@ -72,6 +72,8 @@ def test_bool_flag_takes_each_form(arguments, use_ema):
         (["--compile"], True),
         (["--no_compile"], False),
         (["--no-compile"], False),
+        (["--no_compile=true"], False),
+        (["--no_compile", "false"], True),
         (["--compile", "--random_flip"], True),
         (["--compile", "auto"], "auto"),
         (["--compile=auto"], "auto"),
