@@ -44,14 +44,14 @@ class SearchedTimesteps:
         scheduler: The name of the solver: `unipc`, `dpmsolver++` or `ddim`.
         timesteps: The timesteps, falling, in [0, T).
         distance: The distance of the images of these timesteps.
-        uniform_distance: The distance of the images of as many steps with the solver's own spacing.
+        uniform_distance: The distance of the images of as many timesteps that were not searched.
         num_images: The number of noises of the search, and of the others on which distances were measured.
         seed: The seed of the first noise.
         reference_steps: The number of steps of the trajectories that the search imitates.
         unipc_distance: The distance of the images of as many uniform steps of UniPC; None if it was not measured.
         network: The feature network of the kernel distances; None if they were not measured.
         kernel_distance: The kernel distance of the images of these timesteps.
-        uniform_kernel_distance: That of as many steps with the solver's own spacing.
+        uniform_kernel_distance: That of as many timesteps that were not searched.
         unipc_kernel_distance: That of as many uniform steps of UniPC.
     """
 

@@ -19,17 +19,17 @@ def describe_evaluation(result: Mapping[str, Any], is_written: bool) -> list[str
 def describe_search(searched: Any, path: Path | None) -> list[str]:
     """Return lines on timesteps that were searched, and on what became of them."""
     is_better = searched.is_better_than_uniform
-    reason = "there is no folder here that takes them" if is_better else "uniform ones are as good"
+    reason = "there is no folder here that takes them" if is_better else "the default ones are as good"
     lines = [
         f"{searched.scheduler}, {len(searched.timesteps)} steps: distance {searched.distance:.4f} to "
-        f"{searched.reference_steps} steps, uniform {searched.uniform_distance:.4f}, unipc "
+        f"{searched.reference_steps} steps, default {searched.uniform_distance:.4f}, unipc "
         f"{searched.unipc_distance:.4f}, " + (f"kept in {path}" if path else f"not kept: {reason}"),
         f"timesteps={[*searched.timesteps]}",
     ]
     if searched.network is not None:
         lines.insert(
             1,
-            f"kernel distance of {searched.network} {searched.kernel_distance:.4f}, uniform "
+            f"kernel distance of {searched.network} {searched.kernel_distance:.4f}, default "
             f"{searched.uniform_kernel_distance:.4f}, unipc {searched.unipc_kernel_distance:.4f}",
         )
     return lines

@@ -59,7 +59,10 @@ def fit_to_model(data: DataConfig, pipeline: DDPMPipeline, folder: Path) -> Data
                 f"{high:g}"
             )
         size = to_resolution(to_size(unet.sample_size, "sample_size"))
-        return replace(data, resolution=size, random_crop=bool(own.get("random_crop")))
+        # 16-bit color would be pictures without it.
+        precision = True if values.dtype == "uint16" else data.preserve_input_precision
+        random_crop = bool(own.get("random_crop"))
+        return replace(data, resolution=size, random_crop=random_crop, preserve_input_precision=precision)
     return replace(
         data,
         resolution=to_resolution(to_size(unet.sample_size, "sample_size")),

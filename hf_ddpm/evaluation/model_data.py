@@ -106,7 +106,11 @@ class Splits:
         for name, value in of_model.items():
             if getattr(self.data, name) not in (None, value):
                 raise UsageError(f"{name} must be the model's, {value}, got {getattr(self.data, name)}: leave it out")
-        precision = False if self._value_range is None else self.data.preserve_input_precision
+        precision = self.data.preserve_input_precision
+        if self._value_range is None:
+            precision = False
+        elif self._is_given and self._value_range.dtype == "uint16":
+            precision = True  # of 16-bit color, which would be pictures without it
         config = replace(self.data, resolution=resolution, channels=self._channels, preserve_input_precision=precision)
         recorded = read_run(self._folder).get("data", {}).get("fingerprint")
         if not self._is_given and recorded and not config.streaming:
