@@ -224,6 +224,7 @@ def test_token_that_may_not_be_read_hides_no_error(monkeypatch):
     assert message in said("train", "--push_to_hub", "--output_dir", "run")
 
 
+@pytest.mark.slow
 def test_pipeline_of_a_run_has_bars_of_its_own_name(tiny_settings, capsys):
     pipeline = hf_ddpm.train(TrainingConfig(**{**tiny_settings, "max_train_steps": 3, "save_figures": True}))
     assert pipeline is not None

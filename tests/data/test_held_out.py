@@ -49,6 +49,7 @@ def save_source(kind: str, folder: Path) -> dict[str, Any]:
     return {"dataset_name": str(folder / ("images" if kind == "images" else "files"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "parquet", "saved", "digits"])
 def test_training_and_held_out_images_are_all_and_none_is_both(folder: Path, kind: str) -> None:
     whole = DataConfig(**save_source(kind, folder), cache_dir=str(folder / "cache"))

@@ -56,6 +56,7 @@ def test_cache_and_stream_of_shards_have_the_labels_of_their_images(folder: Path
     assert stream.class_names in (images.class_names, ["0", "1", "2"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "label_column"), [([19, 8, 1, 15, 30], None), ([41, 32], "json.mass")])
 def test_stream_of_shards_does_not_depend_on_processes_workers_and_interruption(
     folder: Path, sizes: list[int], label_column: str | None

@@ -42,6 +42,7 @@ def constant(*values: float) -> torch.Tensor:
     return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "unipc"])
 @pytest.mark.parametrize("strength", [0.2, 0.5])
 def test_reconstruct_follows_the_ode_from_the_noised_image(exact, name, strength):
@@ -180,6 +181,7 @@ def data(tmp_path) -> DataConfig:
 SMALL = {"num_inference_steps": 4, "num_reconstructions": 1, "device": "cpu"}
 
 
+@pytest.mark.slow
 def test_find_anomalies_writes_scores_maps_and_what_they_tell(model, data, tmp_path):
     out = tmp_path / "out"
     result = find_anomalies(model, data, out, normal=["good"], num_maps=3, **SMALL)
@@ -290,6 +292,7 @@ def test_find_anomalies_rejects_other_channels_and_folders_that_hold_something(m
         find_anomalies(model, data, Path(data.dataset_name) / "out", **SMALL)
 
 
+@pytest.mark.slow
 def test_model_with_classes_takes_the_class_of_each_image(data, tmp_path):
     of_classes = save_model(tmp_path / "classes", num_class_embeds=3)
     write_classes(tmp_path / "classes", Classes(("torn", "scratched", "good")))
@@ -306,6 +309,7 @@ def test_model_with_classes_takes_the_class_of_each_image(data, tmp_path):
         find_anomalies(of_classes, without, tmp_path / "other", **SMALL)
 
 
+@pytest.mark.slow
 def test_model_with_class_dropout_reconstructs_unknown_classes_without_a_class(data, tmp_path):
     model = save_model(tmp_path / "dropout", num_class_embeds=3)
     write_classes(tmp_path / "dropout", Classes(("good", "scratched"), has_unconditional=True))

@@ -287,7 +287,8 @@ def noisy(pixels: torch.Tensor, std: float) -> torch.Tensor:
     return (pixels.float() + std * noise).clamp(0, 255).round().to(torch.uint8)
 
 
-@pytest.mark.parametrize("name", ["inception", pytest.param("efficientnet-lite0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["inception", "efficientnet-lite0"])
 def test_distances_rise_with_noise_blur_and_missing_classes(name: str, network_file: Path, tmp_path: Path):
     if name != "inception":
         pytest.importorskip("efficientnet_lite_pytorch", reason='needs pip install "hf_ddpm[evaluation]"')

@@ -72,6 +72,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", ["5,many", "2.5", "-5"])
 def test_command_line_names_the_option_of_steps_that_are_no_numbers(run: Path, steps: str):
     done = CliRunner().invoke(app, ["evaluate", str(run), "--metrics", "kid", "--num_inference_steps", steps])
@@ -131,6 +132,7 @@ def test_evaluate_rejects_folders_before_sampling(
         measure(run, data=config_of(digits))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_sampling")
 def test_references_that_cannot_be_written_are_refused_before_their_features_are_computed(
     run: Path, measure: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,6 +166,7 @@ def test_evaluate_rejects_references_of_another_kind(
         measure(run, reference=tmp_path / "small")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_sampling")
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -197,6 +200,7 @@ def test_missing_network_is_answered_first_and_names_one_that_needs_no_download(
         evaluate(run)
 
 
+@pytest.mark.slow
 def test_evaluate_writes_nothing_for_samples_that_are_not_finite(run: Path, measure: Any):
     pipeline = DDPMPipeline.from_pretrained(run)
     with torch.no_grad():
@@ -208,6 +212,7 @@ def test_evaluate_writes_nothing_for_samples_that_are_not_finite(run: Path, meas
     assert files_in(run) == before
 
 
+@pytest.mark.slow
 def test_evaluate_rejects_a_class_without_images(of_classes: Path, measure: Any, digits: Path, tmp_path: Path):
     data = labeled_folder(tmp_path / "empty", {"train": [1] * 30, "test": [0, 1] * 10}, digits)
     config = replace(config_of(digits, label_column="kind"), dataset_name=str(data))

@@ -195,6 +195,7 @@ def test_identity_depends_on_weights_but_not_on_their_file(transformers_folders:
     assert identity_of(copy) != identity_of(transformers_folders["dinov2"])
 
 
+@pytest.mark.slow
 def test_clip_features_need_no_text_model(transformers_folders: dict[str, Path], tmp_path: Path):
     vision_model = transformers.CLIPVisionModelWithProjection.from_pretrained(transformers_folders["clip"])
     vision_model.save_pretrained(tmp_path)

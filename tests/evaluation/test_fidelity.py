@@ -66,6 +66,7 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_evaluate_measures_samples_and_their_inputs(model, tmp_path):
     data = DataConfig(dataset_name="digits", cache_dir=str(tmp_path / "cache"))
     settings = {"data": data, "test_split": "train", "num_images": 20, "num_inference_steps": [2]}

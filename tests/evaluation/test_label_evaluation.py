@@ -108,6 +108,7 @@ def test_data_without_the_models_columns_are_refused(run):
         pass
 
 
+@pytest.mark.slow
 def test_timesteps_are_searched_with_labels_in_turn(run):
     _, folder = run
     pipeline = DDPMPipeline.from_pretrained(folder)

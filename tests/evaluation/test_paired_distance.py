@@ -32,6 +32,7 @@ def test_paired_kernel_distance_of_equal_features_is_zero():
     assert paired_kernel_distance(x, x) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_paired_kernel_distance_has_the_mean_of_the_unpaired_one_and_less_spread():
     """The pairs are two copies of a point, of which one is moved a little."""
     paired, unpaired = [], []

@@ -54,6 +54,7 @@ def test_label_that_is_no_class_is_refused(label, message):
         CLOTHES.number_of(label)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:alpha_bar_T")
 def test_pipeline_takes_names_and_numbers_alike(pipeline):
     named = images(pipeline, batch_size=3, class_labels=["bag", "t-shirt", 1])

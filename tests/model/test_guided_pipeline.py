@@ -96,6 +96,7 @@ def test_scale_zero_leads_to_the_images_without_class():
     assert torch.allclose(values(pipeline, guidance_scale=0.0), values(pipeline, class_labels=None), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_interval_says_where_guidance_acts():
     pipeline = make_pipeline()
     everywhere, nowhere = values(pipeline, guidance_scale=2.0), values(pipeline)
@@ -136,6 +137,7 @@ def test_guided_image_does_not_depend_on_its_batch(method, prediction_type):
     assert torch.allclose(together, torch.cat([sample([seed]) for seed in range(3)]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_apg_acts_on_x_0_hat_whatever_the_network_predicts():
     """It depends on norms and angles, so the same images prove that it is given the same quantity."""
     guidance = Guidance(3.0, method="apg", norm_threshold=0.2)
@@ -220,6 +222,7 @@ def test_flow_matching_is_guided_in_an_interval(make_unet):
         pipeline(num_inference_steps=10, guidance=Guidance(2.0, method="apg"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["posterior", "replace"])
 def test_editing_is_guided_too(method):
     """From pure noise, image to image samples the guided Gaussian, and so are the pixels that are repainted."""
@@ -236,6 +239,7 @@ def test_editing_is_guided_too(method):
     assert float(2 * filled[..., :2].mean() - 1) == pytest.approx(0.3, abs=0.03)
 
 
+@pytest.mark.slow
 def test_saved_pipeline_keeps_the_guide_that_its_guidance_needs(tmp_path, make_unet):
     """Also of a model of classes, which could guide itself; and nothing in its folder is no JSON."""
     pipeline: Any = DDPMPipeline(make_unet(channels=1, num_class_embeds=3), DDPMScheduler(50, beta_end=0.5))

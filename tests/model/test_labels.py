@@ -149,6 +149,7 @@ def test_damaged_labels_are_named(content, tmp_path):
         read_labels(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [SLANT, BOTH])
 def test_pipeline_is_saved_whole_and_stock_loads_its_network_without_a_warning(labels, config, tmp_path, caplog):
     pipeline = pipeline_of(labels, config)

@@ -179,6 +179,7 @@ def images_of(pipeline, **arguments):
     return pipeline(2, torch.Generator().manual_seed(0), output_type="np", **arguments).images
 
 
+@pytest.mark.slow
 def test_use_samples_as_the_commands_do(make_unet, tmp_path):
     folder = trained(tmp_path, make_unet)
     pipeline = DDPMPipeline.from_pretrained(folder)
@@ -201,6 +202,7 @@ def test_use_samples_as_the_commands_do(make_unet, tmp_path):
     assert np.array_equal(images_of(pipeline.use("ddpm")), as_stock)
 
 
+@pytest.mark.slow
 def test_sampler_that_was_chosen_is_kept_beside_a_model_that_stays_stock(make_unet, tmp_path):
     pipeline = DDPMPipeline.from_pretrained(trained(tmp_path, make_unet))
     pipeline.use("dpmsolver++", 7).save_pretrained(tmp_path / "chosen")

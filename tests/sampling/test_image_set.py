@@ -147,6 +147,7 @@ def test_write_samples_writes_equal_images_in_each_format(make_unet, tmp_path):
     assert sorted(path.name for path in (tmp_path / "npz").iterdir()) == ["grid.png", "samples.json", "samples.npz"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value_range", [None, [0, 4095]])
 def test_write_samples_of_a_model_of_deep_images_keeps_their_bits_and_their_values(make_unet, tmp_path, value_range):
     scheduler = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")

@@ -107,6 +107,7 @@ def lose(path):
     path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose])
 @pytest.mark.parametrize(
     "name",

@@ -72,6 +72,7 @@ def is_killed(monkeypatch: pytest.MonkeyPatch, number: int, call, folder: Path) 
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [FILES, FILES[4:]], ids=["model", "no model"])
 def test_overwritten_run_is_whole_after_a_kill_at_any_moment(tmp_path, monkeypatch, files):
     number, killed = 0, True

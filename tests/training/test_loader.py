@@ -44,6 +44,7 @@ def waits(monkeypatch):
     os.write(dataset.write_end, b"x")
 
 
+@pytest.mark.slow
 def test_wait_says_what_it_waits_for_and_ends(waits, capsys):
     opened, _ = waits
     assert next_batches(opened, 1, lambda: False) == ([torch.tensor(0)], None)

@@ -257,6 +257,7 @@ def pipeline_run(tmp_path, make_unet):
     return run
 
 
+@pytest.mark.slow
 def test_write_average_writes_a_stock_pipeline(pipeline_run):
     folder = write_average(pipeline_run, 0.1)
     assert folder == pipeline_run / "ema" / "std-0.1"

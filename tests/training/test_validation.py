@@ -138,6 +138,7 @@ def test_validation_refuses_before_training(config):
     assert not Path(config.output_dir).exists()
 
 
+@pytest.mark.slow
 def test_held_out_images_of_several_shapes_are_told_from_those_of_another_form(config, tmp_path):
     for split, shapes in (("train", [(8, 8)]), ("test", [(8, 8), (8, 12)]), ("deep", [(8, 8)])):
         (tmp_path / "mixed" / split).mkdir(parents=True)
