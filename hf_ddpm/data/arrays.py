@@ -3,9 +3,6 @@
 array     what a file or a cell of a table holds: (H, W), or with channels (C, H, W), or with images (N, C, H, W)
 planes    an image, (C, h, w) in the type of the data, which covers the size of x_0
 cell      an array in a table of `datasets`, as nested lists or as an array
-
-Two axes of an array are the height and the width, in this order. `channel_axis` and `stack_axis` name the others; so
-do TIFF and NIfTI files.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from hf_ddpm.data.array_axes import axes_of
 from hf_ddpm.data.array_files import FileArray, are_pictures, is_png, is_tiff, open_arrays
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import folder_classes
@@ -49,13 +47,6 @@ class ArrayImage(NamedTuple):
 
     values: np.ndarray
     losses: list[str]
-
-
-class _Axes(NamedTuple):
-    """The axes of an array that are neither height nor width, each at least 0; None for one that it does not have."""
-
-    stack: int | None
-    channel: int | None
 
 
 def has_array_settings(config: DataConfig) -> bool:
@@ -154,7 +145,7 @@ def _num_slices(path: Path, config: DataConfig) -> int | None:
     """
     try:
         with open_arrays(path, _keys(config)) as arrays:
-            stack = _axes_of(arrays[0], path.name, config).stack
+            stack = axes_of(arrays[0], path.name, config).stack
             return None if stack is None else int(arrays[0].values.shape[stack])
     except UsageError:
         raise
@@ -330,7 +321,7 @@ def _keys(config: DataConfig) -> list[str]:
 
 def _image_of(array: FileArray, number: int | None, name: str, config: DataConfig) -> np.ndarray:
     """Return one image of an array, (C, H, W)."""
-    stack, channel = _axes_of(array, name, config)
+    stack, channel = axes_of(array, name, config)
     values = array.values
     num_pixels = math.prod(n for axis, n in enumerate(values.shape) if axis not in (stack, channel))
     if config.max_image_pixels is not None and num_pixels > config.max_image_pixels:
@@ -346,54 +337,6 @@ def _image_of(array: FileArray, number: int | None, name: str, config: DataConfi
         channel = channel - 1 if channel is not None and channel > stack else channel
     planes = np.asarray(values[()] if values.shape else values)
     return planes[None] if channel is None else np.moveaxis(planes, channel, 0)
-
-
-def _axes_of(array: FileArray, name: str, config: DataConfig) -> _Axes:
-    """Return which axes of an array are its images and its channels.
-
-    Raises:
-        UsageError: When settings, the file and the number of axes do not tell them.
-    """
-    shape = tuple(array.values.shape)
-    rank = len(shape)
-    stack, channel = (
-        _axis(axis, value, shape, name)
-        for axis, value in (("stack_axis", config.stack_axis), ("channel_axis", config.channel_axis))
-    )
-    if channel is None:
-        channel = _named_axis(array.axes, "SC", stack)
-    if stack is None:
-        stack = _named_axis(array.axes, "ZT", channel)
-    open_axes = [axis for axis in range(rank) if axis not in (stack, channel)]
-    # Of three axes the first one is the channels; of four it is the images.
-    names = array.axes or "?" * rank  # of named axes none is taken for another
-    if len(open_axes) == 4 and stack is channel is None and not array.axes:
-        stack, channel, *open_axes = open_axes
-    is_other = len(open_axes) == 3 and names[open_axes[0]] not in "XYZT"
-    if is_other and channel is None:
-        channel, *open_axes = open_axes
-    elif is_other and stack is None:
-        stack, *open_axes = open_axes
-    if len(open_axes) != 2 or 0 in shape:
-        raise UsageError(
-            f"an array must be (H, W), (C, H, W) or (N, C, H, W), got {shape} in {name}: --channel_axis and "
-            "--stack_axis say what its other axes are"
-        )
-    return _Axes(stack, channel)
-
-
-def _axis(setting: str, value: int | None, shape: tuple[int, ...], name: str) -> int | None:
-    if value is None:
-        return None
-    if not -len(shape) <= value < len(shape):
-        raise UsageError(f"{setting} must be an axis of each array, got {value} for {shape} in {name}")
-    return value % len(shape)
-
-
-def _named_axis(axes: str, letters: str, taken: int | None) -> int | None:
-    """Return the axis that a file calls by one of some letters; None if there is none, or several."""
-    named = [axis for axis, letter in enumerate(axes) if letter in letters and axis != taken]
-    return named[0] if len(named) == 1 else None
 
 
 def _in_known_type(values: np.ndarray, name: str) -> ArrayImage:
