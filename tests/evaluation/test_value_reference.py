@@ -80,6 +80,8 @@ def test_figures_are_those_of_the_folder(folder: Path, tmp_path: Path) -> None:
     wide = {"reference": tmp_path / "wide-reference", "other_reference": other, "out": tmp_path / "third"}
     (row,) = evaluate(tmp_path / "wide", **wide, **settings)["results"]
     assert row["real_vs_real"]["of"] == "test against train"
+    with pytest.raises(UsageError, match="must be of different images, got the same twice"):
+        evaluate(tmp_path / "wide", **{**wide, "other_reference": wide["reference"]}, **settings)
     with pytest.raises(UsageError, match=r"in the model's range, 272.0 to 288.0, .*--value_range 272.0 288.0"):
         evaluate(tmp_path / "narrow", reference=other, out=tmp_path / "fourth", **settings)
     one = save_model(tmp_path / "one", channels=1)

@@ -187,6 +187,8 @@ def test_timesteps_even_in_log_sigma_fall_from_the_last_to_the_first_each_once()
         assert len(timesteps) == n
         assert all(t > u for t, u in pairwise(timesteps))
         assert timesteps[-1] == 0 or n == 1
+    # With alpha_bar = 1, which float32 may make of it, and with none at the end.
+    assert timesteps_even_in_log_sigma([1.0, 0.9, 0.5, 0.1, 0.0], 4) == [4, 3, 1, 0]
     log_sigma = [math.log((1 - alpha_bar[t]) / alpha_bar[t]) / 2 for t in timesteps_even_in_log_sigma(alpha_bar, 20)]
     steps = [a - b for a, b in pairwise(log_sigma[1:])]
     assert log_sigma[1] == pytest.approx(math.log(20), abs=0.05)
