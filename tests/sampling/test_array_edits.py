@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -115,3 +116,14 @@ def test_arrays_are_refused_by_a_model_of_pictures(tmp_path: Path, mask: np.ndar
     np.save("field.npy", mask.astype(np.uint8))
     said = edit(tmp_path / "pictures", "--image", "field.npy", "--out", "out")
     assert "field.npy cannot be taken: cannot identify image file" in said
+
+
+def test_color_of_16_bits_keeps_them_where_nothing_is_repainted(tmp_path: Path, mask: np.ndarray) -> None:
+    color = np.random.default_rng(0).integers(0, 65536, (8, 8, 3)).astype(np.uint16)
+    Path("color.png").write_bytes(imagecodecs.png_encode(color))
+    model = save_model(tmp_path / "deep", channels=3, value_range=ValueRange(0, 65535, "uint16"))
+    edit(model, "--image", "color.png", "--mask", "mask.npy", "--out", "out")
+    (path,) = Path("out").glob("**/*.npy")
+    filled = np.load(path)
+    assert filled.dtype == np.uint16
+    assert np.array_equal(filled[:, ~mask], np.moveaxis(color, 2, 0)[:, ~mask])
