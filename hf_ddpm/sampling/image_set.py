@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.data.array_files import require_package
@@ -58,8 +60,8 @@ def write_samples(
     files, by format::
 
         format    files                                      lost when a process is killed
-        png       000000.png, named by seed                  the images of a forward pass
-        npy, tif  000000.npy (C,H,W), named by seed          the images of a forward pass
+        png       000000.png, named by seed                  the images of two forward passes
+        npy, tif  000000.npy (C,H,W), named by seed          the images of two forward passes
         parquet   data/train-00000-of-00064.parquet, ...     a file; `datasets.load_dataset(out)` reads all of them
         npz       samples.npz: arr_0 (N,H,W,C), seeds        a 64th of the set, of at most 1024 images
 
@@ -174,10 +176,22 @@ def _write_set(
             size=None if settings["resolution"] is None else to_size(settings["resolution"]),
         )
         label, is_quiet = processes.label("Sampling"), processes.rank > 0
-        with tqdm(total=len(indices), unit="image", desc=label, disable=is_quiet) as progress:
+        with (
+            tqdm(total=len(indices), unit="image", desc=label, disable=is_quiet) as progress,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            written = None
             for seeds, images in batches:
-                image_set.add([s - seed for s in seeds], images.permute(0, 2, 3, 1).numpy())
-                progress.update(len(seeds))
+                if written is not None:
+                    progress.update(written.result())
+                # In a thread, so that a GPU computes the next images meanwhile.
+                written = writer.submit(write, seeds, images)
+            if written is not None:
+                progress.update(written.result())
+
+    def write(seeds: Sequence[int], images: Tensor) -> int:
+        image_set.add([s - seed for s in seeds], images.permute(0, 2, 3, 1).numpy())
+        return len(seeds)
 
     def finish() -> None:
         first_images = image_set.finish()
