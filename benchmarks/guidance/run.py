@@ -54,18 +54,21 @@ def main() -> None:
     parser.add_argument("--guidance_model", help="a weaker version of the model; default: the model without a class")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first seed of each repetition")
     parser.add_argument("--num_images", type=int, default=5000)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="what the network samples in")
-    parser.add_argument("--compile", action="store_true", help="compile the network for the distances")
+    parser.add_argument("--compile", action="store_true", help="compile the network for what is measured")
+    parser.add_argument("--classifier", type=Path, help="the file that keeps the weights of the classifier")
     parser.add_argument("--machine", required=True, help="what the processor is called in the table")
     options = parser.parse_args()
     data = load_data_config(options.run / "config.yaml")
     has_classes = bool(read_run(options.run)["data"]["class_names"])
-    classifier, accuracy = learn_classifier(data) if has_classes else (None, None)
+    classifier, accuracy = learn_classifier(data, options.classifier) if has_classes else (None, None)
     weaker = options.guidance_model and weights_sha256(Path(options.guidance_model))
     for seed in options.seeds:
         for scale in options.scales:
             by, interval = (None, None) if scale == 1 else (weaker, options.interval)
             cell = [weights_sha256(options.run), by, scale, interval, seed, options.num_images]
+            cell.append(options.num_inference_steps)
             if any(row["cell"] == cell for row in read_rows()):
                 continue
             guidance = None if scale == 1 else Guidance(scale, interval and tuple(interval))
@@ -115,8 +118,11 @@ class Classifier(nn.Module):
         return self.layers(self.convolutions(images))
 
 
-def learn_classifier(data: DataConfig) -> tuple[Classifier, float]:
-    """Return a classifier of the training images, and its accuracy on the test split, or on a fifth, held out."""
+def learn_classifier(data: DataConfig, kept: Path | None = None) -> tuple[Classifier, float]:
+    """Return a classifier of the training images, and its accuracy on the test split, or on a fifth, held out.
+
+    Its weights are read from the file `kept`, or written to it.
+    """
     torch.manual_seed(0)
     images = load_images(data)
     x, y = tensors_of(images)
@@ -124,9 +130,21 @@ def learn_classifier(data: DataConfig) -> tuple[Classifier, float]:
         test = tensors_of(load_images(replace(data, train_split="test")))
     except ValueError:  # there is no such split
         order = torch.randperm(len(x))
-        held_out, kept = order[: int(HELD_OUT * len(x))], order[int(HELD_OUT * len(x)) :]
-        test, (x, y) = (x[held_out], y[held_out]), (x[kept], y[kept])
+        held_out, rest = order[: int(HELD_OUT * len(x))], order[int(HELD_OUT * len(x)) :]
+        test, (x, y) = (x[held_out], y[held_out]), (x[rest], y[rest])
     classifier = Classifier(images.channels, images.size[0], images.num_classes or 0)
+    if kept is not None and kept.is_file():
+        classifier.load_state_dict(torch.load(kept))
+    else:
+        learn(classifier, x, y)
+    if kept is not None:
+        torch.save(classifier.state_dict(), kept)
+    classifier.eval()
+    return classifier, float((named(classifier, test[0]) == test[1]).float().mean())
+
+
+def learn(classifier: Classifier, x: Tensor, y: Tensor) -> None:
+    """Train the classifier on images, (N, C, R, R) in [0, 1], and their classes, (N,)."""
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
     epochs = max(EPOCHS, math.ceil(2000 * BATCH / len(x)))  # small data are seen more often
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, epochs * math.ceil(len(x) / BATCH))
@@ -138,8 +156,6 @@ def learn_classifier(data: DataConfig) -> tuple[Classifier, float]:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    classifier.eval()
-    return classifier, float((named(classifier, test[0]) == test[1]).float().mean())
 
 
 def shifted(images: Tensor) -> Tensor:
@@ -164,14 +180,19 @@ def named(classifier: Classifier, images: Tensor) -> Tensor:
 
 
 def sample(
-    options: argparse.Namespace, seeds: Sequence[int], guidance: Guidance | None, dtype: str = "fp32"
+    options: argparse.Namespace, seeds: Sequence[int], guidance: Guidance | None, **how: Any
 ) -> tuple[Tensor, Tensor]:
     """Return samples, (N, C, R, R) in [0, 1], and the classes that they were asked for, (N,)."""
     weaker = None if guidance is None else options.guidance_model
-    pipeline, steps = load_for_sampling(str(options.run), dtype=dtype, guidance_model=weaker)
+    pipeline, _ = load_for_sampling(str(options.run), guidance_model=weaker, **how)
     labels = labels_in_turn(pipeline.classes, seeds) or []
     batches = iter_samples(
-        pipeline, seeds, batch_size=64, num_inference_steps=steps, class_labels=labels, guidance=guidance
+        pipeline,
+        seeds,
+        batch_size=64,
+        num_inference_steps=options.num_inference_steps,
+        class_labels=labels,
+        guidance=guidance,
     )
     images = torch.cat([images for _, images in batches])
     return images.float() / 255, torch.tensor(labels)
@@ -179,7 +200,8 @@ def sample(
 
 def share_named(options: argparse.Namespace, classifier: Classifier, guidance: Guidance | None, seed: int) -> float:
     """Return the share of samples whose class the classifier names as it was asked for."""
-    images, labels = sample(options, range(seed, seed + NUM_CLASSIFIED), guidance, options.dtype)
+    seeds = range(seed, seed + NUM_CLASSIFIED)
+    images, labels = sample(options, seeds, guidance, dtype=options.dtype, compile=options.compile)
     return float((named(classifier, images) == labels).float().mean())
 
 
@@ -191,6 +213,7 @@ def distances(options: argparse.Namespace, data: DataConfig, guidance: Guidance 
         network="efficientnet-lite0",
         num_images=options.num_images,
         seed=seed,
+        num_inference_steps=[options.num_inference_steps],
         dtype=options.dtype,
         compile=options.compile,
         guidance_scales=[1.0 if guidance is None else guidance.scale],
@@ -217,24 +240,26 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     """Write table.md, by model, seed and scale."""
     last = rows[-1]
     text = (
-        f"{last['date']}, {last['machine']}, torch {version('torch')}, diffusers {version('diffusers')}; 20 steps of "
-        f"UniPC. *Named* is the share of {NUM_CLASSIFIED:,} samples whose class a classifier names as it was asked "
+        f"{last['date']}, {last['machine']}, torch {version('torch')}, diffusers {version('diffusers')}; UniPC. "
+        f"*Named* is the share of {NUM_CLASSIFIED:,} samples whose class a classifier names as it was asked "
         "for; higher is better. Beside it stands the share of real images that it names rightly, which it has not "
         "seen. FD and KD are the Fréchet and the kernel distance to the training images by features of "
         "efficientnet-lite0; lower is better. Higher precision and recall are better. Scale 1 is no guidance; else "
         "the model is guided by itself without a class, or by its average after an eighth of the training "
         "(autoguidance).\n\n"
-        "| data | steps of training | type | guided by | scale | sigma | first seed | images | named | real images "
-        "| FD | KD | precision | recall |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "| data | steps of training | type | guided by | scale | sigma | steps | first seed | images | named "
+        "| real images | FD | KD | precision | recall |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
-    for row in sorted(rows, key=lambda row: (row["data"], row["cell"][0], row["cell"][4], row["cell"][2])):
-        _, weaker, scale, interval, seed, count = row["cell"]
+    for row in sorted(
+        rows, key=lambda row: (row["data"], row["cell"][0], row["cell"][4], row["cell"][2], row["cell"][6])
+    ):
+        _, weaker, scale, interval, seed, count, steps = row["cell"]
         by = "" if scale == 1 else "no class" if weaker is None else "its average"
         sigma = "" if scale == 1 else "all" if interval is None else f"{interval[0]:g} to {interval[1]:g}"
         shares = [share and f"{share:.1%}" for share in (row["named"], row["classifier"])]
         text += (
             f"| {row['data']} | {row['trained_steps']:,} | {row.get('dtype', 'fp32')} | {by} | {scale:g} | {sigma} "
-            f"| {seed:,} | {count:,} | {shares[0] or ''} | {shares[1] or ''} | {row['fd']:.1f} "
+            f"| {steps} | {seed:,} | {count:,} | {shares[0] or ''} | {shares[1] or ''} | {row['fd']:.1f} "
             f"| {row['kid']:.4f} | {row['precision']:.3f} | {row['recall']:.3f} |\n"
         )
     (FOLDER / "table.md").write_text(text)
