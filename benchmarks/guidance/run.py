@@ -248,7 +248,8 @@ def write_table(rows: list[dict[str, Any]]) -> None:
         "the model is guided by itself without a class, or by its average after an eighth of the training "
         "(autoguidance).\n\n"
         "| data | steps of training | type | guided by | scale | sigma | steps | first seed | images | named "
-        "| real images | FD | KD | precision | recall |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "| real images | FD | KD | precision | recall |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     for row in sorted(
         rows, key=lambda row: (row["data"], row["cell"][0], row["cell"][4], row["cell"][2], row["cell"][6])
