@@ -27,6 +27,7 @@ HDF5 = (".h5", ".hdf5", ".he5")
 NIFTI = (".nii", ".nii.gz")
 TIFF = (".tif", ".tiff")
 PNG = (".png",)
+ARRAY_FILES = (*NUMPY, *HDF5, *NIFTI)
 # Extensions -> the package that reads them.
 PACKAGES = {HDF5: "h5py", NIFTI: "nibabel", TIFF: "tifffile", PNG: "imagecodecs"}
 # The tag of planes for channels (TIFF 6.0, Section 8), which Pillow does not read with 16 bits.
@@ -55,7 +56,7 @@ class FileArray(NamedTuple):
 
 def is_array_file(path: Path) -> bool:
     """Return whether a file is one of arrays by its extension; TIFF files are pictures until a folder says more."""
-    return path.name.lower().endswith((*NUMPY, *HDF5, *NIFTI))
+    return path.name.lower().endswith(ARRAY_FILES)
 
 
 def is_hdf5(path: Path) -> bool:

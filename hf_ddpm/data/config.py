@@ -91,8 +91,8 @@ class DataConfig:
     )
     condition_column: str | None = setting(
         None,
-        "A column of images that the images are made from: the model is then conditioned on them. They are cropped "
-        "and mirrored as the images are.",
+        "A column of images that the images are made from, or of arrays for arrays: the model is then conditioned on "
+        "them. They are cropped and mirrored as the images are.",
         group="data",
         resume="fixed",
         only_with={"streaming": False, "on_bad_image": "raise"},

@@ -20,7 +20,7 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from hf_ddpm.data.array_files import TIFF
+from hf_ddpm.data.array_files import ARRAY_FILES, TIFF
 from hf_ddpm.data.arrays import array_format, decode_array, is_array, require_no_array_settings
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import readable_formats
@@ -168,6 +168,8 @@ def unreadable_image_error(name: str, error: Exception) -> UsageError:
         )
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that Pillow knows"
+        if name.lower().rstrip(")").endswith(ARRAY_FILES):
+            reason += "; images and what they are made from must both be pictures, or both arrays"
         if name.lower().rstrip(")").endswith(TIFF):
             reason += "; bands or floats are read as an array in a folder of such TIFF files alone, with --channels"
     if isinstance(error, Image.DecompressionBombError):

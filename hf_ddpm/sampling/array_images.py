@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_ddpm.condition import read_condition
 from hf_ddpm.data.array_files import is_array_file, is_tiff, require_package
 from hf_ddpm.data.arrays import count_outside, read_array, slices_of
 from hf_ddpm.data.batches import as_tensor
@@ -40,7 +41,7 @@ class GivenArrays:
     """The arrays in the files that a command was given.
 
     Args:
-        value_range: The values of the model.
+        value_range: The values of the model, or those of its conditions.
         names: What the new file of each is called, without its suffix.
         rows: Where each is, as `read_array` takes it.
         format: The format of new files, one of ARRAY_FILE_FORMATS.
@@ -110,7 +111,7 @@ def given_arrays(names: Sequence[Path], files: Sequence[Path], model: str, forma
         UsageError: When the files are none for the model, or the format is none for them.
     """
     are_arrays = [_holds_array(file) for file in files]
-    value_range = read_value_range(find_model(model)[0]) if any(are_arrays) else None
+    value_range = _values_of(find_model(model)[0]) if any(are_arrays) else None
     if value_range is None:
         if format not in (None, "png"):
             raise UsageError(f"format must be png for pictures, got {format!r}: leave it out")
@@ -127,6 +128,13 @@ def given_arrays(names: Sequence[Path], files: Sequence[Path], model: str, forma
         rows += of_file
         new += [name if row["slice"] is None else name / f"{row['slice']:06d}" for row in of_file]
     return GivenArrays(value_range, new, rows, format)
+
+
+def _values_of(folder: Path) -> ValueRange | None:
+    """Return the values of the arrays that a model takes, those of its conditions if they have their own."""
+    condition = read_condition(folder)
+    of_conditions = None if condition is None else condition.value_range
+    return of_conditions or read_value_range(folder)
 
 
 def _holds_array(path: Path) -> bool:

@@ -39,7 +39,14 @@ from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import Progress, TrainingState, load_checkpoint
 from hf_ddpm.training.conditions import condition_of
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.finetuning import range_to_keep, require_type, take_over, with_range
+from hf_ddpm.training.finetuning import (
+    condition_range_to_keep,
+    range_to_keep,
+    require_type,
+    take_over,
+    with_range,
+    with_range_of_conditions,
+)
 from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.model import labels_of_run, make_network, make_objective, make_scheduler, on_scales_of_start
 from hf_ddpm.training.optimizer import make_optimizer
@@ -263,7 +270,11 @@ def _load_images(
                 try_run(config, accelerator.device, size, channels)
 
         images = _open_images(config, parts, accept, values)
-        return config, images if values is None else with_range(images, values), values is not None
+        images = images if values is None else with_range(images, values)
+        of_conditions = condition_range_to_keep(config)
+        if of_conditions is not None:
+            images = with_range_of_conditions(images, of_conditions)
+        return config, images, values is not None
 
     config, images, keeps_units = processes.main_then_rest(load, accelerator.is_local_main_process)
     processes.require_equal(images.fingerprint, "images")
