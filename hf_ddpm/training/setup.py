@@ -18,9 +18,11 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from hf_ddpm.data.cache import X_0, Accept, load_dataset, load_images
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
+from hf_ddpm.data.held_out import require_share
 from hf_ddpm.data.labels import with_network_labels
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.splits import check_groups, check_split
+from hf_ddpm.data.tables import divide_training
 from hf_ddpm.evaluation.feature_weights import check_network
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme, write_card
@@ -37,6 +39,7 @@ from hf_ddpm.training.augmentation import attach_map
 from hf_ddpm.training.automatic import choose_compile
 from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import Progress, TrainingState, load_checkpoint
+from hf_ddpm.training.checks import is_resumed
 from hf_ddpm.training.conditions import condition_of
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.finetuning import (
@@ -255,6 +258,8 @@ def _load_images(
             check_split(config, config.eval_split, "eval_split")
             check_groups(config, config.eval_split, "eval_split")
             check_network(config.eval_network, config.eval_network_path)
+        if config.eval_fraction is not None and not is_resumed(config):
+            require_share(divide_training(config), config)
         # What the settings leave open is tried as soon as the images have decided it.
         is_known = config.resolution is not None or config.model_config_name_or_path is not None
         if is_known and parts.network is None:
