@@ -62,7 +62,8 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
         low, high, share = images.value_range.low, images.value_range.high, images.num_clipped / images.pixels.size
         lines.append(f"clipped: {images.num_clipped:,} values ({share:.2%}) lie outside of {low:g} to {high:g}")
     lines += [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
-    if LOWER_BITS in images.losses and (_has_files(config, is_png) or _has_files(config, is_tiff)):
+    is_table = find_source(config).kind not in ("images", "arrays", "digits")
+    if LOWER_BITS in images.losses and (is_table or _has_files(config, is_png) or _has_files(config, is_tiff)):
         lines.append("--preserve_input_precision reads 16 bits of color, as arrays")
     if any(loss.startswith("frames") for loss in images.losses) and _has_files(config, is_tiff):
         lines.append("--stack_axis 0 reads each page of a TIFF file as an image, --channel_axis 0 as a channel")
