@@ -105,9 +105,9 @@ def require_type(values: ValueRange, dtype: str | None) -> None:
 
 
 def with_range(images: Any, values: ValueRange) -> Any:
-    """Return images of arrays of which -1 and 1 stand for what they do in a model; x_0 of the user's code as it is."""
+    """Return images of which -1 and 1 stand for what they do in a model: arrays, or x_0 of the user's code."""
     if images.value_range is None:
-        return images
+        return replace(images, value_range=values, limits=(values.low, values.high))
     values = replace(images.value_range, low=values.low, high=values.high)
     return images.in_range(values) if isinstance(images, ImageCache) else replace(images, value_range=values)
 

@@ -284,9 +284,7 @@ def _load_images(
     config, images, keeps_units = processes.main_then_rest(load, accelerator.is_local_main_process)
     processes.require_equal(images.fingerprint, "images")
     if keeps_units:
-        stays = f"-1 and 1 stand for what they do in the model in init_from: {images.value_range}"
-        is_lost = "the units of the model in init_from are lost: the data set gives x_0, which has none"
-        print_once(processes, is_lost if images.value_range is None else stays)
+        print_once(processes, f"-1 and 1 stand for what they do in the model in init_from: {images.value_range}")
     for line in processes.on_main(lambda: describe_images(config, images)):
         print_once(processes, line)
     config = replace(
