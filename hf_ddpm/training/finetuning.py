@@ -43,9 +43,8 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
     """
     if config.init_from is None:
         return config
-    saved = Path(config.output_dir) / "config.yaml"
-    if config.resume_from_checkpoint is not None and saved.is_file():
-        saved_config = load_config(str(saved))
+    if is_resumed(config):
+        saved_config = load_config(str(Path(config.output_dir) / "config.yaml"))
         decided = {name: getattr(saved_config, name) for name in (*SCHEDULER_SETTINGS, "resolution", "channels")}
     else:
         _check_kind(config, config.init_from)
