@@ -137,10 +137,15 @@ def given_arrays(names: Sequence[Path], files: Sequence[Path], model: str, forma
 
 
 def _form_of(folder: Path) -> tuple[ValueRange | None, int]:
-    """Return the values and the channels of the arrays that a model takes, those of its conditions if it has some."""
+    """Return the values and the channels of the arrays that a model takes; 0 channels for those of a column.
+
+    An array of the channels of the images, in the place of one of the column, would count as several.
+    """
     condition = read_condition(folder)
+    if condition is not None and condition.value_range is not None:
+        return condition.value_range, 0
     if condition is not None:
-        return condition.value_range or read_value_range(folder), condition.channels
+        return read_value_range(folder), condition.channels
     return read_value_range(folder), read_mapping(network_folder(folder) / "config.json").get("in_channels", 0)
 
 

@@ -112,7 +112,7 @@ def test_files_of_conditions_are_in_their_own_units(config: TrainingConfig, tmp_
 def test_conditions_of_another_kind_are_one_line_before_sampling(config: TrainingConfig, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     np.save(tmp_path / "float.npy", fields(1)[0, :1])
-    np.save(tmp_path / "two.npy", fields(1).astype(np.int16))
+    np.save(tmp_path / "two.npy", fields(1)[0].astype(np.int16))
     for name, message in (
         ("a.png", "image must hold arrays of int16, -32768 to 32767, which the model makes arrays from, got the pic"),
         ("float.npy", "image must be of the model's type, int16, got float32 in"),
