@@ -23,7 +23,8 @@ def open_array_pairs(metadata: Metadata, config: DataConfig) -> Dataset:
     """Open the files that metadata name, as `open_array_files` does, beside the other columns of the metadata.
 
     Raises:
-        UsageError: When a file cannot be opened, or the files of a row hold different numbers of images.
+        UsageError: When there is no such column, a file cannot be opened, or the files of a row hold different numbers
+            of images.
     """
     import datasets
     import pyarrow
@@ -57,9 +58,19 @@ def open_array_pairs(metadata: Metadata, config: DataConfig) -> Dataset:
 
 
 def _columns_of_files(metadata: Metadata, config: DataConfig) -> list[str]:
-    """Return the columns of files that are read, that of the images first: others may name anything."""
+    """Return the columns of files that are read: that of the images, then that of the conditions.
+
+    Raises:
+        UsageError: When there is none of the conditions.
+    """
+    if config.condition_column not in metadata.file_columns:
+        raise UsageError(
+            f"condition_column must name a second column of files, got {config.condition_column!r}, none of "
+            f"{metadata.file_columns}: --condition_column, without the ending _file_name"
+        )
     images = config.image_column or next((c for c in metadata.file_columns if c != config.condition_column), None)
-    return [name for name in metadata.file_columns if name in (images, config.condition_column)]
+    read = [name for name in metadata.file_columns if name in (images, config.condition_column)]
+    return sorted(read, key=lambda name: name == config.condition_column)
 
 
 def _slices(path: str | None, config: DataConfig) -> list[Any]:

@@ -74,11 +74,14 @@ def test_files_of_many_images_give_a_pair_for_each(tmp_path: Path) -> None:
     assert len(images) == len(conditions) == 7
     assert all(np.array_equal(conditions.image(i), images.image(i)[:1] / 2) for i in range(7))
     assert np.array_equal(images.image(4), values[0])
+    with pytest.raises(UsageError, match=r"second column of files, got 'in_file_name', none of \['image', 'in'\]"):
+        load_images(cache_config(tmp_path / "pairs", condition_column="in_file_name"))
     metadata.write_text("file_name,in_file_name\na.npy,b-in.npy\n")
     with pytest.raises(UsageError, match="as many images, got 3 in 'image' and 4 in 'in' in row 0"):
         load_images(cache_config(tmp_path / "pairs", condition_column="in"))
 
 
+@pytest.mark.slow
 def test_columns_of_arrays_have_conditions_and_their_own_quantiles(tmp_path: Path) -> None:
     values = fields(20)
     columns = {"x": datasets.Array3D((2, 8, 8), "float32"), "y": datasets.Array2D((8, 8), "float32")}
@@ -100,6 +103,7 @@ def test_columns_of_arrays_have_conditions_and_their_own_quantiles(tmp_path: Pat
     assert torch.allclose(pairs.conditions, torch.from_numpy(shares), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_held_out_arrays_have_their_conditions(tmp_path: Path) -> None:
     folder = save_array_pairs(tmp_path / "pairs", fields(10))
     config = cache_config(folder, condition_column="coarse", eval_fraction=0.3, cache_dir=str(tmp_path / "cache"))
@@ -111,6 +115,7 @@ def test_held_out_arrays_have_their_conditions(tmp_path: Path) -> None:
                 assert np.array_equal(conditions_in(images).image(i), (-10 * images.image(i)[:1]).astype(np.int16))
 
 
+@pytest.mark.slow
 def test_arrays_and_images_are_no_pair_in_one_line(tmp_path: Path) -> None:
     features = {"x": datasets.Array3D((2, 8, 8), "float32"), "y": datasets.Image()}
     rows = {"x": [*fields(3)], "y": [Image.fromarray(noise(8, 8, seed=i)) for i in range(3)]}
