@@ -38,6 +38,7 @@ def save_table(folder: Path, files: list[bytes]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encode", [imagecodecs.png_encode, tiff])
 def test_colors_of_a_table_keep_16_bits_if_that_is_asked_for(tmp_path: Path, encode: Any) -> None:
     config = cache_config(save_table(tmp_path / "table", [encode(each) for each in COLORS]))
@@ -66,6 +67,7 @@ def test_rows_that_name_files_keep_16_bits(tmp_path: Path) -> None:
     assert all((images.image(i) == COLORS[i].transpose(2, 0, 1)).all() for i in range(4))
 
 
+@pytest.mark.slow
 def test_other_images_beside_them_are_one_line(tmp_path: Path) -> None:
     deep = imagecodecs.png_encode(COLORS[0])
     jpeg = io.BytesIO()

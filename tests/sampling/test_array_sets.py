@@ -27,6 +27,7 @@ def visited(model: Path, scheduler: str, num_inference_steps: int) -> list[int]:
     return [step.timestep for step in trajectory]
 
 
+@pytest.mark.slow
 def test_set_records_the_timesteps_that_arrays_take_by_default(model: Path, tmp_path: Path) -> None:
     for scheduler in ("unipc", "ddpm"):
         out = tmp_path / scheduler
