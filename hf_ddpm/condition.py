@@ -2,7 +2,8 @@
 
 condition          c, an image of the size of x_0, which the network takes after x_t: its input is (x_t, c)
 super-resolution   c is x_0 in a low resolution, enlarged again (Saharia et al. 2021, arXiv 2104.07636)
-column             c stands in a column of the data, as in Palette (Saharia et al. 2021, arXiv 2111.05826)
+column             c stands in a column of the data, as in Palette (Saharia et al. 2021, arXiv 2111.05826); of arrays
+                   it has a value range of its own, while a low resolution has that of x_0
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from hf_ddpm.image_size import Size, format_size
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, network_folder, read_mapping, write_atomically
+from hf_ddpm.value_range import ValueRange, value_range_from
 
 # In the folder of the scheduler, all of whose files diffusers downloads.
 CONDITION_FILE = Path("scheduler", "condition.json")
@@ -31,12 +33,14 @@ class Condition:
         super_resolution: The factor by which x_0 was made smaller; None: the condition comes from a column.
         column: The name of the column; None for super-resolution, or where nobody has named it.
         noise: The largest standard deviation of the noise that was added to conditions in training.
+        value_range: The values that -1 and 1 stand for in a column of arrays; None for images and super-resolution.
     """
 
     channels: int
     super_resolution: int | None = None
     column: str | None = None
     noise: float = 0.0
+    value_range: ValueRange | None = None
 
     @property
     def label(self) -> str:
@@ -48,7 +52,10 @@ def describe_condition(condition: Condition) -> str:
     """Return in words what a model makes images from."""
     if condition.super_resolution is not None:
         return f"images of 1/{condition.super_resolution} of their height and width"
-    return f"images of the column {condition.column}" if condition.column else "images"
+    what = "images" if condition.value_range is None else "arrays"
+    column = f" of the column {condition.column}" if condition.column else ""
+    values = "" if condition.value_range is None else f" ({condition.value_range})"
+    return f"{what}{column}{values}"
 
 
 def is_conditional(folder: Path) -> bool:
@@ -67,7 +74,8 @@ def read_condition(folder: Path) -> Condition | None:
     if not content:
         return None
     with naming_damage(f"{path} cannot be read", "save or download the model again"):
-        condition = Condition(**content)
+        values = content.pop("value_range", None)
+        condition = Condition(**content, value_range=None if values is None else value_range_from(values))
         factor = condition.super_resolution
         if condition.channels < 1 or not (factor is None or (type(factor) is int and factor > 1)):
             raise ValueError(f"it must hold channels and a factor, got {content}")
@@ -76,7 +84,10 @@ def read_condition(folder: Path) -> Condition | None:
 
 def write_condition(folder: Path, condition: Condition) -> None:
     """Keep what a model makes images from in a pipeline's folder."""
-    write_atomically(folder / CONDITION_FILE, json.dumps(asdict(condition), indent=2, ensure_ascii=False) + "\n")
+    content = asdict(condition)
+    if condition.value_range is None:
+        del content["value_range"]
+    write_atomically(folder / CONDITION_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def require_factor(factor: int, size: Size) -> None:

@@ -79,6 +79,11 @@ class ConditionalDDPMPipeline(DDPMPipeline):
         super().save_config(save_directory, push_to_hub, **kwargs)
         write_condition(Path(save_directory), self.condition)
 
+    @property
+    def condition_values(self) -> ValueRange | None:
+        """The values of conditions that are arrays, of a low resolution those of the model; None for images."""
+        return self.value_range if self.condition.super_resolution else self.condition.value_range
+
     @torch.no_grad()
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, image: Any = None, **arguments: Any
@@ -88,7 +93,8 @@ class ConditionalDDPMPipeline(DDPMPipeline):
         Args:
             image: One image or several, in any form of `hf_ddpm.image_inputs`, with the size of the model's images, or
                 that of `height` and `width`.
-                For super-resolution it may have its own low resolution, and is then enlarged as in training.
+                For super-resolution it may have its own low resolution, and is then enlarged as in training. Arrays
+                are shares of their range, as `condition_values.to_unit_interval` returns them.
             arguments: Those of `DDPMPipeline`, but `batch_size`, which is the number of images.
 
         Returns:

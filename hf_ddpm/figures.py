@@ -149,16 +149,28 @@ def side_by_side(columns: Sequence[Images], labels: Sequence[str]) -> Image.Imag
     """Return a strip in which the images of equal number stand side by side, in two halves if there are many.
 
     Args:
-        columns: Lists of as many images, of one size and any mode, one list for each label.
+        columns: Lists of as many images, of one height and any mode, one list for each label. Narrower images, as
+            those of fewer channels side by side, get white beside them.
         labels: What the columns are called.
     """
-    rows = [[_on_white(image).convert("RGB") for image in row] for row in zip(*columns, strict=True)]
+    width = max(column[0].width for column in columns)
+    rows = [[_widened(image, width) for image in row] for row in zip(*columns, strict=True)]
     if len(rows) < SIDE_BY_SIDE_ROWS:
         return strip(rows, labels)
     if len(rows) % 2:
         rows.append([Image.new("RGB", image.size, "white") for image in rows[0]])
     half = len(rows) // 2
     return strip([[*a, *b] for a, b in zip(rows[:half], rows[half:], strict=True)], [*labels, *labels])
+
+
+def _widened(image: Image.Image, width: int) -> Image.Image:
+    """Return an image in RGB, in the middle of white as wide as asked for."""
+    image = _on_white(image).convert("RGB")
+    if image.width == width:
+        return image
+    wide = Image.new("RGB", (width, image.height), "white")
+    wide.paste(image, ((width - image.width) // 2, 0))
+    return wide
 
 
 def reverse_strip(

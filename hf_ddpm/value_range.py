@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -161,15 +162,25 @@ def read_value_range(folder: Path) -> ValueRange | None:
     if not content:
         return None
     with naming_damage(f"{path} cannot be read", "remove it"):
-        low, high, dtype = float(content["low"]), float(content["high"]), content["dtype"]
-        if dtype not in DTYPES or not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"it must hold a rising range of {', '.join(DTYPES)}, got {content}")
-        channels = content["display_channels"]
-        return ValueRange(low, high, dtype, None if channels is None else tuple(map(int, channels)))
+        return value_range_from(content)
+
+
+def value_range_from(content: Mapping[str, Any]) -> ValueRange:
+    """Return the value range that a file of a model describes.
+
+    Args:
+        content: The attributes of the range by their names, as `asdict` returns them.
+
+    Raises:
+        Exception: When they are none of a range; KeyError, TypeError or ValueError.
+    """
+    low, high, dtype = float(content["low"]), float(content["high"]), content["dtype"]
+    if dtype not in DTYPES or not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"it must hold a rising range of {', '.join(DTYPES)}, got {content}")
+    channels = content["display_channels"]
+    return ValueRange(low, high, dtype, None if channels is None else tuple(map(int, channels)))
 
 
 def write_value_range(folder: Path, values: ValueRange) -> None:
     """Keep the values in a pipeline's folder."""
-    content = {"low": values.low, "high": values.high, "dtype": values.dtype}
-    channels = None if values.display_channels is None else [*values.display_channels]
-    write_atomically(folder / VALUES_FILE, json.dumps({**content, "display_channels": channels}, indent=2) + "\n")
+    write_atomically(folder / VALUES_FILE, json.dumps(asdict(values), indent=2) + "\n")

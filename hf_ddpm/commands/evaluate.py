@@ -228,7 +228,7 @@ def anomaly(
     DataConfig,
     (
         *("dataset_config_name", "image_column", "resolution", "channels", "center_crop", "random_crop"),
-        *("value_range", "max_image_pixels", "cache_dir"),
+        *("value_range", "preserve_input_precision", "max_image_pixels", "cache_dir"),
     ),
 )
 def reference(

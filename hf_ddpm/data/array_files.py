@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,8 +28,11 @@ HDF5 = (".h5", ".hdf5", ".he5")
 NIFTI = (".nii", ".nii.gz")
 TIFF = (".tif", ".tiff")
 PNG = (".png",)
+ARRAY_FILES = (*NUMPY, *HDF5, *NIFTI)
 # Extensions -> the package that reads them.
 PACKAGES = {HDF5: "h5py", NIFTI: "nibabel", TIFF: "tifffile", PNG: "imagecodecs"}
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two of BigTIFF
 # The tag of planes for channels (TIFF 6.0, Section 8), which Pillow does not read with 16 bits.
 _PLANAR_CONFIGURATION = 284
 # Compressed files that stay in memory: the images of one follow each other.
@@ -55,7 +59,7 @@ class FileArray(NamedTuple):
 
 def is_array_file(path: Path) -> bool:
     """Return whether a file is one of arrays by its extension; TIFF files are pictures until a folder says more."""
-    return path.name.lower().endswith((*NUMPY, *HDF5, *NIFTI))
+    return path.name.lower().endswith(ARRAY_FILES)
 
 
 def is_hdf5(path: Path) -> bool:
@@ -134,13 +138,37 @@ def open_arrays(path: Path, keys: Sequence[str]) -> Iterator[list[FileArray]]:
     elif name.endswith(NIFTI):
         yield [FileArray(*_nifti_array(path, path.stat().st_mtime_ns))]
     elif name.endswith(PNG):
-        import imagecodecs
-
-        values = imagecodecs.png_decode(path.read_bytes())
-        yield [FileArray(values, "YXS"[: values.ndim])]
+        yield [_png_array(path.read_bytes())]
     else:
         with _open_tiff(path) as array:
             yield [array]
+
+
+def array_of_picture(content: bytes) -> FileArray:
+    """Return the array in the bytes of a PNG or TIFF file, as `open_arrays` does for a file.
+
+    Raises:
+        UsageError: When they are of another format, or a package is missing.
+        Exception: When they are damaged; the reader raises nearly any class.
+    """
+    if content.startswith(_PNG_SIGNATURE):
+        require_package(Path("an image .png"))
+        return _png_array(content)
+    if not content.startswith(_TIFF_SIGNATURES):
+        raise UsageError(
+            "preserve_input_precision can keep 16 bits of color only where all images are PNG or TIFF files of it, "
+            "got another format: leave it out"
+        )
+    require_package(Path("an image .tif"))
+    with _open_tiff(io.BytesIO(content)) as array:
+        return FileArray(np.asarray(array.values[()]), array.axes)
+
+
+def _png_array(content: bytes) -> FileArray:
+    import imagecodecs
+
+    values = imagecodecs.png_decode(content)
+    return FileArray(values, "YXS"[: values.ndim])
 
 
 def _chosen(path: Path, names: Sequence[str], keys: Sequence[str]) -> Sequence[str]:
@@ -175,10 +203,10 @@ def _nifti_array(path: Path, _: int) -> tuple[np.ndarray, str]:
 
 
 @contextlib.contextmanager
-def _open_tiff(path: Path) -> Iterator[FileArray]:
+def _open_tiff(file_or_path: Path | IO[bytes]) -> Iterator[FileArray]:
     import tifffile
 
-    with tifffile.TiffFile(path) as file:
+    with tifffile.TiffFile(file_or_path) as file:
         series = file.series[0]
         # Pages of equal shape that tifffile cannot put together would be left out without a word.
         if len(file.series) > 1:

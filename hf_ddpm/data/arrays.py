@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hf_ddpm.data.array_axes import axes_of
-from hf_ddpm.data.array_files import FileArray, are_pictures, is_png, is_tiff, open_arrays
+from hf_ddpm.data.array_files import FileArray, are_pictures, array_of_picture, is_png, is_tiff, open_arrays
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import folder_classes
 from hf_ddpm.data.image_format import ImageFormat, size_of, unequal_sizes_error
@@ -162,7 +162,7 @@ def read_array(encoded: Any, name: str, config: DataConfig) -> ArrayImage:
     """Read one image of a file of arrays, or of a cell.
 
     Args:
-        encoded: What a row holds, see `is_array`.
+        encoded: What a row holds, see `is_array`; or a picture of 16-bit color with its bytes.
         name: What error messages call it.
         config: The settings of the data.
 
@@ -172,7 +172,11 @@ def read_array(encoded: Any, name: str, config: DataConfig) -> ArrayImage:
     """
     if encoded is None:
         raise ValueError("the row is empty")
-    if isinstance(encoded, dict):
+    if isinstance(encoded, dict) and "slice" not in encoded:  # a picture of 16-bit color
+        if encoded["bytes"] is None:
+            raise ValueError("the row is empty")
+        parts = [_image_of(array_of_picture(encoded["bytes"]), None, name, config)]
+    elif isinstance(encoded, dict):
         path = Path(encoded["path"])
         with open_arrays(path, _keys(config)) as arrays:
             parts = [_image_of(array, encoded["slice"], name, config) for array in arrays]

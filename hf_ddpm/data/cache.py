@@ -47,7 +47,7 @@ from hf_ddpm.data.image_folder import files_below, list_images
 from hf_ddpm.data.image_format import ImageFormat
 from hf_ddpm.data.labels import LabelColumn, RawLabels, find_labels
 from hf_ddpm.data.planes import NeedsSixteenBits
-from hf_ddpm.data.sources import Source, find_source
+from hf_ddpm.data.sources import Source, find_source, metadata_of
 from hf_ddpm.data.tables import license_of, open_dataset
 from hf_ddpm.data.volumes import with_slices
 from hf_ddpm.image_size import Size, format_size, to_resolution, to_size
@@ -101,7 +101,7 @@ class ImageCache:
         name: The name of the source.
         license: The license of the data; None if unknown.
         conditions: With `condition_column`, the image that each image is made from: N images, each of the height and
-            width of its image; then `fingerprint` is one of both.
+            width of its image, or arrays as the images are; then `fingerprint` is one of both.
         label_columns: What the columns of raw labels hold; None for one column of classes, for none, and for labels
             of a network.
         random_crop: Whether images have the size of their files, for `random_crop`.
@@ -201,16 +201,12 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
     images = _load_column(config, accept, dataset)
     if config.condition_column is None:
         return images
-    if images.value_range is not None:
-        raise UsageError(
-            f"condition_column must be left out for arrays, got {config.condition_column!r}: of arrays a model learns "
-            "super-resolution alone, by --super_resolution"
-        )
-    files: Any = None
+    are_arrays, files = images.value_range is not None, None
     # What it says of colors and values is said of the images.
-    of_images: dict[str, Any] = {"channels": None, "value_range": None, "label_column": None}
-    if config.eval_fraction is not None:  # of which the images decide, not the conditions
-        dataset, files = open_dataset(config, with_conditions=True), _files_of(find_source(config))
+    of_images: dict[str, Any] = {"channels": None, "value_range": None, "label_column": None, "display_channels": None}
+    # The images decide which are held out, and what is said of them may tell that files are arrays.
+    if config.eval_fraction is not None or (are_arrays and dataset is None):
+        dataset, files = open_dataset(config, with_conditions=True), _files_of(find_source(config), config)
         of_images.update(eval_fraction=None, group_column=None)
     of_conditions = replace(
         config,
@@ -220,10 +216,11 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
         **of_images,
     )
     conditions = _load_column(of_conditions, None, dataset, files)
-    if conditions.value_range is not None:
+    if (conditions.value_range is not None) != are_arrays:
+        kinds = ("images", "arrays") if are_arrays else ("arrays", "images")
         raise UsageError(
-            f"condition_column must be a column of images, got {config.condition_column!r}, which holds arrays: save "
-            "them as images"
+            f"condition_column must hold {kinds[1]} as the images are, got {config.condition_column!r} of {kinds[0]}: "
+            "save both as images, or both as arrays"
         )
     unequal = np.flatnonzero((images.index[:, 1:] != conditions.index[:, 1:]).any(axis=1))
     if len(unequal):
@@ -239,11 +236,11 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
     return replace(images, conditions=conditions, fingerprint=fingerprint)
 
 
-def _files_of(source: Source) -> Any:
+def _files_of(source: Source, config: DataConfig) -> Any:
     """Return what tells that a file of a source changed; None for the Hub."""
     if source.folder is None:
         return None
-    elsewhere = list_images(source.folder).files_elsewhere if source.kind == "images" else []
+    elsewhere = [] if metadata_of(source, config) is None else list_images(source.folder).files_elsewhere
     return _names_sizes_times([*files_below(source.folder), *elsewhere])
 
 
@@ -263,7 +260,7 @@ def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | N
         identity = dataset._fingerprint
     else:
         dataset = None
-        identity = _files_of(source)
+        identity = _files_of(source, config)
     root = cache_folder(config)
     folder = root / _cache_key(config, source, identity)
     if not folder.is_dir():

@@ -162,7 +162,7 @@ def require_numbers(column: str, cells: Sequence[Any]) -> None:
 
 
 def _check_condition_column(features: Any, column: str) -> None:
-    names = [name for name, feature in features.items() if _holds_images(feature)]
+    names = [name for name, feature in features.items() if _holds_images(feature) or holds_arrays(feature)]
     if column not in names and not _holds_bytes(features.get(column)):
         raise UsageError(
             f"condition_column must name a second column of images, got {column!r}, none of {names}: "

@@ -20,6 +20,7 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.labels import label_list, network_label
 from hf_ddpm.data.planes import center_crop
 from hf_ddpm.data.shards import ImageStream
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.value_range import Scale, ValueRange
 
 
@@ -60,9 +61,35 @@ def low_resolution_conditions(pixels: Tensor, factor: int, scale: Scale) -> Tens
     return to_conditions(enlarged(low, height, width, max_value), max_value)
 
 
-def to_conditions(values: Tensor, max_value: int) -> Tensor:
-    """Return values in [0, max_value], of any type, as conditions in [-1, 1], float32."""
-    return values.to(torch.float32) * (2 / max_value) - 1
+def to_conditions(values: Tensor, scale: Scale) -> Tensor:
+    """Return values in [0, max_value] or of a range, of any type, as conditions in [-1, 1], float32."""
+    if isinstance(scale, ValueRange):
+        return scale.to_x_0(values)
+    return values.to(torch.float32) * (2 / scale) - 1
+
+
+def conditions_of_model(conditions: ImageCache, condition: Condition, option: str, split: str) -> ImageCache:
+    """Return the conditions of a split, of which -1 and 1 stand for what they do in a model.
+
+    Args:
+        conditions: The conditions, those of a column.
+        condition: What the model makes images from.
+        option: The setting that names the split, for the message.
+        split: The name of the split.
+
+    Raises:
+        UsageError: When they have other channels than those of the model, or another type.
+    """
+    of_split, of_model = (
+        f"{each.channels} channels of {'pictures' if each.value_range is None else each.value_range.dtype}"
+        for each in (conditions, condition)
+    )
+    if of_split != of_model:
+        raise UsageError(
+            f"{option} must hold conditions like those of training, {of_model}, got {of_split} in {split!r}: save "
+            "them in the same form"
+        )
+    return conditions if condition.value_range is None else conditions.in_range(condition.value_range)
 
 
 def pairs_of(condition: Condition, images: Any, indices: np.ndarray) -> Pairs:
@@ -82,7 +109,7 @@ def pairs_of(condition: Condition, images: Any, indices: np.ndarray) -> Pairs:
     else:
         assert images.conditions is not None
         of_column = images.conditions
-        conditions = to_conditions(as_tensor(fixed_pixels(of_column, indices)), of_column.max_value)
+        conditions = to_conditions(as_tensor(fixed_pixels(of_column, indices)), of_column.scale)
     return Pairs((to_x_0(pixels, images.scale) + 1) / 2, (conditions + 1) / 2, labels)
 
 

@@ -91,8 +91,8 @@ class DataConfig:
     )
     condition_column: str | None = setting(
         None,
-        "A column of images that the images are made from: the model is then conditioned on them. They are cropped "
-        "and mirrored as the images are.",
+        "A column of images that the images are made from, or of arrays for arrays: the model is then conditioned on "
+        "them. They are cropped and mirrored as the images are.",
         group="data",
         resume="fixed",
         only_with={"streaming": False, "on_bad_image": "raise"},
@@ -149,7 +149,7 @@ class DataConfig:
     preserve_input_precision: bool | None = setting(
         None,
         "Keep 16-bit images in 16 bits, or with `--no_preserve_input_precision` make them 8-bit; default: keep gray "
-        "ones. Color keeps them in folders of PNG or of TIFF files, which are then read as arrays.",
+        "ones. Color keeps them in PNG or TIFF files, of a folder or a table, which are then read as arrays.",
         group="data",
         resume="fixed",
     )

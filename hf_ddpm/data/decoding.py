@@ -8,6 +8,7 @@ image_format.py says what format it gets, and planes.py how the array is made.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import threading
@@ -20,7 +21,7 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from hf_ddpm.data.array_files import TIFF
+from hf_ddpm.data.array_files import ARRAY_FILES, TIFF
 from hf_ddpm.data.arrays import array_format, decode_array, is_array, require_no_array_settings
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import readable_formats
@@ -28,6 +29,7 @@ from hf_ddpm.data.image_format import (
     ImageFormat,
     check_keeps_precision,
     check_matches_format,
+    has_deep_colors,
     is_gray,
     losses_of,
     size_of,
@@ -133,7 +135,7 @@ def decode(encoded: Any, name: str, image_format: ImageFormat) -> Decoded:
         Exception: When the file is broken; Pillow's decoders raise nearly any class.
     """
     if image_format.array_dtype is not None:
-        return Decoded(*decode_array(encoded, name, image_format))
+        return Decoded(*decode_array(with_bytes(encoded), name, image_format))
     with open_image(encoded, image_format.config.max_image_pixels) as image:
         # Loading forgets how many bits and bands there were.
         losses = losses_of(image, image_format)
@@ -168,6 +170,8 @@ def unreadable_image_error(name: str, error: Exception) -> UsageError:
         )
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that Pillow knows"
+        if name.lower().rstrip(")").endswith(ARRAY_FILES):
+            reason += "; images and what they are made from must both be pictures, or both arrays"
         if name.lower().rstrip(")").endswith(TIFF):
             reason += "; bands or floats are read as an array in a folder of such TIFF files alone, with --channels"
     if isinstance(error, Image.DecompressionBombError):
@@ -196,17 +200,26 @@ def infer_format(images: Iterable[tuple[str, Any]], config: DataConfig) -> Image
     """
     images = iter(images)
     first = next(images, None)
-    if first is not None and is_array(first[1]):
+    if first is not None and (is_array(first[1]) or _is_read_as_array(first[1], config)):
         return _format_of_arrays(chain([first], images), config)
     require_no_array_settings(config)
     return _format_of_headers(_read_headers(chain([first] if first is not None else [], images), config), config)
+
+
+def _is_read_as_array(encoded: Any, config: DataConfig) -> bool:
+    """Return whether an encoded image is color that is to keep 16 bits, which a folder of such files has as arrays."""
+    if not config.preserve_input_precision:
+        return False
+    with contextlib.suppress(Exception), open_image(encoded, config.max_image_pixels) as image:  # it is read again
+        return image.format in ("PNG", "TIFF") and has_deep_colors(image)
+    return False
 
 
 def _format_of_arrays(arrays: Iterable[tuple[str, Any]], config: DataConfig) -> ImageFormat:
     """Decide what the settings leave open by the first array that can be read."""
     for name, encoded in arrays:
         try:
-            return array_format(encoded, name, config)
+            return array_format(with_bytes(encoded), name, config)
         except UsageError:
             raise
         except Exception as error:  # readers raise nearly any class

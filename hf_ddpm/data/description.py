@@ -12,12 +12,12 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.given import NAME, GivenImages
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT
-from hf_ddpm.data.image_folder import ImageFolder, files_below, is_image, list_images, split_kind
+from hf_ddpm.data.image_folder import files_below, is_image, list_images, split_kind
 from hf_ddpm.data.image_format import LOWER_BITS
 from hf_ddpm.data.labels import LabelColumn
-from hf_ddpm.data.metadata import METADATA_NAMES
+from hf_ddpm.data.metadata import METADATA_NAMES, Metadata
 from hf_ddpm.data.shards import NUM_FIRST_IMAGES, ImageStream
-from hf_ddpm.data.sources import find_source
+from hf_ddpm.data.sources import find_source, metadata_of
 from hf_ddpm.data.tables import divide_training
 from hf_ddpm.image_size import format_size
 
@@ -44,7 +44,9 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
     if images.num_classes:
         parts.append(f"{images.num_classes:,} classes")
     if isinstance(images, ImageCache) and images.conditions is not None:
-        parts.append(f"made from the column {config.condition_column}, channels {images.conditions.channels}")
+        of_column = images.conditions
+        values = "" if of_column.value_range is None else f", values {of_column.value_range}"
+        parts.append(f"made from the column {config.condition_column}, channels {of_column.channels}{values}")
     if images.num_bad:
         parts.append(f"{images.num_bad:,} unreadable ones left out")
     if images.name != NAME:
@@ -60,7 +62,8 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
         low, high, share = images.value_range.low, images.value_range.high, images.num_clipped / images.pixels.size
         lines.append(f"clipped: {images.num_clipped:,} values ({share:.2%}) lie outside of {low:g} to {high:g}")
     lines += [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
-    if LOWER_BITS in images.losses and (_has_files(config, is_png) or _has_files(config, is_tiff)):
+    is_table = find_source(config).kind not in ("images", "arrays", "digits")
+    if LOWER_BITS in images.losses and (is_table or _has_files(config, is_png) or _has_files(config, is_tiff)):
         lines.append("--preserve_input_precision reads 16 bits of color, as arrays")
     if any(loss.startswith("frames") for loss in images.losses) and _has_files(config, is_tiff):
         lines.append("--stack_axis 0 reads each page of a TIFF file as an image, --channel_axis 0 as a channel")
@@ -125,23 +128,20 @@ def describe_unread(config: DataConfig) -> str:
         above = [path for path in files_below(root) if not str(path).startswith(starts)]
         num_beside = sum(is_image(path) for path in above)
         unread += [f"{num_beside:,} images beside the splits"] if num_beside else []
-        read = {*listed.metadata_files} if source.kind == "images" and listed.metadata is not None else set()
+        read = set() if metadata_of(source, config) is None else {*listed.metadata_files}
         files = [path for path in above if path.name in METADATA_NAMES and path.absolute() not in read]
         unread += [f"{path.name} beside the splits" for path in files]
     unread += [f"{count:,} {kind}" for kind, count in sorted(listed.unread.items())]
-    if source.kind == "arrays":
-        unread += ["metadata, which are read beside images only"] if listed.metadata_files else []
-    else:
-        unread += _unread_beside_metadata(config, listed)
+    if (metadata := metadata_of(source, config)) is not None:
+        unread += _unread_beside_metadata(config, metadata, listed.images or listed.arrays)
+    elif source.kind == "arrays" and listed.metadata_files:
+        unread.append("metadata, which of arrays are read for --condition_column only")
     return f"not read: {', '.join(unread)}" if unread else ""
 
 
-def _unread_beside_metadata(config: DataConfig, listed: ImageFolder) -> list[str]:
-    """Return in words which images the metadata of a folder leave out, and what the run leaves out of the metadata."""
-    metadata = listed.metadata
-    if metadata is None:
-        return []
-    unread, paths = [], {str(path.absolute()) for path in listed.images}
+def _unread_beside_metadata(config: DataConfig, metadata: Metadata, files: Sequence[Path]) -> list[str]:
+    """Return in words which files of a folder its metadata leave out, and what the run leaves out of the metadata."""
+    unread, paths = [], {str(path.absolute()) for path in files}
     columns = metadata.columns
     chosen = config.image_column or next((c for c in metadata.file_columns if c != config.condition_column), "")
     read = {*columns.get(chosen, ()), *columns.get(config.condition_column or "", ())}
@@ -166,8 +166,7 @@ def _describe_held_out(config: DataConfig) -> str:
 
 def _describe_repeated(config: DataConfig) -> str:
     """Return in words how many rows of metadata name an image again, or ""."""
-    source = find_source(config)
-    metadata = list_images(source.folder).metadata if source.kind == "images" and source.folder is not None else None
+    metadata = metadata_of(find_source(config), config)
     if metadata is None:
         return ""
     names = [name for name in metadata.file_columns if name != config.condition_column]

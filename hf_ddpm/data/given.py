@@ -31,7 +31,7 @@ from hf_ddpm.data.image_format import (
 from hf_ddpm.data.planes import NeedsSixteenBits, to_planes
 from hf_ddpm.image_size import to_resolution
 from hf_ddpm.runtime.errors import UsageError, in_one_line
-from hf_ddpm.value_range import ValueRange
+from hf_ddpm.value_range import Scale, ValueRange
 
 NAME = "the data set that was passed to train()"
 
@@ -48,7 +48,7 @@ class GivenImages(InFormat):
         fingerprint: A hash of the length, the format, and the data set's own `fingerprint` if it has one.
         limits: The smallest and the largest value of the first image; of x_0, all that there may be.
         losses: What the first item holds and its planes do not.
-        value_range: None: x_0 is in no units of its own.
+        value_range: What -1 and 1 of x_0 stand for in the model of `init_from`; None: x_0 is in no units of its own.
     """
 
     dataset: Any
@@ -56,7 +56,7 @@ class GivenImages(InFormat):
     is_x_0: bool
     class_names: list[str] | None
     fingerprint: str
-    limits: tuple[int, int]
+    limits: tuple[float, float]
     losses: dict[str, int] = field(default_factory=dict)
     name: str = NAME
     license: str | None = None
@@ -65,6 +65,11 @@ class GivenImages(InFormat):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def scale(self) -> Scale:
+        """The largest value of a pixel; x_0 needs none, whatever its units are."""
+        return self.max_value
 
     @property
     def num_images(self) -> int:

@@ -6,8 +6,8 @@ identity   of an image: its path in the folder of images, of arrays with its num
 order      of the groups: that of a hash of their names, which neither a seed nor the order of the images changes
 
 Groups are held out in their order until they hold `eval_fraction` of the images. One that would overshoot by more than
-is missing without it is passed over; if all would, the smallest is held out. More than MAX_UNASKED_SHARE of the images
-are held out only where `eval_fraction` is more.
+is missing without it is passed over; if all would, the smallest is held out. A new run holds out more than
+MAX_UNASKED_SHARE of the images only where `eval_fraction` is more.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import numpy as np
 
 from hf_ddpm.data.arrays import is_array
 from hf_ddpm.data.columns import choose_columns, encoded_images, holds_slices, image_column
-from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.config import DataConfig, cache_folder
+from hf_ddpm.data.volumes import VOLUMES
 from hf_ddpm.runtime.errors import UsageError
 
-HELD_OUT_FORMAT = 2  # Increase it when other images are held out, so that no older cache is read.
+HELD_OUT_FORMAT = 3  # Increase it when other images are held out, so that no older cache is read.
 HELD_OUT_SPLIT = "test"  # what the images that are held out are called, wherever a split is named
 MAX_UNASKED_SHARE = 0.5
 ROWS_PER_BLOCK = 64
@@ -43,11 +44,13 @@ class Parts(NamedTuple):
         trained: The numbers of the rows that are trained on.
         held_out: Those of the others.
         num_groups: The number of groups that are held out.
+        group_sizes: The number of images of each group, held out or not.
     """
 
     trained: list[int]
     held_out: list[int]
     num_groups: int
+    group_sizes: list[int]
 
     @property
     def share(self) -> float:
@@ -69,7 +72,7 @@ def divide(table: Any, folder: Path | None, config: DataConfig) -> Parts:
         config: The settings of the data, with `eval_fraction`.
 
     Raises:
-        UsageError: When `group_column` is no column, nothing is left to train on, or whole groups would be far more.
+        UsageError: When `group_column` is no column, or nothing is left to train on.
     """
     assert config.eval_fraction is not None
     groups = groups_of(table, folder, config) if config.group_column else _identities(table, folder, config)
@@ -94,14 +97,24 @@ def divide(table: Any, folder: Path | None, config: DataConfig) -> Parts:
     rows: tuple[list[int], list[int]] = ([], [])
     for row, name in enumerate(groups):
         rows[name in held_out].append(row)
-    parts = Parts(*rows, num_groups=len(held_out))
+    return Parts(*rows, num_groups=len(held_out), group_sizes=[*sizes.values()])
+
+
+def require_share(parts: Parts, config: DataConfig) -> None:
+    """Check that no more than MAX_UNASKED_SHARE of the images is held out unasked; a run that exists may go on.
+
+    Raises:
+        UsageError: When more is, since groups are large.
+    """
+    assert config.eval_fraction is not None
     if config.eval_fraction <= MAX_UNASKED_SHARE < parts.share:
+        sizes, num_images = parts.group_sizes, len(parts.trained) + len(parts.held_out)
+        what = f"groups of {config.group_column!r}" if config.group_column else "images"
         raise UsageError(
             f"eval_fraction must be near a share of whole {what}, got {config.eval_fraction:g} of {len(sizes):,} "
-            f"with {min(sizes.values()):,} to {max(sizes.values()):,} of {len(groups):,} images, of which "
-            f"{parts.share:.0%} would be held out: give smaller groups, or a split of your own"
+            f"with {min(sizes):,} to {max(sizes):,} of {num_images:,} images, of which {parts.share:.0%} would be "
+            "held out: give smaller groups, or a split of your own"
         )
-    return parts
 
 
 def groups_of(table: Any, folder: Path | None, config: DataConfig) -> list[str]:
@@ -119,7 +132,7 @@ def groups_of(table: Any, folder: Path | None, config: DataConfig) -> list[str]:
     assert name is not None
     if name not in table.column_names:
         if name == FILE and folder is None and holds_slices(table.features[image_column(table.features, config)]):
-            return [_file_of(encoded, row) for row, encoded in enumerate(_encoded_images(table, config))]
+            return [_file_of(encoded, row, config) for row, encoded in enumerate(_encoded_images(table, config))]
         if name in (FOLDER, FILE) and folder is not None:
             paths = _paths(table, folder, config)
             return paths if name == FILE else [Path(path).parent.as_posix() for path in paths]
@@ -162,12 +175,24 @@ def _identities(table: Any, folder: Path | None, config: DataConfig) -> list[str
         numbers = ((encoded or {}).get("slice") for encoded in _encoded_images(table, config))
         paths = _paths(table, folder, config)
         return [path if n is None else f"{path}:{n}" for path, n in zip(paths, numbers, strict=True)]
-    return [_content_of(encoded, row) for row, encoded in enumerate(_encoded_images(table, config))]
+    return [_content_of(encoded, row, config) for row, encoded in enumerate(_encoded_images(table, config))]
 
 
-def _file_of(encoded: Any, row: int) -> str:
-    """Return the file of a slice and its folder, which are the same in each cache."""
-    return f"row {row}" if encoded is None else "/".join(Path(encoded["path"]).parts[-2:])
+def _file_of(encoded: Any, row: int, config: DataConfig) -> str:
+    """Return the path of the file of a slice, as seen from the data or from the cache that it lies in.
+
+    So it is the same wherever these are. Of a file that lies elsewhere it is the whole path.
+    """
+    if encoded is None:
+        return f"row {row}"
+    from huggingface_hub import constants
+
+    path = Path(encoded["path"])
+    data = config.dataset_name or config.train_data_dir
+    named = (cache_folder(config) / VOLUMES, data, config.cache_dir, constants.HF_HUB_CACHE, constants.HF_HOME)
+    roots = (Path(root).expanduser().absolute() for root in named if root is not None)
+    root = next((root for root in roots if path.is_relative_to(root)), None)
+    return (path if root is None else path.relative_to(root)).as_posix()
 
 
 def _paths(table: Any, folder: Path, config: DataConfig) -> list[str]:
@@ -187,9 +212,9 @@ def _encoded_images(table: Any, config: DataConfig) -> Any:
     return chain.from_iterable(encoded_images(images, rows) for rows in blocks)
 
 
-def _content_of(encoded: Any, row: int) -> str:
+def _content_of(encoded: Any, row: int, config: DataConfig) -> str:
     if isinstance(encoded, dict) and "slice" in encoded:  # a file is named by its content, or by the user
-        return f"{_file_of(encoded, row)}:{encoded['slice']}"
+        return f"{_file_of(encoded, row, config)}:{encoded['slice']}"
     if is_array(encoded):
         values = np.asarray(encoded)
         return hashlib.sha256(f"{values.dtype} {values.shape}".encode() + values.tobytes()).hexdigest()

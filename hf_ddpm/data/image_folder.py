@@ -78,7 +78,7 @@ class ImageFolder:
         Raises:
             UsageError: As `read_metadata` raises it.
         """
-        return read_metadata(self.folder, self.metadata_files, self.images)
+        return read_metadata(self.folder, self.metadata_files, [*self.images, *self.arrays])
 
     @cached_property
     def files_elsewhere(self) -> list[Path]:
@@ -214,7 +214,7 @@ def open_images(listed: ImageFolder, is_checked: bool = True) -> Dataset:
         if is_checked:
             require_files(metadata, listed.folder, listed.images)
         for name, cells in metadata.columns.items():
-            columns[name] = _column(name, cells, is_of_files=name in metadata.file_columns)
+            columns[name] = metadata_column(name, cells, is_of_files=name in metadata.file_columns)
         features = {**datasets.Features.from_arrow_schema(pyarrow.table(columns).schema)}
         features.update(dict.fromkeys(metadata.file_columns, datasets.Image()))
         paths = [path or "" for path in metadata.columns[metadata.file_columns[0]]]
@@ -225,7 +225,7 @@ def open_images(listed: ImageFolder, is_checked: bool = True) -> Dataset:
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def _column(name: str, cells: list[Any], is_of_files: bool) -> Any:
+def metadata_column(name: str, cells: list[Any], is_of_files: bool) -> Any:
     """Return a column of metadata for Arrow."""
     import pyarrow
 

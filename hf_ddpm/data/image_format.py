@@ -118,8 +118,8 @@ def check_keeps_precision(image: Image.Image, name: str, config: DataConfig) -> 
     """
     if config.preserve_input_precision and has_deep_colors(image):
         raise UsageError(
-            f"preserve_input_precision can keep 16 bits of color only in a folder of PNG or of TIFF files, got 16-bit "
-            f"{image.mode} in {name}: leave it out, or name such a folder"
+            f"preserve_input_precision can keep 16 bits of color only where all images are PNG or TIFF files of it, "
+            f"got 16-bit {image.mode} in {name} beside others: leave it out"
         )
 
 

@@ -31,6 +31,7 @@ from hf_ddpm.data.image_folder import (
     split_folders,
     split_kind,
 )
+from hf_ddpm.data.metadata import Metadata
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, naming_damage, read_mapping
 
@@ -248,6 +249,16 @@ def _kind_of_tables(option: str, folder: Path, listed: ImageFolder) -> str | Non
 def folder_of_images(source: Source) -> Path | None:
     """Return the folder of a folder of images, or of files of arrays; None for other sources."""
     return source.folder if source.kind in ("images", "arrays") else None
+
+
+def metadata_of(source: Source, config: DataConfig) -> Metadata | None:
+    """Return the metadata whose rows a run reads: of images any, of arrays those that name conditions.
+
+    Raises:
+        UsageError: As `read_metadata` raises it.
+    """
+    is_read = source.kind == "images" or (source.kind == "arrays" and config.condition_column is not None)
+    return list_images(source.folder).metadata if is_read and source.folder is not None else None
 
 
 def files_of_arrays(source: Source) -> list[Path]:

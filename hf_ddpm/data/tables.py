@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_ddpm.data.array_pairs import open_array_pairs
 from hf_ddpm.data.arrays import open_array_files
 from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT, Parts, divide, is_held_out
 from hf_ddpm.data.image_folder import ImageFolder, list_images, open_images
-from hf_ddpm.data.sources import Source, files_of_arrays, find_source, folder_of_images
+from hf_ddpm.data.metadata import require_files
+from hf_ddpm.data.sources import Source, files_of_arrays, find_source, folder_of_images, metadata_of
 from hf_ddpm.data.volumes import with_slices
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line
 
@@ -120,7 +122,11 @@ def _load_split(source: Source, config: DataConfig, split: str) -> Any:
     if source.kind == "images":
         return open_images(list_images(folder), is_checked=config.on_bad_image == "raise")
     if source.kind == "arrays":
-        return open_array_files(files_of_arrays(source), config)
+        metadata = metadata_of(source, config)
+        if metadata is None:
+            return open_array_files(files_of_arrays(source), config)
+        require_files(metadata, folder, files_of_arrays(source))
+        return open_array_pairs(metadata, config)
     if source.kind in ("parquet", "tar", "hdf5"):
         loaded = datasets.load_dataset(str(folder), config.dataset_config_name, **options)
         return loaded.flatten() if source.kind == "tar" else loaded  # of a JSON file, each key is a column

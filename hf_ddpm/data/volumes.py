@@ -18,6 +18,7 @@ from hf_ddpm.data.decoding import name_of, unreadable_image_error, with_bytes
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import write_atomically
 
+VOLUMES = "volumes"  # the folder in `cache_folder` of volumes whose bytes a table holds
 GZIP = b"\x1f\x8b"
 
 
@@ -70,7 +71,7 @@ def _file_of(volume: dict[str, Any], row: int, config: DataConfig) -> Path:
     name = Path(path or f"row-{row}").name
     if not name.lower().endswith(NIFTI):
         name += NIFTI[content[:2] == GZIP]
-    file = cache_folder(config) / "volumes" / hashlib.sha256(content).hexdigest()[:32] / name
+    file = cache_folder(config) / VOLUMES / hashlib.sha256(content).hexdigest()[:32] / name
     if not file.is_file():
         try:
             write_atomically(file, content)

@@ -177,15 +177,16 @@ def measure_fidelity(
         seconds = time.perf_counter() - started
         num_passes += len(passes)
         images = torch.cat(passes)
-        shown, truth, conditions = (
-            pictured(each, pipeline.value_range)
-            for each in (_shares(images, pipeline), pairs.images[part], pairs.conditions[part])
+        shown, truth = (
+            pictured(each, pipeline.value_range) for each in (_shares(images, pipeline), pairs.images[part])
         )
         return _SampledBatch(
             images,
             None if network is None else network(images),
             None if perceptual is None else perceptual(shown, truth),
-            perceptual(conditions, truth) if perceptual is not None and compare_conditions else None,
+            perceptual(pictured(pairs.conditions[part], pipeline.value_range), truth)
+            if perceptual is not None and compare_conditions
+            else None,
             seconds,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hf_ddpm.classes import Classes
 from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.data.batches import epoch_order, fixed_pixels
 from hf_ddpm.data.cache import ImageCache
-from hf_ddpm.data.conditions import Pairs, example_pairs
+from hf_ddpm.data.conditions import Pairs, conditions_of_model, example_pairs
 from hf_ddpm.data.labels import label_list, with_network_labels
 from hf_ddpm.evaluation.comparison import Comparison
 from hf_ddpm.evaluation.likelihood import inclusion_probabilities
@@ -110,13 +111,11 @@ def open_pairs(request: Request, pipeline: ConditionalDDPMPipeline, splits: Spli
     condition = pipeline.condition
     if condition.super_resolution is None and images.conditions is None:
         raise UsageError("condition_column must name the images that the model makes images from: --condition_column")
-    pairs = example_pairs(condition, images, request.num_images)
-    if pairs.conditions.shape[1] != condition.channels:
-        raise UsageError(
-            f"conditions must have the channels that the model takes, {condition.channels}, got "
-            f"{pairs.conditions.shape[1]} in {request.test_split}"
-        )
-    return images, pairs
+    if condition.super_resolution is None:
+        assert images.conditions is not None
+        conditions = conditions_of_model(images.conditions, condition, "test_split", request.test_split)
+        images = replace(images, conditions=conditions)
+    return images, example_pairs(condition, images, request.num_images)
 
 
 def _open_held_out(request: Request, pipeline: DDPMPipeline, splits: Splits, purpose: str) -> ImageCache:

@@ -35,7 +35,7 @@ from hf_ddpm.evaluation.value_statistics import (
 )
 from hf_ddpm.runtime.devices import device_name
 from hf_ddpm.runtime.format import finite_or_none, format_measurement
-from hf_ddpm.sampling.loading import describe_guidance
+from hf_ddpm.sampling.loading import describe_guidance, describe_timesteps
 from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.value_range import ValueRange
 
@@ -95,11 +95,10 @@ def rows_of_pairs(job: Job, pairs: Pairs, setting: SamplerSetting) -> list[dict[
 
 def describe_sampling(job: Job, setting: SamplerSetting, num_images: int, samples: Samples) -> dict[str, Any]:
     """Return everything that determines the samples, and what they cost."""
-    searched = job.pipeline.searched_timesteps_for(setting.num_inference_steps)
     return {
         **setting._asdict(),
         "guidance": None if setting.guidance is None else describe_guidance(setting.guidance, job.pipeline),
-        "timesteps": None if searched is None else [*searched.timesteps],
+        **describe_timesteps(job.pipeline, setting.num_inference_steps),
         "seed": job.request.seed,
         "num_images": num_images,
         "classes": job.class_choice,

@@ -102,7 +102,8 @@ def make_reference_of_data(
     """Compute the reference of a split, and write it to the new folder `out`: of images features, of arrays values.
 
     Args:
-        config: The settings of the data. The `value_range` of arrays clips their values.
+        config: The settings of the data. The `value_range` of arrays clips their values, and color of 16 bits is
+            arrays with `preserve_input_precision`.
         split: train, test, ...
         out: The folder.
         network: The feature network for images. None: DEFAULT_NETWORK. There is none for arrays.
@@ -114,12 +115,16 @@ def make_reference_of_data(
         UsageError: When the data, the network or `out` cannot work.
     """
     out = check_new_reference(config, out)
-    config = replace(config, label_column=None, preserve_input_precision=False)
+    config = replace(config, label_column=None, preserve_input_precision=bool(config.preserve_input_precision))
     name, kind = network or DEFAULT_NETWORK, find_source(config).kind
     if kind == "arrays":
         _require_no_network(network, network_path)
     elif kind in ("images", "digits"):  # a table may hold either, and is opened before
+        _require_8_bits(config)
         check_network(name, network_path)
+        if find_source(replace(config, preserve_input_precision=True)).kind == "arrays":
+            text = "not read: the lower 8 of 16 bits of color, which feature networks do not see; "
+            tqdm.write(f"{text}--preserve_input_precision compares values of 16 bits instead", file=sys.stderr)
         return make_reference(config, split, load_network(name, network_path, device), out, **settings)
     with open_split(replace(config, value_range=None), split) as images:
         if images.value_range is not None:
@@ -130,6 +135,7 @@ def make_reference_of_data(
                 tqdm.write(line, file=sys.stderr)
         if images.value_range is not None:
             return write_value_reference(images, config, split, out)
+        _require_8_bits(config)
         loaded = load_network(name, network_path, device)
         if config.value_range is None:
             return write_reference(images, config, split, loaded, out, **settings)
@@ -143,6 +149,19 @@ def _require_no_network(network: str | None, network_path: str | None) -> None:
                 f"{name} has no effect on a reference of arrays, which is of their values, got {value!r}: leave it "
                 "out; `hf-ddpm evaluate MODEL` makes references of features by itself"
             )
+
+
+def _require_8_bits(config: DataConfig) -> None:
+    """Check that images whose features are compared need not keep 16 bits.
+
+    Raises:
+        UsageError: When the settings ask for that.
+    """
+    if config.preserve_input_precision:
+        raise UsageError(
+            "preserve_input_precision must be left out for images whose features are compared, got True: feature "
+            "networks see 8 bits; it is for color of 16 bits, whose values are compared"
+        )
 
 
 def _in_given_range(images: ImageCache, config: DataConfig) -> ImageCache:

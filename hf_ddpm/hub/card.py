@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard
 
 from hf_ddpm.classes import Classes
-from hf_ddpm.condition import describe_condition
+from hf_ddpm.condition import Condition, describe_condition
 from hf_ddpm.hub.card_metadata import card_metadata
 from hf_ddpm.hub.card_records import RunRecords
 from hf_ddpm.hub.card_settings import settings_rows
@@ -198,7 +198,7 @@ def _model_variables(records: RunRecords) -> dict[str, Any]:
     return {
         "values": values,
         "as_array": "" if values is None else ', output_type="np"',
-        "condition": None if condition is None else {**asdict(condition), "words": describe_condition(condition)},
+        "condition": None if condition is None else _describe_condition(condition),
         "unet": {
             "size": _format_resolution(unet.get("sample_size")),
             "channels": None if "in_channels" not in unet else unet["in_channels"] - condition_channels,
@@ -223,6 +223,12 @@ def _model_variables(records: RunRecords) -> dict[str, Any]:
         "searched": searched,
         "kernel_network": next((row.network for row in searched if row.network), None),
     }
+
+
+def _describe_condition(condition: Condition) -> dict[str, Any]:
+    """Return what the template says of what a model makes images from."""
+    dtype = None if condition.value_range is None else condition.value_range.dtype
+    return {**asdict(condition), "words": describe_condition(condition), "dtype": dtype}
 
 
 def _describe_values(folder: Path) -> dict[str, str] | None:

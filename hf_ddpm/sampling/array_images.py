@@ -6,6 +6,7 @@ share    (values - low) / (high - low), in [0, 1]: what pipelines take; values b
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ddpm.data.array_files import is_array_file, is_tiff, require_package
+from hf_ddpm.condition import read_condition
+from hf_ddpm.data.array_files import is_array_file, is_tiff, open_arrays, require_package
 from hf_ddpm.data.arrays import count_outside, read_array, slices_of
 from hf_ddpm.data.batches import as_tensor
 from hf_ddpm.data.config import DataConfig
@@ -29,6 +31,7 @@ from hf_ddpm.hub.download import find_model
 from hf_ddpm.image_inputs import masks_to_tensor
 from hf_ddpm.names import ARRAY_FILE_FORMATS
 from hf_ddpm.runtime.errors import UsageError, in_one_line
+from hf_ddpm.runtime.files import network_folder, read_mapping
 from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.sampling.image_files import read_image
 from hf_ddpm.sampling.set_files import file_content
@@ -40,15 +43,17 @@ class GivenArrays:
     """The arrays in the files that a command was given.
 
     Args:
-        value_range: The values of the model.
+        value_range: The values of the model, or those of its conditions.
         names: What the new file of each is called, without its suffix.
         rows: Where each is, as `read_array` takes it.
+        configs: Which axes of its file are images and channels, by the settings of the data.
         format: The format of new files, one of ARRAY_FILE_FORMATS.
     """
 
     value_range: ValueRange
     names: list[Path]
     rows: list[dict[str, Any]]
+    configs: list[DataConfig]
     format: str
 
     def read(self, i: int, is_unknown: np.ndarray | None = None) -> np.ndarray:
@@ -62,7 +67,7 @@ class GivenArrays:
             UsageError: When it cannot be read, is of another type, or has values that are not finite.
         """
         name, dtype = name_of(self.rows[i], i), self.value_range.dtype
-        values = _read(self.rows[i], name)
+        values = _read(self.rows[i], name, self.configs[i])
         if values.dtype != dtype:
             raise UsageError(f"image must be of the model's type, {dtype}, got {values.dtype} in {name}: convert it")
         is_bad = ~np.isfinite(values)
@@ -110,7 +115,7 @@ def given_arrays(names: Sequence[Path], files: Sequence[Path], model: str, forma
         UsageError: When the files are none for the model, or the format is none for them.
     """
     are_arrays = [_holds_array(file) for file in files]
-    value_range = read_value_range(find_model(model)[0]) if any(are_arrays) else None
+    value_range, channels = _form_of(find_model(model)[0]) if any(are_arrays) else (None, 0)
     if value_range is None:
         if format not in (None, "png"):
             raise UsageError(f"format must be png for pictures, got {format!r}: leave it out")
@@ -121,12 +126,36 @@ def given_arrays(names: Sequence[Path], files: Sequence[Path], model: str, forma
     format = format or "npy"
     require_choice("format", format, ARRAY_FILE_FORMATS)
     require_package(Path(f"a file .{format}"))
-    new, rows = [], []
+    new, rows, configs = [], [], []
     for name, path in zip(names, files, strict=True):
-        of_file = slices_of(path, DataConfig())
+        config = _config_of(path, channels)
+        of_file = slices_of(path, config)
         rows += of_file
+        configs += [config] * len(of_file)
         new += [name if row["slice"] is None else name / f"{row['slice']:06d}" for row in of_file]
-    return GivenArrays(value_range, new, rows, format)
+    return GivenArrays(value_range, new, rows, configs, format)
+
+
+def _form_of(folder: Path) -> tuple[ValueRange | None, int]:
+    """Return the values and the channels of the arrays that a model takes; 0 channels for those of a column.
+
+    An array of the channels of the images, in the place of one of the column, would count as several.
+    """
+    condition = read_condition(folder)
+    if condition is not None and condition.value_range is not None:
+        return condition.value_range, 0
+    if condition is not None:
+        return read_value_range(folder), condition.channels
+    return read_value_range(folder), read_mapping(network_folder(folder) / "config.json").get("in_channels", 0)
+
+
+def _config_of(path: Path, channels: int) -> DataConfig:
+    """Return the settings of a file: the first of three axes counts images where the model has one channel."""
+    with contextlib.suppress(Exception), open_arrays(path, []) as (array,):  # what is wrong is named when it is read
+        shape = tuple(array.values.shape)
+        if channels == 1 and len(shape) == 3 and shape[0] > 1 and not {*array.axes} & {*"SCZT"}:
+            return DataConfig(stack_axis=0)
+    return DataConfig()
 
 
 def _holds_array(path: Path) -> bool:
@@ -148,7 +177,7 @@ def read_mask(path: Path, height: int, width: int) -> Tensor:
     """
     if not is_array_file(path):
         return read_image(path, lambda picture: masks_to_tensor(picture, 1, height, width))
-    values = _read({"bytes": None, "path": str(path), "slice": None}, path.name)
+    values = _read({"bytes": None, "path": str(path), "slice": None}, path.name, DataConfig())
     if values.shape != (1, height, width) or not values.any():
         what = "zeros alone" if values.shape == (1, height, width) else f"the shape {values.shape}"
         raise UsageError(
@@ -158,9 +187,9 @@ def read_mask(path: Path, height: int, width: int) -> Tensor:
     return torch.from_numpy(values != 0)[None]
 
 
-def _read(row: dict[str, Any], name: str) -> np.ndarray:
+def _read(row: dict[str, Any], name: str, config: DataConfig) -> np.ndarray:
     try:
-        return read_array(row, name, DataConfig()).values
+        return read_array(row, name, config).values
     except UsageError:
         raise
     except Exception as error:  # readers raise nearly any class

@@ -31,7 +31,7 @@ from hf_ddpm.sampling.image_files import image_files, new_files, read_image
 from hf_ddpm.sampling.loading import describe_guidance
 from hf_ddpm.sampling.sampler import forward_batch_of, iter_samples, shared_batches
 from hf_ddpm.sampling.settings import SampleSettings
-from hf_ddpm.value_range import pictured
+from hf_ddpm.value_range import ValueRange, pictured
 
 PICTURE = "samples.png"
 PICTURE_IMAGES = 16
@@ -78,6 +78,12 @@ def sample_from_images(
     with join_processes() as processes:
         pipeline, steps, guidance = sampling.load(model, makes_from_images=True)
         assert isinstance(pipeline, ConditionalDDPMPipeline)
+        values = None if arrays is None else pipeline.value_range
+        if arrays is None and pipeline.condition.value_range is not None:
+            raise UsageError(
+                f"image must hold arrays of {pipeline.condition.value_range}, which the model makes arrays from, got "
+                f"the picture {names[0]}: save its values as such an array"
+            )
         labels = _class_labels(pipeline, sampling.class_label, len(names))
         size = sampling.size_of(pipeline)
         to_conditions = partial(pipeline.to_conditions, size=size)
@@ -113,14 +119,15 @@ def sample_from_images(
                 guidance=guidance,
                 conditions=conditions[share],
                 size=size,
-                value_range=None if arrays is None else arrays.value_range,
+                value_range=values,
             )
-            return _write_share(processes, batches, len(share), new, sampling.seed, arrays)
+            return _write_share(processes, batches, len(share), new, sampling.seed, arrays, values)
 
         samples = [picture for share in processes.gather(sample_share) for picture in share]
 
         def write_picture() -> None:
-            shown = pictured(conditions[:PICTURE_IMAGES], None if arrays is None else arrays.value_range)
+            of_conditions = None if arrays is None else arrays.value_range
+            shown = pictured(conditions[:PICTURE_IMAGES], of_conditions)
             columns = [to_pil(shown), samples]
             write_atomically(out / PICTURE, png_bytes(side_by_side(columns, [pipeline.condition.label, "sample"])))
 
@@ -135,6 +142,7 @@ def _write_share(
     files: Sequence[Path],
     seed: int,
     arrays: GivenArrays | None,
+    values: ValueRange | None,
 ) -> list[Image.Image]:
     """Write the samples of this process, and return those of the first PICTURE_IMAGES images.
 
@@ -145,17 +153,18 @@ def _write_share(
         files: The files of the samples of all processes.
         seed: The seed of the first of these.
         arrays: The arrays that samples are made from; None for pictures.
+        values: The values of the samples of arrays.
     """
     first_samples = []
     label, is_quiet = processes.label("Sampling"), processes.rank > 0
     with tqdm(total=num_images, unit="image", desc=label, file=sys.stderr, disable=is_quiet) as progress:
         for seeds, images in batches:
             # Written as soon as it is made, so that a command that is killed has lost no more than a batch.
-            if arrays is None:
+            if arrays is None or values is None:
                 pictures = to_pil(images)
                 contents = [*map(png_bytes, pictures)]
             else:
-                pictures = arrays.pictures(arrays.value_range.to_unit_interval(images))
+                pictures = to_pil(pictured(values.to_unit_interval(images), values))
                 contents = arrays.contents(images.numpy())
             for each, content, picture in zip(seeds, contents, pictures, strict=True):
                 write_atomically(files[each - seed], content)
@@ -178,7 +187,7 @@ def _arrays_as_conditions(
     conditions = []
     for name, each in zip(arrays.names, values, strict=True):
         with naming_damage(f"{name} cannot be taken", "change the file, or give another one"):
-            conditions.append(to_conditions(arrays.shares(each)))
+            conditions.append(to_conditions(arrays.shares(each)[None]))
     return torch.cat(conditions)
 
 

@@ -38,7 +38,7 @@ from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.run_files import read_run, run_folder_of
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.runtime.settings import require_choice
-from hf_ddpm.sampling.loading import describe_guidance
+from hf_ddpm.sampling.loading import DEFAULT_TIMESTEPS, describe_guidance, describe_timesteps
 from hf_ddpm.sampling.sampler import forward_batch_of, iter_samples, labels_in_turn, sheet_by_label
 from hf_ddpm.sampling.set_files import FILE_FORMATS, FileSet, PartFiles, column_name
 from hf_ddpm.sampling.settings import SampleSettings
@@ -99,7 +99,6 @@ def write_samples(
         labels = _labels_of(pipeline, sampling, num_images)
         label = sampling.class_label if labels is None else labels[:1]
         pipeline._conditions(label, 1, pipeline.device, guidance)
-        searched = pipeline.searched_timesteps_for(steps)
         config, kept = pipeline.scheduler.config, pipeline.kept_sampler
         name = choose_sampler(config, sampling.scheduler, steps, kept, pipeline.searched_timesteps).scheduler
         record = {
@@ -107,7 +106,7 @@ def write_samples(
             "weights_sha256": weights_sha256(Path(pipeline.unet.config["_name_or_path"])),
             "scheduler": name,
             "num_inference_steps": steps,
-            "timesteps": None if searched is None else [*searched.timesteps],
+            **describe_timesteps(pipeline, steps),
             "seed": sampling.seed,
             "num_images": num_images,
             "resolution": None if size is None else to_resolution(size),
@@ -225,7 +224,7 @@ def _check_folder(out: Path, settings: dict[str, Any], existing: Sequence[Path])
         return
     recorded = read_mapping(record, "choose another folder, or delete its set")
     # The model may have another name now, and a set of single files may become larger.
-    may_differ = {"model"}
+    may_differ = {"model", *({DEFAULT_TIMESTEPS} - {*recorded})}  # sets of before do not record these
     if settings["format"] in FILE_FORMATS and _is_part_of(recorded, settings):
         may_differ.add("num_images")
     differing = [key for key in settings if key not in may_differ and recorded.get(key) != settings[key]]

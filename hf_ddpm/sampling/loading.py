@@ -25,6 +25,9 @@ from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.scheduler import complete_config
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler
 
+# What records call the timesteps that a model of arrays takes where none were searched.
+DEFAULT_TIMESTEPS = "default_timesteps"
+
 
 def load_for_sampling(
     model: str,
@@ -161,6 +164,24 @@ def choose_guidance(
     if pipeline._needs_guide(Sampler("", 0, guidance, kept is not None and kept.uses_guide)):
         pipeline.load_guide()
     return guidance
+
+
+def describe_timesteps(pipeline: DDPMPipeline, num_inference_steps: int) -> dict[str, Any]:
+    """Return what records say of the timesteps of a pipeline's scheduler: the searched ones, or those of arrays.
+
+    Args:
+        pipeline: The pipeline, with the scheduler that samples.
+        num_inference_steps: Its number of steps.
+
+    Returns:
+        `timesteps`, the searched ones or None for others; and where a model of arrays takes others than its solver
+        does by itself, DEFAULT_TIMESTEPS.
+    """
+    searched = pipeline.searched_timesteps_for(num_inference_steps)
+    if searched is not None:
+        return {"timesteps": [*searched.timesteps]}
+    default = pipeline.default_timesteps(pipeline.scheduler, num_inference_steps)
+    return {"timesteps": None, **({} if default is None else {DEFAULT_TIMESTEPS: default})}
 
 
 def describe_guidance(guidance: Guidance, pipeline: DDPMPipeline) -> dict[str, Any]:

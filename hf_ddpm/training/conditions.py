@@ -26,8 +26,14 @@ def condition_of(config: TrainingConfig, images: Any) -> Condition | None:
     if config.condition_column is None:
         return None
     assert isinstance(images, ImageCache)
-    assert images.conditions is not None
-    return Condition(images.conditions.channels, column=config.condition_column, noise=config.condition_noise)
+    of_column = images.conditions
+    assert of_column is not None
+    return Condition(
+        of_column.channels,
+        column=config.condition_column,
+        noise=config.condition_noise,
+        value_range=of_column.value_range,
+    )
 
 
 def conditions_of_batch(run: Run, batch: dict[str, Any], pixels: Tensor) -> Tensor | None:
@@ -49,7 +55,7 @@ def conditions_of_batch(run: Run, batch: dict[str, Any], pixels: Tensor) -> Tens
         assert isinstance(run.images, ImageCache)
         assert run.images.conditions is not None
         on_device = batch["conditions"].to(run.device, non_blocking=True)
-        conditions = to_conditions(on_device, run.images.conditions.max_value)
+        conditions = to_conditions(on_device, run.images.conditions.scale)
     if not run.condition.noise:
         return conditions
     return with_noise(conditions, run.config.seed, batch["positions"], run.condition.noise)

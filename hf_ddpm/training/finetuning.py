@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 
-from hf_ddpm.condition import CONDITIONAL_NETWORK, is_conditional
+from hf_ddpm.condition import CONDITIONAL_NETWORK, is_conditional, read_condition
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.image_size import to_resolution, to_size
@@ -25,8 +25,9 @@ from hf_ddpm.label_embedding import PREFIX, begin_at_zero
 from hf_ddpm.network import load_unet, naming_weights
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import network_folder, read_mapping
+from hf_ddpm.runtime.run_files import MODEL_INDEX
 from hf_ddpm.scheduler import LEARNED_VARIANCES, as_our_scheduler
-from hf_ddpm.training.checks import check_config
+from hf_ddpm.training.checks import check_config, is_resumed
 from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
 from hf_ddpm.training.parsing import load_config
 from hf_ddpm.value_range import ValueRange, read_value_range
@@ -42,9 +43,8 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
     """
     if config.init_from is None:
         return config
-    saved = Path(config.output_dir) / "config.yaml"
-    if config.resume_from_checkpoint is not None and saved.is_file():
-        saved_config = load_config(str(saved))
+    if is_resumed(config):
+        saved_config = load_config(str(Path(config.output_dir) / "config.yaml"))
         decided = {name: getattr(saved_config, name) for name in (*SCHEDULER_SETTINGS, "resolution", "channels")}
     else:
         _check_kind(config, config.init_from)
@@ -66,9 +66,21 @@ def range_to_keep(config: TrainingConfig) -> ValueRange | None:
     """
     if config.init_from is None or config.value_range is not None or config.value_quantiles is not None:
         return None
+    return read_value_range(_model_to_keep(config, config.init_from))
+
+
+def condition_range_to_keep(config: TrainingConfig) -> ValueRange | None:
+    """Return the value range that conditions have from the model of `init_from`; see `range_to_keep`."""
+    if config.init_from is None or config.condition_column is None or config.value_quantiles is not None:
+        return None
+    condition = read_condition(_model_to_keep(config, config.init_from))
+    return None if condition is None else condition.value_range
+
+
+def _model_to_keep(config: TrainingConfig, init_from: str) -> Path:
+    """Return the folder of the model whose units a run keeps: its own if it is resumed, and has saved one."""
     folder = Path(config.output_dir)
-    is_resumed = config.resume_from_checkpoint is not None and (folder / "model_index.json").is_file()
-    return read_value_range(folder if is_resumed else find_model(config.init_from)[0])
+    return folder if is_resumed(config) and (folder / MODEL_INDEX).is_file() else find_model(init_from)[0]
 
 
 def require_type(values: ValueRange, dtype: str | None) -> None:
@@ -92,11 +104,22 @@ def require_type(values: ValueRange, dtype: str | None) -> None:
 
 
 def with_range(images: Any, values: ValueRange) -> Any:
-    """Return images of arrays of which -1 and 1 stand for what they do in a model; x_0 of the user's code as it is."""
+    """Return images of which -1 and 1 stand for what they do in a model: arrays, or x_0 of the user's code."""
     if images.value_range is None:
-        return images
+        return replace(images, value_range=values, limits=(values.low, values.high))
     values = replace(images.value_range, low=values.low, high=values.high)
     return images.in_range(values) if isinstance(images, ImageCache) else replace(images, value_range=values)
+
+
+def with_range_of_conditions(images: Any, values: ValueRange) -> Any:
+    """Return images of whose conditions -1 and 1 stand for what they do in a model.
+
+    Raises:
+        UsageError: When conditions are not of a type that can have the units of the model.
+    """
+    of_column = images.conditions
+    require_type(values, of_column.value_range and of_column.value_range.dtype)
+    return replace(images, conditions=with_range(of_column, values))
 
 
 def load_weights(unet: UNet2DModel, network: Path, source: str) -> None:

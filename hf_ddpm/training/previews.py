@@ -77,7 +77,11 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
         )
     if pairs is not None and run.condition is not None:
         labels = [run.condition.label, "sample", "truth"]
-        shown = (pictured(each, run.images.value_range) for each in (pairs.conditions, samples, pairs.images))
+        values = run.images.value_range
+        shown = [
+            pictured(pairs.conditions, values if run.condition.super_resolution else run.condition.value_range),
+            *(pictured(each, values) for each in (samples, pairs.images)),
+        ]
         return figures.side_by_side([*map(figures.to_pil, shown)], labels)
     return sheet_by_label(figures.to_pil(pictured(samples, run.images.value_range)), columns, run.labels)
 

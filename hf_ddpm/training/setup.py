@@ -18,9 +18,11 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from hf_ddpm.data.cache import X_0, Accept, load_dataset, load_images
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
+from hf_ddpm.data.held_out import require_share
 from hf_ddpm.data.labels import with_network_labels
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.splits import check_groups, check_split
+from hf_ddpm.data.tables import divide_training
 from hf_ddpm.evaluation.feature_weights import check_network
 from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme, write_card
@@ -37,9 +39,17 @@ from hf_ddpm.training.augmentation import attach_map
 from hf_ddpm.training.automatic import choose_compile
 from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import Progress, TrainingState, load_checkpoint
+from hf_ddpm.training.checks import is_resumed
 from hf_ddpm.training.conditions import condition_of
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.finetuning import range_to_keep, require_type, take_over, with_range
+from hf_ddpm.training.finetuning import (
+    condition_range_to_keep,
+    range_to_keep,
+    require_type,
+    take_over,
+    with_range,
+    with_range_of_conditions,
+)
 from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.model import labels_of_run, make_network, make_objective, make_scheduler, on_scales_of_start
 from hf_ddpm.training.optimizer import make_optimizer
@@ -248,6 +258,8 @@ def _load_images(
             check_split(config, config.eval_split, "eval_split")
             check_groups(config, config.eval_split, "eval_split")
             check_network(config.eval_network, config.eval_network_path)
+        if config.eval_fraction is not None and not is_resumed(config):
+            require_share(divide_training(config), config)
         # What the settings leave open is tried as soon as the images have decided it.
         is_known = config.resolution is not None or config.model_config_name_or_path is not None
         if is_known and parts.network is None:
@@ -263,14 +275,16 @@ def _load_images(
                 try_run(config, accelerator.device, size, channels)
 
         images = _open_images(config, parts, accept, values)
-        return config, images if values is None else with_range(images, values), values is not None
+        images = images if values is None else with_range(images, values)
+        of_conditions = condition_range_to_keep(config)
+        if of_conditions is not None:
+            images = with_range_of_conditions(images, of_conditions)
+        return config, images, values is not None
 
     config, images, keeps_units = processes.main_then_rest(load, accelerator.is_local_main_process)
     processes.require_equal(images.fingerprint, "images")
     if keeps_units:
-        stays = f"-1 and 1 stand for what they do in the model in init_from: {images.value_range}"
-        is_lost = "the units of the model in init_from are lost: the data set gives x_0, which has none"
-        print_once(processes, is_lost if images.value_range is None else stays)
+        print_once(processes, f"-1 and 1 stand for what they do in the model in init_from: {images.value_range}")
     for line in processes.on_main(lambda: describe_images(config, images)):
         print_once(processes, line)
     config = replace(

@@ -31,7 +31,7 @@ from hf_ddpm.condition import Condition
 from hf_ddpm.conditional import with_condition
 from hf_ddpm.data.batches import as_tensor, epoch_order, fixed_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
-from hf_ddpm.data.conditions import low_resolution_conditions, to_conditions
+from hf_ddpm.data.conditions import conditions_of_model, low_resolution_conditions, to_conditions
 from hf_ddpm.data.labels import network_label, with_network_labels
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
@@ -71,8 +71,8 @@ class Validation:
         features: (n, d), of the images.
         num_samples: The number of samples per validation.
         condition: What images are made from; None: from noise alone.
-        column: Where they are made from those of a column, these, (n, C', H, W) uint8 or int32, on the CPU.
-        column_max_value: The value of white in the column.
+        column: Where they are made from those of a column, these, (n, C', H, W) as `images`, on the CPU.
+        column_scale: The largest value of a pixel in the column, or the range of its arrays.
         real: What samples are compared with for memorization; None: they are not.
         real_distance: The median distance of the held-out images of `real` to its training images.
     """
@@ -85,7 +85,7 @@ class Validation:
     num_samples: int
     condition: Condition | None = None
     column: Tensor | None = None
-    column_max_value: int = 255
+    column_scale: Scale = 255
     real: RealImages | None = None
     real_distance: float | None = None
 
@@ -94,7 +94,7 @@ class Validation:
         if self.condition is None:
             return None
         if self.column is not None:
-            return to_conditions(self.column[numbers].to(device), self.column_max_value)
+            return to_conditions(self.column[numbers].to(device), self.column_scale)
         assert self.condition.super_resolution is not None
         pixels = self.images[numbers].to(device)
         return low_resolution_conditions(pixels, self.condition.super_resolution, self.scale)
@@ -157,7 +157,7 @@ def open_validation(
                 tqdm.write(line, file=sys.stderr)
         rows = epoch_order(0, 0, len(held_out))[: config.eval_num_images]
         pixels, network_labels = _copy(with_network_labels(held_out, labels), rows)
-        column, column_max_value = _copy_conditions(config, held_out, condition, rows)
+        column, column_scale = _copy_conditions(config, held_out, condition, rows)
     scale = images.scale
     real = None if condition is not None else _real_images(config, images, pixels)
     parts = [network(_to_uint8(pixels[part], scale)) for part in _batches(processes, len(pixels))]
@@ -173,7 +173,7 @@ def open_validation(
         num_samples,
         condition,
         column,
-        column_max_value,
+        column_scale,
         real,
         None if real is None else _distance_of_held_out(real, processes),
     )
@@ -356,22 +356,17 @@ def _copy(images: ImageCache, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
 
 def _copy_conditions(
     config: TrainingConfig, images: ImageCache, condition: Condition | None, rows: np.ndarray
-) -> tuple[Tensor | None, int]:
-    """Return the conditions of the rows that stand in a column, and the value of white in it; else None.
+) -> tuple[Tensor | None, Scale]:
+    """Return the conditions of the rows that stand in a column, and what -1 and 1 stand for in it; else None.
 
     Raises:
-        UsageError: They have other channels than those of training.
+        UsageError: They have other channels or another type than those of training.
     """
     if condition is None or condition.column is None:
         return None, 255
     assert images.conditions is not None
-    column = images.conditions
-    if column.channels != condition.channels:
-        raise UsageError(
-            f"eval_split must hold conditions of {condition.channels} channels, as training does, got "
-            f"{column.channels} in {condition.column!r} of {config.eval_split!r}: save them in the same form"
-        )
-    return as_tensor(fixed_pixels(column, rows)), column.max_value
+    column = conditions_of_model(images.conditions, condition, "eval_split", config.eval_split)
+    return as_tensor(fixed_pixels(column, rows)), column.scale
 
 
 def _to_uint8(pixels: Tensor, scale: Scale) -> Tensor:

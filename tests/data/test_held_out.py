@@ -16,10 +16,10 @@ from PIL import Image
 from hf_ddpm.data.cache import ImageCache, load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
-from hf_ddpm.data.held_out import divide
+from hf_ddpm.data.held_out import divide, require_share
 from hf_ddpm.data.sources import check_source, find_source
 from hf_ddpm.data.splits import check_groups, check_split, describe_split, image_names, open_split
-from hf_ddpm.data.tables import open_dataset
+from hf_ddpm.data.tables import divide_training, open_dataset
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError
 from tests.support.image_data import cache_config, noise, png, save_grays
 
@@ -112,7 +112,7 @@ def test_groups_that_would_hold_out_far_more_are_refused_with_their_sizes(folder
     save_grays(folder / "b", 13)
     more = cache_config(folder, eval_fraction=0.4, group_column="folder")
     with pytest.raises(UsageError, match=r"got 0\.4 of 2 with 12 to 13 of 25 images, of which 52% would be held out"):
-        load_images(more)
+        require_share(divide_training(more), more)
     assert len(open_dataset(cache_config(folder, eval_fraction=0.51, group_column="folder"), "test")) == 13
 
 

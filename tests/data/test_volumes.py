@@ -12,8 +12,10 @@ import pytest
 
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.held_out import divide, groups_of
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.splits import open_split
+from hf_ddpm.data.volumes import with_slices
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config
 
@@ -95,6 +97,26 @@ def test_slices_without_a_group_are_divided_one_by_one_and_alike_in_each_cache(f
     first = loaded(config)
     assert len(first) == 9
     assert (loaded(DataConfig(**{**vars(config), "cache_dir": str(folder.parent / "other")})) == first).all()
+
+
+def test_volumes_of_one_name_in_folders_of_one_name_are_two_groups_wherever_the_data_lie(folder: Path) -> None:
+    held_out = []
+    for place in ("here", "there"):
+        root = folder.parent / place
+        paths = [path for site in "ab" for path in save_volumes(root / site / "anat")]
+        rows = [{"bytes": None, "path": path} for path in paths]
+        table = datasets.Dataset.from_dict({"scan": rows}).cast_column("scan", datasets.Nifti(decode=False))
+        config = DataConfig(dataset_name=str(root), eval_fraction=0.25, group_column="file")
+        sliced = with_slices(table, config)
+        assert [*dict.fromkeys(groups_of(sliced, None, config))] == [
+            f"{site}/anat/{i}.nii.gz" for site in "ab" for i in range(4)
+        ]
+        parts = divide(sliced, None, config)
+        assert (parts.num_groups, len(parts.held_out)) == (2, 6)
+        held_out.append(parts.held_out)
+    assert held_out[0] == held_out[1]
+    elsewhere = DataConfig(dataset_name=str(folder), cache_dir=str(folder), group_column="file")
+    assert groups_of(sliced, None, elsewhere)[0] == paths[0]
 
 
 def test_what_cannot_be_read_is_one_line(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from hf_ddpm import UsageError, evaluate
 from hf_ddpm.cli import app
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.evaluation.statistics import load_reference
-from hf_ddpm.evaluation.value_reference import load_value_reference, make_reference_of_data
+from hf_ddpm.evaluation.value_reference import ValueReference, load_value_reference, make_reference_of_data
 from hf_ddpm.value_range import ValueRange
 from tests.support.array_models import RANGE, fields, save_model
 
@@ -58,6 +59,34 @@ def test_what_is_for_images_alone_is_refused(folder: Path, tmp_path: Path) -> No
     with pytest.raises(UsageError, match=r"network has no effect on a reference of arrays, .*got 'inception'"):
         make_reference_of_data(config(folder), "train", tmp_path / "reference", network="inception")
     assert not (tmp_path / "reference").exists()
+
+
+def test_color_of_16_bits_is_compared_in_its_16_bits(tmp_path: Path) -> None:
+    (tmp_path / "color").mkdir()
+    colors = np.random.default_rng(0).integers(0, 65536, (14, 4, 4, 3)).astype(np.uint16)
+    for i, values in enumerate(colors):
+        (tmp_path / f"color/{i:02}.png").write_bytes(imagecodecs.png_encode(values))
+    made = make_reference_of_data(config(tmp_path / "color", preserve_input_precision=True), "train", tmp_path / "new")
+    assert isinstance(made, ValueReference)
+    assert made.metadata["values"] == {"low": 0.0, "high": 65535.0, "dtype": "uint16"}
+    assert made.statistics.means.numpy() == pytest.approx(colors.astype(np.float64).mean(axis=(1, 2)))
+    with pytest.raises(UsageError, match="preserve_input_precision must be left out for images whose features"):
+        make_reference_of_data(
+            DataConfig(dataset_name="digits", preserve_input_precision=True), "train", tmp_path / "d"
+        )
+
+
+@pytest.mark.slow
+def test_features_of_color_of_16_bits_say_that_they_are_of_8(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "color").mkdir()
+    for i in range(5):
+        values = np.full((32, 32, 3), 1000 * i, np.uint16)
+        (tmp_path / f"color/{i}.png").write_bytes(imagecodecs.png_encode(values))
+    make_reference_of_data(config(tmp_path / "color"), "train", tmp_path / "new", network="efficientnet-lite0")
+    assert "not read: the lower 8 of 16 bits of color" in capsys.readouterr().err
+    assert load_reference(tmp_path / "new").count == 5
 
 
 @pytest.mark.slow

@@ -72,6 +72,16 @@ def test_images_of_one_file_become_files_of_the_format_that_was_asked_for(tmp_pa
         assert edited.dtype == np.uint16
         assert np.array_equal(edited[~mask], image[0][~mask])
         assert not np.array_equal(edited, image[0])
+    # Without the axis of one channel, and as pages of TIFF, they are the same images.
+    np.save("all.npy", images[:, 0])
+    edit(model, *arguments[:-2], "plain")
+    tifffile.imwrite("pages.tif", images[:, 0], photometric="minisblack")
+    edit(model, "--image", "pages.tif", *arguments[2:-2], "pages")
+    for i, path in enumerate(edits):
+        wanted = tifffile.imread(path)
+        assert np.array_equal(tifffile.imread(Path("plain", "all.npy", f"{i:06d}.tif")), wanted)
+        assert np.array_equal(tifffile.imread(Path("pages", "pages.tif", f"{i:06d}.tif")), wanted)
+    np.save("all.npy", images)
     edit(model, "--image", "all.npy", "--strength", 0.1, "--out", "varied")
     assert not np.array_equal(np.load("varied/all.npy/000000.npy"), images[0])
     with Image.open("varied/edits.png") as picture:

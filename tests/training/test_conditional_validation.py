@@ -98,6 +98,6 @@ def test_validation_is_equal_over_processes(config, tmp_path, made_from):
 def test_held_out_conditions_of_another_form_are_refused_before_training(config, tmp_path):
     for path in (tmp_path / "data/test/inputs").iterdir():
         Image.new("RGB", (8, 8), (255, 0, 0)).save(path)
-    with pytest.raises(UsageError, match="eval_split must hold conditions of 1 channels, as training does, got 3 in"):
+    with pytest.raises(UsageError, match="hold conditions like those of training, 1 channels of pictures, got 3"):
         train(replace(config, model_config_name_or_path=model_file(tmp_path, in_channels=2)))
     assert not Path(config.output_dir).exists()

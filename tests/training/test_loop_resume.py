@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import hf_ddpm.data.held_out
 import hf_ddpm.network_config
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.parsing import load_config
+from tests.support.image_data import save_grays
 from tests.support.networks import smallest_unet_config
 from tests.support.trained import assert_same_weights, losses, metrics, model_file, part
 
@@ -50,6 +52,24 @@ def test_resume_keeps_the_network_of_the_checkpoint(tiny_settings, monkeypatch):
     assert network[0] == network[1]
     assert network[0]["norm_num_groups"] == network[0]["block_out_channels"][0] // 2
     assert losses(parted.output_dir) == losses(whole.output_dir)
+    assert_same_weights(whole.output_dir, parted.output_dir)
+
+
+@pytest.mark.slow
+def test_run_of_before_that_holds_out_more_than_half_goes_on(tiny_settings, tmp_path, monkeypatch):
+    for name, size in (("a", 5), ("b", 6)):
+        save_grays(tmp_path / "data" / name, size)
+    settings = {**tiny_settings, "dataset_name": None, "train_data_dir": str(tmp_path / "data"), "resolution": 8}
+    settings |= {"eval_fraction": 0.4, "group_column": "folder", "max_train_steps": 2, "checkpointing_steps": 1}
+    whole = TrainingConfig(**settings, checkpoints_total_limit=None)
+    with pytest.raises(UsageError, match="of which 55% would be held out"):
+        train(whole)
+    assert not Path(whole.output_dir).exists()
+    with monkeypatch.context() as before:
+        before.setattr(hf_ddpm.data.held_out, "MAX_UNASKED_SHARE", 1.0)
+        train(whole)
+    parted = part(whole)
+    train(replace(parted, resume_from_checkpoint="latest"))
     assert_same_weights(whole.output_dir, parted.output_dir)
 
 

@@ -22,7 +22,7 @@ import gradio as gr
 from PIL import Image
 
 from hf_ddpm.figures import to_pil
-from hf_ddpm.hub.space_app.model import EACH_LABEL, MODES, NO_LABEL, STEP_DENOISER, Model, Samples
+from hf_ddpm.hub.space_app.model import EACH_LABEL, NO_LABEL, STEP_DENOISER, Model, Samples
 from hf_ddpm.hub.space_app.pictures import CSS, edit_row, enlarged, grid, note, picture, pictures, strip
 from hf_ddpm.image_size import format_size
 from hf_ddpm.labels import describe_labels
@@ -35,7 +35,8 @@ NUM_EDITS = 4
 
 def about(model: Model) -> str:
     """Return a description of the model in Markdown."""
-    color = {"L": "gray", "RGB": "color", "RGBA": "color images with transparency,"}[MODES[model.channels]]
+    kinds = {1: "gray images", 3: "color images", 4: "color images with transparency,"}
+    kind = kinds[model.channels] if model.has_pictures else f"arrays of {model.channels} channels and"
     predicted = {
         "epsilon": "the noise in a noisy image",
         "sample": "the clean image in a noisy one",
@@ -52,7 +53,7 @@ def about(model: Model) -> str:
     guidance = guidance if model.can_be_guided else ""
     card = "" if Path(model.name).exists() else f"\n\n[The model's card](https://huggingface.co/{model.name})"
     return (
-        f"A denoising diffusion model for {color} images of {_size_of(model)} pixels. Its network has "
+        f"A denoising diffusion model for {kind} of {_size_of(model)} pixels. Its network has "
         f"{num_parameters:,} parameters and predicts {predicted}.{known}\n\n"
         f"**Forward process.** In {model.num_timesteps:,} steps, an image dissolves in Gaussian noise: "
         "x<sub>t</sub> = √ᾱ<sub>t</sub> x<sub>0</sub> + √(1 - ᾱ<sub>t</sub>) ε.\n\n"
@@ -145,11 +146,11 @@ class Handlers:
         t = int(t)
         with messages():
             check_seeds(int(seed or 0))
-            x_0 = self.model.from_image(self.first_samples().images[0] if image is None else image)
+            x_0 = self.first_samples().x_0 if image is None else self.model.from_image(image)
         x_t = self.model.add_noise(x_0, int(seed or 0), t)
         cells = [
-            picture(to_pil(x_0 / 2 + 0.5)[0], "x_0"),
-            picture(to_pil(x_t / 2 + 0.5)[0], f"x_t, t = {t}"),
+            picture(to_pil(self.model.shown(x_0) / 2 + 0.5)[0], "x_0"),
+            picture(to_pil(self.model.shown(x_t) / 2 + 0.5)[0], f"x_t, t = {t}"),
             "<span>x<sub>0</sub></span>",
             f"<span>x<sub>t</sub>, t = {t}</span>",
         ]
@@ -291,7 +292,14 @@ def _add_forward_process(model: Model, handlers: Handlers) -> dict[str, Any]:
         with gr.Column(scale=1, min_width=250):
             timestep = gr.Slider(0, T - 1, T // 4, step=1, label="Timestep t")
             seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0)
-            upload = gr.Image(label="Your own image", type="pil", image_mode=None, sources=["upload"], height=200)
+            upload = gr.Image(
+                label="Your own image",
+                type="pil",
+                image_mode=None,
+                sources=["upload"],
+                height=200,
+                visible=model.has_pictures,
+            )
         with gr.Column(scale=3, min_width=480):
             noised = gr.HTML(elem_id="noised", elem_classes="show", min_height=300)
             numbers = gr.HTML(elem_id="numbers", elem_classes="show")

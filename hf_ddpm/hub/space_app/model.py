@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline
+from hf_ddpm.figures import to_pil
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.image_size import to_size
 from hf_ddpm.names import SCHEDULERS
@@ -24,6 +25,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler
+from hf_ddpm.value_range import pictured
 
 STEP_DENOISER = "previous_sample"
 NOISELESS = "ddpm without noise"  # the mean of each step of a step denoiser
@@ -39,12 +41,15 @@ class Samples(NamedTuple):
     """The images, and the way of the first one.
 
     Args:
-        images: One image per seed.
-        states: NUM_SHOWN_STEPS of the steps as (t, x_t, x_0_hat) of the first image, tensors (1, C, H, W).
+        images: What pictures show of one image per seed.
+        states: NUM_SHOWN_STEPS of the steps as (t, x_t, x_0_hat) of the first image, tensors (1, C, H, W) of what
+            pictures show.
+        x_0: The first image, (1, C, H, W) in [-1, 1].
     """
 
     images: list[Image.Image]
     states: list[tuple[int, Tensor, Tensor]]
+    x_0: Tensor
 
 
 class Edits(NamedTuple):
@@ -81,13 +86,14 @@ class Model:
         unet_config: Any = self.pipeline.unet.config
         self.channels: int = unet_config.in_channels
         self.height, self.width = to_size(unet_config.sample_size)
-        is_of_arrays = self.pipeline.value_range is not None
-        if self.channels not in MODES or (is_of_arrays and self.channels == 4):
-            what = "arrays" if is_of_arrays else "images"
-            raise ValueError(f"the page shows images of 1, 3 or 4 channels, got {what} of {self.channels}")
         labels = self.pipeline.labels
         self.has_no_label: bool = labels is not None and labels.unconditional is not None
         self.can_be_guided: bool = self.has_no_label or _has_guide(self.pipeline)
+
+    @property
+    def has_pictures(self) -> bool:
+        """True if a picture holds an image; of others, as arrays of many channels, pictures show the channels."""
+        return self.channels in MODES and (self.pipeline.value_range is None or self.channels != 4)
 
     @property
     def label_choices(self) -> list[tuple[str, int]]:
@@ -204,10 +210,19 @@ class Model:
             num_inference_steps=num_steps,
             trajectory=np.linspace(0, num_steps - 1, NUM_SHOWN_STEPS).round().astype(int).tolist(),
             deterministic=is_deterministic,
+            output_type="pil" if self.has_pictures else "pt",
             **self._arguments(pipeline, seeds, labels, guidance_scale, on_step),
         )
-        states = [(state.timestep, state.x_t[:1], state.x_0_hat[:1]) for state in output.trajectory]
-        return Samples(output.images, states)
+        states = [
+            (state.timestep, self.shown(state.x_t[:1]), self.shown(state.x_0_hat[:1])) for state in output.trajectory
+        ]
+        if self.has_pictures:
+            return Samples(output.images, states, self.from_image(output.images[0]))
+        return Samples(to_pil(self.shown(output.images)), states, 2 * output.images[:1].cpu() - 1)
+
+    def shown(self, images: Tensor) -> Tensor:
+        """Return what pictures show of images, (B, C, H, W): some channels, or all side by side, if none can."""
+        return images if self.has_pictures else pictured(images, self.pipeline.value_range)
 
     def edit(
         self,
@@ -246,6 +261,8 @@ class Model:
 
     def editing_refusal(self) -> str:
         """Return why the model cannot edit images; nothing if it can."""
+        if not self.has_pictures:
+            return f"no picture holds its {self.channels} channels; hf-ddpm edit takes files of arrays"
         try:
             pipeline = self._editor(DDPMInpaintPipeline, self.default_steps)
             with pipeline._editing_scheduler(None):
@@ -290,7 +307,12 @@ class Model:
         """Return an image cropped and resized to the model's size, in the model's mode.
 
         An image of this size that was enlarged by a whole factor comes back as it was.
+
+        Raises:
+            ValueError: When no picture holds an image of the model.
         """
+        if not self.has_pictures:
+            raise ValueError(f"the page takes no picture for a model of {self.channels} channels: leave it out")
         image, size = image.convert(MODES[self.channels]), (self.width, self.height)
         small = image.resize(size, Image.Resampling.NEAREST)
         factor = image.width // self.width

@@ -1,0 +1,138 @@
+"""Arrays and the arrays that they are made from: they stay together, and each has its own values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_ddpm.condition import Condition
+from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.conditions import pairs_of
+from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.splits import open_split
+from hf_ddpm.runtime.errors import UsageError
+from tests.support.array_models import fields
+from tests.support.image_data import cache_config, micro_batches, noise
+
+
+def condition_of(values: np.ndarray) -> np.ndarray:
+    """Return what fields are made from in these tests: the first channel in other units, as integers."""
+    return (-10 * values[:, :1]).astype(np.int16)
+
+
+def save_array_pairs(folder: Path, values: np.ndarray, split: str | None = None) -> Path:
+    """Save fields, (N, C, H, W), in a file each, beside the files that they are made from."""
+    root = folder / split if split else folder
+    for name in ("fields", "inputs"):
+        (root / name).mkdir(parents=True)
+    lines = ["file_name,coarse_file_name,station"]
+    for i, (image, condition) in enumerate(zip(values, condition_of(values), strict=True)):
+        np.save(root / f"fields/{i}.npy", image)
+        np.save(root / f"inputs/{i}.npy", condition)
+        lines.append(f"fields/{i}.npy,inputs/{i}.npy,{i % 2}")
+    (root / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def conditions_in(images: ImageCache) -> ImageCache:
+    """Return the conditions of images, which have some."""
+    assert images.conditions is not None
+    return images.conditions
+
+
+def test_pairs_of_files_stay_together_under_crops_and_flips(tmp_path: Path) -> None:
+    values = fields(6, size=12)
+    folder = save_array_pairs(tmp_path / "pairs", values)
+    config = cache_config(folder, condition_column="coarse", resolution=8, random_crop=True, label_column="station")
+    images = load_images(config)
+    low, high = condition_of(values).min(), condition_of(values).max()
+    assert describe_images(config, images)[0].startswith(
+        f"pairs: 6 images, crops of 8 x 8, channels 2; values float32, {values.min():g} to {values.max():g}; "
+        "2 classes; made from the column coarse, channels 1, values int16, -32768 to 32767"
+    )
+    assert [low, high] == [*conditions_in(images).limits]
+    batches = [micro_batches(images, random_flip=True)[k] for k in range(4)]
+    for batch in batches:
+        assert torch.equal(batch["conditions"], (-10 * batch["pixels"][:, :1]).to(torch.int16))
+
+
+def test_files_of_many_images_give_a_pair_for_each(tmp_path: Path) -> None:
+    values = fields(7)
+    (tmp_path / "pairs").mkdir()
+    for name, part in (("a", values[:3]), ("b", values[3:])):
+        np.save(tmp_path / f"pairs/{name}.npy", part)
+        np.save(tmp_path / f"pairs/{name}-in.npy", part[:, :1] / 2)
+    metadata = tmp_path / "pairs/metadata.csv"
+    metadata.write_text("file_name,in_file_name\nb.npy,b-in.npy\na.npy,a-in.npy\n")
+    images = load_images(cache_config(tmp_path / "pairs", condition_column="in"))
+    conditions = conditions_in(images)
+    assert len(images) == len(conditions) == 7
+    assert all(np.array_equal(conditions.image(i), images.image(i)[:1] / 2) for i in range(7))
+    assert np.array_equal(images.image(4), values[0])
+    with pytest.raises(UsageError, match=r"second column of files, got 'in_file_name', none of \['image', 'in'\]"):
+        load_images(cache_config(tmp_path / "pairs", condition_column="in_file_name"))
+    metadata.write_text("file_name,in_file_name\na.npy,b-in.npy\n")
+    with pytest.raises(UsageError, match="as many images, got 3 in 'image' and 4 in 'in' in row 0"):
+        load_images(cache_config(tmp_path / "pairs", condition_column="in"))
+
+
+@pytest.mark.slow
+def test_columns_of_arrays_have_conditions_and_their_own_quantiles(tmp_path: Path) -> None:
+    values = fields(20)
+    columns = {"x": datasets.Array3D((2, 8, 8), "float32"), "y": datasets.Array2D((8, 8), "float32")}
+    rows = {"x": [*values], "y": [*(values[:, 0] / 100)]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(columns))
+    (tmp_path / "table").mkdir()
+    for split in ("train", "test"):
+        table.to_parquet(str(tmp_path / f"table/{split}.parquet"))
+    settings = {"condition_column": "y", "cache_dir": str(tmp_path / "cache")}
+    images = load_images(cache_config(tmp_path / "table", **settings, value_quantiles=[0.1, 0.9]))
+    own = conditions_in(images).value_range
+    assert own is not None
+    assert (own.low, own.high) == pytest.approx([*np.quantile(values[:, 0] / 100, [0.1, 0.9])])
+    with open_split(cache_config(tmp_path / "table", **settings), "test") as held_out:
+        condition = Condition(1, column="y", value_range=own)
+        pairs = pairs_of(condition, held_out, np.array([4, 1]))
+        low, high = (values[:, 0] / 100).min(), (values[:, 0] / 100).max()
+    shares = (values[[4, 1], :1] / 100 - low) / (high - low)
+    assert torch.allclose(pairs.conditions, torch.from_numpy(shares), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_held_out_arrays_have_their_conditions(tmp_path: Path) -> None:
+    folder = save_array_pairs(tmp_path / "pairs", fields(10))
+    config = cache_config(folder, condition_column="coarse", eval_fraction=0.3, cache_dir=str(tmp_path / "cache"))
+    trained = load_images(config)
+    with open_split(config, "test") as held_out:
+        assert (len(trained), len(held_out)) == (7, 3)
+        for images in (trained, held_out):
+            for i in range(len(images)):
+                assert np.array_equal(conditions_in(images).image(i), (-10 * images.image(i)[:1]).astype(np.int16))
+
+
+@pytest.mark.slow
+def test_arrays_and_images_are_no_pair_in_one_line(tmp_path: Path) -> None:
+    features = {"x": datasets.Array3D((2, 8, 8), "float32"), "y": datasets.Image()}
+    rows = {"x": [*fields(3)], "y": [Image.fromarray(noise(8, 8, seed=i)) for i in range(3)]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    table.to_parquet(str(tmp_path / "table/train.parquet"))
+    for image, condition, message in (
+        ("x", "y", "must hold arrays as the images are, got 'y' of images: save both"),
+        ("y", "x", "must hold images as the images are, got 'x' of arrays: save both"),
+    ):
+        settings = {"image_column": image, "condition_column": condition, "cache_dir": str(tmp_path / "cache")}
+        with pytest.raises(UsageError, match=message):
+            load_images(cache_config(tmp_path / "table", **settings))
+    folder = tmp_path / "files"
+    folder.mkdir()
+    Image.fromarray(noise(8, 8)).save(folder / "a.png")
+    np.save(folder / "a.npy", fields(1)[0])
+    for header in ("file_name,in_file_name", "in_file_name,file_name"):
+        (folder / "metadata.csv").write_text(f"{header}\na.png,a.npy\n")
+        with pytest.raises(UsageError, match="made from must both be pictures, or both arrays"):
+            load_images(cache_config(folder, condition_column="in"))
