@@ -44,6 +44,7 @@ from hf_ddpm.runtime.command_line import (
     with_options_of,
 )
 from hf_ddpm.runtime.errors import RunError, UnwrittenError, UsageError
+from hf_ddpm.runtime.loading import without_garbage_collection
 
 Metrics = Annotated[
     str,
@@ -115,7 +116,8 @@ def evaluate(
         scales = split_decimals("guidance_scale", guidance_scale)
         data = _data_of_evaluation(flags)
         join_launcher()
-        from hf_ddpm.evaluation.evaluate import evaluate
+        with without_garbage_collection():
+            from hf_ddpm.evaluation.evaluate import evaluate
 
         result, failure = _despite_the_disk(
             evaluate,
@@ -194,7 +196,8 @@ def anomaly(
         check_strengths(strengths)
         config = data_config({**flags, "dataset_name": data})
         join_launcher()
-        from hf_ddpm.evaluation.detection import find_anomalies
+        with without_garbage_collection():
+            from hf_ddpm.evaluation.detection import find_anomalies
 
         result = find_anomalies(
             model,
@@ -247,7 +250,8 @@ def reference(
     with report_errors():
         config = data_config({**flags, "dataset_name": dataset})
         say_loading()
-        from hf_ddpm.evaluation.value_reference import ValueReference, make_reference_of_data
+        with without_garbage_collection():
+            from hf_ddpm.evaluation.value_reference import ValueReference, make_reference_of_data
 
         made = make_reference_of_data(
             config,
@@ -307,7 +311,8 @@ def schedule(
         check_search(numbers, split_commas(scheduler))
         # torch is loaded here, so that a wrong number is answered before.
         say_loading()
-        from hf_ddpm.evaluation.search import search_and_keep
+        with without_garbage_collection():
+            from hf_ddpm.evaluation.search import search_and_keep
 
         found = search_and_keep(
             model,

@@ -25,6 +25,7 @@ from hf_ddpm.commands.options import (
 from hf_ddpm.names import ARRAY_FILE_FORMATS, FORMATS, SCHEDULERS
 from hf_ddpm.runtime.command_line import choice, finish, join_launcher, option, report_errors, switch
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.loading import without_garbage_collection
 
 
 def sample(
@@ -114,7 +115,8 @@ def sample(
         if image is not None:
             return _sample_from_images(model, image, out, num_images, format, json, settings)
         join_launcher()
-        from hf_ddpm.sampling.image_set import write_samples
+        with without_garbage_collection():
+            from hf_ddpm.sampling.image_set import write_samples
 
         num_images = 16 if num_images is None else num_images
         format = write_samples(model, out, num_images=num_images, format=format, **settings)
@@ -164,7 +166,8 @@ def edit(
     """
     with report_errors():
         join_launcher()
-        from hf_ddpm.sampling.edit_set import PICTURE, edit_images
+        with without_garbage_collection():
+            from hf_ddpm.sampling.edit_set import PICTURE, edit_images
 
         edits = edit_images(
             model,
@@ -207,7 +210,8 @@ def _sample_from_images(
     if num_images is not None:
         raise UsageError(f"num_images = {num_images} has no effect with image: each image gives one, leave it out")
     join_launcher()
-    from hf_ddpm.sampling.conditional_set import PICTURE, sample_from_images
+    with without_garbage_collection():
+        from hf_ddpm.sampling.conditional_set import PICTURE, sample_from_images
 
     files = sample_from_images(model, image, out, format=format, **settings)
     result = {"out": str(out), "images": [str(path) for path in files], "picture": str(out / PICTURE)}

@@ -12,6 +12,7 @@ from hf_ddpm import recipes
 from hf_ddpm.commands.options import Json
 from hf_ddpm.runtime.command_line import completer, finish, option, report_errors, say, say_loading, with_options_of
 from hf_ddpm.runtime.launch import start_processes
+from hf_ddpm.runtime.loading import without_garbage_collection
 from hf_ddpm.training.config import TrainingConfig
 
 
@@ -43,7 +44,8 @@ def train(
     if code is not None:
         raise typer.Exit(code)
     # torch is loaded here, so that a wrong setting is answered before.
-    from hf_ddpm.training.loop import train
+    with without_garbage_collection():
+        from hf_ddpm.training.loop import train
 
     train(settings)
     if not settings.dry_run:
@@ -72,7 +74,9 @@ def average(
     """
     with report_errors():
         from hf_ddpm.runtime.files import read_mapping
-        from hf_ddpm.training.posthoc import write_average
+
+        with without_garbage_collection():
+            from hf_ddpm.training.posthoc import write_average
 
         folder = write_average(run, std, out, images)
         about = read_mapping(folder / "average.json")

@@ -24,6 +24,7 @@ from hf_ddpm.runtime.launch import (
     start_missing_processes,
     take_token_from_argv,
 )
+from hf_ddpm.runtime.loading import without_garbage_collection
 from hf_ddpm.runtime.settings import SettingInfo, choices_of, did_you_mean, require_choice, settings_of
 from hf_ddpm.runtime.signals import STOPPED, StoppedOnPurpose
 
@@ -353,7 +354,8 @@ def join_launcher() -> None:
         raise typer.Exit(code)
     exit_with_launcher()
     if is_launched():
-        from hf_ddpm.runtime.processes import share_cores
+        with without_garbage_collection():
+            from hf_ddpm.runtime.processes import share_cores
 
         share_cores()
     say_loading()

@@ -22,6 +22,7 @@ from typing import Any
 
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage
+from hf_ddpm.runtime.loading import without_garbage_collection
 from hf_ddpm.runtime.signals import LAUNCHER_ENDED, LAUNCHER_VARIABLES, STOPPED, noted_signals
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -133,8 +134,9 @@ def start_processes(token: str | None = None) -> int | None:
     code = start_missing_processes(token)
     if code is not None or is_launched():
         return code
-    import torch
-    from accelerate.commands.config import default_config_file, load_config_from_file
+    with without_garbage_collection():
+        import torch
+        from accelerate.commands.config import default_config_file, load_config_from_file
 
     if not os.path.isfile(default_config_file):
         num_gpus = torch.cuda.device_count()

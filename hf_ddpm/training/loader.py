@@ -169,10 +169,13 @@ def open_loader(run: Run, progress: Progress, num_steps: int) -> Iterator[Loader
         pin_memory=run.device.type == "cuda",
     )
     other_children = multiprocessing.active_children()
-    # Garbage collection in the workers would write to every object that they inherit, and so copy its page of memory.
-    gc.freeze()
-    batches = iter(loader)
-    gc.unfreeze()
+    if config.dataloader_num_workers:
+        # Garbage collection in the workers would write to every object that they inherit, and copy its page of memory.
+        gc.freeze()
+        batches = iter(loader)
+        gc.unfreeze()
+    else:
+        batches = iter(loader)
     # torch would raise the death of a worker wherever this process is, perhaps between the halves of a step; without
     # this handler it is the next batch that raises it.
     in_main_thread = threading.current_thread() is threading.main_thread()
