@@ -375,7 +375,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
             accelerator.backward(mean * mark / len(micro_batches))
         evaluated.append((loss.detach(), t, positions))
     learning_rate = run.learning_rate(progress.images)
-    norm, is_bad = sharding.step(accelerator, run.model, run.optimizer, learning_rate, config.max_grad_norm)
+    norm, is_bad = sharding.step(accelerator, run.parameters, run.optimizer, learning_rate, config.max_grad_norm)
     decays = run.decays(progress.images, run.global_batch_size)
     if run.state.ema is not None:
         run.state.ema.update(run.parameters, decays)
