@@ -88,8 +88,8 @@ from hf_ddpm.training.setup import (
 MAX_NAMED_IMAGES = 3
 LESS_MEMORY = (
     "Give a smaller --train_batch_size and as many times more --gradient_accumulation_steps, which trains the same "
-    "model; or --gradient_checkpointing; or, if it was in a preview, a smaller --eval_batch_size. A run that wrote a "
-    "checkpoint goes on from it with --resume_from_checkpoint latest"
+    "model, as --train_batch_size auto does in a new run; or --gradient_checkpointing; or, if it was in a preview, a "
+    "smaller --eval_batch_size. A run that wrote a checkpoint goes on from it with --resume_from_checkpoint latest"
 )
 
 

@@ -117,7 +117,8 @@ class Muon(torch.optim.Optimizer):
         """Take one step with parameters of one shape, all at once: each operation takes the host's time."""
         weights = [local(p) for p in parameters]
         momenta = [local(self.state[p]["momentum_buffer"]) for p in parameters]
-        momentum, gradient = torch.stack(momenta), torch.stack([local(p.grad) for p in parameters])
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        momentum, gradient = torch.stack(momenta), torch.stack(gradients)
         is_skipped = None if self.found_inf is None else self.found_inf.bool()
         if is_skipped is not None:
             gradient = torch.where(is_skipped, momentum, gradient)  # then both lerps leave the momentum as it is
