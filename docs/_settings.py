@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hf_ddpm.data import config as data_config
 from hf_ddpm.runtime.settings import GIVEN, SettingInfo, choices_of, settings_of
@@ -32,7 +32,8 @@ def tables() -> str:
 def _choices(hint: Any, info: SettingInfo) -> Iterator[str]:
     choices = choices_of(hint) or info.names
     if choices:
-        yield f"One of {', '.join(_value(choice) for choice in choices)}."
+        one_of = "A number or" if int in get_args(hint) else "One of"
+        yield f"{one_of} {', '.join(_value(choice) for choice in choices)}."
 
 
 def _conditions(info: SettingInfo) -> Iterator[str]:

@@ -227,7 +227,7 @@ class DDPMScheduler(StockDDPMScheduler):
         Returns:
             x_t, (B, C, H, W), in the type of x_0 and eps, computed in float32 at least.
         """
-        alpha_bar = self._coefficients(timesteps, None, original_samples).alpha_bar
+        alpha_bar = self._alpha_bar_like(timesteps, original_samples)
         return _weighted_sum(alpha_bar.sqrt(), original_samples, (1 - alpha_bar).sqrt(), noise)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class DDPMScheduler(StockDDPMScheduler):
         Returns:
             v, (B, C, H, W), in the type of x_0 and eps, computed in float32 at least.
         """
-        alpha_bar = self._coefficients(timesteps, None, sample).alpha_bar
+        alpha_bar = self._alpha_bar_like(timesteps, sample)
         return _weighted_sum(alpha_bar.sqrt(), noise, -(1 - alpha_bar).sqrt(), sample)
 
     def posterior(
@@ -288,7 +288,7 @@ class DDPMScheduler(StockDDPMScheduler):
             The ratio, (B,) float64, or float32 on devices without float64.
         """
         t = _as_vector(timesteps, timesteps.device if isinstance(timesteps, Tensor) else torch.device("cpu"))
-        alpha_bar = self._coefficients(t, None, t).alpha_bar
+        alpha_bar = self._alpha_bar_like(t, t)
         return alpha_bar / (1 - alpha_bar)
 
     # What the network's output means
@@ -376,7 +376,7 @@ class DDPMScheduler(StockDDPMScheduler):
         prediction, x_t = model_output[:, : samples.shape[1]], samples
         if self.config.prediction_type == "epsilon":
             return prediction
-        alpha_bar = self._coefficients(timesteps, None, x_t).alpha_bar
+        alpha_bar = self._alpha_bar_like(timesteps, x_t)
         if self.config.prediction_type == "v_prediction":
             return _weighted_sum(alpha_bar.sqrt(), prediction, (1 - alpha_bar).sqrt(), x_t)
         x_0_hat = self.predict_original(model_output, x_t, timesteps)
@@ -610,17 +610,29 @@ class DDPMScheduler(StockDDPMScheduler):
             self._alpha_bar_on[device] = torch.cat([one, self.alpha_bar]).to(device)
         return self._alpha_bar_on[device][timesteps + 1]
 
+    def _alpha_bar_like(self, timesteps: int | Tensor, samples: Tensor) -> Tensor:
+        """Return alpha_bar_t alone, as `_coefficients` does."""
+        device = _device_of_tables(samples)
+        alpha_bar = self._alpha_bar_at(self._checked(timesteps, device))
+        if samples.device != device:
+            alpha_bar = alpha_bar.float().to(samples.device)
+        return alpha_bar.view(-1, *[1] * (samples.ndim - 1))
+
+    def _checked(self, timesteps: int | Tensor, device: torch.device) -> Tensor:
+        """Return the timesteps as a vector on a device, (B,); raise ValueError where one is not in [0, T)."""
+        t = _as_vector(timesteps, device)
+        # On other devices the check would wait for the device in each training step.
+        if device.type == "cpu" and not bool((t >= 0).all() & (t < len(self.alpha_bar)).all()):
+            raise ValueError(f"timesteps must be in [0, {len(self.alpha_bar)}), got {t.tolist()}")
+        return t
+
     def _coefficients(
         self, timesteps: int | Tensor, previous_timesteps: int | Tensor | None, samples: Tensor
     ) -> _Coefficients:
         """Return the coefficients of the step from t to s on the device of `samples`; s = t - 1 if it is None."""
-        # MPS has no float64: the (B,) values are computed on the CPU there.
-        device = torch.device("cpu") if samples.device.type == "mps" else samples.device
-        t = _as_vector(timesteps, device)
+        device = _device_of_tables(samples)
+        t = self._checked(timesteps, device)
         s = t - 1 if previous_timesteps is None else _as_vector(previous_timesteps, device)
-        # On other devices the checks would wait for the device in each training step.
-        if device.type == "cpu" and not bool((t >= 0).all() & (t < len(self.alpha_bar)).all()):
-            raise ValueError(f"timesteps must be in [0, {len(self.alpha_bar)}), got {t.tolist()}")
         if device.type == "cpu" and not bool((s >= -1).all() & (s < t).all()):
             raise ValueError(f"previous_timesteps must be in [-1, t), got {s.tolist()} for t = {t.tolist()}")
         alpha_bar, alpha_bar_prev = self._alpha_bar_at(t), self._alpha_bar_at(s)
@@ -690,6 +702,11 @@ def as_our_scheduler(config: Any) -> Any:
 def _check_choice(name: str, value: str, choices: object) -> None:
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+
+
+def _device_of_tables(samples: Tensor) -> torch.device:
+    """Return where to compute what is multiplied with samples: MPS has no float64, the CPU computes (B,) values."""
+    return torch.device("cpu") if samples.device.type == "mps" else samples.device
 
 
 def _as_vector(timesteps: int | Tensor, device: torch.device) -> Tensor:

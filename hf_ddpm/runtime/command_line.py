@@ -249,7 +249,7 @@ def _option(name: str, hint: Any, default: Any, info: SettingInfo) -> Any:
     if bool in kinds:
         return Annotated[bool | None, typer.Option(f"--{name}/--no_{name}", **common)]
     if choices := [str(choice) for choice in choices_of(hint)]:
-        metavar = f"[{'|'.join(choices)}]"
+        metavar = f"[{'|'.join(['INTEGER', *choices] if int in kinds else choices)}]"
         return Annotated[
             str | None, typer.Option(f"--{name}", metavar=metavar, autocompletion=completer(choices), **common)
         ]

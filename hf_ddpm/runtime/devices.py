@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -66,6 +67,34 @@ def memory_of(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().total + psutil.swap_memory().total
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a device's memory that this process can have now; of a CPU those without swap.
+
+    A limit on the memory of a group of processes, as containers and SLURM set it, counts where Linux shows it
+    (cgroup v2).
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil
+
+    return min([psutil.virtual_memory().available, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Yield the bytes that each limited group of this process has left, from its own to the outermost."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+        for folder in (root / own, *(root / own).parents):
+            limit = folder / "memory.max"
+            if limit.is_file() and limit.read_text().strip() != "max":
+                yield max(0, int(limit.read_text()) - int((folder / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return
 
 
 def has_bfloat16(device: torch.device) -> bool:

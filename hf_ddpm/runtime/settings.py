@@ -139,11 +139,11 @@ def check_values(config: Any) -> None:
         if value is None:
             if type(None) not in get_args(hint):
                 raise UsageError(f"{name} must have a value, got None: leave the setting out for its default")
-        elif choices:
-            require_choice(name, value, choices, info.also_called)
+        elif choices and not (int in get_args(hint) and type(value) is int):
+            _check_choice(name, value, hint, info)
         else:
             _check_type(name, value, hint)
-            if info.names:
+            if info.names and isinstance(value, str):
                 _check_names(name, value, info)
             elif isinstance(value, list) and list[int] in get_args(hint):
                 _check_whole_numbers(name, value, info)
@@ -151,6 +151,13 @@ def check_values(config: Any) -> None:
                 _check_list(name, value, info)
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 _check_range(name, value, info)
+
+
+def _check_choice(name: str, value: Any, hint: Any, info: SettingInfo) -> None:
+    choices = choices_of(hint)
+    if int in get_args(hint) and value not in choices:
+        raise UsageError(f"{name} must be a whole number or {' or '.join(choices)}, got {shortened(value)}")
+    require_choice(name, value, choices, info.also_called)
 
 
 def require_choice(
@@ -296,6 +303,8 @@ def typed_value(name: str, value: Any, hint: Any) -> Any:
     if value is None:
         return None
     if choices := choices_of(hint):
+        if int in kinds and str(value) not in choices:
+            return _whole_number(name, value, f"a whole number or {' or '.join(choices)}")
         if True in choices and str(value).lower() in _TRUTH:
             return _TRUTH[str(value).lower()]
         # YAML takes a bare `no` for false.
@@ -324,13 +333,13 @@ def _truth(name: str, value: Any) -> bool:
     return _TRUTH[str(value).lower()]
 
 
-def _whole_number(name: str, value: Any) -> int:
+def _whole_number(name: str, value: Any, what: str = "a whole number") -> int:
     try:
         if isinstance(value, bool | float):
             raise ValueError
         return int(value)
     except (TypeError, ValueError):
-        raise UsageError(f"{name} must be a whole number, got {shortened(value)}") from None
+        raise UsageError(f"{name} must be {what}, got {shortened(value)}") from None
 
 
 def _number(name: str, value: Any, what: str) -> float:

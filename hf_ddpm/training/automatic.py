@@ -1,4 +1,4 @@
-"""The choice of what `auto` stands for in the settings of a run: by what the processor has, never by the clock.
+"""The choice of what `auto` stands for in the settings of a run: by what the machine has, never by the clock.
 
 A run that is resumed, here or on another machine, keeps what was chosen at its first start, and what a later start
 gave in its place: its config.yaml has it.
@@ -15,10 +15,14 @@ import torch
 from hf_ddpm.image_size import Size
 from hf_ddpm.runtime.devices import has_amx, has_avx512, has_bfloat16, process_device_type, require_compiler
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.launch import launcher_precision
+from hf_ddpm.runtime.format import format_amount
+from hf_ddpm.runtime.launch import environment_number, launcher_precision
+from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.training.checks import is_resumed
-from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.config import DEFAULT_BATCH_SIZE, TrainingConfig
+from hf_ddpm.training.memory import batch_that_fits, room_for_steps, step_memory
 from hf_ddpm.training.parsing import load_config
+from hf_ddpm.training.sharding import AUTOCAST
 
 # Compiling takes as long as hundreds of steps of a small network, which a shorter run does not win back.
 MIN_COMPILED_STEPS = 1000
@@ -104,6 +108,65 @@ def _why_not_compiled(
     except UsageError as error:
         return str(error)
     return None
+
+
+def keep_batch(config: TrainingConfig) -> tuple[TrainingConfig, str | None]:
+    """Return the config with the batch that a resumed run has had, where `train_batch_size` is auto.
+
+    Returns:
+        The config, and a line that says so; None where it is not auto, or the run is new.
+
+    Raises:
+        UsageError: The run had another number of images in a step.
+    """
+    batch_size = _recorded(config, "train_batch_size") if config.train_batch_size == "auto" else None
+    if batch_size is None:
+        return config, None
+    accumulation = _recorded(config, "gradient_accumulation_steps")
+    config = replace(config, train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    return config, f"train_batch_size auto is {batch_size}: as in this run until now"
+
+
+def choose_batch(
+    config: TrainingConfig, unet: Any, device: torch.device, num_averages: int, processes: Processes
+) -> tuple[TrainingConfig, str]:
+    """Choose what `auto` of `train_batch_size` stands for: the most images whose forward pass fits.
+
+    It divides the images of a step and process evenly, and accumulation makes up for the rest of them, so that the
+    step is the same. All processes call it and choose alike, by the one with the least memory.
+
+    Args:
+        config: The settings, with the precision that the run has.
+        unet: The network, on the CPU.
+        device: The device of this process.
+        num_averages: The averages of the weights.
+        processes: The processes.
+
+    Returns:
+        The config with numbers, and a line that says why.
+
+    Raises:
+        UsageError: The processes cannot share the images of a step evenly.
+    """
+    of_step = config.global_batch_size or DEFAULT_BATCH_SIZE
+    of_process, rest = divmod(of_step, processes.size)
+    if rest or not of_process:
+        raise UsageError(
+            f"global_batch_size must be a multiple of the processes, {processes.size}, got {of_step}: give one that is"
+        )
+    on_machine = environment_number("LOCAL_WORLD_SIZE", processes.size)
+    room = min(processes.gather(lambda: room_for_steps(device, on_machine)))
+    memory = step_memory(unet, AUTOCAST[config.mixed_precision or "no"], num_averages, processes.size)
+    batch_size = batch_that_fits(of_process, memory, room)
+    accumulation = of_process // batch_size
+    needed = format_amount(memory.of(batch_size), "B")
+    line = (
+        f"train_batch_size auto is {batch_size}, gradient_accumulation_steps {accumulation}, for {of_step} images per "
+        f"step: the tensors of a step take {needed}, by computation, of {format_amount(room, 'B')} for them"
+    )
+    if memory.of(batch_size) > room:
+        line += "; a single image may not fit"
+    return replace(config, train_batch_size=batch_size, gradient_accumulation_steps=accumulation), line
 
 
 def _recorded(config: TrainingConfig, name: str) -> Any:

@@ -76,7 +76,7 @@ class EMA:
         Args:
             decays: The decay of each average, by its name.
         """
-        current = [local(p.detach()).float() for p in parameters]
+        current = [local(p).float() for p in parameters]
         for name, average in self.averages.items():
             torch._foreach_lerp_([local(a) for a in average], current, 1 - decays[name])
 
@@ -116,3 +116,28 @@ def sharded_like(target: Any, value: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+
+
+def gathered(targets: Sequence[Any], shards: Tensor) -> Tensor:
+    """Return N tensors whole, of which this process has the shards; all processes call it.
+
+    Args:
+        targets: N parameters of one shape, sharded as the tensors are, or not.
+        shards: (N, ...), one of each.
+    """
+    if not hasattr(targets[0], "full_tensor"):
+        return shards
+    from torch.distributed.tensor import DTensor
+
+    def gather(target: Any, shard: Tensor) -> Tensor:
+        layout = {"shape": target.shape, "stride": target.stride(), "run_check": False}
+        return DTensor.from_local(shard, target.device_mesh, target.placements, **layout).full_tensor()
+
+    return torch.stack([gather(*pair) for pair in zip(targets, shards, strict=True)])
+
+
+def scattered(targets: Sequence[Any], values: Tensor) -> Tensor:
+    """Return this process's shards of N whole tensors, (N, ...), as `gathered` takes them."""
+    if not hasattr(targets[0], "full_tensor"):
+        return values
+    return torch.stack([local(sharded_like(*pair)) for pair in zip(targets, values, strict=True)])

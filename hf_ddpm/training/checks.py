@@ -36,6 +36,8 @@ def check_config(config: TrainingConfig) -> None:
     check_values(config)
     check_data_paths(config)
     _check_relations(config)
+    if config.train_batch_size == "auto":
+        _check_automatic_batch(config)
     check_effects(config)
     _check_environment(config)
     check_output_dir(config)
@@ -87,6 +89,20 @@ def _check_relations(config: TrainingConfig) -> None:
     steps = config.ddpm_num_inference_steps
     if steps is not None and steps > config.ddpm_num_steps:
         raise UsageError(f"ddpm_num_inference_steps must be in [1, {config.ddpm_num_steps}], got {steps}")
+
+
+def _check_automatic_batch(config: TrainingConfig) -> None:
+    if config.gradient_accumulation_steps != 1:
+        raise UsageError(
+            "gradient_accumulation_steps must be left out with train_batch_size auto, which chooses both, got "
+            f"{config.gradient_accumulation_steps}: give global_batch_size, the images of a step"
+        )
+    if config.streaming:
+        raise UsageError(
+            "train_batch_size must be a number with streaming, got auto: the order of a stream depends on it"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UsageError("train_batch_size must be a number with FSDP, got auto: give one, --dry_run measures it")
 
 
 def _check_environment(config: TrainingConfig) -> None:

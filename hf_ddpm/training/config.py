@@ -15,6 +15,7 @@ from hf_ddpm.runtime.settings import GIVEN, setting
 
 # The default peak of the learning rate under each optimizer.
 LEARNING_RATES = {"muon": 3e-3, "adamw": 1e-3}
+DEFAULT_BATCH_SIZE = 32
 CLASS_DROPOUT = 0.1
 # A setting that the model of `init_from` decides -> its name in the config of that model's scheduler.
 SCHEDULER_SETTINGS = {
@@ -207,8 +208,22 @@ class TrainingConfig(DataConfig):
         resume="free",
         at_least=1,
     )
-    train_batch_size: int = setting(
-        32, "Images per process and forward pass.", group="optimization", resume="free", at_least=1
+    train_batch_size: int | Literal["auto"] = setting(
+        DEFAULT_BATCH_SIZE,
+        "Images per process and forward pass. `auto`: as many as fit in the free memory; a step sees the "
+        "`global_batch_size` images by accumulation. A resumed run keeps what was chosen.",
+        group="optimization",
+        resume="free",
+        at_least=1,
+    )
+    global_batch_size: int | None = setting(
+        None,
+        "Images per optimizer step over all processes, which `train_batch_size auto` divides; default: those that "
+        f"the recipe or file has for one process, else {DEFAULT_BATCH_SIZE}.",
+        group="optimization",
+        resume="free",
+        at_least=1,
+        only_with={"train_batch_size": "auto"},
     )
     gradient_accumulation_steps: int = setting(
         1, "Forward passes per optimizer step.", group="optimization", resume="free", at_least=1
@@ -546,6 +561,12 @@ class TrainingConfig(DataConfig):
         False, "Attention by xFormers instead of torch.", group="machine", resume="free"
     )
     local_rank: int = setting(-1, "Set by old launchers; must agree with LOCAL_RANK.", group="machine", resume="start")
+
+    @property
+    def batch_size(self) -> int:
+        """The images per process and forward pass, after `auto` was chosen."""
+        assert self.train_batch_size != "auto"
+        return self.train_batch_size
 
     @property
     def makes_from_images(self) -> bool:

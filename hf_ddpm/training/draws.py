@@ -33,7 +33,7 @@ def draw(run: Run, step: int, slot: int, positions: Tensor, shape: Sequence[int]
     """
     seed, count = run.config.seed, run.global_batch_size
     uniform, noise = image_draws(seed, positions, shape, run.device)
-    first = (slot * run.config.train_batch_size + first_stratum(seed, step, count)) % count
+    first = (slot * run.config.batch_size + first_stratum(seed, step, count)) % count
     return run.objective.timesteps_from_uniform(uniform, first_index=first, global_batch_size=count), noise
 
 

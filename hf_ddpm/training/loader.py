@@ -141,7 +141,7 @@ def open_loader(run: Run, progress: Progress, num_steps: int) -> Iterator[Loader
     cut: dict[str, Any] = {
         "seed": config.seed,
         "random_flip": config.random_flip,
-        "batch_size": config.train_batch_size,
+        "batch_size": config.batch_size,
         "accumulation_steps": config.gradient_accumulation_steps,
         "rank": run.processes.rank,
         "num_processes": run.processes.size,

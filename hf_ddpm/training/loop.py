@@ -88,8 +88,8 @@ from hf_ddpm.training.setup import (
 MAX_NAMED_IMAGES = 3
 LESS_MEMORY = (
     "Give a smaller --train_batch_size and as many times more --gradient_accumulation_steps, which trains the same "
-    "model; or --gradient_checkpointing; or, if it was in a preview, a smaller --eval_batch_size. A run that wrote a "
-    "checkpoint goes on from it with --resume_from_checkpoint latest"
+    "model, as --train_batch_size auto does in a new run; or --gradient_checkpointing; or, if it was in a preview, a "
+    "smaller --eval_batch_size. A run that wrote a checkpoint goes on from it with --resume_from_checkpoint latest"
 )
 
 
@@ -375,7 +375,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
             accelerator.backward(mean * mark / len(micro_batches))
         evaluated.append((loss.detach(), t, positions))
     learning_rate = run.learning_rate(progress.images)
-    norm, is_bad = sharding.step(accelerator, run.model, run.optimizer, learning_rate, config.max_grad_norm)
+    norm, is_bad = sharding.step(accelerator, run.parameters, run.optimizer, learning_rate, config.max_grad_norm)
     decays = run.decays(progress.images, run.global_batch_size)
     if run.state.ema is not None:
         run.state.ema.update(run.parameters, decays)

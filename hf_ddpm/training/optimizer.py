@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.training.averages import full, sharded_like
+from hf_ddpm.training.averages import gathered, local, scattered
 from hf_ddpm.training.config import TrainingConfig
 
 # Muon takes the matrices of these. It does not take those that read images, timesteps and classes, nor the one that
@@ -103,29 +103,36 @@ class Muon(torch.optim.Optimizer):
         self._step_adamw(rest)
 
     def _step_muon(self, group: dict[str, Any]) -> None:
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        by_shape: dict[Any, list[Tensor]] = {}
         for p in group["params"]:
             if p.grad is None:
                 continue
             if not self.state[p]:
                 self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
-            momentum: Tensor = self.state[p]["momentum_buffer"]
-            mixed = torch.lerp(momentum, p.grad, 1 - MOMENTUM)
-            if self.found_inf is not None:
-                mixed = torch.where(self.found_inf.bool(), momentum, mixed)
-            momentum.copy_(mixed)
-            nesterov = torch.lerp(p.grad, momentum, MOMENTUM)
-            whole = full(nesterov)
-            matrix = whole.reshape(len(whole), -1)
-            by_shape.setdefault((matrix.shape[0], matrix.shape[1]), []).append((p, matrix))
-        for (rows, columns), pairs in by_shape.items():
-            directions = orthogonal(torch.stack([matrix for _, matrix in pairs]), self.dtype)
-            for (p, _), direction in zip(pairs, directions, strict=True):
-                whole = (0.2 * max(rows, columns) ** 0.5 * direction).view(p.shape).to(p.dtype)
-                update = sharded_like(p, whole).add(p, alpha=group["weight_decay"])
-                if self.found_inf is not None:
-                    update = torch.where(self.found_inf.bool(), 0.0, update)
-                p.add_(update, alpha=-group["lr"])
+            by_shape.setdefault(p.shape, []).append(p)
+        for parameters in by_shape.values():
+            self._step_alike(parameters, group["lr"], group["weight_decay"])
+
+    def _step_alike(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
+        """Take one step with parameters of one shape, all at once: each operation takes the host's time."""
+        weights = [local(p) for p in parameters]
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        momentum, gradient = torch.stack(momenta), torch.stack(gradients)
+        is_skipped = None if self.found_inf is None else self.found_inf.bool()
+        if is_skipped is not None:
+            gradient = torch.where(is_skipped, momentum, gradient)  # then both lerps leave the momentum as it is
+        momentum.lerp_(gradient, 1 - MOMENTUM)
+        torch._foreach_copy_(momenta, momentum.unbind())
+        whole = gathered(parameters, gradient.lerp_(momentum, MOMENTUM))
+        matrices = whole.flatten(2)
+        size = 0.2 * max(matrices.shape[1:]) ** 0.5
+        directions = (size * orthogonal(matrices, self.dtype)).view(whole.shape).to(whole.dtype)
+        update = scattered(parameters, directions)
+        torch._foreach_add_(update.unbind(), weights, alpha=weight_decay)
+        if is_skipped is not None:
+            update.masked_fill_(is_skipped, 0.0)
+        torch._foreach_add_(weights, update.unbind(), alpha=-lr)
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -175,6 +182,6 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(5):
-        A = X @ X.mT
+        A = torch.bmm(X, X.mT)
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if is_tall else X

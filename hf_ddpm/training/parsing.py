@@ -18,7 +18,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, parse_mapping, write_atomically
 from hf_ddpm.runtime.settings import did_you_mean, require_choice, settings_of, typed_values, with_plain_paths
 from hf_ddpm.training.checks import check_config
-from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
+from hf_ddpm.training.config import DEFAULT_BATCH_SIZE, SCHEDULER_SETTINGS, TrainingConfig
 
 # A setting -> the settings of a file or recipe that no longer apply when it is given.
 REPLACED_SETTINGS = {
@@ -27,6 +27,7 @@ REPLACED_SETTINGS = {
     "num_epochs": ("max_train_steps",),
     "init_from": ("model_config_name_or_path", "dropout"),
     "optimizer": ("learning_rate",),
+    "train_batch_size": ("global_batch_size",),
 }
 
 
@@ -69,7 +70,13 @@ def load_config(path: str | None = None, recipe: str | None = None, **settings: 
 
 
 def override(settings: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `settings` with the values of `stronger`, and without what those replace under other names."""
+    """Return `settings` with the values of `stronger`, and without what those replace under other names.
+
+    Where `stronger` lets the memory decide the batch, a step keeps the images that it has in `settings`.
+    """
+    if settings and stronger.get("train_batch_size") == "auto":
+        stronger = {"global_batch_size": _images_of_a_step(settings), **stronger}
+        settings = {name: value for name, value in settings.items() if name != "gradient_accumulation_steps"}
     dropped = set()
     for name, replaced in REPLACED_SETTINGS.items():
         # The optimizer that the weaker settings name, too, keeps its learning rate.
@@ -77,6 +84,14 @@ def override(settings: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[s
         if stronger.get(name) is not None and not is_same_optimizer:
             dropped.update(replaced)
     return {**{name: value for name, value in settings.items() if name not in dropped}, **stronger}
+
+
+def _images_of_a_step(settings: Mapping[str, Any]) -> int | None:
+    """Return the images of a step of one process."""
+    batch_size = settings.get("train_batch_size", DEFAULT_BATCH_SIZE)
+    if batch_size == "auto":
+        return settings.get("global_batch_size")
+    return batch_size * settings.get("gradient_accumulation_steps", 1)
 
 
 def save_config(config: TrainingConfig, path: Path) -> None:

@@ -215,7 +215,7 @@ def passes_of_a_step(run: Run) -> float:
     fewer images may take as long on a GPU; one of more images takes longer everywhere.
     """
     config = run.config
-    return 3 * config.gradient_accumulation_steps * min(1.0, config.train_batch_size / CHAIN_SIZE)
+    return 3 * config.gradient_accumulation_steps * min(1.0, config.batch_size / CHAIN_SIZE)
 
 
 def _draw_figures(run: Run, progress: Progress, pipeline: DDPMPipeline) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,14 +105,14 @@ class Run:
         """The average that previews and the saved model use; None without averages."""
         return next(iter(self.state.ema.averages.values())) if self.state.ema is not None else None
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """The names of the network's parameters."""
         return [name for name, _ in self.state.unet.named_parameters()]
 
-    @property
+    @cached_property
     def parameters(self) -> list[Tensor]:
-        """The network's parameters, in the order of `names`."""
+        """The network's parameters, in the order of `names`. To find them takes a millisecond of each step."""
         return list(self.state.unet.parameters())
 
 

@@ -36,7 +36,7 @@ from hf_ddpm.runtime.processes import Processes, share_cores
 from hf_ddpm.runtime.run_files import REPLACED_RUN
 from hf_ddpm.training import sharding
 from hf_ddpm.training.augmentation import attach_map
-from hf_ddpm.training.automatic import choose_compile
+from hf_ddpm.training.automatic import choose_batch, choose_compile, keep_batch
 from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import Progress, TrainingState, load_checkpoint
 from hf_ddpm.training.checks import is_resumed
@@ -114,6 +114,8 @@ def build_run(
     config, images = _load_images(config, accelerator, processes, parts)
     if images.value_range is not None:
         _check_arrays(config, images.value_range)
+    if config.train_batch_size == "auto":
+        config = _divide_step(config, images, accelerator, processes, parts)
     start = find_start(config, images, processes)
     config, progress = start.config, start.progress
     num_steps, size, channels = start.num_steps, images.size, images.channels
@@ -326,6 +328,20 @@ def _check_arrays(config: TrainingConfig, values: ValueRange) -> None:
             f"variance_type must be fixed_small or fixed_large for {values.dtype}, got {config.variance_type}: a "
             "learned variance is trained by the likelihood of integers"
         )
+
+
+def _divide_step(
+    config: TrainingConfig, images: Images, accelerator: Accelerator, processes: Processes, parts: Parts
+) -> TrainingConfig:
+    """Return the config with the batch and the accumulation that `train_batch_size auto` stands for."""
+    kept, line = keep_batch(config)
+    if line is None:
+        labels = labels_of_run(config, images, parts.network)
+        unet = make_network(config, images, labels, condition_of(config, images), None, parts.network)
+        num_averages = len(average_decays(config, 1)(0, 1)) if config.use_ema else 0
+        kept, line = choose_batch(config, unet, accelerator.device, num_averages, processes)
+    print_once(processes, line)
+    return kept
 
 
 def _check_extra_images(config: TrainingConfig, images: Images, global_batch_size: int) -> None:

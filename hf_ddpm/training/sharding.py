@@ -84,7 +84,7 @@ def gradient_sync(accelerator: Accelerator, model: Any, is_last: bool) -> Abstra
 
 
 def step(
-    accelerator: Accelerator, model: Any, optimizer: Any, lr: float, max_grad_norm: float
+    accelerator: Accelerator, parameters: Sequence[Tensor], optimizer: Any, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
     """Clip the gradients, step with learning rate `lr` unless a gradient is not finite, and clear the gradients.
 
@@ -94,7 +94,7 @@ def step(
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    norm: Any = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm: Any = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     norm = full(norm)
     is_bad = ~norm.isfinite()
     if accelerator.scaler is None:

@@ -45,8 +45,14 @@ def find_start(config: TrainingConfig, images: Images, processes: Processes) -> 
     """
     checkpoint, progress = _find_checkpoint(config, processes, images)
     if progress is not None:
+        if config.global_batch_size not in (None, progress.global_batch_size):
+            raise UsageError(
+                f"global_batch_size was {progress.global_batch_size} in this run, got {config.global_batch_size}: "
+                "leave it out, or give train_batch_size and gradient_accumulation_steps to change it on purpose"
+            )
         config = _split_global_batch(config, progress.global_batch_size, processes)
-    global_batch_size = config.train_batch_size * config.gradient_accumulation_steps * processes.size
+    config = replace(config, global_batch_size=None)
+    global_batch_size = config.batch_size * config.gradient_accumulation_steps * processes.size
     if progress is None:
         progress = _new_progress(config, images, global_batch_size, processes)
     counts_epochs = config.max_train_steps is None or config.save_images_epochs or config.save_model_epochs
@@ -71,7 +77,7 @@ def _new_progress(config: TrainingConfig, images: Images, global_batch_size: int
     stream = None
     if config.streaming:
         num_substreams = processes.size * max(1, config.dataloader_num_workers)
-        stream = {"num_substreams": num_substreams, "chunk_size": config.train_batch_size, "block_starts": []}
+        stream = {"num_substreams": num_substreams, "chunk_size": config.batch_size, "block_starts": []}
     return Progress(
         step=0,
         images=0,
@@ -81,7 +87,7 @@ def _new_progress(config: TrainingConfig, images: Images, global_batch_size: int
         schedule_batch_size=global_batch_size,
         num_images=images.num_images,
         data_fingerprint=images.fingerprint,
-        train_batch_size=config.train_batch_size,
+        train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         num_bad_images=images.num_bad,
         stream=stream,
@@ -116,7 +122,7 @@ def _find_checkpoint(
     print_once(processes, f"the run resumes from {checkpoint.name}, after {progress.images} images")
     requested = {name: getattr(config, name) for name in ("train_batch_size", "gradient_accumulation_steps")}
     if any(value != getattr(progress, name) for name, value in requested.items()):  # changed on purpose
-        requested_batch = config.train_batch_size * config.gradient_accumulation_steps * processes.size
+        requested_batch = config.batch_size * config.gradient_accumulation_steps * processes.size
         if requested_batch != progress.global_batch_size:
             _print_new_batch(processes, progress.global_batch_size, requested_batch)
         progress = replace(progress, global_batch_size=requested_batch, **requested)
@@ -137,7 +143,7 @@ def require_same_run(config: TrainingConfig) -> None:
 
 def _split_global_batch(config: TrainingConfig, global_batch_size: int, processes: Processes) -> TrainingConfig:
     """Return the config with a batch and accumulation by which these processes keep the global batch, if any do."""
-    batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
+    batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
     num_processes = processes.size
     if batch_size * accumulation * num_processes == global_batch_size:
         return config

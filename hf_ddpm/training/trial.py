@@ -80,7 +80,7 @@ def require_memory(config: TrainingConfig, trial: Trial, device: torch.device) -
         UsageError: When it does not; the message names what takes most of it.
     """
     image = trial.channels * trial.size[0] * trial.size[1]
-    batch = config.train_batch_size
+    batch = 1 if config.train_batch_size == "auto" else config.train_batch_size
     # Weights, gradients, one moment of the optimizer, and the average; input and output of the largest layer.
     copies = 4 if config.use_ema else 3
     # FSDP divides all of these among its processes.

@@ -90,10 +90,13 @@ def test_port_that_is_taken_is_named(model):
 
 PYTHON = {
     "a dict": (lambda: {"output_dir": "run"}, "config must be a TrainingConfig, got a dict: hf_ddpm.load_config"),
-    "text for a number": (lambda: TrainingConfig(train_batch_size="4"), "train_batch_size must be a whole number"),  # pyright: ignore[reportArgumentType]
+    "text for a number": (
+        lambda: TrainingConfig(train_batch_size="4"),
+        "train_batch_size must be a whole number or auto",
+    ),  # pyright: ignore[reportArgumentType]
     "half an image": (
         lambda: TrainingConfig(train_batch_size=1.5),
-        "train_batch_size must be a whole number, got 1.5",
+        "train_batch_size must be a whole number or auto, got 1.5",
     ),  # pyright: ignore[reportArgumentType]
     "truth for a number": (lambda: TrainingConfig(learning_rate=True), "learning_rate must be a number, got True"),
     "a number for a list": (

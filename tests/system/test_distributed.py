@@ -90,6 +90,17 @@ def test_every_division_of_the_global_batch_trains_the_same_model(runs, name):
     assert len(traces["whole"]) == 12
 
 
+@pytest.mark.slow
+def test_processes_divide_an_automatic_batch_alike(runs, tmp_path):
+    root, _ = runs
+    config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"))
+    auto = {"train_batch_size": "auto", "gradient_accumulation_steps": 1, "global_batch_size": 8}
+    config = replace(config, **auto)
+    assert start(config, 2) == [0, 0], said(config)
+    assert "train_batch_size auto is 4, gradient_accumulation_steps 1, for 8 images per step" in said(config)
+    assert_same(root / "whole", tmp_path / "run")
+
+
 def assert_same(*folders):
     """Loss, learning rate, average and previews."""
     whole, parts = map(trace, folders)

@@ -112,7 +112,7 @@ def test_first_prediction_is_zero():
         ("--learning_rat 1", "no such option: --learning_rat; did you mean --learning_rate"),
         ("--train_batch_size 0", "train_batch_size must be at least 1, got 0"),
         (f"--train_batch_size 1{400 * '0'}", "train_batch_size must fit in 64 bits, got 1000"),
-        ("--train_batch_size many", "train_batch_size must be a whole number, got 'many'"),
+        ("--train_batch_size many", "train_batch_size must be a whole number or auto, got 'many'"),
         ("--prediction_type x0", "prediction_type must be one of epsilon, sample, v_prediction, .*, got 'x0'"),
         ("--prediction_type epsilon --rescale_betas_zero_snr", "rescale_betas_zero_snr .*got epsilon"),
         ("--resume_from_checkpoint checkpoint-5", "resume_from_checkpoint must be latest, got 'checkpoint-5'"),

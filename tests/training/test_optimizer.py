@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_ddpm.network import make_unet
 from hf_ddpm.training.config import TrainingConfig
@@ -54,6 +55,44 @@ def test_muon_takes_a_convolution_as_the_matrix_of_its_outputs():
             parameter.grad = torch.randn(8, 36).view(parameter.shape)
             optimizer.step()
     assert torch.equal(kernel.view(8, 36), matrix)
+
+
+def test_muon_of_parameters_of_one_shape_is_that_of_each(parameters):
+    """To the last bit, also in a step that is skipped: they are stacked, and nothing else."""
+    rest = parameters.pop()
+    several, ones = copy.deepcopy(parameters), copy.deepcopy(parameters)
+    together = Muon(several, [rest], lr=0.1, weight_decay=0.1)
+    each = [Muon([p], [nn.Parameter(torch.zeros(1))], lr=0.1, weight_decay=0.1) for p in ones]
+    for found in (0.0, 1.0, 0.0):
+        set_gradients(several, ones)
+        for optimizer in (together, *each):
+            optimizer.found_inf = torch.tensor(found)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(several, ones, strict=True))
+
+
+def test_muon_dispatches_as_many_operations_for_any_number_of_parameters_of_one_shape():
+    def count(number):
+        parameters = [nn.Parameter(torch.randn(16, 4, 3, 3)) for _ in range(number)]
+        optimizer = Muon(parameters, [nn.Parameter(torch.zeros(1))], lr=0.1)
+        for _ in range(2):  # the first step also makes the state
+            set_gradients(parameters)
+            optimizer.found_inf = torch.zeros(())
+            with Operations() as operations:
+                optimizer.step()
+        return operations.count
+
+    assert count(2) == count(5) > 0
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch dispatches."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_orthogonal_keeps_directions_and_equalizes_lengths():

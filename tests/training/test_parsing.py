@@ -183,7 +183,7 @@ def test_yaml_value_has_type_of_setting(line, name, value, tmp_path):
         ("- a", "it must be a mapping, got \\['a'\\]: write a line"),
         ("a: [", "run.yaml cannot be read"),
         ("max_train_steps: many", "max_train_steps must be a whole number, got 'many'"),
-        ("train_batch_size: 1.5", "train_batch_size must be a whole number, got 1.5"),
+        ("train_batch_size: 1.5", "train_batch_size must be a whole number or auto, got 1.5"),
         ("learning_rate: true", "learning_rate must be a number, got True"),
         ("use_ema: perhaps", "use_ema must be true or false, got 'perhaps'"),
         ("output_dir: [a, b]", "output_dir must be a text"),
