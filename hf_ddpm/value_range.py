@@ -69,6 +69,10 @@ class ValueRange:
         """Return what `to_x_0` does, without clipping what lies outside of the range."""
         return (values.float() - self.low) * (2 / (self.high - self.low)) - 1
 
+    def from_x_0(self, x_0: Tensor) -> Tensor:
+        """Return low + (x_0 + 1) (high - low) / 2, float32: values in the units of the data, not in their type."""
+        return self.low + (x_0.float() + 1) * ((self.high - self.low) / 2)
+
     def to_units(self, images: Tensor) -> np.ndarray:
         """Return images in the units and the type of the data: low + image * (high - low), integers rounded.
 

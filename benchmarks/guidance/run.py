@@ -118,10 +118,10 @@ class Classifier(nn.Module):
         return self.layers(self.convolutions(images))
 
 
-def learn_classifier(data: DataConfig, kept: Path | None = None) -> tuple[Classifier, float]:
+def learn_classifier(data: DataConfig, file: Path | None = None) -> tuple[Classifier, float]:
     """Return a classifier of the training images, and its accuracy on the test split, or on a fifth, held out.
 
-    Its weights are read from the file `kept`, or written to it.
+    Its weights are read from `file`, or written to it where that is absent.
     """
     torch.manual_seed(0)
     images = load_images(data)
@@ -133,12 +133,15 @@ def learn_classifier(data: DataConfig, kept: Path | None = None) -> tuple[Classi
         held_out, rest = order[: int(HELD_OUT * len(x))], order[int(HELD_OUT * len(x)) :]
         test, (x, y) = (x[held_out], y[held_out]), (x[rest], y[rest])
     classifier = Classifier(images.channels, images.size[0], images.num_classes or 0)
-    if kept is not None and kept.is_file():
-        classifier.load_state_dict(torch.load(kept))
+    if file is not None and file.is_file():
+        content = torch.load(file)
+        if content["fingerprint"] != images.fingerprint:
+            raise SystemExit(f"{file} was learned from other images: name another file")
+        classifier.load_state_dict(content["weights"])
     else:
         learn(classifier, x, y)
-    if kept is not None:
-        torch.save(classifier.state_dict(), kept)
+        if file is not None:
+            torch.save({"fingerprint": images.fingerprint, "weights": classifier.state_dict()}, file)
     classifier.eval()
     return classifier, float((named(classifier, test[0]) == test[1]).float().mean())
 
@@ -180,11 +183,11 @@ def named(classifier: Classifier, images: Tensor) -> Tensor:
 
 
 def sample(
-    options: argparse.Namespace, seeds: Sequence[int], guidance: Guidance | None, **how: Any
+    options: argparse.Namespace, seeds: Sequence[int], guidance: Guidance | None, **settings: Any
 ) -> tuple[Tensor, Tensor]:
     """Return samples, (N, C, R, R) in [0, 1], and the classes that they were asked for, (N,)."""
     weaker = None if guidance is None else options.guidance_model
-    pipeline, _ = load_for_sampling(str(options.run), guidance_model=weaker, **how)
+    pipeline, _ = load_for_sampling(str(options.run), guidance_model=weaker, **settings)
     labels = labels_in_turn(pipeline.classes, seeds) or []
     batches = iter_samples(
         pipeline,

@@ -68,7 +68,7 @@ class GivenImages(InFormat):
 
     @property
     def scale(self) -> Scale:
-        """The largest value of a pixel; x_0 needs none, whatever its units are."""
+        """The largest value of a pixel, 255 for x_0, which is in [-1, 1] whatever its units are."""
         return self.max_value
 
     @property

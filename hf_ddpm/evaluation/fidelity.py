@@ -177,9 +177,8 @@ def measure_fidelity(
         seconds = time.perf_counter() - started
         num_passes += len(passes)
         images = torch.cat(passes)
-        shown, truth = (
-            pictured(each, pipeline.value_range) for each in (_shares(images, pipeline), pairs.images[part])
-        )
+        shown = pictured(_shares(images, pipeline), pipeline.value_range)
+        truth = pictured(pairs.images[part], pipeline.value_range)
         return _SampledBatch(
             images,
             None if network is None else network(images),

@@ -79,11 +79,8 @@ def sample_from_images(
         pipeline, steps, guidance = sampling.load(model, makes_from_images=True)
         assert isinstance(pipeline, ConditionalDDPMPipeline)
         values = None if arrays is None else pipeline.value_range
-        if arrays is None and pipeline.condition.value_range is not None:
-            raise UsageError(
-                f"image must hold arrays of {pipeline.condition.value_range}, which the model makes arrays from, got "
-                f"the picture {names[0]}: save its values as such an array"
-            )
+        if arrays is None:
+            _require_pictures(pipeline, names)
         labels = _class_labels(pipeline, sampling.class_label, len(names))
         size = sampling.size_of(pipeline)
         to_conditions = partial(pipeline.to_conditions, size=size)
@@ -125,14 +122,23 @@ def sample_from_images(
 
         samples = [picture for share in processes.gather(sample_share) for picture in share]
 
-        def write_picture() -> None:
-            of_conditions = None if arrays is None else arrays.value_range
-            shown = pictured(conditions[:PICTURE_IMAGES], of_conditions)
-            columns = [to_pil(shown), samples]
-            write_atomically(out / PICTURE, png_bytes(side_by_side(columns, [pipeline.condition.label, "sample"])))
-
-        processes.on_main(write_picture)
+        shown = to_pil(pictured(conditions[:PICTURE_IMAGES], None if arrays is None else arrays.value_range))
+        picture = side_by_side([shown, samples], [pipeline.condition.label, "sample"])
+        processes.on_main(lambda: write_atomically(out / PICTURE, png_bytes(picture)))
     return new
+
+
+def _require_pictures(pipeline: ConditionalDDPMPipeline, names: Sequence[Path]) -> None:
+    """Check that a model takes pictures.
+
+    Raises:
+        UsageError: When it makes arrays from arrays.
+    """
+    if pipeline.condition.value_range is not None:
+        raise UsageError(
+            f"image must hold arrays of {pipeline.condition.value_range}, which the model makes arrays from, got "
+            f"the picture {names[0]}: save its values as such an array"
+        )
 
 
 def _write_share(

@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_ddpm.condition import Condition, require_factor
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import low_resolution_conditions, to_conditions
+from hf_ddpm.data.given import GivenImages
 from hf_ddpm.runtime.seeds import CONDITION, image_draws
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.run import Run
@@ -50,7 +51,12 @@ def conditions_of_batch(run: Run, batch: dict[str, Any], pixels: Tensor) -> Tens
     if run.condition is None:
         return None
     if run.condition.super_resolution is not None:
-        conditions = low_resolution_conditions(pixels, run.condition.super_resolution, run.images.scale)
+        scale = run.images.scale
+        if isinstance(run.images, GivenImages) and run.images.value_range is not None:
+            # A low resolution has the type of the data, as the arrays that the model will be given.
+            scale = run.images.value_range
+            pixels = scale.from_x_0(pixels)
+        conditions = low_resolution_conditions(pixels, run.condition.super_resolution, scale)
     else:
         assert isinstance(run.images, ImageCache)
         assert run.images.conditions is not None

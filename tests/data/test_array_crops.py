@@ -80,20 +80,20 @@ def test_volumes_in_folders_of_their_own_are_held_out_whole(tmp_path: Path) -> N
         eval_fraction=0.5,
         group_column="folder",
     )
-    trained, held_out, num_groups = divide_training(config)
-    assert num_groups == 2
-    assert not {row // 3 for row in trained} & {row // 3 for row in held_out}
+    parts = divide_training(config)
+    assert parts.num_groups == 2
+    assert not {row // 3 for row in parts.trained} & {row // 3 for row in parts.held_out}
 
 
 def test_slices_of_a_file_are_held_out_together(tmp_path: Path) -> None:
     (tmp_path / "volumes").mkdir()
     for i in range(4):
         np.save(tmp_path / f"volumes/{i}.npy", PLACES[3 * i : 3 * i + 3])
-    trained, held_out, num_groups = divide_training(
+    parts = divide_training(
         cache_config(None, train_data_dir=str(tmp_path / "volumes"), eval_fraction=0.5, group_column="file")
     )
-    assert num_groups == 2
-    assert not {row // 3 for row in trained} & {row // 3 for row in held_out}
+    assert parts.num_groups == 2
+    assert not {row // 3 for row in parts.trained} & {row // 3 for row in parts.held_out}
 
 
 def test_splits_of_arrays_share_the_groups_that_both_have(tmp_path: Path) -> None:
@@ -120,6 +120,6 @@ def test_copies_of_an_array_in_a_table_stay_together(kind: str, tmp_path: Path) 
         (tmp_path / "table").mkdir()
         table.to_parquet(str(tmp_path / "table/train.parquet"))
     config = cache_config(None, dataset_name=str(tmp_path / "table"), cache_dir=str(tmp_path / "cache"))
-    trained, held_out, _ = divide_training(DataConfig(**{**vars(config), "eval_fraction": 0.25}))
-    assert len(held_out) == 6
-    assert not {row % 12 for row in trained} & {row % 12 for row in held_out}
+    parts = divide_training(DataConfig(**{**vars(config), "eval_fraction": 0.25}))
+    assert len(parts.held_out) == 6
+    assert not {row % 12 for row in parts.trained} & {row % 12 for row in parts.held_out}

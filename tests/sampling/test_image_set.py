@@ -1,5 +1,6 @@
 """Sets of images: the same files however they are written, resumed after a kill, in each format."""
 
+import errno
 import hashlib
 import json
 import os
@@ -109,6 +110,23 @@ def test_write_samples_resumes_after_a_kill(arguments, tmp_path):
         # Whole files are not written again: they have the same inode.
         for path, stat in files.items():
             assert format == "npz" or (path.stat().st_ino, path.stat().st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
+
+
+@pytest.mark.slow
+def test_write_samples_ends_where_a_file_cannot_be_written(arguments, tmp_path, monkeypatch):
+    """Files are written in a thread, whose error is that of the command."""
+    write, written = set_files.write_atomically, []
+
+    def write_or_fail(path: Path, content: bytes | str) -> None:
+        if len(written) == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(set_files, "write_atomically", write_or_fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_samples(**arguments, out=tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == sorted(path.name for path in written)
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,29 @@ import pytest
 import torch
 
 from hf_ddpm import DDPMPipeline
+from hf_ddpm.condition import Condition
+from hf_ddpm.data.conditions import low_resolution_conditions
+from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.given import open_given
+from hf_ddpm.training.conditions import conditions_of_batch
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from tests.support.array_models import RANGE, fields, save_model
 
-pytestmark = pytest.mark.slow
+
+def test_low_resolution_of_x_0_is_that_of_the_arrays() -> None:
+    """Not that of 8-bit images, which would differ by half a step of 1/255."""
+    arrays = torch.from_numpy(fields(4))
+    x_0 = RANGE.to_x_0(arrays)
+    torch.testing.assert_close(RANGE.from_x_0(x_0), arrays, rtol=1e-6, atol=0)
+    images = replace(open_given([*x_0.numpy()], DataConfig()), value_range=RANGE)
+    run: Any = SimpleNamespace(condition=Condition(2, super_resolution=2), images=images)
+    conditions = conditions_of_batch(run, {}, x_0)
+    assert conditions is not None
+    torch.testing.assert_close(conditions, low_resolution_conditions(arrays, 2, RANGE), rtol=0, atol=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "previous_sample"])
 def test_x_0_keeps_the_units_of_the_model_of_arrays(tmp_path: Path, prediction_type: str, capsys: Any) -> None:
     model = save_model(tmp_path / "model")
