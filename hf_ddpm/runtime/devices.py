@@ -80,19 +80,29 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     import psutil
 
-    return min([psutil.virtual_memory().available, *_left_in_groups()])
+    return min(
+        [psutil.virtual_memory().available, *_left_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))]
+    )
 
 
-def _left_in_groups() -> Iterator[int]:
-    """Yield the bytes that each limited group of this process has left, from its own to the outermost."""
-    root = Path("/sys/fs/cgroup")
+def _left_in_groups(root: Path, membership: Path) -> Iterator[int]:
+    """Yield the bytes that each limited group of this process has left, from its own to the outermost.
+
+    Pages of files that nobody has used of late count as left: Linux takes them back.
+
+    Args:
+        root: The folder of all groups.
+        membership: The file that names the group of this process.
+    """
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = membership.read_text().splitlines()
         own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
         for folder in (root / own, *(root / own).parents):
             limit = folder / "memory.max"
             if limit.is_file() and limit.read_text().strip() != "max":
-                yield max(0, int(limit.read_text()) - int((folder / "memory.current").read_text()))
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+                yield max(0, int(limit.read_text()) - used)
     except (OSError, ValueError):
         return
 

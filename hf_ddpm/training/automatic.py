@@ -14,7 +14,7 @@ import torch
 
 from hf_ddpm.image_size import Size
 from hf_ddpm.runtime.devices import has_amx, has_avx512, has_bfloat16, process_device_type, require_compiler
-from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.format import format_amount
 from hf_ddpm.runtime.launch import environment_number, launcher_precision
 from hf_ddpm.runtime.processes import Processes
@@ -115,9 +115,6 @@ def keep_batch(config: TrainingConfig) -> tuple[TrainingConfig, str | None]:
 
     Returns:
         The config, and a line that says so; None where it is not auto, or the run is new.
-
-    Raises:
-        UsageError: The run had another number of images in a step.
     """
     batch_size = _recorded(config, "train_batch_size") if config.train_batch_size == "auto" else None
     if batch_size is None:
@@ -125,6 +122,20 @@ def keep_batch(config: TrainingConfig) -> tuple[TrainingConfig, str | None]:
     accumulation = _recorded(config, "gradient_accumulation_steps")
     config = replace(config, train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
     return config, f"train_batch_size auto is {batch_size}: as in this run until now"
+
+
+def check_batch(config: TrainingConfig, processes: Processes) -> None:
+    """Check that the processes of a new run can share the images of a step evenly, where `train_batch_size` is auto.
+
+    Raises:
+        UsageError: They cannot.
+    """
+    of_step = config.global_batch_size or DEFAULT_BATCH_SIZE
+    if config.train_batch_size == "auto" and not is_resumed(config) and of_step % processes.size:
+        raise UsageError(
+            f"global_batch_size, the images per step, must be a multiple of {processes.size}, the processes, got "
+            f"{of_step}: give --global_batch_size one that is"
+        )
 
 
 def choose_batch(
@@ -146,17 +157,18 @@ def choose_batch(
         The config with numbers, and a line that says why.
 
     Raises:
-        UsageError: The processes cannot share the images of a step evenly.
+        UsageError: The network cannot be run without numbers.
     """
     of_step = config.global_batch_size or DEFAULT_BATCH_SIZE
-    of_process, rest = divmod(of_step, processes.size)
-    if rest or not of_process:
-        raise UsageError(
-            f"global_batch_size must be a multiple of the processes, {processes.size}, got {of_step}: give one that is"
-        )
+    of_process = of_step // processes.size
     on_machine = environment_number("LOCAL_WORLD_SIZE", processes.size)
     room = min(processes.gather(lambda: room_for_steps(device, on_machine)))
-    memory = step_memory(unet, AUTOCAST[config.mixed_precision or "no"], num_averages, processes.size)
+    try:
+        memory = step_memory(unet, AUTOCAST[config.mixed_precision or "no"], num_averages, processes.size)
+    except Exception as error:  # a network of the user's own raises any class
+        raise UsageError(
+            f"train_batch_size must be a number for a network whose memory cannot be computed: {in_one_line(error)}"
+        ) from error
     batch_size = batch_that_fits(of_process, memory, room)
     accumulation = of_process // batch_size
     needed = format_amount(memory.of(batch_size), "B")

@@ -169,13 +169,13 @@ def open_loader(run: Run, progress: Progress, num_steps: int) -> Iterator[Loader
         pin_memory=run.device.type == "cuda",
     )
     other_children = multiprocessing.active_children()
-    if config.dataloader_num_workers:
-        # Garbage collection in the workers would write to every object that they inherit, and copy its page of memory.
+    # Garbage collection in the workers would write to every object that they inherit, and copy its page of memory.
+    has_workers, was_frozen = config.dataloader_num_workers > 0, gc.get_freeze_count() > 0
+    if has_workers:
         gc.freeze()
-        batches = iter(loader)
+    batches = iter(loader)
+    if has_workers and not was_frozen:  # by the command, after it loaded torch
         gc.unfreeze()
-    else:
-        batches = iter(loader)
     # torch would raise the death of a worker wherever this process is, perhaps between the halves of a step; without
     # this handler it is the next batch that raises it.
     in_main_thread = threading.current_thread() is threading.main_thread()

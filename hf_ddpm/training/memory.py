@@ -1,6 +1,6 @@
-"""The memory of a step, computed before there is one: the tensors that a forward and backward pass hold at once.
+"""The memory of a step, computed before there is one: the tensors that forward and backward passes hold at once.
 
-torch runs the passes of a copy of the network that has shapes and no numbers, and counts the bytes of all tensors that
+torch runs two passes, the second beside the gradients of the first, of a copy of the network that has shapes and no numbers, and counts the bytes of all tensors that
 are alive. So the numbers are the same on every machine. An allocator and the scratch memory of convolutions come on
 top, for which `MEMORY_SHARES` leaves room.
 """
@@ -82,7 +82,7 @@ def room_for_steps(device: torch.device, processes_of_machine: int) -> int:
 
 
 def _peak_of_passes(unet: Any, autocast_dtype: torch.dtype | None, num_images: int) -> int:
-    """Return the most bytes held at once in a forward and backward pass, but for the weights."""
+    """Return the most bytes held at once in two forward and backward passes, but for the weights."""
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
     copy = deepcopy(unet).train()
     for module in copy.modules():
@@ -97,9 +97,11 @@ def _peak_of_passes(unet: Any, autocast_dtype: torch.dtype | None, num_images: i
         t = torch.zeros(num_images, dtype=torch.int64)
         labels = {name: value.expand(num_images, *value.shape[1:]) for name, value in example_labels(copy).items()}
         with LiveBytes(copy.parameters()) as bytes_held:
-            with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
-                output = copy(x_t, t, **labels).sample
-            output.float().square().mean().backward()
+            for _ in range(2):
+                with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
+                    output = copy(x_t, t, **labels).sample
+                output.float().square().mean().backward()
+                del output
     return bytes_held.peak
 
 

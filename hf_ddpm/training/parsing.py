@@ -7,7 +7,7 @@ A setting has the value of its flag or keyword argument; else that of the file o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hf_ddpm import recipes
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, parse_mapping, write_atomically
 from hf_ddpm.runtime.settings import did_you_mean, require_choice, settings_of, typed_values, with_plain_paths
-from hf_ddpm.training.checks import check_config
+from hf_ddpm.training.checks import check_config, is_resumed
 from hf_ddpm.training.config import DEFAULT_BATCH_SIZE, SCHEDULER_SETTINGS, TrainingConfig
 
 # A setting -> the settings of a file or recipe that no longer apply when it is given.
@@ -53,31 +53,33 @@ def config_from_flags(flags: Mapping[str, Any], path: str | None = None, recipe:
 
 
 def load_config(path: str | None = None, recipe: str | None = None, **settings: Any) -> TrainingConfig:
-    """Return a config from keyword arguments, a YAML file and a recipe.
+    """Return a config from keyword arguments, a YAML file and a recipe, of which the first are the strongest.
+
+    Where `train_batch_size` is auto, a step of a new run has the images that weaker settings give it.
 
     Raises:
         UsageError: When a name is unknown, or a value has another type than its setting. Ranges and relations are
             checked when the run starts.
     """
     _check_names(settings, "keyword argument")
-    loaded: dict[str, Any] = {}
-    if recipe is not None:
-        loaded = _recipe_settings(recipe)
+    layers = [] if recipe is None else [_recipe_settings(recipe)]
     if path is not None:
-        loaded = override(loaded, _file_settings(path))
-    config = TrainingConfig(**override(loaded, typed_values(TrainingConfig, settings)))
-    return with_plain_paths(config, TrainingConfig)
+        layers.append(_file_settings(path))
+    loaded: dict[str, Any] = {}
+    images_of_step = None
+    for layer in [*layers, typed_values(TrainingConfig, settings)]:
+        if layer.get("train_batch_size") == "auto":
+            images_of_step = _images_of_step(loaded)
+        loaded = override(loaded, layer)
+    config = with_plain_paths(TrainingConfig(**loaded), TrainingConfig)
+    if config.train_batch_size == "auto" and config.global_batch_size is None and not is_resumed(config):
+        config = replace(config, global_batch_size=images_of_step)
+    return config
 
 
 def override(settings: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `settings` with the values of `stronger`, and without what those replace under other names.
-
-    Where `stronger` lets the memory decide the batch, a step keeps the images that it has in `settings`.
-    """
-    if settings and stronger.get("train_batch_size") == "auto":
-        stronger = {"global_batch_size": _images_of_a_step(settings), **stronger}
-        settings = {name: value for name, value in settings.items() if name != "gradient_accumulation_steps"}
-    dropped = set()
+    """Return `settings` with the values of `stronger`, and without what those replace under other names."""
+    dropped = {"gradient_accumulation_steps"} if stronger.get("train_batch_size") == "auto" else set()
     for name, replaced in REPLACED_SETTINGS.items():
         # The optimizer that the weaker settings name, too, keeps its learning rate.
         is_same_optimizer = name == "optimizer" and settings.get(name) == stronger.get(name)
@@ -86,12 +88,12 @@ def override(settings: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[s
     return {**{name: value for name, value in settings.items() if name not in dropped}, **stronger}
 
 
-def _images_of_a_step(settings: Mapping[str, Any]) -> int | None:
-    """Return the images of a step of one process."""
+def _images_of_step(settings: Mapping[str, Any]) -> int | None:
+    """Return the images that settings give a step of one process; None if they leave that open."""
     batch_size = settings.get("train_batch_size", DEFAULT_BATCH_SIZE)
     if batch_size == "auto":
         return settings.get("global_batch_size")
-    return batch_size * settings.get("gradient_accumulation_steps", 1)
+    return None if batch_size is None else batch_size * (settings.get("gradient_accumulation_steps") or 1)
 
 
 def save_config(config: TrainingConfig, path: Path) -> None:

@@ -36,7 +36,7 @@ from hf_ddpm.runtime.processes import Processes, share_cores
 from hf_ddpm.runtime.run_files import REPLACED_RUN
 from hf_ddpm.training import sharding
 from hf_ddpm.training.augmentation import attach_map
-from hf_ddpm.training.automatic import choose_batch, choose_compile, keep_batch
+from hf_ddpm.training.automatic import check_batch, choose_batch, choose_compile, keep_batch
 from hf_ddpm.training.averages import EMA
 from hf_ddpm.training.checkpoint import Progress, TrainingState, load_checkpoint
 from hf_ddpm.training.checks import is_resumed
@@ -111,6 +111,7 @@ def build_run(
     """
     sharding.check(accelerator)
     _check_device(config, accelerator)
+    check_batch(config, processes)
     config, images = _load_images(config, accelerator, processes, parts)
     if images.value_range is not None:
         _check_arrays(config, images.value_range)

@@ -17,6 +17,10 @@ from hf_ddpm.runtime.loading import without_garbage_collection
 collections = []
 gc.callbacks.append(lambda phase, about: collections.append(phase))
 with without_garbage_collection():
+    pass
+print(gc.get_freeze_count())
+with without_garbage_collection():
+    import wave
     loaded = [[] for _ in range(100_000)]
 print(len(collections), gc.isenabled(), gc.get_freeze_count() > 100_000)
 try:
@@ -24,8 +28,12 @@ try:
         raise ImportError
 except ImportError:
     print(gc.isenabled())
+gc.disable()
+with without_garbage_collection():
+    pass
+print(gc.isenabled())
 """
-    assert python(code).split() == ["0", "True", "True", "True"]
+    assert python(code).split() == ["0", "0", "True", "True", "True", "False"]
 
 
 @pytest.mark.slow

@@ -1,19 +1,23 @@
 """`train_batch_size auto`: bytes that are computed, a batch that fits, images per step that stay."""
 
+from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hf_ddpm import UsageError, load_config
 from hf_ddpm.network import make_unet
+from hf_ddpm.runtime.devices import _left_in_groups
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.training.automatic import choose_batch, keep_batch
+from hf_ddpm.training.automatic import check_batch, choose_batch, keep_batch
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
-from hf_ddpm.training.memory import LiveBytes, StepMemory, batch_that_fits, step_memory
+from hf_ddpm.training.memory import LiveBytes, StepMemory, batch_that_fits, room_for_steps, step_memory
 from hf_ddpm.training.parsing import config_from_flags, save_config
 
 CPU, ALONE = torch.device("cpu"), Processes(timedelta(minutes=1))
@@ -25,13 +29,15 @@ def unet():
 
 
 def real_bytes(unet, dtype, num_images):
-    """The bytes of the tensors of two passes, of real numbers."""
+    """The bytes of the tensors of two forward and backward passes, of real numbers."""
     x_t, t = torch.zeros(num_images, 1, 8, 8), torch.zeros(num_images, dtype=torch.int64)
     unet.zero_grad()
     with LiveBytes([*unet.parameters(), x_t, t]) as held:
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            output = unet(x_t, t, class_labels=t).sample
-        output.float().square().mean().backward()
+        for _ in range(2):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                output = unet(x_t, t, class_labels=t).sample
+            output.float().square().mean().backward()
+            del output
     return held.peak
 
 
@@ -74,6 +80,38 @@ def test_chosen_batch_fits_and_keeps_the_images_of_a_step(unet):
     assert 1 < chosen.batch_size < count
     assert chosen.batch_size * chosen.gradient_accumulation_steps == count
     assert f"train_batch_size auto is {chosen.batch_size}, gradient_accumulation_steps" in line
+    # The memory that is free changes meanwhile; the next divisor is at most half as large again.
+    memory, room = step_memory(unet, None, 1, 1), room_for_steps(CPU, 1)
+    assert memory.of(chosen.batch_size) < 1.2 * room
+    assert memory.of(3 * chosen.batch_size // 2) > 0.8 * room
+
+
+def test_network_that_looks_at_numbers_is_refused(unet):
+    network = deepcopy(unet)
+    forward = network.forward
+    network.forward = lambda x_t, t, **labels: forward(x_t, t.clamp(max=int(t.max())), **labels)
+    with pytest.raises(UsageError, match="train_batch_size must be a number for a network whose memory cannot be"):
+        choose_batch(TrainingConfig(train_batch_size="auto"), network, CPU, 1, ALONE)
+
+
+def test_images_that_processes_cannot_share_are_refused(tmp_path):
+    config = TrainingConfig(train_batch_size="auto", global_batch_size=10, output_dir=str(tmp_path / "run"))
+    check_batch(config, ALONE)
+    with pytest.raises(UsageError, match="must be a multiple of 3, the processes, got 10"):
+        check_batch(config, SimpleNamespace(size=3))
+
+
+def test_memory_left_in_groups_counts_pages_that_linux_takes_back(tmp_path):
+    group = tmp_path / "groups/job_1/step"
+    group.mkdir(parents=True)
+    (tmp_path / "membership").write_text("0::/job_1/step\n")
+    left = partial(_left_in_groups, tmp_path / "groups", tmp_path / "membership")
+    assert [*left()] == []
+    (group.parent / "memory.max").write_text("1000\n")
+    (group.parent / "memory.current").write_text("900\n")
+    (group.parent / "memory.stat").write_text("anon 100\ninactive_file 700\n")
+    (group / "memory.max").write_text("max\n")
+    assert [*left()] == [800]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +131,23 @@ def test_images_of_a_step_are_those_of_the_weaker_settings(tmp_path, recipe, fil
     assert (config.train_batch_size, config.global_batch_size) == ("auto", images)
     assert config.gradient_accumulation_steps == 1
     check_config(replace(config, output_dir=str(tmp_path / "run"), dataset_name="digits"))
+
+
+def test_resumed_run_does_not_ask_for_the_images_of_its_file(tmp_path):
+    """Which may be those of one of several processes."""
+    (tmp_path / "checkpoint-1").mkdir()
+    save_config(TrainingConfig(train_batch_size=4, output_dir=str(tmp_path)), tmp_path / "config.yaml")
+    settings = {"train_batch_size": "auto", "resume_from_checkpoint": "latest"}
+    assert load_config(str(tmp_path / "config.yaml"), **settings).global_batch_size is None
+    assert load_config(str(tmp_path / "config.yaml"), **settings, global_batch_size=6).global_batch_size == 6
+    assert load_config(str(tmp_path / "config.yaml"), train_batch_size="auto").global_batch_size == 4
+
+
+@pytest.mark.parametrize("file", ["train_batch_size:", "gradient_accumulation_steps:"])
+def test_empty_value_is_no_number_of_images(tmp_path, file):
+    path = tmp_path / "settings.yaml"
+    path.write_text(file)
+    assert load_config(str(path), train_batch_size="auto").train_batch_size == "auto"
 
 
 def test_number_replaces_auto_of_a_file(tmp_path):
