@@ -1,8 +1,8 @@
 """The memory of a step, computed before there is one: the tensors that forward and backward passes hold at once.
 
-torch runs two passes, the second beside the gradients of the first, of a copy of the network that has shapes and no numbers, and counts the bytes of all tensors that
-are alive. So the numbers are the same on every machine. An allocator and the scratch memory of convolutions come on
-top, for which `MEMORY_SHARES` leaves room.
+torch runs two passes, the second beside the gradients of the first, of a copy of the network that has shapes and no
+numbers, and counts the bytes of all tensors that are alive. So the numbers are the same on every machine. An allocator
+and the scratch memory of convolutions come on top, for which `MEMORY_SHARES` leaves room.
 """
 
 from __future__ import annotations
