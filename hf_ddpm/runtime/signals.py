@@ -63,7 +63,7 @@ def hours_in_job(started: float) -> tuple[float | None, str | None]:
         return None, f"the time limit of {name} is not known, {error}: to stop before it, give max_train_hours"
     if left is None:
         return None, f"{name} has no time limit"
-    left = max(left, 1)
+    left = max(left, 0)
     margin = min(JOB_MARGIN_SECONDS, left / 10)
     hours = (time.monotonic() - started + left - margin) / 3600
     return hours, (

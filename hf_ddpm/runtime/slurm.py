@@ -23,6 +23,7 @@ _PORTS_OF_STEP = 1009
 # SLURM gives a job without a limit an end in a year.
 _NO_LIMIT_SECONDS = 300 * 86400
 _SQUEUE_SECONDS = 60
+_REMEDY = "start the command by srun"
 
 
 def job() -> str | None:
@@ -93,8 +94,8 @@ def _variable(name: str) -> str:
     text = os.environ.get(name, "").strip()
     if not text:
         raise UsageError(
-            f"{name} must be set in a job step of SLURM, as SLURM_STEP_ID or SLURM_STEP_NUM_TASKS is: start the "
-            "command by srun, or unset both to work alone"
+            f"{name} must be set in a job step of SLURM, as SLURM_STEP_ID or SLURM_STEP_NUM_TASKS is: {_REMEDY}, or "
+            "unset both to work alone"
         )
     return text
 
@@ -103,7 +104,7 @@ def _number(name: str, end: int | None = None) -> int:
     text = _variable(name)
     if not text.isdecimal() or (end is not None and int(text) >= end):
         below = "" if end is None else f" below {end}"
-        raise UsageError(f"{name} in the environment must be a whole number{below}, got {text!r}: start it by srun")
+        raise UsageError(f"{name} in the environment must be a whole number{below}, got {text!r}: {_REMEDY}")
     return int(text)
 
 
@@ -117,7 +118,7 @@ def _tasks_per_node(num_tasks: int) -> list[int]:
     if sum(counts) != num_tasks:
         raise UsageError(
             f"{name} in the environment must be the {num_tasks} tasks of SLURM_STEP_NUM_TASKS, as in 4(x2),3, got "
-            f"{text!r}: start it by srun"
+            f"{text!r}: {_REMEDY}"
         )
     return counts
 
