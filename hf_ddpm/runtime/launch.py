@@ -76,15 +76,15 @@ def _take_place_in_step() -> None:
     given = [name for name in RANK_VARIABLES if name in os.environ]
     if len(given) == len(RANK_VARIABLES):
         return
-    place = slurm.place_in_step()
-    if place is None or os.environ.get("PMI_SIZE", place["WORLD_SIZE"]) != place["WORLD_SIZE"]:
+    num_tasks = slurm.num_tasks_of_step()
+    if num_tasks == 1 or environment_number("PMI_SIZE", num_tasks) != num_tasks:
         return
     if given:
         raise UsageError(
             f"{', '.join(RANK_VARIABLES)} must all be set in a job step of SLURM, or none of them, got "
             f"{' and '.join(given)}: unset what is set, and they are those of SLURM"
         )
-    for name, value in place.items():
+    for name, value in slurm.place_in_step().items():
         os.environ.setdefault(name, value)
 
 

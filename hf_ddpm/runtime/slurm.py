@@ -31,17 +31,23 @@ def job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def place_in_step() -> dict[str, str] | None:
-    """Return what torchrun would tell this task of a job step; None outside a step of several tasks.
+def num_tasks_of_step() -> int:
+    """Return the number of tasks of the job step of this process; 1 outside a step.
+
+    Raises:
+        UsageError: When it is missing, or none.
+    """
+    is_in_step = "SLURM_STEP_ID" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+    return _number("SLURM_STEP_NUM_TASKS") if is_in_step else 1
+
+
+def place_in_step() -> dict[str, str]:
+    """Return what torchrun would tell this task of a job step.
 
     Raises:
         UsageError: When a variable of SLURM is missing or contradicts another, or the first node has no address.
     """
-    if "SLURM_STEP_ID" not in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ:
-        return None
-    num_tasks = _number("SLURM_STEP_NUM_TASKS")
-    if num_tasks == 1:
-        return None
+    num_tasks = num_tasks_of_step()
     counts = _tasks_per_node(num_tasks)
     node = _number("SLURM_NODEID", len(counts))
     port = PORTS[(_number("SLURM_JOB_ID") + _PORTS_OF_STEP * _number("SLURM_STEP_ID")) % len(PORTS)]

@@ -65,7 +65,9 @@ def test_launch_config_trains(name, tmp_path):
         assert engines == {key for key in SAID[name] if key.startswith("ACCELERATE_USE_")}
 
 
-@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (2, False), (STOPPED, True), (137, False)])
+@pytest.mark.parametrize(
+    ("code", "is_requeued"), [(0, False), (1, False), (2, False), (STOPPED, True), (137, False), (143, True)]
+)
 def test_job_that_was_stopped_is_requeued_and_no_other(code, is_requeued, tmp_path):
     """Programs named as SLURM's write down what they are asked for."""
     for name, ending in [("srun", f"exit {code}"), ("scontrol", "")]:
