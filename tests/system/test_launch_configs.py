@@ -65,10 +65,8 @@ def test_launch_config_trains(name, tmp_path):
         assert engines == {key for key in SAID[name] if key.startswith("ACCELERATE_USE_")}
 
 
-@pytest.mark.parametrize(
-    ("code", "is_requeued"), [(0, False), (1, False), (2, False), (STOPPED, True), (137, False), (143, True)]
-)
-def test_job_that_was_stopped_is_requeued_and_no_other(code, is_requeued, tmp_path):
+@pytest.mark.parametrize("code", [0, 1, 2, STOPPED, 137, 143])
+def test_job_that_was_stopped_is_requeued_and_no_other(code, tmp_path):
     """Programs named as SLURM's write down what they are asked for."""
     for name, ending in [("srun", f"exit {code}"), ("scontrol", "")]:
         program = tmp_path / name
@@ -80,7 +78,7 @@ def test_job_that_was_stopped_is_requeued_and_no_other(code, is_requeued, tmp_pa
     assert done.returncode == code
     started, *requeued = (tmp_path / "asked").read_text().splitlines()
     assert started.startswith("srun --cpus-per-task=8 hf-ddpm train")
-    assert requeued == (["scontrol requeue 41"] if is_requeued else [])
+    assert requeued == (["scontrol requeue 41"] if code in (STOPPED, 143) else [])
 
 
 def test_job_resumes_its_run():
