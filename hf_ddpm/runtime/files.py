@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from hf_ddpm.runtime import slurm
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 # The folder of a pipeline's network: of one that makes images from noise, and of one that makes them from images too.
@@ -89,23 +91,36 @@ def lock(folder: Path) -> Iterator[bool]:
         Whether the folder is locked.
 
     Raises:
-        BlockingIOError: When another process holds the lock.
+        BlockingIOError: When another process holds the lock; the message names it.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield False
         return
-    with open(folder / ".lock", "a") as file:
+    with open(folder / ".lock", "a+") as file:
         try:
             # This lock belongs to the process alone: a process that it forks does not hold it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_locked = True
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise BlockingIOError(error.errno, "another process has locked it", str(folder)) from error
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise BlockingIOError(error.errno, f"{holder} has locked it", str(folder)) from error
             is_locked = False
+        if is_locked:
+            with suppress(OSError):  # a full disk is no reason not to lock
+                file.truncate(0)
+                file.write(_own_name())
+                file.flush()
         yield is_locked
+
+
+def _own_name() -> str:
+    """Return what a person finds this process by: its job, or its number and machine."""
+    job = slurm.job()
+    return f"process {os.getpid()} on {platform.node()}" if job is None else f"job {job} of SLURM"
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Processes: started where a launcher would start them, and ended together.
 
 `accelerate launch` and torchrun start the processes of a run, and so does `hf-ddpm train` on a machine with several
-GPUs or with a file of `accelerate config`. Three gaps of launchers are closed here:
+GPUs or with a file of `accelerate config`. SLURM's `srun` starts them, too, but tells them their place in its own
+words. Three gaps of launchers are closed here:
 
     `accelerate launch --cpu --num_processes N` starts one process and says nothing (accelerate #2741).
     torchrun exits with 1, whatever code its workers exit with.
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_ddpm.runtime import slurm
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage
 from hf_ddpm.runtime.loading import without_garbage_collection
@@ -47,16 +49,43 @@ def is_launched() -> bool:
     return any(name in os.environ for name in (*RANK_VARIABLES, *MPI_VARIABLES, *LAUNCHER_VARIABLES))
 
 
-def check_launch() -> None:
-    """Check what the environment says of this process, before Accelerate and torch act on it.
+def settle_place() -> None:
+    """Take the place among processes that SLURM gives this one, and check what else the environment says of it.
+
+    Accelerate and torch act on it later.
 
     Raises:
-        UsageError: When a place among processes is no number, or DeepSpeed is asked for.
+        UsageError: When a place among processes is no number or not whole, or DeepSpeed is asked for.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UsageError(NO_DEEPSPEED)
+    _take_place_in_step()
     for name in (*RANK_VARIABLES, "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         environment_number(name, 0)
+
+
+def _take_place_in_step() -> None:
+    """Tell this process what torchrun would, if SLURM's `srun` started it as one of several; what is set counts.
+
+    Raises:
+        UsageError: When a part of its place is set.
+    """
+    # A launcher that is a task of a step itself hands the variables of the step on.
+    if any(name in os.environ for name in (*LAUNCHER_VARIABLES, "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")):
+        return
+    given = [name for name in RANK_VARIABLES if name in os.environ]
+    if len(given) == len(RANK_VARIABLES):
+        return
+    num_tasks = slurm.num_tasks_of_step()
+    if num_tasks == 1 or environment_number("PMI_SIZE", num_tasks) != num_tasks:
+        return
+    if given:
+        raise UsageError(
+            f"{', '.join(RANK_VARIABLES)} must all be set in a job step of SLURM, or none of them, got "
+            f"{' and '.join(given)}: unset what is set, and they are those of SLURM"
+        )
+    for name, value in slurm.place_in_step().items():
+        os.environ.setdefault(name, value)
 
 
 def environment_number(name: str, default: int) -> int:
@@ -169,7 +198,7 @@ def start_missing_processes(token: str | None = None) -> int | None:
     Raises:
         UsageError: When it cannot be found out how many processes were asked for, or they are on several machines.
     """
-    check_launch()
+    settle_place()
     # For more than one process Accelerate names their meeting point, even though it starts one; a launcher that starts
     # them all also gives each its rank.
     is_alone = not any(name in os.environ for name in ("RANK", "WORLD_SIZE", *MPI_VARIABLES))

@@ -20,12 +20,16 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+from hf_ddpm.runtime import slurm
 from hf_ddpm.runtime.errors import RunError
+from hf_ddpm.runtime.format import format_duration
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-# torchrun passes signals on to its workers, which a terminal or scheduler may have sent to all processes already.
-SAME_SECONDS = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+# torchrun and srun pass signals on, which a terminal or scheduler may have sent to all processes already.
+SAME_SECONDS = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ else 0.0
+# A run stops so long before the end of its job, which kills it, or a tenth of the time that is left if that is less.
+JOB_MARGIN_SECONDS = 300
 # What `accelerate launch` tells every process, and torchrun too.
 LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 # The signal that `launch.exit_with_launcher` asks the kernel for.
@@ -39,6 +43,33 @@ class StoppedOnPurpose(RunError):
 def noted_signals() -> list[signal.Signals]:
     """Return those of SIGNALS that end a run: SIGHUP does not under nohup, which lets it be ignored."""
     return [n for n in SIGNALS if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def hours_in_job(started: float) -> tuple[float | None, str | None]:
+    """Return the hours after which a run is to end so that its job of SLURM does not end it.
+
+    Args:
+        started: The start of the run, in seconds of `time.monotonic`.
+
+    Returns:
+        The hours from that start on, None without a limit; and a line that says what was read, None outside a job.
+    """
+    if slurm.job() is None:
+        return None, None
+    name = f"job {slurm.job()} of SLURM"
+    try:
+        left = slurm.job_seconds_left()
+    except OSError as error:
+        return None, f"the time limit of {name} is not known, {error}: to stop before it, give max_train_hours"
+    if left is None:
+        return None, f"{name} has no time limit"
+    left = max(left, 0)
+    margin = min(JOB_MARGIN_SECONDS, left / 10)
+    hours = (time.monotonic() - started + left - margin) / 3600
+    return hours, (
+        f"max_train_hours is {hours:.4g}: {name} ends in {format_duration(left)}, and {format_duration(margin)} are "
+        "for a checkpoint"
+    )
 
 
 class StopRequest:

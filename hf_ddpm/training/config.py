@@ -292,7 +292,8 @@ class TrainingConfig(DataConfig):
     )
     max_train_hours: float | None = setting(
         None,
-        "Hours after which this start writes a checkpoint and exits with code 75; the next start counts anew.",
+        "Hours after which this start writes a checkpoint and exits with code 75; default: no limit, or in a job of "
+        "SLURM its time limit, less a margin for the checkpoint. The next start counts anew.",
         group="optimization",
         resume="start",
         above=0,

@@ -35,11 +35,11 @@ from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, explain_full_memory
-from hf_ddpm.runtime.launch import check_launch
+from hf_ddpm.runtime.launch import settle_place
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import seed_step
 from hf_ddpm.runtime.settings import with_plain_paths
-from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest
+from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest, hours_in_job
 from hf_ddpm.training import sharding
 from hf_ddpm.training.augmentation import told_parameters
 from hf_ddpm.training.automatic import choose_precision
@@ -129,7 +129,7 @@ def train(
         StoppedOnPurpose: A signal or `max_train_hours` ended the run; a checkpoint was written. It is a RunError.
     """
     started = time.monotonic()
-    check_launch()
+    settle_place()
     config = with_plain_paths(config, TrainingConfig)
     check_config(config)
     parts = Parts(dataset, network, objective, callbacks if callable(callbacks) else tuple(callbacks))
@@ -156,10 +156,15 @@ def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipe
         print_cost(run, progress, estimate_cost(run, progress, take_step))
         end_processes(run)
         return None
+    max_hours = config.max_train_hours
+    if max_hours is None:
+        max_hours, reason = processes.on_main(lambda: hours_in_job(started))
+        if reason is not None:
+            print_once(processes, reason)
     num_steps = progress.step + num_steps_left(run, progress)
     print_once(processes, describe_start(run, progress, next_preview(run, progress.step, num_steps)))
     with open_run(run, progress) as run:
-        with StopRequest(config.max_train_hours, started) as stop:
+        with StopRequest(max_hours, started) as stop:
             progress = run_loop(run, progress, stop)
         pipeline = finish_run(run, progress)
         failure = announce_end(run, progress)

@@ -29,7 +29,8 @@ from hf_ddpm.hub.card import check_readme, write_card
 from hf_ddpm.image_size import Size, to_resolution
 from hf_ddpm.labels import scales_of, takes_floats
 from hf_ddpm.network import compile_network
-from hf_ddpm.runtime.devices import require_compiler
+from hf_ddpm.runtime import slurm
+from hf_ddpm.runtime.devices import process_device_type, require_compiler
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import lock
 from hf_ddpm.runtime.processes import Processes, share_cores
@@ -93,6 +94,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         kind._reset_state()
     logging_dir = str(Path(config.output_dir) / config.logging_dir)
     return Accelerator(
+        # Several processes work on the CPU only if they are told to. GPUs that SLURM gave must be found.
+        cpu=slurm.gives_no_gpu() and process_device_type() == "cpu",
         mixed_precision=config.mixed_precision,
         log_with=[*config.logger.split(",")] if config.logger else None,  # pyright: ignore[reportArgumentType]
         project_config=ProjectConfiguration(config.output_dir, logging_dir=logging_dir),

@@ -1,13 +1,20 @@
-"""What `accelerate launch --config_file launch_configs/*.yaml` tells the processes that it starts."""
+"""What `accelerate launch --config_file launch_configs/*.yaml` tells the processes, and when a job is requeued."""
 
 import json
+import os
+import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from hf_ddpm.runtime.signals import STOPPED
+from tests.support.command_line import parse_config
 from tests.support.forks import python
 
 ROOT = Path(__file__).parents[2]
+JOB = ROOT / "launch_configs/slurm.sbatch"
 SAID = {
     "ddp": {},
     "fsdp": {
@@ -30,7 +37,8 @@ from pathlib import Path
 
 
 def test_every_launch_config_has_a_test():
-    assert {path.stem for path in (ROOT / "launch_configs").iterdir()} == SAID.keys()
+    tested = {JOB.name, *(f"{name}.yaml" for name in SAID)}
+    assert {path.name for path in (ROOT / "launch_configs").iterdir()} == tested
 
 
 @pytest.mark.slow
@@ -55,3 +63,25 @@ def test_launch_config_trains(name, tmp_path):
         assert not [key for key in LEFT_OUT if environment.get(key, "none").lower() != "none"]
         engines = {key for key, value in environment.items() if key.startswith("ACCELERATE_USE_") and value == "true"}
         assert engines == {key for key in SAID[name] if key.startswith("ACCELERATE_USE_")}
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, STOPPED, 137, 143])
+def test_job_that_was_stopped_is_requeued_and_no_other(code, tmp_path):
+    """Programs named as SLURM's write down what they are asked for."""
+    for name, ending in [("srun", f"exit {code}"), ("scontrol", "")]:
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho "{name} $@" >> asked\n{ending}\n')
+        program.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "41", "SLURM_CPUS_PER_TASK": "8"}
+    done = subprocess.run(["bash", str(JOB)], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == code
+    started, *requeued = (tmp_path / "asked").read_text().splitlines()
+    assert started.startswith("srun --cpus-per-task=8 hf-ddpm train")
+    assert requeued == (["scontrol requeue 41"] if code in (STOPPED, 143) else [])
+
+
+def test_job_resumes_its_run():
+    command = re.search(r"hf-ddpm train (.*)", JOB.read_text())
+    assert command is not None
+    assert parse_config(shlex.split(command[1])).resume_from_checkpoint == "latest"
