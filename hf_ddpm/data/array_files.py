@@ -144,8 +144,12 @@ def open_arrays(path: Path, keys: Sequence[str]) -> Iterator[list[FileArray]]:
             yield [array]
 
 
-def array_of_picture(content: bytes) -> FileArray:
+def array_of_picture(content: bytes, name: str) -> FileArray:
     """Return the array in the bytes of a PNG or TIFF file, as `open_arrays` does for a file.
+
+    Args:
+        content: The bytes.
+        name: What error messages call the image.
 
     Raises:
         UsageError: When they are of another format, or a package is missing.
@@ -157,7 +161,7 @@ def array_of_picture(content: bytes) -> FileArray:
     if not content.startswith(_TIFF_SIGNATURES):
         raise UsageError(
             "preserve_input_precision can keep 16 bits of color only where all images are PNG or TIFF files of it, "
-            "got another format: leave it out"
+            f"got another format in {name}: leave it out"
         )
     require_package(Path("an image .tif"))
     with _open_tiff(io.BytesIO(content)) as array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_ddpm.data.arrays import slice_feature, slices_of
+from hf_ddpm.data.arrays import one_image, slice_feature, slices_of
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import folder_classes, metadata_column
 from hf_ddpm.data.metadata import Metadata
@@ -32,8 +32,14 @@ def open_array_pairs(metadata: Metadata, config: DataConfig) -> Dataset:
     file_columns = _columns_of_files(metadata, config)
     numbers: list[int] = []
     slices: dict[str, list[Any]] = {name: [] for name in file_columns}
+    # If the first file of a column is one image, all are: one that is not will be named when it is read.
+    hold_one: dict[str, bool] = {}
     for row in range(len(metadata)):
-        of_row = {name: _slices(metadata.columns[name][row], config) for name in file_columns}
+        of_row: dict[str, list[Any]] = {}
+        for name in file_columns:
+            path = metadata.columns[name][row]
+            of_row[name] = _slices(path, config, hold_one.get(name, False))
+            hold_one.setdefault(name, path is not None and of_row[name] == [one_image(Path(path))])
         counts = {name: len(cells) for name, cells in of_row.items()}
         if len({*counts.values()}) > 1:
             held = " and ".join(f"{count:,} in {name!r}" for name, count in counts.items())
@@ -44,10 +50,10 @@ def open_array_pairs(metadata: Metadata, config: DataConfig) -> Dataset:
         numbers += [row] * len(of_row[file_columns[0]])
         for name, cells in of_row.items():
             slices[name] += cells
-    others = {name: cells for name, cells in metadata.columns.items() if name not in metadata.file_columns}
+    other_columns = {name: cells for name, cells in metadata.columns.items() if name not in metadata.file_columns}
     columns: dict[str, Any] = {
         name: metadata_column(name, [cells[row] for row in numbers], is_of_files=False)
-        for name, cells in others.items()
+        for name, cells in other_columns.items()
     }
     features: dict[str, Any] = {**datasets.Features.from_arrow_schema(pyarrow.table(columns).schema)}
     labels = folder_classes([Path(cell["path"] if cell else "") for cell in slices[file_columns[0]]])
@@ -73,6 +79,14 @@ def _columns_of_files(metadata: Metadata, config: DataConfig) -> list[str]:
     return sorted(read, key=lambda name: name == config.condition_column)
 
 
-def _slices(path: str | None, config: DataConfig) -> list[Any]:
-    """Return the encoded images of the file that a cell names; those of an empty cell are none, and named later."""
-    return [None] if path is None else slices_of(Path(path), config)
+def _slices(path: str | None, config: DataConfig, holds_one: bool) -> list[Any]:
+    """Return the encoded images of the file that a cell names; those of an empty cell are none, and named later.
+
+    Args:
+        path: The cell.
+        config: The settings of the data.
+        holds_one: Whether the file is known to be one image, so that it need not be opened.
+    """
+    if path is None:
+        return [None]
+    return [one_image(Path(path))] if holds_one else slices_of(Path(path), config)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from hf_ddpm.data.array_axes import axes_of
 from hf_ddpm.data.array_files import FileArray, are_pictures, array_of_picture, is_png, is_tiff, open_arrays
-from hf_ddpm.data.config import DataConfig
-from hf_ddpm.data.image_folder import folder_classes
+from hf_ddpm.data.config import DataConfig, remedy_of_skipping
+from hf_ddpm.data.image_folder import folder_classes, list_images
 from hf_ddpm.data.image_format import ImageFormat, size_of, unequal_sizes_error
 from hf_ddpm.data.planes import center_crop, resized
 from hf_ddpm.runtime.errors import UsageError, in_one_line
@@ -105,8 +105,8 @@ def open_array_files(paths: Sequence[Path], config: DataConfig) -> Dataset:
     holds_one = False
     for i, path in enumerate(paths):
         # If the first file is one image, all are: one that is not will be named when it is read.
-        of_file = [_slice(path, None)] if holds_one else slices_of(path, config)
-        holds_one = of_file == [_slice(path, None)]
+        of_file = [one_image(path)] if holds_one else slices_of(path, config)
+        holds_one = of_file == [one_image(path)]
         rows += of_file
         labels += [] if classes is None else [classes[i]] * len(of_file)
     features: dict[str, Any] = {"image": slice_feature()}
@@ -130,7 +130,12 @@ def slices_of(path: Path, config: DataConfig) -> list[dict[str, Any]]:
         UsageError: When it cannot be opened, or the axes of its arrays cannot be told.
     """
     count = _num_slices(path, config)
-    return [_slice(path, k) for k in range(count)] if count else [_slice(path, None)]
+    return [_slice(path, k) for k in range(count)] if count else [one_image(path)]
+
+
+def one_image(path: Path) -> dict[str, Any]:
+    """Return the encoded image of a file that holds one."""
+    return _slice(path, None)
 
 
 def _slice(path: Path, number: int | None) -> dict[str, Any]:
@@ -153,8 +158,8 @@ def _num_slices(path: Path, config: DataConfig) -> int | None:
         if config.on_bad_image == "skip":
             return 0
         raise UsageError(
-            f"each file must be readable, got {path.name}: {in_one_line(error, with_type=True)}; repair or remove it, "
-            "or leave out all such images with --on_bad_image skip"
+            f"each file must be readable, got {path.name}: {in_one_line(error, with_type=True)}; repair or remove it"
+            f"{remedy_of_skipping(config)}"
         ) from error
 
 
@@ -175,7 +180,7 @@ def read_array(encoded: Any, name: str, config: DataConfig) -> ArrayImage:
     if isinstance(encoded, dict) and "slice" not in encoded:  # a picture of 16-bit color
         if encoded["bytes"] is None:
             raise ValueError("the row is empty")
-        parts = [_image_of(array_of_picture(encoded["bytes"]), None, name, config)]
+        parts = [_image_of(array_of_picture(encoded["bytes"], name), None, name, config)]
     elif isinstance(encoded, dict):
         path = Path(encoded["path"])
         with open_arrays(path, _keys(config)) as arrays:
@@ -230,7 +235,8 @@ def decode_array(encoded: Any, name: str, image_format: ImageFormat) -> ArrayIma
     if values.dtype != image_format.dtype or channels != image_format.channels:
         raise UsageError(
             f"all arrays must have one type and as many channels, {image_format.dtype} and {image_format.channels} as "
-            f"the first, got {values.dtype} and {channels} in {name}: convert it, or see --channel_axis, --stack_axis"
+            f"the first, got {values.dtype} and {channels} in {name}: convert it, or see --channel_axis, "
+            f"--stack_axis{_hint_of_pairs(config)}"
         )
     size = image_format.size
     if config.resolution is None and (height, width) != size:
@@ -253,8 +259,17 @@ def decode_array(encoded: Any, name: str, image_format: ImageFormat) -> ArrayIma
     return ArrayImage(np.ascontiguousarray(planes), losses)
 
 
+def _hint_of_pairs(config: DataConfig) -> str:
+    """Return a hint that arrays may be pairs where metadata lie beside them, or ""."""
+    folder = Path(config.train_data_dir or config.dataset_name or "").expanduser()
+    is_named = bool(config.train_data_dir or config.dataset_name) and folder.is_dir()
+    if config.condition_column is not None or not is_named or not list_images(folder).metadata_files:
+        return ""
+    return "; where metadata name pairs of arrays, --condition_column names the column that the others are made from"
+
+
 def value_range_of(image_format: ImageFormat, limits: Sequence[float] | None) -> ValueRange:
-    """Return the values that become -1 and 1 by the settings, the type and the data.
+    """Return the values that become -1 and 1 by the settings, the type and the data; they may be equal.
 
     Args:
         image_format: The format of arrays.
@@ -279,10 +294,20 @@ def value_range_of(image_format: ImageFormat, limits: Sequence[float] | None) ->
         low, high = limits
         if range_of_type is not None:  # every value is one of the model's then
             low, high = math.floor(low), math.ceil(high)
-    if not low < high:
-        raise UsageError(f"value_range must be given where the values do not differ, got {low:g} for all of them")
     channels = check_display_channels(config.display_channels, image_format.channels)
     return ValueRange(float(low), float(high), str(dtype), channels)
+
+
+def require_differing(values: ValueRange | None) -> None:
+    """Check that not all values of images are the same; None: they are no arrays.
+
+    Raises:
+        UsageError: When they are.
+    """
+    if values is not None and not values.low < values.high:
+        raise UsageError(
+            f"value_range must be given where the values do not differ, got {values.low:g} for all of them"
+        )
 
 
 def quantiles(values: np.ndarray, levels: Sequence[float]) -> tuple[float, float]:
@@ -334,7 +359,8 @@ def _image_of(array: FileArray, number: int | None, name: str, config: DataConfi
         index = [slice(None)] * len(values.shape)
         if number is None:
             raise UsageError(
-                f"an array of a table must be one image, got {values.shape} in {name}: leave out stack_axis"
+                f"an array of a table, and each file where the first is one image, must be one image, got "
+                f"{values.shape} in {name}: leave out stack_axis, or save files alike"
             )
         index[stack] = number  # pyright: ignore[reportArgumentType, reportCallIssue]
         values = values[tuple(index)]

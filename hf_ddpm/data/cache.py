@@ -30,7 +30,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from huggingface_hub.utils import tqdm
 
-from hf_ddpm.data.arrays import count_outside, quantiles, require_no_array_settings, value_range_of
+from hf_ddpm.data.arrays import (
+    count_outside,
+    quantiles,
+    require_differing,
+    require_no_array_settings,
+    value_range_of,
+)
 from hf_ddpm.data.columns import choose_columns, encoded_images
 from hf_ddpm.data.config import DataConfig, cache_folder
 from hf_ddpm.data.decoding import (
@@ -78,6 +84,8 @@ CACHED_SETTINGS = (
     "on_bad_image",
     "max_image_pixels",
 )
+# What settings say of colors and values is said of the images, not of their conditions.
+_OF_IMAGES_ALONE: dict[str, Any] = dict.fromkeys(("channels", "value_range", "label_column", "display_channels"))
 CACHED_ARRAY_SETTINGS = ("value_quantiles", "channel_axis", "stack_axis", "array_key")
 
 
@@ -199,11 +207,11 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
             image of a row and its condition have different shapes.
     """
     images = _load_column(config, accept, dataset)
+    require_differing(images.value_range)
     if config.condition_column is None:
         return images
     are_arrays, files = images.value_range is not None, None
-    # What it says of colors and values is said of the images.
-    of_images: dict[str, Any] = {"channels": None, "value_range": None, "label_column": None, "display_channels": None}
+    of_images = {**_OF_IMAGES_ALONE}
     # The images decide which are held out, and what is said of them may tell that files are arrays.
     if config.eval_fraction is not None or (are_arrays and dataset is None):
         dataset, files = open_dataset(config, with_conditions=True), _files_of(find_source(config), config)
@@ -215,7 +223,7 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
         resolution=to_resolution(images.size),
         **of_images,
     )
-    conditions = _load_column(of_conditions, None, dataset, files)
+    conditions = _in_own_range(_load_column(of_conditions, None, dataset, files, is_of_conditions=True), config)
     if (conditions.value_range is not None) != are_arrays:
         kinds = ("images", "arrays") if are_arrays else ("arrays", "images")
         raise UsageError(
@@ -236,6 +244,33 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
     return replace(images, conditions=conditions, fingerprint=fingerprint)
 
 
+def dtype_of_conditions(config: DataConfig, dataset: Dataset | None = None) -> str | None:
+    """Return the type of the arrays of `condition_column`, by the first; None for images.
+
+    Args:
+        config: The settings of the data.
+        dataset: As of `load_images`.
+    """
+    if dataset is None:
+        table: Any = open_dataset(config, with_conditions=True)
+    else:
+        table = choose_columns(with_slices(dataset, config), config, with_conditions=True)
+    column = table.select_columns([config.condition_column])
+    return _infer_format(column, replace(config, **_OF_IMAGES_ALONE)).array_dtype
+
+
+def _in_own_range(conditions: ImageCache, config: DataConfig) -> ImageCache:
+    """Return conditions of which -1 and 1 stand for their own smallest and largest value, or their quantiles.
+
+    So do integers, which as images have the range of their type: no likelihood counts the bins of conditions.
+    """
+    values = conditions.value_range
+    if values is None or config.value_quantiles is not None:
+        return conditions
+    low, high = map(float, conditions.limits)
+    return conditions.in_range(replace(values, low=low, high=high))
+
+
 def _files_of(source: Source, config: DataConfig) -> Any:
     """Return what tells that a file of a source changed; None for the Hub."""
     if source.folder is None:
@@ -244,11 +279,18 @@ def _files_of(source: Source, config: DataConfig) -> Any:
     return _names_sizes_times([*files_below(source.folder), *elsewhere])
 
 
-def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | None, files: Any = None) -> ImageCache:
+def _load_column(
+    config: DataConfig,
+    accept: Accept | None,
+    dataset: Dataset | None,
+    files: Any = None,
+    is_of_conditions: bool = False,
+) -> ImageCache:
     """Return the images of the column of images; see `load_images`.
 
     Args:
         files: Of a `dataset` whose rows name files, what tells that one of these changed.
+        is_of_conditions: Whether the column is that of the conditions of other images.
     """
     source = find_source(config) if dataset is None else Source("dataset", "given", NAME, None)
     if dataset is not None:
@@ -264,7 +306,10 @@ def _load_column(config: DataConfig, accept: Accept | None, dataset: Dataset | N
     root = cache_folder(config)
     folder = root / _cache_key(config, source, identity)
     if not folder.is_dir():
-        _create_cache(folder, open_dataset(config) if dataset is None else dataset, source, config, accept)
+        dataset = open_dataset(config) if dataset is None else dataset
+        # Messages offer what goes with conditions, while the key is that of the column alone.
+        named = replace(config, condition_column=config.image_column) if is_of_conditions else config
+        _create_cache(folder, dataset, source, named, accept)
         accept = None
     images = _read_cache(folder, source.name)
     if images.value_range is None:
@@ -538,6 +583,6 @@ def _decode_rows(encoded_rows: list[Any], first_row: int, image_format: ImageFor
             raise
         except Exception as error:  # Pillow's decoders raise nearly any class for broken files.
             if image_format.config.on_bad_image == "raise" or is_transient(error):
-                raise unreadable_image_error(name_of(encoded, row), error) from error
+                raise unreadable_image_error(name_of(encoded, row), error, image_format.config) from error
             decoded.append(None)
     return decoded

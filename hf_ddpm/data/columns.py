@@ -164,9 +164,12 @@ def require_numbers(column: str, cells: Sequence[Any]) -> None:
 def _check_condition_column(features: Any, column: str) -> None:
     names = [name for name, feature in features.items() if _holds_images(feature) or holds_arrays(feature)]
     if column not in names and not _holds_bytes(features.get(column)):
+        remedy = "--condition_column"
+        if len(names) == 1:
+            header = f"file_name,{column}_file_name"
+            remedy = f"add one to the table; in a folder, a metadata.csv with {header} names both files of each image"
         raise UsageError(
-            f"condition_column must name a second column of images, got {column!r}, none of {names}: "
-            "--condition_column"
+            f"condition_column must name a second column of images, got {column!r}, none of {names}: {remedy}"
         )
 
 

@@ -6,7 +6,7 @@ pair   an image of the data and its condition, both cropped alike: in the middle
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,18 +68,21 @@ def to_conditions(values: Tensor, scale: Scale) -> Tensor:
     return values.to(torch.float32) * (2 / scale) - 1
 
 
-def conditions_of_model(conditions: ImageCache, condition: Condition, option: str, split: str) -> ImageCache:
-    """Return the conditions of a split, of which -1 and 1 stand for what they do in a model.
+def with_conditions_of_model(images: ImageCache, condition: Condition | None, option: str, split: str) -> ImageCache:
+    """Return the images of a split, of whose conditions -1 and 1 stand for what they do in a model.
 
     Args:
-        conditions: The conditions, those of a column.
-        condition: What the model makes images from.
+        images: The images; without conditions of a column they stay as they are.
+        condition: What the model makes images from; None: from noise alone.
         option: The setting that names the split, for the message.
         split: The name of the split.
 
     Raises:
         UsageError: When they have other channels than those of the model, or another type.
     """
+    conditions = images.conditions
+    if conditions is None or condition is None or condition.super_resolution is not None:
+        return images
     of_split, of_model = (
         f"{each.channels} channels of {'pictures' if each.value_range is None else each.value_range.dtype}"
         for each in (conditions, condition)
@@ -89,7 +92,9 @@ def conditions_of_model(conditions: ImageCache, condition: Condition, option: st
             f"{option} must hold conditions like those of training, {of_model}, got {of_split} in {split!r}: save "
             "them in the same form"
         )
-    return conditions if condition.value_range is None else conditions.in_range(condition.value_range)
+    if condition.value_range is None:
+        return images
+    return replace(images, conditions=conditions.in_range(condition.value_range))
 
 
 def pairs_of(condition: Condition, images: Any, indices: np.ndarray) -> Pairs:

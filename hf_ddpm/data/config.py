@@ -213,6 +213,11 @@ def check_data_paths(config: DataConfig) -> None:
         require_writable_folder("cache_dir", look_at("cache_dir", config.cache_dir))
 
 
+def remedy_of_skipping(config: DataConfig) -> str:
+    """Return the end of a message on a bad image, that such may be left out; "" where conditions need each image."""
+    return "" if config.condition_column is not None else ", or leave out all such images with --on_bad_image skip"
+
+
 def load_data_config(path: Path) -> DataConfig:
     """Load the settings of the data from the config.yaml of a run; those of training are left out.
 

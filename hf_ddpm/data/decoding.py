@@ -23,7 +23,7 @@ from PIL import Image
 
 from hf_ddpm.data.array_files import ARRAY_FILES, TIFF
 from hf_ddpm.data.arrays import array_format, decode_array, is_array, require_no_array_settings
-from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.config import DataConfig, remedy_of_skipping
 from hf_ddpm.data.image_folder import readable_formats
 from hf_ddpm.data.image_format import (
     ImageFormat,
@@ -160,13 +160,14 @@ def name_of(encoded: Any, row: int) -> str:
     return f"row {row} ({path})" if number is None else f"row {row} ({path}, image {number})"
 
 
-def unreadable_image_error(name: str, error: Exception) -> UsageError:
+def unreadable_image_error(name: str, error: Exception, config: DataConfig) -> UsageError:
     """Return the error that names an unreadable image, the reason and the remedy."""
+    skipping = remedy_of_skipping(config)
     reason = in_one_line(error)
     if isinstance(error, TooSmallError):
         return UsageError(
             f"every image must be as large as the crops of random_crop, got {name}: {reason}; give a smaller "
-            "--resolution, or leave out all such images with --on_bad_image skip"
+            f"--resolution{skipping}"
         )
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that Pillow knows"
@@ -177,14 +178,11 @@ def unreadable_image_error(name: str, error: Exception) -> UsageError:
     if isinstance(error, Image.DecompressionBombError):
         return UsageError(
             f"every image must be within the limit of pixels, got {name}: {reason}; if it is no attack on the memory, "
-            "give --max_image_pixels, or leave out all such images with --on_bad_image skip"
+            f"give --max_image_pixels{skipping}"
         )
     if is_transient(error):
         return UsageError(f"every image must be readable, got {name}: {reason}; try again, or remove it")
-    return UsageError(
-        f"every image must be readable, got {name}: {reason}; "
-        "repair or remove it, or leave out all such images with --on_bad_image skip"
-    )
+    return UsageError(f"every image must be readable, got {name}: {reason}; repair or remove it{skipping}")
 
 
 def infer_format(images: Iterable[tuple[str, Any]], config: DataConfig) -> ImageFormat:
@@ -224,7 +222,7 @@ def _format_of_arrays(arrays: Iterable[tuple[str, Any]], config: DataConfig) -> 
             raise
         except Exception as error:  # readers raise nearly any class
             if config.on_bad_image == "raise" or is_transient(error):
-                raise unreadable_image_error(name, error) from error
+                raise unreadable_image_error(name, error, config) from error
     raise UsageError("on_bad_image='skip' must leave some images, got unreadable ones only: repair or replace them")
 
 
@@ -256,7 +254,7 @@ def _read_headers(images: Iterable[tuple[str, Any]], config: DataConfig) -> list
             raise
         except Exception as error:
             if config.on_bad_image == "raise" or is_transient(error):
-                raise unreadable_image_error(name, error) from error
+                raise unreadable_image_error(name, error, config) from error
             num_unreadable += 1
         if len(headers) == NUM_HEADERS:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.given import NAME, GivenImages
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT
-from hf_ddpm.data.image_folder import files_below, is_image, list_images, split_kind
+from hf_ddpm.data.image_folder import files_below, is_image, kind_of, list_images, split_kind
 from hf_ddpm.data.image_format import LOWER_BITS
 from hf_ddpm.data.labels import LabelColumn
 from hf_ddpm.data.metadata import METADATA_NAMES, Metadata
@@ -57,17 +58,40 @@ def describe_images(config: DataConfig, images: ImageCache | ImageStream | Given
     lines += _describe_parts(config) if images.name != NAME else []
     among = {ImageStream: f" of the first {NUM_FIRST_IMAGES}", GivenImages: ", of which the first was read,"}
     among = among.get(type(images), "")
-    if isinstance(images, ImageCache) and images.num_clipped:
-        assert images.value_range is not None
-        low, high, share = images.value_range.low, images.value_range.high, images.num_clipped / images.pixels.size
-        lines.append(f"clipped: {images.num_clipped:,} values ({share:.2%}) lie outside of {low:g} to {high:g}")
-    lines += [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
+    lines += _describe_lost(images, among)
+    conditions = images.conditions if isinstance(images, ImageCache) else None
+    if conditions is not None:
+        lines += _describe_lost(conditions, f" of the column {config.condition_column}")
     is_table = find_source(config).kind not in ("images", "arrays", "digits")
-    if LOWER_BITS in images.losses and (is_table or _has_files(config, is_png) or _has_files(config, is_tiff)):
+    # Beside other images they are no arrays of one type, and conditions must be arrays, too.
+    are_deep = all(each.losses.get(LOWER_BITS) == _num_read(each) for each in (images, conditions or images))
+    if are_deep and (is_table or _has_files(config, is_png) or _has_files(config, is_tiff)):
         lines.append("--preserve_input_precision reads 16 bits of color, as arrays")
     if any(loss.startswith("frames") for loss in images.losses) and _has_files(config, is_tiff):
         lines.append("--stack_axis 0 reads each page of a TIFF file as an image, --channel_axis 0 as a channel")
     return lines + _describe_range(config, images, among)
+
+
+def _describe_lost(images: ImageCache | ImageStream | GivenImages, among: str) -> list[str]:
+    """Return in lines what of images is clipped, and what is not read.
+
+    Args:
+        images: The images, or the conditions of some.
+        among: Which images these are, for the lines.
+    """
+    lines = []
+    if isinstance(images, ImageCache) and images.num_clipped:
+        assert images.value_range is not None
+        low, high, share = images.value_range.low, images.value_range.high, images.num_clipped / images.pixels.size
+        lines.append(f"clipped: {images.num_clipped:,} values ({share:.2%}){among} lie outside of {low:g} to {high:g}")
+    return lines + [f"not read in {n:,} images{among}: {loss}" for loss, n in sorted(images.losses.items())]
+
+
+def _num_read(images: ImageCache | ImageStream | GivenImages) -> int:
+    """Return how many images the losses were counted in, at most."""
+    if isinstance(images, ImageStream):
+        return NUM_FIRST_IMAGES if images.num_images is None else min(NUM_FIRST_IMAGES, images.num_images)
+    return 1 if isinstance(images, GivenImages) else len(images)
 
 
 def _has_files(config: DataConfig, is_of_kind: Callable[[Path], bool]) -> bool:
@@ -131,8 +155,13 @@ def describe_unread(config: DataConfig) -> str:
         read = set() if metadata_of(source, config) is None else {*listed.metadata_files}
         files = [path for path in above if path.name in METADATA_NAMES and path.absolute() not in read]
         unread += [f"{path.name} beside the splits" for path in files]
-    unread += [f"{count:,} {kind}" for kind, count in sorted(listed.unread.items())]
-    if (metadata := metadata_of(source, config)) is not None:
+    metadata = metadata_of(source, config)
+    paired = Counter[str]()
+    if metadata is not None and source.kind == "arrays" and listed.images:  # files of arrays beside TIFF files
+        named = _named_by_read_columns(config, metadata)
+        paired.update(kind_of(path) for path in listed.arrays if str(path.absolute()) in named)
+    unread += [f"{count:,} {kind}" for kind, count in sorted((listed.unread - paired).items())]
+    if metadata is not None:
         unread += _unread_beside_metadata(config, metadata, listed.images or listed.arrays)
     elif source.kind == "arrays" and listed.metadata_files:
         unread.append("metadata, which of arrays are read for --condition_column only")
@@ -142,9 +171,7 @@ def describe_unread(config: DataConfig) -> str:
 def _unread_beside_metadata(config: DataConfig, metadata: Metadata, files: Sequence[Path]) -> list[str]:
     """Return in words which files of a folder its metadata leave out, and what the run leaves out of the metadata."""
     unread, paths = [], {str(path.absolute()) for path in files}
-    columns = metadata.columns
-    chosen = config.image_column or next((c for c in metadata.file_columns if c != config.condition_column), "")
-    read = {*columns.get(chosen, ()), *columns.get(config.condition_column or "", ())}
+    columns, read = metadata.columns, _named_by_read_columns(config, metadata)
     for name in metadata.file_columns:
         if others := paths & {*columns[name]} - read:
             unread.append(f"{len(others):,} images of the column {name!r}")
@@ -153,6 +180,13 @@ def _unread_beside_metadata(config: DataConfig, metadata: Metadata, files: Seque
     if "split" in columns and {*columns["split"]} - {None}:
         unread.append("the column 'split' of the metadata (splits are folders)")
     return unread
+
+
+def _named_by_read_columns(config: DataConfig, metadata: Metadata) -> set[str]:
+    """Return the paths that the columns of the images and of their conditions name."""
+    columns = metadata.columns
+    chosen = config.image_column or next((c for c in metadata.file_columns if c != config.condition_column), "")
+    return {*columns.get(chosen, ()), *columns.get(config.condition_column or "", ())}
 
 
 def _describe_held_out(config: DataConfig) -> str:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from hf_ddpm.data.array_files import is_array_file
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.metadata import METADATA_NAMES, Metadata, read_metadata, require_files
 from hf_ddpm.runtime.errors import UsageError
 
@@ -133,10 +134,10 @@ def _list_images(folder: Path) -> ImageFolder:
         elif is_image(path):
             images.append(_with_text_name(path))
         else:
-            unread[_kind_of(path)] += 1
+            unread[kind_of(path)] += 1
     metadata_files += _metadata_beside(folder)
     for path in arrays if images else ():
-        unread[_kind_of(path)] += 1
+        unread[kind_of(path)] += 1
     images, arrays = (sorted(paths, key=lambda path: path.as_posix()) for paths in (images, arrays))
     return ImageFolder(folder, images, arrays, metadata_files, unread)
 
@@ -190,14 +191,14 @@ def split_kind(name: str) -> str | None:
     return next((kind for kind, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
-def open_images(listed: ImageFolder, is_checked: bool = True) -> Dataset:
+def open_images(listed: ImageFolder, config: DataConfig) -> Dataset:
     """Open the images as a data set with a column `image`, and `label` if their folders are classes.
 
     With metadata, the rows are those of the metadata, with all their columns.
 
     Args:
         listed: The files of the folder.
-        is_checked: Whether each file that metadata name must be there.
+        config: The settings of the data. Without `on_bad_image` "skip", each file that metadata name must be there.
 
     Raises:
         UsageError: When metadata cannot be read, or name a file that is not there.
@@ -211,8 +212,8 @@ def open_images(listed: ImageFolder, is_checked: bool = True) -> Dataset:
         columns["image"] = pyarrow.array(paths, pyarrow.string())
         features: dict[str, Any] = {"image": datasets.Image()}
     else:
-        if is_checked:
-            require_files(metadata, listed.folder, listed.images)
+        if config.on_bad_image == "raise":
+            require_files(metadata, listed.folder, listed.images, config)
         for name, cells in metadata.columns.items():
             columns[name] = metadata_column(name, cells, is_of_files=name in metadata.file_columns)
         features = {**datasets.Features.from_arrow_schema(pyarrow.table(columns).schema)}
@@ -310,7 +311,7 @@ def _formats() -> tuple[tuple[str, ...], frozenset[str]]:
     return formats, frozenset(extension for extension, name in Image.EXTENSION.items() if name in known)
 
 
-def _kind_of(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """Return what a file that is not read is called, with the package that would let Pillow read it."""
     extension = path.suffix.lower()
     for name, (package, extensions) in PLUGINS.items():

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hf_ddpm.data.config import DataConfig, remedy_of_skipping
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -157,8 +158,14 @@ class _Resolver:
         return {unicodedata.normalize("NFC", path): path for path in self.images}
 
 
-def require_files(metadata: Metadata, folder: Path, images: Sequence[Path]) -> None:
+def require_files(metadata: Metadata, folder: Path, images: Sequence[Path], config: DataConfig) -> None:
     """Check that there is a file for each path that rows name.
+
+    Args:
+        metadata: The rows.
+        folder: The folder of images.
+        images: The images in it.
+        config: The settings of the data, for the remedy.
 
     Raises:
         UsageError: When there is none for some.
@@ -168,11 +175,12 @@ def require_files(metadata: Metadata, folder: Path, images: Sequence[Path]) -> N
     if not missing:
         return
     stem = Path(missing[0]).stem.casefold()
-    similar = next((image for image in images if image.stem.casefold() == stem), None)
+    unnamed = (image for image in images if str(image.absolute()) not in metadata.named)
+    similar = next((image for image in unnamed if image.stem.casefold() == stem), None)
     hint = "" if similar is None else f", where there is {similar.relative_to(folder).as_posix()!r}"
     raise UsageError(
         f"metadata must name files that exist, got {len(missing):,} that do not, as {missing[0]!r}{hint}: correct the "
-        "rows, or leave out all such images with --on_bad_image skip"
+        f"rows{remedy_of_skipping(config)}"
     )
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_ddpm.data import decoding
-from hf_ddpm.data.arrays import value_range_of
+from hf_ddpm.data.arrays import require_differing, value_range_of
 from hf_ddpm.data.columns import cells_of, holds_numbers
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import (
@@ -205,7 +205,7 @@ class ImageStream(InFormat):
         except Exception as error:  # Pillow's decoders raise nearly any class for broken files.
             if is_skipped and not is_transient(error):
                 return None
-            raise unreadable_image_error(self.name_of(example), error) from error
+            raise unreadable_image_error(self.name_of(example), error, self.image_format.config) from error
         return decoded._replace(planes=np.ascontiguousarray(decoded.planes))
 
     def check_row_count(self, shard: int, expected: int, actual: int) -> None:
@@ -310,6 +310,7 @@ def open_stream(config: DataConfig, limits: Sequence[float] | None = None) -> Im
     if config.random_crop:
         content.append("random_crop")
     values = None if image_format.array_dtype is None else value_range_of(image_format, limits)
+    require_differing(values)
     if values is not None:
         content.append(
             [values.dtype, values.low, values.high, config.channel_axis, config.stack_axis, config.array_key]

@@ -120,12 +120,12 @@ def _load_split(source: Source, config: DataConfig, split: str) -> Any:
     if source.kind == "digits":
         return datasets.load_dataset("parquet", data_files={"train": str(folder / "digits.parquet")}, **options)
     if source.kind == "images":
-        return open_images(list_images(folder), is_checked=config.on_bad_image == "raise")
+        return open_images(list_images(folder), config)
     if source.kind == "arrays":
         metadata = metadata_of(source, config)
         if metadata is None:
             return open_array_files(files_of_arrays(source), config)
-        require_files(metadata, folder, files_of_arrays(source))
+        require_files(metadata, folder, files_of_arrays(source), config)
         return open_array_pairs(metadata, config)
     if source.kind in ("parquet", "tar", "hdf5"):
         loaded = datasets.load_dataset(str(folder), config.dataset_config_name, **options)

@@ -65,7 +65,7 @@ def _file_of(volume: dict[str, Any], row: int, config: DataConfig) -> Path:
     try:
         content = with_bytes(volume)["bytes"]
     except Exception as error:  # file systems and clients share no base class of errors
-        raise unreadable_image_error(name_of(volume, row), error) from error
+        raise unreadable_image_error(name_of(volume, row), error, config) from error
     if content is None:
         raise UsageError(f"each volume must have bytes or a path, got neither in row {row}: leave the row out")
     name = Path(path or f"row-{row}").name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from hf_ddpm.classes import Classes
 from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.data.batches import epoch_order, fixed_pixels
 from hf_ddpm.data.cache import ImageCache
-from hf_ddpm.data.conditions import Pairs, conditions_of_model, example_pairs
+from hf_ddpm.data.conditions import Pairs, example_pairs
 from hf_ddpm.data.labels import label_list, with_network_labels
 from hf_ddpm.evaluation.comparison import Comparison
 from hf_ddpm.evaluation.likelihood import inclusion_probabilities
@@ -111,10 +110,6 @@ def open_pairs(request: Request, pipeline: ConditionalDDPMPipeline, splits: Spli
     condition = pipeline.condition
     if condition.super_resolution is None and images.conditions is None:
         raise UsageError("condition_column must name the images that the model makes images from: --condition_column")
-    if condition.super_resolution is None:
-        assert images.conditions is not None
-        conditions = conditions_of_model(images.conditions, condition, "test_split", request.test_split)
-        images = replace(images, conditions=conditions)
     return images, example_pairs(condition, images, request.num_images)
 
 

@@ -149,7 +149,8 @@ def load_job(request: Request) -> Iterator[Job]:
         value_range = pipeline.value_range
         perceptual = _load_perceptual(pipeline) if "lpips" in request.metrics else None
         _check_metrics_of_values(request, value_range)
-        of_model = (pipeline.unet.config, image_shape[0], value_range)
+        condition = pipeline.condition if isinstance(pipeline, ConditionalDDPMPipeline) else None
+        of_model = (pipeline.unet.config, image_shape[0], value_range, condition)
         with closing(Splits(processes, request.data, folder, *of_model)) as splits:
             value_images = None
             if isinstance(pipeline, ConditionalDDPMPipeline):

@@ -18,7 +18,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_ddpm.condition import Condition
 from hf_ddpm.data.cache import ImageCache, cache_folder, load_images
+from hf_ddpm.data.conditions import with_conditions_of_model
 from hf_ddpm.data.config import DataConfig, load_data_config
 from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import describe_split, open_split
@@ -50,6 +52,7 @@ class Splits:
         unet: The config of the model's network.
         channels: The channels of the model's images. None: those that the network takes.
         value_range: The values of a model of arrays; None for other models.
+        condition: What the model makes images from; None: from noise alone.
     """
 
     def __init__(
@@ -60,9 +63,11 @@ class Splits:
         unet: Any,
         channels: int | None = None,
         value_range: ValueRange | None = None,
+        condition: Condition | None = None,
     ) -> None:
         self._processes, self._stack = processes, ExitStack()
         self._is_given, self._value_range = data is not None, value_range
+        self._condition = condition
         self._folder, self._channels = folder, channels or unet.in_channels
         self.size = to_size(unet.sample_size, "sample_size")
         self.data = data
@@ -139,6 +144,7 @@ class Splits:
                 lambda: self._stack.enter_context(open_split(config, split, option))
             )
             images = in_range_of_model(images, self._value_range, split)
+            images = with_conditions_of_model(images, self._condition, option, split)
             if self._processes.rank == 0 and not any(name == split for name, _ in self._opened):
                 for line in describe_split(config, split, images):
                     tqdm.write(line, file=sys.stderr)

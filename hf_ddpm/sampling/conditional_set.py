@@ -87,7 +87,7 @@ def sample_from_images(
         if arrays is None:
             conditions = torch.cat([read_image(path, to_conditions) for path in files])
         else:
-            conditions = _arrays_as_conditions(processes, arrays, to_conditions)
+            conditions = _arrays_as_conditions(processes, arrays, pipeline.condition.channels, to_conditions)
         record: dict[str, Any] = {
             "weights_sha256": weights_sha256(Path(pipeline.unet.config["_name_or_path"])),
             "images": [str(name) for name in names],
@@ -181,7 +181,7 @@ def _write_share(
 
 
 def _arrays_as_conditions(
-    processes: Processes, arrays: GivenArrays, to_conditions: Callable[[Tensor], Tensor]
+    processes: Processes, arrays: GivenArrays, channels: int, to_conditions: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Return arrays as conditions, (N, C', H, W) in [0, 1].
 
@@ -191,8 +191,11 @@ def _arrays_as_conditions(
     values = [arrays.read(i) for i in range(len(arrays.names))]
     processes.on_main(lambda: arrays.describe_clipped(values))
     conditions = []
-    for name, each in zip(arrays.names, values, strict=True):
-        with naming_damage(f"{name} cannot be taken", "change the file, or give another one"):
+    for name, row, each in zip(arrays.names, arrays.rows, values, strict=True):
+        remedy = "change the file, or give another one"
+        if channels == 1 < len(each) and row["slice"] is None:
+            remedy = f"if these are {len(each)} images, save them as (N, 1, H, W); else give another file"
+        with naming_damage(f"{name} cannot be taken", remedy):
             conditions.append(to_conditions(arrays.shares(each)[None]))
     return torch.cat(conditions)
 

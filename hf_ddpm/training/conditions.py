@@ -10,6 +10,7 @@ from hf_ddpm.condition import Condition, require_factor
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import low_resolution_conditions, to_conditions
 from hf_ddpm.data.given import GivenImages
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.seeds import CONDITION, image_draws
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.run import Run
@@ -19,7 +20,7 @@ def condition_of(config: TrainingConfig, images: Any) -> Condition | None:
     """Return what the images of a run are made from; None: from noise alone.
 
     Raises:
-        UsageError: When the factor of super-resolution does not divide the resolution.
+        UsageError: When the factor of super-resolution does not divide the resolution, or all conditions are alike.
     """
     if config.super_resolution is not None:
         require_factor(config.super_resolution, images.size)
@@ -29,11 +30,18 @@ def condition_of(config: TrainingConfig, images: Any) -> Condition | None:
     assert isinstance(images, ImageCache)
     of_column = images.conditions
     assert of_column is not None
+    values = of_column.value_range
+    if values is not None and not values.low < values.high:
+        remedy = "name another column" if config.value_quantiles is None else "widen --value_quantiles"
+        raise UsageError(
+            f"condition_column must hold values that differ, got {values.low:g} for all of "
+            f"{config.condition_column!r}: {remedy}"
+        )
     return Condition(
         of_column.channels,
         column=config.condition_column,
         noise=config.condition_noise,
-        value_range=of_column.value_range,
+        value_range=values,
     )
 
 

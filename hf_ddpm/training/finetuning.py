@@ -83,12 +83,13 @@ def _model_to_keep(config: TrainingConfig, init_from: str) -> Path:
     return folder if is_resumed(config) and (folder / MODEL_INDEX).is_file() else find_model(init_from)[0]
 
 
-def require_type(values: ValueRange, dtype: str | None) -> None:
+def require_type(values: ValueRange, dtype: str | None, condition_column: str | None = None) -> None:
     """Check that data are of a type that can have the units of a model.
 
     Args:
-        values: The values of the model.
+        values: The values of the model, or of its conditions.
         dtype: The type of arrays; None for images.
+        condition_column: The column of the arrays if they are conditions.
 
     Raises:
         UsageError: When they are not.
@@ -97,9 +98,13 @@ def require_type(values: ValueRange, dtype: str | None) -> None:
         limits = np.iinfo(dtype) if values.is_integer else np.finfo(dtype)
         if limits.min <= values.low and values.high <= limits.max:
             return
+    what, remedy = "the data must be of a type that holds the values", "--value_range LOW HIGH for their own"
+    if condition_column is not None:
+        what = f"condition_column {condition_column!r} must be of a type that holds the values of the conditions"
+        remedy = "--value_quantiles 0 1, by which conditions and images have ranges of their own"
     raise UsageError(
-        f"the data must be of a type that holds the values of the model in init_from, {values}, so that its units "
-        f"stay, got {dtype or 'images'}: convert them to {values.dtype}, or give --value_range LOW HIGH for their own"
+        f"{what} of the model in init_from, {values}, so that its units stay, got {dtype or 'images'}: convert them "
+        f"to {values.dtype}, or give {remedy}"
     )
 
 
@@ -112,14 +117,8 @@ def with_range(images: Any, values: ValueRange) -> Any:
 
 
 def with_range_of_conditions(images: Any, values: ValueRange) -> Any:
-    """Return images of whose conditions -1 and 1 stand for what they do in a model.
-
-    Raises:
-        UsageError: When conditions are not of a type that can have the units of the model.
-    """
-    of_column = images.conditions
-    require_type(values, of_column.value_range and of_column.value_range.dtype)
-    return replace(images, conditions=with_range(of_column, values))
+    """Return images of whose conditions, arrays of a type for it, -1 and 1 stand for what they do in a model."""
+    return replace(images, conditions=with_range(images.conditions, values))
 
 
 def load_weights(unet: UNet2DModel, network: Path, source: str) -> None:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from hf_ddpm.data.cache import X_0, Accept, load_dataset, load_images
+from hf_ddpm.data.cache import X_0, Accept, dtype_of_conditions, load_dataset, load_images
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.held_out import require_share
@@ -275,8 +275,8 @@ def _load_images(
         values = range_to_keep(config)
 
         def accept(size: Size, channels: int, dtype: str | None) -> None:
-            if values is not None and dtype != X_0:
-                require_type(values, dtype)
+            if dtype != X_0:
+                _require_types(config, parts, dtype)
             if is_open:
                 try_run(config, accelerator.device, size, channels)
 
@@ -301,6 +301,19 @@ def _load_images(
         mixed_precision=accelerator.mixed_precision,
     )
     return config, images
+
+
+def _require_types(config: TrainingConfig, parts: Parts, dtype: str | None) -> None:
+    """Check that images and their conditions are of types that can have the units of the model in `init_from`.
+
+    Raises:
+        UsageError: When they are not.
+    """
+    values, of_conditions = range_to_keep(config), condition_range_to_keep(config)
+    if values is not None:
+        require_type(values, dtype)
+    if of_conditions is not None:
+        require_type(of_conditions, dtype_of_conditions(config, parts.dataset), config.condition_column)
 
 
 def _open_images(config: TrainingConfig, parts: Parts, accept: Accept, values: ValueRange | None) -> Images:

@@ -31,7 +31,7 @@ from hf_ddpm.condition import Condition
 from hf_ddpm.conditional import with_condition
 from hf_ddpm.data.batches import as_tensor, epoch_order, fixed_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
-from hf_ddpm.data.conditions import conditions_of_model, low_resolution_conditions, to_conditions
+from hf_ddpm.data.conditions import low_resolution_conditions, to_conditions, with_conditions_of_model
 from hf_ddpm.data.labels import network_label, with_network_labels
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.distances import MIN_CLASS_IMAGES, kernel_distance
@@ -152,12 +152,15 @@ def open_validation(
             raise UsageError(f"eval_split must hold at least 4 images, got {len(held_out)} of {config.eval_split!r}")
         if images.value_range is not None:  # they are seen in the range of training
             held_out = held_out.in_range(images.value_range)
+        held_out = with_conditions_of_model(held_out, condition, "eval_split", config.eval_split)
         if processes.rank == 0:
             for line in describe_split(config, config.eval_split, held_out):
                 tqdm.write(line, file=sys.stderr)
         rows = epoch_order(0, 0, len(held_out))[: config.eval_num_images]
         pixels, network_labels = _copy(with_network_labels(held_out, labels), rows)
-        column, column_scale = _copy_conditions(config, held_out, condition, rows)
+        of_column = held_out.conditions
+        column = None if of_column is None else as_tensor(fixed_pixels(of_column, rows))
+        column_scale = 255 if of_column is None else of_column.scale
     scale = images.scale
     real = None if condition is not None else _real_images(config, images, pixels)
     parts = [network(_to_uint8(pixels[part], scale)) for part in _batches(processes, len(pixels))]
@@ -352,21 +355,6 @@ def _copy(images: ImageCache, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
     pixels = fixed_pixels(images, rows)
     labels = None if images.labels is None else torch.from_numpy(images.labels[rows])
     return as_tensor(pixels), labels
-
-
-def _copy_conditions(
-    config: TrainingConfig, images: ImageCache, condition: Condition | None, rows: np.ndarray
-) -> tuple[Tensor | None, Scale]:
-    """Return the conditions of the rows that stand in a column, and what -1 and 1 stand for in it; else None.
-
-    Raises:
-        UsageError: They have other channels or another type than those of training.
-    """
-    if condition is None or condition.column is None:
-        return None, 255
-    assert images.conditions is not None
-    column = conditions_of_model(images.conditions, condition, "eval_split", config.eval_split)
-    return as_tensor(fixed_pixels(column, rows)), column.scale
 
 
 def _to_uint8(pixels: Tensor, scale: Scale) -> Tensor:

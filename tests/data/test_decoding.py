@@ -174,7 +174,7 @@ def test_decode_of_every_mode_gives_planes_or_an_error_that_names_the_mode(
         assert max_value == 255
         return
     except ValueError as error:
-        problem = str(unreadable_image_error("row 0", error))
+        problem = str(unreadable_image_error("row 0", error, config))
     if problem is not None and "Pillow drops the fourth band" in problem:
         assert (file_format, mode, channels) == ("TIFF", "RGB", 4)
         return

@@ -81,3 +81,8 @@ def test_other_images_beside_them_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message) as error:
             load_images(config)
         assert "\n" not in str(error.value)
+        # So nothing offers it.
+        config = cache_config(tmp_path / name)
+        lines = describe_images(config, load_images(config))
+        assert any("of color or transparency, which Pillow drops" in line for line in lines)
+        assert not any("--preserve_input_precision" in line for line in lines)

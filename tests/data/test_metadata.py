@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.columns import choose_columns
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.image_folder import list_images, open_images
 from hf_ddpm.data.shards import open_stream
@@ -43,7 +44,7 @@ def write_rows(folder: Path, rows: list[dict[str, Any]], kind: str) -> None:
 
 
 def column(folder: Path, name: str) -> list[Any]:
-    return open_images(list_images(folder))[:][name]
+    return open_images(list_images(folder), DataConfig())[:][name]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
@@ -65,7 +66,7 @@ def test_rows_are_those_of_datasets(folder: Path, kind: str) -> None:
     ]
     write_rows(folder, rows, kind)
     theirs = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(folder / "../c"))
-    ours = open_images(list_images(folder))
+    ours = open_images(list_images(folder), DataConfig())
     assert {*ours.column_names} == {*theirs.column_names}  # pyright: ignore[reportAttributeAccessIssue]
     for name in ("image", "mask"):
         ours, theirs = (table.cast_column(name, datasets.Image(decode=False)) for table in (ours, theirs))  # pyright: ignore
@@ -237,6 +238,6 @@ def test_columns_of_metadata_choose_as_those_of_any_table(folder: Path) -> None:
     write_csv(folder, "file_name,mask_file_name\n000.png,001.png\n")
     config = cache_config(folder, condition_column="mask")
     table = choose_columns(
-        open_images(list_images(find_source(config).folder or folder)), config, with_conditions=True
+        open_images(list_images(find_source(config).folder or folder), config), config, with_conditions=True
     )
     assert table.column_names == ["image", "mask"]

@@ -18,19 +18,26 @@ from typer.testing import CliRunner
 from hf_ddpm import ConditionalDDPMPipeline, evaluate
 from hf_ddpm.cli import app
 from hf_ddpm.condition import Condition
+from hf_ddpm.data.cache import load_images
 from hf_ddpm.hub.info import model_info
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.sampling.conditional_set import sample_from_images
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.value_range import ValueRange
-from tests.data.test_array_conditions import condition_of, save_array_pairs
+from tests.data.test_array_conditions import condition_of, conditions_in, save_array_pairs
 from tests.support.array_models import fields
 from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
 
 pytestmark = pytest.mark.slow
-TYPE_RANGE = ValueRange(-32768.0, 32767.0, "int16")
+
+
+def own_range(config: TrainingConfig) -> ValueRange:
+    """Return the range of the conditions that a run is trained on."""
+    conditions = conditions_in(load_images(config))
+    values = np.concatenate([conditions.image(i) for i in range(len(conditions))])
+    return ValueRange(float(values.min()), float(values.max()), "int16")
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +74,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
 def test_run_leaves_both_ranges_and_says_them(config: TrainingConfig) -> None:
     folder = Path(config.output_dir)
     pipeline = ConditionalDDPMPipeline.from_pretrained(folder)
-    assert pipeline.condition == Condition(1, column="coarse", value_range=TYPE_RANGE)
-    assert pipeline.condition_values == TYPE_RANGE
+    values = own_range(config)
+    assert pipeline.condition == Condition(1, column="coarse", value_range=values)
+    assert pipeline.condition_values == values
     assert pipeline.value_range is not None
     assert (pipeline.value_range.dtype, pipeline.value_range.display_channels) == ("float32", (1,))
     assert json.loads((folder / "eval.jsonl").read_text())["psnr"] > 0
-    words = "arrays of the column coarse (int16, -32768 to 32767)"
+    words = f"arrays of the column coarse ({values})"
     assert model_info(str(folder))["made_from"] == words
     card = (folder / "README.md").read_text()
     assert f"| Images that they are made from | {words} |" in card
@@ -100,7 +108,8 @@ def test_files_of_conditions_are_in_their_own_units(config: TrainingConfig, tmp_
     assert (tmp_path / "out/samples.png").is_file()
     pipeline = ConditionalDDPMPipeline.from_pretrained(config.output_dir)
     pipeline.set_progress_bar_config(disable=True)
-    shares = torch.from_numpy((values.astype(np.float64) + 32768) / 65535).float()
+    own = own_range(config)
+    shares = torch.from_numpy((values.astype(np.float64) - own.low) / (own.high - own.low)).float().clamp(0, 1)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     wanted = pipeline(shares, generator=generators, num_inference_steps=2, output_type="np").images
     for i in range(3):
@@ -114,9 +123,9 @@ def test_conditions_of_another_kind_are_one_line_before_sampling(config: Trainin
     np.save(tmp_path / "float.npy", fields(1)[0, :1])
     np.save(tmp_path / "two.npy", fields(1)[0].astype(np.int16))
     for name, message in (
-        ("a.png", "image must hold arrays of int16, -32768 to 32767, which the model makes arrays from, got the pic"),
+        ("a.png", "image must hold arrays of int16, .*, which the model makes arrays from, got the pic"),
         ("float.npy", "image must be of the model's type, int16, got float32 in"),
-        ("two.npy", "image must have the model's number of channels, 1, got 2"),
+        ("two.npy", r"number of channels, 1, got 2: if these are 2 images, save them as \(N, 1, H, W\)"),
     ):
         with pytest.raises(UsageError, match=message):
             sample_from_images(config.output_dir, tmp_path / name, tmp_path / "out", num_inference_steps=2)
@@ -155,10 +164,14 @@ def test_psnr_is_of_the_samples_that_held_out_conditions_give(config: TrainingCo
     assert "input" not in rows[0]  # a condition is no image of the same kind
 
 
-def test_evaluation_of_the_runs_own_split(config: TrainingConfig, tmp_path: Path) -> None:
+def test_evaluation_of_the_runs_own_split(
+    config: TrainingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = {"num_images": 6, "num_inference_steps": (2,), "device": "cpu", "out": tmp_path / "out"}
     (row,) = evaluate(config.output_dir, metrics=("psnr",), **settings)["results"]
     assert row["value"] > 0
+    # Training validates on the same split, and both see its conditions in the range of training.
+    assert f"made from the column coarse, channels 1, values {own_range(config)}" in capsys.readouterr().err
 
 
 def test_resumed_run_is_the_run_that_was_not_stopped(config: TrainingConfig, tmp_path: Path) -> None:
@@ -170,17 +183,26 @@ def test_resumed_run_is_the_run_that_was_not_stopped(config: TrainingConfig, tmp
     assert differences(Path(config.output_dir), Path(parted.output_dir)) == []
 
 
-def test_tuned_model_keeps_the_units_of_its_conditions(config: TrainingConfig, tmp_path: Path) -> None:
+def test_tuned_model_keeps_the_units_of_its_conditions(
+    config: TrainingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = Path(config.output_dir) / "scheduler/condition.json"
     model = tmp_path / "model"
     shutil.copytree(config.output_dir, model)
-    other = json.loads(path.read_text()) | {"value_range": {**vars(TYPE_RANGE), "low": -4000.0, "high": 0.0}}
+    other = json.loads(path.read_text()) | {"value_range": {**vars(own_range(config)), "low": -2800.0, "high": 0.0}}
     (model / "scheduler/condition.json").write_text(json.dumps(other))
     settings = {"init_from": str(model), "output_dir": str(tmp_path / "run"), "model_config_name_or_path": None}
     tuned = replace(config, **settings, save_figures=False)
     assert isinstance(pipeline := train(tuned), ConditionalDDPMPipeline)
-    assert pipeline.condition.value_range == replace(TYPE_RANGE, low=-4000.0, high=0.0)
+    assert pipeline.condition.value_range == ValueRange(-2800.0, 0.0, "int16")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "the column coarse" in line]
+    assert all("-2800 to 0" in line for line in lines)  # also of the split that is held out, with what is clipped
+    assert sum(line.startswith("clipped: ") for line in lines) == 2
     other["value_range"]["dtype"] = "float32"
     (model / "scheduler/condition.json").write_text(json.dumps(other))
-    with pytest.raises(UsageError, match=r"must be of a type that holds the values.*got int16"):
-        train(replace(tuned, output_dir=str(tmp_path / "third")))
+    third = replace(tuned, output_dir=str(tmp_path / "third"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match=r"condition_column 'coarse' must be .*got int16: .* --value_quantiles 0 1"):
+        train(third)
+    assert not [*tmp_path.rglob("pixels.bin")]  # before anything is decoded
+    assert isinstance(pipeline := train(replace(third, value_quantiles=[0, 1])), ConditionalDDPMPipeline)
+    assert pipeline.condition.value_range == own_range(config)
