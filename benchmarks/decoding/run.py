@@ -51,7 +51,7 @@ def main() -> None:
         except UsageError as error:
             refused[_reason(str(error), path)] += 1
         except Exception as error:  # what the cache makes into a message, too
-            refused[_reason(str(unreadable_image_error(path.name, error)), path)] += 1
+            refused[_reason(str(unreadable_image_error(path.name, error, image_format.config)), path)] += 1
     seconds = time.perf_counter() - started
     found, count = len(listed.images), sum(refused.values())
     assert found > 0
