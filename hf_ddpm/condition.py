@@ -12,8 +12,6 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hf_ddpm.image_size import Size, format_size
-from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, network_folder, read_mapping, write_atomically
 from hf_ddpm.value_range import ValueRange, value_range_from
 
@@ -88,15 +86,3 @@ def write_condition(folder: Path, condition: Condition) -> None:
     if condition.value_range is None:
         del content["value_range"]
     write_atomically(folder / CONDITION_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def require_factor(factor: int, size: Size) -> None:
-    """Check that images can be made smaller by a factor.
-
-    Raises:
-        UsageError: When it does not divide the resolution, or leaves nothing to enlarge.
-    """
-    if any(side % factor or factor >= side for side in size):
-        divisors = [str(k) for k in range(2, min(size)) if not any(side % k for side in size)]
-        remedy = f"give one of {', '.join(divisors)}" if divisors else "give another --resolution"
-        raise UsageError(f"super_resolution must divide the resolution, {format_size(size)}, got {factor}: {remedy}")

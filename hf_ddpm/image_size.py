@@ -37,3 +37,15 @@ def to_resolution(size: Size) -> int | list[int]:
 def format_size(size: Size) -> str:
     """Return a size for people, as `64 x 64`; of an oblong one they read which side is which."""
     return f"{size[0]} x {size[1]}{' (height x width)' * (size[0] != size[1])}"
+
+
+def require_factor(factor: int, size: Size) -> None:
+    """Check that images can be made smaller by a factor.
+
+    Raises:
+        UsageError: When it does not divide the resolution, or leaves nothing to enlarge.
+    """
+    if any(side % factor or factor >= side for side in size):
+        divisors = [str(k) for k in range(2, min(size)) if not any(side % k for side in size)]
+        remedy = f"give one of {', '.join(divisors)}" if divisors else "give another --resolution"
+        raise UsageError(f"super_resolution must divide the resolution, {format_size(size)}, got {factor}: {remedy}")

@@ -11,9 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_ddpm.condition import require_factor
 from hf_ddpm.data.config import check_data_paths
-from hf_ddpm.image_size import to_size
+from hf_ddpm.image_size import require_factor, to_size
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import require_writable_folder
 from hf_ddpm.runtime.launch import environment_number, launcher_precision

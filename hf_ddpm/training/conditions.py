@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_ddpm.condition import Condition, require_factor
+from hf_ddpm.condition import Condition
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import low_resolution_conditions, to_conditions
 from hf_ddpm.data.given import GivenImages
+from hf_ddpm.image_size import require_factor
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.seeds import CONDITION, image_draws
 from hf_ddpm.training.config import TrainingConfig

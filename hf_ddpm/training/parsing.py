@@ -69,7 +69,7 @@ def load_config(path: str | None = None, recipe: str | None = None, **settings: 
     images_of_step = None
     for layer in [*layers, typed_values(TrainingConfig, settings)]:
         if layer.get("train_batch_size") == "auto":
-            images_of_step = _images_of_step(loaded)
+            images_of_step = _images_of_step(loaded) if loaded else None
         loaded = override(loaded, layer)
     config = with_plain_paths(TrainingConfig(**loaded), TrainingConfig)
     if config.train_batch_size == "auto" and config.global_batch_size is None and not is_resumed(config):

@@ -10,8 +10,7 @@ import os
 
 import torch
 
-from hf_ddpm.condition import require_factor
-from hf_ddpm.image_size import Size, format_size, to_size
+from hf_ddpm.image_size import Size, format_size, require_factor, to_size
 from hf_ddpm.network import Trial, load_unet, try_network
 from hf_ddpm.runtime.devices import memory_of
 from hf_ddpm.runtime.errors import UsageError
