@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from hf_ddpm import UsageError, load_config
-from hf_ddpm.network import make_unet
 from hf_ddpm.runtime.devices import _left_in_groups
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.training.automatic import check_batch, choose_batch, keep_batch
@@ -19,13 +19,14 @@ from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from hf_ddpm.training.memory import LiveBytes, StepMemory, batch_that_fits, room_for_steps, step_memory
 from hf_ddpm.training.parsing import config_from_flags, save_config
+from tests.support.networks import smallest_unet_config
 
 CPU, ALONE = torch.device("cpu"), Processes(timedelta(minutes=1))
 
 
 @pytest.fixture(scope="module")
 def unet():
-    return make_unet(channels=1, size=(8, 8), num_classes=3)
+    return UNet2DModel(**smallest_unet_config(channels=1, num_class_embeds=3))
 
 
 def real_bytes(unet, dtype, num_images):
