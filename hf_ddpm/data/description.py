@@ -143,7 +143,7 @@ def describe_unread(config: DataConfig) -> str:
     source = find_source(config)
     if source.kind not in ("images", "arrays") or source.folder is None:
         return ""
-    listed = list_images(source.folder)
+    listed, metadata = list_images(source.folder), metadata_of(source, config)
     held_out = [split for split, path in source.splits.items() if path != source.folder]
     unread = [f"the folder {split!r}" for split in held_out]
     if source.splits:
@@ -152,10 +152,9 @@ def describe_unread(config: DataConfig) -> str:
         above = [path for path in files_below(root) if not str(path).startswith(starts)]
         num_beside = sum(is_image(path) for path in above)
         unread += [f"{num_beside:,} images beside the splits"] if num_beside else []
-        read = set() if metadata_of(source, config) is None else {*listed.metadata_files}
+        read = set() if metadata is None else {*listed.metadata_files}
         files = [path for path in above if path.name in METADATA_NAMES and path.absolute() not in read]
         unread += [f"{path.name} beside the splits" for path in files]
-    metadata = metadata_of(source, config)
     paired = Counter[str]()
     if metadata is not None and source.kind == "arrays" and listed.images:  # files of arrays beside TIFF files
         named = _named_by_read_columns(config, metadata)

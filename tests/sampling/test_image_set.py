@@ -113,12 +113,14 @@ def test_write_samples_resumes_after_a_kill(arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_write_samples_ends_where_a_file_cannot_be_written(arguments, tmp_path, monkeypatch):
-    """Files are written in a thread, whose error is that of the command."""
-    write, written = set_files.write_atomically, []
+@pytest.mark.parametrize("num_written", [9, 18])
+def test_write_samples_ends_where_a_file_cannot_be_written(arguments, tmp_path, monkeypatch, num_written):
+    """Files are written in a thread, whose error is that of the command, also in the last batch."""
+    write, written, failed = set_files.write_atomically, [], []
 
     def write_or_fail(path: Path, content: bytes | str) -> None:
-        if len(written) == 9:
+        if len(written) == num_written and not failed:
+            failed.append(path)
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(path)
         write(path, content)
