@@ -15,9 +15,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import secrets
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,12 +30,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.runtime.errors import UsageError, in_one_line
+from hf_ddpm.runtime.files import existing_parent
 from hf_ddpm.runtime.launch import environment_number
+from hf_ddpm.runtime.meeting import explain_lost_process, is_on_several_machines, meeting
 
 Value = TypeVar("Value")
 
 # Work of fewer items than this shows no progress bar.
 _MIN_ITEMS_OF_PROGRESS_BAR = 20
+# A machine may see a file of another one late.
+_SECONDS_OF_A_FILE, _SECONDS_BETWEEN_LOOKS = 5, 0.2
 
 
 class Processes:
@@ -149,6 +157,42 @@ class Processes:
                 f"{remedy}"
             )
 
+    def require_shared_folder(self, name: str, folder: Path) -> None:
+        """Check that all machines see the same folder: one writes a file where it is or will be, all look for it.
+
+        Args:
+            name: The setting that names the folder, for the message.
+            folder: The folder, which need not exist.
+
+        Raises:
+            UsageError: On all processes, when a machine does not see it.
+            OSError: On all processes, when the main one cannot write there.
+        """
+        if not is_on_several_machines():
+            return
+        own = folder.absolute()
+
+        def write() -> tuple[int, str]:
+            existing = existing_parent(own)
+            mark = f".hf-ddpm-{secrets.token_hex(8)}"
+            (existing / mark).touch()
+            # How far up, since machines may have mounted the folder at other places.
+            return len(own.parts) - len(existing.parts), mark
+
+        num_up, mark = self.on_main(write)
+        path = [own, *own.parents][num_up] / mark
+        try:
+            seen = self.gather(lambda: (_appears(path), socket.gethostname()))
+        finally:
+            if self.rank == 0:
+                path.unlink(missing_ok=True)
+        for rank, (is_seen, host) in enumerate(seen):
+            if not is_seen:
+                raise UsageError(
+                    f"{name} must be a folder that all machines share, got {str(folder)!r}, in which process {rank} "
+                    f"on {host} does not see what process 0 on {seen[0][1]} writes: give one of a shared file system"
+                )
+
     def main_then_rest(self, compute: Callable[[], Value], is_main: bool | None = None) -> Value:
         """Compute a value on the main process, then on the others, which find what the main one left on the disk.
 
@@ -179,6 +223,16 @@ class Processes:
         return [bool(vote) for vote in votes]
 
 
+def _appears(path: Path) -> bool:
+    """Return whether a file that another machine has written is seen here, some seconds later if need be."""
+    end = time.monotonic() + _SECONDS_OF_A_FILE
+    while not path.exists():
+        if time.monotonic() >= end:
+            return False
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return True
+
+
 def _sendable(error: Exception) -> Exception:
     """Return the error, or one with its text if another process could not unpickle it."""
     try:
@@ -197,9 +251,11 @@ def join_processes() -> Iterator[Processes]:
     is_launched = environment_number("WORLD_SIZE", 1) > 1
     must_join = is_launched and dist.is_available() and not dist.is_initialized()
     if must_join:
-        dist.init_process_group("gloo")
+        with meeting():
+            dist.init_process_group("gloo")
     try:
-        yield Processes()
+        with explain_lost_process("Start all processes again."):
+            yield Processes()
     finally:
         if must_join:
             dist.destroy_process_group()

@@ -76,6 +76,7 @@ def sample_from_images(
     new = new_files(out, names, PICTURE, ".png" if arrays is None else f".{arrays.format}")
 
     with join_processes() as processes:
+        processes.require_shared_folder("out", out)
         pipeline, steps, guidance = sampling.load(model, makes_from_images=True)
         assert isinstance(pipeline, ConditionalDDPMPipeline)
         values = None if arrays is None else pipeline.value_range

@@ -95,6 +95,7 @@ def edit_images(
     edits = new_files(out, names, PICTURE, ".png" if arrays is None else f".{arrays.format}")
     mask_files = None if mask is None else _mask_files(mask, len(names))
     with join_processes() as processes:
+        processes.require_shared_folder("out", out)
         plain, _ = load_for_sampling(model, "ddpm", device=sampling.device, guidance_model=sampling.guidance_model)
         guidance = sampling.guidance_of(plain)
         speed_up(plain, sampling.dtype, compile=False)

@@ -92,6 +92,7 @@ def write_samples(
     out = look_at("out", out)
     require_writable_folder("out", out)
     with join_processes() as processes:
+        processes.require_shared_folder("out", out)
         pipeline, steps, guidance = sampling.load(model)
         size = sampling.size_of(pipeline)
         values = pipeline.value_range

@@ -36,6 +36,7 @@ from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, explain_full_memory
 from hf_ddpm.runtime.launch import settle_place
+from hf_ddpm.runtime.meeting import explain_lost_process, meeting
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import seed_step
 from hf_ddpm.runtime.settings import with_plain_paths
@@ -58,6 +59,7 @@ from hf_ddpm.training.loader import (
     next_batches,
     open_loader,
 )
+from hf_ddpm.training.machines import check_machines
 from hf_ddpm.training.metrics import LinesFile, Meter
 from hf_ddpm.training.parts import Event, Parts, call_callbacks, check_parts
 from hf_ddpm.training.previews import next_preview, preview_path, save_preview, validate
@@ -91,9 +93,14 @@ LESS_MEMORY = (
     "model, as --train_batch_size auto does in a new run; or --gradient_checkpointing; or, if it was in a preview, a "
     "smaller --eval_batch_size. A run that wrote a checkpoint goes on from it with --resume_from_checkpoint latest"
 )
+LOST_PROCESS = (
+    "The message of that process, if it still runs, says more. A run that wrote a checkpoint goes on from it when all "
+    "processes are started again with --resume_from_checkpoint latest"
+)
 
 
 @explain_full_memory(LESS_MEMORY)
+@explain_lost_process(LOST_PROCESS)
 def train(
     config: TrainingConfig,
     *,
@@ -143,9 +150,11 @@ def train(
 def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipeline | None:
     """Train a model from what `train` has checked; `started` is the start of the run by `time.monotonic`."""
     config, reason = choose_precision(config)
-    accelerator = make_accelerator(config)
-    processes = Processes(LONGEST_WAIT)
+    with meeting():
+        accelerator = make_accelerator(config)
+        processes = Processes(LONGEST_WAIT)
     processes.require_equal(accelerator.mixed_precision, "mixed_precision", "give one that is not auto")
+    check_machines(config, processes)
     if reason is not None:
         print_once(processes, reason)
     if config.overwrite_output_dir and not config.dry_run:
