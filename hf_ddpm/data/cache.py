@@ -31,18 +31,20 @@ import numpy as np
 from huggingface_hub.utils import tqdm
 
 from hf_ddpm.data.arrays import (
+    SETTINGS_OF_BOTH,
     count_outside,
     quantiles,
     require_differing,
     require_no_array_settings,
     value_range_of,
 )
-from hf_ddpm.data.columns import choose_columns, encoded_images
-from hf_ddpm.data.config import DataConfig, cache_folder
+from hf_ddpm.data.columns import choose_columns, encoded_images, require_second_column
+from hf_ddpm.data.config import DataConfig, cache_folder, of_conditions
 from hf_ddpm.data.decoding import (
     Decoded,
     decode,
     infer_format,
+    is_read_as_array,
     is_transient,
     name_of,
     unreadable_image_error,
@@ -84,9 +86,6 @@ CACHED_SETTINGS = (
     "on_bad_image",
     "max_image_pixels",
 )
-# What settings say of colors and values is said of the images, not of their conditions.
-_OF_IMAGES_ALONE: dict[str, Any] = dict.fromkeys(("channels", "value_range", "label_column", "display_channels"))
-CACHED_ARRAY_SETTINGS = ("value_quantiles", "channel_axis", "stack_axis", "array_key")
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,30 +205,20 @@ def load_images(config: DataConfig, accept: Accept | None = None, dataset: Datas
             readable, or `resolution` or `channels` is left open and the images do not decide it; also when the
             image of a row and its condition have different shapes.
     """
+    if config.condition_column is None:
+        images = _load_column(config, accept, dataset)
+        require_differing(images.value_range)
+        return images
+    require_second_column(config, config.image_column)
+    _check_settings_of_both(config, dataset)
     images = _load_column(config, accept, dataset)
     require_differing(images.value_range)
-    if config.condition_column is None:
-        return images
-    are_arrays, files = images.value_range is not None, None
-    of_images = {**_OF_IMAGES_ALONE}
+    of_column, files = replace(of_conditions(config), resolution=to_resolution(images.size)), None
     # The images decide which are held out, and what is said of them may tell that files are arrays.
-    if config.eval_fraction is not None or (are_arrays and dataset is None):
+    if config.eval_fraction is not None or (images.value_range is not None and dataset is None):
         dataset, files = open_dataset(config, with_conditions=True), _files_of(find_source(config), config)
-        of_images.update(eval_fraction=None, group_column=None)
-    of_conditions = replace(
-        config,
-        image_column=config.condition_column,
-        condition_column=None,
-        resolution=to_resolution(images.size),
-        **of_images,
-    )
-    conditions = _in_own_range(_load_column(of_conditions, None, dataset, files, is_of_conditions=True), config)
-    if (conditions.value_range is not None) != are_arrays:
-        kinds = ("images", "arrays") if are_arrays else ("arrays", "images")
-        raise UsageError(
-            f"condition_column must hold {kinds[1]} as the images are, got {config.condition_column!r} of {kinds[0]}: "
-            "save both as images, or both as arrays"
-        )
+        of_column = replace(of_column, eval_fraction=None, group_column=None)
+    conditions = _in_own_range(_load_column(of_column, None, dataset, files), config)
     unequal = np.flatnonzero((images.index[:, 1:] != conditions.index[:, 1:]).any(axis=1))
     if len(unequal):
         row = int(unequal[0])
@@ -251,12 +240,29 @@ def dtype_of_conditions(config: DataConfig, dataset: Dataset | None = None) -> s
         config: The settings of the data.
         dataset: As of `load_images`.
     """
+    column = _open_both(config, dataset).select_columns([config.condition_column])
+    return _infer_format(column, of_conditions(config)).array_dtype
+
+
+def _open_both(config: DataConfig, dataset: Dataset | None) -> Any:
+    """Return the columns of the images and of their conditions, in this order but for labels between them."""
     if dataset is None:
-        table: Any = open_dataset(config, with_conditions=True)
-    else:
-        table = choose_columns(with_slices(dataset, config), config, with_conditions=True)
-    column = table.select_columns([config.condition_column])
-    return _infer_format(column, replace(config, **_OF_IMAGES_ALONE)).array_dtype
+        return open_dataset(config, with_conditions=True)
+    return choose_columns(with_slices(dataset, config), config, with_conditions=True)
+
+
+def _check_settings_of_both(config: DataConfig, dataset: Dataset | None) -> None:
+    """Check that the images or their conditions are arrays where a setting says something of either.
+
+    Raises:
+        UsageError: When neither are.
+    """
+    if all(getattr(config, name) is None for name in SETTINGS_OF_BOTH):
+        return
+    table = _open_both(config, dataset)
+    columns = (table.select_columns([name]) for name in (table.column_names[0], table.column_names[-1]))
+    if not any(is_read_as_array(encoded_images(column, slice(0, 1))[0], config) for column in columns):
+        require_no_array_settings(config)
 
 
 def _in_own_range(conditions: ImageCache, config: DataConfig) -> ImageCache:
@@ -284,13 +290,11 @@ def _load_column(
     accept: Accept | None,
     dataset: Dataset | None,
     files: Any = None,
-    is_of_conditions: bool = False,
 ) -> ImageCache:
     """Return the images of the column of images; see `load_images`.
 
     Args:
         files: Of a `dataset` whose rows name files, what tells that one of these changed.
-        is_of_conditions: Whether the column is that of the conditions of other images.
     """
     source = find_source(config) if dataset is None else Source("dataset", "given", NAME, None)
     if dataset is not None:
@@ -307,13 +311,11 @@ def _load_column(
     folder = root / _cache_key(config, source, identity)
     if not folder.is_dir():
         dataset = open_dataset(config) if dataset is None else dataset
-        # Messages offer what goes with conditions, while the key is that of the column alone.
-        named = replace(config, condition_column=config.image_column) if is_of_conditions else config
-        _create_cache(folder, dataset, source, named, accept)
+        _create_cache(folder, dataset, source, config, accept)
         accept = None
     images = _read_cache(folder, source.name)
     if images.value_range is None:
-        require_no_array_settings(config)
+        require_no_array_settings(config, is_alone=config.condition_column is None)
     else:
         channels = check_display_channels(config.display_channels, images.channels)
         images = replace(images, value_range=replace(images.value_range, display_channels=channels))
@@ -367,13 +369,13 @@ def _names_sizes_times(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 def _cache_key(config: DataConfig, source: Source, identity: Any) -> str:
     settings = [getattr(config, name) for name in CACHED_SETTINGS]
-    if config.condition_column is not None:  # which leaves fewer columns to choose from
+    if config.condition_column not in (None, config.image_column):  # which leaves fewer columns to choose from
         settings.append(config.condition_column)
     if config.random_crop:
         settings.append("random_crop")
     if config.eval_fraction is not None:
         settings.append([HELD_OUT_FORMAT, config.eval_fraction, config.group_column])
-    of_arrays = [getattr(config, name) for name in CACHED_ARRAY_SETTINGS]
+    of_arrays = [getattr(config, name) for name in SETTINGS_OF_BOTH]
     if any(value is not None for value in of_arrays):
         settings.append(of_arrays)
     content = json.dumps([CACHE_FORMAT, source.kind, identity, *settings])

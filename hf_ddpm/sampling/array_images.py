@@ -26,7 +26,6 @@ from hf_ddpm.data.batches import as_tensor
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import name_of
 from hf_ddpm.data.image_format import has_deep_colors
-from hf_ddpm.figures import to_pil
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.image_inputs import masks_to_tensor
 from hf_ddpm.names import ARRAY_FILE_FORMATS
@@ -35,7 +34,7 @@ from hf_ddpm.runtime.files import network_folder, read_mapping
 from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.sampling.image_files import read_image
 from hf_ddpm.sampling.set_files import file_content
-from hf_ddpm.value_range import ValueRange, pictured, read_value_range
+from hf_ddpm.value_range import ValueRange, read_value_range
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +46,12 @@ class GivenArrays:
         names: What the new file of each is called, without its suffix.
         rows: Where each is, as `read_array` takes it.
         configs: Which axes of its file are images and channels, by the settings of the data.
-        format: The format of new files, one of ARRAY_FILE_FORMATS.
     """
 
     value_range: ValueRange
     names: list[Path]
     rows: list[dict[str, Any]]
     configs: list[DataConfig]
-    format: str
 
     def read(self, i: int, is_unknown: np.ndarray | None = None) -> np.ndarray:
         """Read array i, (C, H, W).
@@ -85,14 +82,6 @@ class GivenArrays:
         finite = np.where(np.isfinite(values), values, values.dtype.type(self.value_range.low))
         return self.value_range.to_unit_interval(as_tensor(finite))
 
-    def contents(self, values: np.ndarray) -> list[bytes]:
-        """Return the content of a file of each image, (B, C, H, W)."""
-        return [file_content(image, self.format) for image in values.transpose(0, 2, 3, 1)]
-
-    def pictures(self, shares: Tensor) -> list[Image.Image]:
-        """Return what pictures show of images, (B, C, H, W) in [0, 1]."""
-        return to_pil(pictured(shares, self.value_range))
-
     def describe_clipped(self, values: Sequence[np.ndarray]) -> None:
         """Say how many values lie outside of the range, and are clipped."""
         count, total = sum(count_outside(each, self.value_range) for each in values), sum(each.size for each in values)
@@ -102,30 +91,24 @@ class GivenArrays:
             tqdm.write(text, file=sys.stderr)
 
 
-def given_arrays(names: Sequence[Path], files: Sequence[Path], model: str, format: str | None) -> GivenArrays | None:
-    """Return the arrays in files, for a model of arrays; None where the files are pictures.
+def given_arrays(names: Sequence[Path], files: Sequence[Path], model: str) -> GivenArrays | None:
+    """Return the arrays in files, for a model that takes arrays; None where the files are pictures.
 
     Args:
         names: The names of the files.
         files: The files.
         model: The model, a folder or a Hub id.
-        format: The format of new files; None: .npy for arrays.
 
     Raises:
-        UsageError: When the files are none for the model, or the format is none for them.
+        UsageError: When the files are none for the model.
     """
     are_arrays = [_holds_array(file) for file in files]
     value_range, channels = _form_of(find_model(model)[0]) if any(are_arrays) else (None, 0)
     if value_range is None:
-        if format not in (None, "png"):
-            raise UsageError(f"format must be png for pictures, got {format!r}: leave it out")
         return None
     if not all(are_arrays):
         name = files[are_arrays.index(False)].name
         raise UsageError(f"image must hold arrays or pictures, got both, as {name}: name a folder of one kind")
-    format = format or "npy"
-    require_choice("format", format, ARRAY_FILE_FORMATS)
-    require_package(Path(f"a file .{format}"))
     new, rows, configs = [], [], []
     for name, path in zip(names, files, strict=True):
         config = _config_of(path, channels)
@@ -133,7 +116,32 @@ def given_arrays(names: Sequence[Path], files: Sequence[Path], model: str, forma
         rows += of_file
         configs += [config] * len(of_file)
         new += [name if row["slice"] is None else name / f"{row['slice']:06d}" for row in of_file]
-    return GivenArrays(value_range, new, rows, configs, format)
+    return GivenArrays(value_range, new, rows, configs)
+
+
+def format_of_new_files(value_range: ValueRange | None, format: str | None) -> str:
+    """Return the format of new files, which is the end of their names.
+
+    Args:
+        value_range: The values of new arrays; None for pictures.
+        format: The setting; None: .npy for arrays.
+
+    Raises:
+        UsageError: When the format is none for them, or its package is missing.
+    """
+    if value_range is None:
+        if format not in (None, "png"):
+            raise UsageError(f"format must be png for pictures, got {format!r}: leave it out")
+        return "png"
+    format = format or "npy"
+    require_choice("format", format, ARRAY_FILE_FORMATS)
+    require_package(Path(f"a file .{format}"))
+    return format
+
+
+def file_contents(values: np.ndarray, format: str) -> list[bytes]:
+    """Return the content of a file of each array, (B, C, H, W), in one of ARRAY_FILE_FORMATS."""
+    return [file_content(image, format) for image in values.transpose(0, 2, 3, 1)]
 
 
 def _form_of(folder: Path) -> tuple[ValueRange | None, int]:
@@ -142,7 +150,7 @@ def _form_of(folder: Path) -> tuple[ValueRange | None, int]:
     An array of the channels of the images, in the place of one of the column, would count as several.
     """
     condition = read_condition(folder)
-    if condition is not None and condition.value_range is not None:
+    if condition is not None and condition.super_resolution is None:
         return condition.value_range, 0
     if condition is not None:
         return read_value_range(folder), condition.channels

@@ -28,7 +28,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
-from hf_ddpm.sampling.array_images import GivenArrays, given_arrays, read_mask
+from hf_ddpm.sampling.array_images import GivenArrays, file_contents, format_of_new_files, given_arrays, read_mask
 from hf_ddpm.sampling.image_files import image_files, new_files, read_image
 from hf_ddpm.sampling.loading import describe_guidance, load_for_sampling, speed_up
 from hf_ddpm.sampling.sampler import forward_batch_of, seeded_generators, shared_batches
@@ -89,10 +89,11 @@ def edit_images(
     out = look_at("out", out)
     require_writable_folder("out", out)
     names, files = image_files("image", image)
-    arrays = given_arrays(names, files, model, format)
+    arrays = given_arrays(names, files, model)
+    format = format_of_new_files(None if arrays is None else arrays.value_range, format)
     names = names if arrays is None else arrays.names
     check_seeds(sampling.seed, len(names))
-    edits = new_files(out, names, PICTURE, ".png" if arrays is None else f".{arrays.format}")
+    edits = new_files(out, names, PICTURE, f".{format}")
     mask_files = None if mask is None else _mask_files(mask, len(names))
     with join_processes() as processes:
         plain, _ = load_for_sampling(model, "ddpm", device=sampling.device, guidance_model=sampling.guidance_model)
@@ -140,7 +141,7 @@ def edit_images(
             units = arrays.value_range.to_units(edited)
             if masks is not None:  # known values are those of the file, to the last bit
                 units = np.where(masks[numbers].numpy(), units, values[numbers])
-            return Edits(arrays.contents(units), arrays.pictures(edited.cpu()))
+            return Edits(file_contents(units, format), to_pil(pictured(edited.cpu(), arrays.value_range)))
 
         pictures = _edit_all(processes, edit, edits, record["forward_batch"])
         shown = partial(_picture, images, masks, pictures, None if arrays is None else arrays.value_range)
