@@ -17,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 from PIL import Image
 
@@ -81,6 +80,8 @@ def with_bytes(encoded: Any) -> Any:
     try:
         if "://" not in path:
             return {"bytes": Path(path).read_bytes(), "path": path}
+        import fsspec  # which the demo page does without
+
         with fsspec.open(path, "rb") as file:  # A path in an archive reads zip://a.png::b.zip.
             return {"bytes": file.read(), "path": path}  # pyright: ignore[reportAttributeAccessIssue]
     except FileNotFoundError:

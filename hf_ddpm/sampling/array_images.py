@@ -1,12 +1,7 @@
-"""The arrays that a command reads for a model of arrays, and the new ones that it writes.
-
-values   an image in the units and the type of the data, (C, H, W)
-share    (values - low) / (high - low), in [0, 1]: what pipelines take; values beyond the range are clipped
-"""
+"""The arrays that a command reads for a model of arrays, and the new ones that it writes; see data/given_files.py."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,25 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ddpm.condition import read_condition
-from hf_ddpm.data.array_files import is_array_file, is_tiff, open_arrays, require_package
-from hf_ddpm.data.arrays import count_outside, read_array, slices_of
-from hf_ddpm.data.batches import as_tensor
+from hf_ddpm.data.array_files import is_array_file, is_tiff, require_package
+from hf_ddpm.data.arrays import count_outside, slices_of
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import name_of
+from hf_ddpm.data.given_files import axes_config, read_values
 from hf_ddpm.data.image_format import has_deep_colors
 from hf_ddpm.hub.download import find_model
-from hf_ddpm.image_inputs import masks_to_tensor
 from hf_ddpm.names import ARRAY_FILE_FORMATS
-from hf_ddpm.runtime.errors import UsageError, in_one_line
+from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import network_folder, read_mapping
 from hf_ddpm.runtime.settings import require_choice
-from hf_ddpm.sampling.image_files import read_image
 from hf_ddpm.sampling.set_files import file_content
 from hf_ddpm.value_range import ValueRange, read_value_range
 
@@ -63,24 +54,8 @@ class GivenArrays:
         Raises:
             UsageError: When it cannot be read, is of another type, or has values that are not finite.
         """
-        name, dtype = name_of(self.rows[i], i), self.value_range.dtype
-        values = _read(self.rows[i], name, self.configs[i])
-        if values.dtype != dtype:
-            raise UsageError(f"image must be of the model's type, {dtype}, got {values.dtype} in {name}: convert it")
-        is_bad = ~np.isfinite(values)
-        if is_unknown is not None and is_unknown.shape[1:] == values.shape[1:]:
-            is_bad &= ~is_unknown
-        if is_bad.any():
-            raise UsageError(
-                f"image must hold finite values but for what a mask repaints with strength 1, got {is_bad.sum():,} "
-                f"others in {name}: give --mask, or fill them in"
-            )
-        return values
-
-    def shares(self, values: np.ndarray) -> Tensor:
-        """Return values as shares of the range, float32 in [0, 1]; what is not finite becomes 0."""
-        finite = np.where(np.isfinite(values), values, values.dtype.type(self.value_range.low))
-        return self.value_range.to_unit_interval(as_tensor(finite))
+        name = name_of(self.rows[i], i)
+        return read_values(self.rows[i], name, self.configs[i], self.value_range, is_unknown)
 
     def describe_clipped(self, values: Sequence[np.ndarray]) -> None:
         """Say how many values lie outside of the range, and are clipped."""
@@ -111,7 +86,7 @@ def given_arrays(names: Sequence[Path], files: Sequence[Path], model: str) -> Gi
         raise UsageError(f"image must hold arrays or pictures, got both, as {name}: name a folder of one kind")
     new, rows, configs = [], [], []
     for name, path in zip(names, files, strict=True):
-        config = _config_of(path, channels)
+        config = axes_config(path, channels)
         of_file = slices_of(path, config)
         rows += of_file
         configs += [config] * len(of_file)
@@ -157,15 +132,6 @@ def _form_of(folder: Path) -> tuple[ValueRange | None, int]:
     return read_value_range(folder), read_mapping(network_folder(folder) / "config.json").get("in_channels", 0)
 
 
-def _config_of(path: Path, channels: int) -> DataConfig:
-    """Return the settings of a file: the first of three axes counts images where the model has one channel."""
-    with contextlib.suppress(Exception), open_arrays(path, []) as (array,):  # what is wrong is named when it is read
-        shape = tuple(array.values.shape)
-        if channels == 1 and len(shape) == 3 and shape[0] > 1 and not {*array.axes} & {*"SCZT"}:
-            return DataConfig(stack_axis=0)
-    return DataConfig()
-
-
 def _holds_array(path: Path) -> bool:
     """Return whether a file is read as an array for a model of arrays: also a PNG file of 16-bit color."""
     if is_array_file(path) or is_tiff(path) or path.suffix.lower() != ".png":
@@ -175,30 +141,3 @@ def _holds_array(path: Path) -> bool:
             return has_deep_colors(image)
     except (OSError, ValueError):  # what reads it as a picture will name it
         return False
-
-
-def read_mask(path: Path, height: int, width: int) -> Tensor:
-    """Return the mask in a file, (1, 1, H, W) bool: what is white in a picture, and not 0 in an array, is repainted.
-
-    Raises:
-        UsageError: When it cannot be read, or has another size.
-    """
-    if not is_array_file(path):
-        return read_image(path, lambda picture: masks_to_tensor(picture, 1, height, width))
-    values = _read({"bytes": None, "path": str(path), "slice": None}, path.name, DataConfig())
-    if values.shape != (1, height, width) or not values.any():
-        what = "zeros alone" if values.shape == (1, height, width) else f"the shape {values.shape}"
-        raise UsageError(
-            f"mask must be ({height}, {width}) as the model's images, and not 0 where it is to be repainted, got "
-            f"{what} in {path.name}"
-        )
-    return torch.from_numpy(values != 0)[None]
-
-
-def _read(row: dict[str, Any], name: str, config: DataConfig) -> np.ndarray:
-    try:
-        return read_array(row, name, config).values
-    except UsageError:
-        raise
-    except Exception as error:  # readers raise nearly any class
-        raise UsageError(f"{name} cannot be taken: {in_one_line(error, with_type=True)}: give another file") from error

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from hf_ddpm.condition import read_condition
 from hf_ddpm.conditional import ConditionalDDPMPipeline
 from hf_ddpm.data.array_files import is_array_file
+from hf_ddpm.data.given_files import read_image, shares_of
 from hf_ddpm.figures import png_bytes, side_by_side, to_pil
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.labels import describe_labels
@@ -30,7 +31,7 @@ from hf_ddpm.runtime.files import look_at, naming_damage, require_writable_folde
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.sampling.array_images import GivenArrays, file_contents, format_of_new_files, given_arrays
-from hf_ddpm.sampling.image_files import image_files, new_files, read_image
+from hf_ddpm.sampling.image_files import image_files, new_files
 from hf_ddpm.sampling.loading import describe_guidance
 from hf_ddpm.sampling.sampler import forward_batch_of, iter_samples, shared_batches
 from hf_ddpm.sampling.settings import SampleSettings
@@ -219,7 +220,7 @@ def _arrays_as_conditions(
         if channels == 1 < len(each) and row["slice"] is None:
             remedy = f"if these are {len(each)} images, save them as (N, 1, H, W); else give another file"
         with naming_damage(f"{name} cannot be taken", remedy):
-            conditions.append(to_conditions(arrays.shares(each)[None]))
+            conditions.append(to_conditions(shares_of(each, arrays.value_range)[None]))
     return torch.cat(conditions)
 
 

@@ -140,7 +140,7 @@ def test_samples_are_of_the_kind_of_the_images(run: Run, tmp_path: Path) -> None
         assert pipeline.condition_values is not None
         given = pipeline.condition_values.to_unit_interval(torch.from_numpy(DEPTHS[:3]))
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    wanted = pipeline(given, generator=generators, num_inference_steps=2, output_type="np").images
+    wanted: Any = pipeline(given, generator=generators, num_inference_steps=2, output_type="np").images
     for i in range(3):
         if run.makes_depths:
             sample = np.load(tmp_path / f"out/{i}.npy")
