@@ -95,7 +95,7 @@ def read_values(
     if is_bad.any():
         raise UsageError(
             f"image must hold finite values but for what a mask repaints with strength 1, got {is_bad.sum():,} others "
-            f"in {name}: give --mask, or fill them in"
+            f"in {name}: give a mask for them, or fill them in"
         )
     return values
 
