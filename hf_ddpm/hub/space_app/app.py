@@ -327,15 +327,15 @@ def _array_files(model: Model) -> tuple[list[gr.File], gr.Image]:
     """Add the files of an array and of its mask; see `_editor`."""
     shape = (model.channels, model.height, model.width)
     gr.Markdown(
-        f"Give an array of the shape {shape} ({model.arrays}), and a mask. What is white in the mask, or not 0 in one "
-        "that is an array, the model fills so that it fits the rest, which stays as it is, to the last bit. Without a "
-        "mask, the whole array is varied: lower the strength for that."
+        f"Give an array of the shape {shape} ({model.arrays}), and a mask. The model fills what is white in the mask, "
+        "or not 0 where the mask is an array, so that it fits the rest, which stays as it is, to the last bit. Without "
+        "a mask, the whole array is varied: lower the strength for that. Without an array, the first sample is edited."
     )
     tiff = [".tif", ".tiff"] if find_spec("tifffile") else []
     with gr.Row():
         array = gr.File(label="Array", file_types=[".npy", *tiff], height=120, elem_id="array")
         mask = gr.File(label="Mask", file_types=[".npy", ".png"], height=120, elem_id="mask")
-    first = gr.Image(label="Without an array, this sample is edited", type="pil", interactive=False, height=240)
+    first = gr.Image(label="First sample", type="pil", interactive=False, height=240, buttons=[])
     return [array, mask], first
 
 
