@@ -19,9 +19,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_ddpm.condition import Condition
-from hf_ddpm.data.cache import ImageCache, cache_folder, load_images
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import with_conditions_of_model
-from hf_ddpm.data.config import DataConfig, load_data_config
+from hf_ddpm.data.config import DataConfig, cache_folder, load_data_config
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.features import FeatureNetwork

@@ -11,9 +11,10 @@ import tifffile
 import torch
 
 from hf_ddpm.condition import Condition
-from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import pairs_of, with_conditions_of_model
 from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.data.tables import open_dataset
 from hf_ddpm.runtime.errors import UsageError

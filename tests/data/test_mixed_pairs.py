@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from hf_ddpm.condition import Condition
-from hf_ddpm.data.cache import dtype_of_conditions, load_images
 from hf_ddpm.data.conditions import pairs_of, with_conditions_of_model
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.images import dtype_of_conditions, load_images
 from hf_ddpm.data.sources import check_source, find_source
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.runtime.errors import UsageError

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.value_range import ValueRange

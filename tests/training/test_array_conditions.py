@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from hf_ddpm import ConditionalDDPMPipeline, evaluate
 from hf_ddpm.cli import app
 from hf_ddpm.condition import Condition
-from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.hub.info import model_info
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.sampling.conditional_set import sample_from_images
