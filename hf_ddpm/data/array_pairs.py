@@ -67,7 +67,8 @@ def open_array_pairs(metadata: Metadata, of_arrays: Mapping[str, bool], config: 
     labels = folder_classes([Path(cell["path"] if cell else "") for cell in encoded[images]])
     if labels is not None and "label" not in columns:
         columns["label"], features["label"] = labels, datasets.ClassLabel(names=sorted({*labels}))
-    features.update({name: slice_feature() if of_arrays[name] else datasets.Image() for name in of_arrays})
+    of_array, of_picture = slice_feature(), datasets.Image()
+    features.update({name: of_array if is_array else of_picture for name, is_array in of_arrays.items()})
     return datasets.Dataset.from_dict({**columns, **encoded}, features=datasets.Features(features))
 
 

@@ -22,7 +22,7 @@ from hf_ddpm.data.arrays import (
     is_read_as_arrays,
     require_no_array_settings,
 )
-from hf_ddpm.data.config import DataConfig, of_conditions
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT
 from hf_ddpm.data.image_folder import (
     UNPACK,
@@ -75,7 +75,7 @@ def check_source(config: DataConfig, output_dir: str | None = None) -> None:
     """
     source = find_source(config)
     check_array_settings(config)
-    kinds = {source.kind, *([] if config.condition_column is None else [find_source(of_conditions(config)).kind])}
+    kinds = {source.kind, *([] if config.condition_column is None else [kind_of_conditions(config)])}
     if kinds <= {"digits", "images"}:
         require_no_array_settings(config)
     if source.folder is None or output_dir is None:
@@ -134,6 +134,11 @@ def find_source(config: DataConfig) -> Source:
         )
     _check_eval_fraction(config, source)
     return source
+
+
+def kind_of_conditions(config: DataConfig) -> str:
+    """Return the kind of the source, see `Source`, where it is that of the column of conditions."""
+    return find_source(replace(config, image_column=config.condition_column)).kind
 
 
 def _check_eval_fraction(config: DataConfig, source: Source) -> None:

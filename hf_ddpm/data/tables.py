@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Any
 from hf_ddpm.data.array_pairs import open_array_pairs
 from hf_ddpm.data.arrays import open_array_files
 from hf_ddpm.data.columns import choose_columns
-from hf_ddpm.data.config import DataConfig, of_conditions
+from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT, Parts, divide, is_held_out
 from hf_ddpm.data.image_folder import ImageFolder, list_images, open_images
 from hf_ddpm.data.metadata import column_of_files, require_files
-from hf_ddpm.data.sources import Source, files_of_arrays, find_source, folder_of_images, metadata_of
+from hf_ddpm.data.sources import (
+    Source,
+    files_of_arrays,
+    find_source,
+    folder_of_images,
+    kind_of_conditions,
+    metadata_of,
+)
 from hf_ddpm.data.volumes import with_slices
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line
 
@@ -137,8 +144,7 @@ def _open_files(source: Source, config: DataConfig) -> Dataset:
     assert source.folder is not None
     listed, metadata, of_arrays = list_images(source.folder), metadata_of(source, config), {}
     if metadata is not None and config.condition_column in metadata.file_columns:
-        conditions = find_source(of_conditions(config))
-        kinds = {column_of_files(metadata, config): source.kind, config.condition_column: conditions.kind}
+        kinds = {column_of_files(metadata, config): source.kind, config.condition_column: kind_of_conditions(config)}
         of_arrays = {name: kind == "arrays" for name, kind in kinds.items() if name in metadata.file_columns}
     if source.kind == "images" and not any(of_arrays.values()):
         return open_images(listed, config)

@@ -164,6 +164,21 @@ def test_settings_of_arrays_are_for_the_column_that_holds_them(tmp_path: Path) -
         load_images(config)
 
 
+def test_a_folder_of_tiff_files_alone_is_of_one_kind(tmp_path: Path) -> None:
+    """A setting that says that they are arrays says it of both columns."""
+    (folder := tmp_path / "pairs").mkdir()
+    lines = ["file_name,radar_file_name"]
+    for i in range(3):
+        tifffile.imwrite(folder / f"{i}.tif", np.stack([noise(8, 8, seed=i)] * 5), photometric="minisblack")
+        tifffile.imwrite(folder / f"radar-{i}.tif", noise(8, 8, seed=i).astype(np.uint16) * 9)  # which Pillow reads
+        lines.append(f"{i}.tif,radar-{i}.tif")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    config = cache_config(folder, condition_column="radar", display_channels=[1])
+    own = conditions_in(load_images(config)).value_range
+    assert own is not None
+    assert own.dtype == "uint16"
+
+
 def test_settings_of_arrays_need_an_array_before_anything_is_decoded(tmp_path: Path) -> None:
     pictures = photos(3)
     features = datasets.Features({name: datasets.Image() for name in ("a", "b")})

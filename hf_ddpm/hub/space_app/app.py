@@ -328,8 +328,9 @@ def _array_files(model: Model) -> tuple[list[gr.File], gr.Image]:
     shape = (model.channels, model.height, model.width)
     gr.Markdown(
         f"Give an array of the shape {shape} ({model.arrays}), and a mask. The model fills what is white in the mask, "
-        "or not 0 where the mask is an array, so that it fits the rest, which stays as it is, to the last bit. Without "
-        "a mask, the whole array is varied: lower the strength for that. Without an array, the first sample is edited."
+        "or not 0 where the mask is an array, so that it fits the rest, which stays as it is, to the last bit. "
+        "Without a mask, the whole array is varied: lower the strength for that. Without an array, the first sample "
+        "is edited."
     )
     tiff = [".tif", ".tiff"] if find_spec("tifffile") else []
     with gr.Row():
