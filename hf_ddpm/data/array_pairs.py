@@ -43,11 +43,11 @@ def open_array_pairs(metadata: Metadata, of_arrays: Mapping[str, bool], config: 
         of_row: dict[str, list[Any]] = {}
         for name, is_of_arrays in of_arrays.items():
             path = metadata.columns[name][row]
-            if not is_of_arrays:
+            if is_of_arrays:
+                of_row[name] = _slices(path, config, hold_one.get(name, False))
+                hold_one.setdefault(name, path is not None and of_row[name] == [one_image(Path(path))])
+            else:
                 of_row[name] = [None if path is None else {"bytes": None, "path": path}]
-                continue
-            of_row[name] = _slices(path, config, hold_one.get(name, False))
-            hold_one.setdefault(name, path is not None and of_row[name] == [one_image(Path(path))])
         counts = {name: len(cells) for name, cells in of_row.items()}
         if len({*counts.values()}) > 1:
             held = " and ".join(f"{count:,} in {name!r}" for name, count in counts.items())
@@ -67,6 +67,7 @@ def open_array_pairs(metadata: Metadata, of_arrays: Mapping[str, bool], config: 
     labels = folder_classes([Path(cell["path"] if cell else "") for cell in encoded[images]])
     if labels is not None and "label" not in columns:
         columns["label"], features["label"] = labels, datasets.ClassLabel(names=sorted({*labels}))
+    # One object for all columns of a kind: `datasets` hashes a table by what its features share, too.
     of_array, of_picture = slice_feature(), datasets.Image()
     features.update({name: of_array if is_array else of_picture for name, is_array in of_arrays.items()})
     return datasets.Dataset.from_dict({**columns, **encoded}, features=datasets.Features(features))
