@@ -100,6 +100,7 @@ def test_both_directions_are_read_in_their_own_values(tmp_path: Path, kind: str,
         assert torch.equal(depth, picture[:, :1].float() / 10 - 5)
 
 
+@pytest.mark.slow
 def test_the_column_of_images_is_the_other_one(tmp_path: Path) -> None:
     table = save_table(tmp_path / "table", photos(2))
     files = save_files(tmp_path / "files", photos(2))

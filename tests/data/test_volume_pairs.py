@@ -157,6 +157,7 @@ def test_an_empty_cell_is_named(folder: Path) -> None:
         load_images(config, dataset=table.cast_column("t1", datasets.Nifti()))
 
 
+@pytest.mark.slow
 def test_a_volume_of_one_slice_is_an_image_beside_others(folder: Path) -> None:
     values = [volume[:, :, :1] for volume in volumes()]
     scans = [save_volume(folder / f"{i}.nii", each) for i, each in enumerate(values)]

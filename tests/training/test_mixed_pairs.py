@@ -89,7 +89,7 @@ def save_inputs(run: Run, folder: Path, pictures: list[np.ndarray]) -> Path:
     folder.mkdir()
     for i, photo in enumerate(pictures):
         if run.makes_depths:
-            Image.fromarray(photo).save(folder / f"{i}.png")
+            Image.fromarray(photo).save(folder / f"{i}.{'tif' if i == 2 else 'png'}")  # TIFF files may be pictures
         else:
             np.save(folder / f"{i}.npy", depth_of(photo))
     return folder
