@@ -113,9 +113,10 @@ class Splits:
             if getattr(self.data, name) not in (None, value):
                 raise UsageError(f"{name} must be the model's, {value}, got {getattr(self.data, name)}: leave it out")
         precision = self.data.preserve_input_precision
-        if self._value_range is None:
+        from_arrays = self._condition is not None and self._condition.value_range is not None
+        if self._value_range is None and not (precision and from_arrays):  # conditions may be 16-bit color
             precision = False
-        elif self._is_given and self._value_range.dtype == "uint16":
+        elif self._is_given and self._value_range is not None and self._value_range.dtype == "uint16":
             precision = True  # of 16-bit color, which would be pictures without it
         config = replace(self.data, resolution=resolution, channels=self._channels, preserve_input_precision=precision)
         recorded = read_run(self._folder).get("data", {}).get("fingerprint")

@@ -10,13 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
+import imagecodecs
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_ddpm import ConditionalDDPMPipeline
+from hf_ddpm import ConditionalDDPMPipeline, evaluate
 from hf_ddpm.cli import app
 from hf_ddpm.condition import Condition
 from hf_ddpm.hub.info import model_info
@@ -231,3 +233,36 @@ def test_tuned_model_keeps_its_units(run: Run, tmp_path: Path) -> None:
             UsageError, match=r"condition_column 'depth' must be .* got images: convert them to float32$"
         ):
             train(other)
+
+
+def test_pictures_that_are_made_from_color_of_16_bits_are_measured(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    colors = [imagecodecs.png_encode(rng.integers(0, 65536, (8, 8, 3)).astype(np.uint16)) for _ in range(8)]
+    grays = [Image.fromarray(rng.integers(0, 256, (8, 8)).astype(np.uint8)) for _ in range(8)]
+    rows = {"gray": grays, "color": [{"bytes": bytes(content), "path": None} for content in colors]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(dict.fromkeys(rows, datasets.Image())))
+    table.to_parquet(str(tmp_path / "table/train.parquet"))
+    (tmp_path / "unet.json").write_text(json.dumps(smallest_unet_config(1, in_channels=4)))
+    config = TrainingConfig(
+        dataset_name=str(tmp_path / "table"),
+        image_column="gray",
+        condition_column="color",
+        preserve_input_precision=True,
+        model_config_name_or_path=str(tmp_path / "unet.json"),
+        output_dir=str(tmp_path / "run"),
+        cache_dir=str(tmp_path / "cache"),
+        train_batch_size=2,
+        max_train_steps=1,
+        ddpm_num_steps=10,
+        lr_warmup_steps=0,
+        save_figures=False,
+        eval_batch_size=1,
+        cpu_threads_per_process=1,
+    )
+    pipeline = train(config)
+    assert isinstance(pipeline, ConditionalDDPMPipeline)
+    assert pipeline.condition.value_range is not None
+    assert pipeline.condition.value_range.dtype == "uint16"
+    settings = {"test_split": "train", "num_images": 4, "num_inference_steps": (2,), "device": "cpu"}
+    (psnr,) = evaluate(config.output_dir, metrics=("psnr",), **settings, out=tmp_path / "out")["results"]
+    assert psnr["value"] > 0
