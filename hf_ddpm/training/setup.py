@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from hf_ddpm.data.cache import X_0, Accept, dtype_of_conditions, load_dataset, load_images
+from hf_ddpm.data.cache import Accept
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.held_out import require_share
+from hf_ddpm.data.images import X_0, dtype_of_conditions, load_dataset, load_images
 from hf_ddpm.data.labels import with_network_labels
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.splits import check_groups, check_split
