@@ -322,7 +322,8 @@ def failures(processes: list[subprocess.Popen]) -> str:
         text = said(process)
         if "Traceback" in text:
             sys.exit(text)
-        lines[text.splitlines()[-1].removeprefix("error: ")] = None
+        # What follows is the remedy.
+        lines[text.splitlines()[-1].removeprefix("error: ").partition(". The message of")[0]] = None
     return f"after {time.monotonic() - started:.0f} s " + " and ".join(f"`{line}`" for line in lines)
 
 
