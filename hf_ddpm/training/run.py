@@ -54,7 +54,8 @@ class Run:
         labels: The labels that the network is conditioned on; None for a network without labels.
         condition: What the images are made from; None: from noise alone.
         validation: The held-out images; None if the run validates nothing.
-        pusher: The background upload, on the first process of a run that goes to the Hub.
+        pusher: The background upload of the model, on the first process of a run that goes to the Hub.
+        checkpoint_pusher: That of checkpoints, with `hub_strategy checkpoint`.
         trackers: Accelerate's trackers, on the first process.
         callbacks: What is called with each event; see `train`.
         learning_rate: A function from the images seen to the learning rate.
@@ -82,6 +83,7 @@ class Run:
     total_images: int
     global_batch_size: int
     pusher: Pusher | None = None
+    checkpoint_pusher: Pusher | None = None
     trackers: tuple[Any, ...] = ()
     callbacks: Sequence[Callable[[Any, Any], None]] = ()
 
