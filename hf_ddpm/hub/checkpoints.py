@@ -25,8 +25,9 @@ from typing import Any, Protocol
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
-from hf_ddpm.hub.errors import as_push_errors, hub_error, status_of
+from hf_ddpm.hub.errors import as_push_errors, status_of
 from hf_ddpm.hub.upload import LOCAL_SETTINGS, copy_file, is_local_path
 from hf_ddpm.runtime.errors import PushError, UsageError
 from hf_ddpm.runtime.files import naming_damage, parse_mapping, read_mapping, sha256
@@ -109,13 +110,17 @@ class Repository:
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a small file, or None if there is no such file or place."""
+        try:
+            info = self.api.model_info(self.name)
+        except HfHubHTTPError as error:
+            if status_of(error) == 404:
+                return None
+            raise
+        if name not in [file.rfilename for file in info.siblings or ()]:
+            return None
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                return Path(self.api.hf_hub_download(self.name, name, local_dir=folder)).read_bytes()
-            except Exception as error:
-                if status_of(hub_error(error)) == 404:
-                    return None
-                raise
+            path = self.api.hf_hub_download(self.name, name, revision=info.sha, local_dir=folder)
+            return Path(path).read_bytes()
 
     def replace(self, files: dict[str, Path], record: bytes, outdated: Sequence[str], message: str) -> None:
         """Add files and the record and delete what is outdated in one commit, then squash the history."""
@@ -162,8 +167,8 @@ class Bucket:
         try:
             if not list(self.api.get_bucket_paths_info(self.name, [name])):
                 return None
-        except Exception as error:
-            if status_of(hub_error(error)) == 404:
+        except HfHubHTTPError as error:
+            if status_of(error) == 404:
                 return None
             raise
         with tempfile.TemporaryDirectory() as folder:

@@ -145,7 +145,10 @@ def test_dry_run_is_not_written_into_the_config(tmp_path):
         ({"train_data_dir": "nothing"}, "there is no folder"),
         ({"resolution": 30, "model_config_name_or_path": None}, "the nearest is 28 or 32"),
         ({"model_config_name_or_path": "cifar10-ddpm"}, "in_channels of the model config must be 1"),
-        ({"resume_from_checkpoint": "checkpoint-5"}, "resume_from_checkpoint must be latest or hub, got 'checkpoint-5'"),
+        (
+            {"resume_from_checkpoint": "checkpoint-5"},
+            "resume_from_checkpoint must be latest or hub, got 'checkpoint-5'",
+        ),
         ({"output_dir": "unet.json"}, "output_dir must be a folder, got 'unet.json', which is a file"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
