@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
@@ -62,33 +62,6 @@ class Record:
     def num_bytes(self) -> int:
         """The size of all files."""
         return sum(file["size"] for file in self.files.values())
-
-
-class Place(Protocol):
-    """A place on the Hub that holds files."""
-
-    name: str
-    kind: str
-
-    def create(self) -> bool:
-        """Create it, private, unless it exists; return whether it is private."""
-        ...
-
-    def names(self) -> list[str]:
-        """Return the names of its files."""
-        ...
-
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a small file, or None if there is no such file or place."""
-        ...
-
-    def replace(self, files: dict[str, Path], record: bytes, outdated: Sequence[str], message: str) -> None:
-        """Add files, then the record, then delete what is outdated."""
-        ...
-
-    def download(self, folder: str, target: Path) -> None:
-        """Download all files of a folder into the folder of the same name in `target`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -189,13 +162,16 @@ class Bucket:
         self.api.download_bucket_files(self.name, [(entry, target / entry.path) for entry in files])
 
 
+Place = Bucket | Repository
+
+
 def has_buckets() -> bool:
     """Return whether huggingface_hub can use storage buckets here: version 2 can, through hf-xet."""
     is_off = bool(getattr(constants, "HF_HUB_DISABLE_XET", False))
     return hasattr(HfApi, "batch_bucket_files") and find_spec("hf_xet") is not None and not is_off
 
 
-def places(api: HfApi, model: str) -> list[Place]:
+def places(api: HfApi, model: str) -> Sequence[Place]:
     """Return where the checkpoint of a model's run may be, first where it goes from here.
 
     Args:

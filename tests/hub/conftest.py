@@ -27,7 +27,8 @@ TOKENS: dict[str, Any] = {"tokens": {TOKEN: "alice", OTHER: "bob", READER: "alic
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """The Hub of this process's client, which has alice's token and does not sleep between its attempts."""
-    with HubServer(**TOKENS) as server, client_of(server, tmp_path, monkeypatch):
+    server = HubServer(**TOKENS)
+    with server, client_of(server, tmp_path, monkeypatch):
         yield server
 
 
@@ -36,7 +37,8 @@ def bucket_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[B
     """The same with buckets and Xet, which need huggingface_hub 2 and hf-xet."""
     if not hasattr(HfApi, "batch_bucket_files") or find_spec("hf_xet") is None:
         pytest.skip("buckets need huggingface_hub 2 and hf-xet")
-    with BucketServer(**TOKENS) as server, client_of(server, tmp_path, monkeypatch):
+    server = BucketServer(**TOKENS)
+    with server, client_of(server, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
         yield server
 
