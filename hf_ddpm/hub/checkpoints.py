@@ -107,15 +107,10 @@ class Repository:
         self.api.create_commit(self.name, operations, commit_message=message, parent_commit=head)
         self.api.super_squash_history(self.name, commit_message=message)
 
-    def download(self, folder: str, target: Path) -> None:
-        """Download all files of a folder into the folder of the same name in `target`."""
-        snapshot_download(
-            self.name,
-            allow_patterns=f"{folder}/*",
-            local_dir=target,
-            token=self.api.token,
-            endpoint=self.api.endpoint,
-        )
+    def download(self, names: list[str], target: Path) -> None:
+        """Download files into a folder, under the same names."""
+        api = self.api
+        snapshot_download(self.name, allow_patterns=names, local_dir=target, token=api.token, endpoint=api.endpoint)
 
 
 @dataclass(frozen=True)
@@ -156,10 +151,10 @@ class Bucket:
         if outdated:
             self.api.batch_bucket_files(self.name, delete=list(outdated))
 
-    def download(self, folder: str, target: Path) -> None:
-        """Download all files of a folder into the folder of the same name in `target`."""
-        files = [e for e in self.api.list_bucket_tree(self.name, folder, recursive=True) if e.type == "file"]
-        self.api.download_bucket_files(self.name, [(entry, target / entry.path) for entry in files])
+    def download(self, names: list[str], target: Path) -> None:
+        """Download files into a folder, under the same names."""
+        files = [(name, target / name) for name in names]
+        self.api.download_bucket_files(self.name, files, raise_on_missing_files=True)
 
 
 Place = Bucket | Repository
@@ -213,7 +208,7 @@ def create_place(api: HfApi, model: str) -> Place:
     """Create the place of a checkpoint unless it exists, and return it.
 
     Raises:
-        PushError: When it cannot be created or written to, or is public.
+        PushError: When it cannot be created, or is public.
     """
     place = places(api, model)[0]
     with as_push_errors(api, place.name):
@@ -223,7 +218,6 @@ def create_place(api: HfApi, model: str) -> Place:
                 f"{place.name} must be private, as it holds a checkpoint, but it exists and is public: make it "
                 "private on the Hub, or give another hub_model_id"
             )
-        require_write(api, place.name)
     return place
 
 
@@ -324,7 +318,7 @@ def copy_checkpoint(folder: Path, checkpoint: str, path_settings: Collection[str
     return copies
 
 
-def download_checkpoint(place: Place, record: Record, folder: Path, api: HfApi) -> Path:
+def download_checkpoint(place: Place, record: Record, folder: Path) -> Path:
     """Download a checkpoint and what belongs to it, and return the folder that holds it as a run's folder would.
 
     An earlier download that was interrupted goes on.
@@ -333,15 +327,14 @@ def download_checkpoint(place: Place, record: Record, folder: Path, api: HfApi) 
         place: Where the checkpoint is.
         record: Its checkpoint.json.
         folder: The run's folder. The download stands in its `partial-download`.
-        api: The client.
 
     Raises:
         PushError: When the Hub refuses, or cannot be reached.
         UsageError: When what comes is not what checkpoint.json names.
     """
     partial = folder / "partial-download"
-    with as_push_errors(api, place.name):
-        place.download(record.folder, partial)
+    with as_push_errors(place.api, place.name):
+        place.download([f"{record.folder}/{name}" for name in record.files], partial)
     for name, expected in record.files.items():
         path = partial / record.folder / name
         if not path.is_file() or sha256(path) != expected["sha256"]:
@@ -353,13 +346,13 @@ def download_checkpoint(place: Place, record: Record, folder: Path, api: HfApi) 
     return partial / record.folder
 
 
-def read_settings(place: Place, record: Record, api: HfApi) -> bytes:
+def read_settings(place: Place, record: Record) -> bytes:
     """Return the config.yaml of the run of a checkpoint on the Hub, which lacks the settings that are paths.
 
     Raises:
         PushError: When the Hub refuses, or cannot be reached.
     """
-    with as_push_errors(api, place.name):
+    with as_push_errors(place.api, place.name):
         return place.read(f"{record.folder}/config.yaml") or b""
 
 

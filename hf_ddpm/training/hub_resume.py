@@ -52,7 +52,7 @@ def resume_from_hub(config: TrainingConfig, print_line: Callable[[str], None]) -
                 "there, or the token may not see it: give the hub_model_id of the run, or latest to begin one"
             )
         place, record = found
-        saved = settings_in(read_settings(place, record, api), f"config.yaml of {place.name}")
+        saved = settings_in(read_settings(place, record), f"config.yaml of {place.name}")
         settings = {**settings_to_save(config), **saved}
         remedy = f"{place.name} is of another run, whose hub_model_id or settings this one must have"
         require_same_settings(config, TrainingConfig(**settings), remedy)
@@ -67,7 +67,7 @@ def resume_from_hub(config: TrainingConfig, print_line: Callable[[str], None]) -
             else:
                 size = format_amount(record.num_bytes, "B")
                 print_line(f"{record.checkpoint} of {place.name} is downloaded, {size}")
-                _take(place, record, settings, output_dir, api)
+                _take(place, record, settings, output_dir)
     except PushError as error:
         raise UsageError(f"resume_from_checkpoint hub cannot work: {error}") from None
     return replace(config, resume_from_checkpoint="latest")
@@ -82,9 +82,9 @@ def _newest_step(output_dir: Path) -> int | None:
     return None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
-def _take(place: Place, record: Record, settings: dict[str, Any], output_dir: Path, api: HfApi) -> None:
+def _take(place: Place, record: Record, settings: dict[str, Any], output_dir: Path) -> None:
     """Download a checkpoint, and move it into the output folder after all that belongs to it."""
-    files = download_checkpoint(place, record, output_dir, api)
+    files = download_checkpoint(place, record, output_dir)
     for name in record.files:
         if not name.startswith("checkpoint-") and name != "config.yaml":
             (output_dir / name).parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -83,10 +83,10 @@ def checkpoint_pusher(config: TrainingConfig, print_line: Callable[[str], None])
     """Start the thread that pushes the newest checkpoint while a run trains."""
     repo_id, token, _ = repository_of(config)
     api = HfApi(token=token)
+    model = cache(lambda: full_name(api, repo_id))  # the Hub wants to be asked rarely
 
     def send(files: Path, message: str, still_wanted: Callable[[], bool]) -> None:
-        model = full_name(api, repo_id)
-        send_checkpoint(api, model, files, message, still_wanted, replaces_newer=config.overwrite_output_dir)
+        send_checkpoint(api, model(), files, message, still_wanted, replaces_newer=config.overwrite_output_dir)
 
     return Pusher(repo_id + SUFFIX, send, print_line)
 

@@ -41,6 +41,7 @@ def resume(settings: dict[str, Any], folder: Path) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_checkpoint_replaces_the_one_before_it(hub: HubServer, settings: dict[str, Any], tmp_path: Path):
     folder = write_run(tmp_path / "run", 3, settings)
     send(folder, 3)
@@ -58,6 +59,7 @@ def test_checkpoint_replaces_the_one_before_it(hub: HubServer, settings: dict[st
     assert stored(hub) == files
 
 
+@pytest.mark.slow
 def test_uploaded_files_show_nothing_of_the_machine(hub: HubServer, settings: dict[str, Any], tmp_path: Path):
     began = f"step 2: {tmp_path}/pictures/hidden-name.png at t = 3"
     folder = write_run(tmp_path / "hidden-folder", 3, settings, bad_steps_began=began)
@@ -88,6 +90,7 @@ def test_repository_keeps_the_last_whole_checkpoint(
     assert server.repo(PLACE).commit().parent is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_batches", [0, 1, 2])
 def test_bucket_keeps_the_last_whole_checkpoint(
     bucket_server: BucketServer, settings: dict[str, Any], tmp_path: Path, num_batches: int
@@ -106,6 +109,7 @@ def test_bucket_keeps_the_last_whole_checkpoint(
     assert stored_step(bucket_server) == 6
 
 
+@pytest.mark.slow
 def test_empty_folder_gets_all_that_a_run_needs(hub: HubServer, settings: dict[str, Any], tmp_path: Path):
     folder = write_run(tmp_path / "run", 3, settings)
     send(folder, 3)
@@ -120,6 +124,7 @@ def test_empty_folder_gets_all_that_a_run_needs(hub: HubServer, settings: dict[s
     assert f"train_data_dir: {settings['train_data_dir']}" in there["config.yaml"].decode()
 
 
+@pytest.mark.slow
 def test_newest_of_folder_and_hub_is_taken(server: HubServer, settings: dict[str, Any], tmp_path: Path):
     send(write_run(tmp_path / "run", 3, settings), 3)
     (line,) = resume(settings, write_run(tmp_path / "newer", 4, settings))
@@ -161,6 +166,7 @@ def test_files_that_are_not_those_of_the_record_are_refused(
     assert {path.name for path in (tmp_path / "other").iterdir()} == {".lock"}
 
 
+@pytest.mark.slow
 def test_later_checkpoint_on_the_hub_is_not_replaced(hub: HubServer, settings: dict[str, Any], tmp_path: Path):
     send(write_run(tmp_path / "run", 6, settings), 6)
     other = write_run(tmp_path / "other", 3, settings)
@@ -181,7 +187,7 @@ def test_later_checkpoint_on_the_hub_is_not_replaced(hub: HubServer, settings: d
     ],
 )
 def test_resume_refuses_what_cannot_work(
-    hub: HubServer, settings: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
+    server: HubServer, settings: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
 ):
     send(write_run(tmp_path / "run", 3, settings), 3)
     with pytest.raises(UsageError, match=message) as error:
@@ -220,6 +226,7 @@ def test_place_must_be_private_and_writable(hub: HubServer, settings: dict[str, 
         send(folder, 3)
 
 
+@pytest.mark.slow
 def test_abandoned_upload_replaces_nothing(hub: HubServer, settings: dict[str, Any], tmp_path: Path):
     folder = write_run(tmp_path / "run", 3, settings)
     send(folder, 3)

@@ -115,21 +115,21 @@ CURVES = {"tensorboard": in_tensorboard, "trackio": in_trackio, "wandb": in_wand
 
 @pytest.mark.slow
 @pytest.mark.parametrize("logger", LOGGERS)
-@pytest.mark.parametrize("place", ["same machine", "empty machine"])
-def test_resumed_run_is_one_curve(tiny_settings: dict[str, Any], tmp_path: Path, logger: str, place: str):
-    config = TrainingConfig(**tiny_settings, logger=logger)
+def test_resumed_run_is_one_curve(tiny_settings: dict[str, Any], tmp_path: Path, logger: str):
+    """Where it was trained, and in a folder of another name on a machine that has nothing of the tracker."""
+    config = TrainingConfig(**tiny_settings, logger=logger, resume_from_checkpoint="latest")
     start(config, tmp_path / "trackers", last_step=5)
-    folder = Path(config.output_dir)
+    folder, moved = Path(config.output_dir), tmp_path / "moved"
     shutil.rmtree(folder / "checkpoint-5")  # as if it had been killed: steps 4 and 5 are taken again
-    trackers = tmp_path / "trackers"
-    if place == "empty machine":
-        shutil.rmtree(folder / "logs", ignore_errors=True)
-        trackers = tmp_path / "new-trackers"
-    start(replace(config, resume_from_checkpoint="latest"), trackers)
-    curve = CURVES[logger](config, trackers)
-    assert max(Counter((step, name) for step, name, _ in curve).values()) == 1
-    losses = {step: value for step, name, value in curve if name == "loss"}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert losses == pytest.approx({line["step"]: line["loss"] for line in lines})
-    pictures = {step for step, name, _ in curve if name == "samples"}
-    assert pictures == {int(path.stem.removeprefix("step-")) for path in (folder / "previews").iterdir()}
+    shutil.copytree(folder, moved, ignore=shutil.ignore_patterns("logs"))
+    for output_dir, trackers in ((folder, tmp_path / "trackers"), (moved, tmp_path / "new-trackers")):
+        resumed = replace(config, output_dir=str(output_dir))
+        start(resumed, trackers)
+        curve = CURVES[logger](resumed, trackers)
+        assert max(Counter((step, name) for step, name, _ in curve).values()) == 1
+        losses = {step: value for step, name, value in curve if name == "loss"}
+        lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+        assert losses == pytest.approx({line["step"]: line["loss"] for line in lines})
+        assert losses.keys() == {*range(1, 7)}
+        pictures = {step for step, name, _ in curve if name == "samples"}
+        assert pictures == {int(path.stem.removeprefix("step-")) for path in (output_dir / "previews").iterdir()}
