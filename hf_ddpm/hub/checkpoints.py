@@ -17,17 +17,18 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError
 
-from hf_ddpm.hub.errors import as_push_errors, status_of
+from hf_ddpm.hub.errors import as_push_errors
+from hf_ddpm.hub.places import Place, places
 from hf_ddpm.hub.upload import LOCAL_SETTINGS, copy_file, is_local_path
 from hf_ddpm.runtime.errors import PushError, UsageError
 from hf_ddpm.runtime.files import naming_damage, parse_mapping, read_mapping, sha256
@@ -64,118 +65,6 @@ class Record:
         return sum(file["size"] for file in self.files.values())
 
 
-@dataclass(frozen=True)
-class Repository:
-    """The branch `main` of a model repository as the place of a checkpoint."""
-
-    api: HfApi
-    name: str
-    kind: str = "repository"
-
-    def create(self) -> bool:
-        """Create it, private, unless it exists; return whether it is private."""
-        self.api.create_repo(self.name, private=True, exist_ok=True)
-        return bool(self.api.model_info(self.name).private)
-
-    def names(self) -> list[str]:
-        """Return the names of its files."""
-        return self.api.list_repo_files(self.name)
-
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a small file, or None if there is no such file or place."""
-        try:
-            info = self.api.model_info(self.name)
-        except HfHubHTTPError as error:
-            if status_of(error) == 404:
-                return None
-            raise
-        if name not in [file.rfilename for file in info.siblings or ()]:
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            path = self.api.hf_hub_download(self.name, name, revision=info.sha, local_dir=folder)
-            return Path(path).read_bytes()
-
-    def replace(self, files: dict[str, Path], record: bytes, outdated: Sequence[str], message: str) -> None:
-        """Add files and the record and delete what is outdated in one commit, then squash the history."""
-        head = self.api.model_info(self.name).sha
-        operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
-        for operation in operations:
-            # One by one: for several, the client starts threads, and Python waits for threads before it ends.
-            self.api.preupload_lfs_files(self.name, [operation])
-        operations.append(CommitOperationAdd(RECORD, record))
-        operations += [CommitOperationDelete(name) for name in outdated]
-        self.api.create_commit(self.name, operations, commit_message=message, parent_commit=head)
-        self.api.super_squash_history(self.name, commit_message=message)
-
-    def download(self, names: list[str], target: Path) -> None:
-        """Download files into a folder, under the same names."""
-        api = self.api
-        snapshot_download(self.name, allow_patterns=names, local_dir=target, token=api.token, endpoint=api.endpoint)
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A storage bucket as the place of a checkpoint."""
-
-    api: Any  # the HfApi of huggingface_hub 2
-    name: str
-    kind: str = "bucket"
-
-    def create(self) -> bool:
-        """Create it, private, unless it exists; return whether it is private."""
-        self.api.create_bucket(self.name, private=True, exist_ok=True)
-        return bool(self.api.bucket_info(self.name).private)
-
-    def names(self) -> list[str]:
-        """Return the names of its files."""
-        return [entry.path for entry in self.api.list_bucket_tree(self.name, recursive=True) if entry.type == "file"]
-
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a small file, or None if there is no such file or place."""
-        try:
-            if not list(self.api.get_bucket_paths_info(self.name, [name])):
-                return None
-        except HfHubHTTPError as error:
-            if status_of(error) == 404:
-                return None
-            raise
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "file"
-            self.api.download_bucket_files(self.name, [(name, path)], raise_on_missing_files=True)
-            return path.read_bytes()
-
-    def replace(self, files: dict[str, Path], record: bytes, outdated: Sequence[str], message: str) -> None:
-        """Add files, then the record, then delete what is outdated: a bucket knows no commits."""
-        self.api.batch_bucket_files(self.name, add=[(path, name) for name, path in files.items()])
-        self.api.batch_bucket_files(self.name, add=[(record, RECORD)])
-        if outdated:
-            self.api.batch_bucket_files(self.name, delete=list(outdated))
-
-    def download(self, names: list[str], target: Path) -> None:
-        """Download files into a folder, under the same names."""
-        files = [(name, target / name) for name in names]
-        self.api.download_bucket_files(self.name, files, raise_on_missing_files=True)
-
-
-Place = Bucket | Repository
-
-
-def has_buckets() -> bool:
-    """Return whether huggingface_hub can use storage buckets here: version 2 can, through hf-xet."""
-    is_off = bool(getattr(constants, "HF_HUB_DISABLE_XET", False))
-    return hasattr(HfApi, "batch_bucket_files") and find_spec("hf_xet") is not None and not is_off
-
-
-def places(api: HfApi, model: str) -> Sequence[Place]:
-    """Return where the checkpoint of a model's run may be, first where it goes from here.
-
-    Args:
-        model: The repository of the model, with its namespace.
-    """
-    repository = Repository(api, model + SUFFIX)
-    return [Bucket(api, model + SUFFIX), repository] if has_buckets() else [repository]
-
-
 def full_name(api: HfApi, model: str) -> str:
     """Return the name of a repository with its namespace: that of the token's owner unless it has one.
 
@@ -196,7 +85,7 @@ def find_record(api: HfApi, model: str) -> tuple[Place, Record] | None:
         UsageError: When checkpoint.json is damaged.
     """
     found = []
-    for place in places(api, model):
+    for place in places(api, model + SUFFIX):
         with as_push_errors(api, place.name):
             content = place.read(RECORD)
         if content is not None:
@@ -210,7 +99,7 @@ def create_place(api: HfApi, model: str) -> Place:
     Raises:
         PushError: When it cannot be created, or is public.
     """
-    place = places(api, model)[0]
+    place = places(api, model + SUFFIX)[0]
     with as_push_errors(api, place.name):
         is_private = place.create()
         if not is_private:
@@ -278,7 +167,8 @@ def send_checkpoint(
         outdated = [name for name in place.names() if "/" in name and name not in added]
         if not still_wanted():
             raise PushError("a newer state goes in its place")
-        place.replace(added, (json.dumps(asdict(record), indent=2) + "\n").encode(), outdated, message)
+        content = (json.dumps(asdict(record), indent=2) + "\n").encode()
+        place.replace(added, (RECORD, content), outdated, message)
 
 
 def copy_checkpoint(folder: Path, checkpoint: str, path_settings: Collection[str]) -> Path:
@@ -333,7 +223,8 @@ def download_checkpoint(place: Place, record: Record, folder: Path) -> Path:
         UsageError: When what comes is not what checkpoint.json names.
     """
     partial = folder / "partial-download"
-    with as_push_errors(place.api, place.name):
+    # What is replaced meanwhile is missing, which is found below.
+    with as_push_errors(place.api, place.name), suppress(EntryNotFoundError):
         place.download([f"{record.folder}/{name}" for name in record.files], partial)
     for name, expected in record.files.items():
         path = partial / record.folder / name

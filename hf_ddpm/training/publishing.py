@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from hf_ddpm.hub.background import FINAL_RETRY_PAUSES_SECONDS, Pusher
 from hf_ddpm.hub.checkpoints import (
@@ -89,6 +91,19 @@ def checkpoint_pusher(config: TrainingConfig, print_line: Callable[[str], None])
         send_checkpoint(api, model(), files, message, still_wanted, replaces_newer=config.overwrite_output_dir)
 
     return Pusher(repo_id + SUFFIX, send, print_line)
+
+
+@contextmanager
+def no_upload_bars() -> Iterator[None]:
+    """Hide the bars of uploads for the duration of a `with` block: in the background they are in the way."""
+    is_free = not are_progress_bars_disabled() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
+    if is_free:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if is_free:
+            enable_progress_bars()
 
 
 def start_push(run: Run, progress: Progress) -> None:

@@ -54,7 +54,13 @@ from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.model import labels_of_run, make_network, make_objective, make_scheduler, on_scales_of_start
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parts import Parts
-from hf_ddpm.training.publishing import checkpoint_pusher, create_places, finish_checkpoint_push, model_pusher
+from hf_ddpm.training.publishing import (
+    checkpoint_pusher,
+    create_places,
+    finish_checkpoint_push,
+    model_pusher,
+    no_upload_bars,
+)
 from hf_ddpm.training.run import FREE_SPACE, Run, print_once, send_alert, try_to_write
 from hf_ddpm.training.schedules import average_decays, learning_rate_schedule
 from hf_ddpm.training.start import Images, find_start, require_same_run
@@ -202,6 +208,7 @@ def open_run(run: Run, progress: Progress) -> Iterator[Run]:
             cleanup.callback(pusher.close, seconds=0)
             run = replace(run, pusher=pusher)
             if config.hub_strategy == "checkpoint":
+                cleanup.enter_context(no_upload_bars())
                 run = replace(run, checkpoint_pusher=checkpoint_pusher(config, partial(print_once, processes)))
                 cleanup.callback(finish_checkpoint_push, run, seconds=0)
         if config.logger is not None:

@@ -27,12 +27,10 @@ class StoredBucket:
 
     Args:
         hashes: Path -> Xet's hash of the file.
-        batches: The operations of each batch that was done, as (type, path).
     """
 
     private: bool
     hashes: dict[str, str] = field(default_factory=dict)
-    batches: list[list[tuple[str, str]]] = field(default_factory=list)
 
 
 class _Objects(dict[str, bytes]):
@@ -70,10 +68,6 @@ class BucketServer(HubServer):
     def pass_batches(self, number: int | None) -> None:
         """Refuse the batches after the next `number`; None: refuse none."""
         self._batches_left = number
-
-    def bucket_file(self, bucket: str, path: str) -> bytes:
-        """Return a file of a bucket, for a test to look into."""
-        return self.xet_content(self.buckets[bucket].hashes[path])
 
     def xet_files(self) -> Iterator[tuple[str, int, str]]:
         """Yield Xet's hash, size and sha256 of each file that was sent; the sha256 is "" where the client gave none.
@@ -168,7 +162,6 @@ class BucketServer(HubServer):
                 bucket.hashes[operation["path"]] = operation["xetHash"]
             else:
                 bucket.hashes.pop(operation["path"], None)
-        bucket.batches.append([(operation["type"], operation["path"]) for operation in operations])
         return _json({"success": True, "failed": []})
 
     @_route("POST", _BUCKET + "/paths-info")

@@ -26,7 +26,8 @@ def is_private(hub: HubServer) -> bool:
 def stored(hub: HubServer) -> dict[str, bytes]:
     """Return the files in the place of the checkpoint."""
     if isinstance(hub, BucketServer):
-        return {path: hub.bucket_file(PLACE, path) for path in hub.buckets[PLACE].hashes}
+        hashes = dict(hub.buckets[PLACE].hashes)  # a batch of a client that was killed may still be on its way
+        return {path: hub.xet_content(content) for path, content in hashes.items()}
     return {path: content for path, content in hub.repo(PLACE).files.items() if path != ".gitattributes"}
 
 
