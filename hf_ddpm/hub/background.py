@@ -25,6 +25,9 @@ class Pusher:
     and tried again, each time after a longer pause. `HfApi.run_as_future` would not do: at the end of a process,
     Python waits for its thread.
 
+    Attributes:
+        sent: The message of the push that arrived last; None before the first one.
+
     Args:
         name: The repository, for messages.
         send: A function that sends copies of files there. It raises PushError.
@@ -35,6 +38,7 @@ class Pusher:
         self.name = name
         self.send = send
         self.print_line = print_line
+        self.sent: str | None = None
         self._changed = threading.Condition()
         self._pending: tuple[Path, str] | None = None  # the copied files, and the message of their commit
         self._unsent: str | None = None  # the newest message, until it has arrived
@@ -114,7 +118,7 @@ class Pusher:
             with self._changed:
                 self._is_sending = False
                 if failure is None:
-                    num_failures = 0
+                    num_failures, self.sent = 0, message
                     if self._unsent == message:
                         self._unsent = None
                     shutil.rmtree(files, ignore_errors=True)

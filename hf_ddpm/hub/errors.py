@@ -39,7 +39,7 @@ def as_push_errors(api: HfApi, name: str) -> Iterator[None]:
     except (PushError, UsageError):
         raise
     except OfflineModeIsEnabled as error:
-        raise PushError("HF_HUB_OFFLINE is set: unset it, and push again", is_transient=False) from error
+        raise PushError("HF_HUB_OFFLINE is set: unset it, and try again", is_transient=False) from error
     except LocalTokenNotFoundError as error:
         raise PushError(NO_TOKEN, is_transient=False) from error
     except HFValidationError as error:

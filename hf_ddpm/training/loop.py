@@ -65,6 +65,7 @@ from hf_ddpm.training.previews import next_preview, preview_path, save_preview, 
 from hf_ddpm.training.publishing import (
     FINAL_PUSH_TIMEOUT_SECONDS,
     STOPPED_PUSH_TIMEOUT_SECONDS,
+    check_places,
     finish_checkpoint_push,
     push_finished,
     start_checkpoint_push,
@@ -164,6 +165,8 @@ def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipe
         print_once(processes, reason)
     if config.overwrite_output_dir and not config.dry_run:
         restore_output_dir(config, processes)
+    if config.push_to_hub and not config.dry_run:
+        processes.on_main(lambda: check_places(config))
     with listed_once():
         run, progress = build_run(config, accelerator, processes, parts)
     if config.dry_run:

@@ -25,9 +25,10 @@ from hf_ddpm.hub.checkpoints import (
 )
 from hf_ddpm.hub.upload import KEPT_README, commit, copy_for_upload, create_repository, push
 from hf_ddpm.runtime.errors import PushError, UsageError, in_one_line
-from hf_ddpm.runtime.run_files import previews
+from hf_ddpm.runtime.run_files import checkpoint_names, previews
 from hf_ddpm.runtime.settings import settings_of
 from hf_ddpm.training.checkpoint import Progress
+from hf_ddpm.training.checks import is_resumed
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.run import Run, print_once, try_to_write
 
@@ -42,31 +43,47 @@ def repository_of(config: TrainingConfig) -> tuple[str, str | None, str]:
     return config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_token, config.hub_revision
 
 
-def create_places(config: TrainingConfig, step: int, print_line: Callable[[str], None]) -> None:
-    """Create what a run pushes to before it begins; if the Hub cannot be reached now, only print that.
-
-    Args:
-        config: The settings.
-        step: The step that the run starts from.
-        print_line: Shows a line to the user.
+def check_places(config: TrainingConfig) -> None:
+    """Check, before any work, that a run may push where it will; a Hub that cannot be reached now is no error.
 
     Raises:
-        UsageError: The Hub will not take the run, or holds a checkpoint of a later step.
+        UsageError: The Hub will not take the run, or holds a checkpoint of a later step than the run starts from.
     """
     repo_id, token, _ = repository_of(config)
     api = HfApi(token=token)
-    try:
-        name = create_repository(api, repo_id, public=not config.hub_private_repo)
+    step = int(checkpoint_names(Path(config.output_dir))[-1].rpartition("-")[2]) if is_resumed(config) else 0
+    with _as_usage_error():
+        name = full_name(api, repo_id)
         require_write(api, name)
+        found = find_record(api, name) if config.hub_strategy == "checkpoint" else None
+        if found is not None and not config.overwrite_output_dir:
+            require_older(found[1], step, found[0].name)
+
+
+def create_places(config: TrainingConfig, print_line: Callable[[str], None]) -> None:
+    """Create what a run pushes to before it begins; if the Hub cannot be reached now, only print that.
+
+    Raises:
+        UsageError: The Hub will not take the run.
+    """
+    repo_id, token, _ = repository_of(config)
+    api = HfApi(token=token)
+    with _as_usage_error(f"nothing can be pushed to {repo_id} yet, training begins nonetheless", print_line):
+        name = create_repository(api, repo_id, public=not config.hub_private_repo)
         if config.hub_strategy == "checkpoint":
-            place = create_place(api, name)
-            found = find_record(api, name)
-            if found is not None and not config.overwrite_output_dir:
-                require_older(found[1], step, place.name)
+            create_place(api, name)
+
+
+@contextmanager
+def _as_usage_error(text: str = "", print_line: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Raise a PushError that comes in a `with` block as a UsageError; print a transient one, after a text."""
+    try:
+        yield
     except PushError as error:
         if not error.is_transient:
             raise UsageError(f"push_to_hub cannot work: {error}") from None
-        print_line(f"nothing can be pushed to {repo_id} yet, training begins nonetheless: {error}")
+        if print_line is not None:
+            print_line(f"{text}: {error}")
 
 
 def model_pusher(config: TrainingConfig, print_line: Callable[[str], None]) -> Pusher:
@@ -140,8 +157,8 @@ def finish_checkpoint_push(run: Run, seconds: float) -> None:
             f"{unsent} is not in {pusher.name}, which keeps the whole checkpoint that it had, if any; the newest one "
             f"is whole in {str(run.output_dir)!r}",
         )
-    elif name is not None:
-        print_once(run.processes, f"{name} is in {pusher.name}")
+    elif pusher.sent is not None and seconds:
+        print_once(run.processes, f"{pusher.sent} is in {pusher.name}, and stays there")
 
 
 def push_finished(run: Run) -> None:

@@ -195,7 +195,7 @@ def open_run(run: Run, progress: Progress) -> Iterator[Run]:
     config, processes = run.config, run.processes
     with ExitStack() as cleanup:
         if config.push_to_hub:
-            processes.on_main(lambda: create_places(config, progress.step, partial(print_once, processes)))
+            processes.on_main(lambda: create_places(config, partial(print_once, processes)))
         try:
             processes.on_main(lambda: _take_folder(run, progress, cleanup))
         except BlockingIOError as error:
