@@ -50,6 +50,7 @@ from hf_ddpm.training.conditions import conditions_of_batch
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.draws import augmented, draw, hide_labels
 from hf_ddpm.training.dry_run import estimate_cost, print_cost
+from hf_ddpm.training.hub_resume import resume_from_hub
 from hf_ddpm.training.loader import (
     Loader,
     advance_stream,
@@ -63,7 +64,15 @@ from hf_ddpm.training.machines import check_machines
 from hf_ddpm.training.metrics import LinesFile, Meter
 from hf_ddpm.training.parts import Event, Parts, call_callbacks, check_parts
 from hf_ddpm.training.previews import next_preview, preview_path, save_preview, validate
-from hf_ddpm.training.publishing import push_finished, start_push
+from hf_ddpm.training.publishing import (
+    FINAL_PUSH_TIMEOUT_SECONDS,
+    STOPPED_PUSH_TIMEOUT_SECONDS,
+    check_places,
+    finish_checkpoint_push,
+    push_finished,
+    start_checkpoint_push,
+    start_push,
+)
 from hf_ddpm.training.report import finish_run, leave_model
 from hf_ddpm.training.run import (
     FINISHES,
@@ -80,6 +89,7 @@ from hf_ddpm.training.saving import save_guide, save_model, save_snapshot
 from hf_ddpm.training.setup import (
     LONGEST_WAIT,
     build_run,
+    busy,
     end_processes,
     make_accelerator,
     open_run,
@@ -149,16 +159,23 @@ def train(
 
 def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipeline | None:
     """Train a model from what `train` has checked; `started` is the start of the run by `time.monotonic`."""
-    config, reason = choose_precision(config)
+    requested = config
+    config, reason = choose_precision(requested)
     with meeting():
         accelerator = make_accelerator(config)
         processes = Processes(LONGEST_WAIT)
+    check_machines(requested, processes)
+    if requested.resume_from_checkpoint == "hub":
+        requested = take_from_hub(requested, processes)
+        config, reason = choose_precision(requested)  # that of the run, which is known only now
+        accelerator = make_accelerator(config)
     processes.require_equal(accelerator.mixed_precision, "mixed_precision", "give one that is not auto")
-    check_machines(config, processes)
     if reason is not None:
         print_once(processes, reason)
     if config.overwrite_output_dir and not config.dry_run:
         restore_output_dir(config, processes)
+    if config.push_to_hub and not config.dry_run:
+        processes.on_main(lambda: check_places(config))
     with listed_once():
         run, progress = build_run(config, accelerator, processes, parts)
     if config.dry_run:
@@ -178,10 +195,23 @@ def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipe
         pipeline = finish_run(run, progress)
         failure = announce_end(run, progress)
         end_processes(run)
+        finish_checkpoint_push(run, FINAL_PUSH_TIMEOUT_SECONDS)
         push_finished(run)
     if failure is not None:
         raise failure
     return pipeline
+
+
+def take_from_hub(config: TrainingConfig, processes: Processes) -> TrainingConfig:
+    """Bring the run's checkpoint from the Hub into the output folder; all processes call it.
+
+    Raises:
+        UsageError: It cannot be had, or a process is at work in the folder.
+    """
+    try:
+        return processes.on_main(lambda: resume_from_hub(config, partial(print_once, processes)))
+    except BlockingIOError as error:
+        raise busy(config, error) from error
 
 
 @dataclass(frozen=True)
@@ -333,6 +363,7 @@ def announce(run: Run, progress: Progress, state: LoopState, events: Sequence[Ev
     except RunError as error:
         progress = count_skipped_steps(run, progress, state)
         _, how_to_resume = save_at_end(run, progress, state)
+        run.processes.on_main(lambda: finish_checkpoint_push(run, STOPPED_PUSH_TIMEOUT_SECONDS))
         raise RunError(f"{error}. The run ends after step {progress.step}; {how_to_resume}") from error
 
 
@@ -551,6 +582,8 @@ def write_state(run: Run, progress: Progress, state: LoopState) -> str | None:
     if progress.stream is not None:
         progress = merge_block_starts(run.processes, progress, state.first)
     problem = save_checkpoint(run.state, progress, run.output_dir, run.config.checkpoints_total_limit, run.is_main)
+    if problem is None:
+        start_checkpoint_push(run, progress.step)
     return run.processes.on_main(lambda: problem)
 
 
@@ -579,6 +612,7 @@ def end_early(
     failures = [text for text in explanations if text]
     if failures:
         send_alert(run, "images are lost", failures[0])
+        run.processes.on_main(lambda: finish_checkpoint_push(run, STOPPED_PUSH_TIMEOUT_SECONDS))
         raise RunError(f"{failures[0]}. The run ends after step {progress.step}; {how_to_resume}") from failure
     reason = next(text for text in run.processes.gather(lambda: stop.reason(1)) if text)
     if problem is not None:
@@ -602,6 +636,7 @@ def end_early(
     image = "" if run.condition is None else " --image FILE_OR_FOLDER"
     model = f". Its model samples: hf-ddpm sample {folder}{image} --out samples" if has_model else ""
     run.accelerator.wait_for_everyone()
+    run.processes.on_main(lambda: finish_checkpoint_push(run, STOPPED_PUSH_TIMEOUT_SECONDS))
     raise StoppedOnPurpose(f"{reason}: the run ends after step {progress.step}{model}; {how_to_resume}")
 
 
