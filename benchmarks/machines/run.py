@@ -5,8 +5,7 @@
 The machines are network namespaces of this one, each with a host name and an address of its own, joined by a switch
 that is one, too. It needs Linux, root, and iproute2. Processes are started without a launcher, one on each machine,
 with the variables that torchrun and `hf-ddpm train` under `srun` set. Weights, averages, optimizer, previews, figures
-and metrics are compared with those of a run that was left alone. Where a network is cut for good, Linux gives up after
-4 repetitions of what nobody answers, some seconds; its default is 15, a quarter of an hour. Writes `table.md`.
+and metrics are compared with those of a run that was left alone. Writes `table.md`.
 """
 
 from __future__ import annotations
@@ -106,11 +105,9 @@ def network_cut(folder: Path) -> str:
     """the network is cut for good; it is mended, and the run started again"""
     run = start(folder, "cut", [0, 1])
     wait_for_checkpoint(folder / "cut")
-    set_retries(4)
     set_link(1, is_up=False)
     lines = failures(run)
     set_link(1, is_up=True)
-    set_retries(15)
     finish(start(folder, "cut", [0, 1]))
     return f"{lines}; {compared(folder, 'cut')}"
 
@@ -213,8 +210,7 @@ def network() -> Iterator[None]:
             ip("-n", name, "addr", "add", f"{address(machine)}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "eth0", "up")
             ip("-n", name, "link", "set", "lo", "up")
-        set_retries(15)
-        yield
+            yield
     finally:
         take_down([SWITCH, *names])
 
@@ -237,13 +233,6 @@ def address(machine: int) -> str:
 def set_link(machine: int, is_up: bool) -> None:
     """Plug the cable of a machine in, or out, at the switch."""
     ip("-n", SWITCH, "link", "set", f"port{machine}", "up" if is_up else "down")
-
-
-def set_retries(number: int) -> None:
-    """Set how often the machines repeat what nobody answers."""
-    for machine in range(MOST_MACHINES):
-        command = f"echo {number} > /proc/sys/net/ipv4/tcp_retries2"
-        subprocess.run(["ip", "netns", "exec", f"{PREFIX}{machine}", "sh", "-c", command], check=True)
 
 
 # Processes

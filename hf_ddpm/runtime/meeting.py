@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from ipaddress import ip_address
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -25,6 +26,8 @@ from hf_ddpm.runtime.format import format_duration
 from hf_ddpm.runtime.launch import environment_number, is_main_process
 
 MEETING_TIME = timedelta(minutes=10)
+# A connection through which nothing comes for so long is lost.
+LONGEST_SILENCE = timedelta(minutes=5)
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 _GLOO_ERROR = re.compile(r"\[\S*/gloo/\S*:\d+\] (.+?)(?:\. This is typically .*)?$", re.DOTALL)
 _PORTS = range(1, 65536)
@@ -82,6 +85,33 @@ def meeting(longest: timedelta = MEETING_TIME) -> Iterator[None]:
         raise RunError(f"{place}: {reason.rstrip('.')}; {remedy}") from error
     dist.destroy_process_group()
     yield
+
+
+def limit_silence() -> None:
+    """Let the connections of this process end when the other machine is out of reach for `LONGEST_SILENCE`.
+
+    gloo has no such limit: where the network is cut, a process that waits for another one would wait for hours. Linux
+    asks the other machine instead, and ends the connection if no answer comes. Other systems are left as they are.
+    """
+    folder = Path("/proc/self/fd")
+    if not is_on_several_machines() or not folder.is_dir():
+        return
+    seconds = int(LONGEST_SILENCE.total_seconds())
+    for name in os.listdir(folder):
+        copy = -1
+        try:
+            copy = os.dup(int(name))
+            connection = socket.socket(fileno=copy)  # options are those of the connection, not of the copy
+        except OSError:  # no socket, or the descriptor of the list itself, which is closed
+            if copy >= 0:
+                os.close(copy)
+            continue
+        with closing(connection):
+            if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, seconds // 5)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, seconds // 10)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * seconds)
 
 
 @contextmanager

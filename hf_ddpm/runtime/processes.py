@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import existing_parent
 from hf_ddpm.runtime.launch import environment_number
-from hf_ddpm.runtime.meeting import explain_lost_process, is_on_several_machines, meeting
+from hf_ddpm.runtime.meeting import explain_lost_process, is_on_several_machines, limit_silence, meeting
 
 Value = TypeVar("Value")
 
@@ -59,6 +59,7 @@ class Processes:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timeout)
+            limit_silence()
 
     def split(self, count: int) -> range:
         """Return the share of this process of `count` items.

@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,7 +13,14 @@ import torch.distributed as dist
 
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.launch import LAUNCHER_VARIABLES, MPI_VARIABLES, RANK_VARIABLES
-from hf_ddpm.runtime.meeting import INTERFACE_VARIABLE, _choose_interface, explain_lost_process, meeting
+from hf_ddpm.runtime.meeting import (
+    INTERFACE_VARIABLE,
+    LONGEST_SILENCE,
+    _choose_interface,
+    explain_lost_process,
+    limit_silence,
+    meeting,
+)
 from tests.support.forks import python
 
 KNOWN = (*RANK_VARIABLES, *LAUNCHER_VARIABLES, *MPI_VARIABLES, "LOCAL_WORLD_SIZE", INTERFACE_VARIABLE)
@@ -84,6 +92,23 @@ def test_interface_leads_to_other_machines(monkeypatch):
     monkeypatch.setattr(os, "environ", {INTERFACE_VARIABLE: "mine"})
     _choose_interface("127.0.0.1")
     assert os.environ == {INTERFACE_VARIABLE: "mine"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="options of Linux")
+def test_connection_to_a_machine_out_of_reach_ends(monkeypatch):
+    """A cut network says nothing: without a limit the process waits for hours, see benchmarks/machines."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as own:
+        before = os.listdir("/proc/self/fd")
+        monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
+        limit_silence()
+        assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
+        monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"})
+        limit_silence()
+        assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * LONGEST_SILENCE.total_seconds()
+        assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < LONGEST_SILENCE.total_seconds()
+        assert os.listdir("/proc/self/fd") == before
+        own.send(b"as before")
 
 
 def test_only_a_lost_process_is_told_as_one():
