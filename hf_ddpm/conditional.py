@@ -126,6 +126,8 @@ class ConditionalDDPMPipeline(DDPMPipeline):
         """
         channels, (_, height, width) = self.condition.channels, self._image_shape(size)
         factor = self.condition.super_resolution
+        if factor is None and channels == 1:
+            image = [_of_16_bits(each) for each in image] if isinstance(image, list | tuple) else _of_16_bits(image)
         if factor is None or not _is_low(image, height // factor):
             return images_to_tensor(image, channels, height, width)
         return enlarged(images_to_tensor(image, channels, height // factor, width // factor), height, width)
@@ -139,6 +141,13 @@ class ConditionalDDPMPipeline(DDPMPipeline):
             raise ValueError("the model makes images from images, which only a call of its pipeline takes: image=")
         conditions = super()._conditions(*arguments, **keywords)
         return replace(conditions, images=self._condition_images.to(self._execution_device))
+
+
+def _of_16_bits(image: Any) -> Any:
+    """Return a gray picture of 16 bits as an array in [0, 1], as training takes it; all else as it is."""
+    if isinstance(image, Image.Image) and image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.float32) / 65535
+    return image
 
 
 def _is_low(image: Any, height: int) -> bool:

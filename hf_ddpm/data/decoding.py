@@ -174,6 +174,8 @@ def unreadable_image_error(name: str, error: Exception, config: DataConfig) -> U
         reason = "not an image that Pillow knows"
         if name.lower().rstrip(")").endswith(ARRAY_FILES):
             reason += "; the files of a column must all be pictures, or all arrays"
+            if config.condition_column is None:
+                reason += ", and arrays beside pictures are read with --condition_column alone"
         if name.lower().rstrip(")").endswith(TIFF):
             reason += "; bands or floats are read as an array in a folder of such TIFF files alone, with --channels"
     if isinstance(error, Image.DecompressionBombError):

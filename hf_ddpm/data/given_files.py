@@ -32,7 +32,7 @@ def read_image(path: Path, convert: Callable[[Image.Image], Tensor]) -> Tensor:
     Raises:
         UsageError: When the file cannot be read, or the function refuses the image; the message names the file.
     """
-    with naming_damage(f"{path} cannot be taken", "change the file, or give another one"):
+    with naming_damage(f"{path.name} cannot be taken", "change the file, or give another one"):
         try:
             with open_image({"bytes": None, "path": str(path)}) as opened:
                 picture: Image.Image = ImageOps.exif_transpose(opened)
@@ -95,7 +95,7 @@ def read_values(
     if is_bad.any():
         raise UsageError(
             f"image must hold finite values but for what a mask repaints with strength 1, got {is_bad.sum():,} others "
-            f"in {name}: give a mask for them, or fill them in"
+            f"in {name}: fill them in, or edit the image with a mask for them"
         )
     return values
 

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_ddpm.data.array_files import is_array_file, is_hdf5, require_package
+from hf_ddpm.data.array_files import is_array_file, is_hdf5, is_tiff, require_package
 from hf_ddpm.data.arrays import (
     check_array_settings,
     is_read_as_arrays,
@@ -178,6 +178,8 @@ def _folder_source(option: str, folder: Path, config: DataConfig) -> Source:
     if train_split is not None:
         return _with_kind_of_column(Source(option, kind, name, *_chosen_split(folder, listed, train_split)), config)
     files = listed.images or listed.arrays
+    if config.condition_column is not None:  # a split may hold images of one kind and conditions of the other
+        files = [*listed.images, *listed.arrays]
     splits = split_folders(folder, files)
     if not splits:
         _refuse_splits_in_classes(option, folder, files)
@@ -191,9 +193,9 @@ def _folder_source(option: str, folder: Path, config: DataConfig) -> Source:
 
 
 def _with_kind_of_column(source: Source, config: DataConfig) -> Source:
-    """Return a folder of images as one of arrays where metadata pair these, and the files of the images are arrays."""
+    """Return a folder of pairs with the kind of the files of its column of images, whatever else it holds."""
     metadata = None
-    if source.kind == "images" and source.folder is not None and config.condition_column is not None:
+    if source.folder is not None and config.condition_column is not None:
         metadata = list_images(source.folder).metadata
     if metadata is None:
         return source
@@ -201,7 +203,9 @@ def _with_kind_of_column(source: Source, config: DataConfig) -> Source:
     paths = [Path(path) for path in metadata.columns[column] if path is not None] if column else []
     arrays = [path for path in paths if is_array_file(path)]
     images = [path for path in paths if not is_array_file(path)]
-    return replace(source, kind="arrays") if is_read_as_arrays(images, arrays, config) else source
+    if not paths or (source.kind == "arrays" and all(is_tiff(path) for path in paths)):
+        return source  # settings, which say more of the images than of their conditions, tell what TIFF files hold
+    return replace(source, kind="arrays" if is_read_as_arrays(images, arrays, config) else "images")
 
 
 def _refuse_splits_in_classes(option: str, folder: Path, files: list[Path]) -> None:

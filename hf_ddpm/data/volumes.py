@@ -51,7 +51,8 @@ def with_slices(table: Any, config: DataConfig) -> Any:
         files = {name: _file_of(cell, row, config) for name, cell in cells.items() if cell is not None}
         of_row = {name: slices_of(file, config) for name, file in files.items()}
         count = max(map(len, of_row.values()), default=1)
-        _require_pair(files, row, config)
+        if len(files) > 1:
+            _require_pair(files, row, config)
         if beside is not None and count != 1:
             raise UsageError(
                 f"condition_column must hold as many images as the column of images, got {count} slices in "
@@ -99,7 +100,7 @@ def _column_beside(features: Any, names: list[str], config: DataConfig) -> str |
 
 
 def _require_pair(files: dict[str, Path], row: int, config: DataConfig) -> None:
-    """Check that slices of the same number in the volumes of a row show the same place.
+    """Check that the volumes of a row have one shape, and axes of the same directions.
 
     Raises:
         UsageError: When there are other slices in one, of another size, or along another direction.

@@ -132,7 +132,7 @@ def require_older(record: Record | None, step: int, name: str) -> None:
         raise PushError(
             f"{name} holds {record.checkpoint}, and checkpoints after step {step} would replace it: "
             "--resume_from_checkpoint hub goes on from it, --overwrite_output_dir replaces it, another hub_model_id "
-            "leaves it alone"
+            "leaves it alone; it can be deleted on the Hub"
         )
 
 
@@ -146,7 +146,7 @@ def send_checkpoint(
         model: The repository of the model, with its namespace.
         files: The folder of the copies, see `copy_checkpoint`.
         message: The commit's message.
-        still_wanted: Asked just before something on the Hub is replaced. Nothing is if it returns False.
+        still_wanted: Asked before the files go up, and before the record is replaced, which it is not after False.
         replaces_newer: Also replace a checkpoint of a later step, which another run has left there.
 
     Raises:
@@ -159,16 +159,31 @@ def send_checkpoint(
     about = read_mapping(progress)
     digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:8]
     record = Record(about["step"], about["images"], f"{about['step']}-{digest}", contents)
-    with as_push_errors(api, place.name):
+
+    def require_wanted() -> None:
         before = place.read(RECORD)
         if before is not None and not replaces_newer:
             require_older(_read_record(before, place), record.step, place.name)
-        added = {f"{record.folder}/{name}": files / name for name in names}
-        outdated = [name for name in place.names() if "/" in name and name not in added]
         if not still_wanted():
             raise PushError("a newer state goes in its place")
+
+    with as_push_errors(api, place.name):
+        require_wanted()
+        added = {f"{record.folder}/{name}": files / name for name in names}
+        # Files of a later step may be those of another process that is about to write its record.
+        outdated = [
+            name
+            for name in place.names()
+            if "/" in name and name not in added and (replaces_newer or _step_of(name) <= record.step)
+        ]
         content = (json.dumps(asdict(record), indent=2) + "\n").encode()
-        place.replace(added, (RECORD, content), outdated, message)
+        place.replace(added, (RECORD, content), outdated, message, require_wanted)
+
+
+def _step_of(name: str) -> int:
+    """Return the step of the checkpoint that a file of a place belongs to."""
+    step = name.partition("-")[0]
+    return int(step) if step.isdecimal() else 0
 
 
 def copy_checkpoint(folder: Path, checkpoint: str, path_settings: Collection[str]) -> Path:
@@ -229,7 +244,7 @@ def download_checkpoint(place: Place, record: Record, folder: Path) -> Path:
     for name, expected in record.files.items():
         path = partial / record.folder / name
         if not path.is_file() or sha256(path) != expected["sha256"]:
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)  # of a bucket nothing comes where a file is missing
             raise UsageError(
                 f"{record.checkpoint} of {place.name} must be whole, but {name} is not the file that {RECORD} names: "
                 "start again, in case it was replaced meanwhile"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +47,12 @@ class Repository:
             return Path(path).read_bytes()
 
     def replace(
-        self, files: dict[str, Path], record: tuple[str, bytes], outdated: Sequence[str], message: str
+        self,
+        files: dict[str, Path],
+        record: tuple[str, bytes],
+        outdated: Sequence[str],
+        message: str,
+        check: Callable[[], None],
     ) -> None:
         """Add files and the record and delete what is outdated in one commit, then squash the history.
 
@@ -56,12 +61,14 @@ class Repository:
             record: The name and the content of the file that names the others.
             outdated: The names of files to delete.
             message: The commit's message.
+            check: Raises unless the record may still be replaced; called when the files have gone up.
         """
         head = self.api.model_info(self.name).sha
         operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
         for operation in operations:
             # One by one: for several, the client starts threads, and Python waits for threads before it ends.
             self.api.preupload_lfs_files(self.name, [operation])
+        check()
         operations.append(CommitOperationAdd(*record))
         operations += [CommitOperationDelete(name) for name in outdated]
         self.api.create_commit(self.name, operations, commit_message=message, parent_commit=head)
@@ -105,13 +112,19 @@ class Bucket:
             return path.read_bytes()
 
     def replace(
-        self, files: dict[str, Path], record: tuple[str, bytes], outdated: Sequence[str], message: str
+        self,
+        files: dict[str, Path],
+        record: tuple[str, bytes],
+        outdated: Sequence[str],
+        message: str,
+        check: Callable[[], None],
     ) -> None:
         """Add files, then the record, then delete what is outdated: a bucket knows no commits, nor their messages.
 
         The arguments are those of a repository.
         """
         self.api.batch_bucket_files(self.name, add=[(path, name) for name, path in files.items()])
+        check()
         name, content = record
         self.api.batch_bucket_files(self.name, add=[(content, name)])
         if outdated:

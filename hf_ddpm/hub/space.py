@@ -158,7 +158,7 @@ def imported_modules(app: Path) -> list[Path]:
 def _required_packages(files: list[Path]) -> list[str]:
     """Return the names on PyPI of the packages that files import when they are loaded.
 
-    A package that only a function imports is not required: the page calls no such function.
+    A package that only a function imports is not required: the page offers nothing that needs it.
     """
     names = {name.partition(".")[0] for path in files for name, is_lazy in _imports(path) if not is_lazy}
     distributions = packages_distributions()

@@ -105,6 +105,11 @@ def launcher_precision() -> str:
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 
+def is_on_several_machines() -> bool:
+    """Return whether a launcher started processes of one run on more machines than this one."""
+    return environment_number("WORLD_SIZE", 1) > environment_number("LOCAL_WORLD_SIZE", 1)
+
+
 def is_main_process() -> bool:
     """Return whether this is the process that speaks for all of a run."""
     return os.environ.get("RANK", "0") == "0"

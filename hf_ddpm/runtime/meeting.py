@@ -12,18 +12,20 @@ import errno
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from ipaddress import ip_address
+from itertools import count
 from pathlib import Path
 
 import torch.distributed as dist
 
 from hf_ddpm.runtime.errors import RunError, UsageError, in_one_line
 from hf_ddpm.runtime.format import format_duration
-from hf_ddpm.runtime.launch import environment_number, is_main_process
+from hf_ddpm.runtime.launch import environment_number, is_main_process, is_on_several_machines
 
 MEETING_TIME = timedelta(minutes=10)
 # A connection through which nothing comes for so long is lost.
@@ -31,14 +33,11 @@ LONGEST_SILENCE = timedelta(minutes=5)
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 _GLOO_ERROR = re.compile(r"\[\S*/gloo/\S*:\d+\] (.+?)(?:\. This is typically .*)?$", re.DOTALL)
 _PORTS = range(1, 65536)
+# An agent of torchrun keeps what was said at an earlier meeting of the same processes.
+_numbers = count()
 _SECONDS_BETWEEN_TRIES = 0.2
 # Of TEST-NET-1, in which there is no machine: what leads there leads out of this one.
 _ADDRESS_ELSEWHERE = "192.0.2.1"
-
-
-def is_on_several_machines() -> bool:
-    """Return whether a launcher started processes of one run on more machines than this one."""
-    return environment_number("WORLD_SIZE", 1) > environment_number("LOCAL_WORLD_SIZE", 1)
 
 
 @contextmanager
@@ -60,14 +59,17 @@ def meeting(longest: timedelta = MEETING_TIME) -> Iterator[None]:
         return
     host, port = _meeting_point()
     time_text = format_duration(longest.total_seconds())
-    place = f"process {rank} of {size} could not meet the others at {host}:{port} within {time_text}"
     remedy = "start all with the same MASTER_ADDR and MASTER_PORT, on machines that reach each other on every port"
     # An agent of torchrun keeps the meeting point open for its workers.
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if is_on_several_machines():
-        if is_main_process():
-            print(f"{size} processes meet at {host}:{port}; they wait for each other for {time_text}", flush=True)
         _choose_interface(host)
+        if is_main_process():
+            text = f"{size} processes meet at {host}:{port}; they wait for each other for {time_text}"
+            interface = os.environ.get(INTERFACE_VARIABLE)
+            through = "" if interface is None else f", and talk through the interface {interface}"
+            print(text + through, file=sys.stderr, flush=True)
+    started = time.monotonic()
     try:
         if is_host:
             _require_free(port)
@@ -75,14 +77,17 @@ def meeting(longest: timedelta = MEETING_TIME) -> Iterator[None]:
             _wait_for(host, port, longest)
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=longest)))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        own_store = dist.PrefixStore(f"meeting-{attempt}", store)
+        own_store = dist.PrefixStore(f"meeting-{attempt}-{next(_numbers)}", store)
         dist.init_process_group("gloo", store=own_store, rank=rank, world_size=size, timeout=longest)
         # One that closed its connections now could meet a process that is still opening its own.
         own_store.set(f"met-{rank}", "")
         own_store.wait([f"met-{other}" for other in range(size)], longest)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, UnicodeError) as error:  # the last of a name that is none
         reason = in_one_line(error).partition(" Exception raised from")[0]
-        raise RunError(f"{place}: {reason.rstrip('.')}; {remedy}") from error
+        raise RunError(
+            f"process {rank} of {size} could not meet the others at {host}:{port}, after "
+            f"{format_duration(time.monotonic() - started)}: {reason.rstrip('.')}; {remedy}"
+        ) from error
     dist.destroy_process_group()
     yield
 
@@ -130,7 +135,9 @@ def explain_lost_process(remedy: str) -> Iterator[None]:
             raise
         reason = in_one_line(error) if gloo is None else " ".join(gloo[1].split())
         reason = reason.partition(" Exception raised from")[0].rstrip(".")
-        raise RunError(f"the connection to another process is lost: {reason}. {remedy}") from error
+        lost = "the connection to another process is lost"
+        what = "the processes cannot talk to each other" if gloo is None else lost
+        raise RunError(f"{what}: {reason}. {remedy}") from error
 
 
 def _meeting_point() -> tuple[str, int]:
@@ -140,28 +147,27 @@ def _meeting_point() -> tuple[str, int]:
                 f"{name} must be set where WORLD_SIZE is {os.environ['WORLD_SIZE']}: start the command by `accelerate "
                 "launch`, torchrun or srun, which set both"
             )
-    return os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 0)
+    port = environment_number("MASTER_PORT", 0)
+    if port not in _PORTS:
+        raise UsageError(f"MASTER_PORT must be in [1, 65535], got {port}: set another one for all processes")
+    return os.environ["MASTER_ADDR"], port
 
 
 def _require_free(port: int) -> None:
     """Check that no other program listens on the port.
 
     Raises:
-        UsageError: One does, or there is no such port.
+        UsageError: One does.
         OSError: This process may not listen on it.
     """
-    if port not in _PORTS:
-        raise UsageError(
-            f"MASTER_PORT must be in [{_PORTS[0]}, {_PORTS[-1]}], got {port}: set another for all processes"
-        )
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
         raise UsageError(
-            f"MASTER_PORT must be a free port of the machine of process 0, got {port}, which another program uses: "
-            "set another one for all"
+            f"MASTER_PORT must be a free port of the machine of process 0, got {port}, which is in use: set "
+            "another one for all processes"
         ) from error
 
 
@@ -206,7 +212,7 @@ def _own_address(target: str) -> str | None:
         with closing(socket.socket(family, socket.SOCK_DGRAM)) as sender:
             sender.connect(address)  # sends nothing
             return str(sender.getsockname()[0])
-    except OSError:
+    except (OSError, UnicodeError):
         return None
 
 

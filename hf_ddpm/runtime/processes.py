@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.runtime.errors import UsageError, in_one_line
 from hf_ddpm.runtime.files import existing_parent
-from hf_ddpm.runtime.launch import environment_number
-from hf_ddpm.runtime.meeting import explain_lost_process, is_on_several_machines, limit_silence, meeting
+from hf_ddpm.runtime.launch import environment_number, is_on_several_machines
+from hf_ddpm.runtime.meeting import explain_lost_process, limit_silence, meeting
 
 Value = TypeVar("Value")
 

@@ -11,17 +11,14 @@ from hf_ddpm.runtime.files import look_at
 
 
 def image_files(option: str, path: str | Path) -> tuple[list[Path], list[Path]]:
-    """Return the names and the paths of the image files that an option names, in the order of the names.
-
-    They are files of arrays where a folder holds no pictures.
-    """
+    """Return the names and the paths of the files of pictures and arrays that an option names, in order."""
     found = look_at(option, path)
     if found.is_file():
         return [Path(found.name)], [found]
     if not found.is_dir():
         raise UsageError(f"{option} must be an image or a folder of images, got {str(path)!r}, which does not exist")
     listed = list_images(found)
-    files = listed.images or listed.arrays
+    files = sorted([*listed.images, *listed.arrays])
     if not files:
         raise UsageError(f"{option} must be an image or a folder of images, got {str(path)!r}, which holds none")
     return [file.relative_to(found) for file in files], files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from hf_ddpm.hub.checkpoints import (
     download_checkpoint,
     find_record,
     full_name,
-    read_settings,
+    require_write,
 )
 from hf_ddpm.runtime.errors import PushError, UsageError
 from hf_ddpm.runtime.files import flush_folder, lock, write_atomically
@@ -26,12 +25,12 @@ from hf_ddpm.runtime.format import format_amount
 from hf_ddpm.runtime.run_files import checkpoint_names
 from hf_ddpm.training.checkpoint import find_checkpoint
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.parsing import require_same_settings, settings_in, settings_to_save
-from hf_ddpm.training.publishing import repository_of
+from hf_ddpm.training.parsing import check_same_run
+from hf_ddpm.training.publishing import repository_of, settings_of_record
 
 
-def resume_from_hub(config: TrainingConfig, print_line: Callable[[str], None]) -> TrainingConfig:
-    """Bring the newest checkpoint into the output folder unless it is there, and return the config that takes it.
+def resume_from_hub(config: TrainingConfig, print_line: Callable[[str], None]) -> None:
+    """Bring the newest checkpoint of a run into its output folder, unless it is there.
 
     Args:
         config: The settings, whose `resume_from_checkpoint` is `hub`.
@@ -45,6 +44,7 @@ def resume_from_hub(config: TrainingConfig, print_line: Callable[[str], None]) -
     api, output_dir = HfApi(token=token), Path(config.output_dir)
     try:
         model = full_name(api, repo_id)
+        require_write(api, model)
         found = find_record(api, model)
         if found is None:
             raise UsageError(
@@ -52,10 +52,9 @@ def resume_from_hub(config: TrainingConfig, print_line: Callable[[str], None]) -
                 "there, or the token may not see it: give the hub_model_id of the run, or latest to begin one"
             )
         place, record = found
-        saved = settings_in(read_settings(place, record), f"config.yaml of {place.name}")
-        settings = {**settings_to_save(config), **saved}
-        remedy = f"{place.name} is of another run, whose hub_model_id or settings this one must have"
-        require_same_settings(config, TrainingConfig(**settings), remedy)
+        settings = settings_of_record(config, place, record)
+        if (output_dir / "config.yaml").is_file():
+            check_same_run(config, output_dir / "config.yaml")
         output_dir.mkdir(parents=True, exist_ok=True)
         with lock(output_dir):
             newest = _newest_step(output_dir)
@@ -70,7 +69,6 @@ def resume_from_hub(config: TrainingConfig, print_line: Callable[[str], None]) -
                 _take(place, record, settings, output_dir)
     except PushError as error:
         raise UsageError(f"resume_from_checkpoint hub cannot work: {error}") from None
-    return replace(config, resume_from_checkpoint="latest")
 
 
 def _newest_step(output_dir: Path) -> int | None:

@@ -196,15 +196,18 @@ def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipe
 
 
 def take_from_hub(config: TrainingConfig, processes: Processes) -> TrainingConfig:
-    """Bring the run's checkpoint from the Hub into the output folder; all processes call it.
+    """Bring the run's checkpoint from the Hub into the output folder, and return the config that takes it.
+
+    All processes call it, each with its own paths and token.
 
     Raises:
         UsageError: It cannot be had, or a process is at work in the folder.
     """
     try:
-        return processes.on_main(lambda: resume_from_hub(config, partial(print_once, processes)))
+        processes.on_main(lambda: resume_from_hub(config, partial(print_once, processes)))
     except BlockingIOError as error:
         raise busy(config, error) from error
+    return replace(config, resume_from_checkpoint="latest")
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import Any
 from hf_ddpm._version import __version__
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.format import format_duration
-from hf_ddpm.runtime.meeting import is_on_several_machines
+from hf_ddpm.runtime.launch import is_on_several_machines
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.settings import settings_of
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.run import print_once
 
 # Settings of the machine. Paths may differ, too: what they hold is compared when it is read.
-_OWN_SETTINGS = ("hub_token", "local_rank", "cpu_threads_per_process", "dataset_name")
+_OWN_SETTINGS = ("hub_token", "local_rank", "cpu_threads_per_process")
 _PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "numpy")
 _LONGEST_CLOCK_SECONDS = 10
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -15,10 +16,13 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from hf_ddpm.hub.background import FINAL_RETRY_PAUSES_SECONDS, Pusher
 from hf_ddpm.hub.checkpoints import (
     SUFFIX,
+    Place,
+    Record,
     copy_checkpoint,
     create_place,
     find_record,
     full_name,
+    read_settings,
     require_older,
     require_write,
     send_checkpoint,
@@ -30,6 +34,7 @@ from hf_ddpm.runtime.settings import settings_of
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.checks import is_resumed
 from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.parsing import require_same_settings, settings_in, settings_to_save
 from hf_ddpm.training.run import Run, print_once, try_to_write
 
 # How long a push that is on its way at the end may take: of a run that is finished, and of one that was asked to end,
@@ -57,7 +62,26 @@ def check_places(config: TrainingConfig) -> None:
         require_write(api, name)
         found = find_record(api, name) if config.hub_strategy == "checkpoint" else None
         if found is not None and not config.overwrite_output_dir:
-            require_older(found[1], step, found[0].name)
+            place, record = found
+            settings_of_record(config, place, record)
+            require_older(record, step, place.name)
+
+
+def settings_of_record(config: TrainingConfig, place: Place, record: Record) -> dict[str, Any]:
+    """Return the settings of the run of a checkpoint on the Hub, those that it lacks from this one.
+
+    Raises:
+        UsageError: It is another run.
+        PushError: When the Hub refuses, or cannot be reached.
+    """
+    saved = settings_in(read_settings(place, record), f"config.yaml of {place.name}")
+    settings = {**settings_to_save(config), **saved}
+    remedy = (
+        f"{place.name} is of another run, whose hub_model_id or settings this one must have; it can be deleted on "
+        "the Hub"
+    )
+    require_same_settings(config, TrainingConfig(**settings), remedy)
+    return settings
 
 
 def create_places(config: TrainingConfig, print_line: Callable[[str], None]) -> None:

@@ -32,11 +32,12 @@ def start_trackers(run: Run, progress: Progress) -> Run:
     """
     config, accelerator, name = run.config, run.accelerator, run.output_dir.resolve().name
     events = run.output_dir / config.logging_dir / config.tracker_project
-    has_events = progress.step > 0 and any(events.glob("events.out.tfevents.*"))
+    is_resumed = config.resume_from_checkpoint is not None  # also where the start before left no checkpoint
+    has_events = is_resumed and any(events.glob("events.out.tfevents.*"))
     in_events = _tracked_by_tensorboard(events, progress.step) if has_events and run.is_main else Tracked()
     starts: dict[str, dict[str, Any]] = {
         "wandb": {"name": name, "resume": "allow"},
-        "trackio": {"name": name, "resume": "allow" if progress.step else "never"},
+        "trackio": {"name": name, "resume": "allow" if is_resumed else "never"},
         # TensorBoard then shows nothing of later steps that the folder holds.
         "tensorboard": {"purge_step": progress.step + 1} if has_events else {},
     }
@@ -59,7 +60,7 @@ def start_trackers(run: Run, progress: Progress) -> Run:
     if not run.is_main:
         return run
     run = replace(run, trackers=tuple(accelerator.trackers))
-    if progress.step:
+    if is_resumed:
         finders = {"tensorboard": lambda _: in_events, "trackio": _tracked_by_trackio, "wandb": _tracked_by_wandb}
         for tracker in run.trackers:
             try_to_track(

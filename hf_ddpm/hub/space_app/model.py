@@ -356,7 +356,7 @@ class Model:
     def editing_refusal(self) -> str:
         """Return why the model cannot edit images; nothing if it can."""
         if not self.has_pictures and self.arrays is None:
-            return f"no picture holds its {self.channels} channels; hf-ddpm edit takes files of arrays"
+            return f"no picture holds its {self.channels} channels, and its files do not say what -1 and 1 stand for"
         try:
             pipeline = self._editor(DDPMInpaintPipeline, self.default_steps)
             with pipeline._editing_scheduler(None):
