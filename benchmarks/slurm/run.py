@@ -37,7 +37,7 @@ FOLDER, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 INSIDE = "HF_DDPM_SLURM_FOLDER"  # set where the namespaces of the script are made already
 ADDRESSES = {"controller": "10.213.78.1", "n1": "10.213.78.2", "n2": "10.213.78.3"}
 PROCESSES = ("--pid", "--fork", "--kill-child", "--mount-proc")  # a namespace that ends with its first process
-DEADLINE = time.monotonic() + 20 * 60
+DEADLINE = time.monotonic() + 30 * 60
 NODES: dict[str, subprocess.Popen] = {}
 STEPS = 240
 SETTINGS = {
@@ -99,8 +99,8 @@ HEAD = """# A job of SLURM that is preempted, and whose nodes die
 SLURM started the job {starts} times. Files are compared with those of the same job that was left alone: metrics but
 for their times, weights, averages, optimizer, previews, figures.
 
-| what | when | step reached | what SLURM did | resumed from | steps lost |
-|---|---|---|---|---|---|
+| what | when | how tasks ended | what the controller wrote | step reached | resumed from | steps lost |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -111,9 +111,7 @@ def main() -> None:
         return
     missing = [name for name in ("unshare", "ip", "munged", "slurmctld", "slurmd") if shutil.which(name) is None]
     if os.geteuid() != 0 or missing:
-        sys.exit(
-            f"this script makes nodes of SLURM: start it as root, where {', '.join(missing) or 'it'} is installed"
-        )
+        sys.exit(f"this script must be started as root, with {', '.join(missing) or 'all that it needs'} installed")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the namespaces, too
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # or munged refuses it
@@ -133,10 +131,11 @@ def measure(folder: Path) -> None:
     print(f"alone: {start_seconds:.0f} s until its first step, {time.monotonic() - started:.0f} s in all", flush=True)
     if shown(alone, "Restarts") != "0":
         sys.exit("the job that was to be left alone was started again")
-    job, rng, rows = submit(folder, "disturbed"), random.Random(0), []
+    job, rng, marks, rows = submit(folder, "disturbed"), random.Random(0), [0], []
     for what, when in EVENTS:
-        rows.append(happen(folder, job, what, when, start_seconds, rng))
-        print(rows[-1], flush=True)
+        rows.append(happen(folder, job, what, when, start_seconds, marks[-1], rng))
+        marks.append(job.log.stat().st_size)
+        print(*rows[-1], sep=", ", flush=True)
     until(lambda: state(job) == "COMPLETED", job)
     different = differences(job.output_dir, alone.output_dir)
     text = HEAD.format(
@@ -146,7 +145,10 @@ def measure(folder: Path) -> None:
         every=SETTINGS["checkpointing_steps"],
         starts=int(shown(job, "Restarts")) + 1,
     )
-    text += "\n".join(rows) + f"\n\nFiles that differ: {', '.join(different) or 'none'}.\n"
+    for (*row, reached), mark in zip(rows, marks[1:], strict=True):
+        first = first_step(job, mark)
+        text += f"| {' | '.join(row)} | {reached} | {first} | {reached - first} |\n"
+    text += f"\nFiles that differ: {', '.join(different) or 'none'}.\n"
     (FOLDER / "table.md").write_text(text)
     print(text)
 
@@ -154,30 +156,58 @@ def measure(folder: Path) -> None:
 # What happens
 
 
-def happen(folder: Path, job: Job, what: str, when: str, start_seconds: float, rng: random.Random) -> str:
-    """Preempt the job, or let a node die, wait until the job runs and trains again, and return a row of the table."""
+def happen(
+    folder: Path, job: Job, what: str, when: str, start_seconds: float, mark: int, rng: random.Random
+) -> tuple[str, str, str, str, int]:
+    """Preempt the job, or let a node die and boot, and wait until SLURM has requeued the job.
+
+    Args:
+        mark: The length of the job's output when it was last requeued.
+
+    Returns:
+        What happened and when, how tasks ended, what the controller wrote, and the step that the run had reached.
+    """
     until(lambda: state(job) == "RUNNING", job)
     starts = int(shown(job, "Restarts"))
-    log = folder / "slurmctld.log"
-    first, num_lines, num_resumes = num_steps(job), len(log.read_text().splitlines()), len(resumed_from(job))
     if when == START:
         time.sleep(rng.uniform(0, start_seconds))
     else:
-        step = first + rng.randint(1, STEPS // len(EVENTS))
-        until(lambda: len(resumed_from(job)) > num_resumes - (starts == 0) and num_steps(job) >= step, job)
+        until(lambda: first_step(job, mark) >= 0, job)
+        step = first_step(job, mark) + rng.randint(1, STEPS // len(EVENTS))
+        until(lambda: num_steps(job) >= step, job)
     if when == CHECKPOINT:
-        until(lambda: any(job.output_dir.glob("partial-checkpoint-*")), job, seconds=0)
+        until(lambda: is_writing(job), job, seconds=0)
+    num_lines = len((folder / "slurmctld.log").read_text().splitlines())
     if what == PREEMPTED:
         said("sbatch", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
     else:
         kill_node(what)
+        if when == CHECKPOINT and not is_writing(job):
+            when = "just after it wrote a checkpoint"
+        time.sleep(rng.uniform(0, 20))
         boot_node(what, folder)
-    until(lambda: int(shown(job, "Restarts")) > starts, job)
-    reached = num_steps(job)
-    print(*log.read_text().splitlines()[num_lines:], sep="\n")
-    until(lambda: len(resumed_from(job)) > num_resumes, job)
-    resumed = resumed_from(job)[-1]
-    return f"| {what} | {when} | {reached} | | {resumed} | {reached - resumed} |"
+    until(lambda: int(shown(job, "Restarts")) > starts and state(job) != "COMPLETING", job)
+    if when == START and num_steps(job) > first_step(job, mark) >= 0:
+        when = STEP
+    if what != PREEMPTED:  # SLURM takes no node back that has booted unasked
+        said("scontrol", "update", f"NodeName={what}", "State=RESUME")
+        what = f"{what} dies"
+    lines = "\n".join((folder / "slurmctld.log").read_text().splitlines()[num_lines:])
+    failure = re.search(rf"requeue (?:job )?JobId={job.number} (due to .*)", lines)
+    requeued = re.search(rf"Requeuing JobId={job.number}\b", lines)
+    ends = re.findall(rb"task \d+: (.*)", job.log.read_bytes()[mark:])
+    return (
+        what,
+        when,
+        ", ".join(dict.fromkeys(end.decode() for end in ends)) or "unseen",
+        f"requeue {failure[1]}" if failure else requeued[0] if requeued else "nothing",
+        num_steps(job),
+    )
+
+
+def is_writing(job: Job) -> bool:
+    """Return whether a checkpoint is being written, or was when the process that wrote it died."""
+    return any(job.output_dir.glob("partial-checkpoint-*"))
 
 
 # SLURM
@@ -284,10 +314,11 @@ def num_steps(job: Job) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def resumed_from(job: Job) -> list[int]:
-    """Return the steps of the checkpoints that the run has resumed from, by its output."""
-    text = job.log.read_text(errors="replace") if job.log.is_file() else ""
-    return [int(step) for step in re.findall(r"the run resumes from checkpoint-(\d+)", text)]
+def first_step(job: Job, mark: int) -> int:
+    """Return the step at which the run began after so many bytes of output; -1 while it has not."""
+    text = job.log.read_bytes()[mark:] if job.log.is_file() else b""
+    found = re.search(rb"the run (?:resumes from checkpoint-|begins at step )(\d+)", text)
+    return int(found[1]) if found else -1
 
 
 def until(is_true: Callable[[], bool], job: Job | None = None, seconds: float = 0.1) -> None:
