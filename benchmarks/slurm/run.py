@@ -170,7 +170,7 @@ def happen(
     until(lambda: state(job) == "RUNNING", job)
     starts = int(shown(job, "Restarts"))
     if when == START:
-        time.sleep(rng.uniform(0, start_seconds))
+        time.sleep(rng.uniform(0, start_seconds / 2))
     else:
         until(lambda: first_step(job, mark) >= 0, job)
         step = first_step(job, mark) + rng.randint(1, STEPS // len(EVENTS))
@@ -199,7 +199,7 @@ def happen(
     return (
         what,
         when,
-        ", ".join(dict.fromkeys(end.decode() for end in ends)) or "unseen",
+        ", ".join(dict.fromkeys(end.decode() for end in ends)) or "with the node",
         f"requeue {failure[1]}" if failure else requeued[0] if requeued else "nothing",
         num_steps(job),
     )
@@ -240,12 +240,14 @@ def start_slurm(folder: Path) -> None:
 
 
 def start(folder: Path, log: str, *command: str) -> subprocess.Popen:
+    """Start a daemon in the foreground, so that it is a child of this script."""
     with (folder / f"{log}.log").open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
 
 
 def boot_node(node: str, folder: Path) -> None:
-    # The shell is the first process of the node: when it dies, the kernel ends all others. -b: the node has booted.
+    """Start a node, and tell the controller that it has booted."""
+    # The shell is the first process of the node: when it dies, the kernel ends all others.
     shell = f"hostname {node}; slurmd -D -b; exit"
     NODES[node] = start(folder, node, "unshare", "--uts", *PROCESSES, "bash", "-c", shell)
 
@@ -310,7 +312,7 @@ def state(job: Job) -> str:
 def num_steps(job: Job) -> int:
     """Return the step of the last line of metrics."""
     file = job.output_dir / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text().rpartition("\n")[0].splitlines() if file.is_file() else []  # without half a line
     return json.loads(lines[-1])["step"] if lines else 0
 
 
@@ -324,15 +326,10 @@ def first_step(job: Job, mark: int) -> int:
 def until(is_true: Callable[[], bool], job: Job | None = None, seconds: float = 0.1) -> None:
     """Wait until something is so; end the script if the job ends otherwise, or the time is up."""
     while not is_true():
-        text = ""
-        if time.monotonic() > DEADLINE:
-            text = "the time is up"
-        elif job is not None and state(job) in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"):
-            text = f"the job is {state(job)}"
-        if text and not is_true():
-            sys.exit(
-                "\n".join([text, *([] if job is None else job.log.read_text(errors="replace").splitlines()[-40:])])
-            )
+        ended = job is not None and state(job) in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+        if (ended and not is_true()) or time.monotonic() > DEADLINE:
+            output = job.log.read_text(errors="replace")[-3000:] if job is not None and job.log.is_file() else ""
+            sys.exit(f"{output}\n{'the job has ended' if ended else 'the time is up'}")
         time.sleep(seconds)
 
 
