@@ -326,7 +326,7 @@ def first_step(job: Job, mark: int) -> int:
 def until(is_true: Callable[[], bool], job: Job | None = None, seconds: float = 0.1) -> None:
     """Wait until something is so; end the script if the job ends otherwise, or the time is up."""
     while not is_true():
-        ended = job is not None and state(job) in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+        ended = job is not None and state(job) in ("COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT")
         if (ended and not is_true()) or time.monotonic() > DEADLINE:
             output = job.log.read_text(errors="replace")[-3000:] if job is not None and job.log.is_file() else ""
             sys.exit(f"{output}\n{'the job has ended' if ended else 'the time is up'}")
