@@ -147,6 +147,7 @@ def measure(folder: Path) -> None:
     )
     for (*row, reached), mark in zip(rows, marks[1:], strict=True):
         first = first_step(job, mark)
+        reached = first if START in row else reached  # what was lost before counts once
         text += f"| {' | '.join(row)} | {reached} | {first} | {reached - first} |\n"
     text += f"\nFiles that differ: {', '.join(different) or 'none'}.\n"
     (FOLDER / "table.md").write_text(text)
@@ -199,7 +200,7 @@ def happen(
     return (
         what,
         when,
-        ", ".join(dict.fromkeys(end.decode() for end in ends)) or "with the node",
+        ", ".join(dict.fromkeys(end.decode() for end in ends)) or "unseen",
         f"requeue {failure[1]}" if failure else requeued[0] if requeued else "nothing",
         num_steps(job),
     )
