@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from hf_ddpm.conditional import with_condition
 from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.image_folder import listed_once
+from hf_ddpm.data.shard_batches import BlockStart
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, explain_full_memory
@@ -224,6 +225,7 @@ class LoopState:
         first: The progress at the start of this process.
         unread: The results of the steps since the last logged one.
         saved_step: The step of the newest checkpoint; 0 without any.
+        block_starts: The newest block start of each substream of a stream that this process has read.
     """
 
     def __init__(self, run: Run, progress: Progress) -> None:
@@ -234,6 +236,7 @@ class LoopState:
         self.evaluations = LinesFile(run.output_dir / "eval.jsonl")
         self.unread: list[StepResult] = []
         self.saved_step = progress.step
+        self.block_starts: dict[int, BlockStart] = {}
         self.bar = tqdm(
             initial=progress.step,
             total=progress.step + num_steps_left(run, progress),
@@ -263,7 +266,7 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
                 end_early(run, progress, state, stop, loader, failure)
             if progress.stream is not None:
                 num_bad_images = progress.num_bad_images
-                progress = advance_stream(progress, micro_batches)
+                progress = advance_stream(progress, state.block_starts, micro_batches)
                 if progress.num_bad_images > num_bad_images == state.first.num_bad_images:
                     send_alert(run, "images are lost", "an unreadable image was met, and left out")
             with naming_compilation(run, progress.step == state.first.step):
@@ -280,7 +283,9 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             progress, events = do_what_is_due(run, progress, state, result)
             announce(run, progress, state, events)
     require_finite_end(run.config, progress)
-    return progress if progress.stream is None else merge_block_starts(run.processes, progress, state.first)
+    if progress.stream is None:
+        return progress
+    return merge_block_starts(run.processes, progress, state.first, state.block_starts)
 
 
 def do_what_is_due(run: Run, progress: Progress, state: LoopState, result: StepResult) -> tuple[Progress, list[Event]]:
@@ -549,7 +554,7 @@ def write_state(run: Run, progress: Progress, state: LoopState) -> str | None:
     scaler = run.accelerator.scaler
     progress = replace(progress, losses=state.meter.state(), scaler=None if scaler is None else scaler.state_dict())
     if progress.stream is not None:
-        progress = merge_block_starts(run.processes, progress, state.first)
+        progress = merge_block_starts(run.processes, progress, state.first, state.block_starts)
     problem = save_checkpoint(run.state, progress, run.output_dir, run.config.checkpoints_total_limit, run.is_main)
     return run.processes.on_main(lambda: problem)
 
