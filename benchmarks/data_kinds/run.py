@@ -279,7 +279,7 @@ KINDS = {
         write_tiff,
         band_rows,
         {"value_range": (0, LARGEST_11_BITS), "display_channels": (4, 2, 1)},
-        steps=250,
+        steps=1200,
         widths=(32, 64),  # 16 channels let too little of eight bands pass
     ),
     "fields": Kind(

@@ -31,8 +31,8 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 from hf_ddpm.evaluation.distances import Moments, frechet_distance
 from hf_ddpm.evaluation.memorization import nearest
 

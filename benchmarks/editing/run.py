@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from hf_ddpm import editing
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 from hf_ddpm.inpainting import repaint_levels
 from hf_ddpm.inversion import reconstruction_error
 from hf_ddpm.runtime.run_files import read_run

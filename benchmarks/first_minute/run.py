@@ -48,7 +48,7 @@ PACKAGES = {
 # A module -> the row of each of its functions.
 FUNCTIONS = {
     "hf_ddpm.data.sources": {"check_source": "reading the data, cache"},
-    "hf_ddpm.data.cache": {"load_images": "reading the data, cache"},
+    "hf_ddpm.data.images": {"load_images": "reading the data, cache"},
     "hf_ddpm.data.description": {"describe_images": "reading the data, cache"},
     "hf_ddpm.training.trial": {"try_run": "building network and optimizer"},
     "hf_ddpm.training.setup": {"build_run": "building network and optimizer"},

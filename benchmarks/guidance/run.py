@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_ddpm.data.batches import fixed_pixels
-from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig, load_data_config
+from hf_ddpm.data.images import load_images
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.figures import png_bytes, strip, to_pil
 from hf_ddpm.guidance import Guidance

@@ -22,8 +22,8 @@ import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm.data.batches import to_x_0
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 from hf_ddpm.evaluation.likelihood import Likelihood, bits_per_dimension, sum_bound_terms
 from hf_ddpm.objective import Objective
 from hf_ddpm.scheduler import DDPMScheduler

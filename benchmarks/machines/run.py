@@ -142,7 +142,7 @@ def other_numbers(folder: Path) -> str:
         if codes != {75}:
             sys.exit(f"stopped runs must end with 75, got {codes}")
     finish(start(folder, "changing", [0, 1, 2, 3]))
-    mine, theirs = (trace(folder / name) for name in ("changing", "four"))
+    mine, theirs = (trace(folder / name / "run") for name in ("changing", "four"))
     if [line["images"] for line in mine] != [line["images"] for line in theirs]:
         sys.exit("a line of metrics is missing, or there twice")
     losses = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(mine, theirs, strict=True))
@@ -322,7 +322,8 @@ def failures(processes: list[subprocess.Popen]) -> str:
         text = said(process)
         if "Traceback" in text:
             sys.exit(text)
-        lines[text.splitlines()[-1].removeprefix("error: ")] = None
+        # What follows is the remedy.
+        lines[text.splitlines()[-1].removeprefix("error: ").partition(". The message of")[0]] = None
     return f"after {time.monotonic() - started:.0f} s " + " and ".join(f"`{line}`" for line in lines)
 
 

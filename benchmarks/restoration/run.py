@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.tables import open_dataset
 from hf_ddpm.figures import grid, to_pil
 from hf_ddpm.measurements import Operator, blur, downsample, mask

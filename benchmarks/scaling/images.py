@@ -19,8 +19,9 @@ from pyarrow import parquet
 
 from benchmarks.scaling.apart import MIB, held_bytes, peak_of_memory, processor_seconds
 from hf_ddpm.data.batches import MicroBatches
-from hf_ddpm.data.cache import load_images, read_cache
+from hf_ddpm.data.cache import read_cache
 from hf_ddpm.data.image_folder import list_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.tables import divide_training, open_table
 from hf_ddpm.runtime.seeds import image_draws
 from hf_ddpm.training.config import TrainingConfig

@@ -23,7 +23,7 @@ from benchmarks.scaling.apart import peak_of_memory, processor_seconds
 from hf_ddpm.data.shard_batches import BlockStart
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.processes import Processes
-from hf_ddpm.training import loop, saving, setup
+from hf_ddpm.training import ending, loop, saving, setup
 from hf_ddpm.training.averages import EMA, local
 from hf_ddpm.training.checkpoint import Progress, TrainingState, save_checkpoint
 from hf_ddpm.training.config import TrainingConfig
@@ -186,8 +186,9 @@ def measure_collectives(folder: str, is_sharded: bool, optimizer: str) -> dict[s
 
         setattr(owner, name, call)
 
-    for name in ("take_step", "log", "write_state"):
-        count(loop, name)
+    count(loop, "take_step")
+    count(loop, "log")
+    count(ending, "write_state")
     count(Processes, "any")
     settings = smallest_unet_config(channels=1, num_class_embeds=11)
     model = Path(folder, "unet.json")
@@ -224,7 +225,7 @@ def measure_memory(folder: str, is_sharded: bool, model: dict[str, Any], num_ste
         averages = [local(tensor).nbytes for average in state.ema.averages.values() for tensor in average]
         measured["held"]["averages"] = sum(averages)
 
-    watch(loop, "save_checkpoint")
+    watch(ending, "save_checkpoint")
     watch(saving, "save_model")
     watch(setup, "load_checkpoint")
     path = Path(folder, "unet.json")

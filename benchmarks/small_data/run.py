@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 from hf_ddpm.plots import Curve, draw_curves
 from hf_ddpm.runtime.files import read_metrics
 

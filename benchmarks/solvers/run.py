@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.search import search_timesteps, spaced_timesteps
 from hf_ddpm.pipeline import DDPMPipeline

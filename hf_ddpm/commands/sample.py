@@ -35,7 +35,7 @@ def sample(
         Path | None,
         option(
             "image",
-            "For a model that makes images from images: an image, or an array for a model of arrays, or a folder of "
+            "For a model that makes images from images: an image or an array, as in training, or a folder of "
             "them, one sample each.",
         ),
     ] = None,

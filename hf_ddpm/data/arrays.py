@@ -27,8 +27,9 @@ from hf_ddpm.value_range import DTYPES, ValueRange, check_display_channels
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Settings that say something of arrays alone.
-ARRAY_SETTINGS = ("value_quantiles", "channel_axis", "stack_axis", "array_key", "display_channels")
+# Settings that say something of arrays alone: of images and of the conditions beside them, or of images.
+SETTINGS_OF_BOTH = ("value_quantiles", "channel_axis", "stack_axis", "array_key")
+ARRAY_SETTINGS = (*SETTINGS_OF_BOTH, "display_channels")
 # An image of a file of arrays, in a column of `datasets`.
 SLICE_TYPES = {"bytes": "binary", "path": "string", "slice": "int64"}
 MAX_QUANTILE_VALUES = 2**26
@@ -69,13 +70,19 @@ def check_array_settings(config: DataConfig) -> None:
         raise UsageError(f"array_key must name arrays with commas between them, got {config.array_key!r}")
 
 
-def require_no_array_settings(config: DataConfig) -> None:
+def require_no_array_settings(config: DataConfig, is_alone: bool = True) -> None:
     """Check that no setting asks for arrays, where there are images.
+
+    Args:
+        config: The settings of the data.
+        is_alone: Whether no other column is read, which might hold arrays.
 
     Raises:
         UsageError: When one does.
     """
     for name in ARRAY_SETTINGS:
+        if not is_alone and name in SETTINGS_OF_BOTH:
+            continue
         if (value := getattr(config, name)) is not None:
             raise UsageError(
                 f"{name} = {value} has no effect: it is for arrays, and the data are images; leave it out"

@@ -32,9 +32,9 @@ import numpy as np
 from huggingface_hub.utils import tqdm
 
 from hf_ddpm.data.arrays import (
+    SETTINGS_OF_BOTH,
     count_outside,
     quantiles,
-    require_differing,
     require_no_array_settings,
     value_range_of,
 )
@@ -48,7 +48,7 @@ from hf_ddpm.data.decoding import (
     name_of,
     unreadable_image_error,
 )
-from hf_ddpm.data.given import NAME, GivenImages, open_given
+from hf_ddpm.data.given import NAME
 from hf_ddpm.data.held_out import HELD_OUT_FORMAT
 from hf_ddpm.data.image_folder import files_below, list_images
 from hf_ddpm.data.image_format import ImageFormat
@@ -67,7 +67,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CACHE_FORMAT = 5  # Increase it when the content of a cache changes, so that no older cache is read.
-X_0 = "x_0"
 ROWS_PER_TASK = 16
 ROWS_PER_TASK_OF_CROPS = 1  # Whole images are large, and those of all tasks are in memory at once.
 Accept = Callable[[Size, int, str | None], None]
@@ -85,9 +84,6 @@ CACHED_SETTINGS = (
     "on_bad_image",
     "max_image_pixels",
 )
-# What settings say of colors and values is said of the images, not of their conditions.
-_OF_IMAGES_ALONE: dict[str, Any] = dict.fromkeys(("channels", "value_range", "label_column", "display_channels"))
-CACHED_ARRAY_SETTINGS = ("value_quantiles", "channel_axis", "stack_axis", "array_key")
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,92 +195,7 @@ def _as_file(value: Any) -> Any:
     return value
 
 
-def load_images(config: DataConfig, accept: Accept | None = None, dataset: Dataset | None = None) -> ImageCache:
-    """Return the images of the split `train`; the first call decodes and resizes them, later ones map the file.
-
-    If `channels` is left open, gray images have 1 channel and others 3. Transparency is composited over white unless
-    there are 4 channels. Gray images of 16 bits keep them; Pillow reads 16-bit color as 8-bit, and of an animation the
-    first frame is taken, which `losses` counts. Images are resized so that they cover the size of x_0, and with
-    `center_crop` cropped to it; with `random_crop` they stay as large as they are. With `condition_column`, the images
-    of that column come with them.
-
-    Args:
-        config: The settings of the data.
-        accept: A function of the size and the channels of the images, and of the type of arrays, None for images and
-            X_0 for x_0 of the user's code; it is called before they are decoded.
-        dataset: A data set of `datasets` to take instead of the one that the settings name.
-
-    Raises:
-        UsageError: When `open_dataset` raises it, an image is unreadable and `on_bad_image` is "raise", no image is
-            readable, or `resolution` or `channels` is left open and the images do not decide it; also when the
-            image of a row and its condition have different shapes.
-    """
-    images = _load_column(config, accept, dataset)
-    require_differing(images.value_range)
-    if config.condition_column is None:
-        return images
-    are_arrays, files = images.value_range is not None, None
-    of_images = {**_OF_IMAGES_ALONE}
-    # The images decide which are held out, and what is said of them may tell that files are arrays.
-    if config.eval_fraction is not None or (are_arrays and dataset is None):
-        dataset, files = open_dataset(config, with_conditions=True), _files_of(find_source(config), config)
-        of_images.update(eval_fraction=None, group_column=None)
-    of_conditions = replace(
-        config,
-        image_column=config.condition_column,
-        condition_column=None,
-        resolution=to_resolution(images.size),
-        **of_images,
-    )
-    conditions = _in_own_range(_load_column(of_conditions, None, dataset, files, is_of_conditions=True), config)
-    if (conditions.value_range is not None) != are_arrays:
-        kinds = ("images", "arrays") if are_arrays else ("arrays", "images")
-        raise UsageError(
-            f"condition_column must hold {kinds[1]} as the images are, got {config.condition_column!r} of {kinds[0]}: "
-            "save both as images, or both as arrays"
-        )
-    unequal = np.flatnonzero((images.index[:, 1:] != conditions.index[:, 1:]).any(axis=1))
-    if len(unequal):
-        row = int(unequal[0])
-        (height, width), (other_height, other_width) = images.index[row, 1:], conditions.index[row, 1:]
-        resized = "" if config.random_crop else f", both resized to cover {format_size(images.size)}"
-        remedy = "save them in one size" if config.random_crop else "crop them alike, or give --center_crop"
-        raise UsageError(
-            f"condition_column must hold images of the shape of their images, got {other_height}x{other_width} for "
-            f"{height}x{width} in row {row}{resized}: {remedy}"
-        )
-    fingerprint = hashlib.sha256(f"{images.fingerprint} {conditions.fingerprint}".encode()).hexdigest()
-    return replace(images, conditions=conditions, fingerprint=fingerprint)
-
-
-def dtype_of_conditions(config: DataConfig, dataset: Dataset | None = None) -> str | None:
-    """Return the type of the arrays of `condition_column`, by the first; None for images.
-
-    Args:
-        config: The settings of the data.
-        dataset: As of `load_images`.
-    """
-    if dataset is None:
-        table: Any = open_dataset(config, with_conditions=True)
-    else:
-        table = choose_columns(with_slices(dataset, config), config, with_conditions=True)
-    column = table.select_columns([config.condition_column])
-    return _infer_format(column, replace(config, **_OF_IMAGES_ALONE)).array_dtype
-
-
-def _in_own_range(conditions: ImageCache, config: DataConfig) -> ImageCache:
-    """Return conditions of which -1 and 1 stand for their own smallest and largest value, or their quantiles.
-
-    So do integers, which as images have the range of their type: no likelihood counts the bins of conditions.
-    """
-    values = conditions.value_range
-    if values is None or config.value_quantiles is not None:
-        return conditions
-    low, high = map(float, conditions.limits)
-    return conditions.in_range(replace(values, low=low, high=high))
-
-
-def _files_of(source: Source, config: DataConfig) -> Any:
+def files_of(source: Source, config: DataConfig) -> Any:
     """Return what tells that a file of a source changed; None for the Hub."""
     if source.folder is None:
         return None
@@ -292,18 +203,19 @@ def _files_of(source: Source, config: DataConfig) -> Any:
     return _names_sizes_times([*files_below(source.folder), *elsewhere])
 
 
-def _load_column(
+def load_column(
     config: DataConfig,
     accept: Accept | None,
     dataset: Dataset | None,
     files: Any = None,
-    is_of_conditions: bool = False,
 ) -> ImageCache:
-    """Return the images of the column of images; see `load_images`.
+    """Return the images of the column of images; the first call decodes and resizes them, later ones map the file.
 
     Args:
+        config: The settings of the data.
+        accept: As of `load_images`.
+        dataset: As of `load_images`.
         files: Of a `dataset` whose rows name files, what tells that one of these changed.
-        is_of_conditions: Whether the column is that of the conditions of other images.
     """
     source = find_source(config) if dataset is None else Source("dataset", "given", NAME, None)
     if dataset is not None:
@@ -315,18 +227,16 @@ def _load_column(
         identity = dataset._fingerprint
     else:
         dataset = None
-        identity = _files_of(source, config)
+        identity = files_of(source, config)
     root = cache_folder(config)
     folder = root / _cache_key(config, source, identity)
     if not folder.is_dir():
         dataset = open_dataset(config) if dataset is None else dataset
-        # Messages offer what goes with conditions, while the key is that of the column alone.
-        named = replace(config, condition_column=config.image_column) if is_of_conditions else config
-        _create_cache(folder, dataset, source, named, accept)
+        _create_cache(folder, dataset, source, config, accept)
         accept = None
     images = read_cache(folder, source.name)
     if images.value_range is None:
-        require_no_array_settings(config)
+        require_no_array_settings(config, is_alone=config.condition_column is None)
     else:
         channels = check_display_channels(config.display_channels, images.channels)
         images = replace(images, value_range=replace(images.value_range, display_channels=channels))
@@ -342,35 +252,6 @@ def _load_column(
     return images
 
 
-def load_dataset(dataset: Any, config: DataConfig, accept: Accept | None) -> ImageCache | GivenImages:
-    """Return the images of a data set that was passed: of `datasets` from the cache, of others item by item.
-
-    Args:
-        dataset: A `datasets.Dataset`, or any map-style data set; see data/given.py.
-        config: The settings of the data.
-        accept: As of `load_images`.
-
-    Raises:
-        UsageError: When it is neither, or its images cannot be read.
-    """
-    import datasets
-
-    # A transform of the user's own decides what an item is, and the cache would not see it.
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
-        return load_images(config, accept, dataset)
-    if config.label_column is not None or config.image_column is not None:
-        raise UsageError("label_column and image_column are for data sets of `datasets`: items name theirs `label`")
-    if config.condition_column is not None:
-        raise UsageError(
-            f"condition_column is for data sets of `datasets`, got {config.condition_column!r} for a "
-            f"{type(dataset).__name__}: make one of it, or leave it out"
-        )
-    images = open_given(dataset, config)
-    if accept is not None:
-        accept(images.size, images.channels, X_0 if images.is_x_0 else None)
-    return images
-
-
 def _names_sizes_times(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Return path, size and time of change of each file: if all are equal, the images are taken to be."""
     # A link whose target is missing has no size of its own.
@@ -380,13 +261,13 @@ def _names_sizes_times(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 def _cache_key(config: DataConfig, source: Source, identity: Any) -> str:
     settings = [getattr(config, name) for name in CACHED_SETTINGS]
-    if config.condition_column is not None:  # which leaves fewer columns to choose from
+    if config.condition_column not in (None, config.image_column):  # which leaves fewer columns to choose from
         settings.append(config.condition_column)
     if config.random_crop:
         settings.append("random_crop")
     if config.eval_fraction is not None:
         settings.append([HELD_OUT_FORMAT, config.eval_fraction, config.group_column])
-    of_arrays = [getattr(config, name) for name in CACHED_ARRAY_SETTINGS]
+    of_arrays = [getattr(config, name) for name in SETTINGS_OF_BOTH]
     if any(value is not None for value in of_arrays):
         settings.append(of_arrays)
     content = json.dumps([CACHE_FORMAT, source.kind, identity, *settings])
@@ -423,7 +304,7 @@ def _fill_cache(
     """Decode all images into `part`, and rename it to `folder`."""
     root = folder.parent
     try:
-        image_format = _infer_format(dataset, config)
+        image_format = format_of_column(dataset, config)
         if accept is not None:
             accept(image_format.size, image_format.channels, image_format.array_dtype)
         _require_room(root, len(dataset), image_format)
@@ -500,7 +381,8 @@ def read_cache(folder: Path, name: str) -> ImageCache:
     return ImageCache(pixels=pixels, index=index, labels=labels, name=name, size=image_size, **meta)
 
 
-def _infer_format(dataset: Dataset, config: DataConfig) -> ImageFormat:
+def format_of_column(dataset: Dataset, config: DataConfig) -> ImageFormat:
+    """Return the format of the images in the first column of a table; see `infer_format`."""
     encoded = ((row, encoded_images(dataset, slice(row, row + 1))[0]) for row in range(len(dataset)))
     return infer_format(((name_of(each, row), each) for row, each in encoded), config)
 

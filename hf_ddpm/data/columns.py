@@ -25,12 +25,10 @@ def choose_columns(dataset: Any, config: DataConfig, with_conditions: bool = Fal
     import datasets
 
     if config.condition_column is not None:
-        _check_condition_column(dataset.features, config.condition_column)
+        check_condition_column(dataset.features, config.condition_column)
     column, labels = image_column(dataset.features, config), label_columns(config.label_column, dataset.features)
-    if config.condition_column == column:
-        raise UsageError(
-            f"condition_column must name a second column of images, got {column!r}, the first one: --condition_column"
-        )
+    if config.image_column is None:
+        require_second_column(config, column)
     for label in labels:
         check_label_column(dataset, label, column)
     conditions = [config.condition_column] if with_conditions and config.condition_column is not None else []
@@ -39,6 +37,22 @@ def choose_columns(dataset: Any, config: DataConfig, with_conditions: bool = Fal
         if not holds_arrays(dataset.features[name]):
             chosen = chosen.cast_column(name, datasets.Image(decode=False))
     return chosen
+
+
+def require_second_column(config: DataConfig, column: str | None) -> None:
+    """Check that the conditions of images are none of these themselves.
+
+    Args:
+        config: The settings of the data.
+        column: The column of images.
+
+    Raises:
+        UsageError: When they are.
+    """
+    if column is not None and config.condition_column == column:
+        raise UsageError(
+            f"condition_column must name a second column of images, got {column!r}, the first one: --condition_column"
+        )
 
 
 def holds_arrays(feature: Any) -> bool:
@@ -161,8 +175,13 @@ def require_numbers(column: str, cells: Sequence[Any]) -> None:
             )
 
 
-def _check_condition_column(features: Any, column: str) -> None:
-    names = [name for name, feature in features.items() if _holds_images(feature) or holds_arrays(feature)]
+def check_condition_column(features: Any, column: str) -> None:
+    """Check that there is a column of conditions, which holds images, arrays or volumes.
+
+    Raises:
+        UsageError: When there is none.
+    """
+    names = [name for name, feature in features.items() if _holds_any_images(feature)]
     if column not in names and not _holds_bytes(features.get(column)):
         remedy = "--condition_column"
         if len(names) == 1:
@@ -181,11 +200,9 @@ def image_column(features: Any, config: DataConfig) -> str:
     """
     column = config.image_column
     _require_no_volumes(features, config)
-    image_columns = [name for name, feature in features.items() if _holds_images(feature)]
-    image_columns = image_columns or [name for name, feature in features.items() if holds_arrays(feature)]
+    image_columns = _image_columns(features)
     if column is None:
-        if len(image_columns) > 1:
-            image_columns = [name for name in image_columns if name != config.condition_column]
+        image_columns = _image_columns(_without_conditions(features, config)) or image_columns
         if len(image_columns) == 1:
             return image_columns[0]
         problem = f"there is no column of images among {list(features)}"
@@ -201,24 +218,42 @@ def image_column(features: Any, config: DataConfig) -> str:
     return column
 
 
-def volume_column(features: Any, config: DataConfig) -> str | None:
-    """Return the name of the column of volumes that is read: the one that is named, or the only one without images."""
-    volumes = [name for name, feature in features.items() if _holds_volumes(feature)]
-    if config.image_column is not None:
-        return config.image_column if config.image_column in volumes else None
-    is_alone = not any(_holds_images(feature) or holds_arrays(feature) for feature in features.values())
-    return volumes[0] if len(volumes) == 1 and is_alone else None
+def _image_columns(features: Any) -> list[str]:
+    """Return the names of the columns of images; without any, of those of arrays."""
+    images = [name for name, feature in features.items() if _holds_images(feature)]
+    return images or [name for name, feature in features.items() if holds_arrays(feature)]
+
+
+def _without_conditions(features: Any, config: DataConfig) -> dict[str, Any]:
+    """Return the columns but that of the conditions, which are not meant where no column of images is named."""
+    return {name: feature for name, feature in features.items() if name != config.condition_column}
+
+
+def volume_columns(features: Any, config: DataConfig) -> list[str]:
+    """Return the names of the columns of volumes that are read: that of the images, and that of their conditions.
+
+    That of the images is the one that is named, or the only one without images.
+    """
+    volumes: list[str] = [name for name, feature in features.items() if _holds_volumes(feature)]
+    read = {config.image_column, config.condition_column}
+    if config.image_column is None:
+        others = _without_conditions(features, config)
+        of_images = [name for name in volumes if name in others]
+        is_alone = not any(_holds_images(feature) or holds_arrays(feature) for feature in others.values())
+        read.update(of_images if len(of_images) == 1 and is_alone else ())
+    return [name for name in volumes if name in read]
 
 
 def _require_no_volumes(features: Any, config: DataConfig) -> None:
     """Check that what is read is no column of volumes, which become slices before unless they are streamed."""
-    if (name := volume_column(features, config)) is not None:
+    for name in volume_columns(features, config):
         raise UsageError(
             f"streaming must be off for a column of volumes, got {name!r}: their slices are counted before the first "
             "step; leave out --streaming"
         )
-    volumes = [name for name, feature in features.items() if _holds_volumes(feature)]
-    others = [name for name, feature in features.items() if _holds_images(feature) or holds_arrays(feature)]
+    possible = _without_conditions(features, config)
+    volumes = [name for name, feature in possible.items() if _holds_volumes(feature)]
+    others = [name for name, feature in possible.items() if _holds_images(feature) or holds_arrays(feature)]
     if config.image_column is None and len(volumes) > 1 and not others:
         raise UsageError(
             f"image_column must name the volumes, got None: there are several columns of them, {volumes}; give "
@@ -229,6 +264,10 @@ def _require_no_volumes(features: Any, config: DataConfig) -> None:
 def holds_files(feature: Any) -> bool:
     """Return whether a column holds files, or the bytes of some: images, volumes or others."""
     return _holds_images(feature) or _holds_bytes(feature) or _holds_volumes(feature)
+
+
+def _holds_any_images(feature: Any) -> bool:
+    return _holds_images(feature) or holds_arrays(feature) or _holds_volumes(feature)
 
 
 def _holds_volumes(feature: Any) -> bool:

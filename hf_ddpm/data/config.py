@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -91,8 +91,8 @@ class DataConfig:
     )
     condition_column: str | None = setting(
         None,
-        "A column of images that the images are made from, or of arrays for arrays: the model is then conditioned on "
-        "them. They are cropped and mirrored as the images are.",
+        "A column of images or arrays that the images are made from: the model is then conditioned on them. They are "
+        "cropped and mirrored as the images are.",
         group="data",
         resume="fixed",
         only_with={"streaming": False, "on_bad_image": "raise"},
@@ -211,6 +211,22 @@ def check_data_paths(config: DataConfig) -> None:
     check_paths(config)
     if config.cache_dir is not None and not look_at("cache_dir", config.cache_dir).exists():
         require_writable_folder("cache_dir", look_at("cache_dir", config.cache_dir))
+
+
+def of_conditions(config: DataConfig) -> DataConfig:
+    """Return the settings that read the column of conditions as one of images.
+
+    What settings say of colors, values and labels is said of the images, not of their conditions. `image_column` and
+    `condition_column` are the same in them.
+    """
+    return replace(
+        config,
+        image_column=config.condition_column,
+        channels=None,
+        value_range=None,
+        label_column=None,
+        display_channels=None,
+    )
 
 
 def remedy_of_skipping(config: DataConfig) -> str:

@@ -17,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 from PIL import Image
 
@@ -81,6 +80,8 @@ def with_bytes(encoded: Any) -> Any:
     try:
         if "://" not in path:
             return {"bytes": Path(path).read_bytes(), "path": path}
+        import fsspec  # which the demo page does without
+
         with fsspec.open(path, "rb") as file:  # A path in an archive reads zip://a.png::b.zip.
             return {"bytes": file.read(), "path": path}  # pyright: ignore[reportAttributeAccessIssue]
     except FileNotFoundError:
@@ -172,7 +173,7 @@ def unreadable_image_error(name: str, error: Exception, config: DataConfig) -> U
     if type(error).__name__ == "UnidentifiedImageError":
         reason = "not an image that Pillow knows"
         if name.lower().rstrip(")").endswith(ARRAY_FILES):
-            reason += "; images and what they are made from must both be pictures, or both arrays"
+            reason += "; the files of a column must all be pictures, or all arrays"
         if name.lower().rstrip(")").endswith(TIFF):
             reason += "; bands or floats are read as an array in a folder of such TIFF files alone, with --channels"
     if isinstance(error, Image.DecompressionBombError):
@@ -198,16 +199,16 @@ def infer_format(images: Iterable[tuple[str, Any]], config: DataConfig) -> Image
     """
     images = iter(images)
     first = next(images, None)
-    if first is not None and (is_array(first[1]) or _is_read_as_array(first[1], config)):
+    if first is not None and is_read_as_array(first[1], config):
         return _format_of_arrays(chain([first], images), config)
-    require_no_array_settings(config)
+    require_no_array_settings(config, is_alone=config.condition_column is None)
     return _format_of_headers(_read_headers(chain([first] if first is not None else [], images), config), config)
 
 
-def _is_read_as_array(encoded: Any, config: DataConfig) -> bool:
-    """Return whether an encoded image is color that is to keep 16 bits, which a folder of such files has as arrays."""
-    if not config.preserve_input_precision:
-        return False
+def is_read_as_array(encoded: Any, config: DataConfig) -> bool:
+    """Return whether an encoded image is an array, or color that is to keep 16 bits, which is read as one."""
+    if is_array(encoded) or not config.preserve_input_precision:
+        return is_array(encoded)
     with contextlib.suppress(Exception), open_image(encoded, config.max_image_pixels) as image:  # it is read again
         return image.format in ("PNG", "TIFF") and has_deep_colors(image)
     return False

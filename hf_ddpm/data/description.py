@@ -16,7 +16,7 @@ from hf_ddpm.data.held_out import HELD_OUT_SPLIT
 from hf_ddpm.data.image_folder import files_below, is_image, kind_of, list_images, split_kind
 from hf_ddpm.data.image_format import LOWER_BITS
 from hf_ddpm.data.labels import LabelColumn
-from hf_ddpm.data.metadata import METADATA_NAMES, Metadata
+from hf_ddpm.data.metadata import METADATA_NAMES, Metadata, column_of_files
 from hf_ddpm.data.shards import NUM_FIRST_IMAGES, ImageStream
 from hf_ddpm.data.sources import find_source, metadata_of
 from hf_ddpm.data.tables import divide_training
@@ -156,7 +156,7 @@ def describe_unread(config: DataConfig) -> str:
         files = [path for path in above if path.name in METADATA_NAMES and path.absolute() not in read]
         unread += [f"{path.name} beside the splits" for path in files]
     paired = Counter[str]()
-    if metadata is not None and source.kind == "arrays" and listed.images:  # files of arrays beside TIFF files
+    if metadata is not None and listed.images:  # files of arrays beside pictures or TIFF files
         named = _named_by_read_columns(config, metadata)
         paired.update(kind_of(path) for path in listed.arrays if str(path.absolute()) in named)
     unread += [f"{count:,} {kind}" for kind, count in sorted((listed.unread - paired).items())]
@@ -183,9 +183,8 @@ def _unread_beside_metadata(config: DataConfig, metadata: Metadata, files: Seque
 
 def _named_by_read_columns(config: DataConfig, metadata: Metadata) -> set[str]:
     """Return the paths that the columns of the images and of their conditions name."""
-    columns = metadata.columns
-    chosen = config.image_column or next((c for c in metadata.file_columns if c != config.condition_column), "")
-    return {*columns.get(chosen, ()), *columns.get(config.condition_column or "", ())}
+    read = (column_of_files(metadata, config), config.condition_column)
+    return {path for name in read if name is not None for path in metadata.columns.get(name, ())}
 
 
 def _describe_held_out(config: DataConfig) -> str:
@@ -202,8 +201,7 @@ def _describe_repeated(config: DataConfig) -> str:
     metadata = metadata_of(find_source(config), config)
     if metadata is None:
         return ""
-    names = [name for name in metadata.file_columns if name != config.condition_column]
-    names = [config.image_column or names[0], *filter(None, [config.condition_column])]
+    names = filter(None, [column_of_files(metadata, config), config.condition_column])
     rows = [*zip(*(metadata.columns[name] for name in names), strict=True)]
     num_again = len(rows) - len({*rows})
     return f"{num_again:,} rows name an image again" if num_again else ""

@@ -50,6 +50,14 @@ class Metadata:
         return frozenset(path for name in self.file_columns for path in self.columns[name] if path is not None)
 
 
+def column_of_files(metadata: Metadata, config: DataConfig) -> str | None:
+    """Return the name of the column of files that holds the images; None without one."""
+    names = metadata.file_columns
+    if config.image_column is not None:
+        return config.image_column if config.image_column in names else None
+    return next((name for name in names if name != config.condition_column), None)
+
+
 def read_metadata(folder: Path, files: Sequence[Path], images: Sequence[Path]) -> Metadata | None:
     """Read the rows that name images in a folder, in the order of the metadata files and of their rows.
 

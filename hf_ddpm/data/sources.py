@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_ddpm.data.array_files import is_hdf5, require_package
+from hf_ddpm.data.array_files import is_array_file, is_hdf5, require_package
 from hf_ddpm.data.arrays import (
     check_array_settings,
     is_read_as_arrays,
@@ -31,7 +31,7 @@ from hf_ddpm.data.image_folder import (
     split_folders,
     split_kind,
 )
-from hf_ddpm.data.metadata import Metadata
+from hf_ddpm.data.metadata import Metadata, column_of_files
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, naming_damage, read_mapping
 
@@ -49,7 +49,8 @@ class Source:
     Args:
         option: The setting by which the user named the source: "dataset_name" or "train_data_dir".
         kind: "digits", "images" (a folder of them), "arrays" (a folder of their files), "parquet", "tar" or "hdf5" (a
-            folder of tables), "saved" (by `datasets`) or "hub".
+            folder of tables), "saved" (by `datasets`) or "hub". Where metadata pair images and arrays, it is that of
+            the column of images.
         name: The name of the folder without the folders above it, or the Hub id.
         folder: The folder; None for the Hub. Of a folder of images with splits, that of the split to train on.
         splits: The folders of images that are splits, by their names.
@@ -74,7 +75,8 @@ def check_source(config: DataConfig, output_dir: str | None = None) -> None:
     """
     source = find_source(config)
     check_array_settings(config)
-    if source.kind in ("digits", "images"):
+    kinds = {source.kind, *([] if config.condition_column is None else [kind_of_conditions(config)])}
+    if kinds <= {"digits", "images"}:
         require_no_array_settings(config)
     if source.folder is None or output_dir is None:
         return
@@ -134,6 +136,11 @@ def find_source(config: DataConfig) -> Source:
     return source
 
 
+def kind_of_conditions(config: DataConfig) -> str:
+    """Return the kind of the source, see `Source`, where it is that of the column of conditions."""
+    return find_source(replace(config, image_column=config.condition_column)).kind
+
+
 def _check_eval_fraction(config: DataConfig, source: Source) -> None:
     """Refuse `eval_fraction` beside a split that has the name of what it would hold out."""
     if config.eval_fraction is None:
@@ -169,7 +176,7 @@ def _folder_source(option: str, folder: Path, config: DataConfig) -> Source:
         return Source(option, tables, name, folder)
     kind = "arrays" if is_read_as_arrays(listed.images, listed.arrays, config) else "images"
     if train_split is not None:
-        return Source(option, kind, name, *_chosen_split(folder, listed, train_split))
+        return _with_kind_of_column(Source(option, kind, name, *_chosen_split(folder, listed, train_split)), config)
     files = listed.images or listed.arrays
     splits = split_folders(folder, files)
     if not splits:
@@ -180,7 +187,21 @@ def _folder_source(option: str, folder: Path, config: DataConfig) -> Source:
             f"{option} must hold one folder to train on beside those of other splits, got {[*splits]} in "
             f"{str(folder)!r}: give --train_split NAME"
         )
-    return Source(option, kind, name, trained[0] if splits else folder, splits)
+    return _with_kind_of_column(Source(option, kind, name, trained[0] if splits else folder, splits), config)
+
+
+def _with_kind_of_column(source: Source, config: DataConfig) -> Source:
+    """Return a folder of images as one of arrays where metadata pair these, and the files of the images are arrays."""
+    metadata = None
+    if source.kind == "images" and source.folder is not None and config.condition_column is not None:
+        metadata = list_images(source.folder).metadata
+    if metadata is None:
+        return source
+    column = column_of_files(metadata, config)
+    paths = [Path(path) for path in metadata.columns[column] if path is not None] if column else []
+    arrays = [path for path in paths if is_array_file(path)]
+    images = [path for path in paths if not is_array_file(path)]
+    return replace(source, kind="arrays") if is_read_as_arrays(images, arrays, config) else source
 
 
 def _refuse_splits_in_classes(option: str, folder: Path, files: list[Path]) -> None:

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.held_out import FILE, groups_of, is_held_out, require_disjoint
 from hf_ddpm.data.image_folder import split_kind
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.sources import SPLIT_NAME, Source, find_source, folder_of_images
 from hf_ddpm.data.tables import open_dataset, open_table
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line

@@ -15,8 +15,15 @@ from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.held_out import HELD_OUT_SPLIT, Parts, divide, is_held_out
 from hf_ddpm.data.image_folder import ImageFolder, list_images, open_images
-from hf_ddpm.data.metadata import require_files
-from hf_ddpm.data.sources import Source, files_of_arrays, find_source, folder_of_images, metadata_of
+from hf_ddpm.data.metadata import column_of_files, require_files
+from hf_ddpm.data.sources import (
+    Source,
+    files_of_arrays,
+    find_source,
+    folder_of_images,
+    kind_of_conditions,
+    metadata_of,
+)
 from hf_ddpm.data.volumes import with_slices
 from hf_ddpm.runtime.errors import MissingSplitError, UsageError, in_one_line
 
@@ -119,19 +126,37 @@ def _load_split(source: Source, config: DataConfig, split: str) -> Any:
         return datasets.load_dataset(source.name, config.dataset_config_name, **options)
     if source.kind == "digits":
         return datasets.load_dataset("parquet", data_files={"train": str(folder / "digits.parquet")}, **options)
-    if source.kind == "images":
-        return open_images(list_images(folder), config)
-    if source.kind == "arrays":
-        metadata = metadata_of(source, config)
-        if metadata is None:
-            return open_array_files(files_of_arrays(source), config)
-        require_files(metadata, folder, files_of_arrays(source), config)
-        return open_array_pairs(metadata, config)
+    if source.kind in ("images", "arrays"):
+        return _open_files(source, config)
     if source.kind in ("parquet", "tar", "hdf5"):
         loaded = datasets.load_dataset(str(folder), config.dataset_config_name, **options)
         return loaded.flatten() if source.kind == "tar" else loaded  # of a JSON file, each key is a column
     saved = datasets.load_from_disk(str(folder))
     return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+
+
+def _open_files(source: Source, config: DataConfig) -> Dataset:
+    """Open a folder of images or of arrays, or the pairs of them that its metadata name.
+
+    Raises:
+        UsageError: When a file cannot be opened, or metadata name no conditions.
+    """
+    assert source.folder is not None
+    listed, metadata, of_arrays = list_images(source.folder), metadata_of(source, config), {}
+    if metadata is not None and config.condition_column in metadata.file_columns:
+        kinds = {column_of_files(metadata, config): source.kind, config.condition_column: kind_of_conditions(config)}
+        of_arrays = {name: kind == "arrays" for name, kind in kinds.items() if name in metadata.file_columns}
+    if source.kind == "images" and not any(of_arrays.values()):
+        return open_images(listed, config)
+    if metadata is None:
+        return open_array_files(files_of_arrays(source), config)
+    if not of_arrays:
+        raise UsageError(
+            f"condition_column must name a second column of files, got {config.condition_column!r}, none of "
+            f"{metadata.file_columns}: --condition_column, without the ending _file_name"
+        )
+    require_files(metadata, source.folder, [*listed.images, *listed.arrays], config)
+    return open_array_pairs(metadata, of_arrays, config)
 
 
 @contextlib.contextmanager

@@ -19,9 +19,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_ddpm.condition import Condition
-from hf_ddpm.data.cache import ImageCache, cache_folder, load_images
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import with_conditions_of_model
-from hf_ddpm.data.config import DataConfig, load_data_config
+from hf_ddpm.data.config import DataConfig, cache_folder, load_data_config
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.evaluation.features import FeatureNetwork
@@ -112,9 +113,10 @@ class Splits:
             if getattr(self.data, name) not in (None, value):
                 raise UsageError(f"{name} must be the model's, {value}, got {getattr(self.data, name)}: leave it out")
         precision = self.data.preserve_input_precision
-        if self._value_range is None:
+        from_arrays = self._condition is not None and self._condition.value_range is not None
+        if self._value_range is None and not (precision and from_arrays):  # conditions may be 16-bit color
             precision = False
-        elif self._is_given and self._value_range.dtype == "uint16":
+        elif self._is_given and self._value_range is not None and self._value_range.dtype == "uint16":
             precision = True  # of 16-bit color, which would be pictures without it
         config = replace(self.data, resolution=resolution, channels=self._channels, preserve_input_precision=precision)
         recorded = read_run(self._folder).get("data", {}).get("fingerprint")

@@ -7,12 +7,15 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
-from hf_ddpm.hub.upload import commit, copy_for_upload, create_repository
 from hf_ddpm.runtime.errors import PushError, UsageError, in_one_line
 
 RETRY_PAUSES_SECONDS = (15.0, 60.0, 240.0, 900.0)  # after the first failure, the second, ...; the last stays
+# The same when the run has ended and waits; after them a push is given up.
+FINAL_RETRY_PAUSES_SECONDS = (2.0, 10.0)
+
+# Sends a folder of copies with a message. The function that it gets says, also after a long upload, whether these
+# copies are still wanted.
+Send = Callable[[Path, str, Callable[[], bool]], None]
 
 
 class Pusher:
@@ -22,58 +25,66 @@ class Pusher:
     and tried again, each time after a longer pause. `HfApi.run_as_future` would not do: at the end of a process,
     Python waits for its thread.
 
+    Attributes:
+        sent: The message of the push that arrived last; None before the first one.
+
     Args:
-        folder: The output folder of the run, which holds its lock. The copies of what is pushed stand in it: there
-            they are hard links, and the next start deletes what a killed run left.
-        repo_id: The repository.
-        token: Default: the token of `hf auth login` or HF_TOKEN.
-        revision: The branch.
-        public: Create the repository public.
+        name: The repository, for messages.
+        send: A function that sends copies of files there. It raises PushError.
         print_line: Shows a line to the user.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        repo_id: str,
-        token: str | None,
-        revision: str,
-        public: bool,
-        print_line: Callable[[str], None],
-    ):
-        self.folder = folder
-        self.repo_id = repo_id
-        self.revision = revision
-        self.public = public
+    def __init__(self, name: str, send: Send, print_line: Callable[[str], None]):
+        self.name = name
+        self.send = send
         self.print_line = print_line
-        self._api = HfApi(token=token)
+        self.sent: str | None = None
         self._changed = threading.Condition()
         self._pending: tuple[Path, str] | None = None  # the copied files, and the message of their commit
+        self._unsent: str | None = None  # the newest message, until it has arrived
+        self._is_sending = False
+        self._is_finishing = False
         self._is_closed = False
         self._is_abandoned = False
         self._thread = threading.Thread(target=self._work, name="push", daemon=True)
         self._thread.start()
 
-    def start(self, message: str, preview: Path | None = None) -> None:
-        """Copy the run's files as they are, and return before anything is sent.
+    def start(self, copy: Callable[[], Path], message: str) -> None:
+        """Copy files as they are, and return before anything is sent.
 
         Args:
+            copy: A function that returns a new folder with what is sent. The folder stands on the disk of the run:
+                there the copies are hard links, and the next start deletes what a killed run left.
             message: The commit's message.
-            preview: A picture of samples of these weights.
 
         Raises:
             OSError: When a file cannot be copied, or is damaged.
         """
         try:
-            files = copy_for_upload(self.folder, preview=preview, parent=self.folder)
+            files = copy()
         except UsageError as error:  # somebody is editing a file
             raise OSError(str(error)) from error
         with self._changed:
             self._discard_pending()
             self._pending = files, message
+            self._unsent = message
             if self._is_closed:
                 self._discard_pending()
             self._changed.notify_all()
+
+    def finish(self, seconds: float) -> str | None:
+        """Give what was started `seconds` to arrive, then end.
+
+        Returns:
+            The message of the newest push if that has not arrived, or None.
+        """
+        with self._changed:
+            self._is_finishing = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._pending is None and not self._is_sending, seconds)
+            unsent, self._unsent = self._unsent, None
+        self.close(0)
+        return unsent
 
     def close(self, seconds: float) -> None:
         """Start no further push, and give the one that is on its way `seconds` to arrive."""
@@ -83,6 +94,11 @@ class Pusher:
             self._changed.notify_all()
         self._thread.join(seconds)
         self._is_abandoned = True  # it must not replace what is pushed after this
+
+    def unsent(self) -> str | None:
+        """Return the message of the newest push if that has not arrived, or None."""
+        with self._changed:
+            return self._unsent
 
     def _discard_pending(self) -> None:
         if self._pending is not None:
@@ -97,36 +113,55 @@ class Pusher:
                 if self._pending is None:
                     return
                 (files, message), self._pending = self._pending, None
+                self._is_sending = True
             failure = self._push(files, message)
-            if failure is None:
-                num_failures = 0
-                shutil.rmtree(files, ignore_errors=True)
-                continue
-            pause_seconds = RETRY_PAUSES_SECONDS[min(num_failures, len(RETRY_PAUSES_SECONDS) - 1)]
-            num_failures += 1
             with self._changed:
-                self._handle(failure, files, message, pause_seconds)
-                self._changed.wait_for(lambda: self._is_closed, pause_seconds)
+                self._is_sending = False
+                if failure is None:
+                    num_failures, self.sent = 0, message
+                    if self._unsent == message:
+                        self._unsent = None
+                    shutil.rmtree(files, ignore_errors=True)
+                    self._changed.notify_all()
+                    continue
+                pause_seconds = self._handle(failure, files, message, num_failures)
+                num_failures += 1
+                self._changed.notify_all()
+                if self._pause(pause_seconds):
+                    num_failures = 0
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait after a failure, but no longer than until the run begins to wait; return whether it did."""
+        was_finishing = self._is_finishing
+        return self._changed.wait_for(lambda: self._is_closed or self._is_finishing != was_finishing, seconds)
 
     def _push(self, files: Path, message: str) -> PushError | None:
         """Push the copied files, and return the error if that fails."""
         try:
-            name = create_repository(self._api, self.repo_id, self.public)
-            commit(self._api, files, name, self.revision, message, lambda: not self._is_abandoned)
+            self.send(files, message, lambda: not self._is_abandoned)
         except PushError as error:
             return error
         except Exception as error:  # nothing that happens here may end a training
             return PushError(in_one_line(error, with_type=True), is_transient=False)
         return None
 
-    def _handle(self, failure: PushError, files: Path, message: str, pause_seconds: float) -> None:
-        """Report a failed push, and put it back unless it can never succeed or a newer state has arrived."""
-        is_tried_again = failure.is_transient and not self._is_closed and self._pending is None
+    def _handle(self, failure: PushError, files: Path, message: str, num_failures: int) -> float:
+        """Report a failed push, and put it back unless it can never succeed or a newer state has arrived.
+
+        Returns:
+            The seconds until the next push.
+        """
+        pauses = FINAL_RETRY_PAUSES_SECONDS if self._is_finishing else RETRY_PAUSES_SECONDS
+        pause_seconds = pauses[min(num_failures, len(pauses) - 1)]
+        is_given_up = self._is_closed or (self._is_finishing and num_failures >= len(pauses))
+        is_tried_again = failure.is_transient and not is_given_up and self._pending is None
         if is_tried_again:
             self._pending = files, message
         else:
             shutil.rmtree(files, ignore_errors=True)
+        goes_on = "" if self._is_finishing else ", training continues"
         self.print_line(
-            f"the push of {message!r} to {self.repo_id} failed, training continues: {failure}"
+            f"the push of {message!r} to {self.name} failed{goes_on}: {failure}"
             + (f". It is tried again in {pause_seconds:g} s" if is_tried_again else "")
         )
+        return pause_seconds

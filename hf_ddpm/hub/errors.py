@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ from huggingface_hub.errors import (
 from hf_ddpm.runtime.errors import PushError, UsageError, in_one_line, without_tokens
 
 NO_TOKEN = "there is no token: hf auth login, or HF_TOKEN in the environment"
+# hf-xet, which sends large files, has no type for an answer of the Hub.
+_STATUS_OF_XET = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
 LOCAL_ERRORS = (LookupError, TypeError, AttributeError, FileNotFoundError, PermissionError, IsADirectoryError)
 
 
@@ -36,7 +39,7 @@ def as_push_errors(api: HfApi, name: str) -> Iterator[None]:
     except (PushError, UsageError):
         raise
     except OfflineModeIsEnabled as error:
-        raise PushError("HF_HUB_OFFLINE is set: unset it, and push again", is_transient=False) from error
+        raise PushError("HF_HUB_OFFLINE is set: unset it, and try again", is_transient=False) from error
     except LocalTokenNotFoundError as error:
         raise PushError(NO_TOKEN, is_transient=False) from error
     except HFValidationError as error:
@@ -62,7 +65,10 @@ def hub_error(error: BaseException) -> BaseException:
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status with which the Hub answered, or None if it did not answer."""
     response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
-    return None if response is None else int(response.status_code)
+    if response is not None:
+        return int(response.status_code)
+    status = _STATUS_OF_XET.search(str(error))
+    return None if status is None else int(status[1])
 
 
 def _explain(error: BaseException, endpoint: str, name: str, has_token: bool) -> tuple[str, bool]:

@@ -168,7 +168,7 @@ def copy_for_upload(
     try:
         for name, source in _files_to_upload(folder, model, preview).items():
             (copies / name).parent.mkdir(exist_ok=True)
-            _copy_file(source, copies / name)
+            copy_file(source, copies / name)
         for halflife in read_mapping(folder / "config.yaml").get("ema_halflife_images") or ():
             if model is not None and model.name == f"halflife-{halflife:g}":
                 write_atomically(copies / "average.json", json.dumps({"halflife_images": halflife}) + "\n")
@@ -196,7 +196,8 @@ def _files_to_upload(folder: Path, model: Path | None, preview: Path | None) -> 
     return sources
 
 
-def _copy_file(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file of a run for an upload: without paths on this machine, and weights as a hard link if that can be."""
     if source.suffix in (".json", ".yaml"):
         content = source.read_bytes()
         recorded = parse_mapping(content, source)
@@ -221,9 +222,14 @@ def _without_local_paths(value: Any) -> Any:
         return {key: _without_local_paths(item) for key, item in value.items() if key not in LOCAL_SETTINGS}
     if isinstance(value, list):
         return [_without_local_paths(item) for item in value]
-    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "."))):
+    if isinstance(value, str) and is_local_path(value):
         return Path(value).name
     return value
+
+
+def is_local_path(text: str) -> bool:
+    """Return whether a text is written as a path on this machine, and as nothing else."""
+    return Path(text).is_absolute() or text.startswith(("~", "."))
 
 
 def _check_publishable(folder: Path) -> None:

@@ -4,6 +4,7 @@
     a resumed run                   takes back what a later step has written (`undo_later_steps`)
     an upload                       takes the files of UPLOADED, and deletes those of REPLACED that it lacks
     an upload of an average         takes the files of OF_WEIGHTS from the average's own folder
+    an upload of a checkpoint       takes the files of OF_CHECKPOINT beside it
     `hf-ddpm evaluate`              deletes EVALUATION_PICTURES that show other weights
 
 A tracker's logs (`logging_dir`) and what people add to the folder are nobody's but theirs, and in no row. Pictures
@@ -38,6 +39,7 @@ class RunFile:
         is_of_weights: It holds, describes or shows the weights in the same folder, so that an average of the run
             has a file of its own with this name.
         names_weights: The file whose `weights_sha256` says of which weights this one is; it is valid for no others.
+        is_of_checkpoint: A run that resumes on another machine needs it, beside the checkpoint itself.
         on_resume: What becomes of it when the run resumes from an earlier step: it is kept, it is deleted, the
             lines of later steps are cut off, or it is deleted if the number in its name is larger than the
             number of steps or of images.
@@ -50,6 +52,7 @@ class RunFile:
     is_replaced: bool = False
     is_of_weights: bool = False
     names_weights: str | None = None
+    is_of_checkpoint: bool = False
     on_resume: Literal["keep", "delete", "cut lines", "delete later steps", "delete later images"] = "keep"
     is_numbered: bool = False
     is_deleted: bool = True
@@ -73,10 +76,12 @@ def _picture(
 
 RUN_FILES = (
     # What the run was told, and what it recorded.
-    RunFile("config.yaml", is_uploaded=True),  # every setting
+    RunFile("config.yaml", is_uploaded=True, is_of_checkpoint=True),  # every setting
     RunFile("run.json", is_uploaded=True, is_replaced=True, on_resume="delete"),  # the facts of a run at its end
-    RunFile("metrics.jsonl", is_uploaded=True, on_resume="cut lines"),  # one line per logged step
-    RunFile("eval.jsonl", is_uploaded=True, is_replaced=True, on_resume="cut lines"),  # one line per measurement
+    # One line per logged step, and one per measurement.
+    RunFile("metrics.jsonl", is_uploaded=True, is_of_checkpoint=True, on_resume="cut lines"),
+    RunFile("eval.jsonl", is_uploaded=True, is_replaced=True, is_of_checkpoint=True, on_resume="cut lines"),
+    RunFile("tracker.json", is_of_checkpoint=True),  # what the run is called by a tracker
     RunFile("README.md", is_uploaded=True),  # the model card
     # The model.
     RunFile(MODEL_INDEX, is_uploaded=True, is_of_weights=True),
@@ -97,9 +102,9 @@ RUN_FILES = (
         names_weights=SEARCHED_TIMESTEPS,
     ),
     # A weaker version of its network, for guidance.
-    RunFile("guide/*.json", is_uploaded=True, is_replaced=True),
-    RunFile("guide/*.safetensors", is_uploaded=True, is_replaced=True),
-    RunFile("guide/labels.npz", is_uploaded=True, is_replaced=True),
+    RunFile("guide/*.json", is_uploaded=True, is_replaced=True, is_of_checkpoint=True),
+    RunFile("guide/*.safetensors", is_uploaded=True, is_replaced=True, is_of_checkpoint=True),
+    RunFile("guide/labels.npz", is_uploaded=True, is_replaced=True, is_of_checkpoint=True),
     # Which average of which run the weights are; it stands in the folders of averages.
     RunFile("average.json", is_uploaded=True, is_replaced=True, is_of_weights=True),
     # Weights in other forms, which no run writes, but which others may have saved or uploaded.
@@ -128,11 +133,11 @@ RUN_FILES = (
     RunFile("figures/*.gif", is_uploaded=True, is_of_weights=True, is_deleted=False),
     # What stays on this machine.
     RunFile("checkpoint-*", is_numbered=True),
-    RunFile("previews/step-*.png", is_numbered=True, on_resume="delete later steps"),
-    RunFile("best"),  # the model that measured best so far
+    RunFile("previews/step-*.png", is_numbered=True, is_of_checkpoint=True, on_resume="delete later steps"),
+    RunFile("best", is_of_checkpoint=True),  # the model that measured best so far
     RunFile("ema/halflife-*"),  # averages, each of them a model
     RunFile("ema/std-*"),
-    RunFile("ema/snapshot-*.safetensors", is_numbered=True, on_resume="delete later images"),
+    RunFile("ema/snapshot-*.safetensors", is_numbered=True, is_of_checkpoint=True, on_resume="delete later images"),
     RunFile(".lock", is_deleted=False),  # held by the run that overwrites
     RunFile(REPLACED_RUN, is_deleted=False),  # the run that was overwritten, until the new model stands
     # What a killed process left unfinished.
@@ -140,6 +145,7 @@ RUN_FILES = (
     RunFile("partial-model", on_resume="delete"),
     RunFile("partial-guide", on_resume="delete"),
     RunFile("partial-push-*", on_resume="delete"),
+    RunFile("partial-download", on_resume="delete"),
     RunFile(f"partial-{REPLACED_RUN}", is_deleted=False, on_resume="delete"),
     RunFile("ema/partial-*"),  # `hf-ddpm average` may be at work while the run continues
 )
@@ -151,6 +157,7 @@ LAST_PICTURES = tuple(
     row.pattern for row in RUN_FILES if row.pattern.startswith("figures/") and row.on_resume == "delete"
 )
 OF_WEIGHTS = tuple(row.pattern for row in RUN_FILES if row.is_of_weights)
+OF_CHECKPOINT = tuple(row.pattern for row in RUN_FILES if row.is_of_checkpoint)
 # The file that names the weights -> the files that are valid for those weights alone.
 VALID_WITH = {
     source: tuple(row.pattern for row in RUN_FILES if row.names_weights == source)

@@ -18,20 +18,24 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_ddpm.condition import read_condition
 from hf_ddpm.conditional import ConditionalDDPMPipeline
+from hf_ddpm.data.array_files import is_array_file
+from hf_ddpm.data.given_files import read_image, shares_of
 from hf_ddpm.figures import png_bytes, side_by_side, to_pil
+from hf_ddpm.hub.download import find_model
 from hf_ddpm.labels import describe_labels
 from hf_ddpm.prediction import Label
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, naming_damage, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
-from hf_ddpm.sampling.array_images import GivenArrays, given_arrays
-from hf_ddpm.sampling.image_files import image_files, new_files, read_image
+from hf_ddpm.sampling.array_images import GivenArrays, file_contents, format_of_new_files, given_arrays
+from hf_ddpm.sampling.image_files import image_files, new_files
 from hf_ddpm.sampling.loading import describe_guidance
 from hf_ddpm.sampling.sampler import forward_batch_of, iter_samples, shared_batches
 from hf_ddpm.sampling.settings import SampleSettings
-from hf_ddpm.value_range import ValueRange, pictured
+from hf_ddpm.value_range import ValueRange, pictured, read_value_range
 
 PICTURE = "samples.png"
 PICTURE_IMAGES = 16
@@ -70,16 +74,17 @@ def sample_from_images(
     out = look_at("out", out)
     require_writable_folder("out", out)
     names, files = image_files("image", image)
-    arrays = given_arrays(names, files, model, format)
+    arrays = given_arrays(names, files, model)
+    values = _values_of_samples(find_model(model)[0], are_arrays=arrays is not None)
+    format = format_of_new_files(values, format)
     names = names if arrays is None else arrays.names
     check_seeds(sampling.seed, len(names))
-    new = new_files(out, names, PICTURE, ".png" if arrays is None else f".{arrays.format}")
+    new = new_files(out, names, PICTURE, f".{format}")
 
     with join_processes() as processes:
         processes.require_shared_folder("out", out)
         pipeline, steps, guidance = sampling.load(model, makes_from_images=True)
         assert isinstance(pipeline, ConditionalDDPMPipeline)
-        values = None if arrays is None else pipeline.value_range
         if arrays is None:
             _require_pictures(pipeline, names)
         labels = _class_labels(pipeline, sampling.class_label, len(names))
@@ -119,7 +124,7 @@ def sample_from_images(
                 size=size,
                 value_range=values,
             )
-            return _write_share(processes, batches, len(share), new, sampling.seed, arrays, values)
+            return _write_share(processes, batches, len(share), new, sampling.seed, values, format)
 
         samples = [picture for share in processes.gather(sample_share) for picture in share]
 
@@ -129,16 +134,35 @@ def sample_from_images(
     return new
 
 
+def _values_of_samples(folder: Path, are_arrays: bool) -> ValueRange | None:
+    """Return the values of samples that are arrays; None for pictures.
+
+    They are those of the model. The enlarged image of a picture is one, whatever super-resolution was trained on.
+
+    Args:
+        folder: The folder of the model.
+        are_arrays: Whether samples are made from arrays.
+    """
+    condition = read_condition(folder)
+    is_of_column = condition is not None and condition.super_resolution is None
+    return read_value_range(folder) if is_of_column or are_arrays else None
+
+
 def _require_pictures(pipeline: ConditionalDDPMPipeline, names: Sequence[Path]) -> None:
-    """Check that a model takes pictures.
+    """Check that a model takes pictures, and that files are none of arrays.
 
     Raises:
-        UsageError: When it makes arrays from arrays.
+        UsageError: When it makes samples from arrays, or a file is one of arrays.
     """
     if pipeline.condition.value_range is not None:
         raise UsageError(
-            f"image must hold arrays of {pipeline.condition.value_range}, which the model makes arrays from, got "
+            f"image must hold arrays of {pipeline.condition.value_range}, which the model makes samples from, got "
             f"the picture {names[0]}: save its values as such an array"
+        )
+    if arrays := [name for name in names if is_array_file(name)]:
+        raise UsageError(
+            f"image must hold pictures, which the model makes samples from, got the array {arrays[0]}: save it as a "
+            "picture"
         )
 
 
@@ -148,8 +172,8 @@ def _write_share(
     num_images: int,
     files: Sequence[Path],
     seed: int,
-    arrays: GivenArrays | None,
     values: ValueRange | None,
+    format: str,
 ) -> list[Image.Image]:
     """Write the samples of this process, and return those of the first PICTURE_IMAGES images.
 
@@ -159,20 +183,20 @@ def _write_share(
         num_images: The number of samples in all batches.
         files: The files of the samples of all processes.
         seed: The seed of the first of these.
-        arrays: The arrays that samples are made from; None for pictures.
-        values: The values of the samples of arrays.
+        values: The values of samples that are arrays; None for pictures.
+        format: The format of the files.
     """
     first_samples = []
     label, is_quiet = processes.label("Sampling"), processes.rank > 0
     with tqdm(total=num_images, unit="image", desc=label, file=sys.stderr, disable=is_quiet) as progress:
         for seeds, images in batches:
             # Written as soon as it is made, so that a command that is killed has lost no more than a batch.
-            if arrays is None or values is None:
+            if values is None:
                 pictures = to_pil(images)
                 contents = [*map(png_bytes, pictures)]
             else:
                 pictures = to_pil(pictured(values.to_unit_interval(images), values))
-                contents = arrays.contents(images.numpy())
+                contents = file_contents(images.numpy(), format)
             for each, content, picture in zip(seeds, contents, pictures, strict=True):
                 write_atomically(files[each - seed], content)
                 if each - seed < PICTURE_IMAGES:
@@ -197,7 +221,7 @@ def _arrays_as_conditions(
         if channels == 1 < len(each) and row["slice"] is None:
             remedy = f"if these are {len(each)} images, save them as (N, 1, H, W); else give another file"
         with naming_damage(f"{name} cannot be taken", remedy):
-            conditions.append(to_conditions(arrays.shares(each)[None]))
+            conditions.append(to_conditions(shares_of(each, arrays.value_range)[None]))
     return torch.cat(conditions)
 
 

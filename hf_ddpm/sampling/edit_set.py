@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_ddpm.data.given_files import read_image, read_mask, require_shape, shares_of, with_known_values
 from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline, require_strength
 from hf_ddpm.figures import png_bytes, strip, to_pil
 from hf_ddpm.image_inputs import images_to_tensor
@@ -28,8 +29,8 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha256, write_atomically
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.runtime.seeds import check_seeds
-from hf_ddpm.sampling.array_images import GivenArrays, given_arrays, read_mask
-from hf_ddpm.sampling.image_files import image_files, new_files, read_image
+from hf_ddpm.sampling.array_images import GivenArrays, file_contents, format_of_new_files, given_arrays
+from hf_ddpm.sampling.image_files import image_files, new_files
 from hf_ddpm.sampling.loading import describe_guidance, load_for_sampling, speed_up
 from hf_ddpm.sampling.sampler import forward_batch_of, seeded_generators, shared_batches
 from hf_ddpm.sampling.settings import SamplingSettings
@@ -89,10 +90,11 @@ def edit_images(
     out = look_at("out", out)
     require_writable_folder("out", out)
     names, files = image_files("image", image)
-    arrays = given_arrays(names, files, model, format)
+    arrays = given_arrays(names, files, model)
+    format = format_of_new_files(None if arrays is None else arrays.value_range, format)
     names = names if arrays is None else arrays.names
     check_seeds(sampling.seed, len(names))
-    edits = new_files(out, names, PICTURE, ".png" if arrays is None else f".{arrays.format}")
+    edits = new_files(out, names, PICTURE, f".{format}")
     mask_files = None if mask is None else _mask_files(mask, len(names))
     with join_processes() as processes:
         processes.require_shared_folder("out", out)
@@ -109,7 +111,7 @@ def edit_images(
             images, values = _read_pictures(files, shape), None
         else:
             values = _read_arrays(arrays, masks if strength == 1 else None, shape)
-            images = arrays.shares(values)
+            images = shares_of(values, arrays.value_range)
             processes.on_main(lambda: arrays.describe_clipped([values]))
         plain._conditions(sampling.class_label, 1, plain.device, guidance)
         record: dict[str, Any] = {
@@ -138,10 +140,9 @@ def edit_images(
             ).images
             if arrays is None or values is None:
                 return Edits([*map(png_bytes, edited)], edited)
-            units = arrays.value_range.to_units(edited)
-            if masks is not None:  # known values are those of the file, to the last bit
-                units = np.where(masks[numbers].numpy(), units, values[numbers])
-            return Edits(arrays.contents(units), arrays.pictures(edited.cpu()))
+            repainted = None if masks is None else masks[numbers]
+            units = with_known_values(edited, values[numbers], repainted, arrays.value_range)
+            return Edits(file_contents(units, format), to_pil(pictured(edited.cpu(), arrays.value_range)))
 
         pictures = _edit_all(processes, edit, edits, record["forward_batch"])
         shown = partial(_picture, images, masks, pictures, None if arrays is None else arrays.value_range)
@@ -193,8 +194,7 @@ def _read_arrays(arrays: GivenArrays, masks: Tensor | None, shape: tuple[int, in
     read = []
     for i, name in enumerate(arrays.names):
         values = arrays.read(i, None if masks is None else masks[i].numpy())
-        if values.shape != shape:
-            raise UsageError(f"image must have the model's shape, {shape}, got {values.shape} in {name}: cut it so")
+        require_shape(values, shape, str(name))
         read.append(values)
     return np.stack(read)
 

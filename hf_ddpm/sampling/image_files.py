@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
-from torch import Tensor
-
-from hf_ddpm.data.decoding import open_image
 from hf_ddpm.data.image_folder import list_images
 from hf_ddpm.runtime.errors import UsageError
-from hf_ddpm.runtime.files import look_at, naming_damage
+from hf_ddpm.runtime.files import look_at
 
 
 def image_files(option: str, path: str | Path) -> tuple[list[Path], list[Path]]:
@@ -43,19 +39,3 @@ def new_files(out: Path, names: Sequence[Path], picture: str, suffix: str = ".pn
         if file.exists():
             raise UsageError(f"{file} would be overwritten: choose another folder than {str(out)!r}")
     return files
-
-
-def read_image(path: Path, convert: Callable[[Image.Image], Tensor]) -> Tensor:
-    """Return what a function makes of the image in a file.
-
-    Raises:
-        UsageError: When the file cannot be read, or the function refuses the image; the message names the file.
-    """
-    with naming_damage(f"{path} cannot be taken", "change the file, or give another one"):
-        try:
-            with open_image({"bytes": None, "path": str(path)}) as opened:
-                picture: Image.Image = ImageOps.exif_transpose(opened)
-                picture.load()
-        except (SyntaxError, EOFError, Image.DecompressionBombError) as error:  # that Pillow raises, too
-            raise ValueError(str(error)) from error
-        return convert(picture)

@@ -35,6 +35,7 @@ def check_config(config: TrainingConfig) -> None:
     check_values(config)
     check_data_paths(config)
     _check_relations(config)
+    _check_hub_resume(config)
     if config.train_batch_size == "auto":
         _check_automatic_batch(config)
     check_effects(config)
@@ -88,6 +89,18 @@ def _check_relations(config: TrainingConfig) -> None:
     steps = config.ddpm_num_inference_steps
     if steps is not None and steps > config.ddpm_num_steps:
         raise UsageError(f"ddpm_num_inference_steps must be in [1, {config.ddpm_num_steps}], got {steps}")
+
+
+def _check_hub_resume(config: TrainingConfig) -> None:
+    if config.resume_from_checkpoint != "hub":
+        return
+    if not config.push_to_hub:
+        raise UsageError(
+            "resume_from_checkpoint hub needs push_to_hub, which says where the checkpoint is: give --push_to_hub and "
+            "the --hub_model_id of the run"
+        )
+    if config.dry_run:
+        raise UsageError("resume_from_checkpoint must not be hub with dry_run, which writes nothing: leave one out")
 
 
 def _check_automatic_batch(config: TrainingConfig) -> None:
@@ -172,7 +185,7 @@ def _check_checkpoint(config: TrainingConfig, checkpoint: str, folder: Path) -> 
         )
     if names and not has_config:
         raise UsageError(f"resume_from_checkpoint = {checkpoint!r}, but {config.output_dir!r} holds no config.yaml")
-    if checkpoint == "latest":
+    if checkpoint in ("latest", "hub"):
         return
     if Path(checkpoint).name != checkpoint and Path(checkpoint).resolve().parent != folder.resolve():
         raise UsageError(
@@ -180,7 +193,8 @@ def _check_checkpoint(config: TrainingConfig, checkpoint: str, folder: Path) -> 
             f"{config.output_dir!r}: give that folder as output_dir"
         )
     if Path(checkpoint).name not in names:
-        raise UsageError(f"resume_from_checkpoint must be {' or '.join(['latest', *names])}, got {checkpoint!r}")
+        known = " or ".join(["latest", "hub", *names])
+        raise UsageError(f"resume_from_checkpoint must be {known}, got {checkpoint!r}")
     if Path(checkpoint).name != names[-1]:
         raise UsageError(
             f"resuming from {checkpoint!r} would leave {names[-1]}, of a run that went on otherwise, the latest: "

@@ -369,7 +369,9 @@ class TrainingConfig(DataConfig):
     )
     resume_from_checkpoint: str | None = setting(
         None,
-        "The name of a checkpoint in `output_dir`, or `latest`: the newest whole one, or a new run without any.",
+        "The name of a checkpoint in `output_dir`, or `latest`: the newest whole one, or a new run without any. "
+        "`hub`: the newest of those and of the one that `hub_strategy checkpoint` has left on the Hub, also into an "
+        "empty folder.",
         group="output",
         resume="start",
     )
@@ -484,9 +486,18 @@ class TrainingConfig(DataConfig):
     # Sharing
     push_to_hub: bool = setting(
         False,
-        "Upload model, card and figures with each save of the model, in the background, and at the end.",
+        "Upload model, card and figures to the Hub, see `hub_strategy`.",
         group="sharing",
         resume="free",
+    )
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = setting(
+        "every_save",
+        "When to upload. `end`: the finished model. `every_save`: also each save of the model, in the background. "
+        "`checkpoint`: also the newest checkpoint, which replaces the one before it, for `resume_from_checkpoint "
+        "hub`. It is in `hub_model_id` + `-checkpoint`, which is private also where the model is public.",
+        group="sharing",
+        resume="free",
+        only_with={"push_to_hub": True},
     )
     hub_model_id: str | None = setting(
         None,

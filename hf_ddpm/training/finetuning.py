@@ -98,13 +98,14 @@ def require_type(values: ValueRange, dtype: str | None, condition_column: str | 
         limits = np.iinfo(dtype) if values.is_integer else np.finfo(dtype)
         if limits.min <= values.low and values.high <= limits.max:
             return
-    what, remedy = "the data must be of a type that holds the values", "--value_range LOW HIGH for their own"
+    what, other = "the data must be of a type that holds the values", ", or give --value_range LOW HIGH for their own"
     if condition_column is not None:
         what = f"condition_column {condition_column!r} must be of a type that holds the values of the conditions"
-        remedy = "--value_quantiles 0 1, by which conditions and images have ranges of their own"
+        other = ", or give --value_quantiles 0 1, by which conditions and images have ranges of their own"
+        other = "" if dtype is None else other
     raise UsageError(
         f"{what} of the model in init_from, {values}, so that its units stay, got {dtype or 'images'}: convert them "
-        f"to {values.dtype}, or give {remedy}"
+        f"to {values.dtype}{other}"
     )
 
 

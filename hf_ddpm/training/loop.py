@@ -16,15 +16,13 @@ never stopped.
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -32,7 +30,6 @@ from tqdm.auto import tqdm
 from hf_ddpm.conditional import with_condition
 from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.image_folder import listed_once
-from hf_ddpm.data.shard_batches import BlockStart
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.errors import RunError, explain_full_memory
@@ -41,33 +38,37 @@ from hf_ddpm.runtime.meeting import explain_lost_process, meeting
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.runtime.seeds import seed_step
 from hf_ddpm.runtime.settings import with_plain_paths
-from hf_ddpm.runtime.signals import StoppedOnPurpose, StopRequest, hours_in_job
+from hf_ddpm.runtime.signals import StopRequest, hours_in_job
 from hf_ddpm.training import sharding
 from hf_ddpm.training.augmentation import told_parameters
 from hf_ddpm.training.automatic import choose_precision
-from hf_ddpm.training.checkpoint import Progress, save_checkpoint
+from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.conditions import conditions_of_batch
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.draws import augmented, draw, hide_labels
 from hf_ddpm.training.dry_run import estimate_cost, print_cost
+from hf_ddpm.training.ending import announce, announce_end, checkpoint, end_early
+from hf_ddpm.training.hub_resume import resume_from_hub
 from hf_ddpm.training.loader import (
-    Loader,
     advance_stream,
-    explain_loader_failure,
-    image_names,
     merge_block_starts,
     next_batches,
     open_loader,
 )
+from hf_ddpm.training.loop_state import LoopState, StepResult
 from hf_ddpm.training.machines import check_machines
-from hf_ddpm.training.metrics import LinesFile, Meter
-from hf_ddpm.training.parts import Event, Parts, call_callbacks, check_parts
+from hf_ddpm.training.parts import Event, Parts, check_parts
 from hf_ddpm.training.previews import next_preview, preview_path, save_preview, validate
-from hf_ddpm.training.publishing import push_finished, start_push
-from hf_ddpm.training.report import finish_run, leave_model
+from hf_ddpm.training.publishing import (
+    FINAL_PUSH_TIMEOUT_SECONDS,
+    check_places,
+    finish_checkpoint_push,
+    push_finished,
+    start_push,
+)
+from hf_ddpm.training.report import finish_run
 from hf_ddpm.training.run import (
-    FINISHES,
     FREE_SPACE,
     Run,
     describe_start,
@@ -81,14 +82,15 @@ from hf_ddpm.training.saving import save_guide, save_model, save_snapshot
 from hf_ddpm.training.setup import (
     LONGEST_WAIT,
     build_run,
+    busy,
     end_processes,
     make_accelerator,
     open_run,
     restore_output_dir,
     restored_process,
 )
+from hf_ddpm.training.skipped_steps import count_skipped_steps, require_finite_end
 
-MAX_NAMED_IMAGES = 3
 LESS_MEMORY = (
     "Give a smaller --train_batch_size and as many times more --gradient_accumulation_steps, which trains the same "
     "model, as --train_batch_size auto does in a new run; or --gradient_checkpointing; or, if it was in a preview, a "
@@ -150,16 +152,23 @@ def train(
 
 def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipeline | None:
     """Train a model from what `train` has checked; `started` is the start of the run by `time.monotonic`."""
-    config, reason = choose_precision(config)
+    requested = config
+    config, reason = choose_precision(requested)
     with meeting():
         accelerator = make_accelerator(config)
         processes = Processes(LONGEST_WAIT)
+    check_machines(requested, processes)
+    if requested.resume_from_checkpoint == "hub":
+        requested = take_from_hub(requested, processes)
+        config, reason = choose_precision(requested)  # that of the run, which is known only now
+        accelerator = make_accelerator(config)
     processes.require_equal(accelerator.mixed_precision, "mixed_precision", "give one that is not auto")
-    check_machines(config, processes)
     if reason is not None:
         print_once(processes, reason)
     if config.overwrite_output_dir and not config.dry_run:
         restore_output_dir(config, processes)
+    if config.push_to_hub and not config.dry_run:
+        processes.on_main(lambda: check_places(config))
     with listed_once():
         run, progress = build_run(config, accelerator, processes, parts)
     if config.dry_run:
@@ -179,31 +188,23 @@ def train_with(config: TrainingConfig, parts: Parts, started: float) -> DDPMPipe
         pipeline = finish_run(run, progress)
         failure = announce_end(run, progress)
         end_processes(run)
+        finish_checkpoint_push(run, FINAL_PUSH_TIMEOUT_SECONDS)
         push_finished(run)
     if failure is not None:
         raise failure
     return pipeline
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """The outcome of a step; tensors stay on the device.
+def take_from_hub(config: TrainingConfig, processes: Processes) -> TrainingConfig:
+    """Bring the run's checkpoint from the Hub into the output folder; all processes call it.
 
-    Args:
-        step: The number of optimizer steps done after it.
-        is_bad: Whether it was skipped, bool ().
-        grad_norm: The norm of the gradients before clipping, ().
-        learning_rate: The learning rate of the step.
-        decays: The decay of each average, by its name.
-        evaluated: Loss, t and positions of each forward pass of this process, each (B,).
+    Raises:
+        UsageError: It cannot be had, or a process is at work in the folder.
     """
-
-    step: int
-    is_bad: Tensor
-    grad_norm: Tensor
-    learning_rate: float
-    decays: dict[str, float]
-    evaluated: list[tuple[Tensor, Tensor, np.ndarray]]
+    try:
+        return processes.on_main(lambda: resume_from_hub(config, partial(print_once, processes)))
+    except BlockingIOError as error:
+        raise busy(config, error) from error
 
 
 @dataclass(frozen=True)
@@ -216,36 +217,6 @@ class Due:
     preview: bool
     model: bool
     validation: bool
-
-
-class LoopState:
-    """The state of the loop besides `Progress`: sums and files of metrics, unread steps, the progress bar.
-
-    Attributes:
-        first: The progress at the start of this process.
-        unread: The results of the steps since the last logged one.
-        saved_step: The step of the newest checkpoint; 0 without any.
-        block_starts: The newest block start of each substream of a stream that this process has read.
-    """
-
-    def __init__(self, run: Run, progress: Progress) -> None:
-        self.first = progress
-        self.started = time.perf_counter()
-        self.meter = Meter(run.processes, run.device, progress.losses, progress.seconds)
-        self.metrics = LinesFile(run.output_dir / "metrics.jsonl")
-        self.evaluations = LinesFile(run.output_dir / "eval.jsonl")
-        self.unread: list[StepResult] = []
-        self.saved_step = progress.step
-        self.block_starts: dict[int, BlockStart] = {}
-        self.bar = tqdm(
-            initial=progress.step,
-            total=progress.step + num_steps_left(run, progress),
-            disable=not run.accelerator.is_local_main_process,
-        )
-
-    def seconds(self) -> float:
-        """Return the seconds spent in the run's steps, over all starts."""
-        return self.first.seconds + time.perf_counter() - self.started
 
 
 def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
@@ -313,7 +284,7 @@ def do_what_is_due(run: Run, progress: Progress, state: LoopState, result: StepR
     # While steps are skipped, the last good checkpoint stays the newest.
     if due.checkpoint and (due.is_last or progress.bad_steps_in_a_row == 0):
         with naming(state.bar, "checkpoint"):
-            checkpoint(run, progress, state, due)
+            checkpoint(run, progress, state, due.is_last)
         if state.saved_step == progress.step:
             note("checkpoint", {"path": run.output_dir / f"checkpoint-{progress.step}"})
     return progress, events
@@ -325,31 +296,6 @@ def naming(bar: tqdm, work: str) -> Iterator[None]:
     bar.set_description(work)
     yield
     bar.set_description()
-
-
-def announce(run: Run, progress: Progress, state: LoopState, events: Sequence[Event]) -> None:
-    """Call the callbacks with what was done after a step.
-
-    Raises:
-        RunError: One of them failed; a checkpoint was written.
-    """
-    try:
-        call_callbacks(run.callbacks, run.processes, run, events)
-    except RunError as error:
-        progress = count_skipped_steps(run, progress, state)
-        _, how_to_resume = save_at_end(run, progress, state)
-        raise RunError(f"{error}. The run ends after step {progress.step}; {how_to_resume}") from error
-
-
-def announce_end(run: Run, progress: Progress) -> RunError | None:
-    """Call the callbacks with the last preview and the end; return the error of one, which the model outlives."""
-    paths = {"preview": preview_path(run, progress.step), "end": run.output_dir}
-    events = [Event(name, progress.step, progress.images, {"path": path}) for name, path in paths.items()]
-    try:
-        call_callbacks(run.callbacks, run.processes, run, [event for event in events if event.values["path"].exists()])
-    except RunError as error:
-        return RunError(f"{error}. The run is finished, and its model whole in {str(run.output_dir)!r}")
-    return None
 
 
 def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]]) -> StepResult:
@@ -421,85 +367,6 @@ def due_after(run: Run, progress: Progress) -> Due:
     )
 
 
-def count_skipped_steps(run: Run, progress: Progress, state: LoopState) -> Progress:
-    """Count the skipped ones of the steps that were not read yet. This waits for the device.
-
-    Raises:
-        RunError: `max_bad_steps` in a row were skipped.
-    """
-    unread, state.unread = state.unread, []
-    flags = torch.stack([result.is_bad for result in unread]).tolist() if unread else []
-    for result, is_bad in zip(unread, flags, strict=True):
-        if not is_bad:
-            progress = replace(progress, bad_steps_in_a_row=0, bad_steps_began="")
-            continue
-        in_a_row, began = progress.bad_steps_in_a_row + 1, progress.bad_steps_began
-        if in_a_row == 1:
-            began = f"step {result.step}: {describe_bad_images(run, result)}"
-            text = f"a step is skipped, its loss or gradients are not finite: {began}"
-            print_once(run.processes, text)
-            send_alert(run, "a step is skipped", text)
-        if in_a_row >= run.config.max_bad_steps:
-            saved = f"The last checkpoint is checkpoint-{state.saved_step}"
-            raise RunError(
-                f"{in_a_row} steps in a row had no finite loss and gradients (max_bad_steps). They began at {began}. "
-                f"{saved if state.saved_step else 'There is no checkpoint yet'}. "
-                f"Look at these images, or change a setting in config.yaml: {_settings_to_change(run.config)}"
-            )
-        progress = replace(
-            progress,
-            num_bad_steps=progress.num_bad_steps + 1,
-            bad_steps_in_a_row=in_a_row,
-            bad_steps_began=began,
-        )
-    return progress
-
-
-def require_finite_end(config: TrainingConfig, progress: Progress) -> None:
-    """Check that the end of a run is not made of skipped steps; a single last one is none that fails it.
-
-    Raises:
-        RunError: The run learned nothing in its last steps.
-    """
-    skipped = progress.bad_steps_in_a_row
-    if skipped >= 2 or skipped == progress.step > 0:
-        raise RunError(
-            f"the last {skipped} of {progress.step} steps had no finite loss and gradients: the run has "
-            f"failed. They began at {progress.bad_steps_began}. Look at these images, or train again with "
-            f"{_settings_to_change(config)}"
-        )
-
-
-def _settings_to_change(config: TrainingConfig) -> str:
-    """Return which settings of a run may make its gradients infinite or NaN, and what to give instead."""
-    settings = ["a lower learning_rate"]
-    if config.mixed_precision not in (None, "no"):
-        settings.append("mixed_precision no")
-    if config.compile:  # compilers have their own faults
-        settings.append("compile false")
-    return " or ".join(settings)
-
-
-def describe_bad_images(run: Run, result: StepResult) -> str:
-    """Name the images of a step whose loss is not finite, each with its noise level; all processes call it."""
-    own_images = [
-        {"loss": loss, "t": t, "position": position}
-        for losses, timesteps, positions in result.evaluated
-        for loss, t, position in zip(losses.tolist(), timesteps.tolist(), positions.tolist(), strict=True)
-    ]
-    images = [image for part in run.processes.gather(lambda: own_images) for image in part]
-    suspects = [image for image in images if not math.isfinite(image["loss"])]
-    heading = ""
-    if not suspects:
-        suspects = sorted(images, key=lambda image: -image["loss"])[:1]
-        heading = "every loss is finite, a gradient is not; the largest loss: "
-    named = suspects[:MAX_NAMED_IMAGES]
-    names = run.processes.on_main(lambda: image_names(run, [image["position"] for image in named]))
-    texts = [f"{name} at t = {image['t']}, loss {image['loss']:g}" for name, image in zip(names, named, strict=True)]
-    num_more = len(suspects) - len(named)
-    return heading + "; ".join(texts) + (f"; and {num_more} more" if num_more else "")
-
-
 def log(run: Run, progress: Progress, state: LoopState, result: StepResult) -> dict[str, Any]:
     """Append a line to metrics.jsonl, give it to the trackers and to the progress bar, and return it."""
     record = metrics_line(run, progress, state, result)
@@ -524,101 +391,3 @@ def metrics_line(run: Run, progress: Progress, state: LoopState, result: StepRes
         "ema_decay": next(iter(result.decays.values())) if run.config.use_ema else None,
         "bad_steps": progress.num_bad_steps,
     }
-
-
-def checkpoint(run: Run, progress: Progress, state: LoopState, due: Due) -> None:
-    """Write a checkpoint that the schedule asks for. If the disk is full, the run continues without it.
-
-    Raises:
-        RunError: It was the last one.
-    """
-    problem = write_state(run, progress, state)
-    if problem is None:
-        state.saved_step = progress.step
-    elif due.is_last:
-        raise RunError(f"the last checkpoint could not be written: {problem}. {FREE_SPACE}; {FINISHES}")
-    else:
-        text = f"checkpoint-{progress.step} could not be written, the run continues: {problem}. {FREE_SPACE}"
-        print_once(run.processes, text)
-        send_alert(run, "a checkpoint could not be written", text)
-
-
-def write_state(run: Run, progress: Progress, state: LoopState) -> str | None:
-    """Write a checkpoint; return on all processes why that failed, or None. All processes call it.
-
-    The lines of metrics are written first, so that a resumed run lacks none that its checkpoint counts as logged.
-    """
-    problem = run.processes.on_main(lambda: state.metrics.write() or state.evaluations.write())
-    if problem is not None:
-        return problem
-    scaler = run.accelerator.scaler
-    progress = replace(progress, losses=state.meter.state(), scaler=None if scaler is None else scaler.state_dict())
-    if progress.stream is not None:
-        progress = merge_block_starts(run.processes, progress, state.first, state.block_starts)
-    problem = save_checkpoint(run.state, progress, run.output_dir, run.config.checkpoints_total_limit, run.is_main)
-    return run.processes.on_main(lambda: problem)
-
-
-def end_early(
-    run: Run,
-    progress: Progress,
-    state: LoopState,
-    stop: StopRequest,
-    loader: Loader,
-    failure: Exception | None,
-) -> NoReturn:
-    """End a run before its last step, with a checkpoint if there are new steps; all processes call it.
-
-    A run that was asked to end also leaves its model, card and pictures.
-
-    Raises:
-        StoppedOnPurpose: The run was asked to end.
-        RunError: No images came, or the checkpoint could not be written.
-    """
-    state.bar.close()
-    progress = count_skipped_steps(run, progress, state)
-    problem, how_to_resume = save_at_end(run, progress, state)
-    explanations = run.processes.gather(
-        lambda: None if failure is None else explain_loader_failure(failure, loader.workers)
-    )
-    failures = [text for text in explanations if text]
-    if failures:
-        send_alert(run, "images are lost", failures[0])
-        raise RunError(f"{failures[0]}. The run ends after step {progress.step}; {how_to_resume}") from failure
-    reason = next(text for text in run.processes.gather(lambda: stop.reason(1)) if text)
-    if problem is not None:
-        raise RunError(f"{reason}, but {how_to_resume}")
-    if progress.step > state.saved_step:
-        path = run.output_dir / f"checkpoint-{progress.step}"
-        try:
-            event = Event("checkpoint", progress.step, progress.images, {"path": path})
-            call_callbacks(run.callbacks, run.processes, run, [event])
-        except RunError as error:
-            raise RunError(f"{error}. The run ends after step {progress.step}; {how_to_resume}") from error
-    has_model = False
-    if progress.step > 0:
-        print_once(
-            run.processes,
-            f"{reason}: checkpoint-{progress.step} is written, then model, card and pictures; a second signal ends "
-            "the run at once",
-        )
-        has_model = leave_model(run, progress)
-    folder = shlex.quote(str(run.output_dir))
-    image = "" if run.condition is None else " --image FILE_OR_FOLDER"
-    model = f". Its model samples: hf-ddpm sample {folder}{image} --out samples" if has_model else ""
-    run.accelerator.wait_for_everyone()
-    raise StoppedOnPurpose(f"{reason}: the run ends after step {progress.step}{model}; {how_to_resume}")
-
-
-def save_at_end(run: Run, progress: Progress, state: LoopState) -> tuple[str | None, str]:
-    """Write a checkpoint of a run that ends before its last step, if there are new steps; all processes call it.
-
-    Returns:
-        Why it could not be written, or None; and how the run is resumed, in words.
-    """
-    problem = write_state(run, progress, state) if progress.step > state.saved_step else None
-    saved_step = progress.step if problem is None else state.saved_step
-    how_to_resume = f"the same command with --resume_from_checkpoint latest resumes from step {saved_step}"
-    if problem is not None:
-        how_to_resume = f"checkpoint-{progress.step} could not be written: {problem}. {FREE_SPACE}; {how_to_resume}"
-    return problem, how_to_resume

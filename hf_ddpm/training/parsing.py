@@ -102,9 +102,13 @@ def save_config(config: TrainingConfig, path: Path) -> None:
     Tokens and what belongs to one start of a run are left out. A network that was sized for the data is not in it, but
     in the run's unet/config.json.
     """
+    write_atomically(path, yaml.safe_dump(settings_to_save(config), sort_keys=False))
+
+
+def settings_to_save(config: TrainingConfig) -> dict[str, Any]:
+    """Return the settings by name, without tokens and what belongs to one start of a run."""
     resume_of = {name: info.resume for name, _, info in settings_of(config)}
-    settings = {name: value for name, value in _saved_settings(config).items() if resume_of[name] != "start"}
-    write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
+    return {name: value for name, value in _saved_settings(config).items() if resume_of[name] != "start"}
 
 
 def check_same_run(config: TrainingConfig, path: Path) -> None:
@@ -117,17 +121,23 @@ def check_same_run(config: TrainingConfig, path: Path) -> None:
     Raises:
         UsageError: When a setting that decides what the model becomes is another one.
     """
-    saved = load_config(str(path))
+    remedy = f"resume with --config {path}, or change that file to change it on purpose"
+    require_same_settings(config, load_config(str(path)), remedy)
+
+
+def require_same_settings(config: TrainingConfig, saved: TrainingConfig, remedy: str) -> None:
+    """Check that a resumed run has the settings that were saved of it.
+
+    Raises:
+        UsageError: When a setting that decides what the model becomes is another one; the message ends with `remedy`.
+    """
     before = {**asdict(saved), "learning_rate": saved.peak_learning_rate}
     resume_of = {name: info.resume for name, _, info in settings_of(config)}
     for name, value in _saved_settings(config).items():
         has_no_effect = name == "lr_warmup_steps" and config.lr_scheduler == "constant"
         has_no_effect |= name in ("resolution", "channels") and value is None  # before the images decide it
         if resume_of[name] == "fixed" and not has_no_effect and value != before[name]:
-            raise UsageError(
-                f"{name} was {before[name]} in this run, got {value}: resume with --config {path}, "
-                "or change that file to change it on purpose"
-            )
+            raise UsageError(f"{name} was {before[name]} in this run, got {value}: {remedy}")
 
 
 def _saved_settings(config: TrainingConfig) -> dict[str, Any]:
@@ -141,20 +151,29 @@ def _saved_settings(config: TrainingConfig) -> dict[str, Any]:
 
 def _recipe_settings(recipe: str) -> dict[str, Any]:
     require_choice("recipe", recipe, recipes.names())
-    return _settings_in(recipes.settings(recipe), f"recipe {recipe}")
+    return settings_in(recipes.settings(recipe), f"recipe {recipe}")
 
 
 def _file_settings(path: str) -> dict[str, Any]:
     file = look_at("config", path)
     if not file.is_file():
         raise UsageError(f"config must be a YAML file, got {path!r}, which is not there")
-    settings = _settings_in(file.read_bytes(), path)
+    settings = settings_in(file.read_bytes(), path)
     if not settings:
         raise UsageError(f"config must hold settings, got {path!r}, which holds none: write `name: value` lines")
     return settings
 
 
-def _settings_in(content: bytes | str, source: str) -> dict[str, Any]:
+def settings_in(content: bytes | str, source: str) -> dict[str, Any]:
+    """Return the settings in the content of a YAML file, each of its type.
+
+    Args:
+        content: The content.
+        source: The file's name, for error messages.
+
+    Raises:
+        UsageError: When the content is damaged, names an unknown setting, or gives one a value of another type.
+    """
     settings = parse_mapping(content, source, "write a line `name: value` for each setting")
     _check_names(settings, source)
     if "hub_token" in settings:

@@ -23,7 +23,16 @@ from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import swap_in
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.metrics import LinesFile
-from hf_ddpm.training.run import FREE_SPACE, Run, print_once, send_alert, track_values, try_to_track, try_to_write
+from hf_ddpm.training.run import (
+    FREE_SPACE,
+    Run,
+    lacks,
+    print_once,
+    send_alert,
+    track_values,
+    try_to_track,
+    try_to_write,
+)
 from hf_ddpm.training.saving import pipeline_of, save_model
 from hf_ddpm.training.validation import VALIDATION_SETTINGS, measure_validation
 from hf_ddpm.value_range import pictured
@@ -39,9 +48,15 @@ def save_preview(run: Run, step: int, has_bar: bool = False) -> Image.Image:
     if run.is_main:
         path = preview_path(run, step)
         try_to_write(run, lambda: write_atomically(path, figures.png_bytes(sheet)))
-        for tracker in run.trackers:
-            try_to_track(run, lambda tracker=tracker: _track_sheet(tracker, sheet, step))
+        track_sheet(run, sheet, step)
     return sheet
+
+
+def track_sheet(run: Run, sheet: Image.Image, step: int) -> None:
+    """Give a sheet of samples to all trackers that lack it."""
+    for tracker in run.trackers:
+        if lacks(run, tracker, step, "samples"):
+            try_to_track(run, lambda tracker=tracker: _track_sheet(tracker, sheet, step))
 
 
 def preview_path(run: Run, step: int) -> Path:
@@ -220,3 +235,5 @@ def _track_sheet(tracker: Any, sheet: Image.Image, step: int) -> None:
     elif hasattr(tracker, "log_images"):
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": np.asarray(sheet.convert("RGB"))[None]}, step=step, **layout)
+        if tracker.name == "tensorboard":
+            tracker.tracker.flush()  # as Accelerate does after numbers: a run that is killed must not lose it

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,23 @@ FINISHES = "then the same command with --resume_from_checkpoint latest finishes 
 
 
 @dataclass(frozen=True)
+class Tracked:
+    """The values that a tracker held when a run resumed.
+
+    Args:
+        values: Step and name of each that is known.
+        before: It holds all values of the steps below this one.
+    """
+
+    values: set[tuple[int, str]] = field(default_factory=set)
+    before: int = 0
+
+    def holds(self, step: int, name: str) -> bool:
+        """Return whether the value is one of them."""
+        return step < self.before or (step, name) in self.values
+
+
+@dataclass(frozen=True)
 class Run:
     """A run as the loop sees it.
 
@@ -54,8 +71,10 @@ class Run:
         labels: The labels that the network is conditioned on; None for a network without labels.
         condition: What the images are made from; None: from noise alone.
         validation: The held-out images; None if the run validates nothing.
-        pusher: The background upload, on the first process of a run that goes to the Hub.
+        pusher: The background upload of the model, on the first process of a run that goes to the Hub.
+        checkpoint_pusher: That of checkpoints, with `hub_strategy checkpoint`.
         trackers: Accelerate's trackers, on the first process.
+        tracked: What each of them, by its name, held when the run resumed.
         callbacks: What is called with each event; see `train`.
         learning_rate: A function from the images seen to the learning rate.
         decays: A function from (images seen, images of the step) to the decay of each average, by its name.
@@ -82,7 +101,9 @@ class Run:
     total_images: int
     global_batch_size: int
     pusher: Pusher | None = None
+    checkpoint_pusher: Pusher | None = None
     trackers: tuple[Any, ...] = ()
+    tracked: dict[str, Tracked] = field(default_factory=dict)
     callbacks: Sequence[Callable[[Any, Any], None]] = ()
 
     @property
@@ -182,7 +203,15 @@ def send_alert(run: Run, title: str, text: str) -> None:
 
 
 def track_values(run: Run, values: dict[str, Any], step: int) -> None:
-    """Give the values that are known to all trackers."""
-    known_values = {name: value for name, value in values.items() if value is not None}
+    """Give the values that are known to all trackers that lack them."""
     for tracker in run.trackers:
-        try_to_track(run, lambda tracker=tracker: tracker.log(known_values, step=step))
+        known_values = {
+            name: value for name, value in values.items() if value is not None and lacks(run, tracker, step, name)
+        }
+        if known_values:
+            try_to_track(run, lambda tracker=tracker, known=known_values: tracker.log(known, step=step))
+
+
+def lacks(run: Run, tracker: Any, step: int, name: str) -> bool:
+    """Return whether a tracker lacks a value: a resumed run takes steps again that it may hold."""
+    return tracker.name not in run.tracked or not run.tracked[tracker.name].holds(step, name)

@@ -15,16 +15,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from hf_ddpm.data.cache import X_0, Accept, dtype_of_conditions, load_dataset, load_images
+from hf_ddpm.data.cache import Accept
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.held_out import require_share
+from hf_ddpm.data.images import X_0, dtype_of_conditions, load_dataset, load_images
 from hf_ddpm.data.labels import with_network_labels
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.splits import check_groups, check_split
 from hf_ddpm.data.tables import divide_training
 from hf_ddpm.evaluation.feature_weights import check_network
-from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.card import check_readme, write_card
 from hf_ddpm.image_size import Size, to_resolution
 from hf_ddpm.labels import scales_of, takes_floats
@@ -55,7 +55,13 @@ from hf_ddpm.training.folder import prepare_folder, restore_replaced, set_aside
 from hf_ddpm.training.model import labels_of_run, make_network, make_objective, make_scheduler, on_scales_of_start
 from hf_ddpm.training.optimizer import make_optimizer
 from hf_ddpm.training.parts import Parts
-from hf_ddpm.training.publishing import create_run_repository, repository_of
+from hf_ddpm.training.publishing import (
+    checkpoint_pusher,
+    create_places,
+    finish_checkpoint_push,
+    model_pusher,
+    no_upload_bars,
+)
 from hf_ddpm.training.run import FREE_SPACE, Run, print_once, send_alert, try_to_write
 from hf_ddpm.training.schedules import average_decays, learning_rate_schedule
 from hf_ddpm.training.start import Images, find_start, require_same_run
@@ -187,22 +193,25 @@ def open_run(run: Run, progress: Progress) -> Iterator[Run]:
     Raises:
         UsageError: It cannot have them.
     """
-    config, processes, output_dir = run.config, run.processes, run.output_dir
+    config, processes = run.config, run.processes
     with ExitStack() as cleanup:
         if config.push_to_hub:
-            processes.on_main(lambda: create_run_repository(config, partial(print_once, processes)))
+            processes.on_main(lambda: create_places(config, partial(print_once, processes)))
         try:
             processes.on_main(lambda: _take_folder(run, progress, cleanup))
         except BlockingIOError as error:
-            raise _busy(config, error) from error
+            raise busy(config, error) from error
         except OSError as error:
             message = f"output_dir must be writable, got {config.output_dir!r}: {error}. {FREE_SPACE}"
             raise UsageError(message) from error
         if config.push_to_hub and run.is_main:
-            public = not config.hub_private_repo
-            pusher = Pusher(output_dir, *repository_of(config), public, partial(print_once, processes))
+            pusher = model_pusher(config, partial(print_once, processes))
             cleanup.callback(pusher.close, seconds=0)
             run = replace(run, pusher=pusher)
+            if config.hub_strategy == "checkpoint":
+                cleanup.enter_context(no_upload_bars())
+                run = replace(run, checkpoint_pusher=checkpoint_pusher(config, partial(print_once, processes)))
+                cleanup.callback(finish_checkpoint_push, run, seconds=0)
         if config.logger is not None:
             cleanup.callback(finish_trackers, run)
             run = start_trackers(run, progress)
@@ -227,7 +236,7 @@ def restore_output_dir(config: TrainingConfig, processes: Processes) -> None:
     try:
         is_back = processes.on_main(lambda: restore_replaced(Path(config.output_dir)))
     except BlockingIOError as error:
-        raise _busy(config, error) from error
+        raise busy(config, error) from error
     if is_back:
         print_once(processes, "the run that was to be overwritten is back: the one that replaces it had no model")
 
@@ -404,5 +413,6 @@ def _take_folder(run: Run, progress: Progress, cleanup: ExitStack) -> None:
         try_to_write(run, lambda: write_card(run.output_dir))
 
 
-def _busy(config: TrainingConfig, error: BlockingIOError) -> UsageError:
+def busy(config: TrainingConfig, error: BlockingIOError) -> UsageError:
+    """Return what a run says whose output folder belongs to another process."""
     return UsageError(f"output_dir must be of one run at a time, got {config.output_dir!r}: {error}")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
 
 from hf_ddpm.condition import Condition
-from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import pairs_of, with_conditions_of_model
 from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.splits import describe_split, open_split
 from hf_ddpm.data.tables import open_dataset
 from hf_ddpm.runtime.errors import UsageError
@@ -22,7 +22,7 @@ from hf_ddpm.training.conditions import condition_of as condition_of_run
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.value_range import ValueRange
 from tests.support.array_models import fields
-from tests.support.image_data import cache_config, micro_batches, noise
+from tests.support.image_data import cache_config, micro_batches
 
 
 def condition_of(values: np.ndarray) -> np.ndarray:
@@ -194,29 +194,6 @@ def test_held_out_arrays_have_their_conditions(tmp_path: Path) -> None:
         for images in (trained, held_out):
             for i in range(len(images)):
                 assert np.array_equal(conditions_in(images).image(i), (-10 * images.image(i)[:1]).astype(np.int16))
-
-
-@pytest.mark.slow
-def test_arrays_and_images_are_no_pair_in_one_line(tmp_path: Path) -> None:
-    features = {"x": datasets.Array3D((2, 8, 8), "float32"), "y": datasets.Image()}
-    rows = {"x": [*fields(3)], "y": [Image.fromarray(noise(8, 8, seed=i)) for i in range(3)]}
-    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-    table.to_parquet(str(tmp_path / "table/train.parquet"))
-    for image, condition, message in (
-        ("x", "y", "must hold arrays as the images are, got 'y' of images: save both"),
-        ("y", "x", "must hold images as the images are, got 'x' of arrays: save both"),
-    ):
-        settings = {"image_column": image, "condition_column": condition, "cache_dir": str(tmp_path / "cache")}
-        with pytest.raises(UsageError, match=message):
-            load_images(cache_config(tmp_path / "table", **settings))
-    folder = tmp_path / "files"
-    folder.mkdir()
-    Image.fromarray(noise(8, 8)).save(folder / "a.png")
-    np.save(folder / "a.npy", fields(1)[0])
-    for header in ("file_name,in_file_name", "in_file_name,file_name"):
-        (folder / "metadata.csv").write_text(f"{header}\na.png,a.npy\n")
-        with pytest.raises(UsageError, match="made from must both be pictures, or both arrays"):
-            load_images(cache_config(folder, condition_column="in"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int16"])

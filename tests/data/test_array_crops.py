@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from hf_ddpm.data.batches import fixed_pixels
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.splits import check_groups, open_split
 from hf_ddpm.data.tables import divide_training
 from hf_ddpm.runtime.errors import UsageError

@@ -17,9 +17,9 @@ from PIL import Image
 
 from hf_ddpm.data.array_files import open_arrays
 from hf_ddpm.data.batches import as_tensor, to_x_0
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.value_range import ValueRange

@@ -14,7 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_ddpm.data.batches import epoch_order, to_x_0
-from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.cache import ImageCache
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.planes import random_crop
 from tests.support.image_data import cache_config, micro_batches, noise, save_grays
 

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from hf_ddpm.data import cache
-from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.forks import Process
 from tests.support.image_data import cache_config, micro_batches, noise, png, save_grays

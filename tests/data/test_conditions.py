@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from hf_ddpm.condition import Condition
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.conditions import low_resolution_conditions, pairs_of
 from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, micro_batches, noise

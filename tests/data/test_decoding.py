@@ -17,10 +17,10 @@ from PIL import Image
 
 from hf_ddpm.data import decoding
 from hf_ddpm.data.batches import fixed_pixels
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.decoding import decode, unreadable_image_error
 from hf_ddpm.data.image_format import GRAY_MODES, ImageFormat
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.planes import NeedsSixteenBits, to_planes
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, load_one, micro_batches, noise, png, save_grays

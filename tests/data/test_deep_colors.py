@@ -13,8 +13,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.value_range import ValueRange

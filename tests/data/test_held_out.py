@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.held_out import divide, require_share
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.sources import check_source, find_source
 from hf_ddpm.data.splits import check_groups, check_split, describe_split, image_names, open_split
 from hf_ddpm.data.tables import divide_training, open_dataset

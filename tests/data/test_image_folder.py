@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.description import describe_unread
 from hf_ddpm.data.image_folder import FORMATS, list_images, listed_once, readable_formats
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, noise, save_grays

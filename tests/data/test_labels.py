@@ -9,9 +9,9 @@ import torch
 
 from hf_ddpm import UsageError
 from hf_ddpm.classes import Classes
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.labels import LabelColumn, label_list, labels_of, with_network_labels
 from hf_ddpm.data.shard_batches import StreamBatches
 from hf_ddpm.data.shards import open_stream

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.columns import choose_columns
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.image_folder import list_images, open_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.sources import find_source
 from hf_ddpm.data.splits import open_split

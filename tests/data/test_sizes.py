@@ -10,9 +10,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from hf_ddpm.data.batches import MicroBatches, fixed_pixels
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.given import open_given
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.shard_batches import StreamBatches
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.evaluation import statistics

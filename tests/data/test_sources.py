@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.image_folder import files_below
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.runtime.errors import UsageError
 from tests.support.image_data import cache_config, noise, save_grays

@@ -10,9 +10,9 @@ import datasets
 import pytest
 from PIL import Image
 
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images, describe_unread
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.data.splits import describe_split, open_split

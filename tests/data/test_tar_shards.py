@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.sources import check_source
 from hf_ddpm.data.splits import open_split

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from hf_ddpm.data.batches import to_x_0
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.description import describe_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.settings import check_values

@@ -10,9 +10,9 @@ import nibabel
 import numpy as np
 import pytest
 
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.held_out import divide, groups_of
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.data.volumes import with_slices

@@ -15,8 +15,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.feature_weights import NETWORKS
 from hf_ddpm.hub import card as cards

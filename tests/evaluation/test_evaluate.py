@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from hf_ddpm.data.batches import epoch_order, fixed_pixels
-from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.evaluation.distances import Moments, frechet_distance, kernel_distance
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.features import load_network

@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from typer.testing import CliRunner
 
 from hf_ddpm.cli import app
-from hf_ddpm.data.cache import cache_folder
+from hf_ddpm.data.config import cache_folder
 from hf_ddpm.evaluation import statistics
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.features import load_network

@@ -11,8 +11,8 @@ import pytest
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UsageError
 from hf_ddpm.classes import Classes
 from hf_ddpm.data.batches import epoch_order, fixed_pixels
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.evaluation.inspected import inspect
 from hf_ddpm.evaluation.job import load_job

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.evaluation.distances import frechet_distance, kernel_distance
 from hf_ddpm.evaluation.features import FeatureNetwork, load_network

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.evaluation.value_reference import require_enough_images
 from hf_ddpm.evaluation.value_statistics import (
     describe_spectra,

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from hf_ddpm.hub import background as background_module
-from hf_ddpm.hub.background import Pusher
-from hf_ddpm.hub.upload import push
+from hf_ddpm.hub.upload import copy_for_upload, push
 from hf_ddpm.runtime.errors import UsageError
+from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.publishing import model_pusher
 from tests.support.hub_runs import COMMIT, NAME, TOKEN, UPLOAD_WARNING
 from tests.support.hub_server import HubServer
 
@@ -26,7 +27,8 @@ class RecordedPusher:
         self.folder = folder
         self.lines: list[str] = []
         self.has_printed = threading.Event()
-        self.pusher = Pusher(folder, NAME, TOKEN, "main", False, self.print_line)
+        config = TrainingConfig(push_to_hub=True, hub_model_id=NAME, hub_token=TOKEN)
+        self.pusher = model_pusher(config, self.print_line)
 
     def print_line(self, text: str) -> None:
         self.lines.append(text)
@@ -35,7 +37,7 @@ class RecordedPusher:
 
     def start(self, number: int) -> None:
         (self.folder / "metrics.jsonl").write_text(f'{{"step": {number}}}\n')
-        self.pusher.start(f"push {number}")
+        self.pusher.start(lambda: copy_for_upload(self.folder, parent=self.folder), f"push {number}")
 
     @property
     def titles(self) -> list[str]:

@@ -225,7 +225,7 @@ def test_write_space_writes_the_page_and_what_it_imports(app: Any, folders: dict
     modules = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.glob("hf_ddpm/**/*.py")}
     assert {"hf_ddpm/scheduler.py", "hf_ddpm/pipeline.py", "hf_ddpm/solvers.py"} <= modules.keys()
     rooms = {name.split("/")[1] for name in modules if name.count("/") > 1}
-    assert rooms == {"hub", "recipes", "runtime"}
+    assert rooms == {"data", "hub", "recipes", "runtime"}
     of_hub = {name.removeprefix("hf_ddpm/hub/") for name in modules if name.startswith("hf_ddpm/hub/")}
     assert of_hub == {"__init__.py", *(f"space_app/{name}.py" for name in ("__init__", "model", "pictures"))}
     assert all((space.PACKAGE.parent / name).read_bytes() == content for name, content in modules.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import re
@@ -30,7 +29,7 @@ pytestmark = [
 
 def pictures_in(content: str) -> list[Image.Image]:
     """Return the pictures of a part of the page, each of the pixels that were enlarged."""
-    found = re.findall(r"base64,([^\"]+)", content)
+    found = re.findall(r"image/png;base64,([^\"]+)", content)
     return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
 
 
@@ -76,10 +75,3 @@ def test_page_takes_no_picture_for_arrays(tmp_path: Path) -> None:
     page = app.Handlers(app.Model(str(model)), 1)
     with pytest.raises(Exception, match="the page takes no picture for a model of 2 channels: leave it out"):
         page.show_noised(Image.new("RGB", (8, 8)), 3, 0)
-
-    async def build() -> Any:  # within a loop, since gradio else leaves one open
-        return app.build(str(model))
-
-    blocks = asyncio.run(build()).blocks.values()
-    texts = [each.value for each in blocks if isinstance(each, app.gr.Markdown) and each.visible]
-    assert any("cannot edit images: no picture holds its 2 channels" in text for text in texts)

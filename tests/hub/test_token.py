@@ -11,14 +11,14 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from hf_ddpm.cli import app
-from hf_ddpm.hub.background import Pusher
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.hub.space import push_space
 from hf_ddpm.hub.token import check_token
-from hf_ddpm.hub.upload import push
+from hf_ddpm.hub.upload import copy_for_upload, push
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
+from hf_ddpm.training.publishing import model_pusher
 from tests.support.hub_runs import NAME, UPLOAD_WARNING
 from tests.support.hub_server import HubServer
 
@@ -99,8 +99,9 @@ def test_python_names_what_is_wrong_with_the_token(server, run, tiny_settings: d
 def test_failure_in_the_background_shows_no_token(server, run, short_pauses):
     """Nothing checks the token there: the error is the client's own."""
     lines: queue.Queue[str] = queue.Queue()
-    pusher = Pusher(run, NAME, odd_token("\u200b"), "main", False, lines.put)
-    pusher.start("a push")
+    config = TrainingConfig(push_to_hub=True, hub_model_id=NAME, hub_token=odd_token("\u200b"))
+    pusher = model_pusher(config, lines.put)
+    pusher.start(lambda: copy_for_upload(run, parent=run), "a push")
     line = lines.get(timeout=60)
     pusher.close(60)
     assert "the connection broke" in line

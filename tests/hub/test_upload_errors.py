@@ -87,7 +87,7 @@ def test_push_rejects_invalid_repo_id(server: HubServer, run: Path, name: str, t
 def test_push_explains_that_the_hub_cannot_be_reached(server: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     done = CliRunner().invoke(app, ["push", str(run), NAME])
-    assert (done.exit_code, done.stderr) == (1, "error: HF_HUB_OFFLINE is set: unset it, and push again\n")
+    assert (done.exit_code, done.stderr) == (1, "error: HF_HUB_OFFLINE is set: unset it, and try again\n")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", nowhere())
     with pytest.raises(PushError, match=r"http://127.0.0.1:\d+ cannot be reached") as error:

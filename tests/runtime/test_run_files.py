@@ -14,6 +14,7 @@ from hf_ddpm.evaluation.results import write_evaluation
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.runtime.run_files import (
     EVALUATION_PICTURES,
+    OF_CHECKPOINT,
     REPLACED,
     RUN_FILES,
     SEARCHED_TIMESTEPS,
@@ -60,6 +61,9 @@ def test_tables_of_an_upload_are_those_of_the_rows():
     assert not [name for name in UPLOADED if name.startswith(("checkpoint", "previews", "ema", "partial", "."))]
     assert {"run.json", "unet/*.bin", "figures/kid.png", "evaluation.json"} <= set(REPLACED)
     assert "config.yaml" not in REPLACED
+    needed = {"config.yaml", "metrics.jsonl", "eval.jsonl", "tracker.json", "previews/step-*.png", "best"}
+    assert {*needed, "ema/snapshot-*.safetensors", "guide/*.safetensors"} <= set(OF_CHECKPOINT)
+    assert not [name for name in OF_CHECKPOINT if name.startswith(("checkpoint", "run.json", "partial", "."))]
 
 
 def test_run_files_of_a_folder_without_a_run_are_none(tmp_path: Path):

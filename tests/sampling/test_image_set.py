@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.cli import app
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.sampling import image_set, set_files
 from hf_ddpm.sampling.image_set import write_samples

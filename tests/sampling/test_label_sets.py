@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from hf_ddpm import DDPMImg2ImgPipeline, DDPMInpaintPipeline, DDPMPipeline, DDPMScheduler
 from hf_ddpm.classes import Classes
 from hf_ddpm.cli import app
-from hf_ddpm.data.cache import load_images
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 from hf_ddpm.inversion import invert
 from hf_ddpm.labels import Columns, values_of
 from hf_ddpm.network import make_unet

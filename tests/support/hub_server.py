@@ -430,6 +430,14 @@ class HubServer:
             [{"id": c.oid, "title": c.title, "message": c.description, "authors": author, "date": DATE} for c in found]
         )
 
+    @_route("POST", f"{_API}/super-squash/(?P<branch>[^/]+)")
+    def _squash(self, incoming: _Incoming, type: str, name: str, branch: str) -> _Answer:
+        repo = self._repo(incoming, type, name, write=True)
+        head = _head(repo, branch)
+        del repo.branches[branch]
+        repo.add(branch, incoming.json().get("message", "squashed"), "", head.files, head.lfs)
+        return _json({})
+
     @_route("POST", f"{_API}/branch/(?P<branch>[^/]+)")
     def _create_branch(self, incoming: _Incoming, type: str, name: str, branch: str) -> _Answer:
         repo = self._repo(incoming, type, name, write=True)

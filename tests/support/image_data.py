@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from hf_ddpm.data.batches import MicroBatches
-from hf_ddpm.data.cache import ImageCache, load_images
+from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.images import load_images
 
 
 def noise(height: int, width: int, channels: int = 0, seed: int = 0, high: int = 256) -> np.ndarray:

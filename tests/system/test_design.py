@@ -21,6 +21,7 @@ ONLY_IN = {
     "accelerate": {"training", "runtime"},  # runtime reads the file of `accelerate config`
     "datasets": {"data", "evaluation"},
     "gradio": {"hub"},
+    "tensorboard": {"training"},
     "trackio": {"training"},
     "transformers": {"evaluation"},  # for feature networks
     "typer": {"cli", "commands", "runtime"},
@@ -137,7 +138,7 @@ def test_imports_are_declared_and_minimums_are_tested():
     extras = project["optional-dependencies"]
     optional = {
         Requirement(line).name.lower()
-        for name in ("arrays", "demo", "evaluation", "lpips", "trackio")
+        for name in ("arrays", "demo", "evaluation", "lpips", "tensorboard", "trackio")
         for line in extras[name]
     }
     assert imported - {name.replace("-", "_") for name in optional} <= runtime.keys()

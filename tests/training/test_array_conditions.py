@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from hf_ddpm import ConditionalDDPMPipeline, evaluate
 from hf_ddpm.cli import app
 from hf_ddpm.condition import Condition
-from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.hub.info import model_info
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.sampling.conditional_set import sample_from_images
@@ -123,7 +123,7 @@ def test_conditions_of_another_kind_are_one_line_before_sampling(config: Trainin
     np.save(tmp_path / "float.npy", fields(1)[0, :1])
     np.save(tmp_path / "two.npy", fields(1)[0].astype(np.int16))
     for name, message in (
-        ("a.png", "image must hold arrays of int16, .*, which the model makes arrays from, got the pic"),
+        ("a.png", "image must hold arrays of int16, .*, which the model makes samples from, got the pic"),
         ("float.npy", "image must be of the model's type, int16, got float32 in"),
         ("two.npy", r"number of channels, 1, got 2: if these are 2 images, save them as \(N, 1, H, W\)"),
     ):

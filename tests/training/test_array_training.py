@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from hf_ddpm import DDPMPipeline, evaluate
 from hf_ddpm.cli import app
 from hf_ddpm.data.batches import epoch_order, fixed_pixels
-from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.hub.info import model_info
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes

@@ -115,7 +115,7 @@ def test_first_prediction_is_zero():
         ("--train_batch_size many", "train_batch_size must be a whole number or auto, got 'many'"),
         ("--prediction_type x0", "prediction_type must be one of epsilon, sample, v_prediction, .*, got 'x0'"),
         ("--prediction_type epsilon --rescale_betas_zero_snr", "rescale_betas_zero_snr .*got epsilon"),
-        ("--resume_from_checkpoint checkpoint-5", "resume_from_checkpoint must be latest, got 'checkpoint-5'"),
+        ("--resume_from_checkpoint checkpoint-5", "resume_from_checkpoint must be latest or hub, got 'checkpoint-5'"),
         ("--ema_halflife_images 100 100", "ema_halflife_images must be different numbers of at least 1"),
         ("--ema_halflife_images 0.5", "ema_halflife_images must be different numbers of at least 1"),
         ("--ema_rampup_ratio 0.05 --ema_power 1", "ema_power = 1.0 has no effect: ema_rampup_ratio is given"),
@@ -185,7 +185,7 @@ def test_check_config_rejects_output_dir_of_another_run(tmp_path):
     check_config(load_config(output_dir=config.output_dir, overwrite_output_dir=True))
     (tmp_path / "run" / "checkpoint-5").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
-    with pytest.raises(UsageError, match="must be latest or checkpoint-5, got 'checkpoint-6'"):
+    with pytest.raises(UsageError, match="must be latest or hub or checkpoint-5, got 'checkpoint-6'"):
         check_config(load_config(output_dir=config.output_dir, resume_from_checkpoint="checkpoint-6"))
     with pytest.raises(UsageError, match="would delete the checkpoint"):
         check_config(

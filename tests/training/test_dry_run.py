@@ -100,9 +100,7 @@ def test_table_agrees_with_the_run_itself(tiny_settings, tmp_path, capsys):
 @pytest.mark.slow
 def test_dry_run_writes_nothing(tiny_settings, tmp_path, capsys, monkeypatch):
     dry(TrainingConfig(**tiny_settings), capsys)  # the images are in their cache
-    monkeypatch.setattr(
-        "hf_ddpm.training.setup.create_run_repository", lambda *_: pytest.fail("a repository was made")
-    )
+    monkeypatch.setattr("hf_ddpm.training.setup.create_places", lambda *_: pytest.fail("a repository was made"))
     before = listing(tmp_path), listing(tiny_settings["train_data_dir"]), listing(tiny_settings["cache_dir"])
     hub = {"push_to_hub": True, "hub_token": "hf_of_nobody", "hub_model_id": "me/mine"}
     dry(TrainingConfig(**tiny_settings, **hub, logger="tensorboard"), capsys)
@@ -147,7 +145,10 @@ def test_dry_run_is_not_written_into_the_config(tmp_path):
         ({"train_data_dir": "nothing"}, "there is no folder"),
         ({"resolution": 30, "model_config_name_or_path": None}, "the nearest is 28 or 32"),
         ({"model_config_name_or_path": "cifar10-ddpm"}, "in_channels of the model config must be 1"),
-        ({"resume_from_checkpoint": "checkpoint-5"}, "resume_from_checkpoint must be latest, got 'checkpoint-5'"),
+        (
+            {"resume_from_checkpoint": "checkpoint-5"},
+            "resume_from_checkpoint must be latest or hub, got 'checkpoint-5'",
+        ),
         ({"output_dir": "unet.json"}, "output_dir must be a folder, got 'unet.json', which is a file"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -23,7 +23,7 @@ from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.classes import Classes
 from hf_ddpm.cli import app
 from hf_ddpm.data.batches import MicroBatches, to_x_0
-from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.shards import open_stream
 from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.errors import UsageError

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hf_ddpm import DDPMPipeline
-from hf_ddpm.data.cache import load_images
+from hf_ddpm.data.images import load_images
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes

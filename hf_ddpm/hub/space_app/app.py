@@ -15,12 +15,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
+from hf_ddpm.data.given_files import read_mask
 from hf_ddpm.figures import to_pil
 from hf_ddpm.hub.space_app.model import EACH_LABEL, NO_LABEL, STEP_DENOISER, Model, Samples
 from hf_ddpm.hub.space_app.pictures import CSS, edit_row, enlarged, grid, note, picture, pictures, strip
@@ -62,8 +64,8 @@ def about(model: Model) -> str:
         "step towards it. *ddpm* draws new noise at each step, and is at its best with all steps. *ddim*, "
         "*dpmsolver++* and *unipc* draw none, and need 10 to 50 steps.\n\n"
         f"Image *i* depends on seed + *i* alone.{guidance}\n\n"
-        "**Editing.** An image is noised up to a timestep, which the strength names, and denoised from there. Where a "
-        "mask is drawn, the model fills the image so that it fits the rest, which stays as it is."
+        "**Editing.** An image is noised up to a timestep, which the strength names, and denoised from there. Where "
+        "there is a mask, the model fills the image so that it fits the rest, which stays as it is."
         f"{card}"
     )
 
@@ -185,6 +187,38 @@ class Handlers:
             )
             return edit_row(edits, seeds) + self._note(label, guidance_scale)
 
+    def show_array_edits(
+        self,
+        array: str | None,
+        mask: str | None,
+        strength: float,
+        label: int | str | None,
+        guidance_scale: float,
+        seed: float | None,
+        num_steps: float,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio finds it as a default
+    ) -> str:
+        """Return an array, its mask and four edits, and a file of these, (4, C, H, W), in the units of the data.
+
+        What is white or not 0 in the mask is repainted, and all else stays as it is, to the last bit. Without a mask,
+        the whole array is varied. Without an array, the first sample is edited.
+        """
+
+        def on_step(step: int, num_steps: int) -> None:
+            progress((step, num_steps), unit="steps")
+
+        with messages():
+            model, seeds = self.model, range(int(seed or 0), int(seed or 0) + NUM_EDITS)
+            labels = model.labels(label, seeds)
+            repainted = None if mask is None else read_mask(Path(mask), model.height, model.width)
+            values = model.array_from(array, repainted if strength == 1 else None)
+            if values is None:
+                values = model.units_of(self.first_samples().x_0)
+            edits = model.edit_array(
+                values, repainted, strength, int(num_steps), seeds, labels, guidance_scale, on_step=on_step
+            )
+            return edit_row(edits, seeds) + note(model.describe_clipped(values)) + self._note(label, guidance_scale)
+
     def _image_to_edit(self, drawing: dict[str, Any] | None) -> Image.Image:
         """Return the image of a drawing as the model sees it; without one, the first sample."""
         image: Image.Image | None = (drawing or {}).get("background")
@@ -236,8 +270,8 @@ def _add_sampling(model: Model, handlers: Handlers) -> list[gr.HTML]:
     return [images, chain]
 
 
-def _add_editing(model: Model, handlers: Handlers) -> gr.ImageEditor:
-    """Add the controls and pictures of the tab "Edit", and return the image with what is drawn on it.
+def _add_editing(model: Model, handlers: Handlers) -> gr.ImageEditor | gr.Image:
+    """Add the controls and pictures of the tab "Edit", and return what shows the image that is edited at first.
 
     A model that cannot edit images has a sentence that says why, and the controls are hidden.
     """
@@ -245,12 +279,7 @@ def _add_editing(model: Model, handlers: Handlers) -> gr.ImageEditor:
     gr.Markdown(f"This model cannot edit images: {refusal}.", visible=bool(refusal))
     with gr.Row(visible=not refusal):
         with gr.Column(scale=2, min_width=300):
-            gr.Markdown(
-                "Paint over what the model is to repaint: it fills this so that it fits the rest, which stays as it "
-                "is. If nothing is painted, the whole image is varied: lower the strength for that. An image of "
-                f"another size is cropped and resized to {_size_of(model)} pixels."
-            )
-            editor = _editor(model)
+            given, first = _editor(model) if model.arrays is None else _array_files(model)
         with gr.Column(scale=1, min_width=250):
             strength = gr.Slider(
                 0.05, 1, 1, step=0.05, label="Strength", info="Near 0 keeps the image. 1 begins with pure noise."
@@ -261,17 +290,25 @@ def _add_editing(model: Model, handlers: Handlers) -> gr.ImageEditor:
             steps = _steps(model)
             button = gr.Button("Edit", variant="primary")
     edits = gr.HTML(elem_id="edits", elem_classes="show", min_height=160, visible=not refusal)
-    controls = [editor, strength, label, guidance, seed, steps]
-    button.click(
-        handlers.show_edits, controls, edits, api_visibility="private" if refusal else "public", api_name="edit"
+    controls = [*given, strength, label, guidance, seed, steps]
+    show = handlers.show_edits if model.arrays is None else handlers.show_array_edits
+    button.click(show, controls, edits, api_visibility="private" if refusal else "public", api_name="edit")
+    return first
+
+
+def _editor(model: Model) -> tuple[list[gr.ImageEditor], gr.ImageEditor]:
+    """Add an editor with a white brush, for images that `enlarged` returns.
+
+    Returns:
+        What a visitor edits, and what shows the first sample.
+    """
+    gr.Markdown(
+        "Paint over what the model is to repaint: it fills this so that it fits the rest, which stays as it is. If "
+        "nothing is painted, the whole image is varied: lower the strength for that. An image of another size is "
+        f"cropped and resized to {_size_of(model)} pixels."
     )
-    return editor
-
-
-def _editor(model: Model) -> gr.ImageEditor:
-    """Return an editor with a white brush, for images that `enlarged` returns."""
     canvas = enlarged(Image.new("L", (model.width, model.height))).size
-    return gr.ImageEditor(
+    editor = gr.ImageEditor(
         label="Image",
         type="pil",
         format="png",  # which loses nothing
@@ -283,6 +320,24 @@ def _editor(model: Model) -> gr.ImageEditor:
         buttons=[],
         elem_id="editor",
     )
+    return [editor], editor
+
+
+def _array_files(model: Model) -> tuple[list[gr.File], gr.Image]:
+    """Add the files of an array and of its mask; see `_editor`."""
+    shape = (model.channels, model.height, model.width)
+    gr.Markdown(
+        f"Give an array of the shape {shape} ({model.arrays}), and a mask. The model fills what is white in the mask, "
+        "or not 0 where the mask is an array, so that it fits the rest, which stays as it is, to the last bit. "
+        "Without a mask, the whole array is varied: lower the strength for that. Without an array, the first sample "
+        "is edited."
+    )
+    tiff = [".tif", ".tiff"] if find_spec("tifffile") else []
+    with gr.Row():
+        array = gr.File(label="Array", file_types=[".npy", *tiff], height=120, elem_id="array")
+        mask = gr.File(label="Mask", file_types=[".npy", ".png"], height=120, elem_id="mask")
+    first = gr.Image(label="First sample", type="pil", interactive=False, height=240, buttons=[])
+    return [array, mask], first
 
 
 def _add_forward_process(model: Model, handlers: Handlers) -> dict[str, Any]:

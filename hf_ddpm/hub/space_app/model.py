@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from hf_ddpm.data.arrays import count_outside, slices_of
+from hf_ddpm.data.config import DataConfig
+from hf_ddpm.data.given_files import read_values, require_shape, shares_of, with_known_values
 from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline
 from hf_ddpm.figures import to_pil
 from hf_ddpm.guidance import Guidance
@@ -25,7 +29,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler
-from hf_ddpm.value_range import pictured
+from hf_ddpm.value_range import ValueRange, pictured
 
 STEP_DENOISER = "previous_sample"
 NOISELESS = "ddpm without noise"  # the mean of each step of a step denoiser
@@ -53,17 +57,19 @@ class Samples(NamedTuple):
 
 
 class Edits(NamedTuple):
-    """The edits of one image.
+    """The edits of one image, and what pictures show of them.
 
     Args:
         image: The image, of the model's size.
         mask: What is repainted, in white, of that size, too; None: all of it.
         images: One edit per seed.
+        values: The edits of an array in the units of the data, (number of seeds, C, H, W); None for pictures.
     """
 
     image: Image.Image
     mask: Image.Image | None
     images: list[Image.Image]
+    values: np.ndarray | None = None
 
 
 def ignore_step(step: int, num_steps: int) -> None:
@@ -94,6 +100,11 @@ class Model:
     def has_pictures(self) -> bool:
         """True if a picture holds an image; of others, as arrays of many channels, pictures show the channels."""
         return self.channels in MODES and (self.pipeline.value_range is None or self.channels != 4)
+
+    @property
+    def arrays(self) -> ValueRange | None:
+        """The values of arrays of which no picture holds one; None where pictures do, or nobody knows the values."""
+        return None if self.has_pictures else self.pipeline.value_range
 
     @property
     def label_choices(self) -> list[tuple[str, int]]:
@@ -250,23 +261,106 @@ class Model:
         Raises:
             ValueError: When an argument cannot work.
         """
+        edited = self._edited(image, mask, strength, num_steps, seeds, labels, guidance_scale, on_step, "pil")
+        return Edits(image, mask, edited)
+
+    def edit_array(
+        self,
+        values: np.ndarray,
+        mask: Tensor | None,
+        strength: float,
+        num_steps: int,
+        seeds: Sequence[int],
+        labels: Sequence[Any] | None = None,
+        guidance_scale: float = 1.0,
+        on_step: OnStep = ignore_step,
+    ) -> Edits:
+        """Edit an array once per seed; what is not repainted comes back as it was, to the last bit.
+
+        Args:
+            values: An array of the model's shape, (C, H, W), in the units of the data.
+            mask: What is repainted, (1, 1, H, W) bool. None: the whole array is varied.
+            strength: See `edit`, as for the other arguments.
+
+        Raises:
+            ValueError: When an argument cannot work.
+        """
+        assert self.arrays is not None
+        image = shares_of(values, self.arrays)
+        edited = self._edited(image, mask, strength, num_steps, seeds, labels, guidance_scale, on_step, "pt").cpu()
+        whole, masks = image[None], None if mask is None else mask.expand(len(seeds), -1, -1, -1)
+        shown = [whole, *([] if mask is None else [mask.float().expand_as(whole)]), edited]
+        pictures = to_pil(self.shown(torch.cat(shown)))
+        return Edits(
+            pictures[0],
+            None if mask is None else pictures[1],
+            pictures[-len(seeds) :],
+            with_known_values(edited, np.stack([values] * len(seeds)), masks, self.arrays),
+        )
+
+    def _edited(
+        self,
+        image: Any,
+        mask: Any,
+        strength: float,
+        num_steps: int,
+        seeds: Sequence[int],
+        labels: Sequence[Any] | None,
+        guidance_scale: float,
+        on_step: OnStep,
+        output_type: str,
+    ) -> Any:
+        """Return one edit of an image per seed, as the pipelines that edit return it."""
         pipeline = self._editor(DDPMImg2ImgPipeline if mask is None else DDPMInpaintPipeline, num_steps)
         output: Any = pipeline(
             [image] * len(seeds),
             **({} if mask is None else {"mask_image": mask}),
             strength=strength,
+            output_type=output_type,
             **self._arguments(pipeline, seeds, labels, guidance_scale, on_step),
         )
-        return Edits(image, mask, output.images)
+        return output.images
+
+    def array_from(self, file: str | Path | None, mask: Tensor | None) -> np.ndarray | None:
+        """Return the array in a file, (C, H, W), in the units of the data; None without a file.
+
+        Args:
+            file: The file.
+            mask: What of it need not be finite, (1, 1, H, W) bool; None: all must be.
+
+        Raises:
+            ValueError: When it holds none of the model's type and shape.
+        """
+        if file is None or self.arrays is None:
+            return None
+        path = Path(file)
+        rows = slices_of(path, DataConfig())
+        if len(rows) > 1:
+            raise UsageError(f"image must be one array, got {len(rows)} in {path.name}: save one of them")
+        is_unknown = None if mask is None else mask[0].numpy()
+        values = read_values(rows[0], path.name, DataConfig(), self.arrays, is_unknown)
+        require_shape(values, (self.channels, self.height, self.width), path.name)
+        return values
+
+    def units_of(self, x_0: Tensor) -> np.ndarray:
+        """Return an image of arrays, (1, C, H, W) in [-1, 1], in the units of the data, (C, H, W)."""
+        assert self.arrays is not None
+        return self.arrays.to_units(x_0 / 2 + 0.5)[0]
+
+    def describe_clipped(self, values: np.ndarray) -> str:
+        """Return in words how many values of an array the model sees clipped; nothing if there are none."""
+        assert self.arrays is not None
+        count, low, high = count_outside(values, self.arrays), self.arrays.low, self.arrays.high
+        return f"The model sees {count:,} values clipped to {low:g} to {high:g}." if count else ""
 
     def editing_refusal(self) -> str:
         """Return why the model cannot edit images; nothing if it can."""
-        if not self.has_pictures:
+        if not self.has_pictures and self.arrays is None:
             return f"no picture holds its {self.channels} channels; hf-ddpm edit takes files of arrays"
         try:
             pipeline = self._editor(DDPMInpaintPipeline, self.default_steps)
             with pipeline._editing_scheduler(None):
-                pipeline._check_inputs(1, None, "pil", (), False)
+                pipeline._check_inputs(1, None, "pil" if self.has_pictures else "pt", (), False)
         except ValueError as error:
             return str(error)
         return ""

@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from PIL import Image
 
 from hf_ddpm.figures import to_pil
@@ -80,8 +81,19 @@ def strip(samples: Samples) -> str:
 
 
 def edit_row(edits: Edits, seeds: Sequence[int]) -> str:
-    """Return an image, its mask if there is one, and its edits, beside each other where there is room."""
+    """Return an image, its mask if there is one, and its edits, beside each other; of arrays with a file of these."""
     shown = [(edits.image, "image"), *([] if edits.mask is None else [(edits.mask, "mask")])]
     shown += [(image, f"seed {seed}") for image, seed in zip(edits.images, seeds, strict=True)]
     cells = [picture(image, text, text) for image, text in shown]
-    return pictures(cells, "repeat(auto-fit, minmax(104px, 1fr))")
+    row = pictures(cells, "repeat(auto-fit, minmax(104px, 1fr))")
+    return row if edits.values is None else row + download(edits.values, "edits.npy")
+
+
+def download(values: np.ndarray, name: str) -> str:
+    """Return a link to a NumPy file of values, which stands in the page as pictures do."""
+    content = io.BytesIO()
+    np.save(content, values)
+    data = base64.b64encode(content.getvalue()).decode()
+    text = f"{name}: {values.shape} {values.dtype}"
+    address = f"data:application/octet-stream;base64,{data}"
+    return f'<p class="note"><a download="{name}" href="{address}">{html.escape(text)}</a></p>'
