@@ -123,13 +123,14 @@ def parts_of_a_step(folders: Iterator[Path]) -> list[str]:
     for num_processes in (1, 2, 4):
         everyones = in_processes(num_processes, steps.measure_step, new_folder(folders))
         columns.append({part: max(of.get(part, 0.0) for of in everyones) for part in everyones[0]})
-    own = [part for part in columns[0] if part not in (steps.NETWORK, "checkpoint")]
+    own = [part for part in columns[0] if part not in (steps.NETWORK, steps.CHECKPOINT, steps.MODELS)]
     rows = [f"{part} | " + " | ".join(f"{1e3 * of[part]:.2f}" for of in columns) for part in sorted(own)]
     sums = [sum(of[part] for part in own) for of in columns]
     rows.append("all of it | " + " | ".join(f"{1e3 * seconds:.2f}" for seconds in sums))
     shares = (seconds / (seconds + steps.STEP_SECONDS) for seconds in sums)
     rows.append(f"share of a step of {steps.STEP_SECONDS} s | " + " | ".join(f"{share:.1%}" for share in shares))
-    rows.append("a checkpoint | " + " | ".join(f"{1e3 * of['checkpoint']:.2f}" for of in columns))
+    for name, part in (("a checkpoint", steps.CHECKPOINT), (f"{steps.MODELS}, all", steps.MODELS)):
+        rows.append(f"{name} | " + " | ".join(f"{1e3 * of[part]:.2f}" for of in columns))
     return section(
         "## The package's own part of a step",
         f"Milliseconds of the slowest of 1, 2 and 4 processes with DDP, 8 digits in each, a line of metrics each "
@@ -159,8 +160,9 @@ def exchanges(folders: Iterator[Path]) -> list[str]:
                 rows.append(f"{kind}, {optimizer} | {place} | {operation} | {numbers}")
     return section(
         "## Exchanges among processes",
-        "What the main process starts, with the bytes of all tensors that it gives and gets. The weights are "
-        f"{weights:,} bytes. DDP's own exchange of gradients, once a step and of as many bytes, is not counted.",
+        "What the main process takes part in, with the bytes of all tensors that it gives and gets, in the second "
+        f"step. The weights are {weights:,} bytes, and DDP exchanges as many of gradients. Its two broadcasts are of "
+        "that step alone, after which it keeps the order of its gradients.",
         table("training | when | operation | of 2: count | bytes | of 4: count | bytes", rows),
     )
 

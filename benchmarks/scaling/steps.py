@@ -34,7 +34,7 @@ from tests.support.networks import smallest_unet_config
 # The network's own time, which other work on the machine does not disturb.
 STEP_SECONDS = 0.1
 FIRST, STEPS, STEPS_BETWEEN_LINES, STEPS_BETWEEN_CHECKPOINTS = 5, 45, 10, 20
-NETWORK = "network and gradients"
+NETWORK, CHECKPOINT, MODELS = "network and gradients", "checkpoint", "models, snapshots and previews"
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -51,7 +51,8 @@ PARTS: dict[Any, dict[str, str]] = {
         "seed_step": "t, eps and other draws",
         "log": "metrics",
         "count_skipped_steps": "metrics",
-        "checkpoint": "checkpoint",
+        "checkpoint": CHECKPOINT,
+        **dict.fromkeys(("save_model", "save_guide", "save_snapshot", "save_preview"), MODELS),
     },
     loop.sharding: {"step": "optimizer"},
     Objective: {"__call__": "noise and loss"},
@@ -111,13 +112,16 @@ class Collectives(TorchDispatchMode):
         """Count an operation if it is one."""
         if any(kind is DTensor for kind in types):  # whose operations are those of its shards
             return NotImplemented
+        result = func(*args, **(kwargs or {}))
         is_exchange = func.namespace in ("c10d", "_c10d_functional")
         if is_exchange and not func.name().endswith(("wait_tensor", "wrap_tensor_autograd")):
             name = func.name().partition("::")[2].strip("_").partition(".")[0]
             tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+            if func.namespace == "_c10d_functional":  # others write into what they are given
+                tensors.append(result)
             self.counts[name] += 1
             self.bytes[name] += sum(t.nbytes for t in tensors)
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def config_of_run(folder: str, **settings: Any) -> TrainingConfig:
@@ -164,7 +168,8 @@ def measure_step(folder: str) -> dict[str, float]:
     network: Any = SleepingNetwork(**smallest_unet_config(channels=1, num_class_embeds=11))
     loop.train(config_of_run(folder), network=network)
     num_checkpoints = len([n for n in range(FIRST + 1, FIRST + STEPS) if n % STEPS_BETWEEN_CHECKPOINTS == 0])
-    measured["checkpoint"] *= (STEPS - 1) / num_checkpoints
+    measured[CHECKPOINT] *= (STEPS - 1) / num_checkpoints
+    measured[MODELS] *= STEPS - 1
     return measured
 
 
