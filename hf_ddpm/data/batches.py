@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +25,30 @@ from hf_ddpm.data.planes import center_crop, random_crop
 from hf_ddpm.value_range import Scale, ValueRange
 
 _DRAWS = ("order", "flip", "crop")
+_NUMBERS = {"flip": 1, "crop": 2}  # how many an image draws
 
 
-@lru_cache(maxsize=6)  # all three draws of two epochs
-def _draw_epoch(draw: str, seed: int, epoch: int, num_images: int) -> np.ndarray:
-    rng = np.random.default_rng((seed, _DRAWS.index(draw), epoch))
-    if draw == "order":
-        return rng.permutation(num_images)
-    return rng.random((num_images, 2 if draw == "crop" else 1))
+def _generator(draw: str, seed: int, epoch: int) -> np.random.Generator:
+    return np.random.default_rng((seed, _DRAWS.index(draw), epoch))
+
+
+@lru_cache(maxsize=2)  # a step may lie in two epochs
+def _order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """Return the order of an epoch in as few bytes as it takes: each process and worker holds it."""
+    order = np.arange(num_images, dtype=np.min_scalar_type(num_images))
+    _generator("order", seed, epoch).shuffle(order)
+    return order
+
+
+def _draw_epoch(draw: str, seed: int, epoch: int, offsets: range) -> np.ndarray:
+    """Return what the images at some offsets in an epoch draw in [0, 1), (number of offsets, numbers of an image).
+
+    The generator is set forward to the first of them. So a draw takes no longer, and no more memory, in a large epoch.
+    """
+    generator = _generator(draw, seed, epoch)
+    bits: Any = generator.bit_generator
+    bits.advance(offsets.start * _NUMBERS[draw])
+    return generator.random((len(offsets), _NUMBERS[draw]))
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
@@ -45,7 +62,7 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     Returns:
         A permutation of [0, N): (N,) int64.
     """
-    return _draw_epoch("order", seed, epoch, num_images).copy()
+    return _order(seed, epoch, num_images).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +139,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return epoch * num_images + extra_offsets
 
     def _read(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        indices = self._draw_for("order", positions)
+        indices = self._indices_at(positions)
         if isinstance(self.images, GivenImages):
             pixels, labels = self._read_given(self.images, indices, positions)
         else:
@@ -131,23 +148,34 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self._finished(pixels, positions), None if labels is None else torch.from_numpy(labels)
 
     def _read_conditions(self, conditions: ImageCache, positions: np.ndarray) -> torch.Tensor:
-        pixels = self._cropped(conditions, self._draw_for("order", positions), positions)
+        pixels = self._cropped(conditions, self._indices_at(positions), positions)
         return self._finished(pixels, positions)
 
     def _finished(self, pixels: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Mirror the images whose position drew that, and return all as torch holds them."""
         if self.random_flip:
-            is_flipped = self._draw_for("flip", positions)[:, 0] < 0.5
+            is_flipped = self._draws_at("flip", positions)[:, 0] < 0.5
             pixels[is_flipped] = pixels[is_flipped, :, :, ::-1]
         return as_tensor(pixels)
 
-    def _draw_for(self, draw: str, positions: np.ndarray) -> np.ndarray:
-        """Return what each position drew in its epoch; consecutive positions lie in few epochs."""
+    def _indices_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return which image stands at each position; consecutive positions lie in few epochs."""
         epochs, offsets = np.divmod(positions, len(self.images))
-        draws = [
-            _draw_epoch(draw, self.seed, epoch, len(self.images))[offsets[epochs == epoch]]
+        indices = [
+            _order(self.seed, epoch, len(self.images))[offsets[epochs == epoch]]
             for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
         ]
+        return np.concatenate(indices).astype(np.int64)
+
+    def _draws_at(self, draw: str, positions: np.ndarray) -> np.ndarray:
+        """Return what each position draws in its epoch, (number of positions, numbers of an image)."""
+        epochs, offsets = np.divmod(positions, len(self.images))
+        ends = [*np.flatnonzero(np.diff(offsets) != 1).tolist(), len(positions) - 1]
+        draws, first = [], 0
+        for end in ends:
+            run = range(int(offsets[first]), int(offsets[end]) + 1)
+            draws.append(_draw_epoch(draw, self.seed, int(epochs[first]), run))
+            first = end + 1
         return np.concatenate(draws)
 
     def _cropped(self, images: ImageCache, indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -155,7 +183,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if images.is_uniform:
             return np.asarray(images.pixels).reshape(-1, *shape)[indices]
         pixels = np.empty((len(indices), *shape), images.pixels.dtype)
-        for target, i, (u, v) in zip(pixels, indices, self._draw_for("crop", positions), strict=True):
+        for target, i, (u, v) in zip(pixels, indices, self._draws_at("crop", positions), strict=True):
             target[:] = random_crop(images.image(i), images.size, u, v)
         return pixels
 
@@ -163,7 +191,7 @@ class MicroBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self, images: GivenImages, indices: np.ndarray, positions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
         crops, labels = [], []
-        for i, (u, v) in zip(indices.tolist(), self._draw_for("crop", positions), strict=True):
+        for i, (u, v) in zip(indices.tolist(), self._draws_at("crop", positions), strict=True):
             planes, label = images.read(i)
             crops.append(random_crop(planes, images.size, u, v))
             labels.append(label)
@@ -212,7 +240,7 @@ def fixed_pixels(images: ImageCache, indices: np.ndarray | None = None) -> np.nd
     indices = np.arange(len(images)) if indices is None else indices
     pixels = np.empty((len(indices), *shape), images.pixels.dtype)
     places = np.empty((len(images), 2))
-    places[epoch_order(0, 0, len(images))] = _draw_epoch("crop", 0, 0, len(images))
+    places[epoch_order(0, 0, len(images))] = _draw_epoch("crop", 0, 0, range(len(images)))
     for target, i in zip(pixels, indices.tolist(), strict=True):
         planes = images.image(i)
         is_random = images.random_crop

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from mmap import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from huggingface_hub.utils import tqdm
@@ -91,7 +92,7 @@ class ImageCache:
 
     Args:
         pixels: All values back to back, uint8 or uint16, of arrays in their own type, mapped from the file.
-        index: (N, 3) int64; for each image the offset of its first value, its height and its width.
+        index: (N, 3) int64; for each image the offset of its first value, its height and its width. It is mapped, too.
         channels: The number of planes of each image: 1, 3 or 4, of arrays any number.
         max_value: 255, or 65535 where 16-bit images keep their precision.
         size: Height and width of x_0, to which larger images are cropped when they are read.
@@ -170,16 +171,28 @@ class ImageCache:
         return replace(self, value_range=values, num_clipped=0 if is_inside else count_outside(self.pixels, values))
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        if isinstance(self.pixels, np.memmap):  # Otherwise it would be pickled with all its values.
-            state["pixels"] = (str(self.pixels.filename), self.pixels.dtype)
-        return state
+        return {name: _as_file(value) for name, value in self.__dict__.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if isinstance(state["pixels"], tuple):
-            path, dtype = state["pixels"]
-            self.__dict__["pixels"] = np.memmap(path, dtype=dtype, mode="r")
+        for name, value in state.items():
+            self.__dict__[name] = np.memmap(*value) if isinstance(value, _MappedFile) else value
+
+
+class _MappedFile(NamedTuple):
+    """The arguments with which `np.memmap` maps a file."""
+
+    filename: str
+    dtype: np.dtype
+    mode: Literal["r"]
+    offset: int
+    shape: tuple[int, ...]
+
+
+def _as_file(value: Any) -> Any:
+    """Return the file of a mapped array, which would be pickled with all its values; another value as it is."""
+    if isinstance(value, np.memmap) and isinstance(value.base, mmap):  # a part of one has the filename, too
+        return _MappedFile(str(value.filename), value.dtype, "r", value.offset, value.shape)
+    return value
 
 
 def files_of(source: Source, config: DataConfig) -> Any:
@@ -221,7 +234,7 @@ def load_column(
         dataset = open_dataset(config) if dataset is None else dataset
         _create_cache(folder, dataset, source, config, accept)
         accept = None
-    images = _read_cache(folder, source.name)
+    images = read_cache(folder, source.name)
     if images.value_range is None:
         require_no_array_settings(config, is_alone=config.condition_column is None)
     else:
@@ -341,11 +354,21 @@ def _rename_unless_present(part: Path, folder: Path) -> None:
             raise
 
 
-def _read_cache(folder: Path, name: str) -> ImageCache:
+def read_cache(folder: Path, name: str) -> ImageCache:
+    """Read a folder of the cache, whose files are mapped into memory.
+
+    Args:
+        folder: The folder.
+        name: The name of the source.
+
+    Raises:
+        UsageError: When a file is damaged.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        index = np.load(folder / "index.npy")
-        labels = np.load(folder / "labels.npy") if (folder / "labels.npy").exists() else None
+        # Mapped, as the pixels are: processes and workers share them, and hold none that they do not read.
+        index = np.load(folder / "index.npy", mmap_mode="r")
+        labels = np.load(folder / "labels.npy", mmap_mode="r") if (folder / "labels.npy").exists() else None
         dtype, size = np.dtype(meta.pop("dtype")), meta.pop("size")
         image_size = to_size(meta.pop("resolution"))
         if meta["label_columns"] is not None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -194,7 +195,7 @@ class _Substream:
     def _begin_before(self, j: int) -> None:
         """Go to the nearest known block start that is not after element j, or else to the beginning."""
         self.block, self.num_empty_epochs = [], 0
-        usable = [s for s in self.batches.block_starts if s.substream == self.number and s.element <= j]
+        usable = [s for s in self.batches.starts_of_substreams.get(self.number, ()) if s.element <= j]
         if usable:
             nearest = max(usable, key=lambda start: start.element)
             self.element = nearest.element
@@ -255,7 +256,7 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
     - `positions` (B,) int64, positions in the stream;
     - `labels` (B,) int64, if the images have classes; other labels as in `MicroBatches`;
     - `num_bad`, an int64 scalar, the number of images that stand in for unreadable ones;
-    - `block_starts`, a list of `BlockStart`: for each substream that this worker has read, the block it read last.
+    - `block_starts`, a list of `BlockStart`: for each substream that it was read from, the block that was read last.
 
     Crops and flips are functions of (seed, position).
 
@@ -291,6 +292,14 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
     shuffle_buffer_images: int
     block_starts: tuple[BlockStart, ...] = ()
 
+    @cached_property
+    def starts_of_substreams(self) -> dict[int, list[BlockStart]]:
+        """The known block starts of each substream."""
+        starts: dict[int, list[BlockStart]] = {}
+        for start in self.block_starts:
+            starts.setdefault(start.substream, []).append(start)
+        return starts
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -303,7 +312,7 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
         size = self.stream.size
         dtype = self.stream.image_format.dtype
         pixels = np.empty((len(positions), self.stream.channels, *size), dtype)
-        labels, num_bad = [], 0
+        labels, num_bad, block_starts = [], 0, {}
         u, v = (hashed_uniform(self.seed, side, positions) for side in (TOP, LEFT))
         for i, position in enumerate(positions.tolist()):
             substream, element = self._element_at(substreams, position)
@@ -311,6 +320,7 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
             pixels[i] = random_crop(planes, size, u[i], v[i])
             labels.append(label)
             num_bad += is_replaced
+            block_starts[substream.number] = substream.block_start
         if self.random_flip:
             is_flipped = hashed_uniform(self.seed, FLIP, positions) < 0.5
             pixels[is_flipped] = pixels[is_flipped, :, :, ::-1]
@@ -318,7 +328,7 @@ class StreamBatches(torch.utils.data.IterableDataset[dict[str, Any]]):
             "pixels": as_tensor(pixels),
             "positions": torch.from_numpy(positions),
             "num_bad": torch.tensor(num_bad),
-            "block_starts": [substreams[number].block_start for number in sorted(substreams)],
+            "block_starts": [block_starts[number] for number in sorted(block_starts)],
         }
         if self.stream.labels is not None:
             batch["labels"] = torch.from_numpy(np.stack(labels))

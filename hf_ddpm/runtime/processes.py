@@ -54,7 +54,8 @@ class Processes:
     """
 
     def __init__(self, timeout: timedelta = timedelta(days=7)) -> None:
-        self.rank, self.size, self._group = 0, 1, None
+        self.rank, self.size = 0, 1
+        self._group: Any = None
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size > 1:
@@ -85,13 +86,7 @@ class Processes:
         Raises:
             Exception: On all processes, what `compute` raised on one of them.
         """
-        outcome: tuple[Any, Exception | None]
-        try:
-            outcome = compute(), None
-        except Exception as error:
-            if self.size == 1:
-                raise
-            outcome = None, _sendable(error)
+        outcome = self._outcome(compute)
         outcomes: list[Any] = [outcome]
         if self.size > 1:
             outcomes = [None] * self.size
@@ -101,6 +96,15 @@ class Processes:
             if error is not None:
                 raise error
         return [value for value, _ in outcomes]
+
+    def _outcome(self, compute: Callable[[], Value]) -> Any:
+        """Return what `compute` returned and None, or None and what it raised; one process alone raises it."""
+        try:
+            return compute(), None
+        except Exception as error:
+            if self.size == 1:
+                raise
+            return None, _sendable(error)
 
     def map(self, compute: Callable[[int], Value], count: int, label: str) -> list[Value]:
         """Return compute(0), ..., compute(count - 1), each computed by one process and known to all.
@@ -212,8 +216,19 @@ class Processes:
         return values[0]
 
     def on_main(self, compute: Callable[[], Value]) -> Value:
-        """Compute a value on the main process alone, and return it on all processes."""
-        return self.gather(lambda: compute() if self.rank == 0 else None)[0]  # pyright: ignore[reportReturnType]
+        """Compute a value on the main process alone, and return it on all processes.
+
+        Raises:
+            Exception: On all processes, what `compute` raised.
+        """
+        outcomes: list[Any] = [self._outcome(compute) if self.rank == 0 else None]
+        if self.size > 1:
+            # A gather would send as many bytes for each of the others, which have nothing to say.
+            dist.broadcast_object_list(outcomes, src=0, group=self._group)
+        [(value, error)] = outcomes
+        if error is not None:
+            raise error
+        return value
 
     def any(self, flags: list[bool]) -> list[bool]:
         """Return for each flag whether it is set on any process; this is cheap enough for each training step."""

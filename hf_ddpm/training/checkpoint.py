@@ -113,7 +113,7 @@ def save_checkpoint(
     partial = output_dir / f"partial-{target.name}"
     # All processes gather the shards, also when the writing has failed.
     sharded = is_sharded(list(state.unet.parameters()))
-    files = _files(state, progress) if is_main_process or sharded else iter(())
+    files = _files(state, progress, is_main_process) if is_main_process or sharded else iter(())
     if not is_main_process:
         for _ in files:
             pass
@@ -126,7 +126,7 @@ def save_checkpoint(
             can_try_again = error.errno in (errno.ENOSPC, errno.EDQUOT) and not sharded
             if not (can_try_again and total_limit and _prune(output_dir, max(1, total_limit - 1), progress.step)):
                 raise
-            _write(partial, _files(state, progress))
+            _write(partial, _files(state, progress, is_writer=True))
         # A checkpoint of this step is damaged: else the run would have resumed from it.
         if target.exists():
             shutil.rmtree(target)
@@ -146,11 +146,11 @@ def save_checkpoint(
 def checkpoint_bytes(state: TrainingState, progress: Progress, is_main_process: bool) -> int:
     """Return the bytes that `save_checkpoint` would write, without its manifest, on the main process.
 
-    All processes call it; the others get 0 or what they gathered.
+    All processes call it; what the others get means nothing.
     """
     if not is_main_process and not is_sharded(list(state.unet.parameters())):
         return 0
-    return sum(len(content) for _, content in _files(state, progress))
+    return sum(len(content) for _, content in _files(state, progress, is_main_process))
 
 
 def find_checkpoint(output_dir: Path, name: str) -> tuple[Path | None, list[str]]:
@@ -260,20 +260,22 @@ def model_files(unet: Any, weights: Mapping[str, Tensor]) -> Iterator[tuple[str,
     yield WEIGHTS, to_safetensors({**buffers, **weights}, metadata={"format": "pt"})
 
 
-def _files(state: TrainingState, progress: Progress) -> Iterator[tuple[str, bytes]]:
+def _files(state: TrainingState, progress: Progress, is_writer: bool) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of each file; on a process that only helps to gather, without the tensors."""
     unet, names = state.unet, [name for name, _ in state.unet.named_parameters()]
     parameters = list(unet.parameters())
-    for name, content in model_files(unet, full_tensors(names, parameters)):
+    for name, content in model_files(unet, full_tensors(names, parameters, is_writer)):
         yield f"unet/{name}", content
     averages = dict(state.ema.averages) if state.ema is not None else {}
     if averages:
         first = averages.pop(next(iter(averages)))
-        for name, content in model_files(unet, full_tensors(names, first)):
+        for name, content in model_files(unet, full_tensors(names, first, is_writer)):
             yield f"unet_ema/{name}", content
     if averages:
         keys = [f"{average}/{name}" for average in averages for name in names]
-        yield "averages.safetensors", to_safetensors(full_tensors(keys, [t for a in averages.values() for t in a]))
-    moments = full_moments(dict(unet.named_parameters()), state.optimizer)
+        tensors = [tensor for average in averages.values() for tensor in average]
+        yield "averages.safetensors", to_safetensors(full_tensors(keys, tensors, is_writer))
+    moments = full_moments(dict(unet.named_parameters()), state.optimizer, is_writer)
     yield "optimizer.safetensors", to_safetensors(moments)
     yield "progress.json", json.dumps(asdict(progress), indent=2).encode()
 

@@ -74,7 +74,7 @@ def write_state(run: Run, progress: Progress, state: LoopState) -> str | None:
     scaler = run.accelerator.scaler
     progress = replace(progress, losses=state.meter.state(), scaler=None if scaler is None else scaler.state_dict())
     if progress.stream is not None:
-        progress = merge_block_starts(run.processes, progress, state.first)
+        progress = merge_block_starts(run.processes, progress, state.first, state.block_starts)
     problem = save_checkpoint(run.state, progress, run.output_dir, run.config.checkpoints_total_limit, run.is_main)
     if problem is None:
         start_checkpoint_push(run, progress.step)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import psutil
@@ -227,21 +228,33 @@ def explain_loader_failure(error: Exception, workers: list[Any]) -> str:
     return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else type(error).__name__
 
 
-def advance_stream(progress: Progress, micro_batches: list[dict[str, Any]]) -> Progress:
-    """Record the newest block start of each substream, and count the unreadable images."""
-    stream: Any = progress.stream
-    starts = [BlockStart(**start) for start in stream["block_starts"]]
-    starts += [start for batch in micro_batches for start in batch["block_starts"]]
+def advance_stream(
+    progress: Progress, block_starts: dict[int, BlockStart], micro_batches: list[dict[str, Any]]
+) -> Progress:
+    """Record the newest block start of each substream that a step was read from, and count its unreadable images.
+
+    Args:
+        progress: The progress before the step.
+        block_starts: Those that this process has read, by the number of the substream.
+        micro_batches: Those of the step.
+    """
+    for start in (start for batch in micro_batches for start in batch["block_starts"]):
+        newest = block_starts.setdefault(start.substream, start)
+        if start.element > newest.element:
+            block_starts[start.substream] = start
     num_bad = sum(int(batch["num_bad"]) for batch in micro_batches)
-    stream = {**stream, "block_starts": [start._asdict() for start in newest_block_starts(starts)]}
-    return replace(progress, stream=stream, num_bad_images=progress.num_bad_images + num_bad)
+    return replace(progress, num_bad_images=progress.num_bad_images + num_bad) if num_bad else progress
 
 
-def merge_block_starts(processes: Processes, progress: Progress, first: Progress) -> Progress:
-    """Merge what all processes read of a stream: the newest block starts, and the unreadable images since `first`."""
-    stream: Any = progress.stream
-    everyones = processes.gather(lambda: (stream["block_starts"], progress.num_bad_images - first.num_bad_images))
-    starts = newest_block_starts(BlockStart(**start) for starts, _ in everyones for start in starts)
+def merge_block_starts(
+    processes: Processes, progress: Progress, first: Progress, block_starts: dict[int, BlockStart]
+) -> Progress:
+    """Merge what all processes read of a stream since `first`: the newest block starts, and the unreadable images."""
+    own = list(block_starts.values()), progress.num_bad_images - first.num_bad_images
+    everyones = processes.gather(lambda: own)
+    stream: Any = first.stream
+    starts = [BlockStart(**start) for start in stream["block_starts"]]
+    starts = newest_block_starts(chain(starts, *(starts for starts, _ in everyones)))
     num_bad = first.num_bad_images + sum(num_bad for _, num_bad in everyones)
     stream = {**stream, "block_starts": [start._asdict() for start in starts]}
     return replace(progress, stream=stream, num_bad_images=num_bad)

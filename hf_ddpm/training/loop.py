@@ -240,7 +240,7 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
                 end_early(run, progress, state, stop, loader, failure)
             if progress.stream is not None:
                 num_bad_images = progress.num_bad_images
-                progress = advance_stream(progress, micro_batches)
+                progress = advance_stream(progress, state.block_starts, micro_batches)
                 if progress.num_bad_images > num_bad_images == state.first.num_bad_images:
                     send_alert(run, "images are lost", "an unreadable image was met, and left out")
             with naming_compilation(run, progress.step == state.first.step):
@@ -257,7 +257,9 @@ def run_loop(run: Run, progress: Progress, stop: StopRequest) -> Progress:
             progress, events = do_what_is_due(run, progress, state, result)
             announce(run, progress, state, events)
     require_finite_end(run.config, progress)
-    return progress if progress.stream is None else merge_block_starts(run.processes, progress, state.first)
+    if progress.stream is None:
+        return progress
+    return merge_block_starts(run.processes, progress, state.first, state.block_starts)
 
 
 def do_what_is_due(run: Run, progress: Progress, state: LoopState, result: StepResult) -> tuple[Progress, list[Event]]:

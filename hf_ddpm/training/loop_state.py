@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_ddpm.data.shard_batches import BlockStart
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.metrics import LinesFile, Meter
 from hf_ddpm.training.run import Run, num_steps_left
@@ -42,6 +43,7 @@ class LoopState:
         first: The progress at the start of this process.
         unread: The results of the steps since the last logged one.
         saved_step: The step of the newest checkpoint; 0 without any.
+        block_starts: The newest block start of each substream of a stream that this process has read.
     """
 
     def __init__(self, run: Run, progress: Progress) -> None:
@@ -52,6 +54,7 @@ class LoopState:
         self.evaluations = LinesFile(run.output_dir / "eval.jsonl")
         self.unread: list[StepResult] = []
         self.saved_step = progress.step
+        self.block_starts: dict[int, BlockStart] = {}
         self.bar = tqdm(
             initial=progress.step,
             total=progress.step + num_steps_left(run, progress),

@@ -38,8 +38,8 @@ def save_model(run: Run, average: list[Tensor] | None, folder: Path) -> bool:
     Raises:
         UsageError: The weights are not finite.
     """
-    unet = averaged_unet(run, average)
-    require_finite(unet.state_dict(), "the model")
+    unet = averaged_unet(run, average, is_kept=run.is_main)
+    run.processes.on_main(lambda: require_finite(unet.state_dict(), "the model"))
     is_written = run.is_main and try_to_write(run, lambda: _write_pipeline(run, unet, folder))
     if is_written and folder == run.output_dir:
         try_to_write(run, lambda: forget_replaced(folder))
@@ -67,7 +67,8 @@ def save_snapshot(run: Run, progress: Progress) -> None:
     if run.state.ema is None or parts_done == count * images_before_step // run.total_images:
         return
     averages = {
-        std: without_map(full_tensors(run.names, run.state.ema.averages[f"std-{std:g}"])) for std in TRACKED_STDS
+        std: without_map(full_tensors(run.names, run.state.ema.averages[f"std-{std:g}"], run.is_main))
+        for std in TRACKED_STDS
     }
     path = snapshot_path(run.output_dir, progress.images)
     if run.is_main:
@@ -83,15 +84,23 @@ def save_guide(run: Run, progress: Progress) -> None:
     end = run.total_images / GUIDE_PART
     if run.state.ema is None or not progress.images - run.global_batch_size < end <= progress.images:
         return
-    unet = averaged_unet(run, run.average)
+    unet = averaged_unet(run, run.average, is_kept=run.is_main)
     if run.is_main and all(bool(weight.isfinite().all()) for weight in unet.state_dict().values()):
         try_to_write(run, lambda: _write_guide(unet, run.output_dir))
 
 
-def averaged_unet(run: Run, average: list[Tensor] | None) -> Any:
-    """Return the network with averaged weights, or its own, on the CPU; all processes call it."""
+def averaged_unet(run: Run, average: list[Tensor] | None, is_kept: bool = True) -> Any:
+    """Return the network with averaged weights, or its own, on the CPU; all processes call it.
+
+    Args:
+        run: The run.
+        average: The average; None: the weights.
+        is_kept: False on a process that only helps to gather the weights, which gets None.
+    """
     unet = run.state.unet
-    weights = without_map(full_tensors(run.names, run.parameters if average is None else average))
+    weights = without_map(full_tensors(run.names, run.parameters if average is None else average, is_kept))
+    if not is_kept:
+        return None
     buffers = {name: buffer.cpu() for name, buffer in unet.named_buffers() if name in unet.state_dict()}
     # Other networks may have buffers that are not among their weights.
     with torch.device("meta" if isinstance(unet, UNet2DModel) else "cpu"):

@@ -118,12 +118,25 @@ def is_sharded(tensors: Sequence[Tensor]) -> bool:
     return any(hasattr(tensor, "full_tensor") for tensor in tensors)
 
 
-def full_tensors(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the tensors by name, full and on the CPU; all processes must call it where they are sharded."""
-    return {name: full(tensor).detach().cpu().contiguous() for name, tensor in zip(names, tensors, strict=True)}
+def full_tensors(names: Sequence[str], tensors: Sequence[Tensor], is_kept: bool = True) -> dict[str, Tensor]:
+    """Return the tensors by name, full and on the CPU; all processes must call it where they are sharded.
+
+    Args:
+        names: Their names.
+        tensors: The tensors.
+        is_kept: False on a process that only helps to gather them: it holds one at a time, and returns none.
+    """
+    whole = {}
+    for name, tensor in zip(names, tensors, strict=True):
+        value = full(tensor)
+        if is_kept:
+            whole[name] = value.detach().cpu().contiguous()
+    return whole
 
 
-def full_moments(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def full_moments(
+    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, is_kept: bool = True
+) -> dict[str, Tensor]:
     """Return the tensors of the optimizer's state as `full_tensors` does.
 
     Returns:
@@ -134,7 +147,7 @@ def full_moments(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimi
         for name, parameter in parameters.items()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
-    return full_tensors(list(moments), list(moments.values()))
+    return full_tensors(list(moments), list(moments.values()), is_kept)
 
 
 def bytes_held(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 from hf_ddpm.data.batches import epoch_order, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.images import load_images
+from hf_ddpm.data.planes import random_crop
 from tests.support.image_data import cache_config, micro_batches, noise, save_grays
 
 
@@ -129,6 +132,39 @@ def test_batches_of_square_images_follow_the_epoch_order(folder: Path) -> None:
     assert "labels" not in batch
     assert "extra_images" not in batch
     assert micro_batches(images, num_extra_images=3)[0].keys() == {"pixels", "positions", "extra_images"}
+
+
+def test_order_flips_and_crops_are_those_of_a_generator_for_each_epoch(seven_images: ImageCache) -> None:
+    """Positions out of the middle of epochs draw what a generator gives that draws for all images, one by one."""
+    batches = micro_batches(seven_images, random_flip=True, seed=5, batch_size=11, first_position=24, num_steps=2)
+    for batch in batches:  # type: ignore[arg-type]
+        for position, label, pixels in zip(batch["positions"], batch["labels"], batch["pixels"].numpy(), strict=True):
+            epoch, offset = divmod(int(position), 7)
+            order, flip, crop = (np.random.default_rng((5, draw, epoch)) for draw in range(3))
+            assert label == order.permutation(7)[offset]
+            planes = random_crop(seven_images.image(int(label)), (8, 8), *crop.random((7, 2))[offset])
+            assert np.array_equal(pixels, planes[:, :, ::-1] if flip.random(7)[offset] < 0.5 else planes)
+
+
+@pytest.mark.parametrize("num_images", [200, 2**8, 2**16 + 1])
+def test_order_in_few_bytes_is_that_of_eight(num_images: int) -> None:
+    order = np.random.default_rng((3, 0, 5)).permutation(num_images)
+    assert np.array_equal(epoch_order(3, 5, num_images), order)
+
+
+def test_batch_of_many_images_takes_memory_for_their_order_alone(folder: Path) -> None:
+    save_grays(folder, 1)
+    one, count = load_images(cache_config(folder, resolution=4, random_crop=True)), 2**20
+    images = replace(one, index=np.broadcast_to(one.index, (count, 3)))
+    assert not images.is_uniform  # so that crops are drawn, too
+    batches = micro_batches(images, random_flip=True, first_position=3 * count - 2, seed=7)
+    tracemalloc.start()
+    try:
+        batches[0]
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 2 * 4 * count < held < peak < 2.5 * 4 * count  # of two epochs, four bytes for each image
 
 
 def test_epoch_order_is_a_permutation_of_its_own() -> None:

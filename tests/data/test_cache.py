@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import signal
+from dataclasses import replace
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -240,5 +242,24 @@ def test_pickle_of_cache_holds_no_pixels(folder: Path) -> None:
     save_grays(folder, 4, size=64)
     images = load_images(cache_config(folder))
     content = pickle.dumps(micro_batches(images))
-    assert len(content) < 2000 < images.pixels.size
+    assert len(content) < 3000 < images.pixels.size
     assert np.array_equal(pickle.loads(content).images.image(2), images.image(2))
+
+
+def test_process_holds_and_sends_nothing_of_each_image(folder: Path) -> None:
+    """Places and labels of the images are mapped from their files, as the pixels are, and pickled as these."""
+    lines = [f'{{"file_name": "{i:03}.png", "n": {i}}}\n' for i in range(40)]
+    save_grays(folder, 40)
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    images = load_images(cache_config(folder, label_column="n"))
+    assert isinstance(images.index.base, mmap)
+    assert images.labels is not None
+    assert isinstance(images.labels.base, mmap)
+    copy = pickle.loads(pickle.dumps(images))
+    assert np.array_equal(copy.index, images.index)
+    assert np.array_equal(copy.labels, images.labels)
+    few, many = (replace(images, index=images.index[:n], labels=images.labels[:n]) for n in (2, 39))
+    assert len(pickle.dumps(images)) < len(pickle.dumps(many))  # a part of them is sent with its values
+    copy = pickle.loads(pickle.dumps(few))
+    assert np.array_equal(copy.index, images.index[:2])
+    assert np.array_equal(copy.labels, images.labels[:2])

@@ -342,3 +342,10 @@ def test_hashed_uniform_is_uniform_and_independent() -> None:
         assert np.abs(np.histogram2d(u, other, 8)[0] - 100_000 / 64).max() < 6 * 40
     assert np.array_equal(hashed_uniform(0, FLIP, positions[500:510]), u[500:510])
     assert ((u * 2**53) % 2).mean() == pytest.approx(0.5, abs=0.01)  # the last of 53 bits
+
+
+def test_batch_tells_the_block_starts_of_the_substreams_that_it_was_read_from(folder: Path) -> None:
+    """A run that goes on with fewer readers has many substreams, of which each batch is read from a few."""
+    save_parquet(folder, [30, 30, 30, 30])
+    batches = list(stream_batches(open_stream(stream_config(folder)), num_substreams=4, chunk_size=4))
+    assert [[start.substream for start in batch["block_starts"]] for batch in batches] == [[k % 4] for k in range(10)]

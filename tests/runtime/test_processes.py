@@ -91,6 +91,9 @@ def write_what_one_learns(rank: int, size: int, folder: Path) -> None:
         "any": [processes.any([False, rank == size - 1]), processes.any([False])],
         "raised": raised,
     }
+    # A gather would send the value once for each process.
+    dist.all_gather_object = None  # type: ignore[assignment]
+    learned["without a gather"] = processes.on_main(lambda: f"of {rank}")
     (folder / f"{rank}.json").write_text(json.dumps(learned))
     dist.destroy_process_group()
 
@@ -121,6 +124,7 @@ def test_all_processes_learn_the_same(tmp_path):
                 "refused item 3",
                 "refused by 1",
             ],
+            "without a gather": "of 0",
         }
 
 
@@ -150,7 +154,7 @@ def test_one_process_communicates_with_no_other(tmp_path, monkeypatch):
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        for name in ("new_group", "all_gather_object", "all_reduce"):
+        for name in ("new_group", "all_gather_object", "broadcast_object_list", "all_reduce"):
             monkeypatch.setattr(dist, name, refuse)
         processes = Processes()
         assert (processes.rank, processes.size) == (0, 1)

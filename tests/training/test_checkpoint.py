@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import UNet2DModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.training.averages import EMA
@@ -18,6 +21,7 @@ from hf_ddpm.training.checkpoint import (
     FORMAT,
     Progress,
     TrainingState,
+    checkpoint_bytes,
     find_checkpoint,
     load_checkpoint,
     read_progress,
@@ -269,6 +273,23 @@ def test_full_disk_costs_the_newest_checkpoint_only(tiny_settings, tmp_path):
     assert verify(tmp_path / "kept") is None
     assert "resumes from checkpoint-2" in (tmp_path / "second.log").read_text()
     assert not differences(tmp_path / "finished", Path(whole.output_dir))
+
+
+def test_process_that_does_not_write_keeps_nothing_of_a_sharded_checkpoint(state, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        whole = checkpoint_bytes(state, PROGRESS, is_main_process=True)
+        mesh = init_device_mesh("cpu", (1,))
+        for module in state.unet.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                sharded = torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)]))
+                state.optimizer.state[sharded] = state.optimizer.state.pop(parameter)
+                setattr(module, name, sharded)
+        assert checkpoint_bytes(state, PROGRESS, is_main_process=True) == whole > 10**5
+        # Its files hold the config of the network, and the progress.
+        assert checkpoint_bytes(state, PROGRESS, is_main_process=False) < 10**4
+    finally:
+        dist.destroy_process_group()
 
 
 def test_run_goes_on_when_a_checkpoint_cannot_be_written(state, tmp_path):

@@ -9,8 +9,19 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from hf_ddpm.data.shard_batches import BlockStart
+from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.training import loader
-from hf_ddpm.training.loader import DataWaitError, Loader, Watch, explain_loader_failure, next_batches
+from hf_ddpm.training.checkpoint import Progress
+from hf_ddpm.training.loader import (
+    DataWaitError,
+    Loader,
+    Watch,
+    advance_stream,
+    explain_loader_failure,
+    merge_block_starts,
+    next_batches,
+)
 
 
 class Waits(Dataset):
@@ -83,3 +94,20 @@ def test_wait_ends_when_the_run_is_asked_to_end(waits):
     opened, _ = waits
     assert next_batches(opened, 2, lambda: True) == ([], None)
     opened.workers[0].join()
+
+
+def test_step_of_a_stream_notes_what_it_read_and_leaves_the_rest_as_it_is():
+    """A run that is resumed has a block start for each worker of its first start; a step is read from a few."""
+    starts = [BlockStart(substream, 70, 0, 0, 7) for substream in range(100)]
+    stream = {"num_substreams": 100, "chunk_size": 4, "block_starts": [start._asdict() for start in starts]}
+    first = Progress(3, 24, 1.0, 0, 8, 8, None, "", num_bad_images=2, stream=stream)
+    read, progress = {}, first
+    for element, num_bad in ((70, 0), (77, 1), (84, 0)):
+        batches = [{"block_starts": [BlockStart(5, element, 0, 0, element)], "num_bad": num_bad}]
+        progress = advance_stream(progress, read, batches)
+        assert progress.stream is stream
+    assert read == {5: BlockStart(5, 84, 0, 0, 84)}
+    merged = merge_block_starts(Processes(), progress, first, read)
+    starts[5] = BlockStart(5, 84, 0, 0, 84)
+    assert merged.stream == {**stream, "block_starts": [start._asdict() for start in starts]}
+    assert merged.num_bad_images == 3
