@@ -80,7 +80,7 @@ def in_wandb(config: TrainingConfig, folder: Path) -> Curve:
     """Return what the newest of the folders holds that W&B makes for each start offline, of one run id."""
     *_, newest = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     assert newest.stem == f"run-{json.loads((Path(config.output_dir) / 'tracker.json').read_text())['wandb_id']}"
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
 
     curve: Curve = []
     for content in records_of_wandb(newest.read_bytes()):
