@@ -18,7 +18,7 @@ from hf_ddpm.data.conditions import pairs_of, with_conditions_of_model
 from hf_ddpm.data.config import DataConfig
 from hf_ddpm.data.description import describe_images
 from hf_ddpm.data.images import dtype_of_conditions, load_images
-from hf_ddpm.data.sources import check_source, find_source
+from hf_ddpm.data.sources import check_source, find_source, kind_of_conditions
 from hf_ddpm.data.splits import open_split
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.value_range import ValueRange
@@ -239,3 +239,25 @@ def test_passed_data_sets_hold_mixed_pairs(tmp_path: Path) -> None:
         images = load_images(config, dataset=table)
         assert (images.value_range is None) is (condition == "depth")
         assert (conditions_in(images).value_range is None) is (condition == "image")
+
+
+def test_splits_are_those_of_images_wherever_their_conditions_are(tmp_path):
+    """A folder of pictures beside splits of arrays hides neither the splits nor what the pictures are."""
+    lines = ["file_name,photo_file_name"]
+    (tmp_path / "photos").mkdir()
+    for i, photo in enumerate(photos(4)):
+        split = "train" if i < 3 else "test"
+        (tmp_path / split).mkdir(exist_ok=True)
+        np.save(tmp_path / f"{split}/{i}.npy", depth_of(photo))
+        Image.fromarray(photo).save(tmp_path / f"photos/{i}.png")
+        lines.append(f"{split}/{i}.npy,photos/{i}.png")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
+    config = cache_config(tmp_path, condition_column="photo")
+    source = find_source(config)
+    assert source.kind == "arrays"
+    assert {"test", "train"} <= {*source.splits}
+    assert kind_of_conditions(config) == "images"
+    images = load_images(config)
+    assert len(images) == 3
+    assert images.conditions is not None
+    assert images.conditions.value_range is None  # pictures, not arrays of uint8

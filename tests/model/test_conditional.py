@@ -42,6 +42,13 @@ def test_condition_reaches_the_network_beside_x_t():
     assert all(np.abs(np.array(a, int) - np.array(b, int)).max() <= 1 for a, b in zip(samples, pictures, strict=True))
 
 
+def test_gray_pictures_of_16_bits_are_taken_as_in_training():
+    pipeline = pipeline_of(copying_network(), prediction_type="sample")
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for image in (Image.fromarray(values), [Image.fromarray(values)]):
+        assert torch.equal(pipeline.to_conditions(image)[0, 0], torch.from_numpy(values.astype(np.float32) / 65535))
+
+
 def test_low_resolution_is_enlarged_as_in_training():
     pipeline = pipeline_of(copying_network(), prediction_type="sample")
     pipeline.condition = Condition(1, super_resolution=2)
