@@ -295,7 +295,7 @@ def test_distances_rise_with_noise_blur_and_missing_classes(name: str, network_f
     network = load_network(name, network_file if name == "inception" else None)
     cached = load_images(TrainingConfig(dataset_name="digits", label_column="label", cache_dir=str(tmp_path)))
     half = 200 if name == "inception" else 100
-    pixels, labels = torch.from_numpy(fixed_pixels(cached)[: 2 * half].copy()), torch.from_numpy(cached.labels)
+    pixels, labels = torch.from_numpy(fixed_pixels(cached)[: 2 * half].copy()), torch.tensor(cached.labels)
     reference, others, kinds = collect(network, [pixels[:half]]), pixels[half:], labels[half : 2 * half]
 
     def distances(images: torch.Tensor) -> dict[str, float]:
