@@ -20,22 +20,14 @@ from typing import Any
 
 from benchmarks.scaling import images, steps
 from benchmarks.scaling.apart import MIB, in_processes
+from tests.support.networks import tiny_unet_config
 
 IMAGES, PROCESSES, WORKERS = (10**4, 10**5, 10**6, 10**7), (1, 8, 64, 1024), 8
 # The kind of a data set -> its numbers of images, and the largest that is also decoded.
 DATA = {"files": ((10**3, 10**4, 10**5), 10**4), "parquet": ((10**4, 10**5, 10**6), 10**5)}
-NETWORK = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": [128, 256],
-    "layers_per_block": 2,
-    "norm_num_groups": 8,
-    "attention_head_dim": 8,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "num_class_embeds": 11,
-}
+NETWORK = tiny_unet_config(
+    1, block_out_channels=[128, 256], layers_per_block=2, norm_num_groups=8, num_class_embeds=11
+)
 SHARDED = ((1, False), (2, False), (2, True), (4, True))
 
 

@@ -4,7 +4,7 @@ It has a place of its own, NAME-checkpoint beside the model NAME, so that it sta
 The place is a storage bucket where huggingface_hub has them, else the branch `main` of a repository:
 
     checkpoint.json     the step, the images, the folder of the files, and size and sha256 of each
-    STEP-XXXXXXXX/      the files, under the names that they have in the run's folder
+    STEP-DIGEST/        the files, under the names that they have in the run's folder
 
 checkpoint.json is written when the files that it names are there, and older files are deleted after that. So it names
 a whole checkpoint at any moment. In a repository all of it is one commit, and the history is then squashed: an older
@@ -100,14 +100,22 @@ def create_place(api: HfApi, model: str) -> Place:
         PushError: When it cannot be created, or is public.
     """
     place = places(api, model + SUFFIX)[0]
-    with as_push_errors(api, place.name):
-        is_private = place.create()
-        if not is_private:
+    create_private(place)
+    return place
+
+
+def create_private(place: Place) -> None:
+    """Create a place unless it exists, and check that it is private.
+
+    Raises:
+        PushError: When it cannot be created, or is public.
+    """
+    with as_push_errors(place.api, place.name):
+        if not place.create():
             raise PushError(
                 f"{place.name} must be private, as it holds a checkpoint, but it exists and is public: make it "
                 "private on the Hub, or give another hub_model_id"
             )
-    return place
 
 
 def require_write(api: HfApi, name: str) -> None:

@@ -81,7 +81,7 @@ RUN_FILES = (
     # One line per logged step, and one per measurement.
     RunFile("metrics.jsonl", is_uploaded=True, is_of_checkpoint=True, on_resume="cut lines"),
     RunFile("eval.jsonl", is_uploaded=True, is_replaced=True, is_of_checkpoint=True, on_resume="cut lines"),
-    RunFile("tracker.json", is_of_checkpoint=True),  # what the run is called by a tracker
+    RunFile("tracker.json", is_of_checkpoint=True),  # the id by which trackers find the run again
     RunFile("README.md", is_uploaded=True),  # the model card
     # The model.
     RunFile(MODEL_INDEX, is_uploaded=True, is_of_weights=True),

@@ -14,11 +14,13 @@ from hf_ddpm.hub.checkpoints import (
     SUFFIX,
     Place,
     Record,
+    create_private,
     download_checkpoint,
     find_record,
     full_name,
     require_write,
 )
+from hf_ddpm.hub.places import has_buckets
 from hf_ddpm.runtime.errors import PushError, UsageError
 from hf_ddpm.runtime.files import flush_folder, lock, write_atomically
 from hf_ddpm.runtime.format import format_amount
@@ -47,11 +49,13 @@ def resume_from_hub(config: TrainingConfig, print_line: Callable[[str], None]) -
         require_write(api, model)
         found = find_record(api, model)
         if found is None:
+            unseen = "" if has_buckets() else ", or it is a bucket, which takes huggingface_hub 2 and hf-xet"
             raise UsageError(
                 f"resume_from_checkpoint hub needs a checkpoint on the Hub, but {model}{SUFFIX} holds none, is not "
-                "there, or the token may not see it: give the hub_model_id of the run, or latest to begin one"
+                f"there, or the token may not see it{unseen}: give the hub_model_id of the run, or latest to begin one"
             )
         place, record = found
+        create_private(place)
         settings = settings_of_record(config, place, record)
         if (output_dir / "config.yaml").is_file():
             check_same_run(config, output_dir / "config.yaml")

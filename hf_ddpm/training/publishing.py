@@ -20,6 +20,7 @@ from hf_ddpm.hub.checkpoints import (
     Record,
     copy_checkpoint,
     create_place,
+    create_private,
     find_record,
     full_name,
     read_settings,
@@ -63,6 +64,7 @@ def check_places(config: TrainingConfig) -> None:
         found = find_record(api, name) if config.hub_strategy == "checkpoint" else None
         if found is not None and not config.overwrite_output_dir:
             place, record = found
+            create_private(place)
             settings_of_record(config, place, record)
             require_older(record, step, place.name)
 

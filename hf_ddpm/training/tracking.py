@@ -35,14 +35,13 @@ def start_trackers(run: Run, progress: Progress) -> Run:
     is_resumed = config.resume_from_checkpoint is not None  # also where the start before left no checkpoint
     has_events = is_resumed and any(events.glob("events.out.tfevents.*"))
     in_events = _tracked_by_tensorboard(events, progress.step) if has_events and run.is_main else Tracked()
-    starts: dict[str, dict[str, Any]] = {
-        "wandb": {"name": name, "resume": "allow"},
-        "trackio": {"name": name, "resume": "allow" if is_resumed else "never"},
-        # TensorBoard then shows nothing of later steps that the folder holds.
-        "tensorboard": {"purge_step": progress.step + 1} if has_events else {},
-    }
-    if "wandb" in (config.logger or "").split(","):
-        starts["wandb"]["id"] = run.processes.on_main(lambda: _wandb_id(run.output_dir))
+    # TensorBoard then shows nothing of later steps that the folder holds.
+    starts: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": progress.step + 1} if has_events else {}}
+    if {"wandb", "trackio"} & {*(config.logger or "").split(",")}:
+        known = run.processes.on_main(lambda: _id_of_run(run.output_dir))
+        starts["wandb"] = {"id": known, "name": name, "resume": "allow"}
+        # Trackio finds runs by their names alone, and other folders may have the name of this one.
+        starts["trackio"] = {"name": f"{name}-{known}", "resume": "allow"}
 
     def start() -> None:
         accelerator.init_trackers(config.tracker_project, None, starts)
@@ -77,13 +76,13 @@ def finish_trackers(run: Run) -> None:
         try_to_track(run, tracker.finish)
 
 
-def _wandb_id(output_dir: Path) -> str:
-    """Return the id by which W&B finds the run again, on any machine."""
+def _id_of_run(output_dir: Path) -> str:
+    """Return the id by which W&B and Trackio find the run again, on any machine."""
     path = output_dir / "tracker.json"
-    known = read_mapping(path, "delete it, and W&B begins another run").get("wandb_id")
+    known = read_mapping(path, "delete it, and the tracker begins another run").get("id")
     if known is None:
         known = uuid4().hex[:8]
-        write_atomically(path, json.dumps({"wandb_id": known}) + "\n")
+        write_atomically(path, json.dumps({"id": known}) + "\n")
     return str(known)
 
 

@@ -16,6 +16,7 @@ from hf_ddpm.training.checks import check_config
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from tests.support.forks import python
+from tests.support.hub_buckets import BucketServer
 from tests.support.hub_checkpoints import PLACE, is_private, stored_step
 from tests.support.hub_runs import NAME, READER, TOKEN, UPLOAD_WARNING
 from tests.support.hub_server import HubServer, client_environment
@@ -80,6 +81,18 @@ def test_another_run_is_replaced_neither_in_the_folder_nor_on_the_hub(
         train(TrainingConfig(**{**settings, **mine, "resume_from_checkpoint": "latest"}))
     assert before == {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
     assert stored_step(hub) == 2
+
+
+@pytest.mark.slow
+def test_public_place_is_refused_before_any_work(hub: HubServer, settings: dict[str, Any], tmp_path: Path):
+    config = TrainingConfig(**settings)
+    train_until(2, config)
+    (hub.buckets[PLACE] if isinstance(hub, BucketServer) else hub.repo(PLACE)).private = False
+    for name in ("hub", "latest"):
+        other = replace(config, output_dir=str(tmp_path / name), resume_from_checkpoint=name)
+        with pytest.raises(UsageError, match=f"{PLACE} must be private, as it holds a checkpoint, but it"):
+            train(other)
+        assert not Path(other.output_dir).exists()
 
 
 @pytest.mark.slow

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
 
 from hf_ddpm import DDPMImg2ImgPipeline, DDPMInpaintPipeline
 from hf_ddpm.figures import to_pil
 from hf_ddpm.value_range import pictured
 from tests.hub.test_space_arrays import assert_shows, pictures_in
-from tests.support.array_models import RANGE, fields, save_model
+from tests.support.array_models import RANGE, fields, save_mask, save_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,11 +50,7 @@ def page(app: Any, model: Path) -> Any:
 def mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """A mask, which is in the folder of the test as an array and as a picture."""
     monkeypatch.chdir(tmp_path)
-    mask = np.zeros((8, 8), bool)
-    mask[2:6, 1:5] = True
-    np.save("mask.npy", mask)
-    Image.fromarray(mask.astype(np.uint8) * 255).save("mask.png")
-    return mask
+    return save_mask(tmp_path)
 
 
 def values_in(content: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from hf_ddpm.cli import app
 from hf_ddpm.value_range import ValueRange
-from tests.support.array_models import fields, save_model
+from tests.support.array_models import fields, save_mask, save_model
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """A mask, which is in the folder of the test as an array and as a picture."""
     monkeypatch.chdir(tmp_path)
-    mask = np.zeros((8, 8), bool)
-    mask[2:6, 1:5] = True
-    np.save("mask.npy", mask)
-    Image.fromarray(mask.astype(np.uint8) * 255).save("mask.png")
-    return mask
+    return save_mask(tmp_path)
 
 
 def edit(*arguments: object) -> str:

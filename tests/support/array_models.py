@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DModel
+from PIL import Image
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.value_range import ValueRange
@@ -31,3 +32,12 @@ def save_model(folder: Path, channels: int = 2, value_range: ValueRange = RANGE,
     pipeline.value_range = value_range
     pipeline.save_pretrained(folder)
     return folder
+
+
+def save_mask(folder: Path) -> np.ndarray:
+    """Save a mask for images of 8 x 8 as an array and as a picture, and return it, (8, 8) bool."""
+    mask = np.zeros((8, 8), bool)
+    mask[2:6, 1:5] = True
+    np.save(folder / "mask.npy", mask)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "mask.png")
+    return mask

@@ -56,7 +56,7 @@ def write_run(folder: Path, step: int, settings: dict[str, Any], **progress: Any
     config = TrainingConfig(**{**settings, "output_dir": str(folder)})
     (folder / "config.yaml").write_text(yaml.safe_dump(settings_to_save(config)))
     (folder / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "loss": 1.0}}\n' for n in range(1, step + 1)))
-    (folder / "tracker.json").write_text('{"wandb_id": "0123abcd"}')
+    (folder / "tracker.json").write_text('{"id": "0123abcd"}')
     (folder / "previews").mkdir(exist_ok=True)
     (folder / f"previews/step-{step:07d}.png").write_bytes(b"picture %d" % step)
     return folder

@@ -4,12 +4,37 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from hf_ddpm.training.config import TrainingConfig
 from tests.support.networks import smallest_unet_config
+
+
+def pair_settings(folder: Path, channels: int, conditions: int) -> dict[str, Any]:
+    """Write the smallest network for images of these channels that are made from others, and return the settings of a
+    short run of it that validates, but for its data."""
+    config = smallest_unet_config(channels, in_channels=channels + conditions)
+    (folder / "unet.json").write_text(json.dumps(config))
+    return {
+        "eval_steps": 4,
+        "eval_num_images": 4,
+        "eval_network": "efficientnet-lite0",
+        "model_config_name_or_path": str(folder / "unet.json"),
+        "output_dir": str(folder / "run"),
+        "cache_dir": str(folder / "cache"),
+        "train_batch_size": 2,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "ddpm_num_steps": 10,
+        "ddpm_num_inference_steps": 2,
+        "lr_warmup_steps": 0,
+        "eval_batch_size": 2,
+        "cpu_threads_per_process": 1,
+        "ema_snapshots": 0,
+    }
 
 
 def metrics(folder):

@@ -27,8 +27,8 @@ from hf_ddpm.training.loop import train
 from hf_ddpm.value_range import ValueRange
 from tests.data.test_array_conditions import condition_of, conditions_in, save_array_pairs
 from tests.support.array_models import fields
-from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
+from tests.support.trained import pair_settings
 
 pytestmark = pytest.mark.slow
 
@@ -45,27 +45,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
     """The settings of a run that is finished: two channels of float32, made from one of int16."""
     folder = tmp_path_factory.mktemp("array-pairs")
     save_array_pairs(folder / "pairs", fields(20))
-    (folder / "unet.json").write_text(json.dumps(smallest_unet_config(2, in_channels=3)))
     config = TrainingConfig(
         train_data_dir=str(folder / "pairs"),
         condition_column="coarse",
         eval_fraction=0.3,
         display_channels=[1],
-        eval_steps=4,
-        eval_num_images=4,
-        eval_network="efficientnet-lite0",
-        model_config_name_or_path=str(folder / "unet.json"),
-        output_dir=str(folder / "run"),
-        cache_dir=str(folder / "cache"),
-        train_batch_size=2,
-        max_train_steps=4,
-        checkpointing_steps=2,
-        ddpm_num_steps=10,
-        ddpm_num_inference_steps=2,
-        lr_warmup_steps=0,
-        eval_batch_size=2,
-        cpu_threads_per_process=1,
-        ema_snapshots=0,
+        **pair_settings(folder, channels=2, conditions=1),
     )
     train(config)
     return config

@@ -30,6 +30,7 @@ from hf_ddpm.value_range import ValueRange
 from tests.data.test_mixed_pairs import depth_of, photos, save_files, settings_of
 from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
+from tests.support.trained import pair_settings
 
 pytestmark = pytest.mark.slow
 
@@ -55,26 +56,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
     """A run of each direction, on the same files."""
     folder, makes_depths = tmp_path_factory.mktemp("mixed"), request.param.startswith("depth")
     save_files(folder / "pairs", PHOTOS)
-    (folder / "unet.json").write_text(json.dumps(smallest_unet_config(1 if makes_depths else 3, in_channels=4)))
     config = TrainingConfig(
         train_data_dir=str(folder / "pairs"),
         **settings_of(request.param),
         eval_fraction=0.4,
-        eval_steps=4,
-        eval_num_images=4,
-        eval_network="efficientnet-lite0",
-        model_config_name_or_path=str(folder / "unet.json"),
-        output_dir=str(folder / "run"),
-        cache_dir=str(folder / "cache"),
-        train_batch_size=2,
-        max_train_steps=4,
-        checkpointing_steps=2,
-        ddpm_num_steps=10,
-        ddpm_num_inference_steps=2,
-        lr_warmup_steps=0,
-        eval_batch_size=2,
-        cpu_threads_per_process=1,
-        ema_snapshots=0,
+        **pair_settings(folder, channels=1 if makes_depths else 3, conditions=3 if makes_depths else 1),
     )
     train(config)
     return Run(config, makes_depths)

@@ -68,9 +68,14 @@ def in_tensorboard(config: TrainingConfig, _: Path) -> Curve:
     return curve + [(e.step, name, None) for name in events.Tags()["images"] for e in events.Images(name)]
 
 
-def in_trackio(_: TrainingConfig, folder: Path) -> Curve:
+def id_of(config: TrainingConfig) -> str:
+    return json.loads((Path(config.output_dir) / "tracker.json").read_text())["id"]
+
+
+def in_trackio(config: TrainingConfig, folder: Path) -> Curve:
     connection = sqlite3.connect(folder / "hf_ddpm.db")
-    rows = connection.execute("select run_id, step, metrics from metrics").fetchall()
+    query = "select run_id, step, metrics from metrics where run_name = ?"
+    rows = connection.execute(query, [f"{Path(config.output_dir).name}-{id_of(config)}"]).fetchall()
     connection.close()
     assert len({run_id for run_id, _, _ in rows}) == 1
     return [(step, name, value) for _, step, metrics in rows for name, value in json.loads(metrics).items()]
@@ -79,7 +84,7 @@ def in_trackio(_: TrainingConfig, folder: Path) -> Curve:
 def in_wandb(config: TrainingConfig, folder: Path) -> Curve:
     """Return what the newest of the folders holds that W&B makes for each start offline, of one run id."""
     *_, newest = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    assert newest.stem == f"run-{json.loads((Path(config.output_dir) / 'tracker.json').read_text())['wandb_id']}"
+    assert newest.stem == f"run-{id_of(config)}"
     from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
 
     curve: Curve = []
@@ -133,3 +138,22 @@ def test_resumed_run_is_one_curve(tiny_settings: dict[str, Any], tmp_path: Path,
         assert losses.keys() == {*range(1, 7)}
         pictures = {step for step, name, _ in curve if name == "samples"}
         assert pictures == {int(path.stem.removeprefix("step-")) for path in (output_dir / "previews").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", LOGGERS)
+def test_start_that_left_no_checkpoint_is_no_other_run(tiny_settings: dict[str, Any], tmp_path: Path, logger: str):
+    """It goes on from step 0, and takes no folder of the same name for its own."""
+    config = TrainingConfig(**tiny_settings, logger=logger, resume_from_checkpoint="latest")
+    trackers, namesake = tmp_path / "trackers", tmp_path / "other" / Path(config.output_dir).name
+    start(replace(config, output_dir=str(namesake), seed=1), trackers)
+    start(config, trackers, last_step=2)
+    for path in Path(config.output_dir).glob("checkpoint-*"):
+        shutil.rmtree(path)  # as if it had been killed before the first one
+    start(config, trackers)
+    curve = CURVES[logger](config, trackers)
+    assert max(Counter((step, name) for step, name, _ in curve).values()) == 1
+    lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    losses = {step: value for step, name, value in curve if name == "loss"}
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in lines})
+    assert losses.keys() == {*range(1, 7)}

@@ -17,8 +17,8 @@ from hf_ddpm.cli import app
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
 from tests.data.test_volume_pairs import condition_of, save_pairs, save_volume, volumes
-from tests.support.networks import smallest_unet_config
 from tests.support.runs import differences
+from tests.support.trained import pair_settings
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,28 +31,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
     """The settings of a run that is finished: t2, made from t1 of another type."""
     folder = tmp_path_factory.mktemp("volume-pairs")
     save_pairs("parquet", folder / "table")
-    (folder / "unet.json").write_text(json.dumps(smallest_unet_config(1, in_channels=2)))
     config = TrainingConfig(
         dataset_name=str(folder / "table"),
         condition_column="t1",
         resolution=8,
         eval_fraction=0.6,
         group_column="file",
-        eval_steps=4,
-        eval_num_images=4,
-        eval_network="efficientnet-lite0",
-        model_config_name_or_path=str(folder / "unet.json"),
-        output_dir=str(folder / "run"),
-        cache_dir=str(folder / "cache"),
-        train_batch_size=2,
-        max_train_steps=4,
-        checkpointing_steps=2,
-        ddpm_num_steps=10,
-        ddpm_num_inference_steps=2,
-        lr_warmup_steps=0,
-        eval_batch_size=2,
-        cpu_threads_per_process=1,
-        ema_snapshots=0,
+        **pair_settings(folder, channels=1, conditions=1),
         center_crop=True,
         save_figures=False,
     )
