@@ -80,7 +80,8 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "RETRY_PAUSES_SECONDS", (0.01,))
-    monkeypatch.setattr(publishing, "FINAL_RETRY_PAUSES_SECONDS", (0.0, 0.0))
+    for module in (background, publishing):
+        monkeypatch.setattr(module, "FINAL_RETRY_PAUSES_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture
