@@ -256,7 +256,12 @@ def test_splits_are_those_of_images_wherever_their_conditions_are(tmp_path):
     source = find_source(config)
     assert source.kind == "arrays"
     assert {"test", "train"} <= {*source.splits}
-    assert kind_of_conditions(config) == "images"
+    for chosen in (
+        config,
+        replace(config, train_split="train"),
+        replace(config, dataset_name=str(tmp_path / "train")),
+    ):
+        assert kind_of_conditions(chosen) == "images"
     images = load_images(config)
     assert len(images) == 3
     assert images.conditions is not None

@@ -74,6 +74,19 @@ def test_upload_that_was_overtaken_replaces_nothing(hub: HubServer, settings: di
     assert stored_step(hub) == 4  # and nothing of the others is left
 
 
+def test_files_that_are_on_their_way_to_a_later_checkpoint_stay(
+    bucket_server: BucketServer, settings: dict[str, Any], tmp_path: Path
+):
+    """Another process may be about to write its record."""
+    content = tmp_path / "content"
+    content.write_text("weights")
+    HfApi().create_bucket(PLACE, private=True)
+    HfApi().batch_bucket_files(PLACE, add=[(content, "5-abc/weights"), (content, "2-abc/weights")])
+    send(write_run(tmp_path / "run", 3, settings), 3)
+    assert "5-abc/weights" in stored(bucket_server)
+    assert "2-abc/weights" not in stored(bucket_server)
+
+
 @pytest.mark.slow
 def test_uploaded_files_show_nothing_of_the_machine(hub: HubServer, settings: dict[str, Any], tmp_path: Path):
     began = f"step 2: {tmp_path}/pictures/hidden-name.png at t = 3"

@@ -70,17 +70,17 @@ def test_another_run_is_replaced_neither_in_the_folder_nor_on_the_hub(
     hub: HubServer, settings: dict[str, Any], tmp_path: Path
 ):
     config = TrainingConfig(**settings)
-    train_until(2, config)
+    train_until(3, config)
     without_hub = {name: value for name, value in settings.items() if "hub" not in name}
     mine = {"seed": 7, "output_dir": str(tmp_path / "mine")}
-    train_until(3, TrainingConfig(**{**without_hub, **mine}))
+    train_until(2, TrainingConfig(**{**without_hub, **mine}))
     before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
     with pytest.raises(UsageError, match="seed was 7 in this run, got 0"):
         train(replace(config, output_dir=mine["output_dir"], resume_from_checkpoint="hub"))
     with pytest.raises(UsageError, match=f"seed was 0 in this run, got 7: {PLACE} is of another run"):
         train(TrainingConfig(**{**settings, **mine, "resume_from_checkpoint": "latest"}))
     assert before == {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
-    assert stored_step(hub) == 2
+    assert stored_step(hub) == 3
 
 
 @pytest.mark.slow
