@@ -10,7 +10,7 @@ import typer
 from hf_ddpm.commands.evaluate import anomaly, evaluate, reference, schedule
 from hf_ddpm.commands.hub import demo, info, push, space
 from hf_ddpm.commands.sample import edit, sample
-from hf_ddpm.commands.train import average, train
+from hf_ddpm.commands.train import average, train, tune
 from hf_ddpm.runtime.command_line import Command, CommandLine, with_underscores
 from hf_ddpm.runtime.launch import let_threads_sleep
 
@@ -31,5 +31,5 @@ def main(context: typer.Context) -> None:
     let_threads_sleep()  # before torch is loaded
 
 
-for command in (train, sample, edit, evaluate, anomaly, reference, schedule, average, push, demo, space, info):
+for command in (train, tune, sample, edit, evaluate, anomaly, reference, schedule, average, push, demo, space, info):
     app.command(cls=Command)(command)

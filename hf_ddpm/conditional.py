@@ -10,7 +10,7 @@ noise in place of c. `UNet2DModel.from_pretrained(model, subfolder="conditional_
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,15 +207,18 @@ def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.to(images.device)
 
 
-def with_condition(network: Callable[..., Any], condition: Tensor) -> Callable[..., Any]:
-    """Return a network of x_t and t that gives the condition to the network beside x_t.
+@dataclass(frozen=True)
+class Conditioned:
+    """A network of x_t and t that gives a condition to another network beside x_t.
 
     Args:
-        network: The network, called as `network(input, t)` with input (B, C + C', H, W), and keyword arguments.
+        network: The other network, called as `network(input, t)` with input (B, C + C', H, W), and keyword arguments.
         condition: c, (B, C', H, W) in [-1, 1].
     """
 
-    def conditioned(x_t: Tensor, t: Tensor, **keywords: Any) -> Any:
-        return network(torch.cat([x_t, condition], dim=1), t, **keywords)
+    network: Callable[..., Any]
+    condition: Tensor
 
-    return conditioned
+    def __call__(self, x_t: Tensor, t: Tensor, **keywords: Any) -> Any:
+        """Return what the other network puts out."""
+        return self.network(torch.cat([x_t, self.condition], dim=1), t, **keywords)

@@ -4,8 +4,8 @@
     inpainting       fill the white part of a mask so that it fits the rest, which stays as it is; see `inpainting`
     strength         the share of the steps that are taken: with strength s, the last s n of n steps
 
-Both sample as the commands do, in 20 steps of UniPC, unless `use` or another scheduler says otherwise. They are saved
-as the `DDPMPipeline` that they were made from.
+Both sample as the commands do, in 20 steps of UniPC, or of a model that was tuned for few steps in 4 of LCM, unless
+`use` or another scheduler says otherwise. They are saved as the `DDPMPipeline` that they were made from.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import LCMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -35,14 +36,14 @@ from hf_ddpm.pipeline import (
     as_output_type,
 )
 from hf_ddpm.runtime.settings import require_choice
-from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_tuned
 from hf_ddpm.solvers import Sampler
 
 # The schedulers whose x_t has the scale of `add_noise`, whose timesteps are whole numbers, and which can begin in the
 # middle of their list.
 EDITING_SCHEDULERS = (
     *("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler"),
-    *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "LCMScheduler", "UniPCMultistepScheduler"),
 )
 # What RePaint's authors use (Lugmayr et al. 2022, Sec. 5.1).
 REPAINT_STEPS = 250
@@ -90,7 +91,7 @@ class EditingPipeline(DDPMPipeline):
         """
         chosen = self.sampler, self._scheduler_of_sampler
         is_chosen = self.sampler is not None and self.scheduler is self._scheduler_of_sampler
-        if not is_chosen and isinstance(self.scheduler, DDPMScheduler):
+        if not is_chosen and isinstance(self.scheduler, DDPMScheduler | LCMScheduler):
             self.use(default and default.scheduler, num_inference_steps or (default and default.num_inference_steps))
         try:
             with self._sampling_scheduler(num_inference_steps) as num_steps:
@@ -200,7 +201,7 @@ class DDPMImg2ImgPipeline(EditingPipeline):
             image: B images of the model's size: PIL images, arrays (H, W, C) or tensors (C, H, W), uint8 or in [0, 1].
             strength: In (0, 1]. Near 0 the images come back almost as they are. With 1 nearly nothing of them is left.
             num_inference_steps: n, of which the last `strength` n are taken, but at least one. None: 20 for a solver,
-                or T for `ddpm`, or what `use` chose.
+                T for `ddpm`, 4 for `lcm`, or what `use` chose.
             generator: The generator of all noise. A list of B generators gives each image its own; the result then
                 depends on its batch by rounding alone.
             output_type: `pil`, `np` or `pt`.
@@ -280,7 +281,8 @@ class DDPMInpaintPipeline(EditingPipeline):
                 least 0.5 is white.
             strength: In (0, 1]. With 1 nothing of what is under the white part counts; with less it is repainted in
                 the manner of `DDPMImg2ImgPipeline`.
-            num_inference_steps: n. None: 20 for a solver, T for `ddpm` and 250 for `repaint`, or what `use` chose.
+            num_inference_steps: n. None: 20 for a solver, T for `ddpm`, 4 for `lcm`, 250 for `repaint`, or what `use`
+                chose.
             generator: See `DDPMImg2ImgPipeline`.
             output_type: `pil`, `np` or `pt`.
             return_dict: Return a `DDPMPipelineOutput` rather than a tuple.
@@ -305,8 +307,10 @@ class DDPMInpaintPipeline(EditingPipeline):
         is_repaint = method == "repaint"
         if is_repaint:
             _require_jumps(jump_length, jump_n_sample, strength)
-        default = Sampler("ddpm", min(REPAINT_STEPS, self.scheduler.config.num_train_timesteps))
-        with self._editing_scheduler(num_inference_steps, default if is_repaint else None) as num_steps:
+        default = None
+        if is_repaint and not is_tuned(self.scheduler.config):
+            default = Sampler("ddpm", min(REPAINT_STEPS, self.scheduler.config.num_train_timesteps))
+        with self._editing_scheduler(num_inference_steps, default) as num_steps:
             device, shape = self._execution_device, self._image_shape()
             given = images_to_tensor(image, *shape).to(device)
             is_known = ~masks_to_tensor(mask_image, len(given), *shape[1:]).to(device)
@@ -342,9 +346,11 @@ class DDPMInpaintPipeline(EditingPipeline):
 
     def _check_method(self, method: str, num_steps: int, jump_length: int) -> None:
         if method == "repaint" and not isinstance(self.scheduler, DDPMScheduler):
+            is_lcm = isinstance(self.scheduler, LCMScheduler)
+            remedy = "take the model before it was tuned" if is_lcm else "call use('ddpm', num_inference_steps=250)"
             raise ValueError(
                 f"method must be 'posterior' or 'replace' for {type(self.scheduler).__name__}, got 'repaint', which "
-                "adds noise again: call use('ddpm', num_inference_steps=250) before"
+                f"goes back and forth in steps of ddpm: {remedy}"
             )
         if method == "posterior" and torch.is_inference_mode_enabled():
             raise ValueError(

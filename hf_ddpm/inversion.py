@@ -22,7 +22,7 @@ from torch import Tensor
 from hf_ddpm.image_inputs import images_to_tensor
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.prediction import Conditions
-from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_tuned
 
 # Up to this angle between two vectors, in radians, the straight line and the arc are the same within float64.
 _SMALLEST_ANGLE = 1e-6
@@ -209,6 +209,11 @@ def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
 @contextmanager
 def _using_ddim(pipeline: DDPMPipeline, num_inference_steps: int) -> Iterator[int]:
     """Let a pipeline sample by DDIM for the duration of a `with` block, and give the number of steps."""
+    if is_tuned(pipeline.scheduler.config):
+        raise ValueError(
+            "pipeline must have a model that DDIM can sample, got one that was tuned for few steps, which add noise: "
+            "take the model before it was tuned"
+        )
     chosen = pipeline.sampler, pipeline._scheduler_of_sampler
     try:
         pipeline.use("ddim", num_inference_steps)

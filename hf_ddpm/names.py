@@ -1,6 +1,10 @@
 """The words by which sampling is asked for; they stand apart and answer a wrong one before torch loads."""
 
-SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
+# Those that sample a model which was not tuned for few steps.
+UNTUNED_SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
+SCHEDULERS = (*UNTUNED_SCHEDULERS, "lcm")
+# The steps of models that are tuned for few steps and keep no number.
+TUNED_STEPS = 4
 # The types that the network can compute in.
 DTYPES = ("fp32", "bf16")
 # Of the files of a set of images.

@@ -115,25 +115,10 @@ class Objective:
             The loss of each image, (B,) float32, unreduced. The loss against a stable target is lower by the variance
             of the target.
         """
-        if (extra_labels is None) != (extra_images is None or class_labels is None):
-            raise ValueError("extra_labels must be given if extra_images and class_labels are, and only then")
-        x_0 = x_0.float()
-        t = timesteps
-        if t is None:
-            t = self.timesteps_from_uniform(torch.rand(len(x_0), device=x_0.device))
-        eps = torch.randn(x_0.shape, device=x_0.device) if noise is None else noise
+        x_0, t, eps = self.drawn(x_0, timesteps, noise)
+        x_0_target, eps_target = self.targets(x_0, eps, t, class_labels, extra_images, extra_labels)
         x_t = self.scheduler.add_noise(x_0, eps, t)
-
-        conditions = {} if class_labels is None else {"class_labels": class_labels}
-        with torch.autocast(x_0.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            model_output = unet(x_t, t, **conditions).sample
-        model_output = model_output.float()
-        prediction, variance_output = self.scheduler.split_output(model_output, x_0)
-
-        x_0_target, eps_target = x_0, eps
-        if extra_images is not None:
-            same_class = None if class_labels is None else self._same_class(class_labels, extra_labels)
-            x_0_target, eps_target = posterior_means(self.scheduler.snr(t), x_0, eps, extra_images.float(), same_class)
+        prediction, variance_output = self.scheduler.split_output(self.output_of(unet, x_t, t, class_labels), x_0)
         target = self.scheduler.training_target(x_0_target, eps_target, t)
         loss = self.weight(t) * (prediction - target).square().flatten(1).mean(dim=1)
 
@@ -146,6 +131,38 @@ class Objective:
             bound = variational_bound(self.scheduler, with_fixed_mean, x_0, x_t, t, self.max_value)
             loss = loss + VARIATIONAL_BOUND_WEIGHT * len(self.scheduler) * bound
         return loss
+
+    def drawn(self, x_0: Tensor, timesteps: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x_0 in float32, t and eps; what is not given is drawn from torch's global generator."""
+        x_0 = x_0.float()
+        t = timesteps
+        if t is None:
+            t = self.timesteps_from_uniform(torch.rand(len(x_0), device=x_0.device))
+        return x_0, t, torch.randn(x_0.shape, device=x_0.device) if noise is None else noise
+
+    def output_of(self, unet: Callable[..., Any], x_t: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """Return the output of the network, which alone runs in `autocast_dtype`, in float32."""
+        conditions = {} if class_labels is None else {"class_labels": class_labels}
+        with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            model_output = unet(x_t, t, **conditions).sample
+        return model_output.float()
+
+    def targets(
+        self,
+        x_0: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        class_labels: Tensor | None,
+        extra_images: Tensor | None,
+        extra_labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the network should say of x_0 and eps: themselves, or with extra images `posterior_means`."""
+        if (extra_labels is None) != (extra_images is None or class_labels is None):
+            raise ValueError("extra_labels must be given if extra_images and class_labels are, and only then")
+        if extra_images is None:
+            return x_0, eps
+        same_class = None if class_labels is None else self._same_class(class_labels, extra_labels)
+        return posterior_means(self.scheduler.snr(t), x_0, eps, extra_images.float(), same_class)
 
     def _same_class(self, class_labels: Tensor, extra_labels: Tensor | None) -> Tensor:
         """Return which extra images count for the stable target of each image, (B, N) bool."""

@@ -64,8 +64,16 @@ from hf_ddpm.prediction import (
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import NETWORK_FOLDERS, weights_sha256
 from hf_ddpm.runtime.launch import is_main_process
-from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, require_num_inference_steps
-from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler, read_sampler, write_sampler
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_tuned, require_num_inference_steps
+from hf_ddpm.solvers import (
+    Sampler,
+    check_tuning,
+    choose_sampler,
+    named_scheduler,
+    read_sampler,
+    require_no_guidance,
+    write_sampler,
+)
 from hf_ddpm.timesteps import (
     SearchedTimesteps,
     read_searched,
@@ -334,7 +342,8 @@ class DDPMPipeline(DiffusionPipeline):
         choice: the commands and `hf_ddpm.sample` take it, and so does `use()` without arguments.
 
         Args:
-            scheduler: `ddpm`, `ddim`, `dpmsolver++` or `unipc`. None: the one that the folder keeps, or the best.
+            scheduler: `ddpm`, `ddim`, `dpmsolver++`, `unipc`, or for a tuned model `lcm`. None: the one that the
+                folder keeps, or the best.
             num_inference_steps: The number of steps of calls that give none. None: as for `scheduler`.
             guidance_scale: The scale of guidance of calls that give none. None: as for `scheduler`, or 1.
             guidance_interval: Where this guidance acts, as of a call.
@@ -352,6 +361,7 @@ class DDPMPipeline(DiffusionPipeline):
                 f"{type(self.scheduler).__name__}: call the pipeline with its own scheduler"
             )
         sampler = choose_sampler(config, scheduler, num_inference_steps, self.kept_sampler, self.searched_timesteps)
+        check_tuning(sampler.scheduler, config)
         guidance = changed(sampler.guidance, guidance_scale, guidance_interval)
         uses_guide = guidance is not None and (self.guide is not None or sampler.uses_guide)
         sampler = sampler._replace(guidance=guidance, uses_guide=uses_guide)
@@ -705,10 +715,13 @@ class DDPMPipeline(DiffusionPipeline):
         if guidance is not None and (scale is not None or interval is not None):
             raise ValueError("guidance must be given without guidance_scale and guidance_interval, got both")
         if guidance is None:
-            return changed(None if self.sampler is None else self.sampler.guidance, scale, interval)
-        if not isinstance(guidance, Guidance):
+            guidance = changed(None if self.sampler is None else self.sampler.guidance, scale, interval)
+        elif not isinstance(guidance, Guidance):
             raise ValueError(f"guidance must be a Guidance, got {guidance!r}: guidance_scale takes a number")
-        return None if guidance.scale == 1 else guidance
+        if guidance is None or guidance.scale == 1:
+            return None
+        require_no_guidance(self.scheduler.config)
+        return guidance
 
     def _conditions(
         self,
@@ -779,6 +792,8 @@ def _folder_of(unet: Any) -> Path:
 def _check_scheduler(scheduler: Any) -> None:
     """Reject the schedulers of diffusers whose images are wrong: they are for other networks, or for other tasks."""
     cls = type(scheduler)
+    if cls is diffusers.LCMScheduler and is_tuned(scheduler.config):
+        return
     if cls.__module__.split(".")[0] == "diffusers" and cls.__name__ not in SAMPLING_SCHEDULERS:
         raise ValueError(
             f"scheduler must be one that samples this network from noise, got {cls.__name__}, which does not: use one "

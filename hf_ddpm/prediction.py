@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, LCMScheduler
 from torch import Tensor
 
 from hf_ddpm.classes import Classes, numbered_classes
@@ -23,7 +23,7 @@ from hf_ddpm.label_embedding import require_same_embedding
 from hf_ddpm.labels import Labels, NetworkLabel, describe_labels, takes_floats
 from hf_ddpm.network import timestep_for
 from hf_ddpm.network_config import num_classes_of
-from hf_ddpm.scheduler import DDPMScheduler, complete_config
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, complete_config
 
 Label = int | float | str | Mapping[str, Any] | NetworkLabel
 ClassLabels = Label | Sequence[Label] | Tensor | None
@@ -138,13 +138,16 @@ def predict_original(scheduler: Any, model_output: Tensor, x_t: Tensor, t: Tenso
     x_0_hat = scheduler_of_outputs(scheduler.config).predict_original(model_output, x_t, t.long())
     # A config may hold settings of another scheduler, which this one does not know: clip_sample, thresholding.
     if scheduler.config.get("thresholding") and hasattr(scheduler, "_threshold_sample"):
-        x_0_hat = scheduler._threshold_sample(x_0_hat)
+        return scheduler._threshold_sample(x_0_hat)
+    if isinstance(scheduler, LCMScheduler) and scheduler.config["clip_sample"]:
+        limit = scheduler.config["clip_sample_range"]
+        return x_0_hat.clamp(-limit, limit)
     return x_0_hat
 
 
 def scheduler_of_outputs(config: Any) -> Any:
     """Return our scheduler of a model, to turn outputs of its network into x_0_hat, whatever scheduler samples it."""
-    return DDPMScheduler.from_config(
+    return as_our_scheduler(
         {**complete_config(config), "variance_type": "fixed_small", "timestep_spacing": "trailing"}
     )
 

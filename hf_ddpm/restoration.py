@@ -20,6 +20,7 @@ from hf_ddpm.editing import NUM_GRADIENTS, EditingPipeline
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.measurements import Operator, measurements_to_tensor, project
 from hf_ddpm.pipeline import ClassLabels, DDPMPipeline, _decode
+from hf_ddpm.scheduler import is_tuned
 
 
 @torch.no_grad()
@@ -50,8 +51,9 @@ def restore(
         operator: A, a function (B, C, H, W) -> (B, ...) of images in [0, 1] that is linear, measures each image of the
             batch alone, and is made of operations of torch, which have gradients.
         noise_std: The standard deviation of the noise in y, at least 0. Rounding to 8 bits is noise of about 0.001,
-            which counts where A is as hard to invert as a blur.
-        num_inference_steps: The number of steps. None: 20 for a solver, T for `ddpm`, or what `use` chose.
+            which counts where A is as hard to invert as a blur. A model that was tuned for few steps takes 0 alone.
+        num_inference_steps: The number of steps. None: 20 for a solver, T for `ddpm`, 4 for `lcm`, or what `use`
+            chose.
         generator: The generator of all noise. A list of B generators gives each image its own.
         output_type: `pil`, `np` or `pt`.
         class_labels: For a model that is conditioned on classes, one class for all images or B of them.
@@ -71,6 +73,12 @@ def restore(
         raise ValueError(f"num_gradients must be a whole number of at least 1, got {num_gradients!r}")
     if torch.is_inference_mode_enabled():
         raise ValueError("restore takes gradients, got a call within torch.inference_mode: use torch.no_grad instead")
+    if noise_std > 0 and is_tuned(pipeline.scheduler.config):
+        # Its x_0_hat is no mean of the images that x_t may come from, as moment matching takes it to be.
+        raise ValueError(
+            f"noise_std must be 0 for a model that was tuned for few steps, got {noise_std}: take the model before it "
+            "was tuned"
+        )
     editor = EditingPipeline.from_pipe(pipeline)
     with editor._editing_scheduler(num_inference_steps) as num_steps:
         device, shape = editor._execution_device, editor._image_shape()

@@ -41,6 +41,8 @@ LEARNED_VARIANCES = ("learned", "learned_range")
 STOCK_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 # The noise schedules that diffusers' solvers know.
 SOLVABLE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+# What the config of a tuned model's scheduler says that ours does not know.
+OF_LCM = ("original_inference_steps", "timestep_scaling")
 # Up to this share of the image's power, x_T cannot be told from noise, so that sampling may start from N(0, I).
 MAX_TERMINAL_ALPHA_BAR = 1e-3
 
@@ -689,14 +691,17 @@ def as_our_scheduler(config: Any) -> Any:
     solvers have. If no signal is left in x_T, the spacing `leading` would start at T-1 only with all T steps. It then
     becomes `trailing`, whose list of T steps is the same.
     """
-    ours = complete_config(config)
+    ours = {name: value for name, value in complete_config(config).items() if name not in OF_LCM}
     if ours.get("variance_type", "fixed_small") is None:
         del ours["variance_type"]
     betas = ours.get("trained_betas")
     has_no_signal = ours.get("rescale_betas_zero_snr") or (betas is not None and betas[-1] == 1)
     if has_no_signal and ours.get("timestep_spacing", "leading") == "leading":
         ours["timestep_spacing"] = "trailing"
-    return DDPMScheduler.from_config(ours)
+    scheduler: Any = DDPMScheduler.from_config(ours)
+    if is_tuned(config):  # which its config goes on to say
+        scheduler.register_to_config(**{name: config[name] for name in OF_LCM if name in config})
+    return scheduler
 
 
 def _check_choice(name: str, value: str, choices: object) -> None:
@@ -779,3 +784,15 @@ def is_solvable(config: Any) -> bool:
         and config.get("beta_schedule") in SOLVABLE_SCHEDULES
         and (betas is None or betas[-1] < 1)
     )
+
+
+def is_tuned(config: Any) -> bool:
+    """Return whether a model was tuned for few steps: its scheduler is an `LCMScheduler` that knows all T timesteps.
+
+    By its defaults that scheduler knows 50 timesteps, as those of models that were distilled so.
+
+    Args:
+        config: The scheduler's config.
+    """
+    steps = config.get("original_inference_steps")
+    return steps is not None and steps == config.get("num_train_timesteps")

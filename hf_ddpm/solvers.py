@@ -5,6 +5,7 @@
     ddim          DPMSolverMultistepScheduler    1      no     Song et al. 2021, Eq. 12 with sigma = 0
     dpmsolver++   DPMSolverMultistepScheduler    2      no     Lu et al. 2022, arXiv 2211.01095
     unipc         UniPCMultistepScheduler        2      no     Zhao et al. 2023
+    lcm           LCMScheduler                   -      yes    Luo et al. 2023, for models of `hf-ddpm tune` alone
 
 sampler       such a name and a number of steps: how a model is sampled; one may be kept in its folder
 
@@ -24,11 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, LCMScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from hf_ddpm.guidance import Guidance
-from hf_ddpm.names import SCHEDULERS
+from hf_ddpm.names import SCHEDULERS, TUNED_STEPS
 from hf_ddpm.runtime.files import naming_damage, read_mapping, write_atomically
 from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.scheduler import (
@@ -36,6 +37,7 @@ from hf_ddpm.scheduler import (
     as_our_scheduler,
     complete_config,
     is_solvable,
+    is_tuned,
     require_num_inference_steps,
 )
 from hf_ddpm.timesteps import SearchedTimesteps, best_solver
@@ -141,14 +143,16 @@ def default_scheduler(
 ) -> str:
     """Return the name of the scheduler that samples a model best in few steps.
 
-    It is UniPC, with searched timesteps where there are some, or DPM-Solver++ where its searched timesteps are better,
-    see `best_solver`.
+    It is LCM for a tuned model. Else it is UniPC, with searched timesteps where there are some, or DPM-Solver++ where
+    its searched timesteps are better, see `best_solver`.
 
     Args:
         config: The config of the model's scheduler.
         searched: The model's searched timesteps, by solver and number of steps.
         num_inference_steps: The number of steps. None: DEFAULT_STEPS.
     """
+    if is_tuned(config):
+        return "lcm"
     if not is_solvable(config):
         return "ddpm"
     steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
@@ -156,13 +160,17 @@ def default_scheduler(
 
 
 def default_steps(scheduler: str, num_train: int) -> int:
-    """Return the default number of steps: all T for `ddpm`, and DEFAULT_STEPS for a solver, but at most T.
+    """Return the default number of steps: all T for `ddpm`, TUNED_STEPS for `lcm`, and DEFAULT_STEPS for a solver.
+
+    It is at most T.
 
     Args:
         scheduler: A name in SCHEDULERS.
         num_train: T.
     """
-    return num_train if scheduler == "ddpm" else min(DEFAULT_STEPS, num_train)
+    if scheduler == "ddpm":
+        return num_train
+    return min(TUNED_STEPS if scheduler == "lcm" else DEFAULT_STEPS, num_train)
 
 
 def named_scheduler(name: str, config: Any, num_inference_steps: int | None = None) -> Any:
@@ -174,9 +182,13 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
         num_inference_steps: The number of steps that it will be used with. None: T.
 
     Raises:
-        ValueError: When there is no such name, or only `ddpm` can sample the model.
+        ValueError: When there is no such name, or only `ddpm` or `lcm` can sample the model.
     """
     require_choice("scheduler", name, SCHEDULERS)
+    if name != "ddpm":  # whose formulas are those of a tuned model, too
+        check_tuning(name, config)
+    if name == "lcm":
+        return tuned_scheduler(config)
     ddpm = as_our_scheduler(config)
     if name == "ddpm":
         return ddpm
@@ -211,6 +223,59 @@ def named_scheduler(name: str, config: Any, num_inference_steps: int | None = No
         # step and then limits it to 1.
         scheduler._threshold_sample = partial(_clip, limit=limit)
     return scheduler
+
+
+def tuned_scheduler(config: Any) -> LCMScheduler:
+    """Return the scheduler of a model that is tuned for few steps, which stock diffusers loads as it is.
+
+    Each step goes to x_0_hat, and adds noise to it for the next one. With `original_inference_steps` = T it takes any
+    number of steps n up to T, at timesteps that are even from T - 1 down.
+
+    Args:
+        config: The config of the model's scheduler, before or after it was tuned.
+    """
+    config = complete_config(config)
+    known = inspect.signature(LCMScheduler.__init__).parameters
+    settings = {name: value for name, value in config.items() if name in known}
+    return LCMScheduler(**settings | {"original_inference_steps": config["num_train_timesteps"]})
+
+
+def check_tuning(name: str, config: Any) -> None:
+    """Check that a tuned model is sampled by `lcm`, and no other model is.
+
+    Args:
+        name: A name in SCHEDULERS.
+        config: The config of the model's scheduler.
+
+    Raises:
+        ValueError: When it is not so.
+    """
+    if name != "lcm" and is_tuned(config):
+        raise ValueError(
+            f"scheduler must be 'lcm' for a model that was tuned for few steps, got {name!r}: leave it out, or take "
+            "the model before it was tuned"
+        )
+    if name == "lcm" and not is_tuned(config):
+        raise ValueError(
+            "scheduler 'lcm' must have a model that was tuned for few steps, got another: leave it out, or tune the "
+            "model by `hf-ddpm tune`"
+        )
+
+
+def require_no_guidance(config: Any) -> None:
+    """Check that a model which is to be guided was not tuned for few steps.
+
+    Args:
+        config: The config of the model's scheduler.
+
+    Raises:
+        ValueError: When it was.
+    """
+    if is_tuned(config):
+        raise ValueError(
+            "guidance must be left out for a model that was tuned for few steps: `hf-ddpm tune --guidance_scale` "
+            "makes it a part of the model"
+        )
 
 
 def _check_solvable(name: str, config: Any) -> None:

@@ -57,7 +57,7 @@ def sample(
         choice(
             "scheduler",
             "ddpm, ddim, dpmsolver++ or unipc. Default: the model's own choice; else unipc, dpmsolver++ where its "
-            "searched timesteps are better, or ddpm where only that can sample the model.",
+            "searched timesteps are better, or ddpm where only that can sample the model. A tuned model: lcm alone.",
             SCHEDULERS,
         ),
     ] = None,

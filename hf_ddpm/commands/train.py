@@ -10,13 +10,22 @@ import typer
 
 from hf_ddpm import recipes
 from hf_ddpm.commands.options import Json
-from hf_ddpm.runtime.command_line import completer, finish, option, report_errors, say, say_loading, with_options_of
+from hf_ddpm.runtime.command_line import (
+    completer,
+    finish,
+    option,
+    report_errors,
+    say,
+    say_loading,
+    split_numbers,
+    with_options_of,
+)
 from hf_ddpm.runtime.launch import start_processes
 from hf_ddpm.runtime.loading import without_garbage_collection
-from hf_ddpm.training.config import TrainingConfig
+from hf_ddpm.training.config import NOT_OF_TUNING, TUNING_SETTINGS, TrainingConfig
 
 
-@with_options_of(TrainingConfig)
+@with_options_of(TrainingConfig, without=TUNING_SETTINGS)
 def train(
     config: Annotated[str | None, typer.Option(metavar="FILE", help="A YAML file of the settings below.")] = None,
     recipe: Annotated[
@@ -35,7 +44,30 @@ def train(
     """
     from hf_ddpm.training.parsing import config_from_flags
 
-    settings = config_from_flags(flags, config, recipe)
+    _train(config_from_flags(flags, config, recipe))
+
+
+@with_options_of(TrainingConfig, without=("tuned_steps", *NOT_OF_TUNING))
+def tune(
+    model: Annotated[str, typer.Argument(help="The model to tune: a folder or a Hub id.")],
+    steps: Annotated[
+        str | None, option("steps", "The numbers of sampling steps, separated by commas. Default: 1,2,4.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="A YAML file of the settings below.")] = None,
+    **flags: Any,
+) -> None:
+    """Tune a model that was trained so that it samples in one, two or four steps.
+
+    The data, the batch and the classes are those of the model's run unless flags say otherwise. The tuned model is
+    written to MODEL-tuned, or to --output_dir.
+    """
+    from hf_ddpm.training.tuning_settings import config_of_tuning
+
+    _train(config_of_tuning(model, None if steps is None else split_numbers("steps", steps), flags, config))
+
+
+def _train(settings: TrainingConfig) -> None:
+    """Train in all processes, and say what was made."""
     from hf_ddpm.data.sources import check_source
 
     check_source(settings, settings.output_dir)

@@ -46,8 +46,8 @@ from hf_ddpm.runtime.files import look_at, require_writable_folder, weights_sha2
 from hf_ddpm.runtime.processes import Processes, join_processes
 from hf_ddpm.sampling.loading import choose_guidance, load_for_sampling
 from hf_ddpm.sampling.sampler import forward_batch_of
-from hf_ddpm.scheduler import DDPMScheduler
-from hf_ddpm.solvers import choose_sampler, named_scheduler
+from hf_ddpm.scheduler import DDPMScheduler, is_tuned
+from hf_ddpm.solvers import check_tuning, choose_sampler, named_scheduler
 from hf_ddpm.value_range import ValueRange
 
 
@@ -149,6 +149,11 @@ def load_job(request: Request) -> Iterator[Job]:
         value_range = pipeline.value_range
         perceptual = _load_perceptual(pipeline) if "lpips" in request.metrics else None
         _check_metrics_of_values(request, value_range)
+        if "nll" in request.metrics and is_tuned(pipeline.scheduler.config):
+            raise UsageError(
+                "nll must be left out for a model that was tuned for few steps, whose chain of all timesteps was not "
+                "tuned: measure the model that it began as"
+            )
         condition = pipeline.condition if isinstance(pipeline, ConditionalDDPMPipeline) else None
         of_model = (pipeline.unet.config, image_shape[0], value_range, condition)
         with closing(Splits(processes, request.data, folder, *of_model)) as splits:
@@ -275,6 +280,7 @@ def _grid(pipeline: DDPMPipeline, request: Request) -> list[SamplerSetting]:
         for number in request.num_inference_steps or [None]:
             kept, searched = pipeline.kept_sampler, pipeline.searched_timesteps
             name, steps, *_ = choose_sampler(config, scheduler, number, kept, searched)
+            check_tuning(name, config)
             named_scheduler(name, config, steps).set_timesteps(steps)
             settings += [SamplerSetting(name, steps, guidance) for guidance in guidances]
     return list(dict.fromkeys(settings))

@@ -40,6 +40,7 @@ from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.runtime.seeds import check_seeds
 from hf_ddpm.sampling.loading import load_for_sampling, require_known_labels
 from hf_ddpm.sampling.sampler import labels_in_turn
+from hf_ddpm.scheduler import is_tuned
 from hf_ddpm.solvers import named_scheduler
 from hf_ddpm.timesteps import FILE, REFERENCE_STEPS, SearchedTimesteps, check_search, read_searched, write_searched
 
@@ -236,6 +237,11 @@ def _check(
     reference_steps: int,
 ) -> None:
     check_search(num_steps, schedulers, reference_steps)
+    if is_tuned(pipeline.scheduler.config):
+        raise UsageError(
+            "timesteps are searched for models that were not tuned for few steps, got one that was: it knows no "
+            "timesteps but those that it was tuned for; search those of the model that it began as"
+        )
     for solver in schedulers:
         named_scheduler(solver, pipeline.scheduler.config)
     if num_images < 1:

@@ -29,6 +29,7 @@ from hf_ddpm.hub.download import is_hub_id
 from hf_ddpm.hub.readme import BEGIN, END, merge_readme, named_repository
 from hf_ddpm.image_size import format_size, to_size
 from hf_ddpm.labels import Columns, Values, describe_labels
+from hf_ddpm.names import TUNED_STEPS
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import naming_damage, read_metrics, write_atomically
 from hf_ddpm.runtime.format import format_duration, format_measurement, format_value
@@ -186,7 +187,8 @@ def _model_variables(records: RunRecords) -> dict[str, Any]:
     T = settings["num_train_timesteps"]
     is_step_denoiser = settings.get("prediction_type") == "previous_sample"
     # A step denoiser is its chain: it takes all T steps.
-    example_steps = T if is_step_denoiser or T is None else min(50, T)
+    tuned_steps = _tuned_steps(settings)
+    example_steps = T if is_step_denoiser or T is None else tuned_steps[-1] if tuned_steps else min(50, T)
     if example_steps is None or example_steps <= MAX_TRAJECTORY_STEPS:
         trajectory = "True"
     else:
@@ -220,6 +222,7 @@ def _model_variables(records: RunRecords) -> dict[str, Any]:
         "chain_steps": (records.facts.get("figures") or {}).get("reverse_chain_steps"),
         # Stock takes few steps evenly in t, which loses the small scales of fields.
         "few_steps": min(FEW_STEPS, T) if T and not values and _is_solvable_by_stock(settings, unet) else None,
+        "tuned": _describe_tuning(tuned_steps),
         "searched": searched,
         "kernel_network": next((row.network for row in searched if row.network), None),
     }
@@ -241,6 +244,22 @@ def _describe_values(folder: Path) -> dict[str, str] | None:
     return {"words": str(values), "low": low, "width": width, "shown": shown, "dtype": values.dtype}
 
 
+def _tuned_steps(settings: Mapping[str, Any]) -> list[int]:
+    """Return the numbers of steps that the model is tuned for, rising; none for another model."""
+    steps = settings.get("original_inference_steps")
+    if steps is None or steps != settings["num_train_timesteps"]:
+        return []
+    return sorted(settings.get("tuned_steps") or [TUNED_STEPS])
+
+
+def _describe_tuning(steps: list[int]) -> dict[str, Any] | None:
+    """Return what the template says of the numbers of steps that a model is tuned for; None for another model."""
+    if not steps:
+        return None
+    numbers = ", ".join(map(str, steps[:-1])) + (" or " if len(steps) > 1 else "") + str(steps[-1])
+    return {"words": f"{numbers} step{'s' if steps != [1] else ''}", "most": steps[-1], "has_several": len(steps) > 1}
+
+
 def _is_solvable_by_stock(settings: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:
     """Return whether diffusers' own pipeline can sample the model with `DPMSolverMultistepScheduler`.
 
@@ -250,7 +269,9 @@ def _is_solvable_by_stock(settings: Mapping[str, Any], unet: Mapping[str, Any]) 
     has_learned_variance = str(settings.get("variance_type")).startswith("learned")
     from hf_ddpm.scheduler import is_solvable  # which loads torch; `hf-ddpm info` shows results without it
 
-    return is_solvable(settings) and (unet.get("in_channels") == 3 or not has_learned_variance)
+    if _tuned_steps(settings) or not is_solvable(settings):
+        return False
+    return unet.get("in_channels") == 3 or not has_learned_variance
 
 
 def _training_variables(records: RunRecords) -> dict[str, Any]:
@@ -269,6 +290,10 @@ def _training_variables(records: RunRecords) -> dict[str, Any]:
                 format_value(measured["val_loss"]),
             )
             for name, measured in by_class.items()
+        ],
+        "rows_by_steps": [
+            (num_steps, format_measurement(measured["kid"], measured["kid_standard_error"]))
+            for num_steps, measured in ((validations[-1].get("kid_by_steps") if validations else None) or {}).items()
         ],
         "class_rows_step": format_value(validations[-1]["step"]) if validations else None,
         "run": format_value(records.facts),

@@ -27,7 +27,8 @@ def settings_rows(recorded: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("The network predicts", "{prediction_type}", "epsilon"),
         ("Variance of p", "{variance_type}", "fixed_large"),
         ("Weight of the squared error", _loss_weight(settings), "1"),
-        ("Target averaged over", _target(settings), "the image"),
+        *([] if settings.get("tuned_steps") else [("Target averaged over", _target(settings), "the image")]),
+        ("Guidance that is a part of it", _guidance(settings), "none"),
         ("Distribution of t", _timestep_density(settings), "uniform, independent"),
         ("Optimizer", _optimizer(settings), "Adam, betas 0.9 and 0.999"),
         ("Learning rate", _learning_rate(settings), "0.0002, constant_with_warmup, 5,000 warm-up steps"),
@@ -62,6 +63,8 @@ def _noise_schedule(settings: Mapping[str, Any]) -> str:
 def _loss_weight(settings: Mapping[str, Any]) -> str:
     if settings.get("has_own_objective"):
         return "that of an objective of its own"
+    if settings.get("tuned_steps"):
+        return "that of consistency tuning"
     match settings.get("loss_weighting"):
         case "constant":
             return "1"
@@ -76,7 +79,15 @@ def _target(settings: Mapping[str, Any]) -> str:
     return "the image and {stable_target_images:,} others"
 
 
+def _guidance(settings: Mapping[str, Any]) -> str:
+    if not settings.get("guidance_interval"):
+        return "scale {guidance_scale:g}"
+    return "scale {guidance_scale:g}, for sigma from {guidance_interval[0]:g} to {guidance_interval[1]:g}"
+
+
 def _timestep_density(settings: Mapping[str, Any]) -> str:
+    if settings.get("tuned_steps"):
+        return "the timesteps of sampling in few steps alone"
     match settings.get("timestep_density"):
         case "uniform":
             return "uniform, independent"

@@ -190,7 +190,7 @@ def _switch_form(flag: str, value: str, param: Any) -> str:
 
 
 def with_options_of(
-    config_type: type, names: Sequence[str] = ()
+    config_type: type, names: Sequence[str] = (), without: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a function for Typer: give it an option for each setting of a config.
 
@@ -200,6 +200,7 @@ def with_options_of(
     Args:
         config_type: A dataclass of settings.
         names: The settings that get an option; empty for all of them.
+        without: Those of them that get none.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,7 +214,8 @@ def with_options_of(
             return function(**{name: value for name, value in values.items() if is_given[name]})
 
         options = options_of(config_type)
-        parameters = [*own, *(each for each in options if each.name in names or not names)]
+        chosen = [each for each in options if (each.name in names or not names) and each.name not in without]
+        parameters = [*own, *chosen]
         command.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
         command.__annotations__ = {each.name: each.annotation for each in parameters}
         return command

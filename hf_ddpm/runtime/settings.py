@@ -201,7 +201,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     what, allowed = next(types, ("a text", (str,)))
     values = value if isinstance(value, list) else [value]
     has_type = all(isinstance(each, allowed) and (bool in allowed or type(each) is not bool) for each in values)
-    has_form = bool(kinds & {list[float], list[int]}) if isinstance(value, list) else list[float] not in kinds
+    lists = kinds & {list[float], list[int]}
+    has_form = bool(lists) if isinstance(value, list) else not lists or int in kinds
     if not has_type or not has_form:
         raise UsageError(f"{name} must be {what}, got {shortened(value)}")
 
@@ -240,12 +241,14 @@ def _check_names(name: str, value: str, info: SettingInfo) -> None:
 
 
 def _check_list(name: str, values: list[float], info: SettingInfo) -> None:
+    smallest = -sys.float_info.max if info.at_least is None else info.at_least
     if info.num_values is not None:
         is_rising = all(low < high for low, high in itertools.pairwise(values))
-        if len(values) != info.num_values or not is_rising or not all(map(math.isfinite, values)):
-            raise UsageError(f"{name} must be {info.num_values} rising numbers, got {shortened(values)}")
+        is_in_range = all(smallest <= value < math.inf for value in values)
+        if len(values) != info.num_values or not is_rising or not is_in_range:
+            limit = "" if info.at_least is None else f" of at least {info.at_least:g}"
+            raise UsageError(f"{name} must be {info.num_values} rising numbers{limit}, got {shortened(values)}")
         return
-    smallest = -math.inf if info.at_least is None else info.at_least
     is_in_range = all(smallest <= value <= sys.float_info.max for value in values)
     # Folders are named by numbers in this format.
     if not values or not is_in_range or len({f"{value:g}" for value in values}) < len(values):
@@ -253,7 +256,10 @@ def _check_list(name: str, values: list[float], info: SettingInfo) -> None:
 
 
 def _check_whole_numbers(name: str, values: list[int], info: SettingInfo) -> None:
-    if len(values) != info.num_values:
+    if info.num_values is None:
+        if not values or len({*values}) < len(values):
+            raise UsageError(f"{name} must be different whole numbers, got {shortened(values)}")
+    elif len(values) != info.num_values:
         raise UsageError(f"{name} must be one whole number or {info.num_values}, got {shortened(values)}")
     for value in values:
         _check_range(name, value, info)
@@ -313,9 +319,9 @@ def typed_value(name: str, value: Any, hint: Any) -> Any:
     if list[float] in kinds:
         values = value if isinstance(value, list | tuple) else [value]
         return [_number(name, each, "a number or a list of numbers") for each in values]
-    if list[int] in kinds and isinstance(value, list | tuple):
-        numbers = [_whole_number(name, each) for each in value]
-        return numbers[0] if len(numbers) == 1 else numbers
+    if list[int] in kinds and (int not in kinds or isinstance(value, list | tuple)):
+        numbers = [_whole_number(name, each) for each in (value if isinstance(value, list | tuple) else [value])]
+        return numbers[0] if int in kinds and len(numbers) == 1 else numbers
     if bool in kinds:
         return _truth(name, value)
     if int in kinds:

@@ -23,7 +23,7 @@ from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import look_at
 from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.scheduler import complete_config
-from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler
+from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler, require_no_guidance
 
 # What records call the timesteps that a model of arrays takes where none were searched.
 DEFAULT_TIMESTEPS = "default_timesteps"
@@ -159,6 +159,8 @@ def choose_guidance(
         return None
     pair: Any = None if interval is None else tuple(interval)
     guidance = changed(None if kept is None else kept.guidance, scale, pair, method)
+    if guidance is not None:
+        require_no_guidance(pipeline.scheduler.config)
     if guidance is None or pipeline.guide is not None:
         return guidance
     if pipeline._needs_guide(Sampler("", 0, guidance, kept is not None and kept.uses_guide)):

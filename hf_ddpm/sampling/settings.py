@@ -14,6 +14,8 @@ from hf_ddpm.runtime.devices import process_device, require_compiler
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.settings import require_choice
 from hf_ddpm.sampling.loading import check_guidance, choose_guidance, load_for_sampling, speed_up
+from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.solvers import check_tuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,10 @@ class SamplingSettings:
     Attributes:
         seed: The seed of the first image; image i has the seed `seed` + i.
         num_inference_steps: A number in [1, T]. None: the one that the model's folder keeps (`DDPMPipeline.use`), or
-            20, or all T of `ddpm`.
+            20, or all T of `ddpm`, or 4 of `lcm`.
         scheduler: `ddpm`, `ddim`, `dpmsolver++` or `unipc`. None: the one that the model's folder keeps, or unipc;
-            dpmsolver++ where its searched timesteps are better; ddpm where only that can sample the model.
+            dpmsolver++ where its searched timesteps are better; ddpm where only that can sample the model. `lcm` is
+            the one of models that were tuned for few steps, which no other samples.
         class_label: The label of all images, see `DDPMPipeline`. None: each class in turn, or the quantiles of
             numbers, if the model has labels; of a model that makes images from images, and of edits: the label that
             stands for every one.
@@ -119,6 +122,8 @@ class SampleSettings(SamplingSettings):
             guidance_model=self.guidance_model,
             makes_from_images=makes_from_images,
         )
+        if isinstance(pipeline.scheduler, DDPMScheduler):
+            check_tuning("ddpm", pipeline.scheduler.config)
         guidance = self.guidance_of(pipeline)
         speed_up(pipeline, self.dtype, self.compile)
         pipeline._check_inputs(1, None, "pt", ("latents",), self.deterministic)

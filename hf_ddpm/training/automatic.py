@@ -139,7 +139,7 @@ def check_batch(config: TrainingConfig, processes: Processes) -> None:
 
 
 def choose_batch(
-    config: TrainingConfig, unet: Any, device: torch.device, num_averages: int, processes: Processes
+    config: TrainingConfig, unet: Any, device: torch.device, num_copies: int, processes: Processes
 ) -> tuple[TrainingConfig, str]:
     """Choose what `auto` of `train_batch_size` stands for: the most images whose forward pass fits.
 
@@ -150,7 +150,7 @@ def choose_batch(
         config: The settings, with the precision that the run has.
         unet: The network, on the CPU.
         device: The device of this process.
-        num_averages: The averages of the weights.
+        num_copies: See `step_memory`.
         processes: The processes.
 
     Returns:
@@ -164,7 +164,7 @@ def choose_batch(
     on_machine = environment_number("LOCAL_WORLD_SIZE", processes.size)
     room = min(processes.gather(lambda: room_for_steps(device, on_machine)))
     try:
-        memory = step_memory(unet, AUTOCAST[config.mixed_precision or "no"], num_averages, processes.size)
+        memory = step_memory(unet, AUTOCAST[config.mixed_precision or "no"], num_copies, processes.size)
     except Exception as error:  # a network of the user's own raises any class
         raise UsageError(
             f"train_batch_size must be a number for a network whose memory cannot be computed: {in_one_line(error)}"

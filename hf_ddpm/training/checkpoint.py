@@ -63,6 +63,7 @@ class Progress:
         losses: The sum and the count of losses since the last line of metrics.jsonl, for each process.
         scaler: The state of fp16's loss scaler.
         label_scales: Mean and standard deviation of each column of numbers, as the network takes them.
+        teacher: The checksum of the weights of the model that is tuned for few steps; None: none is.
         stream: num_substreams, chunk_size and block_starts (each as a dict) of `StreamBatches`.
     """
 
@@ -84,6 +85,7 @@ class Progress:
     scaler: dict[str, Any] | None = None
     stream: dict[str, Any] | None = None
     label_scales: dict[str, list[float]] = field(default_factory=dict)
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)

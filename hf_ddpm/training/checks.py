@@ -22,6 +22,16 @@ from hf_ddpm.runtime.settings import check_effects, check_values
 if TYPE_CHECKING:
     from hf_ddpm.training.config import TrainingConfig
 
+# Settings of training that tuning does without -> why.
+_WITHOUT_TUNING = {
+    **dict.fromkeys(("loss_weighting", "min_snr_gamma"), "its loss has a weight of its own; leave it out"),
+    **dict.fromkeys(
+        ("timestep_density", "noise_level_mean", "noise_level_std"),
+        "it learns the timesteps of sampling alone; leave it out",
+    ),
+    "stable_target_images": "its target is that of the model as it was; leave it out",
+    "augment_probability": "the model as it was would not be told how images were transformed; leave it out",
+}
 PRECISIONS = ("no", "fp16", "bf16")
 THREADS_PER_CORE = 16  # Far more of them end the process.
 
@@ -35,6 +45,8 @@ def check_config(config: TrainingConfig) -> None:
     check_values(config)
     check_data_paths(config)
     _check_relations(config)
+    if config.tuned_steps is not None:
+        _check_tuning(config)
     _check_hub_resume(config)
     if config.train_batch_size == "auto":
         _check_automatic_batch(config)
@@ -89,6 +101,23 @@ def _check_relations(config: TrainingConfig) -> None:
     steps = config.ddpm_num_inference_steps
     if steps is not None and steps > config.ddpm_num_steps:
         raise UsageError(f"ddpm_num_inference_steps must be in [1, {config.ddpm_num_steps}], got {steps}")
+
+
+def _check_tuning(config: TrainingConfig) -> None:
+    """Check what a run that tunes a model for few steps asks for."""
+    default = type(config)()
+    for name, reason in _WITHOUT_TUNING.items():
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            raise UsageError(f"{name} = {value} has no effect on a model that is tuned for few steps: {reason}")
+    if config.guidance_interval is not None and not config.is_guided:
+        raise UsageError(f"guidance_interval = {config.guidance_interval} has no effect: give guidance_scale above 1")
+    folder = Path(config.init_from or "").resolve()
+    if config.init_from and folder.exists() and folder.is_relative_to(Path(config.output_dir).resolve()):
+        raise UsageError(
+            f"output_dir must not hold the model that is tuned, got {config.output_dir!r}: that model teaches the run "
+            "to its end, and would be replaced; give another folder"
+        )
 
 
 def _check_hub_resume(config: TrainingConfig) -> None:

@@ -27,6 +27,13 @@ SCHEDULER_SETTINGS = {
     "ddpm_beta_end": "beta_end",
     "rescale_betas_zero_snr": "rescale_betas_zero_snr",
 }
+# The settings of `hf-ddpm tune` alone, and those of `hf-ddpm train` that the model to tune decides or tuning replaces.
+TUNING_SETTINGS = ("tuned_steps", "guidance_scale", "guidance_interval")
+NOT_OF_TUNING = (
+    *("init_from", "model_config_name_or_path", "dropout", "ddpm_num_inference_steps", "loss_weighting"),
+    *("min_snr_gamma", "timestep_density", "noise_level_mean", "noise_level_std", "stable_target_images"),
+    *("augment_probability", *SCHEDULER_SETTINGS),
+)
 _SCHEDULES_BY_ENDS = {"ddpm_beta_schedule": ("linear", "scaled_linear", "sigmoid")}
 _LOGNORMAL = {"timestep_density": "lognormal"}
 _VALIDATION = {"eval_steps": GIVEN}
@@ -191,6 +198,35 @@ class TrainingConfig(DataConfig):
         resume="fixed",
         at_least=0,
         below=1,
+    )
+
+    # The tuning for few steps
+    tuned_steps: list[int] | None = setting(  # noqa: RUF009
+        None,
+        "The numbers of sampling steps that the model of `init_from` is tuned for (consistency tuning), `--steps` of "
+        "`hf-ddpm tune`; default: it is not tuned, but trained on.",
+        group="tuning",
+        resume="fixed",
+        at_least=1,
+        only_with={"init_from": GIVEN},
+    )
+    guidance_scale: float | None = setting(
+        None,
+        "The scale of the guidance that tuning makes a part of the model, so that one evaluation does what two did: "
+        "by the model without a label, or by the weaker network in its folder `guide`; 1: none, the default.",
+        group="tuning",
+        resume="fixed",
+        at_least=1,
+        only_with={"tuned_steps": GIVEN},
+    )
+    guidance_interval: list[float] | None = setting(  # noqa: RUF009
+        None,
+        "LOW HIGH: this guidance acts where LOW < sigma <= HIGH, the ratio of noise to signal; default: everywhere.",
+        group="tuning",
+        resume="fixed",
+        num_values=2,
+        at_least=0,
+        only_with={"guidance_scale": GIVEN},
     )
 
     # The optimization
@@ -443,6 +479,7 @@ class TrainingConfig(DataConfig):
         group="output",
         resume="free",
         at_least=1,
+        only_with={"tuned_steps": None},
     )
     eval_steps: int | None = setting(
         None,
@@ -579,6 +616,11 @@ class TrainingConfig(DataConfig):
         """The images per process and forward pass, after `auto` was chosen."""
         assert self.train_batch_size != "auto"
         return self.train_batch_size
+
+    @property
+    def is_guided(self) -> bool:
+        """True if a run that tunes a model for few steps makes guidance a part of it."""
+        return self.guidance_scale not in (None, 1)
 
     @property
     def makes_from_images(self) -> bool:

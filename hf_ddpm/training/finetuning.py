@@ -18,6 +18,7 @@ import torch
 from diffusers import UNet2DModel
 
 from hf_ddpm.condition import CONDITIONAL_NETWORK, is_conditional, read_condition
+from hf_ddpm.consistency import check_tunable
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.image_size import to_resolution, to_size
@@ -26,7 +27,7 @@ from hf_ddpm.network import load_unet, naming_weights
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import network_folder, read_mapping
 from hf_ddpm.runtime.run_files import MODEL_INDEX
-from hf_ddpm.scheduler import LEARNED_VARIANCES, as_our_scheduler
+from hf_ddpm.scheduler import LEARNED_VARIANCES, as_our_scheduler, is_tuned
 from hf_ddpm.training.checks import check_config, is_resumed
 from hf_ddpm.training.config import SCHEDULER_SETTINGS, TrainingConfig
 from hf_ddpm.training.parsing import load_config
@@ -56,6 +57,13 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
             raise UsageError(f"{name} must be {value}, that of the model {config.init_from!r}, got {requested}")
     config = replace(config, **decided)
     check_config(config)
+    if config.tuned_steps is not None:
+        check_tunable(config.prediction_type, config.variance_type, config.ddpm_beta_schedule)
+        if max(config.tuned_steps) > config.ddpm_num_steps:
+            raise UsageError(
+                f"tuned_steps must be in [1, {config.ddpm_num_steps}], got {max(config.tuned_steps)}: the model "
+                f"{config.init_from!r} has {config.ddpm_num_steps} timesteps"
+            )
     return config
 
 
@@ -176,6 +184,11 @@ def _settings_of(model: str) -> dict[str, Any]:
         raise UsageError(
             f"init_from needs a model with a noise schedule by name, got {model!r} with "
             f"{stored.get('_class_name')} and {'betas of its own' if 'beta_schedule' in stored else 'none'}"
+        )
+    if is_tuned(stored):
+        raise UsageError(
+            f"init_from must be a model that was not tuned for few steps, got {model!r}, which was: take the model "
+            "that it began as"
         )
     hints = get_type_hints(TrainingConfig)
     for ours, theirs in SCHEDULER_SETTINGS.items():

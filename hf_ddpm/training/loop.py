@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ddpm.conditional import with_condition
+from hf_ddpm.conditional import Conditioned
 from hf_ddpm.data.batches import to_x_0
 from hf_ddpm.data.image_folder import listed_once
 from hf_ddpm.data.sources import check_source
@@ -327,7 +327,7 @@ def take_step(run: Run, progress: Progress, micro_batches: list[dict[str, Any]])
             x_0, parameters = augmented(run, to_x_0(pixels, run.images.scale), batch["positions"])
             with told_parameters(run.state.unet, parameters):
                 loss = run.loss(
-                    network if condition is None else with_condition(network, condition),
+                    network if condition is None else Conditioned(network, condition),
                     x_0,
                     hide_labels(config.seed, batch["positions"], labels, run.labels, config.class_dropout),
                     timesteps=t,

@@ -48,13 +48,13 @@ class StepMemory:
         return self.fixed + batch_size * self.per_image
 
 
-def step_memory(unet: Any, autocast_dtype: torch.dtype | None, num_averages: int, num_processes: int) -> StepMemory:
+def step_memory(unet: Any, autocast_dtype: torch.dtype | None, num_copies: int, num_processes: int) -> StepMemory:
     """Compute the memory of a step.
 
     Args:
         unet: The network, on the CPU.
         autocast_dtype: The type that it runs in; None: float32.
-        num_averages: The averages of the weights.
+        num_copies: The further copies of the weights that are held: averages, and networks that teach.
         num_processes: The processes; several hold their gradients once more, to exchange them.
     """
     one, many, more = (_peak_of_passes(unet, autocast_dtype, count) for count in (1, *MANY))
@@ -62,7 +62,7 @@ def step_memory(unet: Any, autocast_dtype: torch.dtype | None, num_averages: int
     # what the backward pass needs. So it grows by no more per image than it does at many, and this bounds it.
     per_image = -(-(more - many) // (MANY[1] - MANY[0]))
     num_parameters = sum(p.numel() for p in unet.parameters())
-    copies = 1 + NUM_MOMENTS + num_averages + (num_processes > 1)
+    copies = 1 + NUM_MOMENTS + num_copies + (num_processes > 1)
     height, width = to_size(unet.config.sample_size)
     of_images = IMAGE_COPIES * FLOAT_BYTES * unet.config.in_channels * height * width
     fixed = max(0, one - per_image) + copies * FLOAT_BYTES * num_parameters

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_ddpm.classes import Classes
 from hf_ddpm.condition import Condition
+from hf_ddpm.consistency import ConsistencyObjective, visited_timesteps
 from hf_ddpm.data.given import GivenImages
 from hf_ddpm.data.labels import labels_of
 from hf_ddpm.labels import Labels, Values, describe_labels, on_scales, read_labels, scales_of, structure_of
@@ -22,6 +26,7 @@ from hf_ddpm.training.finetuning import is_conditional_network, load_weights, ne
 from hf_ddpm.training.parts import check_given_network
 from hf_ddpm.training.start import Images, Start
 from hf_ddpm.training.trial import network_source
+from hf_ddpm.training.tuning import open_teacher
 
 
 def make_scheduler(config: TrainingConfig) -> DDPMScheduler:
@@ -149,11 +154,16 @@ def _check_same_labels(config: TrainingConfig, labels: Labels | None, of_model: 
 
 
 def make_objective(
-    config: TrainingConfig, scheduler: DDPMScheduler, images: Images, labels: Labels | None
+    config: TrainingConfig, scheduler: DDPMScheduler, images: Images, labels: Labels | None, device: torch.device
 ) -> Objective:
     """Make the loss of the run; a learned variance is trained on the integers that x_0 is made of."""
     unconditional = None if labels is None or isinstance(labels, Values) else labels.unconditional
-    return Objective(
+    kind: Any = Objective
+    if config.tuned_steps is not None:
+        teacher = open_teacher(config, scheduler, labels, device)
+        visited = visited_timesteps(scheduler, config.tuned_steps)
+        kind = partial(ConsistencyObjective, teacher=teacher, visited=visited)
+    return kind(
         scheduler=scheduler,
         weighting=config.loss_weighting,
         min_snr_gamma=config.min_snr_gamma,

@@ -6,7 +6,7 @@ A setting has the value of its flag or keyword argument; else that of the file o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,20 +31,26 @@ REPLACED_SETTINGS = {
 }
 
 
-def config_from_flags(flags: Mapping[str, Any], path: str | None = None, recipe: str | None = None) -> TrainingConfig:
+def config_from_flags(
+    flags: Mapping[str, Any],
+    path: str | None = None,
+    recipe: str | None = None,
+    weakest: Mapping[str, Any] | None = None,
+) -> TrainingConfig:
     """Return the checked config that a command line asks for.
 
     Args:
         flags: The settings that were given, as text or of their type.
         path: The file of `--config`.
         recipe: The name of `--recipe`; `digits` if neither data nor a file or recipe are named.
+        weakest: Settings that count where none of these names one, in the place of a recipe.
 
     Raises:
         UsageError: When a name is unknown, or a value cannot work or take effect beside the others.
     """
-    if path is None and recipe is None and not flags.keys() & {"dataset_name", "train_data_dir"}:
+    if path is None and recipe is None and weakest is None and not flags.keys() & {"dataset_name", "train_data_dir"}:
         recipe = "digits"
-    config = load_config(path, recipe, **flags)
+    config = _config_of_layers([weakest or {}, *_layers(path, recipe), typed_values(TrainingConfig, flags)])
     conflicting = sorted(flags.keys() & SCHEDULER_SETTINGS.keys())
     if config.init_from is not None and conflicting:
         raise UsageError(f"{conflicting[0]} is that of the model in init_from: leave it out")
@@ -62,12 +68,20 @@ def load_config(path: str | None = None, recipe: str | None = None, **settings: 
             checked when the run starts.
     """
     _check_names(settings, "keyword argument")
-    layers = [] if recipe is None else [_recipe_settings(recipe)]
-    if path is not None:
-        layers.append(_file_settings(path))
+    return _config_of_layers([*_layers(path, recipe), typed_values(TrainingConfig, settings)])
+
+
+def _layers(path: str | None, recipe: str | None) -> list[Mapping[str, Any]]:
+    """Return the settings of a recipe and of a file, the weaker first."""
+    layers: list[Mapping[str, Any]] = [] if recipe is None else [_recipe_settings(recipe)]
+    return layers if path is None else [*layers, file_settings(path)]
+
+
+def _config_of_layers(layers: Sequence[Mapping[str, Any]]) -> TrainingConfig:
+    """Return the config of settings from several places, the strongest last."""
     loaded: dict[str, Any] = {}
     images_of_step = None
-    for layer in [*layers, typed_values(TrainingConfig, settings)]:
+    for layer in layers:
         if layer.get("train_batch_size") == "auto":
             images_of_step = _images_of_step(loaded) if loaded else None
         loaded = override(loaded, layer)
@@ -154,7 +168,12 @@ def _recipe_settings(recipe: str) -> dict[str, Any]:
     return settings_in(recipes.settings(recipe), f"recipe {recipe}")
 
 
-def _file_settings(path: str) -> dict[str, Any]:
+def file_settings(path: str) -> dict[str, Any]:
+    """Return the settings of a YAML file.
+
+    Raises:
+        UsageError: When it is not there, is damaged or holds none.
+    """
     file = look_at("config", path)
     if not file.is_file():
         raise UsageError(f"config must be a YAML file, got {path!r}, which is not there")

@@ -28,7 +28,7 @@ _REPLACED = {
         "enable_xformers_memory_efficient_attention",
         "augment_probability",
     ),
-    "objective": ("loss_weighting", "min_snr_gamma"),
+    "objective": ("loss_weighting", "min_snr_gamma", "tuned_steps"),
 }
 
 

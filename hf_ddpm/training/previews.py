@@ -18,7 +18,7 @@ from hf_ddpm.evaluation.training_share import SIGNIFICANCE
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import read_metrics, write_atomically
 from hf_ddpm.sampling.sampler import grid_by_label, labels_in_turn, sample_all, sheet_by_label
-from hf_ddpm.solvers import default_scheduler, default_steps, named_scheduler
+from hf_ddpm.solvers import default_scheduler, default_steps, named_scheduler, tuned_scheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import swap_in
 from hf_ddpm.training.checkpoint import Progress
@@ -67,7 +67,8 @@ def preview_path(run: Run, step: int) -> Path:
 def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
     """Sample seeds 0, 1, ... into one sheet: the same seeds at each step and for any number of processes.
 
-    Images that are made from images stand between these and those of the data.
+    Images that are made from images stand between these and those of the data. Those of a model that is tuned for
+    several numbers of steps stand beside one another, from the same noises.
 
     All processes call it.
 
@@ -81,24 +82,36 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
         num_images = len(pairs.images)
     with averaged_pipeline(run) as pipeline:
         pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not (has_bar and run.is_main))
-        samples = sample_all(
-            pipeline,
-            range(num_images),
-            run.processes,
-            batch_size=-(-num_images // run.processes.size),
-            num_inference_steps=preview_steps(run),
-            class_labels=labels_in_turn(run.labels, range(num_images)) if pairs is None else pairs.labels,
-            conditions=None if pairs is None else pairs.conditions,
-        )
+        samples = {
+            num_steps: sample_all(
+                pipeline,
+                range(num_images),
+                run.processes,
+                batch_size=-(-num_images // run.processes.size),
+                num_inference_steps=num_steps,
+                class_labels=labels_in_turn(run.labels, range(num_images)) if pairs is None else pairs.labels,
+                conditions=None if pairs is None else pairs.conditions,
+            )
+            for num_steps in sorted(run.config.tuned_steps or [preview_steps(run)])
+        }
+    values = run.images.value_range
+    title = "sample" if run.config.tuned_steps is None else None
+    shown = {title or _in_steps(num_steps): pictured(images, values) for num_steps, images in samples.items()}
     if pairs is not None and run.condition is not None:
-        labels = [run.condition.label, "sample", "truth"]
-        values = run.images.value_range
-        shown = [
-            pictured(pairs.conditions, values if run.condition.super_resolution else run.condition.value_range),
-            *(pictured(each, values) for each in (samples, pairs.images)),
-        ]
-        return figures.side_by_side([*map(figures.to_pil, shown)], labels)
-    return sheet_by_label(figures.to_pil(pictured(samples, run.images.value_range)), columns, run.labels)
+        of_conditions = values if run.condition.super_resolution else run.condition.value_range
+        shown = {
+            run.condition.label: pictured(pairs.conditions, of_conditions),
+            **shown,
+            "truth": pictured(pairs.images, values),
+        }
+    if len(shown) > 1:
+        return figures.side_by_side([*map(figures.to_pil, shown.values())], [*shown])
+    (images,) = shown.values()
+    return sheet_by_label(figures.to_pil(images), columns, run.labels)
+
+
+def _in_steps(num_steps: int) -> str:
+    return "1 step" if num_steps == 1 else f"{num_steps} steps"
 
 
 def next_preview(run: Run, done: int, num_steps: int) -> int:
@@ -145,7 +158,13 @@ def validate(run: Run, progress: Progress, evaluations: LinesFile) -> None:
     assert run.validation is not None
     with averaged_pipeline(run) as pipeline:
         measured = measure_validation(
-            run.validation, run.processes, pipeline, run.objective, preview_steps(run), run.device
+            run.validation,
+            run.processes,
+            pipeline,
+            run.objective,
+            preview_steps(run),
+            run.device,
+            run.config.tuned_steps,
         )
     path = evaluations.path
     earlier = run.processes.on_main(lambda: [*read_metrics(path), *map(json.loads, evaluations.waiting)])
@@ -199,14 +218,17 @@ def preview_settings(run: Run) -> dict[str, Any]:
     return {
         "scheduler": type(_preview_scheduler(run)).__name__,
         "num_inference_steps": preview_steps(run),
+        "tuned_steps": run.config.tuned_steps,
         "seed": 0,
         "ema": run.config.use_ema,
     }
 
 
 def preview_steps(run: Run) -> int:
-    """Return the number of sampling steps of a preview."""
+    """Return the number of sampling steps of a preview; of a model that is tuned for several numbers, the largest."""
     config = run.scheduler.config
+    if run.config.tuned_steps is not None:
+        return max(run.config.tuned_steps)
     return run.config.ddpm_num_inference_steps or default_steps(
         default_scheduler(config), config["num_train_timesteps"]
     )
@@ -214,6 +236,8 @@ def preview_steps(run: Run) -> int:
 
 def _preview_scheduler(run: Run) -> Any:
     config = run.scheduler.config
+    if run.config.tuned_steps is not None:
+        return tuned_scheduler(config)
     return named_scheduler(default_scheduler(config), config, preview_steps(run))
 
 

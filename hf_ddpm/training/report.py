@@ -32,13 +32,12 @@ from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.runtime.files import read_metrics, write_atomically
 from hf_ddpm.runtime.run_files import LAST_PICTURES
 from hf_ddpm.sampling.sampler import labels_in_turn, seeded_generators
-from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.previews import preview_settings, sample_sheet, save_preview
 from hf_ddpm.training.run import FINISHES, FREE_SPACE, Run, num_steps_left, print_once, try_to_write
-from hf_ddpm.training.saving import averaged_unet, pipeline_of, save_models
+from hf_ddpm.training.saving import averaged_unet, pipeline_of, save_models, scheduler_to_save
 from hf_ddpm.training.validation_curves import draw_validation_curves
 from hf_ddpm.value_range import pictured
 
@@ -104,7 +103,7 @@ def _delete_pictures(output_dir: Path) -> None:
 
 def _averaged_pipeline(run: Run) -> DDPMPipeline:
     averaged: Any = averaged_unet(run, run.average)
-    return pipeline_of(run, averaged.to(run.device), DDPMScheduler.from_config(run.scheduler.config))
+    return pipeline_of(run, averaged.to(run.device), scheduler_to_save(run))
 
 
 def write_report(run: Run, progress: Progress, pipeline: DDPMPipeline, samples: Image.Image | None) -> None:
@@ -147,7 +146,7 @@ def run_facts(run: Run, progress: Progress, pipeline: DDPMPipeline) -> dict[str,
         },
         "model": {
             "num_parameters": sum(p.numel() for p in pipeline.unet.parameters()),
-            "abar_T": float(pipeline.scheduler.alpha_bar[-1]),
+            "abar_T": float(run.scheduler.alpha_bar[-1]),
         },
         "training": {
             "steps": progress.step,
@@ -194,8 +193,8 @@ def _facts_of_figures(run: Run, progress: Progress) -> dict[str, Any]:
 def reverse_chain_steps(run: Run, num_images: int) -> int:
     """Return the number of sampling steps in the figure of the reverse chain: all T, or as many as the run can spare.
 
-    A step denoiser is its chain: it gets all T steps, or 0 and no figure. Counts decide, and not the clock, so that a
-    resumed run draws the same figure.
+    A model that is tuned for few steps has no such chain. A step denoiser is its chain: it gets all T steps, or 0 and
+    no figure. Counts decide, and not the clock, so that a resumed run draws the same figure.
 
     Args:
         run: The run.
@@ -203,6 +202,8 @@ def reverse_chain_steps(run: Run, num_images: int) -> int:
     """
     num_steps = max(CHAIN_SHARE * num_images / run.global_batch_size, CHAIN_STEPS)
     spared = int(num_steps * passes_of_a_step(run))
+    if run.config.tuned_steps is not None:
+        return 0
     if run.config.prediction_type == "previous_sample" and spared < len(run.scheduler):
         return 0
     return min(len(run.scheduler), spared)
@@ -220,13 +221,15 @@ def passes_of_a_step(run: Run) -> float:
 
 def _draw_figures(run: Run, progress: Progress, pipeline: DDPMPipeline) -> None:
     """Draw the loss and both Markov chains, and say what they take."""
-    total, num_steps = len(pipeline.scheduler), reverse_chain_steps(run, progress.images)
+    total, num_steps = len(run.scheduler), reverse_chain_steps(run, progress.images)
     chain = f"{CHAIN_SIZE} samples in {num_steps:,} of {total:,} sampling steps"
-    if not num_steps:
+    if run.config.tuned_steps is not None:
+        chain = "the forward chain"
+    elif not num_steps:
         chain = f"no samples, as {total:,} sampling steps would take longer than {CHAIN_SHARE:.0%} of the run's steps"
     print_once(run.processes, f"figures are drawn: the loss, and {chain} (--no_save_figures leaves them out)")
     _draw_loss(run.output_dir)
-    _draw_forward_chain(run, pipeline)
+    _draw_forward_chain(run)
     if num_steps:
         with sharding.autocast(run.device, run.config.mixed_precision):
             _draw_reverse_chain(run, pipeline, num_steps)
@@ -244,10 +247,10 @@ def _draw_loss(output_dir: Path) -> None:
     )
 
 
-def _draw_forward_chain(run: Run, pipeline: DDPMPipeline) -> None:
+def _draw_forward_chain(run: Run) -> None:
     """Draw a training image that is carried through the Markov chain."""
     images = run.images
-    scheduler = pipeline.scheduler
+    scheduler = run.scheduler
     x_0 = to_x_0(as_tensor(np.array(center_crop(images.image(0), images.size))), images.scale)
     timesteps = figures.spread(len(scheduler), figures.NUM_STRIP_COLUMNS - 1)
     chain = figures.forward_chain(x_0, scheduler, [-1, *timesteps], torch.Generator().manual_seed(0))

@@ -16,6 +16,7 @@ from hf_ddpm.network import require_finite
 from hf_ddpm.pipeline import GUIDE_FOLDER, DDPMPipeline
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.scheduler import DDPMScheduler
+from hf_ddpm.solvers import Sampler, tuned_scheduler
 from hf_ddpm.training.augmentation import without_map
 from hf_ddpm.training.checkpoint import Progress
 from hf_ddpm.training.folder import forget_replaced
@@ -78,11 +79,15 @@ def save_snapshot(run: Run, progress: Progress) -> None:
 def save_guide(run: Run, progress: Progress) -> None:
     """Save the averaged network after the first part of the run, for autoguidance; all processes call it.
 
+    A model that is tuned for few steps is not guided any more, and has none.
+
     A network of the same kind that was trained less errs in the same way, and more: guidance leads away from it
     (Karras et al. 2024, arXiv 2406.02507). A later one errs as the model itself does, and guides nowhere.
     """
     end = run.total_images / GUIDE_PART
-    if run.state.ema is None or not progress.images - run.global_batch_size < end <= progress.images:
+    if run.state.ema is None or run.config.tuned_steps is not None:
+        return
+    if not progress.images - run.global_batch_size < end <= progress.images:
         return
     unet = averaged_unet(run, run.average, is_kept=run.is_main)
     if run.is_main and all(bool(weight.isfinite().all()) for weight in unet.state_dict().values()):
@@ -119,7 +124,16 @@ def pipeline_of(run: Run, unet: Any, scheduler: Any) -> DDPMPipeline:
         pipeline.scheduler = scheduler
         pipeline.condition = run.condition
     pipeline.labels, pipeline.value_range = run.labels, run.images.value_range
+    if run.config.tuned_steps is not None:
+        pipeline.kept_sampler = Sampler("lcm", max(run.config.tuned_steps))
     return pipeline
+
+
+def scheduler_to_save(run: Run) -> Any:
+    """Return the scheduler that is saved with the model: that of training, or of a tuned model `LCMScheduler`."""
+    if run.config.tuned_steps is not None:
+        return tuned_scheduler(run.scheduler.config)
+    return DDPMScheduler.from_config(run.scheduler.config)
 
 
 def _write_guide(unet: Any, folder: Path) -> None:
@@ -139,7 +153,7 @@ def _write_pipeline(run: Run, unet: Any, folder: Path) -> None:
     partial = folder / "partial-model"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        pipeline_of(run, unet, DDPMScheduler.from_config(run.scheduler.config)).save_pretrained(partial)
+        pipeline_of(run, unet, scheduler_to_save(run)).save_pretrained(partial)
         files = [path for path in partial.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.parent == partial):
             target = folder / path.relative_to(partial)

@@ -67,6 +67,7 @@ from hf_ddpm.training.schedules import average_decays, learning_rate_schedule
 from hf_ddpm.training.start import Images, find_start, require_same_run
 from hf_ddpm.training.tracking import finish_trackers, start_trackers
 from hf_ddpm.training.trial import try_run
+from hf_ddpm.training.tuning import checksum_of_teacher
 from hf_ddpm.training.validation import open_validation
 from hf_ddpm.value_range import ValueRange
 
@@ -137,13 +138,13 @@ def build_run(
     condition = condition_of(config, images)
     labels = labels_of_run(config, images, parts.network)
     labels = on_scales_of_start(config, labels, start)
-    progress = replace(progress, label_scales=scales_of(labels))
+    progress = replace(progress, label_scales=scales_of(labels), teacher=checksum_of_teacher(config, progress.teacher))
     images = with_network_labels(images, labels)
     validation = None
     if config.eval_steps is not None:
         validation = open_validation(config, images, labels, condition, processes, accelerator.device)
     scheduler = make_scheduler(config)
-    objective = make_objective(config, scheduler, images, labels)
+    objective = make_objective(config, scheduler, images, labels, accelerator.device)
     new_unet = make_network(config, images, labels, condition, start.checkpoint, parts.network)
     if config.augment_probability:
         attach_map(new_unet)
@@ -365,7 +366,8 @@ def _divide_step(
         labels = labels_of_run(config, images, parts.network)
         unet = make_network(config, images, labels, condition_of(config, images), None, parts.network)
         num_averages = len(average_decays(config, 1)(0, 1)) if config.use_ema else 0
-        kept, line = choose_batch(config, unet, accelerator.device, num_averages, processes)
+        num_teachers = (config.tuned_steps is not None) + config.is_guided
+        kept, line = choose_batch(config, unet, accelerator.device, num_averages + num_teachers, processes)
     print_once(processes, line)
     return kept
 

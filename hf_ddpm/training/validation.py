@@ -1,8 +1,10 @@
 """The validation while a model trains, on the same noises and the same held-out images each time.
 
     kid          the kernel distance from samples of the averaged weights to held-out images (evaluation/distances.py)
+    kid_by_steps kid in each number of steps that a model is tuned for; kid itself is that of the most steps
     val_loss     the mean squared error of the network's output over held-out images, each at one t, all t alike; with
                  a learned variance, plus 0.001 T L_t, as in training
+                 a model that is tuned for few steps has none, as its target moves with it
     levels       the means of val_loss over tenths of [0, T), from little noise to much
     by_class     kid and val_loss of each class of which there are enough images
     memorization how near samples are to training and to held-out images (evaluation/training_share.py), where images
@@ -16,7 +18,9 @@ The draws are functions of the image's number, so that training does not change 
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,7 @@ from tqdm.auto import tqdm
 
 from hf_ddpm.classes import Classes
 from hf_ddpm.condition import Condition
-from hf_ddpm.conditional import with_condition
+from hf_ddpm.conditional import Conditioned
 from hf_ddpm.data.batches import as_tensor, epoch_order, fixed_pixels, to_x_0
 from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.data.conditions import low_resolution_conditions, to_conditions, with_conditions_of_model
@@ -190,22 +194,33 @@ def measure_validation(
     objective: Objective,
     num_inference_steps: int,
     device: torch.device,
+    tuned_steps: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Return `kid`, its `kid_standard_error`, `val_loss`, `levels` and `by_class`, the same on all processes.
 
     Where images are made from images, also `psnr` and `psnr_standard_error`; else what `summarize` returns, and
-    `real_distance`.
+    `real_distance`. For a model that is tuned for few steps, also `kid_by_steps`.
 
     Args:
         pipeline: The pipeline to sample, its network in eval mode.
         objective: The objective of training; weight and density of t are those of validation.
+        num_inference_steps: The number of steps that all but `kid_by_steps` is measured with.
+        tuned_steps: The numbers of steps that the model is tuned for; None: it is not.
     """
-    loss, t = _held_out_loss(validation, processes, pipeline, objective, device)
-    level = (t * NUM_LEVELS / len(objective.scheduler)).long()
-    levels = [float(loss[level == k].mean()) if (level == k).any() else None for k in range(NUM_LEVELS)]
+    levels: list[float | None] = [None] * NUM_LEVELS
+    loss = torch.full((len(validation.images),), math.nan)
+    if tuned_steps is None:  # the target of tuning moves with the network, and says nothing of its samples
+        loss, t = _held_out_loss(validation, processes, pipeline, objective, device)
+        level = (t * NUM_LEVELS / len(objective.scheduler)).long()
+        levels = [float(loss[level == k].mean()) if (level == k).any() else None for k in range(NUM_LEVELS)]
     samples, sample_labels = _sample(validation, processes, pipeline, num_inference_steps, device)
     features, fidelity, memorized = _measure_samples(validation, processes, samples)
     kid, standard_error = kernel_distance(features, validation.features)
+    by_steps = {num_inference_steps: (kid, standard_error)}
+    for num_steps in tuned_steps or ():
+        if num_steps not in by_steps:
+            others, _ = _sample(validation, processes, pipeline, num_steps, device)
+            by_steps[num_steps] = kernel_distance(_features(validation, processes, others), validation.features)
     nearness = {} if fidelity is None else mean_of(fidelity)._asdict()
     return {
         "kid": finite_or_none(kid),
@@ -213,6 +228,7 @@ def measure_validation(
         "val_loss": finite_or_none(float(loss.mean())),
         "levels": levels,
         "by_class": measure_classes(validation, pipeline.classes, loss, features, sample_labels),
+        **({} if tuned_steps is None else {"kid_by_steps": _describe_distances(by_steps)}),
         **memorized,
         **{{"value": "psnr"}.get(name, f"psnr_{name}"): value for name, value in nearness.items()},
     }
@@ -262,7 +278,7 @@ def _held_out_loss(
         uniform, noise = image_draws(0, torch.from_numpy(part), x_0.shape[1:], device)
         t = fixed.timesteps_from_uniform(uniform, first_index=int(part[0]), global_batch_size=count)
         condition = validation.conditions(part, device)
-        network = pipeline.unet if condition is None else with_condition(pipeline.unet, condition)
+        network = pipeline.unet if condition is None else Conditioned(pipeline.unet, condition)
         loss = fixed(network, x_0, labels, timesteps=t, noise=noise)
         rows.append(torch.stack([loss, t.float()], dim=1))
     loss, t = processes.gather_rows(torch.cat(rows), count).double().unbind(dim=1)
@@ -308,8 +324,8 @@ def _measure_samples(
     """
     count = len(samples)
     parts = _batches(processes, count)
-    shown = pictured(samples, validation.scale) if isinstance(validation.scale, ValueRange) else samples
-    features = processes.gather_rows(torch.cat([validation.network(shown[part]) for part in parts]), count)
+    shown = _shown(validation, samples)
+    features = _features(validation, processes, samples)
     memorized: dict[str, Any] = {}
     fidelity = None
     if validation.real is not None and validation.real_distance is not None:
@@ -321,6 +337,26 @@ def _measure_samples(
         rows = [psnr(samples[part] / 255, images) for part, images in zip(parts, truth, strict=True)]
         fidelity = processes.gather_rows(torch.cat(rows), count)
     return features, fidelity, memorized
+
+
+def _features(validation: Validation, processes: Processes, samples: Tensor) -> Tensor:
+    """Return the features of samples, (num_samples, d); the processes share the work."""
+    shown = _shown(validation, samples)
+    parts = [validation.network(shown[part]) for part in _batches(processes, len(samples))]
+    return processes.gather_rows(torch.cat(parts), len(samples))
+
+
+def _shown(validation: Validation, samples: Tensor) -> Tensor:
+    """Return samples as a feature network sees them; of arrays the channels that pictures show."""
+    return pictured(samples, validation.scale) if isinstance(validation.scale, ValueRange) else samples
+
+
+def _describe_distances(by_steps: Mapping[int, tuple[float, float]]) -> dict[str, dict[str, float | None]]:
+    """Return kernel distances by the number of sampling steps as a line of eval.jsonl has them."""
+    return {
+        str(num_steps): {"kid": finite_or_none(kid), "kid_standard_error": finite_or_none(standard_error)}
+        for num_steps, (kid, standard_error) in sorted(by_steps.items())
+    }
 
 
 def _real_images(config: TrainingConfig, images: Any, held_out: Tensor) -> RealImages | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hf_ddpm import DDPMPipeline, DDPMScheduler
+from hf_ddpm import DDPMPipeline, DDPMScheduler, UsageError
 from hf_ddpm.cli import app
 from hf_ddpm.evaluation import features
 from hf_ddpm.evaluation.distances import paired_kernel_distance
@@ -28,7 +28,7 @@ from hf_ddpm.hub.card import write_card
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.sampling.image_set import write_samples
 from hf_ddpm.sampling.loading import load_for_sampling
-from hf_ddpm.solvers import named_scheduler
+from hf_ddpm.solvers import named_scheduler, tuned_scheduler
 from hf_ddpm.timesteps import FILE, SOLVERS, SearchedTimesteps, best_solver, read_searched, write_searched
 
 T = 100
@@ -269,3 +269,10 @@ def test_schedule_command_rejects_a_step_denoiser(make_unet, tmp_path):
     done = CliRunner().invoke(app, ["schedule", str(tmp_path), "--steps", "3"])
     assert done.exit_code == 2
     assert "scheduler must be 'ddpm' for a step denoiser" in done.output
+
+
+def test_model_that_was_tuned_for_few_steps_is_refused(model):
+    pipeline = DDPMPipeline.from_pretrained(model)
+    DDPMPipeline(pipeline.unet, tuned_scheduler(pipeline.scheduler.config)).save_pretrained(model)
+    with pytest.raises(UsageError, match="timesteps are searched for models that were not tuned for few steps"):
+        list(search_and_keep(str(model), [2]))

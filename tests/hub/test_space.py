@@ -29,10 +29,10 @@ from hf_ddpm.cli import app as cli
 from hf_ddpm.hub import space
 from hf_ddpm.hub.readme import BEGIN, END
 from hf_ddpm.hub.space_app.model import NOISELESS, NUM_SHOWN_STEPS
-from hf_ddpm.names import SCHEDULERS
+from hf_ddpm.names import UNTUNED_SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import weights_sha256
-from hf_ddpm.solvers import default_scheduler, named_scheduler
+from hf_ddpm.solvers import default_scheduler, named_scheduler, tuned_scheduler
 from hf_ddpm.timesteps import SearchedTimesteps, write_searched
 from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import smallest_unet_config
@@ -49,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "learned": {"variance_type": "learned", "prediction_type": "sample"},
     "classes": {"prediction_type": "v_prediction"},
     "previous_sample": {"prediction_type": "previous_sample"},
+    "tuned": {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
     "saved with a solver": {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True, "predict_x0": False},
 }
 
@@ -65,6 +66,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             {"num_train_timesteps": T, "beta_schedule": "squaredcos_cap_v2", **settings}
         )
         folders[name] = tmp_path_factory.mktemp("models") / name
+        if name == "tuned":
+            scheduler = tuned_scheduler(scheduler.config)
         DDPMPipeline(unet, scheduler).save_pretrained(folders[name])
     return folders
 
@@ -98,12 +101,14 @@ def sample_with_package(
 
 
 def samplers_of(name: str) -> list[str]:
-    return ["ddpm"] if name in ("sigmoid", "previous_sample") else [*SCHEDULERS]
+    if name == "tuned":
+        return ["lcm"]
+    return ["ddpm"] if name in ("sigmoid", "previous_sample") else [*UNTUNED_SCHEDULERS]
 
 
 CASES = [
     *((name, sampler, T if name == "previous_sample" else 7) for name in SETTINGS for sampler in samplers_of(name)),
-    *(("epsilon", sampler, T) for sampler in SCHEDULERS),
+    *(("epsilon", sampler, T) for sampler in UNTUNED_SCHEDULERS),
 ]
 
 # In a folder that holds the Space and nothing else. Importing a package of which there is None raises ImportError.

@@ -9,7 +9,7 @@ from PIL import Image
 from hf_ddpm import ConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
 from hf_ddpm.classes import Classes
 from hf_ddpm.condition import Condition
-from hf_ddpm.conditional import enlarged, with_condition
+from hf_ddpm.conditional import Conditioned, enlarged
 from hf_ddpm.guidance import Guidance
 from tests.support.image_data import noise
 from tests.support.networks import smallest_unet_config
@@ -94,7 +94,7 @@ def test_saved_pipeline_is_loaded_with_its_condition(tmp_path, variance_type):
 
 
 def test_wrapped_network_is_called_with_both():
-    wrapped = with_condition(lambda both, t, class_labels: (both, t, class_labels), torch.ones(2, 3, 4, 4))
+    wrapped = Conditioned(lambda both, t, class_labels: (both, t, class_labels), torch.ones(2, 3, 4, 4))
     both, t, labels = wrapped(torch.zeros(2, 1, 4, 4), 5, class_labels=7)
     assert (t, labels) == (5, 7)
     assert both.sum(dim=(0, 2, 3)).tolist() == [0, 32, 32, 32]

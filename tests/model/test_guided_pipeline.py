@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from hf_ddpm import DDPMImg2ImgPipeline, DDPMInpaintPipeline, DDPMPipeline, DDPMScheduler
 from hf_ddpm.classes import Classes
 from hf_ddpm.guidance import Guidance, changed
-from hf_ddpm.names import SCHEDULERS
+from hf_ddpm.names import UNTUNED_SCHEDULERS
 from hf_ddpm.solvers import named_scheduler
 from tests.support.networks import smallest_unet_config
 
@@ -66,7 +66,7 @@ def values(pipeline: Any, **arguments: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "prediction_type", "variance_type"),
     [
-        *((name, prediction, "fixed_small") for name in SCHEDULERS for prediction in PREDICTIONS),
+        *((name, prediction, "fixed_small") for name in UNTUNED_SCHEDULERS for prediction in PREDICTIONS),
         ("ddpm", "previous_sample", "fixed_small"),
         ("ddpm", "v_prediction", "learned_range"),
         ("dpmsolver++", "epsilon", "learned_range"),
@@ -82,7 +82,7 @@ def test_guided_gaussian_has_the_extrapolated_mean_and_the_same_spread(name, pre
     assert float(values(pipeline, class_labels="below", guidance_scale=3.0).mean()) == pytest.approx(-0.3, abs=0.02)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", UNTUNED_SCHEDULERS)
 def test_scale_one_is_no_guidance_and_no_second_evaluation(name):
     pipeline = make_pipeline(name)
     plain = values(pipeline)

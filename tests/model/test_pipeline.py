@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
-from hf_ddpm.solvers import SCHEDULERS, named_scheduler
+from hf_ddpm.names import UNTUNED_SCHEDULERS
+from hf_ddpm.solvers import named_scheduler
 
 
 def seeded(seed=0):
@@ -105,7 +106,7 @@ def test_trajectory_estimates_x_0_for_other_schedulers(make_unet):
     torch.testing.assert_close((last.x_0_hat / 2 + 0.5).clamp(0, 1), output.images, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", UNTUNED_SCHEDULERS)
 @pytest.mark.parametrize("settings", [{"clip_sample": True}, {"clip_sample": False}, {"thresholding": True}], ids=str)
 def test_trajectory_clips_x_0_hat_where_the_scheduler_does(make_unet, name, settings):
     """The network's first x_0_hat is about 1e4 large, at a noise of alpha_bar = 2e-9."""

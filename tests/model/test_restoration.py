@@ -11,8 +11,8 @@ from PIL import Image
 
 from hf_ddpm import DDPMInpaintPipeline, DDPMPipeline, DDPMScheduler
 from hf_ddpm.measurements import blur, downsample, mask, posterior_mean, project
+from hf_ddpm.names import UNTUNED_SCHEDULERS
 from hf_ddpm.restoration import restore
-from hf_ddpm.solvers import SCHEDULERS
 from tests.support.gaussian import gaussian_network, smooth_covariance
 from tests.support.networks import smallest_unet_config
 
@@ -167,7 +167,8 @@ def test_restored_images_have_mean_and_covariance_of_the_exact_posterior(operato
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [*[(name, "epsilon") for name in SCHEDULERS], ("unipc", "sample"), ("ddpm", "v_prediction")]
+    ("name", "kind"),
+    [*[(name, "epsilon") for name in UNTUNED_SCHEDULERS], ("unipc", "sample"), ("ddpm", "v_prediction")],
 )
 @pytest.mark.parametrize(("operator", "noise_std"), [each[1:] for each in NOISY[::3]], ids=["downsample", "mask"])
 def test_each_step_is_that_of_the_exact_network_of_the_posterior(operator, noise_std, name, kind):
@@ -186,7 +187,7 @@ def test_each_step_is_that_of_the_exact_network_of_the_posterior(operator, noise
 
 
 MODELS = [
-    *[({"prediction_type": "epsilon"}, name) for name in SCHEDULERS],
+    *[({"prediction_type": "epsilon"}, name) for name in UNTUNED_SCHEDULERS],
     ({"prediction_type": "sample"}, "unipc"),
     ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "ddim"),
     ({"variance_type": "learned_range"}, "ddpm"),

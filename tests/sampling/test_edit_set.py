@@ -16,6 +16,7 @@ from hf_ddpm.cli import app
 from hf_ddpm.sampling.edit_set import edit_images
 from hf_ddpm.sampling.sampler import seeded_generators
 from tests.support.networks import smallest_unet_config
+from tests.support.tuned import tuned_pipeline
 
 STEPS = ["--num_inference_steps", "2", "--device", "cpu"]
 
@@ -101,7 +102,7 @@ def test_one_image_is_varied_in_color_or_gray_and_the_command_says_what_is_next(
         (["--class_label", "1"], "class_labels must be None: the model was trained without classes"),
         (["--seed", str(2**63 - 2)], "seed must be in [0, 2**63)"),
         (["--num_inference_steps", "21"], "num_inference_steps must be in [1, 20], got 21"),
-        (["--scheduler", "euler"], "scheduler must be one of ddpm, ddim, dpmsolver++, unipc, got 'euler'"),
+        (["--scheduler", "euler"], "scheduler must be one of ddpm, ddim, dpmsolver++, unipc, lcm, got 'euler'"),
         (["--out", "taken"], "taken/a.png would be overwritten: choose another folder than 'taken'"),
         (["--image", "twins"], "image must hold files of different names, but edits.png, got 'a.png': rename it"),
     ],
@@ -151,3 +152,26 @@ def test_edit_samples_the_model_that_the_pipelines_do(images, tmp_path):
     assert np.abs(pixels("kept/a.png") - expected[4.0]).max() <= 1
     assert np.abs(pixels("none/a.png") - expected[1.0]).max() <= 1
     assert np.abs(expected[4.0] - expected[1.0]).max() > 5
+
+
+@pytest.mark.slow
+def test_a_tuned_model_edits_in_its_own_steps_and_takes_no_other_sampler(images, tmp_path):
+    tuned_pipeline().save_pretrained(tmp_path / "tuned")
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save("color.png")
+    options = ("--image", "color.png", "--device", "cpu")
+    result = edit(tmp_path / "tuned", *options, "--mask", "mask.png", "--out", "filled")
+    assert result.exit_code == 0, result.output
+    inpaint = DDPMInpaintPipeline.from_pretrained(tmp_path / "tuned")
+    (alone,) = inpaint(
+        Image.open("color.png"), pixels("mask.png"), generator=seeded_generators([0], inpaint.device)
+    ).images
+    assert np.array_equal(pixels("filled/color.png"), np.array(alone))
+    for command in (["edit", *options], ["sample", "--num_images", "1"]):
+        for name in ("unipc", "ddpm"):
+            words = [command[0], str(tmp_path / "tuned"), *command[1:], "--out", "none", "--scheduler", name]
+            result = CliRunner().invoke(app, words)
+            assert result.exit_code == 2
+            assert f"error: scheduler must be 'lcm' for a model that was tuned for few steps, got '{name}'" in (
+                result.stderr
+            )
+    assert not Path("none").exists()

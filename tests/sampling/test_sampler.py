@@ -11,7 +11,7 @@ import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.classes import numbered_classes
-from hf_ddpm.names import SCHEDULERS
+from hf_ddpm.names import UNTUNED_SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.processes import Processes
 from hf_ddpm.sampling.loading import load_for_sampling
@@ -20,7 +20,7 @@ from hf_ddpm.solvers import named_scheduler
 
 
 @pytest.mark.parametrize("name", ["PNDM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "DDIM"])
-@pytest.mark.parametrize("sampler", [None, *SCHEDULERS])
+@pytest.mark.parametrize("sampler", [None, *UNTUNED_SCHEDULERS])
 @pytest.mark.filterwarnings("ignore:sampling starts")
 def test_load_for_sampling_samples_models_saved_with_another_scheduler(make_unet, tmp_path, name, sampler):
     scheduler = getattr(diffusers, f"{name}Scheduler")(20, beta_schedule="squaredcos_cap_v2")
@@ -132,7 +132,7 @@ def test_labels_in_turn_go_by_the_images_number():
     assert labels_in_turn(None, range(5, 9)) is None
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", UNTUNED_SCHEDULERS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_iter_samples_rejects_images_that_are_not_finite(pipeline, name, value):
     pipeline.scheduler = named_scheduler(name, pipeline.scheduler.config, 2)

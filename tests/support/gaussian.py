@@ -21,17 +21,22 @@ def smooth_covariance(side: int, std: float = 0.5, length: float = 2.0) -> Tenso
 
 
 class GaussianNetwork(UNet2DModel):
-    """A network that predicts E[eps | x_t], or E[x_0 | x_t] or E[v | x_t], for gray images of N(0, covariance)."""
+    """A network that predicts E[eps | x_t], or E[x_0 | x_t] or E[v | x_t], for gray images of N(0, covariance).
+
+    If it is consistent, its x_0_hat is not the mean but where the probability flow leads from x_t.
+    """
 
     covariance: Tensor
     alpha_bar: Tensor
     prediction_type: str
     eigen: tuple[Tensor, Tensor]
+    is_consistent = False
 
     def forward(self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: bool = True) -> Any:
         alpha_bar = self.alpha_bar[torch.as_tensor(timestep).reshape(-1).long()].view(-1, 1, 1)
         values, vectors = self.eigen
-        gain = alpha_bar.sqrt() * values / (alpha_bar * values + 1 - alpha_bar)
+        variances = alpha_bar * values + 1 - alpha_bar
+        gain = (values / variances).sqrt() if self.is_consistent else alpha_bar.sqrt() * values / variances
         x_t = sample.double().flatten(1)[:, None]
         x_0_hat = (x_t @ vectors * gain) @ vectors.T
         eps = (x_t - alpha_bar.sqrt() * x_0_hat) / (1 - alpha_bar).sqrt()

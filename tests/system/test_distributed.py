@@ -91,6 +91,21 @@ def test_every_division_of_the_global_batch_trains_the_same_model(runs, name):
 
 
 @pytest.mark.slow
+def test_processes_tune_the_same_model(runs, tmp_path):
+    """Also with FSDP, where each process has a teacher of its own."""
+    root, _ = runs
+    tuned = {"init_from": str(root / "whole"), "tuned_steps": [1, 2], "guidance_scale": 1.5}
+    tuned |= {"model_config_name_or_path": None, "stable_target_images": 0, "ddpm_num_inference_steps": None}
+    divisions = {"one": (1, 8, 1, {}), "two": (2, 4, 1, {}), "two, FSDP": (2, 2, 2, FSDP)}
+    config = replace(load_config(str(root / "config.yaml")), **tuned)
+    for name, (num_processes, batch_size, accumulation, variables) in divisions.items():
+        divided = replace(config, train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        divided = replace(divided, output_dir=str(tmp_path / name))
+        assert start(divided, num_processes, **variables) == [0] * num_processes, said(divided)
+        assert_same(tmp_path / "one", tmp_path / name)
+
+
+@pytest.mark.slow
 def test_processes_divide_an_automatic_batch_alike(runs, tmp_path):
     root, _ = runs
     config = load_config(str(root / "config.yaml"), output_dir=str(tmp_path / "run"))

@@ -24,6 +24,7 @@ from hf_ddpm.labels import Columns, values_of
 from hf_ddpm.network import make_unet
 from hf_ddpm.runtime.files import write_atomically
 from hf_ddpm.runtime.settings import settings_of
+from hf_ddpm.solvers import Sampler, tuned_scheduler
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.posthoc import TRACKED_STDS, snapshot_bytes, snapshot_path
 from tests.support import pages
@@ -32,7 +33,7 @@ from tests.support.hub_server import HubServer, run_client
 from tests.support.networks import smallest_unet_config
 
 LABEL_MODELS = ("angle-model", "slanted-model")
-MODELS = ("ddpm-model", "clothes-model", "digits-2x", *LABEL_MODELS)
+MODELS = ("ddpm-model", "ddpm-model-tuned", "clothes-model", "digits-2x", *LABEL_MODELS)
 API = sorted((pages.ROOT / "docs/api").glob("*.md"))
 COMMANDS = pages.distinct_commands()
 
@@ -87,13 +88,24 @@ def conditional_model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def tuned_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    pipeline = DDPMPipeline(UNet2DModel(**smallest_unet_config(channels=1)), tuned_scheduler(scheduler.config))
+    pipeline.kept_sampler = Sampler("lcm", 4)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def in_a_folder_with_a_model(model, class_model, label_models, conditional_model, tmp_path, monkeypatch):
+def in_a_folder_with_a_model(model, class_model, label_models, conditional_model, tuned_model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # parsing asks whether there is one
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, "ddpm-model")
     shutil.copytree(class_model, "clothes-model")
     shutil.copytree(conditional_model, "digits-2x")
+    shutil.copytree(tuned_model, "ddpm-model-tuned")
     for name in LABEL_MODELS:
         shutil.copytree(label_models / name, name)
     Image.linear_gradient("L").resize((4, 4)).save("small.png")

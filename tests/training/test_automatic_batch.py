@@ -46,13 +46,13 @@ def real_bytes(unet, dtype, num_images):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_bytes_of_a_step_are_those_of_real_passes(unet, dtype):
     """Of batches for which they were not computed, beside weights and moments: no less, and not much more."""
-    memory = step_memory(unet, dtype, num_averages=0, num_processes=1)
+    memory = step_memory(unet, dtype, num_copies=0, num_processes=1)
     states = 3 * sum(p.nbytes for p in unet.parameters())
     for num_images in (2, 24, 64):
         assert real_bytes(unet, dtype, num_images) <= memory.of(num_images) - states
     assert memory.of(64) - states < 1.2 * real_bytes(unet, dtype, 64)
     assert all(p.device == CPU and type(p.data) is torch.Tensor for p in unet.parameters())
-    more = step_memory(unet, dtype, num_averages=3, num_processes=2)
+    more = step_memory(unet, dtype, num_copies=3, num_processes=2)
     assert more.fixed - memory.fixed == 4 * states // 3
     assert more.per_image == memory.per_image
 

@@ -53,7 +53,7 @@ def test_each_setting_describes_itself():
         assert info.help.endswith("."), name
         assert info.only_with.keys() <= names, name
         assert default is None or info.at_least is None or default >= info.at_least, name
-    order = ["data", "model", "objective", "optimization", "averages", "output", "sharing", "machine"]
+    order = ["data", "model", "objective", "tuning", "optimization", "averages", "output", "sharing", "machine"]
     assert list(dict.fromkeys(groups)) == order
     assert groups == sorted(groups, key=order.index)  # each group is in one piece
 

@@ -103,7 +103,8 @@ def test_several_trackers_get_a_run_by_its_name_in_one_project(config, tmp_path,
     monkeypatch.setattr(tracking, "_available_trackers", [*LoggerType])  # those found when it was imported
     train(replace(config, logger="tensorboard,trackio", tracker_project="photos", max_train_steps=2))
     (call,) = map(json.loads, calls.read_text().splitlines())
-    assert (call["project"], call["name"]) == ("photos", Path(config.output_dir).name)
+    known = json.loads(Path(config.output_dir, "tracker.json").read_text())["id"]
+    assert (call["project"], call["name"]) == ("photos", f"{Path(config.output_dir).name}-{known}")
     assert list(Path(config.output_dir).rglob("events.out.tfevents.*"))
 
 

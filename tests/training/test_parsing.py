@@ -275,12 +275,14 @@ def values_of(hint, info) -> st.SearchStrategy:
         strategy = st.sampled_from(choices)
     elif info.names:
         strategy = st.lists(st.sampled_from(info.names), min_size=1, unique=True).map(",".join)
-    elif list[int] in kinds:
+    elif list[int] in kinds and int in kinds:
         numbers = st.integers(int(info.at_least), 10**6)
         strategy = numbers | st.lists(numbers, min_size=info.num_values, max_size=info.num_values)
     elif info.num_values:
-        numbers = st.integers(-1000, 65535).map(float)
+        numbers = st.integers(-1000 if info.at_least is None else int(info.at_least), 65535).map(float)
         strategy = st.lists(numbers, min_size=info.num_values, max_size=info.num_values, unique=True).map(sorted)
+    elif list[int] in kinds:
+        strategy = st.lists(st.integers(1, 1000), min_size=1, max_size=4, unique=True)
     elif list[float] in kinds:
         numbers = st.floats(info.at_least, 1e12, allow_nan=False)
         strategy = st.lists(numbers, min_size=1, max_size=4, unique_by=lambda number: f"{number:g}")

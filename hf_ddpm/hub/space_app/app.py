@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from PIL import Image
 from hf_ddpm.data.given_files import read_mask
 from hf_ddpm.figures import to_pil
 from hf_ddpm.hub.space_app.model import EACH_LABEL, NO_LABEL, STEP_DENOISER, Model, Samples
-from hf_ddpm.hub.space_app.pictures import CSS, edit_row, enlarged, grid, note, picture, pictures, strip
+from hf_ddpm.hub.space_app.pictures import CSS, column, edit_row, enlarged, grid, note, picture, pictures, strip
 from hf_ddpm.image_size import format_size
 from hf_ddpm.labels import describe_labels
 from hf_ddpm.runtime.seeds import check_seeds
@@ -33,6 +33,9 @@ from hf_ddpm.runtime.seeds import check_seeds
 MODEL = os.environ.get("MODEL", "")  # a Hub id, or a folder
 
 NUM_EDITS = 4
+# Of a model that was tuned for few steps: the numbers of steps that stand beside one another, and the noises of each.
+FEW_STEPS = (1, 2, 4, 20)
+NUM_NOISES = 4
 
 
 def about(model: Model) -> str:
@@ -53,6 +56,16 @@ def about(model: Model) -> str:
         "or one that was trained less. With a scale of 1 it is not."
     )
     guidance = guidance if model.can_be_guided else ""
+    if model.is_tuned:
+        samplers = (
+            "The model was tuned to name, from any x<sub>t</sub>, an image to which the steps would lead. *lcm* goes "
+            "to this x̂<sub>0</sub> at once, and adds new noise for the next step: 1 to 4 steps are enough."
+        )
+    else:
+        samplers = (
+            "*ddpm* draws new noise at each step, and is at its best with all steps. *ddim*, *dpmsolver++* and "
+            "*unipc* draw none, and need 10 to 50 steps."
+        )
     card = "" if Path(model.name).exists() else f"\n\n[The model's card](https://huggingface.co/{model.name})"
     return (
         f"A denoising diffusion model for {kind} of {_size_of(model)} pixels. Its network has "
@@ -61,8 +74,7 @@ def about(model: Model) -> str:
         "x<sub>t</sub> = √ᾱ<sub>t</sub> x<sub>0</sub> + √(1 - ᾱ<sub>t</sub>) ε.\n\n"
         "**Reverse process.** The model goes the same way back, from pure noise to an image. At each step, its "
         "network estimates the clean image, x̂<sub>0</sub>, from the noisy one, x<sub>t</sub>, and a sampler takes a "
-        "step towards it. *ddpm* draws new noise at each step, and is at its best with all steps. *ddim*, "
-        "*dpmsolver++* and *unipc* draw none, and need 10 to 50 steps.\n\n"
+        f"step towards it. {samplers}\n\n"
         f"Image *i* depends on seed + *i* alone.{guidance}\n\n"
         "**Editing.** An image is noised up to a timestep, which the strength names, and denoised from there. Where "
         "there is a mask, the model fills the image so that it fits the rest, which stays as it is."
@@ -142,6 +154,12 @@ class Handlers:
             labels = self.model.labels(label, seeds)
             samples = self.model.sample(sampler, int(num_steps), seeds, labels, guidance_scale, on_step)
             return grid(samples.images, seeds) + self._note(label, guidance_scale), strip(samples)
+
+    def show_in_steps(self, num_steps: int, seed: float | None, label: int | str | None) -> str:
+        """Return what becomes of NUM_NOISES noises in a number of steps."""
+        with messages():
+            model, seeds = self.model, range(int(seed or 0), int(seed or 0) + NUM_NOISES)
+            return column(model.sample("lcm", num_steps, seeds, model.labels(label, seeds)).images, seeds)
 
     def show_noised(self, image: Image.Image | None, t: float, seed: float | None) -> tuple[str, str]:
         """Return an image beside its x_t, and the numbers of that t; without an image, the first sample is shown."""
@@ -239,6 +257,10 @@ def build(name: str) -> gr.Blocks:
         gr.Markdown(f"# {title}\nA diffusion model at work: from noise to images, and back.")
         with gr.Tab("Sample"):
             samples = _add_sampling(model, handlers)
+        columns = []
+        if model.is_tuned:
+            with gr.Tab("Few steps"):
+                columns = _add_few_steps(model, handlers)
         with gr.Tab("Edit"):
             editor = _add_editing(model, handlers)
         with gr.Tab("Forward process"):
@@ -247,6 +269,8 @@ def build(name: str) -> gr.Blocks:
             gr.Markdown(about(model))
         first = page.load(handlers.show_first, None, [*samples, editor], api_visibility="private")
         first.then(**forward, api_name="add_noise")
+        for each in columns:
+            first.then(**each, show_progress="hidden", api_visibility="private")
     return page
 
 
@@ -268,6 +292,34 @@ def _add_sampling(model: Model, handlers: Handlers) -> list[gr.HTML]:
     controls = [sampler, steps, seed, count, label, guidance]
     button.click(handlers.show_samples, controls, [images, chain], api_name="sample")
     return [images, chain]
+
+
+def _add_few_steps(model: Model, handlers: Handlers) -> list[dict[str, Any]]:
+    """Add the controls and pictures of the tab "Few steps", and return what fills each of its columns.
+
+    Each column is an event of its own: that of one step need not wait for the others.
+    """
+    columns = []
+    with gr.Row():
+        with gr.Column(scale=1, min_width=250):
+            gr.Markdown(
+                "The images of a row come from the same noise. The slider chooses the noises. More than "
+                f"{model.default_steps} steps also visit timesteps that the model was not tuned for."
+            )
+            seed = gr.Slider(0, 999, 0, step=1, label="Seed")
+            label = _label(model, EACH_LABEL)
+        with gr.Column(scale=3, min_width=480), gr.Row():
+            for num_steps in FEW_STEPS:
+                if num_steps > model.num_timesteps:
+                    continue
+                with gr.Column(min_width=96):
+                    gr.Markdown("### 1 step" if num_steps == 1 else f"### {num_steps} steps")
+                    images = gr.HTML(elem_id=f"in_{num_steps}_steps", elem_classes="show", min_height=300)
+                show = partial(handlers.show_in_steps, num_steps)
+                columns.append({"fn": show, "inputs": [seed, label], "outputs": images})
+    for each in columns:
+        _show_while_changed(each, seed, label)
+    return columns
 
 
 def _add_editing(model: Model, handlers: Handlers) -> gr.ImageEditor | gr.Image:
@@ -359,15 +411,19 @@ def _add_forward_process(model: Model, handlers: Handlers) -> dict[str, Any]:
             noised = gr.HTML(elem_id="noised", elem_classes="show", min_height=300)
             numbers = gr.HTML(elem_id="numbers", elem_classes="show")
     forward = {"fn": handlers.show_noised, "inputs": [upload, timestep, seed], "outputs": [noised, numbers]}
-    for changed in (timestep.change, seed.change, upload.change):
-        # While the slider moves, only its last position matters.
-        changed(**forward, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
+    _show_while_changed(forward, timestep, seed, upload)
     return forward
+
+
+def _show_while_changed(event: dict[str, Any], *controls: Any) -> None:
+    """Let an event follow controls. While a slider moves, only its last position matters."""
+    for control in controls:
+        control.change(**event, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
 
 
 def _steps(model: Model) -> gr.Slider:
     is_free = not model.is_step_denoiser
-    return gr.Slider(1, model.num_timesteps, model.default_steps, step=1, label="Steps", interactive=is_free)
+    return gr.Slider(1, model.max_steps, model.default_steps, step=1, label="Steps", interactive=is_free)
 
 
 def _label(model: Model, value: int) -> gr.Dropdown:

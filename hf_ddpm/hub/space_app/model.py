@@ -23,17 +23,20 @@ from hf_ddpm.editing import DDPMImg2ImgPipeline, DDPMInpaintPipeline
 from hf_ddpm.figures import to_pil
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.image_size import to_size
-from hf_ddpm.names import SCHEDULERS
+from hf_ddpm.names import UNTUNED_SCHEDULERS
 from hf_ddpm.pipeline import DDPMPipeline, check_guide
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.seeds import check_seeds
-from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable
+from hf_ddpm.runtime.settings import require_choice
+from hf_ddpm.scheduler import DDPMScheduler, as_our_scheduler, is_solvable, is_tuned
 from hf_ddpm.solvers import Sampler, choose_sampler, named_scheduler
 from hf_ddpm.value_range import ValueRange, pictured
 
 STEP_DENOISER = "previous_sample"
 NOISELESS = "ddpm without noise"  # the mean of each step of a step denoiser
 NUM_SHOWN_STEPS = 9
+# The most steps that the page offers for a model that was tuned for few.
+MAX_TUNED_STEPS = 20
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # What the page offers beside the labels themselves, which it numbers in the order of a grid.
 EACH_LABEL, NO_LABEL = -1, -2
@@ -87,14 +90,15 @@ class Model:
         self.name = name
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pipeline: DDPMPipeline = DDPMPipeline.from_pretrained(name).to(device)
-        # The model may have been saved with a solver; the forward process is that of its noise schedule.
+        # The model may have been saved with another scheduler; the forward process is that of its noise schedule.
         self.scheduler: DDPMScheduler = as_our_scheduler(self.pipeline.scheduler.config)
         unet_config: Any = self.pipeline.unet.config
         self.channels: int = unet_config.in_channels
         self.height, self.width = to_size(unet_config.sample_size)
         labels = self.pipeline.labels
         self.has_no_label: bool = labels is not None and labels.unconditional is not None
-        self.can_be_guided: bool = self.has_no_label or _has_guide(self.pipeline)
+        # A model is tuned to what its guidance made of it, if it had any.
+        self.can_be_guided: bool = not self.is_tuned and (self.has_no_label or _has_guide(self.pipeline))
 
     @property
     def has_pictures(self) -> bool:
@@ -132,19 +136,32 @@ class Model:
         return self.prediction_type == STEP_DENOISER
 
     @property
+    def is_tuned(self) -> bool:
+        """True if the model was tuned to sample in few steps."""
+        return is_tuned(self.scheduler.config)
+
+    @property
     def samplers(self) -> list[str]:
         """The names of the samplers that can sample this model, the best in few steps first."""
         if self.is_step_denoiser:
             return ["ddpm", NOISELESS]
+        if self.is_tuned:
+            return ["lcm"]
         if not is_solvable(self.scheduler.config):
             return ["ddpm"]
         best = self._default.scheduler
-        return [best, *(name for name in reversed(SCHEDULERS) if name != best)]
+        return [best, *(name for name in reversed(UNTUNED_SCHEDULERS) if name != best)]
 
     @property
     def default_steps(self) -> int:
         """The number of steps with which the page begins."""
         return self._default.num_inference_steps
+
+    @property
+    def max_steps(self) -> int:
+        """The largest number of steps that the page offers: T, or fewer for a model that was tuned for few."""
+        limit = max(MAX_TUNED_STEPS, self.default_steps) if self.is_tuned else self.num_timesteps
+        return min(limit, self.num_timesteps)
 
     @property
     def default_guidance(self) -> Guidance:
@@ -211,6 +228,7 @@ class Model:
         Raises:
             ValueError: When an argument cannot work.
         """
+        require_choice("scheduler", sampler, self.samplers)
         if self.is_step_denoiser:
             num_steps = self.num_timesteps
         is_deterministic = sampler == NOISELESS

@@ -63,6 +63,12 @@ def grid(images: Sequence[Image.Image], seeds: Sequence[int]) -> str:
     return pictures(cells, f"repeat(auto-fill, minmax(max(64px, {share}), 1fr))")
 
 
+def column(images: Sequence[Image.Image], seeds: Sequence[int]) -> str:
+    """Return images below one another."""
+    texts = [f"seed {seed}" for seed in seeds]
+    return pictures([picture(image, text, text) for image, text in zip(images, texts, strict=True)], "1fr")
+
+
 def strip(samples: Samples) -> str:
     """Return how the first image emerges: a row of x_t, below it a row of x_0_hat, and below each step its t."""
     texts = [*(f"t = {t}" for t, _, _ in samples.states), "image"]
