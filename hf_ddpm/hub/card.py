@@ -246,8 +246,9 @@ def _describe_values(folder: Path) -> dict[str, str] | None:
 
 def _tuned_steps(settings: Mapping[str, Any]) -> list[int]:
     """Return the numbers of steps that the model is tuned for, rising; none for another model."""
-    steps = settings.get("original_inference_steps")
-    if steps is None or steps != settings["num_train_timesteps"]:
+    from hf_ddpm.scheduler import is_tuned  # which loads torch, see below
+
+    if not is_tuned(settings):
         return []
     return sorted(settings.get("tuned_steps") or [TUNED_STEPS])
 

@@ -23,7 +23,10 @@ from hf_ddpm.data.cache import ImageCache
 from hf_ddpm.hub.download import find_model
 from hf_ddpm.image_size import to_resolution, to_size
 from hf_ddpm.label_embedding import PREFIX, begin_at_zero
+from hf_ddpm.labels import read_labels
 from hf_ddpm.network import load_unet, naming_weights
+from hf_ddpm.network_config import num_classes_of
+from hf_ddpm.pipeline import GUIDE_FOLDER
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import network_folder, read_mapping
 from hf_ddpm.runtime.run_files import MODEL_INDEX
@@ -64,6 +67,8 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
                 f"tuned_steps must be in [1, {config.ddpm_num_steps}], got {max(config.tuned_steps)}: the model "
                 f"{config.init_from!r} has {config.ddpm_num_steps} timesteps"
             )
+        if config.is_guided:
+            _check_guidable(config.init_from)
     return config
 
 
@@ -160,6 +165,27 @@ def network_of(model: str) -> Path:
 def is_conditional_network(network: Path) -> bool:
     """Return whether the network in a folder, as of `network_of`, takes conditions."""
     return network.name == CONDITIONAL_NETWORK
+
+
+def _check_guidable(model: str) -> None:
+    """Check that a model has something that its guidance leads away from.
+
+    Raises:
+        UsageError: When it was trained without hidden labels, and keeps no weaker network.
+    """
+    folder, _ = find_model(model)
+    labels = read_labels(folder)
+    is_known = labels is not None or num_classes_of(read_mapping(network_of(model) / "config.json")) is None
+    if is_known and not (labels is not None and labels.has_unconditional) and not (folder / GUIDE_FOLDER).is_dir():
+        raise no_weaker_error(model)
+
+
+def no_weaker_error(model: str) -> UsageError:
+    """Return the error of a model that is to be guided, and has nothing to be guided by."""
+    return UsageError(
+        "guidance_scale needs a model with labels that was trained with class_dropout, or one with a weaker network "
+        f"in its folder {GUIDE_FOLDER!r}, got {model!r} with neither: leave it out"
+    )
 
 
 def _check_kind(config: TrainingConfig, model: str) -> None:

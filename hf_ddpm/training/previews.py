@@ -218,7 +218,6 @@ def preview_settings(run: Run) -> dict[str, Any]:
     return {
         "scheduler": type(_preview_scheduler(run)).__name__,
         "num_inference_steps": preview_steps(run),
-        "tuned_steps": run.config.tuned_steps,
         "seed": 0,
         "ema": run.config.use_ema,
     }

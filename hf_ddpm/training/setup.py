@@ -138,7 +138,9 @@ def build_run(
     condition = condition_of(config, images)
     labels = labels_of_run(config, images, parts.network)
     labels = on_scales_of_start(config, labels, start)
-    progress = replace(progress, label_scales=scales_of(labels), teacher=checksum_of_teacher(config, progress.teacher))
+    known = progress.teacher
+    teacher = processes.on_main(lambda: checksum_of_teacher(config, known))
+    progress = replace(progress, label_scales=scales_of(labels), teacher=teacher)
     images = with_network_labels(images, labels)
     validation = None
     if config.eval_steps is not None:

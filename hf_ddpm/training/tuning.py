@@ -24,7 +24,7 @@ from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.finetuning import network_of
+from hf_ddpm.training.finetuning import network_of, no_weaker_error
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,7 @@ def _load_weaker(folder: Path, model: str, network: Any) -> Any:
         UsageError: When it keeps none.
     """
     if not (folder / GUIDE_FOLDER).is_dir():
-        raise UsageError(
-            "guidance_scale needs a model with labels that was trained with class_dropout, or one with a weaker "
-            f"network in its folder {GUIDE_FOLDER!r}, got {model!r} with neither: leave it out"
-        )
+        raise no_weaker_error(model)
     weaker = load_unet(folder / GUIDE_FOLDER, f"the folder {GUIDE_FOLDER!r} of {model!r}")
     check_guide(weaker, network)
     return weaker

@@ -14,9 +14,9 @@ from hf_ddpm.runtime.files import read_mapping
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.parsing import config_from_flags, file_settings
 
-TUNED_STEPS = (1, 2, 4)
 # The settings by which models are tuned where flags do not say otherwise.
 DEFAULTS = {
+    "tuned_steps": [1, 2, 4],
     "max_train_steps": 1000,
     "optimizer": "muon",
     "learning_rate": 1e-3,
@@ -38,7 +38,7 @@ def config_of_tuning(
 
     Args:
         model: The model, a folder or a Hub id.
-        steps: The numbers of sampling steps. None: those of the file, or TUNED_STEPS.
+        steps: The numbers of sampling steps. None: those of the file, or of DEFAULTS.
         flags: The settings that were given, as text or of their type.
         path: The file of `--config`.
 
@@ -49,7 +49,7 @@ def config_of_tuning(
     given = {*flags} if path is None else {*flags, *file_settings(path)}
     place = Path(model).resolve() if Path(model).name in ("", "..") else Path(model)
     place = place if place.is_dir() else Path(place.name)
-    weakest = {**DEFAULTS, "tuned_steps": [*TUNED_STEPS], "output_dir": f"{place}-tuned"}
+    weakest = {**DEFAULTS, "output_dir": f"{place}-tuned"}
     names_data = bool(given & {"dataset_name", "train_data_dir"})
     if (folder / "config.yaml").is_file():
         weakest |= _settings_of_run(folder / "config.yaml", with_data=not names_data)

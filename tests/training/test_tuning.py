@@ -100,7 +100,6 @@ def test_tuned_model_is_sampled_by_stock_to_the_same_images(settings: dict[str, 
         "scheduler": "lcm",
         "num_inference_steps": 4,
     }
-    assert json.loads((folder / "run.json").read_text())["samples"]["tuned_steps"] == [1, 2, 4]
     assert not (folder / "guide").exists()
     card = (folder / "README.md").read_text()
     assert "It was tuned to sample in 1, 2 or 4 steps" in card
@@ -279,6 +278,12 @@ def test_tuned_model_is_no_teacher(settings: dict[str, Any], tmp_path: Path):
     tuned_pipeline(num_train_timesteps=20).save_pretrained(tmp_path / "tuned")
     with pytest.raises(UsageError, match="init_from must be a model that was not tuned for few steps"):
         train(TrainingConfig(**{**settings, "init_from": str(tmp_path / "tuned")}))
+
+
+def test_guidance_without_anything_to_guide_by_is_refused_before_the_data(settings: dict[str, Any], tmp_path: Path):
+    with pytest.raises(UsageError, match=r"guidance_scale needs a model with labels .* with neither: leave it out"):
+        train(TrainingConfig(**{**settings, "guidance_scale": 2.0, "cache_dir": str(tmp_path / "none")}))
+    assert not (tmp_path / "none").exists()
 
 
 def test_teacher_is_not_overwritten(settings: dict[str, Any]):

@@ -59,7 +59,7 @@ def about(model: Model) -> str:
     if model.is_tuned:
         samplers = (
             "The model was tuned to name, from any x<sub>t</sub>, an image to which the steps would lead. *lcm* goes "
-            "to this x̂<sub>0</sub> at once, and adds new noise for the next step: 1 to 4 steps are enough."
+            "to this x̂<sub>0</sub> at once, and adds new noise for the next step."
         )
     else:
         samplers = (
