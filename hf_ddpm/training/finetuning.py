@@ -67,6 +67,8 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
                 f"tuned_steps must be in [1, {config.ddpm_num_steps}], got {max(config.tuned_steps)}: the model "
                 f"{config.init_from!r} has {config.ddpm_num_steps} timesteps"
             )
+        if config.label_column is not None:
+            require_place_for_labels(config.init_from)
         if config.is_guided:
             _check_guidable(config.init_from)
     return config
@@ -165,6 +167,20 @@ def network_of(model: str) -> Path:
 def is_conditional_network(network: Path) -> bool:
     """Return whether the network in a folder, as of `network_of`, takes conditions."""
     return network.name == CONDITIONAL_NETWORK
+
+
+def require_place_for_labels(model: str) -> None:
+    """Check that a model that is tuned on images with labels takes some: it teaches what it knows.
+
+    Raises:
+        UsageError: When it was trained without labels.
+    """
+    network = read_mapping(network_of(model) / "config.json")
+    if num_classes_of(network) is None and network.get("class_embed_type") is None:
+        raise UsageError(
+            f"images must have no labels where a model without labels is tuned, got {model!r}: leave label_column "
+            "out, or first train the model on with labels"
+        )
 
 
 def _check_guidable(model: str) -> None:

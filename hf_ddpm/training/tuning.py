@@ -24,7 +24,7 @@ from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.scheduler import DDPMScheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.config import TrainingConfig
-from hf_ddpm.training.finetuning import network_of, no_weaker_error
+from hf_ddpm.training.finetuning import network_of, no_weaker_error, require_place_for_labels
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def open_teacher(
         UsageError: When it cannot be guided.
     """
     assert config.init_from is not None
+    if labels is not None:  # also of images that were passed to `train`
+        require_place_for_labels(config.init_from)
     unet = load_unet(network_of(config.init_from), f"init_from {config.init_from!r}")
     network = frozen(unet, device, config.compile is True)
     weaker = guidance = None

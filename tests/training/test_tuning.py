@@ -286,6 +286,15 @@ def test_guidance_without_anything_to_guide_by_is_refused_before_the_data(settin
     assert not (tmp_path / "none").exists()
 
 
+def test_labels_that_the_model_does_not_know_are_refused(settings: dict[str, Any], image_folder: Path, tmp_path: Path):
+    kinds = sort_into_kinds(image_folder, tmp_path / "kinds", KINDS.names)
+    labeled = {**settings, "train_data_dir": str(kinds), "label_column": "label", "cache_dir": str(tmp_path / "none")}
+    with pytest.raises(UsageError, match="images must have no labels where a model without labels is tuned"):
+        train(TrainingConfig(**labeled))
+    assert not (tmp_path / "none").exists()
+    assert not Path(settings["output_dir"]).exists()
+
+
 def test_teacher_is_not_overwritten(settings: dict[str, Any]):
     with pytest.raises(UsageError, match="output_dir must not hold the model that is tuned"):
         train(TrainingConfig(**{**settings, "output_dir": settings["init_from"], "overwrite_output_dir": True}))
