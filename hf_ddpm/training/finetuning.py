@@ -45,32 +45,24 @@ def take_over(config: TrainingConfig) -> TrainingConfig:
     Raises:
         UsageError: There is no such model, this package cannot train it, or a setting contradicts it.
     """
-    if config.init_from is None:
+    model = config.init_from
+    if model is None:
         return config
     if is_resumed(config):
         saved_config = load_config(str(Path(config.output_dir) / "config.yaml"))
         decided = {name: getattr(saved_config, name) for name in (*SCHEDULER_SETTINGS, "resolution", "channels")}
     else:
-        _check_kind(config, config.init_from)
-        decided = _settings_of(config.init_from)
+        _check_kind(config, model)
+        decided = _settings_of(model)
     default = TrainingConfig()
     for name, value in decided.items():
         requested = getattr(config, name)
         if requested != getattr(default, name) and requested != value:
-            raise UsageError(f"{name} must be {value}, that of the model {config.init_from!r}, got {requested}")
+            raise UsageError(f"{name} must be {value}, that of the model {model!r}, got {requested}")
     config = replace(config, **decided)
     check_config(config)
     if config.tuned_steps is not None:
-        check_tunable(config.prediction_type, config.variance_type, config.ddpm_beta_schedule)
-        if max(config.tuned_steps) > config.ddpm_num_steps:
-            raise UsageError(
-                f"tuned_steps must be in [1, {config.ddpm_num_steps}], got {max(config.tuned_steps)}: the model "
-                f"{config.init_from!r} has {config.ddpm_num_steps} timesteps"
-            )
-        if config.label_column is not None:
-            require_place_for_labels(config.init_from)
-        if config.is_guided:
-            _check_guidable(config.init_from)
+        _check_tuning(config, model, max(config.tuned_steps))
     return config
 
 
@@ -167,6 +159,24 @@ def network_of(model: str) -> Path:
 def is_conditional_network(network: Path) -> bool:
     """Return whether the network in a folder, as of `network_of`, takes conditions."""
     return network.name == CONDITIONAL_NETWORK
+
+
+def _check_tuning(config: TrainingConfig, model: str, most_steps: int) -> None:
+    """Check that a model can be tuned for few steps as the settings say.
+
+    Raises:
+        UsageError: When it cannot.
+    """
+    check_tunable(config.prediction_type, config.variance_type, config.ddpm_beta_schedule)
+    if most_steps > config.ddpm_num_steps:
+        raise UsageError(
+            f"tuned_steps must be in [1, {config.ddpm_num_steps}], got {most_steps}: the model {model!r} has "
+            f"{config.ddpm_num_steps} timesteps"
+        )
+    if config.label_column is not None:
+        require_place_for_labels(model)
+    if config.is_guided:
+        _check_guidable(model)
 
 
 def require_place_for_labels(model: str) -> None:
