@@ -67,7 +67,7 @@ from hf_ddpm.training.schedules import average_decays, learning_rate_schedule
 from hf_ddpm.training.start import Images, find_start, require_same_run
 from hf_ddpm.training.tracking import finish_trackers, start_trackers
 from hf_ddpm.training.trial import try_run
-from hf_ddpm.training.tuning import checksum_of_teacher
+from hf_ddpm.training.tuning import checksum_of_teacher, num_teachers
 from hf_ddpm.training.validation import open_validation
 from hf_ddpm.value_range import ValueRange
 
@@ -368,8 +368,8 @@ def _divide_step(
         labels = labels_of_run(config, images, parts.network)
         unet = make_network(config, images, labels, condition_of(config, images), None, parts.network)
         num_averages = len(average_decays(config, 1)(0, 1)) if config.use_ema else 0
-        num_teachers = (config.tuned_steps is not None) + config.is_guided
-        kept, line = choose_batch(config, unet, accelerator.device, num_averages + num_teachers, processes)
+        num_copies = num_averages + num_teachers(config, labels)
+        kept, line = choose_batch(config, unet, accelerator.device, num_copies, processes)
     print_once(processes, line)
     return kept
 

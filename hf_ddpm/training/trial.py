@@ -95,6 +95,8 @@ def require_memory(config: TrainingConfig, trial: Trial, device: torch.device) -
         f"a preview of eval_batch_size {config.eval_batch_size} images of {size}": image * config.eval_batch_size,
         f"the tables of ddpm_num_steps {config.ddpm_num_steps}": 2 * FLOAT_BYTES * TABLES * config.ddpm_num_steps,
     }
+    if config.tuned_steps is not None:  # each process holds the whole teacher
+        parts[f"{trial.num_parameters:,} parameters of the teacher"] = FLOAT_BYTES * trial.num_parameters
     needed, available = sum(parts.values()), memory_of(device)
     if needed > available:
         most = max(parts, key=lambda name: parts[name])

@@ -88,11 +88,21 @@ def open_teacher(
     if config.guidance_scale is not None and config.is_guided:
         interval: Any = None if config.guidance_interval is None else tuple(config.guidance_interval)
         guidance = Guidance(config.guidance_scale, interval)
-        if labels is None or not labels.has_unconditional:
+        if needs_weaker(config, labels):
             weaker = _load_weaker(find_model(config.init_from)[0], config.init_from, unet)
             weaker = frozen(weaker, device, config.compile is True)
     objective = Objective(scheduler, autocast_dtype=sharding.AUTOCAST[config.mixed_precision or "no"])
     return Teacher(objective, network, weaker, labels, guidance)
+
+
+def num_teachers(config: TrainingConfig, labels: Labels | None) -> int:
+    """Return the number of frozen networks that a run holds beside the one that it trains."""
+    return 0 if config.tuned_steps is None else 1 + needs_weaker(config, labels)
+
+
+def needs_weaker(config: TrainingConfig, labels: Labels | None) -> bool:
+    """Return whether the teacher is guided by a network of its own, as its labels leave it no unconditional one."""
+    return config.is_guided and (labels is None or not labels.has_unconditional)
 
 
 def checksum_of_teacher(config: TrainingConfig, known: str | None) -> str | None:

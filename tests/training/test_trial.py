@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler
 from hf_ddpm.network import try_network
+from hf_ddpm.runtime.devices import memory_of
 from hf_ddpm.runtime.errors import RunError, UsageError
 from hf_ddpm.sampling.loading import load_for_sampling
 from hf_ddpm.training.config import TrainingConfig
@@ -119,6 +120,15 @@ def test_memory_that_suffices_is_not_refused(config):
     trial = try_network(model_config=config.model_config_name_or_path, size=(8, 8))
     require_memory(config, trial, CPU)
     assert (trial.channels, trial.size) == (1, (8, 8))
+
+
+def test_memory_must_hold_the_teacher_too(config):
+    """A network whose weights fit four times is trained, and cannot be tuned."""
+    trial = try_network(model_config=config.model_config_name_or_path, size=(8, 8))
+    trial = replace(trial, num_parameters=int(memory_of(CPU) / 4 / 4.5))
+    require_memory(config, trial, CPU)
+    with pytest.raises(UsageError, match="a step must fit in the memory of this machine"):
+        require_memory(replace(config, init_from="a-model", tuned_steps=[1]), trial, CPU)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.files import read_metrics
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
-from hf_ddpm.training.tuning import Teacher, open_teacher
+from hf_ddpm.training.tuning import Teacher, num_teachers, open_teacher
 from hf_ddpm.training.tuning_settings import config_of_tuning
 from tests.support.image_data import sort_into_kinds
 from tests.support.networks import smallest_unet_config
@@ -157,6 +157,8 @@ def test_tuning_folds_guidance_into_the_model(guided: dict[str, Any]):
     config = TrainingConfig(**guided)
     scheduler = DDPMPipeline.from_pretrained(guided["init_from"]).scheduler
     teacher = open_teacher(config, scheduler, KINDS, torch.device("cpu"))
+    assert teacher.weaker is None
+    assert num_teachers(config, KINDS) == 1
     plain = replace(teacher, guidance=None)
     x_t, t = torch.randn(20, 1, 8, 8), torch.arange(20)
     labels = torch.arange(20) % 2
@@ -189,6 +191,8 @@ def test_teacher_without_labels_is_guided_by_the_weaker_network(settings: dict[s
     teacher = open_teacher(config, scheduler, None, torch.device("cpu"))
     assert isinstance(teacher, Teacher)
     assert teacher.guidance == Guidance(1.5)
+    assert [num_teachers(replace(config, guidance_scale=scale), None) for scale in (None, 1, 1.5)] == [1, 1, 2]
+    assert num_teachers(replace(config, tuned_steps=None), None) == 0
     x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 19])
     strong, weak = (
         Objective(scheduler).output_of(each, x_t, t, None) for each in (teacher.network, other.unet.eval())
