@@ -29,6 +29,7 @@ from hf_ddpm.cli import app as cli
 from hf_ddpm.hub import space
 from hf_ddpm.hub.readme import BEGIN, END
 from hf_ddpm.hub.space_app.model import NOISELESS, NUM_SHOWN_STEPS
+from hf_ddpm.hub.space_app.pictures import grid, picture
 from hf_ddpm.names import UNTUNED_SCHEDULERS
 from hf_ddpm.runtime.errors import UsageError
 from hf_ddpm.runtime.files import weights_sha256
@@ -196,7 +197,7 @@ def test_add_noise_is_the_forward_process(app: Any, folders: dict[str, Path]):
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(3))
     for t in (0, 1, 10, T - 1):
         assert torch.equal(model.add_noise(x_0, 3, t), scheduler.add_noise(x_0, eps, t))
-    assert "SNR" in app.describe_noise_level(model, T - 1)
+    assert "SNR" in import_module("hf_ddpm.hub.space_app.actions").describe_noise_level(model, T - 1)
 
 
 def test_from_image_makes_x_0_of_any_shape_and_mode(app: Any, folders: dict[str, Path]):
@@ -208,9 +209,9 @@ def test_from_image_makes_x_0_of_any_shape_and_mode(app: Any, folders: dict[str,
     assert model.from_image(Image.new("RGB", (8, 8), (255, 255, 255))).unique().tolist() == [1]
 
 
-def test_pictures_are_escaped_and_stand_in_a_grid(app: Any):
-    assert app.picture(Image.new("L", (28, 28)), "<t>").count("&lt;t&gt;") == 1
-    assert app.grid([Image.new("RGB", (8, 8))] * 3, SEEDS).count("<img") == 3
+def test_pictures_are_escaped_and_stand_in_a_grid():
+    assert picture(Image.new("L", (28, 28)), "<t>").count("&lt;t&gt;") == 1
+    assert grid([Image.new("RGB", (8, 8))] * 3, SEEDS).count("<img") == 3
 
 
 @pytest.mark.slow
@@ -232,7 +233,10 @@ def test_write_space_writes_the_page_and_what_it_imports(app: Any, folders: dict
     rooms = {name.split("/")[1] for name in modules if name.count("/") > 1}
     assert rooms == {"data", "hub", "recipes", "runtime"}
     of_hub = {name.removeprefix("hf_ddpm/hub/") for name in modules if name.startswith("hf_ddpm/hub/")}
-    assert of_hub == {"__init__.py", *(f"space_app/{name}.py" for name in ("__init__", "model", "pictures"))}
+    assert of_hub == {
+        "__init__.py",
+        *(f"space_app/{name}.py" for name in ("__init__", "actions", "model", "pictures")),
+    }
     assert all((space.PACKAGE.parent / name).read_bytes() == content for name, content in modules.items())
     source, written = Path(app.__file__).read_text(), (out / "app.py").read_text()
     changed = [b for a, b in zip(source.splitlines(), written.splitlines(), strict=True) if a != b]
