@@ -139,7 +139,7 @@ def build_run(
     labels = labels_of_run(config, images, parts.network)
     labels = on_scales_of_start(config, labels, start)
     known = progress.teacher
-    teacher = processes.on_main(lambda: checksum_of_teacher(config, known))
+    teacher = processes.on_main(lambda: checksum_of_teacher(config, labels, known))
     progress = replace(progress, label_scales=scales_of(labels), teacher=teacher)
     images = with_network_labels(images, labels)
     validation = None

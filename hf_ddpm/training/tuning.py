@@ -105,11 +105,12 @@ def needs_weaker(config: TrainingConfig, labels: Labels | None) -> bool:
     return config.is_guided and (labels is None or not labels.has_unconditional)
 
 
-def checksum_of_teacher(config: TrainingConfig, known: str | None) -> str | None:
+def checksum_of_teacher(config: TrainingConfig, labels: Labels | None, known: str | None) -> str | None:
     """Return the checksum of the weights that teach a run, its weaker network's after it; None: the run tunes nothing.
 
     Args:
         config: The settings.
+        labels: The labels of the run; None: it has none.
         known: That of the start that a resumed run goes on from; None: the run is new.
 
     Raises:
@@ -118,7 +119,7 @@ def checksum_of_teacher(config: TrainingConfig, known: str | None) -> str | None
     if config.tuned_steps is None or config.init_from is None:
         return None
     folder, _ = find_model(config.init_from)
-    parts = [weights_sha256(folder)] + [weights_sha256(folder / GUIDE_FOLDER)] * config.is_guided
+    parts = [weights_sha256(folder)] + [weights_sha256(folder / GUIDE_FOLDER)] * needs_weaker(config, labels)
     checksum = " ".join(part for part in parts if part)
     if known not in (None, checksum):
         raise UsageError(

@@ -24,7 +24,7 @@ from hf_ddpm.objective import Objective
 from hf_ddpm.runtime.files import read_metrics
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.loop import train
-from hf_ddpm.training.tuning import Teacher, num_teachers, open_teacher
+from hf_ddpm.training.tuning import Teacher, checksum_of_teacher, num_teachers, open_teacher
 from hf_ddpm.training.tuning_settings import config_of_tuning
 from tests.support.image_data import sort_into_kinds
 from tests.support.networks import smallest_unet_config
@@ -178,6 +178,17 @@ def test_tuning_folds_guidance_into_the_model(guided: dict[str, Any]):
     train(replace(config, guidance_scale=None, guidance_interval=None, output_dir=f"{guided['output_dir']}-plain"))
     weights = [load_file(Path(f"{guided['output_dir']}{end}", WEIGHTS)) for end in ("", "-plain")]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_only_the_weights_that_teach_are_in_the_checksum(guided: dict[str, Any]):
+    """Guidance by classes does without the weaker network in the folder of the model."""
+    config, classes = TrainingConfig(**guided), Classes(KINDS.names, has_unconditional=False)
+    before = checksum_of_teacher(config, KINDS, None)
+    unet = DDPMPipeline.from_pretrained(guided["init_from"]).unet
+    save_network(unet, Path(guided["init_from"], "guide"))
+    assert checksum_of_teacher(config, KINDS, before) == before
+    with pytest.raises(UsageError, match=r"^init_from must have the weights that it had when this run began"):
+        checksum_of_teacher(config, classes, before)
 
 
 def test_teacher_without_labels_is_guided_by_the_weaker_network(settings: dict[str, Any], tmp_path: Path):
