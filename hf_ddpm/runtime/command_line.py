@@ -127,6 +127,10 @@ def raise_usage_errors() -> Iterator[None]:
 
 def _explain(error: Any) -> str:
     text = " ".join(error.format_message().split())
+    if hasattr(error.__cause__, "errors"):  # of pydantic, by which Typer says what a value must be, and not the value
+        (wrong, *_) = error.__cause__.errors()
+        wanted = wrong["msg"].removeprefix("Input should be ").partition(", unable")[0]
+        return f"{error.param.name} must be {wanted}, got {wrong['input']!r}"
     if type(error).__name__ != "NoSuchOption":
         return text
     options = [option for param in error.ctx.command.params for option in (*param.opts, *param.secondary_opts)]

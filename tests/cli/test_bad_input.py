@@ -69,6 +69,21 @@ def test_precision_of_the_environment_gives_way_to_that_of_a_flag(monkeypatch):
     assert "there is no folder" in said("train", "--mixed_precision", "no", "--train_data_dir", "nothing")
 
 
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("sample model --out x --num_inference_steps 0", "num_inference_steps", "0"),
+        ("sample model --out x --num_inference_steps some", "num_inference_steps", "some"),
+        ("sample model --out x --guidance_scale strong", "guidance_scale", "strong"),
+        ("demo model --port 99999", "port", "99999"),
+    ],
+)
+def test_value_of_a_flag_is_named_beside_what_it_must_be(words, name, value):
+    line = said(*words.split())
+    assert line.startswith(f"error: {name} must be ")
+    assert line.endswith(f", got {value!r}")
+
+
 def test_seeds_are_those_that_torch_takes(model):
     for seed in (2**64, 2**63, -1):
         for command in (("sample", model, "--out", "x"), ("evaluate", model), ("schedule", model)):
