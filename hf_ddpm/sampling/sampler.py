@@ -10,7 +10,7 @@ can share them in any way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ddpm.classes import Classes
-from hf_ddpm.figures import grid, with_row_titles
+from hf_ddpm.figures import grid, strip, with_row_titles
 from hf_ddpm.guidance import Guidance
 from hf_ddpm.image_size import Size
 from hf_ddpm.labels import Labels
@@ -74,6 +74,19 @@ def sheet_by_label(images: Sequence[Image.Image], columns: int | None, labels: L
     if columns is None or labels is None or isinstance(labels, Classes):
         return sheet
     return with_row_titles(sheet, labels.titles)
+
+
+def strip_by_label(shown: Mapping[str, Sequence[Image.Image]], columns: int, labels: Labels) -> Image.Image:
+    """Return a strip with a row for each label, in which images of one noise stand side by side.
+
+    Args:
+        shown: Lists of as many images, whose labels come in turn, by the title of their columns.
+        columns: The noises of each row.
+        labels: The labels of the images.
+    """
+    of_noises = by_label([*zip(*shown.values(), strict=True)], columns)
+    rows = [of_noises[start : start + columns] for start in range(0, len(of_noises), columns)]
+    return strip([[image for images in row for image in images] for row in rows], [*shown] * columns, labels.titles)
 
 
 def iter_samples(

@@ -17,7 +17,7 @@ from hf_ddpm.data.conditions import example_pairs
 from hf_ddpm.evaluation.training_share import SIGNIFICANCE
 from hf_ddpm.pipeline import DDPMPipeline
 from hf_ddpm.runtime.files import read_metrics, write_atomically
-from hf_ddpm.sampling.sampler import grid_by_label, labels_in_turn, sample_all, sheet_by_label
+from hf_ddpm.sampling.sampler import grid_by_label, labels_in_turn, sample_all, sheet_by_label, strip_by_label
 from hf_ddpm.solvers import default_scheduler, default_steps, named_scheduler, tuned_scheduler
 from hf_ddpm.training import sharding
 from hf_ddpm.training.averages import swap_in
@@ -68,7 +68,7 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
     """Sample seeds 0, 1, ... into one sheet: the same seeds at each step and for any number of processes.
 
     Images that are made from images stand between these and those of the data. Those of a model that is tuned for
-    several numbers of steps stand beside one another, from the same noises.
+    several numbers of steps stand beside one another, from the same noises, with a row for each label.
 
     All processes call it.
 
@@ -104,10 +104,12 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
             **shown,
             "truth": pictured(pairs.images, values),
         }
-    if len(shown) > 1:
-        return figures.side_by_side([*map(figures.to_pil, shown.values())], [*shown])
-    (images,) = shown.values()
-    return sheet_by_label(figures.to_pil(images), columns, run.labels)
+    pictures = {title: figures.to_pil(images) for title, images in shown.items()}
+    if len(pictures) == 1:
+        return sheet_by_label(*pictures.values(), columns, run.labels)
+    if pairs is None and columns is not None and run.labels is not None:
+        return strip_by_label(pictures, columns, run.labels)
+    return figures.side_by_side([*pictures.values()], [*pictures])
 
 
 def _in_steps(num_steps: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from hf_ddpm.classes import Classes
 from hf_ddpm.evaluation.distances import kernel_distance
 from hf_ddpm.figures import grid
 from hf_ddpm.sampling.image_set import write_samples
-from hf_ddpm.sampling.sampler import by_label, grid_by_label
+from hf_ddpm.sampling.sampler import by_label, grid_by_label, strip_by_label
 from hf_ddpm.training.config import TrainingConfig
 from hf_ddpm.training.draws import hide_labels
 from hf_ddpm.training.loop import train
@@ -136,6 +137,18 @@ def test_grid_has_a_row_for_each_class():
     assert grid_by_label(16, Classes(tuple(map(str, range(17))))) == (16, None)
     assert by_label([0, 1, 2, 0, 1, 2], 2) == [0, 0, 1, 1, 2, 2]
     assert by_label([3, 1], None) == [3, 1]
+
+
+def test_strip_has_a_row_for_each_label_and_pairs_images_of_one_noise() -> None:
+    """Two labels in turn and three noises of each: image n has the shade 10 n, and with more steps one more."""
+    shown = {
+        f"{more} more": [Image.new("L", (32, 32), 10 * number + more) for number in range(6)] for more in range(2)
+    }
+    strip = np.asarray(strip_by_label(shown, 3, Classes(("a", "b"))))[..., 0]
+    # A run of 32 pixels of one shade is a part of an image; shorter ones are of the titles.
+    runs = [[(int(shade), len([*pixels])) for shade, pixels in groupby(line)] for line in strip]
+    orders = [[shade for shade, length in line if shade != 255 and length >= 32] for line in runs]
+    assert [order for order, _ in groupby(filter(None, orders))] == [[0, 1, 20, 21, 40, 41], [10, 11, 30, 31, 50, 51]]
 
 
 @pytest.mark.slow
