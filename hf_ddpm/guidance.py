@@ -46,6 +46,8 @@ class Guidance:
         method: `cfg` (`guide`), `cfg-zero*` (`zero_star`), `apg` (`adaptive_projected`) or `tcfg` (`tangential`). A
             pipeline gives x_0_hat to `apg`, and to the others what its network predicts: eps, v or x_0.
         norm_threshold: r of `apg`, above 0. The norm that it bounds grows with sqrt(C H W).
+        autoguidance_scale: w' of `add_autoguidance`, finite and at least 0, of a model of classes: by it a weaker
+            version guides at every sigma, while by all the above the model guides itself. 1: none does.
 
     Raises:
         ValueError: When a value is out of its range, or cannot take effect.
@@ -56,9 +58,10 @@ class Guidance:
     rescale: float = 0.0
     method: GuidanceMethod = "cfg"
     norm_threshold: float = math.inf
+    autoguidance_scale: float = 1.0
 
     def __post_init__(self):
-        for name in ("scale", "rescale", "norm_threshold"):
+        for name in ("scale", "rescale", "norm_threshold", "autoguidance_scale"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"guidance {name} must be a number, got {value!r}")
@@ -66,6 +69,9 @@ class Guidance:
             raise ValueError(f"guidance interval must be two numbers, (low, high), got {self.interval!r}")
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"guidance scale must be finite and at least 0, got {self.scale}: 1 is no guidance")
+        if not (math.isfinite(self.autoguidance_scale) and self.autoguidance_scale >= 0):
+            got = self.autoguidance_scale
+            raise ValueError(f"autoguidance_scale must be finite and at least 0, got {got}: 1 is no autoguidance")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
             raise ValueError(
                 f"guidance interval must be (low, high) with 0 <= low < high, got {self.interval}: "
@@ -87,7 +93,7 @@ class Guidance:
 
     def _require_defaults(self) -> None:
         """Raise a ValueError when a setting is given beside a scale at which none can take effect."""
-        for name in ("interval", "rescale", "method"):
+        for name in ("interval", "rescale", "method", "autoguidance_scale"):
             value = getattr(self, name)
             if value != getattr(Guidance, name):
                 raise ValueError(
@@ -106,6 +112,7 @@ def changed(
     scale: float | None = None,
     interval: tuple[float, float] | None = None,
     method: GuidanceMethod | None = None,
+    autoguidance_scale: float | None = None,
 ) -> Guidance | None:
     """Return guidance with what is given instead of what it has; None for a scale of 1, which is none.
 
@@ -114,15 +121,17 @@ def changed(
         scale: The scale. None: that of `guidance`.
         interval: The interval. None: that of `guidance`.
         method: The method. None: that of `guidance`.
+        autoguidance_scale: The scale of autoguidance beside it. None: that of `guidance`.
 
     Raises:
         ValueError: When a value cannot work, or cannot take effect without a scale.
     """
+    autoguidance = {} if autoguidance_scale is None else {"autoguidance_scale": autoguidance_scale}
     if scale == 1 or (guidance is None and scale is None):
-        Guidance(1.0, interval, method=method or "cfg")  # which refuses what has no effect
+        Guidance(1.0, interval, method=method or "cfg", **autoguidance)  # which refuses what has no effect
         return None
     settings = {} if guidance is None else asdict(guidance)
-    given = {"scale": scale, "interval": interval, "method": method}
+    given = {"scale": scale, "interval": interval, "method": method, **autoguidance}
     settings |= {name: value for name, value in given.items() if value is not None}
     if settings.get("method", "cfg") != "apg":
         settings.pop("norm_threshold", None)
@@ -191,6 +200,29 @@ def guide(prediction: Tensor, weaker: Tensor, scale: float) -> Tensor:
     """
     c, u = _in_float32(prediction, weaker)
     return (c + (scale - 1) * (c - u)).to(prediction.dtype)
+
+
+def add_autoguidance(guided: Tensor, prediction: Tensor, weaker: Tensor, scale: float) -> Tensor:
+    """Return a prediction that is guided by the class, led away from a weaker network, too.
+
+    The sum of classifier-free guidance and autoguidance, with D_1 the network, D_0 the weaker one and c the class::
+
+        D_1(x_t, c) + (w - 1) (D_1(x_t, c) - D_1(x_t)) + (w' - 1) (D_1(x_t, c) - D_0(x_t, c))
+
+    The first leads to the class, and away from the variety of the data; the second corrects what the network has not
+    learned well: Karras et al. 2024 (arXiv 2406.02507).
+
+    Args:
+        guided: The prediction after guidance by the class, (B, C, H, W).
+        prediction: The prediction before it, (B, C, H, W).
+        weaker: The prediction of the weaker network with the same class, (B, C, H, W).
+        scale: w'; 1 returns `guided` to the last bit.
+
+    Returns:
+        The guided prediction, (B, C, H, W).
+    """
+    c, u = _in_float32(prediction, weaker)
+    return (guided + (scale - 1) * (c - u)).to(guided.dtype)
 
 
 def rescale(guided: Tensor, prediction: Tensor, factor: float) -> Tensor:

@@ -335,6 +335,7 @@ class DDPMPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        autoguidance_scale: float | None = None,
     ) -> DDPMPipeline:
         """Choose how later calls sample, as the commands do: in 20 steps of UniPC unless something else is asked for.
 
@@ -347,6 +348,8 @@ class DDPMPipeline(DiffusionPipeline):
             num_inference_steps: The number of steps of calls that give none. None: as for `scheduler`.
             guidance_scale: The scale of guidance of calls that give none. None: as for `scheduler`, or 1.
             guidance_interval: Where this guidance acts, as of a call.
+            autoguidance_scale: The scale of autoguidance beside it, for a model of classes with a weaker version of
+                it in `guide`, or in the folder of that name. None: as for `scheduler`, or 1, which is none.
 
         Returns:
             The pipeline itself.
@@ -362,7 +365,7 @@ class DDPMPipeline(DiffusionPipeline):
             )
         sampler = choose_sampler(config, scheduler, num_inference_steps, self.kept_sampler, self.searched_timesteps)
         check_tuning(sampler.scheduler, config)
-        guidance = changed(sampler.guidance, guidance_scale, guidance_interval)
+        guidance = changed(sampler.guidance, guidance_scale, guidance_interval, autoguidance_scale=autoguidance_scale)
         uses_guide = guidance is not None and (self.guide is not None or sampler.uses_guide)
         sampler = sampler._replace(guidance=guidance, uses_guide=uses_guide)
         named_scheduler(sampler.scheduler, config, sampler.num_inference_steps)
@@ -485,7 +488,9 @@ class DDPMPipeline(DiffusionPipeline):
     def _needs_guide(self, sampler: Sampler) -> bool:
         """Return whether the guidance of a sampler takes the network in the model's folder `guide`."""
         guides_itself = self.labels is not None and self.labels.has_unconditional
-        return sampler.guidance is not None and (sampler.uses_guide or not guides_itself)
+        if sampler.guidance is None:
+            return False
+        return sampler.uses_guide or not guides_itself or sampler.guidance.autoguidance_scale != 1
 
     def default_timesteps(self, scheduler: Any, num_steps: int) -> list[int] | None:
         """Return the timesteps that a solver takes for the model when none were searched; None: its own.
@@ -639,11 +644,13 @@ class DDPMPipeline(DiffusionPipeline):
             t: The timestep, ().
             conditions: What `_conditions` returned.
         """
-        if conditions.guidance is None or not is_guided_at(self.scheduler, t, conditions.guidance):
+        guidance = conditions.guidance
+        acts = guidance is not None and is_guided_at(self.scheduler, t, guidance)
+        if guidance is None or not (acts or guidance.autoguidance_scale != 1):
             labels, images = conditions.class_labels, conditions.images
             model_output = evaluate(self.unet, conditions.network_dtype, network_input, t, labels, images)
         else:
-            model_output, self._running = predict_guided(self.unet, network_input, t, conditions, self._running)
+            model_output, self._running = predict_guided(self.unet, network_input, t, conditions, self._running, acts)
         # Infinity would be clipped to an extreme image; NaN stays until the image is refused.
         model_output = torch.where(model_output.isfinite(), model_output, math.nan)
         # Only DDPM's schedulers use a learned variance; the others get the first half of the output.
@@ -743,19 +750,28 @@ class DDPMPipeline(DiffusionPipeline):
                     f"guidance 'apg' needs a model with a beta_schedule, got {type(self.scheduler).__name__}"
                 )
             scheduler = scheduler_of_outputs(self.scheduler.config)
-        if self.guide is None and (unconditional is None or (self.sampler is not None and self.sampler.uses_guide)):
+        is_led_twice = guidance.autoguidance_scale != 1
+        if is_led_twice and unconditional is None:
+            raise ValueError(
+                f"autoguidance_scale goes beside guidance by classes, got {guidance.autoguidance_scale:g} for a model "
+                "that has learned no images without a class: give the scale alone, by which a weaker model guides"
+            )
+        uses_guide = self.sampler is not None and self.sampler.uses_guide
+        if self.guide is None and (unconditional is None or uses_guide or is_led_twice):
             self.load_guide()
-        if self.guide is None:
+        weaker = no_labels = None
+        if self.guide is not None:
+            check_guide(self.guide, self.unet)
+            weaker = self.guide.to(device).eval()
+        if weaker is None or is_led_twice:
             if class_labels is None:
                 raise ValueError(
                     "guidance needs class_labels, got none, and so nothing to lead to: give a class, or "
                     "guidance_scale=1, or call load_guide() for guidance by a weaker model"
                 )
             assert self.labels is not None
-            weaker_labels = hidden_labels(self.labels, batch_size, device)
-            return Conditions(dtype, labels, guidance, None, weaker_labels, scheduler)
-        check_guide(self.guide, self.unet)
-        return Conditions(dtype, labels, guidance, self.guide.to(device).eval(), labels, scheduler)
+            no_labels = hidden_labels(self.labels, batch_size, device)
+        return Conditions(dtype, labels, guidance, weaker, no_labels, scheduler)
 
 
 def _no_guide_error(name: Any) -> ValueError:

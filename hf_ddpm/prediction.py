@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from torch import Tensor
 
 from hf_ddpm.classes import Classes, numbered_classes
-from hf_ddpm.guidance import Guidance, combine, in_interval
+from hf_ddpm.guidance import Guidance, add_autoguidance, combine, in_interval
 from hf_ddpm.label_embedding import require_same_embedding
 from hf_ddpm.labels import Labels, NetworkLabel, describe_labels, takes_floats
 from hf_ddpm.network import timestep_for
@@ -37,8 +37,9 @@ class Conditions:
         network_dtype: The type of the network's weights, which it takes x_t in.
         class_labels: The label of each image, see `network_labels`; None for a model without labels.
         guidance: How the prediction is guided; None: it is not.
-        weaker: The network that guidance leads away from; None: the pipeline's own, without a label.
-        weaker_labels: The label of each image for that network.
+        weaker: The weaker network that guidance leads away from; None: none.
+        no_labels: What stands for no label, as `class_labels`, where guidance leads away from the network itself
+            without a label; None: it does not.
         output_scheduler: Our scheduler of the model, for guidance that acts on x_0_hat; None for other guidance.
         images: The channels that the network takes after those of x_t, (B, C', H, W); None: it takes x_t alone.
     """
@@ -47,7 +48,7 @@ class Conditions:
     class_labels: Tensor | None = None
     guidance: Guidance | None = None
     weaker: Any = None
-    weaker_labels: Tensor | None = None
+    no_labels: Tensor | None = None
     output_scheduler: DDPMScheduler | None = None
     images: Tensor | None = None
 
@@ -69,7 +70,7 @@ def evaluate(
 
 
 def predict_guided(
-    network: Any, network_input: Tensor, t: Tensor, conditions: Conditions, running: Tensor | None
+    network: Any, network_input: Tensor, t: Tensor, conditions: Conditions, running: Tensor | None, acts: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output with a guided prediction; a learned variance is that of the model that is guided.
 
@@ -79,38 +80,51 @@ def predict_guided(
         t: The timestep, ().
         conditions: What the network takes beside these, with guidance.
         running: What the guidance `apg` returned in the step before.
+        acts: Whether guidance acts at t. Else autoguidance beside it does, alone.
 
     Returns:
         The output, and what the next step takes as `running`.
     """
-    guidance, labels, weaker_labels = conditions.guidance, conditions.class_labels, conditions.weaker_labels
-    images = conditions.images
+    guidance, labels, images = conditions.guidance, conditions.class_labels, conditions.images
     assert guidance is not None
-    if conditions.weaker is None:
+    if conditions.no_labels is not None and acts:
         assert labels is not None
-        assert weaker_labels is not None
         # Both in one batch, which takes less time than two.
-        twice, both = torch.cat([network_input] * 2), torch.cat([labels, weaker_labels])
+        twice, both = torch.cat([network_input] * 2), torch.cat([labels, conditions.no_labels])
         both_images = None if images is None else torch.cat([images] * 2)
-        output, weaker = evaluate(network, conditions.network_dtype, twice, t, both, both_images).chunk(2)
+        output, without = evaluate(network, conditions.network_dtype, twice, t, both, both_images).chunk(2)
     else:
-        output = evaluate(network, conditions.network_dtype, network_input, t, labels, images)
-        weaker = evaluate(conditions.weaker, conditions.weaker.dtype, network_input, t, weaker_labels, images)
+        output, without = evaluate(network, conditions.network_dtype, network_input, t, labels, images), None
+    weaker = None
+    if conditions.weaker is not None:
+        weaker = evaluate(conditions.weaker, conditions.weaker.dtype, network_input, t, labels, images)
     channels = network_input.shape[1]
     prediction, variance = output[:, :channels], output[:, channels:]
-    weaker = weaker[:, :channels]
-    if conditions.output_scheduler is None:
-        guided, _ = combine(guidance, prediction, weaker)
-    else:
-        # x_0_hat is the output times a factor plus a multiple of x_t.
-        one = torch.ones_like(prediction[:, :1, :1, :1])
-        factor = conditions.output_scheduler.predict_original(one, torch.zeros_like(one), t.long())
-        x_0_hat = conditions.output_scheduler.predict_original(prediction, network_input, t.long())
-        weaker_x_0_hat = x_0_hat + factor * (weaker - prediction)
-        guided_x_0_hat, running = combine(guidance, x_0_hat, weaker_x_0_hat, running)
-        running = None if running is None else running.detach()
-        guided = prediction + (guided_x_0_hat - x_0_hat) / factor
+    guided = prediction
+    if acts:
+        led_away_from = weaker if without is None else without
+        assert led_away_from is not None
+        guided, running = _combine(conditions, prediction, led_away_from[:, :channels], network_input, t, running)
+    if weaker is not None and guidance.autoguidance_scale != 1:
+        guided = add_autoguidance(guided, prediction, weaker[:, :channels], guidance.autoguidance_scale)
     return torch.cat([guided, variance], dim=1), running
+
+
+def _combine(
+    conditions: Conditions, prediction: Tensor, weaker: Tensor, x_t: Tensor, t: Tensor, running: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the guided prediction as the network would put it out, whatever quantity its guidance acts on."""
+    assert conditions.guidance is not None
+    if conditions.output_scheduler is None:
+        return combine(conditions.guidance, prediction, weaker)
+    # x_0_hat is the output times a factor plus a multiple of x_t.
+    one = torch.ones_like(prediction[:, :1, :1, :1])
+    factor = conditions.output_scheduler.predict_original(one, torch.zeros_like(one), t.long())
+    x_0_hat = conditions.output_scheduler.predict_original(prediction, x_t, t.long())
+    weaker_x_0_hat = x_0_hat + factor * (weaker - prediction)
+    guided_x_0_hat, running = combine(conditions.guidance, x_0_hat, weaker_x_0_hat, running)
+    running = None if running is None else running.detach()
+    return prediction + (guided_x_0_hat - x_0_hat) / factor, running
 
 
 def is_guided_at(scheduler: Any, t: Tensor, guidance: Guidance) -> bool:

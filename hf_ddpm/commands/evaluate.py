@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_ddpm.commands.options import (
+    AutoguidanceScale,
     BatchSize,
     Compile,
     Data,
@@ -93,6 +94,7 @@ def evaluate(
     ] = None,
     guidance_interval: GuidanceInterval = None,
     guidance_method: GuidanceMethod = None,
+    autoguidance_scale: AutoguidanceScale = None,
     guidance_model: GuidanceModel = None,
     network: Network = None,
     network_path: NetworkPath = None,
@@ -135,6 +137,7 @@ def evaluate(
             guidance_scales=scales,
             guidance_interval=guidance_interval,
             guidance_method=guidance_method,
+            autoguidance_scale=autoguidance_scale,
             guidance_model=guidance_model,
             network=network,
             network_path=network_path,

@@ -69,6 +69,15 @@ GuidanceMethod = Annotated[
 ]
 
 
+AutoguidanceScale = Annotated[
+    float | None,
+    option(
+        "autoguidance_scale",
+        "How far images of classes are also led away from the weaker model, at every sigma. Default: 1, not.",
+    ),
+]
+
+
 GuidanceModel = Annotated[
     str | None,
     option(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_ddpm.commands.options import (
+    AutoguidanceScale,
     BatchSize,
     Compile,
     Device,
@@ -72,6 +73,7 @@ def sample(
     guidance_scale: GuidanceScale = None,
     guidance_interval: GuidanceInterval = None,
     guidance_method: GuidanceMethod = None,
+    autoguidance_scale: AutoguidanceScale = None,
     guidance_model: GuidanceModel = None,
     deterministic: Annotated[bool, switch("deterministic", "With ddpm: iterate the mean, add no noise.")] = False,
     batch_size: BatchSize = 64,
@@ -104,6 +106,7 @@ def sample(
             "guidance_scale": guidance_scale,
             "guidance_interval": guidance_interval,
             "guidance_method": guidance_method,
+            "autoguidance_scale": autoguidance_scale,
             "guidance_model": guidance_model,
             "deterministic": deterministic,
             "batch_size": batch_size,
@@ -150,6 +153,7 @@ def edit(
     guidance_scale: GuidanceScale = None,
     guidance_interval: GuidanceInterval = None,
     guidance_method: GuidanceMethod = None,
+    autoguidance_scale: AutoguidanceScale = None,
     guidance_model: GuidanceModel = None,
     format: Annotated[
         str | None, choice("format", "Of the edits of arrays, npy or tif. Default: npy.", ("png", *ARRAY_FILE_FORMATS))
@@ -183,6 +187,7 @@ def edit(
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
             guidance_method=guidance_method,
+            autoguidance_scale=autoguidance_scale,
             guidance_model=guidance_model,
             batch_size=batch_size,
             device=device,

@@ -42,6 +42,7 @@ def command_of(job: Job) -> str:
         "scheduler": ",".join(schedulers) or None,
         "guidance_scale": ",".join(f"{scale:g}" for scale in request.guidance_scales) or None,
         "guidance_method": request.guidance_method,
+        "autoguidance_scale": request.autoguidance_scale,
         "guidance_model": request.guidance_model,
         "network": None if job.comparison is None else job.comparison.network.name,
         "network_path": request.network_path,

@@ -295,5 +295,5 @@ def _guidances(pipeline: DDPMPipeline, request: Request) -> list[Guidance | None
     if 1 in request.guidance_scales and len(request.guidance_scales) > 1:
         others = tuple(scale for scale in request.guidance_scales if scale != 1)
         return [None, *_guidances(pipeline, replace(request, guidance_scales=others))]
-    details = request.guidance_interval, request.guidance_method, request.guidance_model
+    details = request.guidance_interval, request.guidance_method, request.autoguidance_scale, request.guidance_model
     return [choose_guidance(pipeline, scale, *details) for scale in request.guidance_scales or [None]]

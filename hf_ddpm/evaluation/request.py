@@ -42,6 +42,7 @@ class Request:
         guidance_scales: The scales of guidance of a grid, 1 for none. Empty: the default of `sample`.
         guidance_interval: Where guidance acts, see `sample`.
         guidance_method: How it guides, see `sample`.
+        autoguidance_scale: The scale of autoguidance beside it, see `sample`.
         guidance_model: The weaker model, see `sample`.
         network: The feature network: `inception`, `dinov2`, `clip` or `efficientnet-lite0`. None: that of the
             reference, or inception.
@@ -74,6 +75,7 @@ class Request:
     guidance_scales: Sequence[float] = ()
     guidance_interval: Sequence[float] | None = None
     guidance_method: str | None = None
+    autoguidance_scale: float | None = None
     guidance_model: str | None = None
     network: str | None = None
     network_path: str | Path | None = None
@@ -100,7 +102,8 @@ class Request:
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_seeds(self.seed, self.num_images)
-        check_guidance(self.guidance_scales or [None], self.guidance_interval, self.guidance_method)
+        method, autoguidance_scale = self.guidance_method, self.autoguidance_scale
+        check_guidance(self.guidance_scales or [None], self.guidance_interval, method, autoguidance_scale)
         self._check_guidance_takes_effect()
         if self.data is not None:
             object.__setattr__(self, "data", with_plain_paths(self.data, DataConfig))
@@ -117,6 +120,7 @@ class Request:
             "guidance_scale": [scale for scale in self.guidance_scales if scale != 1] or None,
             "guidance_interval": self.guidance_interval,
             "guidance_method": self.guidance_method,
+            "autoguidance_scale": self.autoguidance_scale,
             "guidance_model": self.guidance_model,
         }
         for name, value in given.items():

@@ -196,6 +196,8 @@ def _name_of_curve(guidance: dict[str, Any]) -> str:
     method = guidance.get("method", "cfg")
     weaker = guidance["weaker"]
     name = name if method == "cfg" else f"{method}, {name}"
+    if "autoguidance_scale" in guidance:
+        return f"{name}, autoguidance {guidance['autoguidance_scale']:g} by {weaker[:7]}"
     return name if weaker == "without a class" else f"{name}, weaker model {weaker[:7]}"
 
 

@@ -138,7 +138,10 @@ def _method_cell(row: Mapping[str, Any]) -> str:
         method += f", guidance {guidance['scale']:g}" + (f" from sigma {low:g}" if low else "")
         method += f" to {high:g}" if high is not None else ""
         method += f" by {guidance['method']}" if "method" in guidance else ""
-        method += "" if guidance["weaker"] == "without a class" else f", weaker model {guidance['weaker'][:7]}"
+        if "autoguidance_scale" in guidance:
+            method += f", autoguidance {guidance['autoguidance_scale']:g} by {guidance['weaker'][:7]}"
+        elif guidance["weaker"] != "without a class":
+            method += f", weaker model {guidance['weaker'][:7]}"
     return method + ("" if dtype == "fp32" else f", {dtype}")
 
 

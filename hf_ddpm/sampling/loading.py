@@ -124,7 +124,12 @@ def require_known_labels(pipeline: DDPMPipeline) -> None:
         raise UsageError(f"classes must be numbers for this, got a model with embeddings {kind!r}")
 
 
-def check_guidance(scales: Sequence[float | None], interval: Sequence[float] | None, method: Any) -> None:
+def check_guidance(
+    scales: Sequence[float | None],
+    interval: Sequence[float] | None,
+    method: Any,
+    autoguidance_scale: float | None = None,
+) -> None:
     """Check what a command was asked for, before it reads the model.
 
     Raises:
@@ -133,7 +138,7 @@ def check_guidance(scales: Sequence[float | None], interval: Sequence[float] | N
     for scale in scales:
         # What the model's folder says is known later; 2 stands for it here.
         pair: Any = None if interval is None else tuple(interval)
-        changed(None, 2.0 if scale in (None, 1) else scale, pair, method)
+        changed(None, 2.0 if scale in (None, 1) else scale, pair, method, autoguidance_scale)
 
 
 def choose_guidance(
@@ -141,6 +146,7 @@ def choose_guidance(
     scale: float | None,
     interval: Sequence[float] | None,
     method: Any,
+    autoguidance_scale: float | None,
     guidance_model: str | None,
 ) -> Guidance | None:
     """Return how a command guides: by what it was asked for, or as the model's folder says; None: not at all.
@@ -151,14 +157,15 @@ def choose_guidance(
         ValueError: When guidance cannot work, or a setting of it has no effect.
     """
     kept = pipeline.kept_sampler
-    details = {"guidance_interval": interval, "guidance_method": method, "guidance_model": guidance_model}
+    details = {"guidance_interval": interval, "guidance_method": method, "autoguidance_scale": autoguidance_scale}
+    details["guidance_model"] = guidance_model
     if scale == 1 or (scale is None and (kept is None or kept.guidance is None)):
         for name, value in details.items():
             if value is not None:
                 raise UsageError(f"{name} has no effect without guidance, got {value}: give guidance_scale, above 1")
         return None
     pair: Any = None if interval is None else tuple(interval)
-    guidance = changed(None if kept is None else kept.guidance, scale, pair, method)
+    guidance = changed(None if kept is None else kept.guidance, scale, pair, method, autoguidance_scale)
     if guidance is not None:
         require_no_guidance(pipeline.scheduler.config)
     if guidance is None or pipeline.guide is not None:

@@ -36,6 +36,8 @@ class SamplingSettings:
             `guidance_model`. None: what the model's folder says, or 1, which is no guidance.
         guidance_interval: (low, high): guidance acts where low < sigma <= high, the ratio of noise to signal.
         guidance_method: `cfg`, `cfg-zero*`, `apg` or `tcfg`. None: what the model's folder says, or `cfg`.
+        autoguidance_scale: How far images of a model of classes are also led away from those of `guidance_model`, at
+            every sigma. None: what the model's folder says, or 1, which is not.
         guidance_model: A weaker model, a folder or a Hub id. None: the model itself without a class, or the one in its
             folder `guide`.
         batch_size: Images per forward pass; on a CPU there are always 16.
@@ -53,6 +55,7 @@ class SamplingSettings:
     guidance_scale: float | None = None
     guidance_interval: Sequence[float] | None = None
     guidance_method: str | None = None
+    autoguidance_scale: float | None = None
     guidance_model: str | None = None
     batch_size: int = 64
     device: str | None = None
@@ -65,11 +68,11 @@ class SamplingSettings:
             require_choice("scheduler", self.scheduler, SCHEDULERS)
         if self.batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
-        check_guidance([self.guidance_scale], self.guidance_interval, self.guidance_method)
+        check_guidance([self.guidance_scale], self.guidance_interval, self.guidance_method, self.autoguidance_scale)
 
     def guidance_of(self, pipeline: DDPMPipeline) -> Guidance | None:
         """Return how a pipeline is to be guided, see `choose_guidance`."""
-        details = self.guidance_interval, self.guidance_method, self.guidance_model
+        details = self.guidance_interval, self.guidance_method, self.autoguidance_scale, self.guidance_model
         return choose_guidance(pipeline, self.guidance_scale, *details)
 
 

@@ -19,6 +19,8 @@ def test_guided_results_say_how_they_were_guided():
     row = {"sampling": {"scheduler": "unipc", "num_inference_steps": 20, "guidance": guidance}}
     expected = "unipc, 20 steps, guidance 2 from sigma 0.2 by apg, weaker model 0123456"
     assert _method_cell(row) == expected
+    guidance |= {"autoguidance_scale": 1.5}
+    assert _method_cell(row) == "unipc, 20 steps, guidance 2 from sigma 0.2 by apg, autoguidance 1.5 by 0123456"
 
 
 @pytest.mark.slow

@@ -43,6 +43,8 @@ def save(folder: Path, classes: Classes | None = None, guidance: Guidance | None
     )
     pipeline.classes = classes
     if guidance is not None:
+        if guidance.autoguidance_scale != 1:
+            pipeline.guide = UNet2DModel(**smallest_unet_config(3, num_class_embeds=count))
         pipeline.use()
         assert pipeline.sampler is not None
         pipeline.sampler = pipeline.sampler._replace(guidance=guidance)
@@ -59,6 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "classes": save(root / "classes", Classes(NAMES)),
         "dropout": save(root / "dropout", Classes(NAMES, has_unconditional=True)),
         "kept": save(root / "kept", Classes(NAMES, has_unconditional=True), KEPT),
+        "twice": save(root / "twice", Classes(NAMES, has_unconditional=True), Guidance(2.0, autoguidance_scale=1.5)),
         "guide": save(root / "guide"),
         "step denoiser": save(root / "steps", prediction_type="previous_sample"),
         "other task": save(root / "other", out_channels=4),
@@ -161,6 +164,8 @@ def test_no_class_in_particular_is_a_choice_and_turns_guidance_by_class_off(fold
         assert ("Guidance is off" in page) is is_said
     assert ("without a class", NONE) not in handlers["classes"].model.label_choices
     assert "Guidance is off" not in handlers["guide"].show_samples("unipc", STEPS, SEED, 2, None, 3.0)[0]
+    assert "Guidance is off" not in handlers["twice"].show_samples("unipc", STEPS, SEED, 2, 1, 3.0)[0]
+    assert "Guidance is off" in handlers["twice"].show_samples("unipc", STEPS, SEED, 2, NONE, 3.0)[0]
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,7 @@ def test_guidance_is_none_by_default():
         {"scale": 0.0, "interval": (0.0, math.inf)},
         {"scale": 2, "interval": (0.3, 5), "rescale": 1},
         {"scale": 15.0, "method": "apg"},
+        {"scale": 2.0, "autoguidance_scale": 1.5},
         {"scale": 15.0, "method": "apg", "norm_threshold": 2.5, "rescale": 0.7},
     ],
 )
@@ -314,6 +315,12 @@ def test_guidance_takes_settings_that_take_effect(settings):
         ({"scale": 2, "norm_threshold": 2.5}, "norm_threshold takes effect only with method='apg', got .*'cfg'"),
         ({"rescale": 0.7}, "rescale takes effect only with guidance, got rescale=0.7 with scale=1: use another"),
         ({"method": "tcfg"}, "method takes effect only with guidance, got method='tcfg' with scale=1"),
+        (
+            {"autoguidance_scale": 1.5},
+            "autoguidance_scale takes effect only with guidance, got autog",
+        ),
+        ({"scale": 2, "autoguidance_scale": -1}, "autoguidance_scale must be finite and at least 0, got -1: 1 is no"),
+        ({"scale": 2, "autoguidance_scale": "2"}, "guidance autoguidance_scale must be a number, got '2'"),
         ({"interval": (0.3, 5.0)}, r"interval takes effect only with guidance, got interval=\(0\.3, 5\.0\)"),
     ],
 )

@@ -120,6 +120,33 @@ def test_autoguidance_leads_away_from_the_weaker_network():
     assert pipeline.guide.evaluated == pipeline.unet.evaluated == 50 * 64
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_autoguidance_beside_guidance_by_the_class_adds_to_it(prediction_type):
+    """The mean is 0.1 + 2 (0.1 - 0) of the network without a class + (0.1 - 0.06) of the weaker one."""
+    pipeline = make_pipeline(prediction_type=prediction_type)
+    pipeline.guide = make_pipeline(prediction_type=prediction_type).unet
+    pipeline.guide.use(pipeline.unet.scheduler, torch.full((3,), 0.06))
+    images = values(pipeline, guidance=Guidance(3.0, autoguidance_scale=2.0))
+    assert float(images.mean()) == pytest.approx(0.34, abs=0.02)
+    assert (pipeline.unet.evaluated, pipeline.guide.evaluated) == (2 * 50 * 64, 50 * 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cfg", "apg"])
+def test_autoguidance_acts_outside_the_interval_too(method):
+    """An interval without a timestep leaves autoguidance alone."""
+    pipeline = make_pipeline()
+    pipeline.guide = make_pipeline().unet.use(pipeline.unet.scheduler, torch.full((3,), 0.06))
+    alone = values(pipeline, guidance_scale=2.0)
+    pipeline.unet.evaluated = pipeline.guide.evaluated = 0
+    guidance = Guidance(3.0, (1e-9, 1e-8), method=method, autoguidance_scale=2.0)
+    assert torch.allclose(values(pipeline, guidance=guidance), alone, atol=1e-5)
+    assert pipeline.unet.evaluated == pipeline.guide.evaluated == 50 * 64
+    between = values(pipeline, guidance=replace(guidance, interval=(1.0, float("inf"))))
+    assert 120 * 64 < pipeline.unet.evaluated < 130 * 64
+    assert alone.mean() < between.mean()
+
+
 @pytest.mark.parametrize("method", ["cfg", "cfg-zero*", "apg", "tcfg"])
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_guided_image_does_not_depend_on_its_batch(method, prediction_type):
@@ -191,6 +218,10 @@ def test_unconditional_model_is_guided_by_the_network_in_its_folder(tmp_path, ma
         ({"guidance_interval": (1.0, 2.0)}, "interval takes effect only with guidance"),
         ({"guidance_scale": 2.0, "guidance": Guidance(2.0)}, "guidance must be given without guidance_scale"),
         ({"guidance_scale": 2.0, "class_labels": None}, "guidance needs class_labels, got none"),
+        (
+            {"guidance": Guidance(2.0, autoguidance_scale=2.0)},
+            "guidance needs a weaker model, got a pipeline",
+        ),
     ],
 )
 def test_guidance_that_cannot_work_is_refused_before_the_first_evaluation(arguments, message):
@@ -198,6 +229,13 @@ def test_guidance_that_cannot_work_is_refused_before_the_first_evaluation(argume
     with pytest.raises(ValueError, match=message):
         values(pipeline, **arguments)
     assert pipeline.unet.evaluated == 0
+
+
+def test_autoguidance_beside_guidance_needs_classes(make_unet):
+    pipeline: Any = DDPMPipeline(make_unet(channels=1), DDPMScheduler(50, beta_end=0.5))
+    pipeline.guide = make_unet(channels=1, seed=1)
+    with pytest.raises(ValueError, match="autoguidance_scale goes beside guidance by classes, got 2 for a model that"):
+        pipeline(guidance=Guidance(2.0, autoguidance_scale=2.0))
 
 
 def test_guide_of_other_images_is_refused(make_unet):
@@ -240,13 +278,15 @@ def test_editing_is_guided_too(method):
 
 
 @pytest.mark.slow
-def test_saved_pipeline_keeps_the_guide_that_its_guidance_needs(tmp_path, make_unet):
+@pytest.mark.parametrize("autoguidance_scale", [None, 1.5])
+def test_saved_pipeline_keeps_the_guide_that_its_guidance_needs(autoguidance_scale, tmp_path, make_unet):
     """Also of a model of classes, which could guide itself; and nothing in its folder is no JSON."""
     pipeline: Any = DDPMPipeline(make_unet(channels=1, num_class_embeds=3), DDPMScheduler(50, beta_end=0.5))
     pipeline.classes = CLASSES
     pipeline.guide = make_unet(channels=1, num_class_embeds=3, seed=1)
     infinity = float("inf")
-    pipeline.use("ddim", 4, guidance_scale=2.0, guidance_interval=(0.1, infinity)).save_pretrained(tmp_path / "first")
+    chosen = {"guidance_scale": 2.0, "guidance_interval": (0.1, infinity), "autoguidance_scale": autoguidance_scale}
+    pipeline.use("ddim", 4, **chosen).save_pretrained(tmp_path / "first")
     # Saved again without its having been needed, it is still there.
     DDPMPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     loaded: Any = DDPMPipeline.from_pretrained(tmp_path / "second").use()

@@ -199,7 +199,8 @@ class Model:
 
     def lacks_direction(self, labels: Sequence[Any] | None) -> bool:
         """Return whether guidance has nothing to lead to: it leads to a label, and there is none."""
-        return self.has_no_label and self.pipeline.guide is None and labels is None
+        by_weaker_model = self.pipeline.guide is not None and self.default_guidance.autoguidance_scale == 1
+        return self.has_no_label and labels is None and not by_weaker_model
 
     def _guidance(self, scale: float, labels: Sequence[Any] | None) -> Guidance | None:
         """Return the model's own guidance with another scale; None: images are not guided."""
