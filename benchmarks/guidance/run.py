@@ -3,12 +3,13 @@
     hf-ddpm train --label_column label --output_dir runs/digits
     python -m benchmarks.guidance.run runs/digits --machine NAME
     python -m benchmarks.guidance.run runs/digits --guidance_model runs/digits/guide --machine NAME
+    python -m benchmarks.guidance.run runs/digits --autoguidance_scale 1.5 --machine NAME
 
 A small convolutional classifier learns the classes from real images; its accuracy on images that it has not seen is
 stated. It names the class of samples, which ask for each class in turn. `hf-ddpm evaluate` measures their distance to
 the training images at each scale. Appends each row to `rows.jsonl` as soon as it is measured, unless it is there, and
-writes `table.md` and, of a model of classes, `samples.png`: a row for each class, at scale 1 to the left, at the best
-scale to the right. A model without classes has distances alone, and is guided by `--guidance_model`.
+writes `table.md` and, of a model of classes, `samples.png`: a row for each class, at scale 1 to the left, with the
+guidance of least FD to the right. A model without classes has distances alone, and is guided by `--guidance_model`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from hf_ddpm.data.images import load_images
 from hf_ddpm.evaluation.evaluate import evaluate
 from hf_ddpm.figures import png_bytes, strip, to_pil
 from hf_ddpm.guidance import Guidance
+from hf_ddpm.names import GUIDANCE_METHODS
 from hf_ddpm.runtime.files import weights_sha256
 from hf_ddpm.runtime.run_files import read_run
 from hf_ddpm.sampling.loading import load_for_sampling
@@ -52,7 +54,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0, 3.0])
     parser.add_argument("--interval", type=float, nargs=2, help="low and high; default: everywhere")
+    parser.add_argument("--method", default="cfg", choices=GUIDANCE_METHODS, help="of guidance")
     parser.add_argument("--guidance_model", help="a weaker version of the model; default: the model without a class")
+    parser.add_argument("--autoguidance_scale", type=float, help="of its early average, beside that without a class")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first seed of each repetition")
     parser.add_argument("--num_images", type=int, default=5000)
     parser.add_argument("--num_inference_steps", type=int, default=20)
@@ -67,12 +71,12 @@ def main() -> None:
     weaker = options.guidance_model and weights_sha256(Path(options.guidance_model))
     for seed in options.seeds:
         for scale in options.scales:
-            by, interval = (None, None) if scale == 1 else (weaker, options.interval)
-            cell = [weights_sha256(options.run), by, scale, interval, seed, options.num_images]
-            cell.append(options.num_inference_steps)
+            by = None if scale == 1 else weaker
+            guidance = None if scale == 1 else guidance_of(options, scale)
+            cell = [weights_sha256(options.run), by, None if guidance is None else settings_of(guidance), seed]
+            cell += [options.num_images, options.num_inference_steps]
             if any(row["cell"] == cell for row in read_rows()):
                 continue
-            guidance = None if scale == 1 else Guidance(scale, interval and tuple(interval))
             row = {
                 "cell": cell,
                 "data": read_run(options.run)["data"]["name"],
@@ -89,10 +93,22 @@ def main() -> None:
             write_table(read_rows())
     if has_classes:
         rows = [row for row in read_rows() if row["cell"][:2] == [weights_sha256(options.run), weaker]]
-        _, _, scale, interval, *_ = min(rows, key=lambda row: row["fd"])["cell"]
-        draw(options, None if scale == 1 else Guidance(scale, interval and tuple(interval)))
+        settings = min(rows, key=lambda row: row["fd"])["cell"][2]
+        interval = None if settings is None else settings.pop("interval", None)
+        draw(options, None if settings is None else Guidance(interval=interval and tuple(interval), **settings))
     if (options.run / "figures/guidance.png").is_file():
         shutil.copyfile(options.run / "figures/guidance.png", FOLDER / "guidance.png")
+
+
+def guidance_of(options: argparse.Namespace, scale: float) -> Guidance:
+    interval = None if options.interval is None else tuple(options.interval)
+    return Guidance(scale, interval, method=options.method, autoguidance_scale=options.autoguidance_scale or 1.0)
+
+
+def settings_of(guidance: Guidance) -> dict[str, Any]:
+    """Return what is not the default, as JSON has it."""
+    settings = {name: value for name, value in asdict(guidance).items() if value != getattr(Guidance(), name)}
+    return {name: [*value] if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 def read_rows() -> list[dict[str, Any]]:
@@ -222,6 +238,8 @@ def distances(options: argparse.Namespace, data: DataConfig, guidance: Guidance 
         compile=options.compile,
         guidance_scales=[1.0 if guidance is None else guidance.scale],
         guidance_interval=None if guidance is None else guidance.interval,
+        guidance_method=None if guidance is None else guidance.method,
+        autoguidance_scale=None if guidance is None else guidance.autoguidance_scale,
         guidance_model=None if guidance is None else options.guidance_model,
     )
     return {row["metric"]: row["value"] for row in result["results"]}
@@ -235,9 +253,14 @@ def draw(options: argparse.Namespace, guidance: Guidance | None) -> None:
     guided, _ = sample(options, seeds, guidance)
     by_class = [labels == number for number in range(len(names))]
     rows = [[*to_pil(plain[each]), *to_pil(guided[each])] for each in by_class]
-    scale = 1.0 if guidance is None else guidance.scale
-    titles = ["scale 1", *[""] * (COLUMNS - 1), f"scale {scale:g}", *[""] * (COLUMNS - 1)]
+    titles = ["no guidance", *[""] * (COLUMNS - 1), "guided", *[""] * (COLUMNS - 1)]
     (FOLDER / "samples.png").write_bytes(png_bytes(strip(rows, titles, names)))
+
+
+def order_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what rows are sorted by: data, model, seed, scale and steps."""
+    weights, _, settings, seed, _, steps = row["cell"]
+    return row["data"], weights, seed, (settings or {}).get("scale", 1), steps
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
@@ -250,20 +273,22 @@ def write_table(rows: list[dict[str, Any]]) -> None:
         "seen. FD and KD are the Fréchet and the kernel distance to the training images by features of "
         "efficientnet-lite0; lower is better. Higher precision and recall are better. Scale 1 is no guidance; else "
         "the model is guided by itself without a class, or by its average after an eighth of the training "
-        "(autoguidance).\n\n"
-        "| data | steps of training | type | guided by | scale | sigma | steps | first seed | images | named "
-        "| real images | FD | KD | precision | recall |\n"
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "(autoguidance). Where *autoguidance* has a scale, it is guided by both.\n\n"
+        "| data | steps of training | type | guided by | method | scale | sigma | autoguidance | steps | first seed "
+        "| images | named | real images | FD | KD | precision | recall |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
-    for row in sorted(
-        rows, key=lambda row: (row["data"], row["cell"][0], row["cell"][4], row["cell"][2], row["cell"][6])
-    ):
-        _, weaker, scale, interval, seed, count, steps = row["cell"]
-        by = "" if scale == 1 else "no class" if weaker is None else "its average"
-        sigma = "" if scale == 1 else "all" if interval is None else f"{interval[0]:g} to {interval[1]:g}"
+    for row in sorted(rows, key=order_of):
+        _, weaker, settings, seed, count, steps = row["cell"]
+        guided = settings or {}
+        by = "" if settings is None else "no class" if weaker is None else "its average"
+        method = "" if settings is None else guided.get("method", "cfg")
+        interval = guided.get("interval")
+        sigma = "" if settings is None else "all" if interval is None else f"{interval[0]:g} to {interval[1]:g}"
         shares = [share and f"{share:.1%}" for share in (row["named"], row["classifier"])]
         text += (
-            f"| {row['data']} | {row['trained_steps']:,} | {row.get('dtype', 'fp32')} | {by} | {scale:g} | {sigma} "
+            f"| {row['data']} | {row['trained_steps']:,} | {row.get('dtype', 'fp32')} | {by} | {method} "
+            f"| {guided.get('scale', 1):g} | {sigma} | {guided.get('autoguidance_scale', '')} "
             f"| {steps} | {seed:,} | {count:,} | {shares[0] or ''} | {shares[1] or ''} | {row['fd']:.1f} "
             f"| {row['kid']:.4f} | {row['precision']:.3f} | {row['recall']:.3f} |\n"
         )
