@@ -64,7 +64,7 @@ class Guidance:
         for name in ("scale", "rescale", "norm_threshold", "autoguidance_scale"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"guidance {name} must be a number, got {value!r}")
+                raise ValueError(f"{_label(name)} must be a number, got {value!r}")
         if self.interval is not None and not _is_pair(self.interval):
             raise ValueError(f"guidance interval must be two numbers, (low, high), got {self.interval!r}")
         if not (math.isfinite(self.scale) and self.scale >= 0):
@@ -97,9 +97,13 @@ class Guidance:
             value = getattr(self, name)
             if value != getattr(Guidance, name):
                 raise ValueError(
-                    f"guidance {name} takes effect only with guidance, got {name}={value!r} with scale=1: "
-                    f"use another scale, or leave {name} out"
+                    f"{_label(name)} takes effect only with guidance, got {name}={value!r} with scale=1: "
+                    f"give guidance another scale, or leave {name} out"
                 )
+
+
+def _label(name: str) -> str:
+    return name if name == "autoguidance_scale" else f"guidance {name}"
 
 
 def _is_pair(interval: Any) -> bool:

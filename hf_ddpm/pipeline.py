@@ -157,8 +157,9 @@ class DDPMPipeline(DiffusionPipeline):
             sample without them.
         sampler: How `use` said that the pipeline samples; None: by its own scheduler, as stock does.
         kept_sampler: What `use()` takes: the sampler that the folder of the model keeps, if there is one.
-        guide: The weaker network that guidance leads away from (autoguidance). None: the network itself without a
-            class, or the one of the model's folder `guide`, which is loaded when it is needed.
+        guide: The weaker network that guidance leads away from (autoguidance), in the place of guidance by the class,
+            or with an `autoguidance_scale` beside it. None: the network itself without a class, or the one of the
+            model's folder `guide`, which is loaded when it is needed.
         labels: The labels that the network is conditioned on: classes with their names, numbers with their range, or
             several columns of these; None for a network without labels.
         value_range: The values of a model of arrays, which say what 0 and 1 stand for; None for other models.
@@ -179,6 +180,7 @@ class DDPMPipeline(DiffusionPipeline):
         self._scheduler_of_sampler: Any = None
         self.kept_sampler: Sampler | None = None
         self.guide: Any = None
+        self._guide_of_folder: Any = None  # for autoguidance beside guidance by the class
         self._running: Tensor | None = None  # of the guidance `apg`, from one step to the next
         self._source: tuple[Any, dict[str, Any]] | None = None  # what the pipeline was loaded from
         self.labels: Labels | None = None if unet is None else unnamed_classes(unet.config)
@@ -274,10 +276,11 @@ class DDPMPipeline(DiffusionPipeline):
             write_labels(Path(save_directory), self.labels)
         if self.value_range is not None:
             write_value_range(Path(save_directory), self.value_range)
-        if self.guide is None and sampler is not None and self._needs_guide(sampler):
-            self.load_guide()
-        if self.guide is not None:
-            save_network(self.guide, Path(save_directory) / GUIDE_FOLDER)
+        guide = self.guide
+        if guide is None and sampler is not None and self._needs_guide(sampler):
+            guide = self._read_guide()
+        if guide is not None:
+            save_network(guide, Path(save_directory) / GUIDE_FOLDER)
         if not self.searched_timesteps:
             return
         if weights_sha256(Path(save_directory)) == self._searched_weights:
@@ -303,6 +306,13 @@ class DDPMPipeline(DiffusionPipeline):
         Raises:
             ValueError: When the model keeps none.
         """
+        self.guide = self._read_guide()
+        return self
+
+    def _read_guide(self) -> Any:
+        """Return the network in the model's folder `guide`, which is read once."""
+        if self._guide_of_folder is not None:
+            return self._guide_of_folder
         name, keywords = self._source or (None, {})
         if name is None or (Path(name).is_dir() and not (Path(name) / GUIDE_FOLDER).is_dir()):
             raise _no_guide_error(name)
@@ -318,8 +328,8 @@ class DDPMPipeline(DiffusionPipeline):
                 raise
             raise _no_guide_error(name) from error
         require_finite(guide.state_dict(), f"the folder {GUIDE_FOLDER!r} of {str(name)!r}")
-        self.guide = guide.to(self.device).eval()
-        return self
+        self._guide_of_folder = guide.to(self.device).eval()
+        return self._guide_of_folder
 
     def _attach_to_guide(self, guide: Any, name: Any, keywords: dict[str, Any]) -> None:
         """Give a weaker network that was loaded its own embedding of several columns of labels."""
@@ -366,7 +376,13 @@ class DDPMPipeline(DiffusionPipeline):
         sampler = choose_sampler(config, scheduler, num_inference_steps, self.kept_sampler, self.searched_timesteps)
         check_tuning(sampler.scheduler, config)
         guidance = changed(sampler.guidance, guidance_scale, guidance_interval, autoguidance_scale=autoguidance_scale)
-        uses_guide = guidance is not None and (self.guide is not None or sampler.uses_guide)
+        is_led_twice = guidance is not None and guidance.autoguidance_scale != 1
+        if guidance is not None:
+            self._check_autoguidance(guidance)
+        if autoguidance_scale is not None and is_led_twice and self.guide is None:
+            self._read_guide()
+        # Beside guidance by the class, the weaker network does not take its place.
+        uses_guide = guidance is not None and not is_led_twice and (self.guide is not None or sampler.uses_guide)
         sampler = sampler._replace(guidance=guidance, uses_guide=uses_guide)
         named_scheduler(sampler.scheduler, config, sampler.num_inference_steps)
         self.sampler, self._scheduler_of_sampler = sampler, self.scheduler
@@ -420,7 +436,8 @@ class DDPMPipeline(DiffusionPipeline):
                 the network itself without a class (classifier-free guidance). 1 is no guidance. None: 1, or what
                 `use` chose.
             guidance_interval: (low, high): guidance acts where low < sigma <= high, the ratio of noise to signal.
-            guidance: Scale, interval and all else that `hf_ddpm.guidance` knows, instead of these two.
+            guidance: Scale, interval, autoguidance beside them and all else that `hf_ddpm.guidance` knows, instead of
+                these two.
             height: The height of the images in pixels. None: that of the images that the model was trained with.
             width: Their width, likewise. Other sides must be multiples of what the levels of the network halve. It has
                 seen no such images, and quality may fall.
@@ -751,19 +768,21 @@ class DDPMPipeline(DiffusionPipeline):
                 )
             scheduler = scheduler_of_outputs(self.scheduler.config)
         is_led_twice = guidance.autoguidance_scale != 1
-        if is_led_twice and unconditional is None:
-            raise ValueError(
-                f"autoguidance_scale goes beside guidance by classes, got {guidance.autoguidance_scale:g} for a model "
-                "that has learned no images without a class: give the scale alone, by which a weaker model guides"
-            )
+        self._check_autoguidance(guidance)
         uses_guide = self.sampler is not None and self.sampler.uses_guide
-        if self.guide is None and (unconditional is None or uses_guide or is_led_twice):
+        if self.guide is None and (unconditional is None or (uses_guide and not is_led_twice)):
             self.load_guide()
-        weaker = no_labels = None
-        if self.guide is not None:
-            check_guide(self.guide, self.unet)
-            weaker = self.guide.to(device).eval()
+        weaker = self._read_guide() if self.guide is None and is_led_twice else self.guide
+        no_labels = None
+        if weaker is not None:
+            check_guide(weaker, self.unet)
+            weaker = weaker.to(device).eval()
         if weaker is None or is_led_twice:
+            if class_labels is None and is_led_twice:
+                raise ValueError(
+                    "guidance needs class_labels, got none, and so nothing to lead to: give a class, or "
+                    "guidance_scale=1"
+                )
             if class_labels is None:
                 raise ValueError(
                     "guidance needs class_labels, got none, and so nothing to lead to: give a class, or "
@@ -773,12 +792,23 @@ class DDPMPipeline(DiffusionPipeline):
             no_labels = hidden_labels(self.labels, batch_size, device)
         return Conditions(dtype, labels, guidance, weaker, no_labels, scheduler)
 
+    def _check_autoguidance(self, guidance: Guidance) -> None:
+        """Check that a model can be guided by its classes where autoguidance is to act beside them."""
+        guides_itself = self.labels is not None and self.labels.unconditional is not None
+        if guidance.autoguidance_scale != 1 and not guides_itself:
+            raise ValueError(
+                f"autoguidance_scale goes beside guidance by classes, got {guidance.autoguidance_scale:g} for a model "
+                "that has learned no images without a class: give autoguidance_scale=1; a weaker model then guides by "
+                "guidance_scale"
+            )
+
 
 def _no_guide_error(name: Any) -> ValueError:
     where = "a pipeline that was not loaded" if name is None else f"{str(name)!r} without a folder {GUIDE_FOLDER!r}"
     return ValueError(
         f"guidance needs a weaker model, got {where}: give a smaller or less trained one of the same data as "
-        "--guidance_model, in Python its network as `guide` of the pipeline; or train on classes, with class_dropout"
+        "--guidance_model, in Python its network as `guide` of the pipeline; or train on classes, with class_dropout, "
+        "which guide without one, at autoguidance_scale=1"
     )
 
 

@@ -2,7 +2,7 @@
 
 prediction     what the network puts out at x_t and t, and at the label of each image
 conditions     what it takes beside x_t and t, which is the same in all steps of a call
-guided         led away from the prediction of a weaker model: another network, or the same one without a label
+guided         led away from the prediction of a weaker model: another network, the same one without a label, or both
 """
 
 from __future__ import annotations

@@ -89,8 +89,9 @@ def write_sampler(folder: Path, sampler: Sampler) -> None:
     if sampler.guidance is None:
         del content["guidance"], content["uses_guide"]
     else:
-        # JSON has no infinity; where it would stand, there is none.
-        settings = {name: value for name, value in asdict(sampler.guidance).items() if value != math.inf}
+        settings = {
+            name: value for name, value in asdict(sampler.guidance).items() if value != getattr(Guidance(), name)
+        }
         if sampler.guidance.interval is not None:
             settings["interval"] = [end if math.isfinite(end) else None for end in sampler.guidance.interval]
         content["guidance"] = settings

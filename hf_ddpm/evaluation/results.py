@@ -157,7 +157,7 @@ def _guidance_of(row: dict[str, Any]) -> dict[str, Any] | None:
 def _draw_scales(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw one metric over the scale of guidance, a curve for each interval, method and weaker network.
 
-    Each begins with what no guidance gives, the scale 1.
+    Each begins with what no guidance gives, the scale 1. That is no point of a curve with autoguidance beside it.
     """
     without = [row for row in rows if _guidance_of(row) is None]
     curves: dict[str, list[dict[str, Any]]] = {}
@@ -168,7 +168,8 @@ def _draw_scales(rows: list[dict[str, Any]], path: Path) -> None:
     better = "lower" if metric in LOWER_IS_BETTER else "higher"
     drawn = []
     for name, measured in curves.items():
-        points = sorted(without + measured, key=scale_of)
+        is_led_twice = any("autoguidance_scale" in row["sampling"]["guidance"] for row in measured)
+        points = sorted(measured if is_led_twice else without + measured, key=scale_of)
         errors = [row.get("standard_error") for row in points]
         drawn.append(
             Curve(

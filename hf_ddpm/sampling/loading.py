@@ -168,6 +168,8 @@ def choose_guidance(
     guidance = changed(None if kept is None else kept.guidance, scale, pair, method, autoguidance_scale)
     if guidance is not None:
         require_no_guidance(pipeline.scheduler.config)
+    if guidance is not None:
+        pipeline._check_autoguidance(guidance)
     if guidance is None or pipeline.guide is not None:
         return guidance
     if pipeline._needs_guide(Sampler("", 0, guidance, kept is not None and kept.uses_guide)):

@@ -29,6 +29,7 @@ from hf_ddpm.value_range import ValueRange
 # From 16 images on, PyTorch chooses a CPU's 1x1 convolution without regard to the number of threads, which differs
 # between one process and several; from 64 images on, diffusers lays out what it enlarges in another way.
 FORWARD_BATCH = 16
+MOST_NOISES = 4  # in a row of a strip, which has several images of each
 
 
 def labels_in_turn(labels: Labels | None, numbers: Iterable[int]) -> list[Any] | None:
@@ -81,12 +82,12 @@ def strip_by_label(shown: Mapping[str, Sequence[Image.Image]], columns: int, lab
 
     Args:
         shown: Lists of as many images, whose labels come in turn, by the title of their columns.
-        columns: The noises of each row.
+        columns: The images of each label in each of these lists; the first MOST_NOISES are shown.
         labels: The labels of the images.
     """
-    of_noises = by_label([*zip(*shown.values(), strict=True)], columns)
-    rows = [of_noises[start : start + columns] for start in range(0, len(of_noises), columns)]
-    return strip([[image for images in row for image in images] for row in rows], [*shown] * columns, labels.titles)
+    of_noises, count = by_label([*zip(*shown.values(), strict=True)], columns), min(columns, MOST_NOISES)
+    rows = [of_noises[start : start + count] for start in range(0, len(of_noises), columns)]
+    return strip([[image for images in row for image in images] for row in rows], [*shown] * count, labels.titles)
 
 
 def iter_samples(

@@ -106,7 +106,8 @@ def sample_sheet(run: Run, has_bar: bool = False) -> Image.Image:
         }
     pictures = {title: figures.to_pil(images) for title, images in shown.items()}
     if len(pictures) == 1:
-        return sheet_by_label(*pictures.values(), columns, run.labels)
+        (images,) = pictures.values()
+        return sheet_by_label(images, columns, run.labels)
     if pairs is None and columns is not None and run.labels is not None:
         return strip_by_label(pictures, columns, run.labels)
     return figures.side_by_side([*pictures.values()], [*pictures])

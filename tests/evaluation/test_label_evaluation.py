@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import torch
 
 from hf_ddpm import DDPMPipeline, DDPMScheduler, UsageError
 from hf_ddpm.classes import Classes
@@ -91,6 +92,29 @@ def test_samples_take_the_labels_of_training_images_and_likelihood_those_of_held
         pipeline.unet, pipeline.scheduler, pixels[order], seed=0, batch_size=6, class_labels=of_network[order[::-1]]
     )
     assert abs(row["value"] - bits_per_dimension(others).bits_per_dimension) > 1e-4 * row["value"]
+
+
+@pytest.mark.slow
+def test_guidance_by_the_label_and_by_a_weaker_model_is_measured(run, tmp_path):
+    """By what the model keeps, and by what is asked for; one scale without guidance stands beside the others."""
+    labels, folder = run
+    pipeline: Any = DDPMPipeline.from_pretrained(folder)
+    torch.manual_seed(1)
+    pipeline.guide = make_unet(1, (8, 8), labels=labels, model_config=str(tmp_path / "unet.json"))
+    pipeline.use("ddim", 2, guidance_scale=2.0, guidance_interval=(0.1, 9.0), autoguidance_scale=1.5)
+    pipeline.save_pretrained(folder)
+    settings: Any = {"metrics": ["kid"], "network": "efficientnet-lite0", "num_images": 8, "device": "cpu"}
+    settings |= {"guidance_scales": [1.0, 3.0]}
+    kept = evaluate(folder, **settings)["results"]
+    asked = evaluate(folder, **settings, guidance_interval=(0.2, 9.0), autoguidance_scale=3.0)["results"]
+    guided = [row["sampling"]["guidance"] for row in [*kept, *asked]]
+    assert guided[0] == guided[2] is None
+    assert [(each["scale"], each["interval"], each["autoguidance_scale"]) for each in guided[1::2]] == [
+        (3.0, [0.1, 9.0], 1.5),
+        (3.0, [0.2, 9.0], 3.0),
+    ]
+    assert len({row["value"] for row in [*kept, *asked[1:]]}) == 3
+    assert "--autoguidance_scale 3.0" in asked[1]["command"]
 
 
 def test_data_without_the_models_columns_are_refused(run):

@@ -234,8 +234,47 @@ def test_guidance_that_cannot_work_is_refused_before_the_first_evaluation(argume
 def test_autoguidance_beside_guidance_needs_classes(make_unet):
     pipeline: Any = DDPMPipeline(make_unet(channels=1), DDPMScheduler(50, beta_end=0.5))
     pipeline.guide = make_unet(channels=1, seed=1)
-    with pytest.raises(ValueError, match="autoguidance_scale goes beside guidance by classes, got 2 for a model that"):
+    message = (
+        "autoguidance_scale goes beside guidance by classes, got 2 for a model that .*: give autoguidance_scale=1"
+    )
+    with pytest.raises(ValueError, match=message):
         pipeline(guidance=Guidance(2.0, autoguidance_scale=2.0))
+    with pytest.raises(ValueError, match=message):
+        pipeline.use(guidance_scale=2.0, autoguidance_scale=2.0)
+
+
+@pytest.mark.slow
+def test_autoguidance_beside_guidance_changes_no_other_call(tmp_path, make_unet):
+    """Neither a call nor saving puts the weaker network in the place of guidance by the class."""
+    pipeline: Any = DDPMPipeline(make_unet(channels=1, num_class_embeds=3), DDPMScheduler(50, beta_end=0.5))
+    pipeline.classes = CLASSES
+    pipeline.save_pretrained(tmp_path / "model")
+    loaded: Any = DDPMPipeline.from_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"guidance needs a weaker model, got .* without a folder 'guide'"):
+        loaded.use("ddim", 4, guidance_scale=2.0, autoguidance_scale=1.5)
+    make_unet(channels=1, num_class_embeds=3, seed=1).save_pretrained(tmp_path / "model/guide")
+    loaded.use("ddim", 4)
+    loaded.set_progress_bar_config(disable=True)
+
+    def image(**arguments: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return loaded(generator=generator, class_labels=1, output_type="pt", **arguments).images
+
+    by_class = image(guidance_scale=2.0)
+    by_both = image(guidance=Guidance(2.0, autoguidance_scale=1.5))
+    assert not torch.equal(by_class, by_both)
+    assert torch.equal(image(guidance_scale=2.0), by_class)
+    loaded.use("ddim", 4, guidance_scale=2.0, autoguidance_scale=1.5).save_pretrained(tmp_path / "kept")
+    assert torch.equal(image(), by_both)
+    assert torch.equal(image(guidance=Guidance(2.0)), by_class)
+    loaded.use("ddim", 4, guidance_scale=2.0, autoguidance_scale=1.0)
+    assert torch.equal(image(), by_class)
+    loaded = DDPMPipeline.from_pretrained(tmp_path / "kept").use()
+    assert (loaded.sampler.guidance, loaded.sampler.uses_guide) == (Guidance(2.0, autoguidance_scale=1.5), False)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(image(), by_both)
+    with pytest.raises(ValueError, match=r"guidance needs class_labels, got none, .*: give a class, or guid"):
+        loaded()
 
 
 def test_guide_of_other_images_is_refused(make_unet):

@@ -140,15 +140,18 @@ def test_grid_has_a_row_for_each_class():
 
 
 def test_strip_has_a_row_for_each_label_and_pairs_images_of_one_noise() -> None:
-    """Two labels in turn and three noises of each: image n has the shade 10 n, and with more steps one more."""
+    """Two labels in turn and noises of each: image n has the shade 10 n, and with more steps one more."""
     shown = {
-        f"{more} more": [Image.new("L", (32, 32), 10 * number + more) for number in range(6)] for more in range(2)
+        f"{more} more": [Image.new("L", (32, 32), 10 * number + more) for number in range(10)] for more in range(2)
     }
-    strip = np.asarray(strip_by_label(shown, 3, Classes(("a", "b"))))[..., 0]
+    strip = np.asarray(strip_by_label(shown, 5, Classes(("a", "b"))))[..., 0]
     # A run of 32 pixels of one shade is a part of an image; shorter ones are of the titles.
     runs = [[(int(shade), len([*pixels])) for shade, pixels in groupby(line)] for line in strip]
     orders = [[shade for shade, length in line if shade != 255 and length >= 32] for line in runs]
-    assert [order for order, _ in groupby(filter(None, orders))] == [[0, 1, 20, 21, 40, 41], [10, 11, 30, 31, 50, 51]]
+    assert [order for order, _ in groupby(filter(None, orders))] == [
+        [0, 1, 20, 21, 40, 41, 60, 61],
+        [10, 11, 30, 31, 50, 51, 70, 71],
+    ]
 
 
 @pytest.mark.slow

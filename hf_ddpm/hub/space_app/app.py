@@ -45,7 +45,7 @@ def about(model: Model) -> str:
     known = "" if labels is None else f" It takes labels: {describe_labels(labels)}."
     guidance = (
         "\n\n**Guidance.** Each prediction is led away from that of a weaker model: the same network without a class, "
-        "or one that was trained less. With a scale of 1 it is not."
+        "one that was trained less, or both. With a scale of 1 it is not."
     )
     guidance = guidance if model.can_be_guided else ""
     if model.is_tuned:
