@@ -1,10 +1,11 @@
-"""Measure what it costs and what it saves that OpenMP's idle threads sleep instead of spin.
+"""Measure what a busy machine costs a step, by how idle threads wait, by precision, and by the number of threads.
 
     python -m benchmarks.waiting.run
 
-Training of the digits in a process of two threads takes turns: by GNU OpenMP's own waiting, and by
-OMP_WAIT_POLICY=PASSIVE, which the commands set. Each pair is run on an idle machine, and beside a program that keeps
-both processors busy. Seconds per step are those of metrics.jsonl, without the first steps. Writes `table.md`.
+Training of the digits takes turns, in a process of its own: its idle threads spin, as by GNU OpenMP's default; they
+sleep at once, by OMP_WAIT_POLICY=PASSIVE; they sleep soon, as the commands of the package set it; in float32 and in
+bf16; and with one thread fewer than there are processors. Each is run on an idle machine, and beside one Python loop.
+Seconds per step are those of metrics.jsonl, without the first steps. Writes `table.md`.
 """
 
 from __future__ import annotations
@@ -19,49 +20,81 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
+
+from hf_ddpm.runtime.launch import WAIT_VARIABLES
 
 STEPS, FIRST_STEPS = 30, 10
-# What GNU OpenMP does unless it is told how to wait: it spins so often before a thread sleeps.
-POLICIES = {"as by default": {"GOMP_SPINCOUNT": "300000"}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
-HEAD = """# Idle threads that sleep
 
-Seconds per training step of the digits, in a process of two threads on two processors, by `python -m
-benchmarks.waiting.run` ({pairs} pairs; {machine}, torch {torch}). The busy program is one Python loop for each
-processor.
 
-| machine | spinning, as by default | sleeping (`PASSIVE`) | sleeping / spinning: median of pairs, range |
-|---|---|---|---|
+class Setting(NamedTuple):
+    """How a process trains."""
+
+    precision: str
+    threads: int
+    waiting: str
+
+
+SOON = "sleep soon"
+# Without a policy the commands choose. 300,000 is what GNU OpenMP chooses.
+POLICIES = {"spin": {"GOMP_SPINCOUNT": "300000"}, "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"}, SOON: {}}
+HEAD = """# Beside other work
+
+Seconds per training step of the digits on a machine of {processors} processors, by `python -m benchmarks.waiting.run`
+({turns}{machine}, torch {torch}). The busy machine runs one Python loop beside the training.
+
+| precision | threads | idle threads | seconds on an idle machine | seconds on a busy one | busy / idle |
+|---|---|---|---|---|---|
 """
 
 
 def main() -> None:
+    """Measure all settings in turns, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
-    table = HEAD.format(pairs=options.pairs, machine=platform.machine(), torch=version("torch"))
-    for machine, num_busy in (("idle", 0), ("busy", 2)):
-        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_busy)]
-        try:
-            pairs = [{name: step_seconds(POLICIES[name]) for name in POLICIES} for _ in range(options.pairs)]
-        finally:
-            for process in busy:
-                process.kill()
-                process.wait()
-        medians = [statistics.median(pair[name] for pair in pairs) for name in POLICIES]
-        ratios = sorted(pair["passive"] / pair["as by default"] for pair in pairs)
-        table += f"| {machine} | {medians[0]:.3f} | {medians[1]:.3f} | {statistics.median(ratios):.2f} "
-        table += f"({ratios[0]:.2f} to {ratios[-1]:.2f}) |\n"
+    processors = len(os.sched_getaffinity(0))
+    settings = [
+        setting
+        for kind in ("no", "bf16")
+        for setting in (
+            *(Setting(kind, processors, each) for each in POLICIES),
+            Setting(kind, max(1, processors - 1), SOON),
+        )
+    ]
+    seconds: dict[tuple[Setting, bool], list[float]] = {}
+    for _ in range(options.turns):
+        for is_busy in (False, True):
+            loop = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if is_busy else None
+            try:
+                for setting in settings:
+                    seconds.setdefault((setting, is_busy), []).append(step_seconds(setting))
+                    print(setting, "busy" if is_busy else "idle", seconds[setting, is_busy][-1], flush=True)
+            finally:
+                if loop is not None:
+                    loop.kill()
+                    loop.wait()
+    turns = "" if options.turns == 1 else f"median of {options.turns} turns; "
+    table = HEAD.format(processors=processors, turns=turns, machine=platform.machine(), torch=version("torch"))
+    for setting in settings:
+        idle, busy = (statistics.median(seconds[setting, is_busy]) for is_busy in (False, True))
+        precision = "fp32" if setting.precision == "no" else setting.precision
+        table += f"| {precision} | {setting.threads} | {setting.waiting} | {idle:.3f} | {busy:.3f} | "
+        table += f"{busy / idle:.2f} |\n"
     Path(__file__).with_name("table.md").write_text(table)
     print(table)
 
 
-def step_seconds(policy: dict[str, str]) -> float:
+def step_seconds(setting: Setting) -> float:
     """Train, and return the seconds per step after the first ones."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS",)}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", *WAIT_VARIABLES)
+    }
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "hf_ddpm", "train", "--output_dir", folder, "--max_train_steps", str(STEPS)]
-        command += ["--logging_steps", "1", "--cpu_threads_per_process", "2", "--no_save_figures"]
-        command += ["--eval_batch_size", "1", "--lr_warmup_steps", "1"]
+        command += ["--logging_steps", "1", "--cpu_threads_per_process", str(setting.threads), "--no_save_figures"]
+        command += ["--eval_batch_size", "1", "--lr_warmup_steps", "1", "--mixed_precision", setting.precision]
+        policy = POLICIES[setting.waiting]
         subprocess.run(command, check=True, capture_output=True, env={**environment, **policy})
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     return (lines[-1]["seconds"] - lines[FIRST_STEPS - 1]["seconds"]) / (STEPS - FIRST_STEPS)

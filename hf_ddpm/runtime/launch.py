@@ -33,6 +33,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MPI_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # How threads of OpenMP wait: of the standard, of GNU's library and of Intel's.
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SPINS = 5000  # before a thread sleeps: about 50 microseconds
 TOKEN_FLAG = "__hub_token"  # with hyphens as underscores
 # The file to which workers write their exit codes.
 OUTCOME_VARIABLE = "HF_DDPM_OUTCOME_FILE"
@@ -116,13 +117,14 @@ def is_main_process() -> bool:
 
 
 def let_threads_sleep() -> None:
-    """Let threads of OpenMP that have nothing to do sleep rather than spin, unless the user has said how they wait.
+    """Let threads of OpenMP that have nothing to do sleep soon rather than spin, unless the user says how they wait.
 
     OpenMP reads this when torch is loaded. Beside other work, threads that spin take the processors from those that
-    they wait for. On an idle machine it costs a fifth of a step: benchmarks/waiting.
+    they wait for. Where they sleep at once, waking them takes as long as a small network: benchmarks/waiting.
     """
     if not any(name in os.environ for name in WAIT_VARIABLES):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        # GNU's library, which torch brings for Linux, takes the number of spins; the others the policy.
+        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(SPINS)}
 
 
 def exit_with_launcher() -> None:

@@ -237,6 +237,7 @@ def test_commands_let_threads_sleep_unless_the_user_says_how_they_wait(monkeypat
         monkeypatch.delenv(name, raising=False)
     assert CliRunner().invoke(app, ["train", "--no_such_flag"]).exit_code != 0
     assert os.environ.pop("OMP_WAIT_POLICY") == "PASSIVE"
+    assert os.environ.pop("GOMP_SPINCOUNT") == "5000"
     for name in WAIT_VARIABLES:
         monkeypatch.setenv(name, "1")
         let_threads_sleep()
