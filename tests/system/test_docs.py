@@ -59,6 +59,7 @@ def class_model(tmp_path_factory):
     pipeline = DDPMPipeline(unet, DDPMScheduler(timestep_spacing="trailing"))
     pipeline.classes = Classes(("shirt", "ankle boot", "bag"), has_unconditional=True)
     pipeline.save_pretrained(folder)
+    unet.save_pretrained(folder / "guide")
     return folder
 
 
