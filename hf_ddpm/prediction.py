@@ -70,7 +70,7 @@ def evaluate(
 
 
 def predict_guided(
-    network: Any, network_input: Tensor, t: Tensor, conditions: Conditions, running: Tensor | None, acts: bool = True
+    network: Any, network_input: Tensor, t: Tensor, conditions: Conditions, running: Tensor | None, acts: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output with a guided prediction; a learned variance is that of the model that is guided.
 

@@ -54,14 +54,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     processors = len(os.sched_getaffinity(0))
-    settings = [
-        setting
-        for kind in ("no", "bf16")
-        for setting in (
-            *(Setting(kind, processors, each) for each in POLICIES),
-            Setting(kind, max(1, processors - 1), SOON),
-        )
-    ]
+    kinds = [*((processors, each) for each in POLICIES), (max(1, processors - 1), SOON)]
+    settings = [Setting(precision, *kind) for precision in ("no", "bf16") for kind in kinds]
     seconds: dict[tuple[Setting, bool], list[float]] = {}
     for _ in range(options.turns):
         for is_busy in (False, True):

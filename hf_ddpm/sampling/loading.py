@@ -157,8 +157,12 @@ def choose_guidance(
         ValueError: When guidance cannot work, or a setting of it has no effect.
     """
     kept = pipeline.kept_sampler
-    details = {"guidance_interval": interval, "guidance_method": method, "autoguidance_scale": autoguidance_scale}
-    details["guidance_model"] = guidance_model
+    details = {
+        "guidance_interval": interval,
+        "guidance_method": method,
+        "autoguidance_scale": autoguidance_scale,
+        "guidance_model": guidance_model,
+    }
     if scale == 1 or (scale is None and (kept is None or kept.guidance is None)):
         for name, value in details.items():
             if value is not None:
@@ -168,7 +172,6 @@ def choose_guidance(
     guidance = changed(None if kept is None else kept.guidance, scale, pair, method, autoguidance_scale)
     if guidance is not None:
         require_no_guidance(pipeline.scheduler.config)
-    if guidance is not None:
         pipeline._check_autoguidance(guidance)
     if guidance is None or pipeline.guide is not None:
         return guidance
